@@ -1,0 +1,1 @@
+"""PEFT for PyTorch Lightning."""

@@ -1,0 +1,1 @@
+"""Fused kernels of lightning_peft; torch and triton only."""
