@@ -1,1 +1,33 @@
-"""PEFT for PyTorch Lightning."""
+"""lightning_peft: parameter-efficient fine-tuning for PyTorch Lightning, by one callback.
+
+    Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
+"""
+
+from lightning_peft.active import adapter_names, disable_adapters, set_adapter
+from lightning_peft.adapter_state import adapter_state_dict, load_adapter_state_dict
+from lightning_peft.attach import attach, detach, quantize, reset_adapters
+from lightning_peft.merge import MergeReport, merge, unmerge
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.report import Report, parameter_report
+from lightning_peft.storage import Quantization
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRA",
+    "MergeReport",
+    "Quantization",
+    "Report",
+    "adapter_names",
+    "adapter_state_dict",
+    "attach",
+    "detach",
+    "disable_adapters",
+    "load_adapter_state_dict",
+    "merge",
+    "parameter_report",
+    "quantize",
+    "reset_adapters",
+    "set_adapter",
+    "unmerge",
+]

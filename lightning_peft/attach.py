@@ -1,0 +1,390 @@
+"""Attach and detach: the surgery, in place, on any `nn.Module`.
+
+Everything that can be refused is refused before the first change. Base keys never change; adapters stand beside the
+weight as `<module>.peft.<adapter name>.<tensor>`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.active import activate, set_adapter
+from lightning_peft.fingerprint import fingerprint
+from lightning_peft.layers.adapted import (
+    Adapted,
+    Adapter,
+    Rewrite,
+    adapt,
+    adapted_modules,
+    adapters_of,
+    refresh,
+    release,
+)
+from lightning_peft.methods.base import Method, WeightMethod
+from lightning_peft.methods.saved import ModulesToSave, TrainedBias
+from lightning_peft.placing import Placement, place, refuse_unfit
+from lightning_peft.quantizing import plan_quantization, quantize_layers
+from lightning_peft.record import AdapterRecord, Record, forget, record_of, records_in
+from lightning_peft.report import Report, parameter_report
+from lightning_peft.storage import Quantization, storage_of
+from lightning_peft.targets import nearest_names
+
+__all__ = ["attach", "detach", "quantize", "reset_adapters"]
+
+
+def attach(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    *,
+    adapter_name: str = "default",
+    quantization: Quantization | None = None,
+    modules_to_save: Sequence[str] = (),
+    device: torch.device | str | None = None,
+) -> Report:
+    """Freeze the model, quantise it if asked, and attach an adapter in place.
+
+    Args:
+        model: Any module; a Hugging Face model, a LightningModule, or one layer.
+        method: One method, or several as a hybrid under one name (applied in this order).
+        adapter_name: Letters, digits, ``_`` and ``-``.
+        quantization: Quantise the frozen linear layers, one at a time.
+        modules_to_save: Names or suffixes of modules to train whole.
+        device: Where to quantise; the weights stay there. None means where each weight is.
+
+    Returns:
+        The report of what matched and what it costs.
+
+    Raises:
+        ValueError: a bad name, nothing matches, a method has no meaning at a layer, non-finite weights.
+        RuntimeError: the name is taken, or adapters are merged.
+    """
+    methods = [method] if isinstance(method, Method) else list(method)
+    _check_name(model, adapter_name)
+    _require_parameters(model)
+    if not methods and not modules_to_save:
+        raise ValueError("attach: expected at least one method or modules_to_save, got none; everything would be frozen")
+    saved = _saved_modules(model, modules_to_save)
+    planned, skipped, tied = _plan(model, methods, saved)
+    packing = None if quantization is None else plan_quantization(model, quantization, keep=saved)
+    record = record_of(model, create=True)
+    assert record is not None
+    if record.fingerprint is None:
+        record.fingerprint = fingerprint(model, _copied(planned))
+    if not record.requires_grad:
+        record.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    originals = _before_quantizing(planned, packing)
+    if packing is not None:
+        quantize_layers(model, packing, device)
+        record.quantization = quantization
+        record.dense = packing.dense
+    _make(model, planned, adapter_name, originals)
+    _guard_fast_path(model)
+    entry = AdapterRecord(methods, tuple(saved))
+    entry.sites = [(p.site.label, tuple(p.site.shape), m.label) for m, _, p in planned if not p.paths]
+    record.adapters[adapter_name] = entry
+    record.skipped, record.tied = skipped, tied
+    activate(model, record, [adapter_name])
+    return parameter_report(model)
+
+
+def quantize(
+    model: nn.Module,
+    quantization: Quantization,
+    *,
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+) -> Report:
+    """Quantise the linear layers of a model in place, one at a time; the output head stays dense.
+
+    Raises:
+        ValueError: a weight is not finite; nothing is changed.
+        RuntimeError: adapters are attached already.
+    """
+    if any(True for _ in adapted_modules(model)):
+        raise RuntimeError("quantize: expected a model without adapters, found some; quantise first, or give attach() the quantization")
+    packing = plan_quantization(model, quantization, keep=list(exclude))
+    record = record_of(model, create=True)
+    assert record is not None
+    record.fingerprint = fingerprint(model)
+    quantize_layers(model, packing, device)
+    record.quantization, record.dense = quantization, packing.dense
+    return parameter_report(model)
+
+
+def detach(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Remove one adapter, or all: class, keys and bits of the base as before (a quantised base stays quantised).
+
+    Raises:
+        KeyError: no adapter of that name.
+        RuntimeError: the adapter is merged; unmerge first.
+    """
+    for prefix, root, record in list(records_in(model)):
+        names = list(record.adapters) if adapter_name is None else [adapter_name]
+        if adapter_name is not None and adapter_name not in record.adapters:
+            raise KeyError(
+                f"detach: expected one of {sorted(record.adapters)}, got {adapter_name!r}"
+            )
+        _detach_from(root, record, names)
+        del prefix
+
+
+def _detach_from(root: nn.Module, record: Record, names: list[str]) -> None:
+    for name, module in adapted_modules(root):
+        if set(module._peft.merged) & set(names):
+            raise RuntimeError(f"{name!r}: expected unmerged adapters, found {module._peft.merged} merged; unmerge first")
+    activate(root, record, [n for n in record.active if n not in names])
+    for _, module in list(adapted_modules(root)):
+        for name in names:
+            if name in module.peft:
+                del module.peft[name]
+        refresh(module)
+        if not module.peft:
+            release(module)
+    shared = root._modules.get("peft_shared")
+    for name in names:
+        del record.adapters[name]
+        if shared is not None and name in shared:  # type: ignore[operator]
+            del shared[name]  # type: ignore[operator, attr-defined]
+    if shared is not None and not len(shared):  # type: ignore[arg-type]
+        del root.peft_shared
+    if not record.adapters:
+        for name, parameter in root.named_parameters():
+            if record.requires_grad.get(name, False) and parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        record.requires_grad = {}
+        if record.quantization is None:
+            forget(root)
+
+
+def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
+    """Give every adapter its start values again, as attach would under this seed.
+
+    Raises:
+        RuntimeError: an adapter rewrote the base when it was attached; detach and attach again.
+    """
+    for _, module in adapted_modules(model):
+        for adapter in adapters_of(module):
+            if adapter.rewrite is not None:
+                raise RuntimeError(
+                    f"{adapter.site.label}: expected an adapter whose start leaves the base alone, got "
+                    f"{adapter.method.label}; detach and attach again"
+                )
+            if adapter.kind == "weight":
+                fresh = _start(adapter.method, adapter.site, adapter.adapter_name, seed)
+                with torch.no_grad():
+                    for key, tensor in adapter.tensors().items():
+                        if key in fresh:
+                            tensor.copy_(fresh[key])
+
+
+# ---- before anything changes
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter_name: expected letters, digits, '_' and '-', and not an attribute of nn.ModuleDict, got {name!r}; "
+            "choose another name"
+        )
+    for _, _, record in records_in(model):
+        if name in record.adapters:
+            raise RuntimeError(
+                f"adapter_name: expected a free name, got {name!r}, which is attached already; "
+                "detach it first or choose another name"
+            )
+    if any(module._peft.merged for _, module in adapted_modules(model)):
+        raise RuntimeError("attach: expected unmerged adapters, found merged ones; call unmerge(model) first")
+
+
+def _require_parameters(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: expected an nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"attach to {type(model).__name__}: expected a module with parameters, found none; "
+            "build the model first, or give the module that holds it"
+        )
+
+
+def _saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Fully qualified names; a suffix takes every module that ends in it, at a dot."""
+    names = [n for n, _ in model.named_modules() if n and "peft" not in n.split(".")]
+    found: list[str] = []
+    for suffix in wanted:
+        hits = [n for n in names if n == suffix or n.endswith(f".{suffix}")]
+        if not hits:
+            raise ValueError(
+                f"modules_to_save: expected a module of this model, got {suffix!r}; "
+                f"nearest names: {nearest_names(suffix, names)}"
+            )
+        found += [h for h in hits if h not in found]
+    return found
+
+
+_Planned = tuple[Method, str, Placement]  # (method, key of the method in a hybrid, where)
+
+
+def _plan(
+    model: nn.Module, methods: Sequence[Method], saved: Sequence[str]
+) -> tuple[list[_Planned], list[tuple[str, str]], list[tuple[str, ...]]]:
+    planned: list[_Planned] = []
+    skipped: list[tuple[str, str]] = []
+    tied: list[tuple[str, ...]] = []
+    for i, method in enumerate(methods):
+        placements, selection = place(model, method)
+        inside = [p for p in placements if any(p.name == s or p.name.startswith(f"{s}.") for s in saved)]
+        placements = [p for p in placements if p not in inside]
+        skipped += [(p.name, "trained whole (modules_to_save)") for p in inside]
+        if selection is not None:
+            skipped += list(selection.skipped)
+            tied = [t for t in selection.tied]
+        planned += [(method, str(i) if len(methods) > 1 else "", p) for p in placements]
+        which = method.trains_bias() if isinstance(method, WeightMethod) else "none"
+        if which != "none":
+            names = None if which == "all" else tuple(p.name for p in placements)
+            bias = TrainedBias(modules=names)
+            planned += [(bias, "bias", p) for p in place(model, bias)[0]]
+    if saved:
+        copies = ModulesToSave(modules=tuple(saved))
+        planned += [(copies, "saved" if _overlaps(planned, saved) else "", p) for p in place(model, copies)[0]]
+    for _, _, placement in planned:
+        refuse_unfit(placement)
+    return planned, skipped, tied
+
+
+def _copied(planned: Sequence[_Planned]) -> set[str]:
+    """Names of the parameters of which a copy will be trained."""
+    return {f"{p.name}.{path}" if p.name else path for _, _, p in planned for path in p.paths}
+
+
+def _overlaps(planned: Sequence[_Planned], saved: Sequence[str]) -> bool:
+    return any(p.name.startswith(f"{s}.") or p.name == s for _, _, p in planned for s in saved)
+
+
+# ---- the change
+
+
+def _before_quantizing(planned: Sequence[_Planned], packing: Any) -> dict[int, Tensor]:
+    """Dense weights that an initialisation needs although the layer is about to be packed."""
+    if packing is None:
+        return {}
+    packed = {id(m) for _, m in packing.layers}
+    return {
+        id(p.site.module): p.site.weight(torch.float32).cpu().clone()
+        for method, _, p in planned
+        if isinstance(method, WeightMethod) and method.rewrites_base and id(p.module) in packed
+    }
+
+
+def _make(
+    model: nn.Module, planned: Sequence[_Planned], adapter_name: str, originals: dict[int, Tensor]
+) -> None:
+    _share(model, planned, adapter_name)
+    for method, key, placement in planned:
+        module, site = placement.module, placement.site
+        site.storage = storage_of(module, site.parameter)  # the layer may have been packed since it was planned
+        state_training = module.training
+        container = adapt(module, site.ops).peft
+        _rebind_forward(module)
+        adapter = _build(method, placement, adapter_name)
+        if isinstance(method, WeightMethod) and method.rewrites_base:
+            _initialise(adapter, method, originals.get(id(module)))
+        adapter.to(site.device)
+        adapter.train(state_training)
+        slot = "_".join(part for part in (key, placement.slot) if part)
+        if not slot:
+            container[adapter_name] = adapter
+        else:
+            if adapter_name not in container:
+                container[adapter_name] = nn.ModuleDict()
+            container[adapter_name][slot] = adapter  # type: ignore[index]
+
+
+def _build(method: Method, placement: Placement, adapter_name: str) -> Adapter:
+    adapter = Adapter(method, placement.site, adapter_name)
+    if method.kind == "select":
+        for path in placement.paths:
+            key = path.replace(".", "__")
+            value = placement.module.get_parameter(path).detach().clone()
+            adapter.register_parameter(key, nn.Parameter(value))
+            adapter.paths[key] = path
+    elif method.kind == "block":
+        with _seeded(placement.site, adapter_name, None):
+            adapter.block = method.module(placement.site)  # type: ignore[attr-defined]
+    else:
+        assert isinstance(method, WeightMethod)
+        buffers = method.buffers(placement.site)
+        for key, tensor in _start(method, placement.site, adapter_name, None).items():
+            if key in buffers:
+                adapter.register_buffer(key, tensor)
+            else:
+                adapter.register_parameter(key, nn.Parameter(tensor))
+    return adapter
+
+
+class _seeded:
+    """Draw start values from a stream of their own: by seed, adapter and layer, not by order; data order is untouched."""
+
+    def __init__(self, site: Any, adapter_name: str, seed: int | None) -> None:
+        base = torch.initial_seed() if seed is None else seed
+        self.seed = zlib.crc32(f"{base}/{adapter_name}/{site.label}".encode())
+
+    def __enter__(self) -> None:
+        self.before = torch.random.get_rng_state()
+        torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        torch.random.set_rng_state(self.before)
+
+
+def _start(method: WeightMethod, site: Any, adapter_name: str, seed: int | None) -> dict[str, Tensor]:
+    with _seeded(site, adapter_name, seed), torch.no_grad(), torch.device("cpu"):
+        return {**method.parameters(site), **method.buffers(site)}
+
+
+def _initialise(adapter: Adapter, method: WeightMethod, original: Tensor | None) -> None:
+    """Start values that need the weight; the base's bits from before are kept on the CPU."""
+    site = adapter.site
+    W = site.weight(torch.float32) if original is None else original
+    values = dict(adapter.tensors())
+    with _seeded(site, adapter.adapter_name, None), torch.no_grad():
+        base = method.initialise(values, site, W)
+        for key, tensor in adapter.tensors().items():
+            tensor.copy_(values[key])
+        if base is not None:
+            adapter.rewrite = Rewrite(original=site.storage.snapshot(site.module, site.parameter))
+            site.write(base)
+
+
+def _share(model: nn.Module, planned: Sequence[_Planned], adapter_name: str) -> None:
+    """Tensors that all sites of a method share are held once, by the root."""
+
+
+def _rebind_forward(module: nn.Module) -> None:
+    """accelerate keeps the forward it found in the instance; point it at the swapped class."""
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = type(module).forward.__get__(module)  # type: ignore[attr-defined]
+
+
+def _keep_off_fast_path(*args: Any) -> None:
+    """A hook that does nothing: `nn.TransformerEncoderLayer` leaves its fused eval path where a child has hooks."""
+
+
+def _guard_fast_path(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            for child in layer.modules():
+                if isinstance(child, Adapted) and child._peft.fast_path_guard is None:
+                    child._peft.fast_path_guard = child.register_forward_pre_hook(_keep_off_fast_path)  # type: ignore[attr-defined]
+
+
+__all__ += ["set_adapter"]

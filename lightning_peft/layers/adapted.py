@@ -1,0 +1,293 @@
+"""`Adapted`: the one mixin of every adapted module, and `Adapter`: one method at one site.
+
+Adapters live in a child named ``peft``, an `nn.ModuleDict` by adapter name; the module's own keys never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.edit import Edit
+from lightning_peft.layers.rows import RowMix, current_rows, no_rows
+from lightning_peft.site import LayerOps, Site
+from lightning_peft.swap import Swapped, swap_in, swap_out
+
+__all__ = [
+    "Adapted",
+    "AdaptedState",
+    "Adapter",
+    "Rewrite",
+    "adapt",
+    "adapted_modules",
+    "adapters_of",
+    "refresh",
+    "release",
+    "shadowed",
+]
+
+
+@dataclass
+class Rewrite:
+    """A base weight that an adapter's initialisation replaced (PiSSA's residual …).
+
+    Attributes:
+        original: Stored bits from before, on the CPU.
+        written: Stored bits after, on the CPU while the adapter is switched off.
+        active: Whether the replaced weight is in the module.
+    """
+
+    original: Any
+    written: Any = None
+    active: bool = True
+
+
+class Adapter(nn.Module):
+    """One method at one site: its tensors, and the way to its Edit.
+
+    Attributes:
+        method: The frozen dataclass.
+        site: Where it acts; not a submodule.
+        adapter_name: The name it was attached under.
+        shared: Tensors held by the root for all sites; not owned.
+        rewrite: What its initialisation did to the base weight, if anything.
+        paths: For trained copies: our parameter name → path of the parameter in the module.
+    """
+
+    method: Any
+    site: Site
+    adapter_name: str
+    shared: Mapping[str, Tensor]
+    rewrite: Rewrite | None
+
+    def __init__(self, method: Any, site: Site, adapter_name: str) -> None:
+        super().__init__()
+        self.method = method
+        self.site = site
+        self.adapter_name = adapter_name
+        self.shared = {}
+        self.rewrite = None
+        self.paths: dict[str, str] = {}
+
+    @property
+    def kind(self) -> str:
+        """``"weight"``, ``"block"``, ``"sequence"`` or ``"select"`` (a trained copy of parameters)."""
+        kind: str = self.method.kind
+        return kind
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the method's own names."""
+        return {**self.shared, **self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+    def copies(self) -> dict[str, Tensor]:
+        """Trained copies by the path of what they stand for."""
+        return {path: self._parameters[name] for name, path in self.paths.items()}  # type: ignore[misc]
+
+    def edit(self) -> Edit:
+        """The change of the site's weight at this moment."""
+        edit: Edit = self.method.edit(self.tensors(), self.site)
+        return edit
+
+    def extra_repr(self) -> str:
+        """Method and tensor shapes, for print(model)."""
+        shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in self.tensors().items() if t is not None)
+        return f"{self.method.label}: {shapes}"
+
+
+@dataclass
+class Rewrite:
+    """A base weight that an adapter's initialisation replaced (PiSSA's residual …).
+
+    Attributes:
+        original: Stored bits before.
+        written: Stored bits after, kept while the adapter is switched off.
+        active: Which of the two is in the module.
+    """
+
+    original: Any
+    written: Any = None
+    active: bool = True
+
+
+@dataclass
+class AdaptedState:
+    """What an adapted module knows besides its tensors; plain data and references, deep-copied with the module.
+
+    Attributes:
+        ops: How an Edit acts on this kind of layer.
+        names: Active adapters, in the order in which they were named.
+        merged: Adapters whose edits are in the weight at this moment.
+        disabled: Whether all adapters are switched off for a while.
+        edits: Adapters of active, unmerged names that change weights; made by `refresh`.
+        blocks: The same, added modules.
+        copies: The same, trained copies of the module's parameters.
+        unmerged_bits: Stored bits by parameter from before a merge.
+        ran: Whether forward was ever called (a bypassed module never runs).
+    """
+
+    ops: LayerOps
+    names: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    disabled: bool = False
+    edits: list[Adapter] = field(default_factory=list)
+    blocks: list[Adapter] = field(default_factory=list)
+    copies: list[Adapter] = field(default_factory=list)
+    unmerged_bits: dict[str, Any] = field(default_factory=dict)
+    ran: bool = False
+    fast_path_guard: Any = None
+
+
+class Adapted(Swapped):
+    """Mixin: forward with the active adapters around the forward of the class underneath."""
+
+    _swap_prefix = "Adapted"
+    _peft: AdaptedState
+    peft: nn.ModuleDict
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Base forward with every active edit applied, in the order in which adapters were named."""
+        state = self._peft
+        state.ran = True
+        run = super().forward  # type: ignore[misc]
+        if state.copies:
+            return _forward_with_copies(self, state, run, args, kwargs)
+        if not state.edits and not state.blocks:
+            return run(*args, **kwargs)
+        return _forward(self, state, run, state.edits, state.blocks, args, kwargs)
+
+
+def _forward(
+    module: Any,
+    state: AdaptedState,
+    run: Callable[..., Any],
+    edits: Sequence[Adapter],
+    blocks: Sequence[Adapter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    y = state.ops.forward(module, run, edits, args, kwargs) if edits else run(*args, **kwargs)
+    for adapter in blocks:
+        y = apply_block(adapter, args, kwargs, y)
+    return y
+
+
+def _forward_with_copies(
+    module: Any,
+    state: AdaptedState,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Forward in which the module reads trained copies in place of its own parameters.
+
+    An entry in the instance's `__dict__` is found before `nn.Module.__getattr__` looks for the parameter.
+    """
+    mix = current_rows()
+    if mix is not None:
+        return _forward_copies_by_row(module, state, run, mix, args, kwargs)
+    with shadowed(module, {k: v for a in state.copies for k, v in a.copies().items()}):
+        return _forward(module, state, run, state.edits, state.blocks, args, kwargs)
+
+
+def _forward_copies_by_row(
+    module: Any,
+    state: AdaptedState,
+    run: Callable[..., Any],
+    mix: RowMix,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """One run a name over its own rows: copies cannot share a base call."""
+    x = args[0]
+    y: Tensor | None = None
+    for name in dict.fromkeys(mix.names):
+        rows = mix.index(name, x.shape[0], x.device)
+        copies = {k: v for a in state.copies if a.adapter_name == name for k, v in a.copies().items()}
+        edits = [a for a in state.edits if a.adapter_name == name]
+        blocks = [a for a in state.blocks if a.adapter_name == name]
+        with shadowed(module, copies), no_rows():
+            part = _forward(module, state, run, edits, blocks, (x[rows], *args[1:]), kwargs)
+        y = part.new_zeros((x.shape[0], *part.shape[1:])) if y is None else y
+        y = y.index_copy(0, rows, part.to(y.dtype))
+    if y is None:
+        raise ValueError("adapter_names: expected at least one name, got an empty list")
+    return y
+
+
+@contextmanager
+def shadowed(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let `module` (or its children, for dotted paths) read these tensors instead of its own parameters."""
+    undo: list[tuple[dict[str, Any], str]] = []
+    try:
+        for path, tensor in tensors.items():
+            owner_path, _, leaf = path.rpartition(".")
+            attributes = vars(module.get_submodule(owner_path) if owner_path else module)
+            attributes[leaf] = tensor
+            undo.append((attributes, leaf))
+        yield
+    finally:
+        for attributes, leaf in undo:
+            attributes.pop(leaf, None)
+
+
+def apply_block(adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+    """The added module's effect on a layer's output, on the rows that are under it.
+
+    A tuple output carries the hidden states first; a keyword input is called ``hidden_states``.
+    """
+    x = args[0] if args else kwargs["hidden_states"]
+    hidden = y[0] if isinstance(y, tuple) else y
+    mix = current_rows()
+    if mix is None:
+        out = adapter.method.after(adapter.block, x, hidden)
+    else:
+        rows = mix.index(adapter.adapter_name, hidden.shape[0], hidden.device)
+        out = hidden.index_copy(0, rows, adapter.method.after(adapter.block, x[rows], hidden[rows]))
+    return (out, *y[1:]) if isinstance(y, tuple) else out
+
+
+def adapt(module: nn.Module, ops: LayerOps) -> Adapted:
+    """Swap `Adapted` in, with an empty container; a module that has it keeps what it has."""
+    if not isinstance(module, Adapted):
+        swap_in(module, Adapted)
+        module._peft = AdaptedState(ops)  # type: ignore[assignment]
+        module.peft = nn.ModuleDict()
+        module.peft.train(module.training)
+    adapted: Any = module
+    return adapted  # type: ignore[no-any-return]
+
+
+def release(module: Any) -> None:
+    """Undo `adapt`: class, attributes and children as before."""
+    swap_out(module, Adapted)
+    if module._peft.fast_path_guard is not None:
+        module._peft.fast_path_guard.remove()
+    del module.peft
+    del module._peft
+
+
+def adapters_of(module: Any, name: str | None = None) -> list[Adapter]:
+    """Adapters of one adapted module, in order of attaching; of one name if given."""
+    entries = [e for key, e in module.peft.items() if name is None or key == name]
+    return [child for entry in entries for child in entry.modules() if isinstance(child, Adapter)]
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(fully qualified name, module) of every adapted module."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield name, module
+
+
+def refresh(module: Any) -> None:
+    """Recompute which adapters act, after names, merged or disabled changed."""
+    state: AdaptedState = module._peft
+    names = [] if state.disabled else [n for n in state.names if n not in state.merged]
+    acting = [a for n in names for a in adapters_of(module, n)]
+    state.edits = [a for a in acting if a.kind == "weight"]
+    state.blocks = [a for a in acting if a.kind == "block"]
+    state.copies = [a for a in acting if a.kind == "select"]

@@ -1,0 +1,67 @@
+"""Convolutions: weight [out, in/groups, *kernel], canonical [out, in/groups · Π kernel]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft.layers.matrix import MatrixOps
+
+__all__ = ["ConvOps"]
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvOps(MatrixOps):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with stride, dilation, groups and every padding mode."""
+
+    # A rotation would act on unfolded columns, so it takes the weight path.
+    on_activations = frozenset({"in_scale", "out_scale"})
+
+    def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
+        """Canonical [out, in/groups · Π kernel]."""
+        return torch.Size((natural[0], natural[1:].numel()))
+
+    def channels(self, m: Any, name: str, natural: torch.Size) -> int:
+        """Input channels, over all groups."""
+        channels: int = m.in_channels
+        return channels
+
+    def to_matrix(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+        """Flatten the columns."""
+        return W.flatten(1)
+
+    def from_matrix(self, m: Any, name: str, M: Tensor) -> Tensor:
+        """Columns back to [in/groups, *kernel]."""
+        return M.reshape(M.shape[0], -1, *m.kernel_size)
+
+    def op(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The layer's own convolution with another weight."""
+        y: Tensor = m._conv_forward(x, W, b)
+        return y
+
+    def low_rank(self, m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+        """A as a convolution of the layer's own geometry to r channels a group, B as a 1×1 convolution."""
+        r, groups, ones = A.shape[0], m.groups, (1,) * len(m.kernel_size)
+        down = A.reshape(r, -1, *m.kernel_size).repeat(groups, 1, *ones)
+        h = m._conv_forward(x, down, None) * scaling
+        up = B.reshape(*B.shape, *ones)
+        y: Tensor = _CONV[len(ones)](h, up, None, groups=groups)
+        return y
+
+    def scale_in(self, m: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+        """Each input channel times its scale."""
+        return x * self.per_output(m, scale)
+
+    def scale_in_matrix(self, m: Any, M: Tensor, scale: Tensor) -> Tensor:
+        """The columns of a channel, in the rows of its group, times its scale."""
+        groups, out = m.groups, M.shape[0]
+        per_group = scale.view(groups, 1, -1, 1)
+        return (M.reshape(groups, out // groups, per_group.shape[2], -1) * per_group).reshape(out, -1)
+
+    def per_output(self, m: Any, v: Tensor) -> Tensor:
+        """[channels] → [channels, 1, …], which broadcasts with and without a batch axis."""
+        return v.view(-1, *(1,) * len(m.kernel_size))

@@ -1,0 +1,50 @@
+"""Embeddings: weight [vocabulary, dim]; canonical [dim, vocabulary], the input being a one-hot row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft.layers.matrix import MatrixOps
+
+__all__ = ["EmbeddingOps"]
+
+
+class EmbeddingOps(MatrixOps):
+    """`nn.Embedding` and subclasses that multiply their output by ``embed_scale`` (Gemma, BART)."""
+
+    on_activations = frozenset({"out_scale"})
+    lookup = True
+
+    def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
+        """Canonical [dim, vocabulary]."""
+        return torch.Size((natural[1], natural[0]))
+
+    def to_matrix(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+        """Transposed view."""
+        return W.mT
+
+    def from_matrix(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
+        """Transposed view."""
+        return M.mT
+
+    def op(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Rows of another table."""
+        return F.embedding(x, W, m.padding_idx) * _output_scale(m, W.dtype)
+
+    def low_rank(self, m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+        """Rows of Aᵀ [vocabulary, r], then B."""
+        h = F.embedding(x, A.mT, m.padding_idx) * scaling
+        return F.linear(h, B) * _output_scale(m, B.dtype)
+
+    def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
+        """[dim]."""
+        return v
+
+
+def _output_scale(m: nn.Module, dtype: torch.dtype) -> Any:
+    scale = getattr(m, "embed_scale", 1.0)
+    return scale.to(dtype) if isinstance(scale, Tensor) else scale

@@ -1,0 +1,218 @@
+"""The adapted forward of a layer with one input and one weight: Linear, Conv1D, convolution, embedding.
+
+Composition is an onion with exactly one base call: the outermost edit maps the input first (`in_scale`, `rotation`),
+then the base runs, then each edit adds its terms and `out_scale`, innermost first. A part that the kind of layer
+cannot do on activations takes the weight path: W' is formed, used and dropped, and formed again in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft.edit import Edit, LowRank, Rotation, stacked
+from lightning_peft.layers.adapted import Adapter
+from lightning_peft.layers.rows import current_rows
+from lightning_peft.site import Reason
+
+__all__ = ["MatrixOps"]
+
+
+class MatrixOps:
+    """Defaults for layers whose weight is [out, in] and whose input ends in `in`."""
+
+    #: Parts of an Edit that act on activations here.
+    on_activations: frozenset[str] = frozenset({"in_scale", "rotation", "out_scale"})
+
+    #: Whether the input is ids (embedding) rather than features.
+    lookup: bool = False
+
+    # ---- geometry: identity for Linear, overridden by the other kinds
+    def parameters(self, m: nn.Module) -> Sequence[str]:
+        """Paths of the weights that may be edited."""
+        return ("weight",)
+
+    def bias(self, m: nn.Module, name: str) -> str | None:
+        """Path of the bias, None where the layer has none."""
+        return "bias" if getattr(m, "bias", None) is not None else None
+
+    def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
+        """Canonical [out, in]."""
+        return natural
+
+    def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
+        """Input features."""
+        return self.shape(m, name, natural)[-1]
+
+    def to_matrix(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+        """Natural → canonical."""
+        return W
+
+    def from_matrix(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
+        """Canonical → natural."""
+        return M
+
+    def supports(self, part: str) -> bool:
+        """Whether a part of an Edit acts on activations here."""
+        return part in self.on_activations
+
+    # ---- actions
+    def op(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The layer with another weight and bias."""
+        return F.linear(x, W, b)
+
+    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+        """scaling · (x Aᵀ) Bᵀ; the scale goes to the thin side."""
+        return F.linear(F.linear(x, A) * scaling, B)
+
+    def scale_in(self, m: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+        """X diag(scale)."""
+        return x * scale
+
+    def scale_in_matrix(self, m: nn.Module, M: Tensor, scale: Tensor) -> Tensor:
+        """M diag(scale)."""
+        return M * scale
+
+    def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
+        """[out] shaped so that it broadcasts against the layer's output."""
+        return v
+
+    def rotate(self, m: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
+        """X R."""
+        return rotation.apply(x)
+
+    # ---- forward
+    def forward(
+        self,
+        m: nn.Module,
+        run: Callable[..., Any],
+        adapters: Sequence[Adapter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Adapted forward; see the module's docstring."""
+        x, args = (args[0], args[1:]) if args else (kwargs.pop(next(iter(kwargs))), ())
+        edits = [a.edit() for a in adapters]
+        mixed = current_rows() is not None
+        if not mixed and all(e.only_low_rank for e in edits):
+            fused = self._fused(m, adapters, edits, x)
+            if fused is not None:
+                return fused
+        if any(not self.supports(part) for e in edits for part in e.form() & _WEIGHT_PARTS):
+            if mixed:
+                raise ValueError(
+                    f"{adapters[0].site.label}: expected edits that act on activations when rows of a batch are "
+                    f"under different adapters, got {adapters[0].method.label} on {type(m).__name__}; "
+                    "run the adapters one after the other with set_adapter"
+                )
+            return self._weight_path(m, adapters, edits, x)
+        return self._onion(m, run, adapters, edits, x, args, kwargs)
+
+    def _fused(
+        self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
+    ) -> Tensor | None:
+        dropout = edits[0].dropout
+        if len({e.dropout for e in edits}) > 1:
+            return None
+        site = adapters[0].site
+        kernel = site.storage.fused(edits[0].form(), site)
+        if isinstance(kernel, Reason):
+            return None
+        terms = [t for e in edits for t in e.terms if isinstance(t, LowRank)]
+        term = stacked(terms)
+        return kernel(m, x, term.A, term.B, term.scaling, dropout if m.training else 0.0)
+
+    def _weight_path(
+        self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
+    ) -> Tensor:
+        site = adapters[0].site
+
+        def run(x: Tensor) -> Tensor:
+            W = site.edited([a.edit() for a in adapters])
+            b = self._bias(m)
+            for e in edits:
+                b = e.edited_bias(b)
+            dtype = torch.promote_types(W.dtype, x.dtype) if x.is_floating_point() else W.dtype
+            W = W.to(dtype)
+            y = self.op(
+                m,
+                x.to(dtype) if x.is_floating_point() else x,
+                self.from_matrix(m, site.parameter, W),
+                None if b is None else b.to(dtype),
+            )
+            return y.to(x.dtype if x.is_floating_point() else site.dtype)
+
+        if not torch.is_grad_enabled():
+            return run(x)
+        y: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    def _onion(
+        self,
+        m: nn.Module,
+        run: Callable[..., Any],
+        adapters: Sequence[Adapter],
+        edits: Sequence[Edit],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        mix = current_rows()
+        rows = [None if mix is None else mix.index(a.adapter_name, x.shape[0], x.device) for a in adapters]
+        inputs: list[Tensor] = [x] * len(edits)
+        for i in reversed(range(len(edits))):  # the outermost edit maps the input first
+            e = edits[i]
+            z = _pick(x, rows[i])
+            if e.in_scale is not None:
+                z = self.scale_in(m, z, e.in_scale.to(z.dtype))
+            if e.rotation is not None:
+                z = self.rotate(m, z, e.rotation).to(z.dtype)
+            if e.in_scale is not None or e.rotation is not None:
+                x = _put(x, rows[i], z)
+            inputs[i] = z
+        y: Tensor = run(x, *args, **kwargs)
+        # The bias that is in y at this moment, for edits that must not scale it; by adapter when rows differ.
+        biases: dict[str, Tensor | None] = {a.adapter_name if mix else "": self._bias(m) for a in adapters}
+        for adapter, e, z, r in zip(adapters, edits, inputs, rows, strict=True):
+            v, of = _pick(y, r), adapter.adapter_name if mix else ""
+            b = biases[of]
+            keep = None if b is None or e.scale_bias or e.out_scale is None else self.per_output(m, b).to(v.dtype)
+            if keep is not None:
+                v = v - keep
+            for term in e.terms:
+                v = v + term.apply(self, adapter.site, _drop(z, e.dropout, m.training)).to(v.dtype)
+            if e.bias is not None and (e.scale_bias or e.out_scale is None):
+                v = v + self.per_output(m, e.bias).to(v.dtype)
+            if e.out_scale is not None:
+                v = v * self.per_output(m, e.out_scale).to(v.dtype)
+            if keep is not None:
+                v = v + keep
+            if e.bias is not None and not (e.scale_bias or e.out_scale is None):
+                v = v + self.per_output(m, e.bias).to(v.dtype)
+            biases[of] = e.edited_bias(b)
+            y = _put(y, r, v)
+        return y
+
+    def _bias(self, m: nn.Module) -> Tensor | None:
+        path = self.bias(m, "weight")
+        return None if path is None else getattr(m, path)
+
+
+_WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale"})
+
+
+def _pick(t: Tensor, rows: Tensor | None) -> Tensor:
+    return t if rows is None else t[rows]
+
+
+def _put(t: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
+    return value if rows is None else t.index_copy(0, rows, value.to(t.dtype))
+
+
+def _drop(x: Tensor, p: float, training: bool) -> Tensor:
+    return F.dropout(x, p, training) if p and training and x.is_floating_point() else x

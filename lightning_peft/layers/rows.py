@@ -1,0 +1,73 @@
+"""Rows of one batch under different adapters: which rows belong to which name, seen by every adapted layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["BASE", "RowMix", "current_rows", "no_rows", "use_rows"]
+
+BASE = "__base__"  # a row under no adapter, as Hugging Face peft spells it
+
+
+class RowMix:
+    """One adapter name a sample; index tensors are made once per (batch size, device)."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._index: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    def index(self, name: str, n_rows: int, device: torch.device) -> Tensor:
+        """Rows [k] int64 of `name` in a tensor with `n_rows` leading rows.
+
+        A layer may see each sample several times in a row: tokens flattened into the batch, beams. Batch-major order
+        is assumed, which is what Hugging Face models use.
+
+        Raises:
+            ValueError: `n_rows` is no multiple of the number of names.
+        """
+        key = (name, n_rows, device)
+        if key not in self._index:
+            if n_rows % len(self.names):
+                raise ValueError(
+                    f"adapter_names: expected a batch of {len(self.names)} rows (or a multiple, batch-major), "
+                    f"got {n_rows}; give one adapter name per sample"
+                )
+            repeat = n_rows // len(self.names)
+            rows = torch.tensor([i for i, n in enumerate(self.names) if n == name], dtype=torch.int64)
+            rows = (rows[:, None] * repeat + torch.arange(repeat)).reshape(-1)
+            self._index[key] = rows.to(device)
+        return self._index[key]
+
+
+_current: list[RowMix | None] = [None]
+
+
+def current_rows() -> RowMix | None:
+    """The mix in force, or None: all rows under the active adapters."""
+    return _current[0]
+
+
+@contextmanager
+def no_rows() -> Iterator[None]:
+    """Suspend the mix: the rows at hand are all under one name already."""
+    before = _current[0]
+    _current[0] = None
+    try:
+        yield
+    finally:
+        _current[0] = before
+
+
+@contextmanager
+def use_rows(names: Sequence[str]) -> Iterator[None]:
+    """Put a mix in force; keep backward inside too when activations are recomputed."""
+    before = _current[0]
+    _current[0] = RowMix(names)
+    try:
+        yield
+    finally:
+        _current[0] = before

@@ -1,0 +1,124 @@
+"""Modules whose forward reads several weights itself: MultiheadAttention, LSTM, GRU, RNN.
+
+The class of the reader is swapped, and around its own forward each weight is shadowed by W'. Keys stay as they are
+(`torch.nn.utils.parametrize` would rename them). An edit that needs the input (dropout, rows under different
+adapters) has no meaning here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.layers.adapted import Adapter, shadowed
+from lightning_peft.layers.matrix import MatrixOps
+from lightning_peft.layers.rows import current_rows
+
+__all__ = ["MultiheadAttentionOps", "RecurrentOps", "WeightsOps"]
+
+
+class WeightsOps(MatrixOps):
+    """Edits on the weight, for a reader of any number of [out, in] weights."""
+
+    on_activations = frozenset()
+
+    def forward(
+        self,
+        m: nn.Module,
+        run: Callable[..., Any],
+        adapters: Sequence[Adapter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The module's own forward, reading W' and b'."""
+        if current_rows() is not None:
+            raise ValueError(
+                f"{adapters[0].site.name}: expected a layer whose rows can be told apart, got "
+                f"{type(m).__name__}, whose adapters act on the weight; run the adapters one after the other"
+            )
+        with shadowed(m, self.edited(m, adapters)):
+            return run(*args, **kwargs)
+
+    def edited(self, m: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+        """W' (and b' where it differs) by path, in the dtype of the weights."""
+        by_weight: dict[str, list[Adapter]] = {}
+        for adapter in adapters:
+            by_weight.setdefault(adapter.site.parameter, []).append(adapter)
+        tensors: dict[str, Tensor] = {}
+        for path, group in by_weight.items():
+            site = group[0].site
+            edits = [a.edit() for a in group]
+            W = site.edited(edits).to(site.dtype)
+            tensors[path] = self.from_matrix(m, path, W)
+            b_path = self.bias(m, path)
+            b = None if b_path is None else _attribute(m, b_path)
+            edited = b
+            for e in edits:
+                edited = e.edited_bias(edited)
+            if edited is not b and edited is not None:
+                if b_path is None:
+                    raise ValueError(
+                        f"{site.label}: expected a bias to edit, got a layer without one; exclude it"
+                    )
+                tensors[b_path] = edited.to(site.dtype)
+        return tensors
+
+
+class MultiheadAttentionOps(WeightsOps):
+    """`nn.MultiheadAttention`: in_proj_weight [3e, e] (or q, k, v apart), out_proj.weight [e, e]."""
+
+    def parameters(self, m: Any) -> Sequence[str]:
+        """The projections that this module has."""
+        if m.in_proj_weight is not None:
+            return ("in_proj_weight", "out_proj.weight")
+        return ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+
+    def bias(self, m: Any, name: str) -> str | None:
+        """out_proj.bias, or in_proj_bias where the input projections are one weight."""
+        if name == "out_proj.weight":
+            return "out_proj.bias" if m.out_proj.bias is not None else None
+        return "in_proj_bias" if name == "in_proj_weight" and m.in_proj_bias is not None else None
+
+
+class RecurrentOps(WeightsOps):
+    """LSTM, GRU, RNN: every weight_ih and weight_hh (and weight_hr of a projected LSTM)."""
+
+    def parameters(self, m: nn.Module) -> Sequence[str]:
+        """All matrices, layer by layer."""
+        return tuple(n for n, p in m._parameters.items() if n.startswith("weight_") and p is not None)
+
+    def bias(self, m: nn.Module, name: str) -> str | None:
+        """bias_ih for weight_ih and so on."""
+        path = name.replace("weight_", "bias_")
+        return path if m._parameters.get(path) is not None else None
+
+    def forward(
+        self,
+        m: Any,
+        run: Callable[..., Any],
+        adapters: Sequence[Adapter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """As any reader; the flat list that the kernels take is shadowed too."""
+        if current_rows() is not None:
+            return super().forward(m, run, adapters, args, kwargs)
+        edited = self.edited(m, adapters)
+        flat = [edited.get(n, getattr(m, n)) for n in m._flat_weights_names]
+        before = m.__dict__["_flat_weights"]
+        m.__dict__["_flat_weights"] = flat
+        try:
+            return run(*args, **kwargs)
+        finally:
+            m.__dict__["_flat_weights"] = before
+
+
+def _attribute(m: nn.Module, path: str) -> Tensor:
+    owner, _, leaf = path.rpartition(".")
+    value = getattr(m.get_submodule(owner) if owner else m, leaf)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{type(m).__name__}.{path}: expected a tensor, got {type(value).__name__}")
+    return value

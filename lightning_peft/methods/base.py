@@ -1,0 +1,252 @@
+"""The four kinds of method, and the registry.
+
+A method is a frozen dataclass: what the user says, nothing that is computed. Its file holds the formula and the table
+of names it has in Hugging Face's format; it never sees a kind of layer, packed bytes, the trainer or a strategy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.edit import Edit
+from lightning_peft.site import Site
+
+__all__ = [
+    "METHODS",
+    "BlockMethod",
+    "Context",
+    "HFFormat",
+    "Method",
+    "SelectMethod",
+    "SequenceMethod",
+    "WeightMethod",
+    "empty_like_site",
+    "from_plain",
+    "match_pattern",
+    "register",
+    "require",
+    "to_plain",
+]
+
+METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class HFFormat:
+    """How a method is written in a Hugging Face peft directory.
+
+    Attributes:
+        peft_type: Value of ``peft_type`` in adapter_config.json.
+        tensors: Our tensor name → theirs, as it stands after the module's path (``"A": "lora_A.weight"``).
+        config: Our field → their config key, for fields that carry over unchanged.
+        fixed: Config keys with a value that never changes for this method (``{"use_dora": True}``).
+        defaults: Their default for a config key that a file may leave out; a key missing from both raises.
+        prefix: Tensors that stand once for the whole model, our name → their full key.
+    """
+
+    peft_type: str
+    tensors: Mapping[str, str]
+    config: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    prefix: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a schedule may see at a step.
+
+    Attributes:
+        step: Optimizer steps done so far.
+        total_steps: Optimizer steps of the whole run; None where it is unbounded.
+        entries: (site, tensors) of every place where the method is attached; tensors include buffers.
+        grad_scale: Factor that gradients carry at this moment (GradScaler's), 1.0 without one.
+    """
+
+    step: int
+    total_steps: int | None
+    entries: Sequence[tuple[Site, Mapping[str, Tensor]]]
+    grad_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """Common to all methods: which modules, and round trip to plain data."""
+
+    kind: ClassVar[str] = ""
+    hf: ClassVar[HFFormat | None] = None
+    mergeable: ClassVar[bool] = True
+
+    target_modules: str | list[str] | None = field(default=None, kw_only=True)
+    exclude_modules: str | list[str] | None = field(default=None, kw_only=True)
+    layers_to_transform: int | list[int] | None = field(default=None, kw_only=True)
+
+    #: Row of the architectures' table that `target_modules=None` means.
+    default_targets: ClassVar[str] = "lora"
+
+    @property
+    def label(self) -> str:
+        """The name that reports and errors use."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """Changes weights: lowers to an Edit at each site."""
+
+    kind: ClassVar[str] = "weight"
+
+    def check(self, site: Site) -> None:
+        """Raise ValueError where the method has no meaning at this site; nothing is changed yet."""
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """Trained tensors at their start, on the CPU or on meta, in fp32."""
+        raise TypeError(f"{self.label}: expected a method with `parameters`, found none")
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """Tensors that are kept and saved but not trained (masks, averages)."""
+        return {}
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Frozen tensors that all sites share; held once at the root."""
+        return {}
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """Start values that need the weight.
+
+        Args:
+            p: What `parameters` and `buffers` returned; values are replaced in place (``p["A"] = …``).
+            site: The site.
+            W: Canonical weight [*batch, out, in] in fp32, before any quantisation.
+
+        Returns:
+            The weight to store instead (PiSSA's residual), or None to leave it.
+        """
+        return None
+
+    @property
+    def rewrites_base(self) -> bool:
+        """Whether `initialise` needs the weight (and may replace it)."""
+        return False
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """The change of the weight."""
+        raise TypeError(f"{self.label}: expected a method with `edit`, found none")
+
+    def trains_bias(self) -> str:
+        """``"none"``, ``"all"`` or ``"adapted"``: biases trained beside the edit."""
+        return "none"
+
+    def penalty(self, ctx: Context) -> Tensor | None:
+        """A term added to the loss once per optimizer step, as a gradient before clipping."""
+        return None
+
+    def after_backward(self, ctx: Context) -> None:
+        """Called when gradients of a step are complete, before clipping."""
+
+    def after_step(self, ctx: Context) -> None:
+        """Called after the optimizer's step, gradients still there."""
+
+
+@dataclass(frozen=True)
+class BlockMethod(Method):
+    """Adds a small module behind (or beside) a layer: y → after(module, x, y)."""
+
+    kind: ClassVar[str] = "block"
+    mergeable: ClassVar[bool] = False
+
+    def module(self, site: Site) -> nn.Module:
+        """The added module, initialised."""
+        raise TypeError(f"{self.label}: expected a method with `module`, found none")
+
+    def after(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's new output from its input x and output y."""
+        raise TypeError(f"{self.label}: expected a method with `after`, found none")
+
+
+@dataclass(frozen=True)
+class SequenceMethod(Method):
+    """Adds positions to the sequence: acts at the model's boundary or in its attention."""
+
+    kind: ClassVar[str] = "sequence"
+    mergeable: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class SelectMethod(Method):
+    """Trains a subset of the model's own parameters (on a copy: the base keeps its bits)."""
+
+    kind: ClassVar[str] = "select"
+
+    def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+        """Whether this parameter of `owner` is trained."""
+        raise TypeError(f"{self.label}: expected a method with `selects`, found none")
+
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Make a method known by its class name: to checkpoints, Hugging Face exchange and the generated table."""
+    METHODS[cls.__name__] = cls
+    return cls
+
+
+def to_plain(method: Method) -> dict[str, Any]:
+    """A dict of plain data that `torch.load(weights_only=True)` takes; inverse of `from_plain`."""
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return {"method": type(method).__name__, **fields}
+
+
+def from_plain(data: Mapping[str, Any]) -> Method:
+    """The method that `to_plain` described.
+
+    Raises:
+        ValueError: unknown method or field, with the known ones.
+    """
+    fields = dict(data)
+    name = fields.pop("method", None)
+    cls = METHODS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(
+            f"stored method: expected one of {sorted(METHODS)}, got {name!r}; "
+            "import the module that registers it"
+        )
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(
+            f"stored {name}: expected fields {sorted(known)}, got also {unknown}; "
+            "the file was written by a newer version"
+        )
+    return cls(**fields)
+
+
+def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Value of the first pattern that matches a layer's name, as peft does it: ``(.*\\.)?PATTERN$``."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def empty_like_site(site: Site, *shape: int) -> Tensor:
+    """An fp32 tensor [*batch, *shape], on meta where the site's weight is, else on the CPU.
+
+    Adapters start on the CPU (their values then depend on the seed alone, not on the device) and are moved by attach.
+    """
+    device = "meta" if site.device.type == "meta" else "cpu"
+    return torch.empty(*site.batch_shape, *shape, dtype=torch.float32, device=device)

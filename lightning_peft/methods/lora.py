@@ -1,0 +1,233 @@
+"""LoRA: W' = W + s · B A, with s = α/r, or α/√r (rsLoRA). Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.edit import Edit, LowRank
+from lightning_peft.methods.base import (
+    HFFormat,
+    WeightMethod,
+    empty_like_site,
+    match_pattern,
+    register,
+    require,
+)
+from lightning_peft.site import Site
+
+__all__ = ["LoRA"]
+
+_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq")
+
+
+@register
+@dataclass(frozen=True)
+class LoRA(WeightMethod):
+    """Low-rank change of a weight: A [r, in] starts random, B [out, r] at zero.
+
+    Attributes:
+        r: Rank, 1 ≤ r ≤ min(in, out).
+        alpha: Scale numerator.
+        dropout: Probability of dropping an input element of the low-rank branch, in training.
+        init: ``"default"`` (A Kaiming-uniform), ``"gaussian"`` (A normal, σ = 1/r), ``"orthogonal"``,
+            ``"pissa"`` (arXiv:2404.02948; ``"pissa_niter_N"`` by randomised SVD), ``"olora"`` (arXiv:2406.01775),
+            ``"loftq"`` (arXiv:2310.08659; needs a quantised base). The last three take their part out of the base,
+            so that the output is unchanged at the start; detaching puts the base's bits back.
+        use_rslora: s = α/√r, stable for large ranks.
+        lora_bias: A bias on B, trained: b' = b + s · bias_B.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"lora_only"``.
+        rank_pattern: Layer name pattern → rank; a suffix or a regular expression anchored at the end, first match.
+        alpha_pattern: The same for alpha.
+        loftq_iter: Alternations of quantising and factorising for ``"loftq"``.
+
+    Raises:
+        ValueError: r < 1, alpha ≤ 0, dropout outside [0, 1), an unknown init.
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    init: str = "default"
+    use_rslora: bool = False
+    lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    loftq_iter: int = 1
+
+    hf = HFFormat(
+        peft_type="LORA",
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight", "bias_B": "lora_B.bias"},
+        config={
+            "r": "r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+            "use_rslora": "use_rslora",
+            "lora_bias": "lora_bias",
+            "bias": "bias",
+            "rank_pattern": "rank_pattern",
+            "alpha_pattern": "alpha_pattern",
+        },
+        fixed={"use_dora": False, "init_lora_weights": True},
+        defaults={
+            "lora_dropout": 0.0,
+            "use_rslora": False,
+            "lora_bias": False,
+            "bias": "none",
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
+        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            require(alpha > 0, f"{self.label}: expected alpha > 0, got {where} = {alpha}")
+        require(
+            0.0 <= self.dropout < 1.0,
+            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
+        )
+        require(
+            self.init in _INITS or self._niter is not None,
+            f"{self.label}: expected init in {(*_INITS, 'pissa_niter_N')}, got {self.init!r}",
+        )
+        require(
+            self.bias in ("none", "all", "lora_only"),
+            f"{self.label}: expected bias in ('none', 'all', 'lora_only'), got {self.bias!r}",
+        )
+
+    @property
+    def _niter(self) -> int | None:
+        head, _, n = self.init.rpartition("_")
+        return int(n) if head == "pissa_niter" and n.isdecimal() else None
+
+    def rank(self, site: Site) -> int:
+        """Rank at this site."""
+        r: int = match_pattern(self.rank_pattern, site.name, self.r) if self.rank_pattern else self.r
+        return r
+
+    def scaling(self, site: Site, r: int) -> float:
+        """S at this site."""
+        alpha = match_pattern(self.alpha_pattern, site.name, self.alpha) if self.alpha_pattern else self.alpha
+        return float(alpha / math.sqrt(r) if self.use_rslora else alpha / r)
+
+    def check(self, site: Site) -> None:
+        """Rank against the layer's size; odd ranks cannot be split in two for ``"orthogonal"``."""
+        r, most = self.rank(site), min(site.out_features, site.in_features)
+        require(
+            r <= most,
+            f"{self.label} on {site.label!r}: expected 1 <= r <= min(in_features, out_features) = {most}, "
+            f"got r = {r}; lower r, or set it for this layer with rank_pattern, or exclude it",
+        )
+        require(
+            self.init != "orthogonal" or r % 2 == 0,
+            f"{self.label} on {site.label!r}: expected an even rank for init='orthogonal', got r = {r}",
+        )
+        require(
+            not (site.lookup and self.rewrites_base),
+            f"{self.label} on {site.label!r}: expected a layer with features for input with init={self.init!r}, "
+            "got an embedding; exclude it or use init='default'",
+        )
+        require(
+            not (site.lookup and self.dropout and self.lora_bias),
+            f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got lora_bias=True",
+        )
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """A and B (and bias_B) at their start."""
+        r = self.rank(site)
+        A, B = empty_like_site(site, r, site.in_features), empty_like_site(site, site.out_features, r)
+        if site.lookup:  # ids pick columns of A, so A is the one that starts at zero
+            nn.init.zeros_(A)
+            nn.init.normal_(B)
+        else:
+            self._start(A, B, r)
+        p = {"A": A, "B": B}
+        if self.lora_bias:
+            p["bias_B"] = nn.init.zeros_(empty_like_site(site, site.out_features))
+        return p
+
+    def _start(self, A: Tensor, B: Tensor, r: int) -> None:
+        nn.init.zeros_(B)
+        if self.init == "gaussian":
+            nn.init.normal_(A, std=1.0 / r)
+        elif self.init == "orthogonal" and A.device.type != "meta":
+            # Two halves of one orthogonal basis: B A = 0 although neither is zero.
+            Q = torch.linalg.qr(torch.randn(*A.shape[:-2], r, r))[0]
+            A.copy_((torch.randn(*A.shape[:-2], A.shape[-1], r // 2) @ Q[..., 1::2, :]).mT / 10)
+            B.copy_(torch.randn(*B.shape[:-2], B.shape[-2], r // 2) @ Q[..., 0::2, :] / 10)
+        else:  # Kaiming-uniform with a = √5 over rows of length in: U(−1/√in, 1/√in)
+            nn.init.uniform_(A, -1 / math.sqrt(A.shape[-1]), 1 / math.sqrt(A.shape[-1]))
+
+    @property
+    def rewrites_base(self) -> bool:
+        """PiSSA, OLoRA and LoftQ start from the weight and change it."""
+        return self.init in ("olora", "loftq") or self.init.startswith("pissa")
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """A and B as they started, which the plain form for exchange needs: B A − B₀ A₀ is the change."""
+        if not self.rewrites_base:
+            return {}
+        r = self.rank(site)
+        return {
+            "A0": empty_like_site(site, r, site.in_features),
+            "B0": empty_like_site(site, site.out_features, r),
+        }
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """A and B from W [*batch, out, in] fp32; returns the residual that the base keeps."""
+        r = p["A"].shape[-2]
+        s = self.scaling(site, r)
+        if self.init == "loftq":
+            A, B, base = self._loftq(site, W, r, s)
+        else:
+            if self.init == "olora":
+                Q, R = torch.linalg.qr(W)
+                A, B = R[..., :r, :], Q[..., :, :r]
+            else:
+                A, B = _factor(W, r, s, self._niter)
+            base = W - s * (B @ A)
+        for name, value in (("A", A), ("B", B), ("A0", A), ("B0", B)):
+            if name in p:
+                p[name] = value.clone(memory_format=torch.contiguous_format)
+        return base
+
+    def _loftq(self, site: Site, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Alternate: the base takes what the factors leave, the factors take what quantising loses."""
+        base = W
+        A, B = _factor(W - site.roundtrip(base), r, s, None)
+        for _ in range(self.loftq_iter - 1):
+            base = W - s * (B @ A)
+            A, B = _factor(W - site.roundtrip(base), r, s, None)
+        return A, B, base
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """W + s B A, b + s bias_B."""
+        A = p["A"]
+        s = self.scaling(site, A.shape[-2])
+        bias = s * p["bias_B"] if self.lora_bias else None
+        return Edit(terms=(LowRank(A, p["B"], s),), bias=bias, dropout=self.dropout)
+
+    def trains_bias(self) -> str:
+        """Biases of the base trained beside the edit."""
+        return {"none": "none", "all": "all", "lora_only": "adapted"}[self.bias]
+
+
+def _factor(W: Tensor, r: int, s: float, niter: int | None) -> tuple[Tensor, Tensor]:
+    """A = √(S/s) Vᵀ, B = U √(S/s) of the r leading singular triplets."""
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[..., :r], S[..., :r], Vh[..., :r, :]
+    else:
+        U, S, V = torch.svd_lowrank(W, q=r, niter=niter)
+        Vh = V.mT
+    root = (S / s).sqrt()
+    return root.unsqueeze(-1) * Vh, U * root.unsqueeze(-2)

@@ -1,0 +1,44 @@
+"""ModulesToSave: whole modules (a classification head) trained beside an adapter, on a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.methods.base import SelectMethod, register
+
+__all__ = ["ModulesToSave"]
+
+
+@register
+@dataclass(frozen=True)
+class ModulesToSave(SelectMethod):
+    """Every parameter of the named modules.
+
+    Attributes:
+        modules: Fully qualified names, relative to the model that attach was given.
+    """
+
+    modules: tuple[str, ...] | list[str] = ()
+
+    def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+        """Whether the parameter lies in one of the modules."""
+        return any(name.startswith(f"{m}.") for m in self.modules)
+
+
+@register
+@dataclass(frozen=True)
+class TrainedBias(SelectMethod):
+    """Biases trained beside an edit (LoRA's ``bias``).
+
+    Attributes:
+        modules: Names of the modules whose bias is trained; None for all.
+    """
+
+    modules: tuple[str, ...] | list[str] | None = None
+
+    def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+        """Whether the parameter is a bias in question."""
+        owner_name, _, leaf = name.rpartition(".")
+        return leaf.startswith("bias") and (self.modules is None or owner_name in self.modules)

@@ -1,0 +1,169 @@
+"""Where the adapters of a method go: its sites, found and checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_peft.layers import PLAIN, ops_for
+from lightning_peft.layers.adapted import Adapted
+from lightning_peft.methods.base import Method
+from lightning_peft.site import Site
+from lightning_peft.storage import storage_of
+from lightning_peft.targets import Selection, select
+
+__all__ = ["Placement", "adaptable", "place"]
+
+
+@dataclass
+class Placement:
+    """One adapter to be made.
+
+    Attributes:
+        name: Fully qualified name of the module.
+        module: The module whose class will be swapped.
+        site: The weight, or for copies and blocks the module itself with its main parameter.
+        slot: Key among several adapters of one name on one module; "" where there is one.
+        paths: For trained copies: paths of the parameters.
+    """
+
+    name: str
+    module: nn.Module
+    site: Site
+    slot: str = ""
+    paths: tuple[str, ...] = ()
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether weights of this module can be edited in place."""
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return False  # MultiheadAttention's out_proj: its forward is never called
+    return ops_for(module) is not None and not parametrize.is_parametrized(module)
+
+
+def place(model: nn.Module, method: Method) -> tuple[list[Placement], Selection | None]:
+    """All placements of a method, in the order of `model.named_modules()`.
+
+    Raises:
+        ValueError: nothing matches, or the method has no meaning at a site that matched.
+    """
+    return _PLACERS[method.kind](model, method)
+
+
+def _site(model_name: str, module: nn.Module, parameter: str) -> Site:
+    return Site(module, parameter, model_name, ops_for(module) or PLAIN, storage_of(module, parameter))
+
+
+def _place_weight(model: nn.Module, method: Any) -> tuple[list[Placement], Selection]:
+    selection = _select(model, method)
+    placements = []
+    for name in selection.names:
+        module = model.get_submodule(name)
+        ops = ops_for(module)
+        assert ops is not None  # `adaptable` said so
+        parameters = ops.parameters(module)
+        for parameter in parameters:
+            slot = "" if len(parameters) == 1 else parameter.replace(".", "_")
+            site = _site(name, module, parameter)
+            method.check(site)
+            placements.append(Placement(name, module, site, slot))
+    return placements, selection
+
+
+def _select(model: nn.Module, method: Any) -> Selection:
+    return select(
+        model,
+        method.target_modules,
+        exclude_modules=method.exclude_modules,
+        layers_to_transform=method.layers_to_transform,
+        adaptable=adaptable,
+        kind_hint=method.default_targets,
+    )
+
+
+def _place_block(model: nn.Module, method: Any) -> tuple[list[Placement], Selection]:
+    selection = _select(model, method)
+    placements = []
+    for name in selection.names:
+        module = model.get_submodule(name)
+        placements.append(Placement(name, module, _site(name, module, _main_parameter(module))))
+    return placements, selection
+
+
+def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]:
+    placements = []
+    for name, module in model.named_modules():
+        if _inside_peft(name) or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            continue
+        paths = []
+        for path, parameter in _read_parameters(module):
+            full = f"{name}.{path}" if name else path
+            if parameter.is_floating_point() and method.selects(full, parameter, module):
+                paths.append(path)
+        if paths:
+            site = Site(module, paths[0], name, ops_for(module) or PLAIN, storage_of(module, paths[0]))
+            placements.append(Placement(name, module, site, paths=tuple(paths)))
+    if not placements:
+        raise ValueError(
+            f"{method.label}: expected at least one parameter to train, found none that it selects in "
+            f"{type(model).__name__}; choose another method or widen its choice"
+        )
+    return placements, None
+
+
+def _read_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that this module's own forward reads: its own, and those of children it never calls."""
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return []  # read by its parent
+    own = [(n, p) for n, p in module.named_parameters(recurse=False)]
+    if isinstance(module, nn.MultiheadAttention):
+        own += [(f"out_proj.{n}", p) for n, p in module.out_proj.named_parameters(recurse=False)]
+    return own
+
+
+def _inside_peft(name: str) -> bool:
+    return "peft" in name.split(".") or "peft_shared" in name.split(".")
+
+
+def _main_parameter(module: nn.Module) -> str:
+    return next((n for n, _ in module.named_parameters(recurse=False)), "weight")
+
+
+_PLACERS: dict[str, Callable[[nn.Module, Any], tuple[list[Placement], Selection | None]]] = {
+    "weight": _place_weight,
+    "block": _place_block,
+    "select": _place_select,
+}
+
+
+def refuse_unfit(placement: Placement) -> None:
+    """Raise before anything changes where a class swap would not take effect or would harm.
+
+    Raises:
+        ValueError: the module has an attribute ``peft`` of its own, is parametrised, or has an instance ``forward``.
+    """
+    module, name = placement.module, placement.name
+    if isinstance(module, Adapted):
+        return
+    if hasattr(module, "peft"):
+        raise ValueError(
+            f"{name!r}: expected a module without an attribute named 'peft', found {type(module.peft).__name__}; "
+            "rename it, or exclude the module"
+        )
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            f"{name!r}: expected a module that is not parametrised, found "
+            f"{list(module.parametrizations)} under torch.nn.utils.parametrize; "  # type: ignore[arg-type]
+            "remove the parametrisation first, or exclude the module"
+        )
+    forward = vars(module).get("forward")
+    if forward is not None and "_old_forward" not in vars(module):
+        raise ValueError(
+            f"{name!r}: expected the class's own forward, found an instance attribute 'forward' from "
+            f"{getattr(forward, '__module__', type(forward).__module__)}; it would bypass the adapter: "
+            "undo that patch before attaching"
+        )

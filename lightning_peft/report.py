@@ -1,0 +1,148 @@
+"""The preflight report: what matched, what it costs, what is fused and why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
+from lightning_peft.record import records_in
+from lightning_peft.site import Reason
+from lightning_peft.storage import storage_of
+
+__all__ = ["Group", "Report", "parameter_report"]
+
+
+@dataclass
+class Group:
+    """Layers of one suffix that are adapted alike.
+
+    Attributes:
+        layers: Suffix, for instance ``q_proj``.
+        count: How many.
+        method: Name of the method.
+        shape: Canonical shape, or "mixed".
+        trainable: Trained elements.
+        storage: Where the weights live.
+        fused: Whether a fused kernel runs, or why not.
+    """
+
+    layers: str
+    count: int
+    method: str
+    shape: str
+    trainable: int
+    storage: str
+    fused: str
+
+
+@dataclass
+class Report:
+    """What `attach` found and made.
+
+    Attributes:
+        groups: Adapted layers by suffix.
+        trainable: Trained elements.
+        total: Logical elements of the model, a 4-bit weight counted as one each, adapters included.
+        nbytes: Bytes by part: "base", "quantised base", "adapters".
+        skipped: (name, reason) of layers that matched and were left out.
+        dense: (name, reason) of linear layers that quantisation left dense.
+        tied: Groups of parameter names that share one tensor.
+        eval_modules: Number of modules in eval mode (no dropout there).
+        notes: Anything else worth saying.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    trainable: int = 0
+    total: int = 0
+    nbytes: dict[str, int] = field(default_factory=dict)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    dense: list[tuple[str, str]] = field(default_factory=list)
+    tied: list[tuple[str, ...]] = field(default_factory=list)
+    eval_modules: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def percent(self) -> float:
+        """Trained share of all elements, in percent."""
+        return 100.0 * self.trainable / max(1, self.total)
+
+    def __str__(self) -> str:
+        """A plain table."""
+        lines = [
+            f"{g.layers:<24} ×{g.count:<4} {g.method:<10} {g.shape:<16} {g.trainable:>12,} {g.storage:<8} {g.fused}"
+            for g in self.groups
+        ]
+        lines.append(f"trainable {self.trainable:,} of {self.total:,} = {self.percent:.3f} %")
+        lines += [f"{part}: {n:,} bytes" for part, n in self.nbytes.items()]
+        lines += [f"left out: {name} ({why})" for name, why in self.skipped]
+        lines += [f"tied: {' = '.join(names)}" for names in self.tied]
+        return "\n".join([*lines, *self.notes])
+
+
+def parameter_report(model: nn.Module) -> Report:
+    """Count and describe; nothing is changed."""
+    report = Report()
+    for _, _, record in records_in(model):
+        report.skipped += record.skipped
+        report.dense += record.dense
+        report.tied += record.tied
+    _count(model, report)
+    found: dict[tuple[str, str, str, str, str], list[int]] = {}
+    for name, module in adapted_modules(model):
+        for adapter in adapters_of(module):
+            key = (
+                name.rpartition(".")[2] or type(module).__name__,
+                adapter.method.label,
+                "×".join(map(str, adapter.site.shape)) if adapter.kind == "weight" else "",
+                adapter.site.storage.label,
+                _fused(adapter),
+            )
+            found.setdefault(key, []).append(sum(p.numel() for p in adapter.parameters()))
+    report.groups = [
+        Group(suffix, len(n), method, shape, sum(n), storage, fused)
+        for (suffix, method, shape, storage, fused), n in found.items()
+    ]
+    return report
+
+
+def _fused(adapter: Adapter) -> str:
+    if adapter.kind != "weight":
+        return ""
+    kernel = adapter.site.storage.fused(frozenset({"low_rank"}), adapter.site)
+    return str(kernel) if isinstance(kernel, Reason) else "fused"
+
+
+def _count(model: nn.Module, report: Report) -> None:
+    nbytes: Counter[str] = Counter()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        inside = {"peft", "peft_shared"} & set(name.split("."))
+        scales = _scale_names(module)
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            size = parameter.numel() * parameter.element_size()
+            if parameter.requires_grad:
+                report.trainable += parameter.numel()
+            if inside:
+                nbytes["adapters"] += size
+                report.total += parameter.numel()
+            elif key in scales:
+                nbytes["quantised base"] += size
+            else:
+                storage = storage_of(module, key)
+                dense = storage.label == "dense" or key != "weight"
+                nbytes["base" if dense else "quantised base"] += size
+                report.total += parameter.numel() if dense else storage.numel(module, key)
+        if not module.training:
+            report.eval_modules += 1
+    report.nbytes = dict(nbytes)
+
+
+def _scale_names(module: nn.Module) -> set[str]:
+    packed = vars(module).get("_packed") or {}
+    return {f"{name}_absmax" for name in packed}

@@ -1,0 +1,236 @@
+"""A site: one weight that an Edit acts on, and the two protocols that serve it.
+
+A method sees a `Site` only: its canonical shape, its channels, its weight read through the storage. It never sees
+whether the weight is packed (`Storage`) nor whether the layer is a convolution (`LayerOps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_peft.edit import Edit, Rotation
+
+__all__ = ["LayerOps", "Reason", "Site", "Storage"]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something was not done; printed in the report."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Storage(Protocol):
+    """Where the frozen weight lives: read, written, counted and fused, a layer at a time."""
+
+    label: str  # "dense", "nf4", "int8" …: the word the report prints
+
+    def shape(self, m: nn.Module, name: str) -> torch.Size:
+        """Natural shape of the weight, never the packed one."""
+        ...
+
+    def numel(self, m: nn.Module, name: str) -> int:
+        """Logical number of parameters, never of packed elements."""
+        ...
+
+    def nbytes(self, m: nn.Module, name: str) -> int:
+        """Bytes held, scales included."""
+        ...
+
+    def dtype(self, m: nn.Module, name: str) -> torch.dtype:
+        """Floating dtype that `read` returns when none is asked for."""
+        ...
+
+    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in its natural shape, detached; dense storage returns it without a copy."""
+        ...
+
+    def write(self, m: nn.Module, name: str, W: Tensor) -> None:
+        """Replace the weight (quantising it where the storage is quantised)."""
+        ...
+
+    def roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+        """What `read` would give after `write(W)`, without writing."""
+        ...
+
+    def snapshot(self, m: nn.Module, name: str) -> Any:
+        """The stored bits, on the CPU."""
+        ...
+
+    def restore(self, m: nn.Module, name: str, bits: Any) -> None:
+        """Put back what `snapshot` returned, bit for bit."""
+        ...
+
+    def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
+        """Make the weight an ordinary dense parameter with this value; returns how to undo it."""
+        ...
+
+    def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
+        """A kernel that runs base and edit of this form in one call, or why there is none."""
+        ...
+
+
+class LayerOps(Protocol):
+    """How an Edit acts on one kind of layer. Canonical weight: M [*batch, out, in]."""
+
+    def parameters(self, m: nn.Module) -> Sequence[str]:
+        """Paths of the weights of `m` that may be edited."""
+        ...
+
+    def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
+        """Canonical shape [*batch, out, in]."""
+        ...
+
+    def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
+        """Length of an `in_scale`: input features, or channels of a convolution."""
+        ...
+
+    def to_matrix(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+        """Natural → canonical, a view where possible."""
+        ...
+
+    def from_matrix(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
+        """Canonical → natural, a view where possible."""
+        ...
+
+    def bias(self, m: nn.Module, name: str) -> str | None:
+        """Path of the bias that goes with this weight, None where there is none."""
+        ...
+
+    def op(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The layer's function with another (natural) weight and bias."""
+        ...
+
+    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+        """scaling · B A acting on x, without forming B A."""
+        ...
+
+    def scale_in_matrix(self, m: nn.Module, M: Tensor, scale: Tensor) -> Tensor:
+        """M diag(scale), `scale` per channel."""
+        ...
+
+    def forward(
+        self,
+        m: nn.Module,
+        run: Callable[..., Any],
+        adapters: Sequence[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The adapted forward; `run` is the forward of the class underneath."""
+        ...
+
+    @property
+    def lookup(self) -> bool:
+        """Whether the input is ids rather than features."""
+        ...
+
+    def supports(self, part: str) -> bool:
+        """Whether this part of an Edit acts on activations here; otherwise it takes the weight path."""
+        ...
+
+    def rotate(self, m: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
+        """X R."""
+        ...
+
+
+@dataclass
+class Site:
+    """One weight of one module.
+
+    Attributes:
+        module: The module whose forward reads the weight.
+        parameter: Path of the weight inside the module, usually ``"weight"``.
+        name: Fully qualified name of the module, for messages and patterns.
+        ops: How an Edit acts on this kind of layer.
+        storage: Where the weight lives.
+    """
+
+    module: nn.Module
+    parameter: str
+    name: str
+    ops: LayerOps
+    storage: Storage
+
+    @property
+    def label(self) -> str:
+        """Name of the weight for messages."""
+        return self.name if self.parameter == "weight" else f"{self.name}.{self.parameter}"
+
+    @property
+    def shape(self) -> torch.Size:
+        """Canonical shape [*batch, out_features, in_features]."""
+        natural = self.storage.shape(self.module, self.parameter)
+        return self.ops.shape(self.module, self.parameter, natural)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading axes: empty, or [experts]."""
+        return self.shape[:-2]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the canonical weight."""
+        return self.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the canonical weight (channels · kernel size for a convolution)."""
+        return self.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """Length of an `in_scale`."""
+        natural = self.storage.shape(self.module, self.parameter)
+        return self.ops.channels(self.module, self.parameter, natural)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the (dequantised) weight."""
+        return self.storage.dtype(self.module, self.parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the stored weight."""
+        parameter: Tensor = self.module.get_parameter(self.parameter)
+        return parameter.device
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layer adds a bias."""
+        return self.ops.bias(self.module, self.parameter) is not None
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Canonical weight [*batch, out, in], detached, dequantised where packed."""
+        natural = self.storage.read(self.module, self.parameter, dtype)
+        return self.ops.to_matrix(self.module, self.parameter, natural)
+
+    def write(self, M: Tensor) -> None:
+        """Store a canonical weight."""
+        natural = self.ops.from_matrix(self.module, self.parameter, M)
+        self.storage.write(self.module, self.parameter, natural)
+
+    def roundtrip(self, M: Tensor) -> Tensor:
+        """The canonical weight as it would read after `write(M)`."""
+        natural = self.ops.from_matrix(self.module, self.parameter, M)
+        return self.ops.to_matrix(
+            self.module,
+            self.parameter,
+            self.storage.roundtrip(self.module, self.parameter, natural),
+        )
+
+    def edited(self, edits: Sequence[Edit], W: Tensor | None = None) -> Tensor:
+        """Canonical weight after `edits`, applied in order."""
+        M = self.weight() if W is None else W
+        for edit in edits:
+            M = edit.matrix(M, self.ops, self)
+        return M

@@ -1,0 +1,46 @@
+"""What the user says about the frozen base's storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Quantization"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen base is stored.
+
+    Attributes:
+        kind: ``"nf4"`` or ``"fp4"`` (4 bit, ours, byte-compatible with bitsandbytes) or ``"int8"`` (bitsandbytes'
+            Linear8bitLt).
+        block_size: Elements that share one scale; a power of two from 32 to 4096. 4 bit only.
+        double_quant: Whether the scales are quantised too: 0.516 instead of 0.5625 bytes a weight at 64. 4 bit only.
+        compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: dtype that weights are dequantised to; None
+            means the dtype they had.
+        compute: ``"auto"``, or ``"fp8"`` for e4m3 products with the frozen base where the chip has them.
+        exclude_modules: Suffixes of linear layers that stay dense, besides the output head.
+
+    Raises:
+        ValueError: an unknown kind, block size or dtype.
+    """
+
+    kind: Literal["nf4", "fp4", "int8"] = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    compute: Literal["auto", "fp8"] = "auto"
+    exclude_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _one_of("kind", self.kind, ("nf4", "fp4", "int8"))
+        _one_of("block_size", self.block_size, tuple(2**i for i in range(5, 13)))
+        _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16", "float16", None))
+        _one_of("compute", self.compute, ("auto", "fp8"))
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Quantization.{name}: expected one of {allowed}, got {value!r}")

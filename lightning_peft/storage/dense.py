@@ -1,0 +1,68 @@
+"""Dense storage: an ordinary floating parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.site import Reason, Site
+
+__all__ = ["DenseStorage"]
+
+
+class DenseStorage:
+    """The weight as it is."""
+
+    label = "dense"
+
+    def shape(self, m: nn.Module, name: str) -> torch.Size:
+        """Natural shape."""
+        return m.get_parameter(name).shape
+
+    def numel(self, m: nn.Module, name: str) -> int:
+        """Elements."""
+        return m.get_parameter(name).numel()
+
+    def nbytes(self, m: nn.Module, name: str) -> int:
+        """Bytes."""
+        p = m.get_parameter(name)
+        return p.numel() * p.element_size()
+
+    def dtype(self, m: nn.Module, name: str) -> torch.dtype:
+        """The parameter's dtype."""
+        return m.get_parameter(name).dtype
+
+    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter itself, detached."""
+        W = m.get_parameter(name).detach()
+        return W if dtype is None else W.to(dtype)
+
+    def write(self, m: nn.Module, name: str, W: Tensor) -> None:
+        """Copy in, one rounding."""
+        with torch.no_grad():
+            m.get_parameter(name).copy_(W)
+
+    def roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+        """Rounding to the parameter's dtype."""
+        return W.to(self.dtype(m, name)).to(W.dtype)
+
+    def snapshot(self, m: nn.Module, name: str) -> Any:
+        """A copy on the CPU."""
+        return m.get_parameter(name).detach().to("cpu", copy=True)
+
+    def restore(self, m: nn.Module, name: str, bits: Any) -> None:
+        """Copy back."""
+        self.write(m, name, bits)
+
+    def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
+        """Already dense: write."""
+        bits = self.snapshot(m, name)
+        self.write(m, name, W)
+        return lambda: self.restore(m, name, bits)
+
+    def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
+        """LoRA on a plain Linear in one autograd function."""
+        return Reason("dense: no fused form")

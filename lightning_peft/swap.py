@@ -1,0 +1,95 @@
+"""Changing a module's class in place, and changing it back.
+
+A mixin is combined with the class a module has, once per pair (`class AdaptedLinear(Adapted, nn.Linear)`), and the
+module's `__class__` is set to it. Parameters, keys, hooks and identity stay; `isinstance` stays true; nothing is
+wrapped. The made class keeps the base's `__name__` and `__module__`, because others decide by them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Swapped", "base_class", "swap_in", "swap_out"]
+
+
+class Swapped:
+    """Base of all mixins that `swap_in` combines with a module's class."""
+
+    _swap_base: type[nn.Module]
+    _swap_mixin: type[Swapped]
+    _swap_prefix: str = ""
+
+    def _get_name(self) -> str:
+        return f"{self._swap_prefix}{type(self).__name__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Rebuild the made class on unpickling: `type()` classes cannot be found by name."""
+        cls: Any = type(self)
+        mixins: list[type[Swapped]] = []
+        while "_swap_base" in vars(cls):
+            mixins.append(cls._swap_mixin)
+            cls = cls._swap_base
+        if not mixins:  # another library stacked its own class on ours; it answers for the result
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (tuple(reversed(mixins)), cls), self.__dict__
+
+
+def _rebuild(mixins: tuple[type[Swapped], ...], base: type[nn.Module]) -> Any:
+    cls: type[nn.Module] = base
+    for mixin in mixins:
+        cls = _mixed(mixin, cls)
+    return cls.__new__(cls)
+
+
+@lru_cache(maxsize=None)
+def _mixed(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
+    return type(
+        base.__name__,
+        (mixin, base),
+        {
+            "_swap_base": base,
+            "_swap_mixin": mixin,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        },
+    )
+
+
+def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Put `mixin` on top of the module's class.
+
+    Raises:
+        TypeError: the class has a layout that Python cannot change (``__slots__``).
+    """
+    module.__class__ = _mixed(mixin, type(module))
+
+
+def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Take `mixin` off again.
+
+    Raises:
+        RuntimeError: another library changed the class on top of ours.
+    """
+    cls: Any = type(module)
+    if vars(cls).get("_swap_mixin") is not mixin:
+        raise RuntimeError(
+            f"{cls.__name__}: expected the class made by lightning_peft on top, got {cls.__mro__[:3]}; "
+            "undo what was stacked on it (FSDP, parametrize) before detaching"
+        )
+    module.__class__ = cls._swap_base
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class without any of our mixins."""
+    return next(c for c in type(module).__mro__ if "_swap_base" not in vars(c) and not issubclass(c, Swapped))
+
+
+def swap_between(module: nn.Module, lower: type[Swapped], upper: type[Swapped]) -> None:
+    """Put `lower` under an `upper` that is already on top (dense → quantised under an adapter)."""
+    swap_out(module, upper)
+    swap_in(module, lower)
+    swap_in(module, upper)
