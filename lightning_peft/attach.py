@@ -252,7 +252,7 @@ def _plan(
         if which != "none":
             names = None if which == "all" else tuple(p.name for p in placements)
             bias = TrainedBias(modules=names)
-            planned += [(bias, "bias", p) for p in place(model, bias)[0]]
+            planned += [(bias, "biases", p) for p in place(model, bias)[0]]
     if saved:
         copies = ModulesToSave(modules=tuple(saved))
         planned += [(copies, "saved" if _overlaps(planned, saved) else "", p) for p in place(model, copies)[0]]
@@ -300,13 +300,17 @@ def _make(
             _initialise(adapter, method, originals.get(id(module)))
         adapter.to(site.device)
         adapter.train(state_training)
-        slot = "_".join(part for part in (key, placement.slot) if part)
-        if not slot:
-            container[adapter_name] = adapter
-        else:
-            if adapter_name not in container:
-                container[adapter_name] = nn.ModuleDict()
-            container[adapter_name][slot] = adapter  # type: ignore[index]
+        _hold(container, adapter_name, "_".join(part for part in (key, placement.slot) if part), adapter)
+
+
+def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapter) -> None:
+    """`peft.<name>` for one adapter, `peft.<name>.<slot>` for each of several on one module."""
+    if not slot:
+        container[adapter_name] = adapter
+        return
+    if adapter_name not in container:
+        container[adapter_name] = nn.ModuleDict()
+    container[adapter_name].add_module(slot, adapter)
 
 
 def _build(method: Method, placement: Placement, adapter_name: str) -> Adapter:

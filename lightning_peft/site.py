@@ -205,6 +205,11 @@ class Site:
         return parameter.device
 
     @property
+    def lookup(self) -> bool:
+        """Whether the layer's input is ids (an embedding)."""
+        return self.ops.lookup
+
+    @property
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""
         return self.ops.bias(self.module, self.parameter) is not None

@@ -34,7 +34,9 @@ class Swapped:
             cls = cls._swap_base
         if not mixins:  # another library stacked its own class on ours; it answers for the result
             return super().__reduce_ex__(protocol)
-        return _rebuild, (tuple(reversed(mixins)), cls), self.__dict__
+        getstate = getattr(self, "__getstate__", None)  # an LSTM leaves its weak references out
+        state = self.__dict__ if getstate is None else getstate()
+        return _rebuild, (tuple(reversed(mixins)), cls), state
 
 
 def _rebuild(mixins: tuple[type[Swapped], ...], base: type[nn.Module]) -> Any:
