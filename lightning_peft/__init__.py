@@ -1,6 +1,6 @@
 """lightning_peft: parameter-efficient fine-tuning for PyTorch Lightning, by one callback.
 
-    Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
+Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
 """
 
 from lightning_peft.active import adapter_names, disable_adapters, set_adapter

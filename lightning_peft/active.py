@@ -26,7 +26,9 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
     known = {n for _, _, r in records for n in r.adapters}
     for name in wanted:
         if name not in known:
-            raise KeyError(f"set_adapter: expected one of {sorted(known)}, got {name!r}; attach it first")
+            raise KeyError(
+                f"set_adapter: expected one of {sorted(known)}, got {name!r}; attach it first"
+            )
     for _, root, record in records:
         activate(root, record, [n for n in wanted if n in record.adapters])
 
@@ -75,7 +77,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     modules = [m for _, m in adapted_modules(model)]
     merged = next((m for m in modules if m._peft.merged), None)
     if merged is not None:
-        raise RuntimeError("disable_adapters: expected unmerged adapters, found merged ones; call unmerge(model) first")
+        raise RuntimeError(
+            "disable_adapters: expected unmerged adapters, found merged ones; call unmerge(model) first"
+        )
     try:
         for module in modules:
             module._peft.disabled = True
@@ -98,5 +102,7 @@ def adapter_names(batch_names: Sequence[str]) -> AbstractContextManager[None]:
     block too: activation checkpointing runs forward again there.
     """
     if isinstance(batch_names, str) or not batch_names:
-        raise ValueError(f"adapter_names: expected one name per row of the batch, got {batch_names!r}")
+        raise ValueError(
+            f"adapter_names: expected one name per row of the batch, got {batch_names!r}"
+        )
     return use_rows(batch_names)

@@ -30,7 +30,11 @@ def trained_tensors(model: nn.Module, adapter_name: str | None = None) -> dict[s
         shared = root._modules.get("peft_shared")
         for key, entry in shared.items() if isinstance(shared, nn.ModuleDict) else ():
             if adapter_name is None or key == adapter_name:
-                _collect(tensors, entry, f"{prefix}.peft_shared.{key}" if prefix else f"peft_shared.{key}")
+                _collect(
+                    tensors,
+                    entry,
+                    f"{prefix}.peft_shared.{key}" if prefix else f"peft_shared.{key}",
+                )
     if tensors or any(True for _ in records_in(model)):
         tensors |= _running_statistics(model)
     return {k.replace("_orig_mod.", ""): t for k, t in tensors.items()}
@@ -62,7 +66,9 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
     return {k: t.detach() for k, t in trained_tensors(model, adapter_name).items()}
 
 
-def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Any], *, strict: bool = True
+) -> None:
     """Copy tensors in, after checking all of them; nothing is copied when one is wrong.
 
     Args:
@@ -81,7 +87,13 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Any], *, stric
                 tensor.copy_(state[key])
 
 
-def check_state(live: Mapping[str, Tensor], state: Mapping[str, Any], *, strict: bool, source: str = "adapter state") -> None:
+def check_state(
+    live: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    strict: bool,
+    source: str = "adapter state",
+) -> None:
     """Raise with every difference between what is expected and what is there."""
     problems: list[str] = []
     if strict:
@@ -95,11 +107,19 @@ def check_state(live: Mapping[str, Tensor], state: Mapping[str, Any], *, strict:
         if not isinstance(value, Tensor):
             problems.append(f"{key}: expected a tensor, got {type(value).__name__}")
         elif value.shape != live[key].shape:
-            problems.append(f"{key}: expected shape {list(live[key].shape)}, got {list(value.shape)}")
-        elif value.is_floating_point() and value.device.type != "meta" and not torch.isfinite(value).all():
+            problems.append(
+                f"{key}: expected shape {list(live[key].shape)}, got {list(value.shape)}"
+            )
+        elif (
+            value.is_floating_point()
+            and value.device.type != "meta"
+            and not torch.isfinite(value).all()
+        ):
             problems.append(f"{key}: expected finite values, got NaN or infinity")
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else "")
+        shown = "\n  ".join(problems[:20]) + (
+            f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        )
         raise ValueError(
             f"{source}: expected {len(live)} tensors that match the attached adapters, got {len(state)} with "
             f"{len(problems)} differences; nothing was loaded. Attach with the configuration that was saved:\n  {shown}"
@@ -109,4 +129,6 @@ def check_state(live: Mapping[str, Tensor], state: Mapping[str, Any], *, strict:
 def _require(model: nn.Module, adapter_name: str | None) -> None:
     known = sorted({n for _, _, r in records_in(model) for n in r.adapters})
     if not known or (adapter_name is not None and adapter_name not in known):
-        raise KeyError(f"adapter_state_dict: expected one of the attached adapters {known}, got {adapter_name!r}")
+        raise KeyError(
+            f"adapter_state_dict: expected one of the attached adapters {known}, got {adapter_name!r}"
+        )

@@ -68,7 +68,9 @@ def attach(
     _check_name(model, adapter_name)
     _require_parameters(model)
     if not methods and not modules_to_save:
-        raise ValueError("attach: expected at least one method or modules_to_save, got none; everything would be frozen")
+        raise ValueError(
+            "attach: expected at least one method or modules_to_save, got none; everything would be frozen"
+        )
     saved = _saved_modules(model, modules_to_save)
     planned, skipped, tied = _plan(model, methods, saved)
     packing = None if quantization is None else plan_quantization(model, quantization, keep=saved)
@@ -89,7 +91,9 @@ def attach(
     _make(model, planned, adapter_name, originals)
     _guard_fast_path(model)
     entry = AdapterRecord(methods, tuple(saved))
-    entry.sites = [(p.site.label, tuple(p.site.shape), m.label) for m, _, p in planned if not p.paths]
+    entry.sites = [
+        (p.site.label, tuple(p.site.shape), m.label) for m, _, p in planned if not p.paths
+    ]
     record.adapters[adapter_name] = entry
     record.skipped, record.tied = skipped, tied
     activate(model, record, [adapter_name])
@@ -110,7 +114,9 @@ def quantize(
         RuntimeError: adapters are attached already.
     """
     if any(True for _ in adapted_modules(model)):
-        raise RuntimeError("quantize: expected a model without adapters, found some; quantise first, or give attach() the quantization")
+        raise RuntimeError(
+            "quantize: expected a model without adapters, found some; quantise first, or give attach() the quantization"
+        )
     packing = plan_quantization(model, quantization, keep=list(exclude))
     record = record_of(model, create=True)
     assert record is not None
@@ -140,7 +146,9 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
 def _detach_from(root: nn.Module, record: Record, names: list[str]) -> None:
     for name, module in adapted_modules(root):
         if set(module._peft.merged) & set(names):
-            raise RuntimeError(f"{name!r}: expected unmerged adapters, found {module._peft.merged} merged; unmerge first")
+            raise RuntimeError(
+                f"{name!r}: expected unmerged adapters, found {module._peft.merged} merged; unmerge first"
+            )
     activate(root, record, [n for n in record.active if n not in names])
     for _, module in list(adapted_modules(root)):
         for name in names:
@@ -202,7 +210,9 @@ def _check_name(model: nn.Module, name: str) -> None:
                 "detach it first or choose another name"
             )
     if any(module._peft.merged for _, module in adapted_modules(model)):
-        raise RuntimeError("attach: expected unmerged adapters, found merged ones; call unmerge(model) first")
+        raise RuntimeError(
+            "attach: expected unmerged adapters, found merged ones; call unmerge(model) first"
+        )
 
 
 def _require_parameters(model: nn.Module) -> None:
@@ -241,7 +251,9 @@ def _plan(
     tied: list[tuple[str, ...]] = []
     for i, method in enumerate(methods):
         placements, selection = place(model, method)
-        inside = [p for p in placements if any(p.name == s or p.name.startswith(f"{s}.") for s in saved)]
+        inside = [
+            p for p in placements if any(p.name == s or p.name.startswith(f"{s}.") for s in saved)
+        ]
         placements = [p for p in placements if p not in inside]
         skipped += [(p.name, "trained whole (modules_to_save)") for p in inside]
         if selection is not None:
@@ -255,7 +267,10 @@ def _plan(
             planned += [(bias, "biases", p) for p in place(model, bias)[0]]
     if saved:
         copies = ModulesToSave(modules=tuple(saved))
-        planned += [(copies, "saved" if _overlaps(planned, saved) else "", p) for p in place(model, copies)[0]]
+        planned += [
+            (copies, "saved" if _overlaps(planned, saved) else "", p)
+            for p in place(model, copies)[0]
+        ]
     for _, _, placement in planned:
         refuse_unfit(placement)
     return planned, skipped, tied
@@ -291,7 +306,9 @@ def _make(
     _share(model, planned, adapter_name)
     for method, key, placement in planned:
         module, site = placement.module, placement.site
-        site.storage = storage_of(module, site.parameter)  # the layer may have been packed since it was planned
+        site.storage = storage_of(
+            module, site.parameter
+        )  # the layer may have been packed since it was planned
         state_training = module.training
         container = adapt(module, site.ops).peft
         _rebind_forward(module)
@@ -300,7 +317,12 @@ def _make(
             _initialise(adapter, method, originals.get(id(module)))
         adapter.to(site.device)
         adapter.train(state_training)
-        _hold(container, adapter_name, "_".join(part for part in (key, placement.slot) if part), adapter)
+        _hold(
+            container,
+            adapter_name,
+            "_".join(part for part in (key, placement.slot) if part),
+            adapter,
+        )
 
 
 def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapter) -> None:
@@ -350,7 +372,9 @@ class _seeded:
         torch.random.set_rng_state(self.before)
 
 
-def _start(method: WeightMethod, site: Any, adapter_name: str, seed: int | None) -> dict[str, Tensor]:
+def _start(
+    method: WeightMethod, site: Any, adapter_name: str, seed: int | None
+) -> dict[str, Tensor]:
     with _seeded(site, adapter_name, seed), torch.no_grad(), torch.device("cpu"):
         return {**method.parameters(site), **method.buffers(site)}
 
@@ -388,7 +412,9 @@ def _guard_fast_path(model: nn.Module) -> None:
         if isinstance(layer, nn.TransformerEncoderLayer):
             for child in layer.modules():
                 if isinstance(child, Adapted) and child._peft.fast_path_guard is None:
-                    child._peft.fast_path_guard = child.register_forward_pre_hook(_keep_off_fast_path)  # type: ignore[attr-defined]
+                    child._peft.fast_path_guard = child.register_forward_pre_hook(
+                        _keep_off_fast_path
+                    )  # type: ignore[attr-defined]
 
 
 __all__ += ["set_adapter"]

@@ -89,8 +89,9 @@ class Kron:
         if not ops.supports("rotation"):  # not a plain [..., in] input: convolution or embedding
             return Dense(self.matrix()).apply(ops, site, x)
         c, d = self.C.shape[1], self.D.shape[1]
-        X = _cast(x, self.C).unflatten(-1, (c, d))
-        return self.scaling * (self.C @ (X @ self.D.mT)).flatten(-2)
+        X = _cast(x, self.C).reshape(*x.shape[:-1], c, d)
+        y: Tensor = self.scaling * (self.C @ (X @ self.D.mT)).flatten(-2)
+        return y
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _block_product(x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Ten
     if permutation is not None:
         x = x[..., permutation]
     n, k, _ = blocks.shape
-    x = torch.einsum("...nj,njk->...nk", x.unflatten(-1, (n, k)), blocks).flatten(-2)
+    x = torch.einsum("...nj,njk->...nk", x.reshape(*x.shape[:-1], n, k), blocks).flatten(-2)
     if permutation is not None:
         x = x[..., torch.argsort(permutation)]
     return x
@@ -206,6 +207,10 @@ def stacked(terms: Sequence[LowRank]) -> LowRank:
 
 def _cast(x: Tensor, like: Tensor) -> Tensor:
     """The one dtype rule: autocast's dtype where it is on, else the adapter's; ids stay ids."""
-    if x.dtype == like.dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+    if (
+        x.dtype == like.dtype
+        or not x.is_floating_point()
+        or torch.is_autocast_enabled(x.device.type)
+    ):
         return x
     return x.to(like.dtype)

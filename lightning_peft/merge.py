@@ -114,7 +114,9 @@ def unmerge(model: nn.Module) -> None:
         raise RuntimeError("unmerge: expected merged adapters, found none; call merge(model) first")
     for label, module in modules:
         if module._peft.unmerged_bits.get("dropped"):
-            raise RuntimeError(f"unmerge {label!r}: expected kept bits, got keep_base=False; reload the base instead")
+            raise RuntimeError(
+                f"unmerge {label!r}: expected kept bits, got keep_base=False; reload the base instead"
+            )
     for _, module in modules:
         for undo in reversed(list(module._peft.unmerged_bits.values())):
             undo()
@@ -127,13 +129,19 @@ def _names(model: nn.Module, names: str | Sequence[str] | None) -> list[str]:
     records = [r for _, _, r in records_in(model)]
     known = {n for r in records for n in r.adapters}
     wanted = (
-        [n for r in records for n in r.active] if names is None else [names] if isinstance(names, str) else list(names)
+        [n for r in records for n in r.active]
+        if names is None
+        else [names]
+        if isinstance(names, str)
+        else list(names)
     )
     for name in wanted:
         if name not in known:
             raise KeyError(f"merge: expected one of {sorted(known)}, got {name!r}")
     if not wanted:
-        raise RuntimeError("merge: expected an active adapter, found none; name one, or call set_adapter first")
+        raise RuntimeError(
+            "merge: expected an active adapter, found none; name one, or call set_adapter first"
+        )
     return list(dict.fromkeys(wanted))
 
 
@@ -141,10 +149,14 @@ def _acting(module: Any, names: Sequence[str]) -> list[Adapter]:
     return [a for n in names for a in adapters_of(module, n)]
 
 
-def _check(plans: Sequence[tuple[str, Any, list[Adapter]]], base: Mapping[str, Tensor] | None) -> None:
+def _check(
+    plans: Sequence[tuple[str, Any, list[Adapter]]], base: Mapping[str, Tensor] | None
+) -> None:
     for label, module, adapters in plans:
         if module._peft.merged:
-            raise RuntimeError(f"merge {label!r}: expected unmerged adapters, found {module._peft.merged}; unmerge first")
+            raise RuntimeError(
+                f"merge {label!r}: expected unmerged adapters, found {module._peft.merged}; unmerge first"
+            )
         for adapter in adapters:
             if not adapter.method.mergeable:
                 raise RuntimeError(
@@ -160,7 +172,9 @@ def _check(plans: Sequence[tuple[str, Any, list[Adapter]]], base: Mapping[str, T
                 key = f"{label}.{a.site.parameter}" if label else a.site.parameter
                 if a.kind == "weight" and (key not in base or base[key].shape != _natural(a)):
                     found = list(base[key].shape) if key in base else "no such tensor"
-                    raise ValueError(f"merge base: expected {key} of shape {list(_natural(a))}, got {found}")
+                    raise ValueError(
+                        f"merge base: expected {key} of shape {list(_natural(a))}, got {found}"
+                    )
 
 
 def _natural(adapter: Adapter) -> torch.Size:
@@ -191,15 +205,23 @@ def _merge_module(
     for adapter in adapters:
         if adapter.kind == "weight":
             by_weight.setdefault(adapter.site.parameter, []).append(adapter)
-    edited = {path: [a.edit() for a in group] for path, group in by_weight.items()}  # before any write: DoRA reads W
+    edited = {
+        path: [a.edit() for a in group] for path, group in by_weight.items()
+    }  # before any write: DoRA reads W
     for path, group in by_weight.items():
         site = group[0].site
         key = f"{label}.{path}" if label else path
         W = site.weight(torch.float32)
-        start = W if base is None else site.ops.to_matrix(module, path, base[key].to(W.device, torch.float32))
+        start = (
+            W
+            if base is None
+            else site.ops.to_matrix(module, path, base[key].to(W.device, torch.float32))
+        )
         merged = site.edited(edited[path], start)
         if not merged.isfinite().all():
-            raise RuntimeError(f"merge {key!r}: expected finite weights, got NaN or infinity; nothing was written here")
+            raise RuntimeError(
+                f"merge {key!r}: expected finite weights, got NaN or infinity; nothing was written here"
+            )
         _untie(module, path, tied, key, undo, report)
         undo[path] = _write(module, group, merged, into)
         stored = group[0].site.weight(torch.float32)
@@ -214,7 +236,9 @@ def _merge_module(
     for adapter in adapters:
         for path, value in adapter.copies().items() if adapter.kind == "select" else ():
             _untie(module, path, tied, f"{label}.{path}", undo, report)
-            undo[f"copy {adapter.adapter_name} {path}"] = _overwrite(module.get_parameter(path), value)
+            undo[f"copy {adapter.adapter_name} {path}"] = _overwrite(
+                module.get_parameter(path), value
+            )
     module._peft.unmerged_bits = undo if keep_base else {"dropped": True}
 
 
@@ -278,7 +302,9 @@ def _overwrite(parameter: Tensor, value: Tensor) -> Callable[[], None]:
     return undo
 
 
-def _untie(module: Any, path: str, tied: set[int], key: str, undo: dict[str, Any], report: MergeReport) -> None:
+def _untie(
+    module: Any, path: str, tied: set[int], key: str, undo: dict[str, Any], report: MergeReport
+) -> None:
     """Give this module a tensor of its own, or the write would change the other owner too."""
     parameter = module.get_parameter(path)
     if id(parameter) not in tied:

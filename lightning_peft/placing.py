@@ -55,7 +55,9 @@ def place(model: nn.Module, method: Method) -> tuple[list[Placement], Selection 
 
 
 def _site(model_name: str, module: nn.Module, parameter: str) -> Site:
-    return Site(module, parameter, model_name, ops_for(module) or PLAIN, storage_of(module, parameter))
+    return Site(
+        module, parameter, model_name, ops_for(module) or PLAIN, storage_of(module, parameter)
+    )
 
 
 def _place_weight(model: nn.Module, method: Any) -> tuple[list[Placement], Selection]:
@@ -105,7 +107,9 @@ def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]
             if parameter.is_floating_point() and method.selects(full, parameter, module):
                 paths.append(path)
         if paths:
-            site = Site(module, paths[0], name, ops_for(module) or PLAIN, storage_of(module, paths[0]))
+            site = Site(
+                module, paths[0], name, ops_for(module) or PLAIN, storage_of(module, paths[0])
+            )
             placements.append(Placement(name, module, site, paths=tuple(paths)))
     if not placements:
         raise ValueError(

@@ -33,7 +33,9 @@ class QuantizationPlan:
     dense: list[tuple[str, str]] = field(default_factory=list)
 
 
-def plan_quantization(model: nn.Module, quantization: Quantization, *, keep: Sequence[str] = ()) -> QuantizationPlan:
+def plan_quantization(
+    model: nn.Module, quantization: Quantization, *, keep: Sequence[str] = ()
+) -> QuantizationPlan:
     """Choose the layers and check their weights; nothing is changed.
 
     Args:
@@ -77,7 +79,10 @@ def _stays_dense(
         return "output head"
     if any(name == k or name.startswith(f"{k}.") for k in keep):
         return "trained whole"
-    if any(name == e or name.endswith(f".{e}") or fnmatch.fnmatch(name, e) for e in quantization.exclude_modules or ()):
+    if any(
+        name == e or name.endswith(f".{e}") or fnmatch.fnmatch(name, e)
+        for e in quantization.exclude_modules or ()
+    ):
         return "excluded"
     if id(weight) in shared:
         return "tied to another parameter"
@@ -121,7 +126,9 @@ def _require_finite(name: str, module: nn.Module) -> None:
         )
 
 
-def quantize_layers(model: nn.Module, plan: QuantizationPlan, device: torch.device | str | None) -> None:
+def quantize_layers(
+    model: nn.Module, plan: QuantizationPlan, device: torch.device | str | None
+) -> None:
     """Pack one layer at a time: to the device, quantised there, the dense weight freed."""
     for name, module in _progress(plan.layers):
         del name

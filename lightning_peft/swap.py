@@ -7,7 +7,6 @@ wrapped. The made class keeps the base's `__name__` and `__module__`, because ot
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -46,8 +45,18 @@ def _rebuild(mixins: tuple[type[Swapped], ...], base: type[nn.Module]) -> Any:
     return cls.__new__(cls)
 
 
-@lru_cache(maxsize=None)
+_MADE: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def _mixed(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
+    """One class a pair, so that two adapted Linears have the same type."""
+    key = (mixin, base)
+    if key not in _MADE:
+        _MADE[key] = _make(mixin, base)
+    return _MADE[key]
+
+
+def _make(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
     return type(
         base.__name__,
         (mixin, base),
@@ -87,11 +96,7 @@ def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
 
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without any of our mixins."""
-    return next(c for c in type(module).__mro__ if "_swap_base" not in vars(c) and not issubclass(c, Swapped))
-
-
-def swap_between(module: nn.Module, lower: type[Swapped], upper: type[Swapped]) -> None:
-    """Put `lower` under an `upper` that is already on top (dense → quantised under an adapter)."""
-    swap_out(module, upper)
-    swap_in(module, lower)
-    swap_in(module, upper)
+    # Also under FSDP2, whose made class inherits from ours.
+    return next(
+        c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Swapped)
+    )

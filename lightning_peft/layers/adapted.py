@@ -94,23 +94,10 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Method and tensor shapes, for print(model)."""
-        shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in self.tensors().items() if t is not None)
+        shapes = ", ".join(
+            f"{n} {list(t.shape)}" for n, t in self.tensors().items() if t is not None
+        )
         return f"{self.method.label}: {shapes}"
-
-
-@dataclass
-class Rewrite:
-    """A base weight that an adapter's initialisation replaced (PiSSA's residual …).
-
-    Attributes:
-        original: Stored bits before.
-        written: Stored bits after, kept while the adapter is switched off.
-        active: Which of the two is in the module.
-    """
-
-    original: Any
-    written: Any = None
-    active: bool = True
 
 
 @dataclass
@@ -206,7 +193,9 @@ def _forward_copies_by_row(
     y: Tensor | None = None
     for name in dict.fromkeys(mix.names):
         rows = mix.index(name, x.shape[0], x.device)
-        copies = {k: v for a in state.copies if a.adapter_name == name for k, v in a.copies().items()}
+        copies = {
+            k: v for a in state.copies if a.adapter_name == name for k, v in a.copies().items()
+        }
         edits = [a for a in state.edits if a.adapter_name == name]
         blocks = [a for a in state.blocks if a.adapter_name == name]
         with shadowed(module, copies), no_rows():

@@ -60,7 +60,9 @@ class ConvOps(MatrixOps):
         """The columns of a channel, in the rows of its group, times its scale."""
         groups, out = m.groups, M.shape[0]
         per_group = scale.view(groups, 1, -1, 1)
-        return (M.reshape(groups, out // groups, per_group.shape[2], -1) * per_group).reshape(out, -1)
+        return (M.reshape(groups, out // groups, per_group.shape[2], -1) * per_group).reshape(
+            out, -1
+        )
 
     def per_output(self, m: Any, v: Tensor) -> Tensor:
         """[channels] → [channels, 1, …], which broadcasts with and without a batch axis."""

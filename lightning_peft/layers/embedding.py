@@ -33,12 +33,14 @@ class EmbeddingOps(MatrixOps):
 
     def op(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Rows of another table."""
-        return F.embedding(x, W, m.padding_idx) * _output_scale(m, W.dtype)
+        y: Tensor = F.embedding(x, W, m.padding_idx) * _output_scale(m, W.dtype)
+        return y
 
     def low_rank(self, m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
         """Rows of Aᵀ [vocabulary, r], then B."""
         h = F.embedding(x, A.mT, m.padding_idx) * scaling
-        return F.linear(h, B) * _output_scale(m, B.dtype)
+        y: Tensor = F.linear(h, B) * _output_scale(m, B.dtype)
+        return y
 
     def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
         """[dim]."""

@@ -163,7 +163,10 @@ class MatrixOps:
         kwargs: dict[str, Any],
     ) -> Tensor:
         mix = current_rows()
-        rows = [None if mix is None else mix.index(a.adapter_name, x.shape[0], x.device) for a in adapters]
+        rows = [
+            None if mix is None else mix.index(a.adapter_name, x.shape[0], x.device)
+            for a in adapters
+        ]
         inputs: list[Tensor] = [x] * len(edits)
         for i in reversed(range(len(edits))):  # the outermost edit maps the input first
             e = edits[i]
@@ -177,11 +180,17 @@ class MatrixOps:
             inputs[i] = z
         y: Tensor = run(x, *args, **kwargs)
         # The bias that is in y at this moment, for edits that must not scale it; by adapter when rows differ.
-        biases: dict[str, Tensor | None] = {a.adapter_name if mix else "": self._bias(m) for a in adapters}
+        biases: dict[str, Tensor | None] = {
+            a.adapter_name if mix else "": self._bias(m) for a in adapters
+        }
         for adapter, e, z, r in zip(adapters, edits, inputs, rows, strict=True):
             v, of = _pick(y, r), adapter.adapter_name if mix else ""
             b = biases[of]
-            keep = None if b is None or e.scale_bias or e.out_scale is None else self.per_output(m, b).to(v.dtype)
+            keep = (
+                None
+                if b is None or e.scale_bias or e.out_scale is None
+                else self.per_output(m, b).to(v.dtype)
+            )
             if keep is not None:
                 v = v - keep
             for term in e.terms:

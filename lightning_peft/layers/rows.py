@@ -37,7 +37,9 @@ class RowMix:
                     f"got {n_rows}; give one adapter name per sample"
                 )
             repeat = n_rows // len(self.names)
-            rows = torch.tensor([i for i, n in enumerate(self.names) if n == name], dtype=torch.int64)
+            rows = torch.tensor(
+                [i for i, n in enumerate(self.names) if n == name], dtype=torch.int64
+            )
             rows = (rows[:, None] * repeat + torch.arange(repeat)).reshape(-1)
             self._index[key] = rows.to(device)
         return self._index[key]

@@ -88,7 +88,9 @@ class RecurrentOps(WeightsOps):
 
     def parameters(self, m: nn.Module) -> Sequence[str]:
         """All matrices, layer by layer."""
-        return tuple(n for n, p in m._parameters.items() if n.startswith("weight_") and p is not None)
+        return tuple(
+            n for n, p in m._parameters.items() if n.startswith("weight_") and p is not None
+        )
 
     def bias(self, m: nn.Module, name: str) -> str | None:
         """bias_ih for weight_ih and so on."""

@@ -111,12 +111,18 @@ class LoRA(WeightMethod):
 
     def rank(self, site: Site) -> int:
         """Rank at this site."""
-        r: int = match_pattern(self.rank_pattern, site.name, self.r) if self.rank_pattern else self.r
+        r: int = (
+            match_pattern(self.rank_pattern, site.name, self.r) if self.rank_pattern else self.r
+        )
         return r
 
     def scaling(self, site: Site, r: int) -> float:
         """S at this site."""
-        alpha = match_pattern(self.alpha_pattern, site.name, self.alpha) if self.alpha_pattern else self.alpha
+        alpha = (
+            match_pattern(self.alpha_pattern, site.name, self.alpha)
+            if self.alpha_pattern
+            else self.alpha
+        )
         return float(alpha / math.sqrt(r) if self.use_rslora else alpha / r)
 
     def check(self, site: Site) -> None:
@@ -144,7 +150,10 @@ class LoRA(WeightMethod):
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A and B (and bias_B) at their start."""
         r = self.rank(site)
-        A, B = empty_like_site(site, r, site.in_features), empty_like_site(site, site.out_features, r)
+        A, B = (
+            empty_like_site(site, r, site.in_features),
+            empty_like_site(site, site.out_features, r),
+        )
         if site.lookup:  # ids pick columns of A, so A is the one that starts at zero
             nn.init.zeros_(A)
             nn.init.normal_(B)

@@ -58,7 +58,11 @@ class Bnb4bitStorage:
             state.offset if state.nested else None,
         )
         return dequantize_4bit(
-            q, self.shape(m, name), dtype or state.dtype, kind=state.quant_type, block_size=state.blocksize
+            q,
+            self.shape(m, name),
+            dtype or state.dtype,
+            kind=state.quant_type,
+            block_size=state.blocksize,
         )
 
     def write(self, m: Any, name: str, W: Tensor) -> None:
@@ -76,7 +80,9 @@ class Bnb4bitStorage:
             data.view(torch.uint8).reshape(-1), state.absmax,
             state.state2.absmax if state.nested else None, state.offset if state.nested else None,
         )  # fmt: skip
-        return dequantize_4bit(q, W.shape, W.dtype, kind=state.quant_type, block_size=state.blocksize)
+        return dequantize_4bit(
+            q, W.shape, W.dtype, kind=state.quant_type, block_size=state.blocksize
+        )
 
     def snapshot(self, m: Any, name: str) -> Any:
         """Bytes and quantisation state on the CPU."""
@@ -103,7 +109,9 @@ class Bnb4bitStorage:
 
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """None: bitsandbytes' forward, then the edit."""
-        return Reason("bitsandbytes layer: its own forward, then the edit; load dense and use Quantization() to fuse")
+        return Reason(
+            "bitsandbytes layer: its own forward, then the edit; load dense and use Quantization() to fuse"
+        )
 
 
 def _state(m: Any) -> Any:
@@ -112,7 +120,9 @@ def _state(m: Any) -> Any:
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-        m.weight.data, m.weight.quant_state = _convert_weight_packed_for_cpu_inverse(m.weight.data, state)
+        m.weight.data, m.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+            m.weight.data, state
+        )
         state = m.quant_state = m.weight.quant_state
     return state
 

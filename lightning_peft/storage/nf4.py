@@ -59,7 +59,14 @@ class Quantized4bit(Swapped):
         _require_floating(module, x)
         p = module._packed["weight"]
         if _plain_forward(module):
-            return nf4_linear(x, packed(module, "weight"), p.shape, module.bias, kind=p.kind, block_size=p.block_size)
+            return nf4_linear(
+                x,
+                packed(module, "weight"),
+                p.shape,
+                module.bias,
+                kind=p.kind,
+                block_size=p.block_size,
+            )
         # A subclass with a forward of its own: it reads `weight`, so let it find the dequantised one.
         vars(module)["weight"] = _read(module, "weight", x.dtype)
         try:
@@ -94,7 +101,11 @@ def pack(module: nn.Module, quantization: Quantization, *, transposed: bool) -> 
         ValueError: the weight has a NaN or an infinity; nothing is changed.
     """
     W = module.get_parameter("weight").detach()
-    dtype = W.dtype if quantization.compute_dtype is None else getattr(torch, quantization.compute_dtype)
+    dtype = (
+        W.dtype
+        if quantization.compute_dtype is None
+        else getattr(torch, quantization.compute_dtype)
+    )
     M = W.mT if transposed else W
     packing = Packing(
         kind=quantization.kind,
@@ -121,7 +132,9 @@ def unpack(module: nn.Module, W: Tensor) -> Callable[[], None]:
     for name in ("weight_absmax2", "weight_offset"):
         module._buffers.pop(name, None)
     del holder._packed
-    module._parameters["weight"] = nn.Parameter(W.to(packing.dtype).contiguous(), requires_grad=False)
+    module._parameters["weight"] = nn.Parameter(
+        W.to(packing.dtype).contiguous(), requires_grad=False
+    )
 
     def pack_again() -> None:
         swap_in(module, Quantized4bit)
@@ -153,9 +166,7 @@ def packed(module: Any, name: str) -> Packed4bit:
 def _quantize(M: Tensor, p: Packing) -> Packed4bit:
     if M.device.type == "meta":
         return _meta(p)
-    return quantize_4bit(
-        M, kind=p.kind, block_size=p.block_size, double_quant=p.nested
-    )
+    return quantize_4bit(M, kind=p.kind, block_size=p.block_size, double_quant=p.nested)
 
 
 def _meta(p: Packing) -> Packed4bit:
@@ -211,7 +222,9 @@ class NF4Storage:
     def nbytes(self, m: Any, name: str) -> int:
         """Packed bytes and scales."""
         parts = [m._parameters[name], m._parameters[f"{name}_absmax"]]
-        parts += [b for k in ("absmax2", "offset") if (b := m._buffers.get(f"{name}_{k}")) is not None]
+        parts += [
+            b for k in ("absmax2", "offset") if (b := m._buffers.get(f"{name}_{k}")) is not None
+        ]
         return sum(t.numel() for t in parts)
 
     def dtype(self, m: Any, name: str) -> torch.dtype:
@@ -233,7 +246,9 @@ class NF4Storage:
         """Dequantise(quantise(W))."""
         p: Packing = m._packed[name]
         M = W.mT.contiguous() if p.transposed else W
-        out = dequantize_4bit(_quantize(M, p), p.shape, W.dtype, kind=p.kind, block_size=p.block_size)
+        out = dequantize_4bit(
+            _quantize(M, p), p.shape, W.dtype, kind=p.kind, block_size=p.block_size
+        )
         return out.mT if p.transposed else out
 
     def snapshot(self, m: Any, name: str) -> Any:
@@ -278,7 +293,12 @@ def _stored(m: Any, name: str) -> dict[str, Tensor]:
 
 def place_values(m: Any, name: str, bits: Packed4bit) -> None:
     """Copy new bytes over the old ones, bit for bit."""
-    fresh = {name: bits.packed, "absmax": bits.absmax, "absmax2": bits.absmax2, "offset": bits.offset}
+    fresh = {
+        name: bits.packed,
+        "absmax": bits.absmax,
+        "absmax2": bits.absmax2,
+        "offset": bits.offset,
+    }
     with torch.no_grad():
         for k, t in _stored(m, name).items():
             value = fresh[k]
