@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Everything else is listed by `make help`.
+PYTHON ?= python3
+VENV   := .venv
+# PY=python3 uses an interpreter that already has the dependencies (a GPU machine, say) and makes no environment.
+PY     ?= $(VENV)/bin/python
+READY  := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
+
+export PYTHONPATH := triton_kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Tests run as two processes: one thread each, or they fight for the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help quickstart test test-all test-gpu check fix bench-gpu
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,examples]"
+	touch $@
+
+quickstart: $(READY)  ## Install, then fine-tune a real model three ways on the CPU
+	$(PY) examples/quickstart.py
+
+test: $(READY)  ## The tests, without slow sweeps and GPU tests (under 10 minutes on 2 cores)
+	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: $(READY)  ## The slow sweeps too
+	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not gpu"
+
+test-gpu: $(READY)  ## What needs an NVIDIA GPU
+	$(PY) -m pytest -m gpu
+
+check: $(READY)  ## ruff, mypy strict on both packages, import directions
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_import_directions.py
+
+fix: $(READY)  ## Rewrite what ruff can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-gpu: $(READY)  ## GPU benchmarks; tables go to benchmarks/results
+	set -e; for script in benchmarks/gpu_*.py; do $(PY) $$script; done
