@@ -1,0 +1,41 @@
+"""What every test starts from: no network, one thread, one seed."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Before huggingface_hub is imported by anything: no test may ask a server.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+import numpy as np
+import pytest
+import torch
+
+SEED = 20
+
+
+def pytest_configure() -> None:
+    # Two test processes share two cores; more threads only take turns.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> int:
+    """Every test starts from the same generators, whichever tests ran before it."""
+    seed_all(SEED)
+    return SEED

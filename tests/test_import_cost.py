@@ -1,0 +1,63 @@
+"""`import lightning_peft` brings in nothing heavy that lightning does not bring in by itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("bitsandbytes", "transformers", "triton", "peft", "accelerate", "safetensors")
+
+LOADED = "import sys, json; {code}; print(json.dumps(sorted(sys.modules)))"
+
+# Who asked: lightning itself brings transformers (through torchmetrics) and triton.
+ASKED = """
+import builtins, json
+real, asked = builtins.__import__, set()
+def spy(name, globals=None, *rest, **named):
+    importer = (globals or {}).get("__name__", "")
+    if importer.partition(".")[0] in ("lightning_peft", "lightning_peft_kernels"):
+        asked.add((importer, name.partition(".")[0]))
+    return real(name, globals, *rest, **named)
+builtins.__import__ = spy
+import lightning_peft
+print(json.dumps(sorted(asked)))
+"""
+
+
+def printed(code: str) -> list[object]:
+    """What a fresh interpreter prints as JSON on its last line."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    answer: list[object] = json.loads(run.stdout.splitlines()[-1])
+    return answer
+
+
+def packages_after(code: str) -> set[str]:
+    return {str(name).partition(".")[0] for name in printed(LOADED.format(code=code))}
+
+
+def test_nothing_beyond_lightning() -> None:
+    baseline = packages_after("import lightning.pytorch")
+    extra = packages_after("import lightning_peft") - baseline - sys.stdlib_module_names
+    assert {name for name in extra if not name.startswith("_")} <= {
+        "lightning_peft",
+        "lightning_peft_kernels",
+    }
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_we_do_not_ask_for(package: str, asked: list[object]) -> None:
+    askers = [pair[0] for pair in asked if isinstance(pair, list) and pair[1] == package]
+    assert askers == []
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[object]:
+    pairs = printed(ASKED)
+    assert ["lightning_peft", "lightning_peft"] in pairs, "the spy saw none of our imports"
+    return pairs
