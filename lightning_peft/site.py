@@ -6,7 +6,7 @@ whether the weight is packed (`Storage`) nor whether the layer is a convolution 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,6 +140,27 @@ class LayerOps(Protocol):
 
     def rotate(self, m: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
         """X R."""
+        ...
+
+    # ---- exchange with Hugging Face peft; see layers/hf_layout.py
+    def hf_refusal(self, m: nn.Module, name: str) -> str:
+        """Why an adapter of this weight cannot be exchanged; "" where it can."""
+        ...
+
+    def hf_places(self, m: nn.Module, adapted: Sequence[str]) -> dict[str, str]:
+        """Weight → path below the module under which its tensors stand in a file."""
+        ...
+
+    def hf_found(self, m: nn.Module, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+        """Place → weight, from what a file holds below this module."""
+        ...
+
+    def hf_pack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
+        """Canonical → peft's shape."""
+        ...
+
+    def hf_unpack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
+        """peft's shape → canonical."""
         ...
 
 

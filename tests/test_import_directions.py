@@ -62,7 +62,13 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 }
 
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
-METHOD_IMPORTS = ("lightning_peft.edit", "lightning_peft.site", "lightning_peft.methods.base")
+METHOD_IMPORTS = (
+    "lightning_peft.edit",
+    "lightning_peft.site",
+    "lightning_peft.methods.base",
+    "lightning_peft.methods.hf_format",
+    "lightning_peft.methods.lora_hf",  # functions of LoRA's exchange table, and of its subtypes
+)
 
 
 @dataclass(frozen=True)

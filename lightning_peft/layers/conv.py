@@ -67,3 +67,56 @@ class ConvOps(MatrixOps):
     def per_output(self, m: Any, v: Tensor) -> Tensor:
         """[channels] → [channels, 1, …], which broadcasts with and without a batch axis."""
         return v.view(-1, *(1,) * len(m.kernel_size))
+
+    # ---- exchange: peft's A [R, in, *kernel] reads all channels, B [out, R/groups, 1 …] is grouped
+    def hf_refusal(self, m: Any, name: str) -> str:
+        """Geometries that peft's A does not share with the base."""
+        if m.padding_mode != "zeros":
+            return f"peft pads the adapter's input with zeros, the base with {m.padding_mode!r}"
+        if any(d != 1 for d in m.dilation):
+            return f"peft's A has no dilation, the base has {tuple(m.dilation)}"
+        return ""
+
+    def hf_pack(self, m: Any, name: str, layout: str, t: Tensor) -> Tensor:
+        """Natural axes; a rank that all groups share becomes a block of its own in each of them."""
+        ones = (1,) * len(m.kernel_size)
+        if layout == "up":
+            return t.reshape(*t.shape, *ones)
+        if layout in ("out", "in"):
+            return t.reshape(1, -1, *ones)
+        if layout != "down":
+            return t
+        r, per_group = t.shape[0], m.in_channels // m.groups
+        block = t.reshape(r, per_group, *m.kernel_size)
+        A = block.new_zeros(m.groups, r, m.groups, per_group, *m.kernel_size)
+        for g in range(m.groups):
+            A[g, :, g] = block
+        return A.reshape(m.groups * r, m.in_channels, *m.kernel_size)
+
+    def hf_unpack(self, m: Any, name: str, layout: str, t: Tensor) -> Tensor:
+        """Canonical axes; across groups only where the file's A keeps to its group."""
+        k = tuple(m.kernel_size)
+        if layout in ("out", "in", "up"):
+            vector = layout != "up"
+            if t.ndim != 2 + len(k) or t.shape[2:].numel() != 1 or (vector and t.shape[0] != 1):
+                raise ValueError(
+                    f"expected {2 + len(k)} axes, the last of length 1, got {list(t.shape)}"
+                )
+            return t.reshape(-1) if vector else t.flatten(1)
+        if layout != "down":
+            return t
+        if tuple(t.shape[1:]) != (m.in_channels, *k):
+            raise ValueError(
+                f"expected shape [r, {m.in_channels}, {', '.join(map(str, k))}], "
+                f"got {list(t.shape)}"
+            )
+        if m.groups == 1:
+            return t.flatten(1)
+        blocks = t.reshape(m.groups, -1, m.groups, m.in_channels // m.groups, *k)
+        own = torch.stack([blocks[g, :, g] for g in range(m.groups)])
+        if own.count_nonzero() != t.count_nonzero() or not torch.equal(own, own[:1].expand_as(own)):
+            raise ValueError(
+                f"expected an A that keeps to each of the {m.groups} groups alike, got one that mixes "
+                "channels: no weight of this grouped convolution equals it; exclude the layer"
+            )
+        return own[0].flatten(1)

@@ -17,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.edit import Edit, LowRank, Rotation, stacked
 from lightning_peft.layers.adapted import Adapter
+from lightning_peft.layers.hf_layout import HFLayout
 from lightning_peft.layers.rows import current_rows
 from lightning_peft.site import Reason
 
 __all__ = ["MatrixOps"]
 
 
-class MatrixOps:
+class MatrixOps(HFLayout):
     """Defaults for layers whose weight is [out, in] and whose input ends in `in`."""
 
     #: Parts of an Edit that act on activations here.

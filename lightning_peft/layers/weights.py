@@ -82,6 +82,18 @@ class MultiheadAttentionOps(WeightsOps):
             return "out_proj.bias" if m.out_proj.bias is not None else None
         return "in_proj_bias" if name == "in_proj_weight" and m.in_proj_bias is not None else None
 
+    def hf_refusal(self, m: Any, name: str) -> str:
+        """peft knows only one joint input projection."""
+        return (
+            ""
+            if m.in_proj_weight is not None
+            else "peft takes no kdim or vdim other than embed_dim"
+        )
+
+    def hf_places(self, m: nn.Module, adapted: Sequence[str]) -> dict[str, str]:
+        """The output projection stands inside peft's wrapper."""
+        return {n: "base_layer.out_proj" if n == "out_proj.weight" else "" for n in adapted}
+
 
 class RecurrentOps(WeightsOps):
     """LSTM, GRU, RNN: every weight_ih and weight_hh (and weight_hr of a projected LSTM)."""
@@ -91,6 +103,10 @@ class RecurrentOps(WeightsOps):
         return tuple(
             n for n, p in m._parameters.items() if n.startswith("weight_") and p is not None
         )
+
+    def hf_refusal(self, m: nn.Module, name: str) -> str:
+        """None of them in peft."""
+        return f"peft adapts no {type(m).__name__}"
 
     def bias(self, m: nn.Module, name: str) -> str | None:
         """bias_ih for weight_ih and so on."""

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.edit import Edit
+from lightning_peft.methods.hf_format import HFEntry, HFFormat
 from lightning_peft.site import Site
 
 __all__ = [
     "METHODS",
     "BlockMethod",
     "Context",
+    "HFEntry",
     "HFFormat",
     "Method",
     "SelectMethod",
@@ -36,27 +38,6 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {}
-
-
-@dataclass(frozen=True)
-class HFFormat:
-    """How a method is written in a Hugging Face peft directory.
-
-    Attributes:
-        peft_type: Value of ``peft_type`` in adapter_config.json.
-        tensors: Our tensor name → theirs, as it stands after the module's path (``"A": "lora_A.weight"``).
-        config: Our field → their config key, for fields that carry over unchanged.
-        fixed: Config keys with a value that never changes for this method (``{"use_dora": True}``).
-        defaults: Their default for a config key that a file may leave out; a key missing from both raises.
-        prefix: Tensors that stand once for the whole model, our name → their full key.
-    """
-
-    peft_type: str
-    tensors: Mapping[str, str]
-    config: Mapping[str, str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    prefix: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
