@@ -1,0 +1,170 @@
+"""LoRA on a dense linear layer: y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias, forward and backward by hand.
+
+Shapes: x [..., K], W [N, K] frozen or trained, A [R, K], B [N, R]; M = rows of x.
+S = drop(x) Aᵀ [M, R] is saved, not recomputed (unlike the usual fast algorithm, which reads x twice more). The scale
+sits on the rank side, M·R elements instead of M·N. dY is read for dS = s · dY B and dB = s · dYᵀ S.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Plan", "lora_linear", "lora_linear_reference"]
+
+
+class Plan(NamedTuple):
+    """What forward and backward agree on.
+
+    Attributes:
+        scaling: s, a number; a tensor scale is folded into B before.
+        dropout_p: Probability of dropping.
+        dtype: Of the rank-sized products.
+    """
+
+    scaling: float
+    dropout_p: float
+    dtype: torch.dtype
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float | Tensor
+) -> Tensor:
+    """The formula in plain torch, without dropout."""
+    return F.linear(x, weight, bias) + (x.to(A.dtype) @ A.mT @ B.mT * scaling).to(x.dtype)
+
+
+def prepare(
+    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float | Tensor, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Plan]:
+    """Cast by the one dtype rule: autocast's dtype where it is on; else rank products in the adapters' dtype."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)  # differentiable: gradients return in the parameters' dtype
+    else:
+        dtype = A.dtype
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if isinstance(scaling, Tensor):
+        B, scaling = B * scaling.to(B.dtype), 1.0
+    return x, A, B, bias, Plan(float(scaling), dropout_p, dtype)
+
+
+def lora_branch(
+    x2: Tensor, A: Tensor, B: Tensor, plan: Plan, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], mask or None)."""
+    z, mask = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype), None
+    if plan.dropout_p:
+        keep = 1.0 - plan.dropout_p
+        mask = torch.rand(x2.shape, device=x2.device) < keep
+        z = z * mask * (1.0 / keep)
+    S = z @ A.mT
+    if plan.scaling != 1.0:
+        S = S * plan.scaling
+    y = S @ B.mT
+    return (y if y.dtype == out_dtype else y.to(out_dtype)), S, mask
+
+
+def lora_backward(
+    dY: Tensor,
+    x2: Tensor,
+    S: Tensor,
+    mask: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    W: Tensor | None,
+    plan: Plan,
+    needs_A: bool,
+    needs_B: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX or None where W is None, dA, dB); S carries the scale already."""
+    g = dY if dY.dtype == plan.dtype else dY.to(plan.dtype)
+    dX = dA = dB = None
+    dS = g @ B if needs_A or W is not None else None
+    if dS is not None and plan.scaling != 1.0:
+        dS = dS * plan.scaling
+    if needs_B:
+        dB = g.mT @ S
+    keep = 1.0 - plan.dropout_p
+    if needs_A and dS is not None:
+        z = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype)
+        dA = dS.mT @ (z if mask is None else z * mask * (1.0 / keep))
+    if W is not None and dS is not None:
+        if mask is None and plan.dtype == dY.dtype:
+            dX = torch.addmm(dS @ A, dY, W)
+        else:
+            low = dS @ A
+            if mask is not None:
+                low = low * mask * (1.0 / keep)
+            dX = torch.addmm(low.to(dY.dtype), dY, W)
+    return dX, dA, dB
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        y, S, mask = lora_branch(x2, A, B, plan, x.dtype)
+        y.addmm_(x2, W.mT)
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(x2, S, mask, A, B, W)
+        ctx.plan, ctx.leading = plan, x.shape[:-1]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        x2, S, mask, A, B, W = ctx.saved_tensors
+        dY2 = dY.reshape(-1, dY.shape[-1])
+        needs = ctx.needs_input_grad
+        dX, dA, dB = lora_backward(
+            dY2, x2, S, mask, A, B, W if needs[0] else None, ctx.plan, needs[3], needs[4]
+        )
+        if dX is not None:
+            dX = dX.view(*ctx.leading, dX.shape[-1])
+        dW = dY2.mT @ x2 if needs[1] else None
+        return dX, dW, dY2.sum(0) if needs[2] else None, dA, dB, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float | Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Y = x Wᵀ + scaling · drop(x) Aᵀ Bᵀ + bias; differentiable in all of x, weight, bias, A, B.
+
+    Args:
+        x: [..., K] floating.
+        weight: [N, K].
+        bias: [N] or None.
+        A: [R, K].
+        B: [N, R].
+        scaling: Number or 0-d tensor.
+        dropout_p: Probability of dropping an element of x in the low-rank branch.
+        training: Whether dropout is on.
+    """
+    x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)
+    return y

@@ -1,0 +1,385 @@
+"""4-bit block quantisation (NF4, FP4), nested scales included: bytes and values as bitsandbytes'.
+
+A weight is flattened row by row and cut into blocks of `block_size`. Block b holds the codes of w / absmax_b, two to a
+byte, the even element in the high nibble. With double quantisation the scales are quantised in turn, 256 to a block,
+to 8-bit codes of the signed dynamic map after subtracting their mean:
+    absmax_b = map[code_b] · absmax2_{b // 256} + offset                 (two roundings)
+    w        = round_to_dtype(table[nibble] · absmax_b)                  (one rounding, in fp32 before)
+Bytes moved by dequantising n weights to bf16 at block 64: 0.516 n read, 2 n written.
+
+On a CPU the rules for ties and partial blocks are those of bitsandbytes' CPU backend, on CUDA those of its CUDA
+backend (true nearest nested codes, ties of a binary search), so bytes are compared device by device.
+Source: Dettmers et al. 2023, arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_peft_kernels.backend import choose
+from lightning_peft_kernels.codebooks import (
+    code,
+    dynamic_map,
+    dynamic_map_cells,
+    fp4_order,
+    midpoints,
+    nf4_cells,
+)
+
+__all__ = [
+    "Packed4bit",
+    "dequantize_4bit",
+    "dequantize_4bit_reference",
+    "dequantize_nf4",
+    "quantize_4bit",
+    "quantize_4bit_reference",
+    "quantize_nf4",
+]
+
+_CHUNK = 1 << 18  # elements; a chunk and its temporaries stay in the L2 cache (6–10 × bitsandbytes on 2 cores)
+_NESTED_BLOCK = 256
+_TINY = 1e-38
+
+
+class Packed4bit(NamedTuple):
+    """Bytes of one weight.
+
+    Attributes:
+        packed: uint8, ⌈n/2⌉ elements in any shape.
+        absmax: uint8 codes [blocks] when nested, else fp32 [blocks].
+        absmax2: fp32 [⌈blocks/256⌉] when nested.
+        offset: fp32 [1] when nested.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor | None
+    offset: Tensor | None
+
+
+# ---- reference
+
+
+def quantize_4bit_reference(
+    W: Tensor, *, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> Packed4bit:
+    """The rules in plain torch, by searching the decision points."""
+    flat = W.detach().reshape(-1).float()
+    n = flat.numel()
+    absmax, scaled = _scaled(flat, block_size)
+    ranks = torch.bucketize(scaled, midpoints(kind, str(flat.device)))
+    codes = ranks.to(torch.uint8) if kind == "nf4" else fp4_order(str(flat.device))[ranks]
+    if n % 2:
+        codes = torch.cat([codes, codes.new_full((1,), 7 if kind == "nf4" else 0)])
+    packed = (codes[0::2] << 4) | codes[1::2]
+    return Packed4bit(packed, *_nested(absmax, double_quant))
+
+
+def dequantize_4bit_reference(
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+) -> Tensor:
+    """The rules in plain torch."""
+    n = torch.Size(shape).numel()
+    packed = q.packed.reshape(-1)
+    nibbles = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n]
+    scales = block_scales(q).repeat_interleave(block_size)[:n]
+    return (code(kind, str(packed.device))[nibbles.long()] * scales).to(dtype).reshape(tuple(shape))
+
+
+def block_scales(q: Packed4bit) -> Tensor:
+    """absmax fp32 [blocks]."""
+    if q.absmax2 is None or q.offset is None:
+        return q.absmax.reshape(-1)
+    codes = q.absmax.reshape(-1)
+    blocks = codes.numel()
+    second = q.absmax2.repeat_interleave(_NESTED_BLOCK)[:blocks]
+    return dynamic_map(True, str(codes.device))[codes.long()] * second + q.offset
+
+
+def _scaled(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(absmax [blocks], w / absmax clamped to ±1); full blocks multiply by the reciprocal, a partial one divides."""
+    n = flat.numel()
+    full = n // block_size * block_size
+    blocks = flat[:full].view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY))[:, None]).clamp_(-1.0, 1.0).view(-1)
+    if full == n:
+        return absmax, scaled
+    rest = flat[full:]
+    last = rest.abs().amax().clamp(min=_TINY)
+    return torch.cat([absmax, last[None]]), torch.cat([scaled, (rest / last).clamp_(-1.0, 1.0)])
+
+
+def _nested(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if not double_quant:
+        return absmax, None, None
+    offset = absmax.mean()
+    centred = absmax - offset
+    blocks = centred.numel()
+    padded = torch.nn.functional.pad(centred, (0, -blocks % _NESTED_BLOCK)).view(-1, _NESTED_BLOCK)
+    absmax2 = padded.abs().amax(dim=1)
+    if absmax.device.type == "cpu":
+        unit = padded * (1.0 / absmax2)[:, None]
+        index = ((unit.clamp_(-1.0, 1.0) + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num_(0.0).int()
+        codes = dynamic_map_cells()[index.view(-1)].view_as(index)
+        codes = torch.where(absmax2[:, None] == 0, codes.new_zeros(()), codes)
+    else:
+        values = dynamic_map(True, str(absmax.device))
+        mids = 0.5 * (values[:-1] + values[1:])
+        codes = torch.bucketize(padded / absmax2.clamp(min=_TINY)[:, None], mids).to(torch.uint8)
+    return codes.view(-1)[:blocks].contiguous(), absmax2, offset.reshape(1)
+
+
+# ---- fast CPU path
+
+
+def _quantize_nf4_cpu(flat: Tensor, block_size: int, double_quant: bool) -> Packed4bit:
+    """Same bytes as the reference, by a 33-cell table: one comparison an element instead of fifteen."""
+    n = flat.numel()
+    base, bound = nf4_cells()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    step = max(_CHUNK // block_size, 1) * block_size
+    for start in range(0, n, step):
+        part = flat[start : start + step].float()
+        scales, x = _scaled(part, block_size)
+        absmax[start // block_size : start // block_size + scales.numel()] = scales
+        cell = (x * 16.0 + 16.0).int()
+        codes = base.index_select(0, cell)
+        codes += x > bound.index_select(0, cell)
+        if codes.numel() % 2:
+            codes = torch.cat([codes, codes.new_full((1,), 7)])
+        pairs = codes.view(torch.int16)  # little endian: low byte is the even element
+        packed[start // 2 : start // 2 + pairs.numel()] = ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+    return Packed4bit(packed, *_nested(absmax, double_quant))
+
+
+@lru_cache(maxsize=1)
+def _bitsandbytes_dequantize() -> object:
+    """bitsandbytes' CPU op where it is installed: nothing in torch comes near its rate."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
+
+    return torch.ops.bitsandbytes.dequantize_4bit.default
+
+
+@lru_cache(maxsize=4)
+def _pairs(kind: str) -> Tensor:
+    """Byte → (even value, odd value) as one int64, [256]."""
+    values = code(kind)
+    byte = torch.arange(256)
+    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).contiguous().view(torch.int64).view(-1)
+
+
+def _dequantize_cpu(
+    q: Packed4bit, shape: Sequence[int], dtype: torch.dtype, kind: str, block_size: int
+) -> Tensor:
+    n = torch.Size(shape).numel()
+    packed, scales = q.packed.reshape(-1), block_scales(q)
+    blocks = n // block_size
+    full = blocks * block_size
+    op = _bitsandbytes_dequantize() if dtype != torch.float64 else None
+    if full and op is not None:
+        # As [blocks, block_size]: with the weight's own shape its CPU code takes wrong scales where in % block != 0.
+        out = op(packed[: full // 2], scales[:blocks], block_size, kind, (blocks, block_size), dtype)  # type: ignore[operator]
+        if full == n:
+            return out.view(tuple(shape))
+        out = out.view(-1)
+    else:
+        out = torch.empty(full, dtype=dtype)
+        for start in range(0, full, _CHUNK):
+            size = min(_CHUNK, full - start)
+            pairs = _pairs(kind).index_select(0, packed[start // 2 : (start + size) // 2].int())
+            values = pairs.view(torch.float32).view(-1, block_size)
+            part = scales[start // block_size : (start + size) // block_size]
+            out[start : start + size].copy_((values * part[:, None]).view(-1))
+    if full == n:
+        return out.view(tuple(shape))
+    rest = Packed4bit(packed[full // 2 :], scales[blocks:], None, None)
+    tail = dequantize_4bit_reference(rest, (n - full,), dtype, kind=kind, block_size=block_size)
+    return torch.cat([out, tail]).view(tuple(shape))
+
+
+# ---- ops
+
+_library = torch.library.Library("lightning_peft", "FRAGMENT")
+_library.define(
+    "quantize_4bit(Tensor W, str kind, int block_size, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, SymInt[] shape, "
+    "ScalarType dtype, str kind, int block_size) -> Tensor"
+)
+
+
+def _quantize_impl(
+    W: Tensor, kind: str, block_size: int, double_quant: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if W.device.type == "cpu" and kind == "nf4":
+        q = _quantize_nf4_cpu(W.detach().reshape(-1), block_size, double_quant)
+    else:
+        q = quantize_4bit_reference(W, kind=kind, block_size=block_size, double_quant=double_quant)
+    empty = W.new_empty(0, dtype=torch.float32)
+    return (
+        q.packed,
+        q.absmax,
+        empty if q.absmax2 is None else q.absmax2,
+        empty.clone() if q.offset is None else q.offset,
+    )
+
+
+def _quantize_fake(
+    W: Tensor, kind: str, block_size: int, double_quant: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = W.numel()
+    blocks = (n + block_size - 1) // block_size
+    return (
+        W.new_empty((n + 1) // 2, dtype=torch.uint8),
+        W.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        W.new_empty((blocks + 255) // 256 if double_quant else 0, dtype=torch.float32),
+        W.new_empty(1 if double_quant else 0, dtype=torch.float32),
+    )
+
+
+def _dequantize_impl(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+) -> Tensor:
+    q = Packed4bit(packed, absmax, absmax2, offset)
+    if packed.device.type == "cpu":
+        return _dequantize_cpu(q, shape, dtype, kind, block_size)
+    if choose("dequantize_4bit", packed.device, dtype).backend == "triton":
+        from lightning_peft_kernels.nf4_triton import dequantize
+
+        return dequantize(q, shape, dtype, kind, block_size)
+    return dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
+
+
+def _dequantize_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+_library.impl("quantize_4bit", _quantize_impl, "CompositeExplicitAutograd")
+_library.impl("dequantize_4bit", _dequantize_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("lightning_peft::quantize_4bit", _quantize_fake, lib=_library)
+torch.library.register_fake("lightning_peft::dequantize_4bit", _dequantize_fake, lib=_library)
+
+
+def quantize_4bit(
+    W: Tensor, *, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> Packed4bit:
+    """Quantise a floating tensor of any shape.
+
+    Args:
+        W: fp32, bf16 or fp16; finite.
+        kind: ``"nf4"`` or ``"fp4"``.
+        block_size: Elements a scale, a power of two from 32 to 4096.
+        double_quant: Quantise the scales too.
+
+    Raises:
+        ValueError: an unknown kind or block size, a tensor that is not floating, NaN or infinity.
+    """
+    _check(kind, block_size)
+    if not W.is_floating_point():
+        raise ValueError(f"quantize_4bit: expected a floating tensor, got {W.dtype}; it may be packed already")
+    if W.device.type != "meta" and not torch.compiler.is_compiling() and not _finite(W):
+        raise ValueError(
+            "quantize_4bit: expected finite weights, got NaN or infinity; repair the weights or keep the layer dense"
+        )
+    packed, absmax, absmax2, offset = torch.ops.lightning_peft.quantize_4bit(W, kind, block_size, double_quant)
+    if not double_quant:
+        return Packed4bit(packed, absmax, None, None)
+    return Packed4bit(packed, absmax, absmax2, offset)
+
+
+def dequantize_4bit(
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weights in `dtype`, shaped.
+
+    Args:
+        q: Bytes and scales.
+        shape: Of the weight.
+        dtype: fp32, bf16, fp16 or fp64 (then the fp32 values).
+        kind: ``"nf4"`` or ``"fp4"``.
+        block_size: As quantised.
+        out: Written and returned instead of a new tensor.
+
+    Raises:
+        ValueError: bytes do not fit the shape.
+    """
+    _check(kind, block_size)
+    n = torch.Size(shape).numel()
+    if q.packed.numel() != (n + 1) // 2:
+        raise ValueError(
+            f"dequantize_4bit: expected {(n + 1) // 2} bytes for shape {tuple(shape)}, got {q.packed.numel()}"
+        )
+    W: Tensor = torch.ops.lightning_peft.dequantize_4bit(
+        q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size
+    )
+    if out is None:
+        return W
+    return out.copy_(W)
+
+
+def quantize_nf4(W: Tensor, *, block_size: int = 64, double_quant: bool = True) -> Packed4bit:
+    """`quantize_4bit` with kind NF4."""
+    return quantize_4bit(W, kind="nf4", block_size=block_size, double_quant=double_quant)
+
+
+def dequantize_nf4(
+    q: Packed4bit, shape: Sequence[int], dtype: torch.dtype, *, block_size: int = 64, out: Tensor | None = None
+) -> Tensor:
+    """`dequantize_4bit` with kind NF4."""
+    return dequantize_4bit(q, shape, dtype, kind="nf4", block_size=block_size, out=out)
+
+
+def _check(kind: str, block_size: int) -> None:
+    if kind not in ("nf4", "fp4"):
+        raise ValueError(f"4-bit kind: expected 'nf4' or 'fp4', got {kind!r}")
+    if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
+        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {block_size}")
+
+
+def _finite(W: Tensor) -> bool:
+    """One reduction without a mask: a sum of magnitudes is finite unless an element is not (or fp32 overflows)."""
+    flat = W.detach().reshape(-1)
+    for start in range(0, flat.numel(), 1 << 22):
+        part = flat[start : start + (1 << 22)]
+        low, high = part.aminmax()  # NaN propagates
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            return False
+    return True

@@ -1,0 +1,181 @@
+"""Linear layers over a packed base: y = x Wᵀ + bias, and y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias.
+
+Shapes: x [..., K], W [N, K] packed, A [R, K], B [N, R]. W is dequantised for each product and dropped; backward
+dequantises it again for dX = dY W. S = s · drop(x) Aᵀ [M, R] is saved, not recomputed; the base product is added onto
+the LoRA term in place (`addmm_`, β = 1), so that y is written once and no pass over it is spent on the sum.
+    dS = s · dY B      dB = s · dYᵀ S'      dA = dSᵀ drop(x)      dX = dY W + mask ∘ (dS A)
+Rank-sized products run in the adapters' dtype where it is wider than x's and autocast is off, as Hugging Face peft
+does; gradients of A and B come back in the parameters' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft_kernels.lora_linear import Plan, lora_backward, lora_branch, prepare
+from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, dequantize_4bit_reference
+
+__all__ = ["nf4_linear", "nf4_lora_linear", "nf4_lora_linear_reference"]
+
+
+def nf4_lora_linear_reference(
+    x: Tensor,
+    q: Packed4bit,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float | Tensor,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+) -> Tensor:
+    """The formula in plain torch, without dropout."""
+    W = dequantize_4bit_reference(q, shape, x.dtype, kind=kind, block_size=block_size)
+    y = torch.nn.functional.linear(x, W, bias)
+    return y + (x.to(A.dtype) @ A.mT @ B.mT * scaling).to(y.dtype)
+
+
+class _NF4Linear(torch.autograd.Function):
+    """y = x Wᵀ + bias; the weight is dequantised in forward and again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax2: Tensor | None,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        kind: str,
+        block_size: int,
+    ) -> Tensor:
+        ctx.save_for_backward(packed, absmax, absmax2, offset)
+        ctx.packing = (shape, kind, block_size)
+        q = Packed4bit(packed, absmax, absmax2, offset)
+        W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)
+        return torch.nn.functional.linear(x, W, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        shape, kind, block_size = ctx.packing
+        dX = d_bias = None
+        if ctx.needs_input_grad[0]:
+            q = Packed4bit(*ctx.saved_tensors)
+            dX = dY @ dequantize_4bit(q, shape, dY.dtype, kind=kind, block_size=block_size)
+        if ctx.needs_input_grad[5]:
+            d_bias = dY.reshape(-1, dY.shape[-1]).sum(0)
+        return dX, None, None, None, None, d_bias, None, None, None
+
+
+class _NF4LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax2: Tensor | None,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        plan: Plan,
+        shape: tuple[int, ...],
+        kind: str,
+        block_size: int,
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        q = Packed4bit(packed, absmax, absmax2, offset)
+        W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)
+        y, S, mask = lora_branch(x2, A, B, plan, x.dtype)
+        y.addmm_(x2, W.mT)
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(x2, S, mask, A, B, packed, absmax, absmax2, offset)
+        ctx.plan, ctx.packing, ctx.leading = plan, (shape, kind, block_size), x.shape[:-1]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        x2, S, mask, A, B, *packed = ctx.saved_tensors
+        shape, kind, block_size = ctx.packing
+        dY2 = dY.reshape(-1, dY.shape[-1])
+        W = None
+        if ctx.needs_input_grad[0]:
+            q = Packed4bit(*packed)
+            W = dequantize_4bit(q, shape, dY.dtype, kind=kind, block_size=block_size)
+        dX, dA, dB = lora_backward(
+            dY2, x2, S, mask, A, B, W, ctx.plan, ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+        )
+        d_bias = dY2.sum(0) if ctx.needs_input_grad[5] else None
+        if dX is not None:
+            dX = dX.view(*ctx.leading, dX.shape[-1])
+        return dX, None, None, None, None, d_bias, dA, dB, None, None, None, None
+
+
+def nf4_linear(
+    x: Tensor,
+    q: Packed4bit,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+) -> Tensor:
+    """Y = x Wᵀ + bias with W [N, K] packed; runs in autocast's dtype where it is on, else in x's."""
+    x, bias = _autocast(x, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _NF4Linear.apply(x, *q, bias, tuple(shape), kind, block_size)
+    return y
+
+
+def nf4_lora_linear(
+    x: Tensor,
+    q: Packed4bit,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float | Tensor,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Y = x Wᵀ + scaling · drop(x) Aᵀ Bᵀ + bias with W [N, K] packed; differentiable in x, A, B and bias.
+
+    Args:
+        x: [..., K] floating.
+        q: Bytes of W.
+        shape: [N, K].
+        bias: [N] or None.
+        A: [R, K].
+        B: [N, R].
+        scaling: Number or 0-d tensor.
+        kind: ``"nf4"`` or ``"fp4"``.
+        block_size: As quantised.
+        dropout_p: Probability of dropping an element of x in the low-rank branch.
+        training: Whether dropout is on.
+    """
+    x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _NF4LoRALinear.apply(x, *q, bias, A, B, plan, tuple(shape), kind, block_size)
+    return y
+
+
+def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return x, bias
