@@ -6,6 +6,8 @@ Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
 from lightning_peft.active import adapter_names, disable_adapters, set_adapter
 from lightning_peft.adapter_state import adapter_state_dict, load_adapter_state_dict
 from lightning_peft.attach import attach, detach, quantize, reset_adapters
+from lightning_peft.callback import PEFT
+from lightning_peft.loading import load_from_checkpoint
 from lightning_peft.merge import MergeReport, merge, unmerge
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.report import Report, parameter_report
@@ -14,6 +16,7 @@ from lightning_peft.storage import Quantization
 __version__ = "0.1.0"
 
 __all__ = [
+    "PEFT",
     "LoRA",
     "MergeReport",
     "Quantization",
@@ -24,6 +27,7 @@ __all__ = [
     "detach",
     "disable_adapters",
     "load_adapter_state_dict",
+    "load_from_checkpoint",
     "merge",
     "parameter_report",
     "quantize",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.active import activate, set_adapter
-from lightning_peft.fingerprint import fingerprint
+from lightning_peft.fingerprint import buffer_hashes, fingerprint
 from lightning_peft.layers.adapted import (
     Adapted,
     Adapter,
@@ -78,6 +78,7 @@ def attach(
     assert record is not None
     if record.fingerprint is None:
         record.fingerprint = fingerprint(model, _copied(planned))
+        record.buffers = buffer_hashes(model)
     if not record.requires_grad:
         record.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
     for parameter in model.parameters():
@@ -120,7 +121,7 @@ def quantize(
     packing = plan_quantization(model, quantization, keep=list(exclude))
     record = record_of(model, create=True)
     assert record is not None
-    record.fingerprint = fingerprint(model)
+    record.fingerprint, record.buffers = fingerprint(model), buffer_hashes(model)
     quantize_layers(model, packing, device)
     record.quantization, record.dense = quantization, packing.dense
     return parameter_report(model)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "fingerprint_differences"]
+__all__ = ["buffer_hashes", "fingerprint", "fingerprint_differences"]
 
 _SAMPLES = 64  # elements a tensor: 290 tensors of a 7 B model are sampled in a few milliseconds
 
@@ -32,13 +32,27 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
     return {"tensors": tensors}
 
 
-def _sample(t: Tensor) -> str:
+def buffer_hashes(model: nn.Module) -> dict[str, str]:
+    """Hash of every persistent buffer: whole up to 64 Ki elements, sampled above (a base held in buffers)."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if key not in module._non_persistent_buffers_set:
+                full = f"{name}.{key}" if name else key
+                whole = buffer.numel() <= 1 << 16
+                found[full.replace("_orig_mod.", "")] = _sample(
+                    buffer.detach(), max(1, buffer.numel()) if whole else _SAMPLES
+                )
+    return found
+
+
+def _sample(t: Tensor, samples: int = _SAMPLES) -> str:
     if t.device.type == "meta" or t.numel() == 0:
         return ""
     flat = t.reshape(-1) if t.is_contiguous() else t.flatten()
-    step = max(1, flat.numel() // _SAMPLES)
-    samples = flat[::step][:_SAMPLES].cpu().contiguous()
-    return hashlib.sha256(samples.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    step = max(1, flat.numel() // samples)
+    chosen = flat[::step][:samples].cpu().contiguous()
+    return hashlib.sha256(chosen.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def fingerprint_differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ class Record:
         dense: (name, reason) of linear layers that quantisation left dense.
         tied: Groups of parameter names that share one tensor.
         fingerprint: Of the base, from before quantising.
+        buffers: Hashes of the persistent buffers at that time: training may move some of them.
     """
 
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Record:
     dense: list[tuple[str, str]] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
     fingerprint: dict[str, Any] | None = None
+    buffers: dict[str, str] = field(default_factory=dict)
 
 
 def record_of(model: nn.Module, *, create: bool = False) -> Record | None:

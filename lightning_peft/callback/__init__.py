@@ -1,0 +1,5 @@
+"""The callback: when each part of the package is called in a Trainer's life. No maths, no key juggling."""
+
+from lightning_peft.callback.peft import PEFT
+
+__all__ = ["PEFT"]

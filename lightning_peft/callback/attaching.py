@@ -1,0 +1,132 @@
+"""Attaching from inside a run: idempotent, on the part of the module that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.active import activate
+from lightning_peft.attach import attach, detach
+from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.methods.base import Method, to_plain
+from lightning_peft.record import Record, forget, record_of
+from lightning_peft.storage import Quantization
+from lightning_peft.targets import classification_heads
+
+__all__ = ["attach_once", "find_root"]
+
+
+def find_root(module: nn.Module, path: str | None) -> nn.Module:
+    """The submodule at a dotted path; the module itself for None.
+
+    Raises:
+        ValueError: no such submodule, with the ones there are.
+    """
+    if not path:
+        return module
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        known = [n for n, _ in module.named_modules() if n and n.count(".") <= path.count(".")]
+        raise ValueError(
+            f"PEFT root: expected the path of a submodule, got {path!r}; there are {known[:20]}"
+        ) from error
+
+
+def attach_once(
+    root: nn.Module,
+    adapters: Mapping[str, Sequence[Method]],
+    *,
+    quantization: Quantization | None,
+    modules_to_save: Sequence[str],
+    device: torch.device,
+    may_lose: bool,
+    lost: bool,
+) -> bool:
+    """Attach every adapter that is not attached yet, and make all of them act, in the order named.
+
+    Args:
+        root: What to adapt.
+        adapters: Methods by adapter name.
+        quantization: How to store the base.
+        modules_to_save: Modules to train whole, besides a Hugging Face classification head.
+        device: Where to quantise.
+        may_lose: Whether a checkpoint is about to be loaded, so that adapters may be made anew.
+        lost: Whether the user's `configure_model` replaced adapted layers.
+
+    Returns:
+        Whether anything was attached.
+
+    Raises:
+        RuntimeError: an adapter of that name is attached with another configuration, or its layers were thrown away.
+    """
+    record = record_of(root)
+    if record is not None and record.adapters:
+        _forget_lost(root, record, lost, may_lose)
+    new = False
+    for name, methods in adapters.items():
+        record = record_of(root)
+        if record is not None and name in record.adapters:
+            _same(name, record, methods, quantization)
+            continue
+        first = record is None or record.fingerprint is None
+        if not first and record is not None and quantization not in (None, record.quantization):
+            raise RuntimeError(
+                f"PEFT adapter {name!r}: expected quantization={record.quantization}, as the base is stored already, got "
+                f"{quantization}; give every PEFT callback of one root the same"
+            )
+        heads = [h for h in classification_heads(root) if not _covered(h, modules_to_save)]
+        attach(
+            root,
+            list(methods),
+            adapter_name=name,
+            quantization=quantization if first else None,
+            modules_to_save=[*modules_to_save, *heads],
+            device=device if first and quantization is not None else None,
+        )
+        new = True
+    record = record_of(root)
+    if new and record is not None:
+        activate(root, record, list(record.adapters))
+    return new
+
+
+def _covered(head: str, wanted: Sequence[str]) -> bool:
+    return any(head == w or head.endswith(f".{w}") or head.startswith(f"{w}.") for w in wanted)
+
+
+def _forget_lost(root: nn.Module, record: Record, lost: bool, may_lose: bool) -> None:
+    live = {name for _, module in adapted_modules(root) for name in module.peft}
+    gone = sorted(set(record.adapters) - live)
+    if not gone and not lost:
+        return
+    if not may_lose:
+        raise RuntimeError(
+            f"{type(root).__name__}.configure_model: expected it to keep the net it built before, got a new one: the "
+            f"trained adapters {gone or sorted(live)} were thrown away with the old one. Return early from "
+            "configure_model when the net is there, or give ckpt_path"
+        )
+    detach(root)
+    forget(root)  # a quantised base went with the old net
+
+
+def _same(
+    name: str, record: Record, methods: Sequence[Method], quantization: Quantization | None
+) -> None:
+    entry = record.adapters[name]
+    have, want = [to_plain(m) for m in entry.methods], [to_plain(m) for m in methods]
+    if have != want or (quantization is not None and quantization != record.quantization):
+        raise RuntimeError(
+            f"PEFT adapter {name!r}: expected the configuration that is attached already, {_short(have)} on "
+            f"{record.quantization}, got {_short(want)} on {quantization}; detach(module) first, or use another adapter_name"
+        )
+
+
+def _short(methods: Sequence[Mapping[str, Any]]) -> str:
+    return " + ".join(
+        f"{m['method']}({', '.join(f'{k}={v!r}' for k, v in m.items() if k != 'method' and v not in (None, {}))})"
+        for m in methods
+    )

@@ -1,0 +1,258 @@
+"""`PEFT`, the callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_peft.callback.attaching import attach_once, find_root
+from lightning_peft.callback.averaging import rebuild_averages
+from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
+from lightning_peft.callback.gradients import (
+    let_inputs_require_grad,
+    refuse_graphless,
+    thawed_base,
+    warn_dead,
+)
+from lightning_peft.callback.module_wrap import unwrap_configure_model, wrap_configure_model
+from lightning_peft.callback.optimizers import (
+    Schedules,
+    check_optimizers,
+    install_optimizer_setup,
+)
+from lightning_peft.callback.random_states import gather_rng
+from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
+from lightning_peft.checkpoint import KEY
+from lightning_peft.checkpoint_rng import restore_rng
+from lightning_peft.methods.base import Method, to_plain
+from lightning_peft.report import parameter_report
+from lightning_peft.storage import Quantization
+
+__all__ = ["PEFT"]
+
+
+class PEFT(pl.Callback):
+    """Fine-tune with adapters: freezes the base, quantises it, attaches, writes and reads adapter-only checkpoints.
+
+    The LightningModule knows nothing of it; its net may be built in ``__init__``, ``setup`` or ``configure_model``.
+
+    Args:
+        method: One method, or a list of them: a hybrid under one adapter name.
+        adapters: Methods by adapter name, instead of `method`. All of them act and are trained, in the order named; pick
+            by `set_adapter`, or by row of the batch with `adapter_names`.
+        quantization: How to store the frozen base: ``Quantization("nf4")``, or its kind alone.
+        optimizer: Name of the optimizer class to put in place of the user's, keeping groups and schedulers.
+        adapter_name: Name of the adapter that `method` makes.
+        modules_to_save: Names or suffixes of modules trained whole (a fresh head); the classification head of a Hugging
+            Face model is found by itself.
+        root: Dotted path of the submodule to adapt; default the whole module. What lies outside is left to the user:
+            it is trained and saved if it requires gradients.
+        kernels: Which implementation ops run: ``"auto"``, ``"triton"`` or ``"torch"``.
+        liger: Put liger-kernel's fused layers into Hugging Face models that it knows, before attaching.
+        report: Whether to print the report and log the configuration when training starts.
+
+    Raises:
+        ValueError: neither or both of `method` and `adapters`.
+    """
+
+    def __init__(
+        self,
+        method: Method | list[Method] | None = None,
+        *,
+        adapters: dict[str, Method | list[Method]] | None = None,
+        quantization: Quantization | str | None = None,
+        optimizer: str | None = None,
+        adapter_name: str = "default",
+        modules_to_save: Sequence[str] = (),
+        root: str | None = None,
+        kernels: Literal["auto", "triton", "torch"] = "auto",
+        liger: bool = False,
+        report: bool = True,
+    ) -> None:
+        super().__init__()
+        self.adapters = _by_name(method, adapters, adapter_name, modules_to_save)
+        self.quantization = (
+            Quantization(quantization) if isinstance(quantization, str) else quantization  # type: ignore[arg-type]
+        )
+        self.optimizer = optimizer
+        self.modules_to_save = tuple(modules_to_save)
+        self.root = root
+        self.kernels = kernels
+        self.liger = liger
+        self.report = report
+        self._rng: list[dict[str, Any]] | None = None
+        self._schedules: Schedules | None = None
+        self._first_step = False
+
+    @property
+    def names(self) -> list[str]:
+        """Adapter names, in order."""
+        return list(self.adapters)
+
+    @property
+    def state_key(self) -> str:
+        """One a callback, so that several stand side by side."""
+        return f"PEFT[{','.join(self.names)}]"
+
+    # ---- before the net exists
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work; have attaching, saving and optimizers come through us. Nothing is attached yet."""
+        refuse_trainer(trainer)
+        peers = [c for c in trainer.callbacks if isinstance(c, PEFT)]  # type: ignore[attr-defined]
+        refuse_unfit(trainer, self, peers)
+        io = install_checkpoint_io(trainer.strategy, lambda: trainer.state.fn == TrainerFn.FITTING)
+        install_optimizer_setup(
+            trainer.strategy, self, lambda t: self._finish_optimizers(t, t.lightning_module)
+        )
+        wrap_configure_model(
+            pl_module, self, lambda lost: self._attach(trainer, pl_module, io, lost)
+        )
+
+    def _attach(
+        self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO, lost: bool
+    ) -> None:
+        root = find_root(module, self.root)
+        attach_once(
+            root,
+            self.adapters,
+            quantization=self.quantization,
+            modules_to_save=self.modules_to_save,
+            device=trainer.strategy.root_device,
+            may_lose=trainer.ckpt_path is not None,
+            lost=lost,
+        )
+        io.started = True
+        if trainer.state.fn == TrainerFn.FITTING:
+            rebuild_averages(trainer, module)
+
+    def _finish_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        check_optimizers(module, trainer.strategy.optimizers)
+        self._schedules = Schedules(module)
+        self._schedules.follow(trainer, trainer.strategy.optimizers)
+
+    # ---- training
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report; go on with the random numbers where the checkpoint stopped."""
+        if self.report:
+            self._show(trainer, pl_module)
+        if self._rng is not None:
+            # Later is too late: the first data iterator draws a seed before on_train_start.
+            restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)
+            self._rng = None
+
+    def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        report = parameter_report(find_root(module, self.root))
+        if trainer.is_global_zero:
+            print(report)
+        plain = {name: [to_plain(m) for m in methods] for name, methods in self.adapters.items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(
+                {
+                    f"peft/{'+'.join(self.names)}": {
+                        "adapters": plain,
+                        "quantization": None
+                        if self.quantization is None
+                        else vars(self.quantization),
+                        "modules_to_save": list(self.modules_to_save),
+                        "trainable": report.trainable,
+                        "total": report.total,
+                    }
+                }
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have gradients reach checkpointed blocks, whoever turned checkpointing on and when."""
+        let_inputs_require_grad(pl_module)
+        self._first_step = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The base must stay frozen.
+
+        Raises:
+            RuntimeError: something unfroze it, by name.
+        """
+        thawed = thawed_base(pl_module, [find_root(pl_module, self.root)])
+        if thawed:
+            raise RuntimeError(
+                f"PEFT: expected a frozen base, found {len(thawed)} of its parameters unfrozen ({', '.join(thawed[:5])}); "
+                "adapters replace training them: name the layers in modules_to_save to train a copy"
+            )
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Name the cause of a loss without a graph."""
+        refuse_graphless(loss)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Schedules of the methods; once a fit, whether every adapter got a gradient."""
+        if self._schedules is not None:
+            self._schedules.before_step(trainer, optimizer)
+        if self._first_step:
+            self._first_step = False
+            warn_dead(pl_module)
+
+    # ---- checkpoints (weights and configuration go through the CheckpointIO)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the random states of every process."""
+        if KEY not in checkpoint:
+            checkpoint[KEY] = {"rng": gather_rng(trainer)}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the random states for `on_fit_start`."""
+        states = (checkpoint.get(KEY) or {}).get("rng")
+        if states is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if len(states) != trainer.world_size:
+            rank_zero_warn(
+                f"PEFT: the checkpoint holds random states of {len(states)} processes, this run has {trainer.world_size}; "
+                "dropout and data order go on from the seed instead"
+            )
+            return
+        self._rng = states
+
+    # ---- the end
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the user's module as it was found."""
+        unwrap_configure_model(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The same."""
+        unwrap_configure_model(pl_module)
+
+
+def _by_name(
+    method: Method | list[Method] | None,
+    adapters: dict[str, Method | list[Method]] | None,
+    adapter_name: str,
+    modules_to_save: Sequence[str],
+) -> dict[str, list[Method]]:
+    if isinstance(modules_to_save, str):
+        raise TypeError(
+            f"PEFT modules_to_save: expected a list of names, got the string {modules_to_save!r}; write [{modules_to_save!r}]"
+        )
+    if (method is None) == (not adapters) and not (method is None and modules_to_save):
+        raise ValueError(
+            f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; "
+            "for a method under a name of its own give adapter_name"
+        )
+    given = adapters if adapters else {adapter_name: [] if method is None else method}
+    return {name: m if isinstance(m, list) else [m] for name, m in given.items()}

@@ -1,0 +1,136 @@
+"""A checkpoint file that is whole or absent: written beside the target, synced, then renamed over it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import socket
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_local", "read", "remove_stale", "write"]
+
+_HOST = socket.gethostname().replace("-", "_") or "host"
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a file of this machine, rather than an fsspec address."""
+    return "://" not in os.fspath(path)
+
+
+def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """`torch.save` that a crash or a full disk cannot leave half done; the former file stays until the new one is safe.
+
+    Raises:
+        OSError: the disk is full, with the bytes needed; the temporary file is gone, the former file as it was.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target.parent)
+    temporary = target.with_name(f".{target.name}.tmp-{_HOST}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(data), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        free = shutil.disk_usage(target.parent).free
+        temporary.unlink(missing_ok=True)
+        if _is_full(error, free, data):
+            raise OSError(
+                errno.ENOSPC,
+                f"{target}: expected {_nbytes(data):,} bytes and more on this disk, got {free:,} free; the former file "
+                "is untouched: make room, or keep fewer checkpoints (save_top_k)",
+            ) from error
+        raise
+    _sync_directory(target.parent)
+
+
+def _is_full(error: BaseException, free: int, data: Any) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # torch's zip writer turns a failed write into a RuntimeError about positions.
+    return isinstance(error, RuntimeError) and free < _nbytes(data)
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_nbytes(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_nbytes(v) for v in value)
+    return 0
+
+
+def _sync_directory(directory: Path) -> None:
+    """The rename itself must reach the disk."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_stale(directory: Path) -> None:
+    """Delete temporary files of processes of this machine that are gone: kill -9 never cleans up."""
+    for file in directory.glob(f".*.tmp-{_HOST}-*"):
+        pid = file.name.rpartition("-")[2]
+        if pid.isdecimal() and int(pid) != os.getpid() and not _alive(int(pid)):
+            file.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """`torch.load(weights_only=True)` onto the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated or no checkpoint; the newest other one beside it is named.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: expected a checkpoint, found no such file")
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise _unreadable(file, str(error)) from error
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(file):  # whole, but with objects that plain loading refuses
+            raise
+        raise _unreadable(file, "not a torch.save file") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{file}: expected a checkpoint (a dict), got {type(loaded).__name__}")
+    return loaded
+
+
+def _unreadable(file: Path, why: str) -> ValueError:
+    others = [p for p in file.parent.glob(f"*{file.suffix}") if p != file and p.is_file()]
+    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
+    advice = (
+        f"the newest other checkpoint here is {newest}"
+        if newest
+        else "no other checkpoint is beside it"
+    )
+    return ValueError(
+        f"{file}: expected a whole checkpoint, got one that cannot be read ({file.stat().st_size:,} bytes: "
+        f"{why.splitlines()[0][:120]}); {advice}"
+    )
