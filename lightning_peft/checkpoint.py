@@ -1,7 +1,9 @@
 """What a checkpoint holds of an adapted model, and how it is read back: strictly, by structure.
 
-Written: adapters, trained copies, trained buffers, whatever is trained outside the adapted root; beside them, under
-`KEY`, plain data that says what they are and which base they belong to. The base itself is never written; on reading,
+Written: adapters, trained copies, trained buffers, whatever is trained outside the adapted root;
+    beside them, under
+`KEY`, plain data that says what they are and which base they belong to. The base itself is never
+written; on reading,
 it is completed from the live model, so that every strict load downstream passes.
 """
 
@@ -54,7 +56,8 @@ def is_attached(model: nn.Module) -> bool:
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Live tensors that a checkpoint holds, by canonical key, each tensor once.
 
-    Adapter tensors and running statistics; parameters that are trained and buffers outside every adapted root; buffers
+    Adapter tensors and running statistics; parameters that are trained and buffers outside every
+    adapted root; buffers
     inside that were changed since adapters were attached (a codebook, a counter).
     """
     kept = trained_tensors(model)
@@ -119,7 +122,7 @@ def filter_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A full state dict of `model`: the base as it is, everything else from `state`, under every alias."""
+    """A full state dict of `model`: the base as it is, the rest from `state`, under every alias."""
     canonical = {id(t): key for key, t in kept_tensors(model).items()}
     full: dict[str, Any] = {}
     for key, tensor in _live(model).items():
@@ -167,7 +170,7 @@ def _versions() -> dict[str, str]:
 
 
 def filter_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint without the base, with our entry; a dict without ``state_dict`` comes back as it is."""
+    """The checkpoint without the base, with our entry; without ``state_dict`` unchanged."""
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
     written = _each_state(dict(checkpoint), lambda state: filter_state(model, state))
@@ -187,7 +190,8 @@ def complete_checkpoint(
         resuming: Whether training goes on; then the base must be stored the same way.
 
     Raises:
-        ValueError: no adapters in the file, another configuration, another base, tensors that do not fit.
+        ValueError: no adapters in the file, another configuration, another base, tensors that do
+            not fit.
     """
     if "state_dict" not in checkpoint:
         return checkpoint
@@ -249,7 +253,8 @@ def verify(
     stored = checkpoint.get(KEY)
     if stored is None:
         raise ValueError(
-            f"{source}: expected a checkpoint with adapters, got one without (a full model, or written without PEFT); "
+            f"{source}: expected a checkpoint with adapters, got one without (a full model, or "
+            "written without PEFT); "
             "to start from it, load it into the module yourself and fit without ckpt_path"
         )
     if not isinstance(stored, dict) or not isinstance(stored.get("format"), int):
@@ -293,7 +298,8 @@ def _same_adapters(stored: Any, live: dict[str, Any], source: str) -> None:
             problems += [f"{label}: {line}" for line in _differences(want[name], have[name])]
     if problems:
         raise ValueError(
-            f"{source}: expected the adapters it was written with, got {len(problems)} differences; nothing was "
+            f"{source}: expected the adapters it was written with, got {len(problems)} "
+            "differences; nothing was "
             "loaded. Give PEFT the configuration that was saved:\n  " + "\n  ".join(problems[:20])
         )
 
@@ -321,7 +327,8 @@ def _differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:
         )
     if sorted(stored["modules_to_save"]) != sorted(live["modules_to_save"]):
         lines.append(
-            f"modules_to_save: {stored['modules_to_save']} in the file, {live['modules_to_save']} attached"
+            f"modules_to_save: {stored['modules_to_save']} in the file, {live['modules_to_save']} "
+            "attached"
         )
     want_sites = {(label, tuple(shape)) for label, shape, _ in stored["sites"]}
     have_sites = {(label, tuple(shape)) for label, shape, _ in live["sites"]}
@@ -342,8 +349,10 @@ def _same_base(stored: dict[str, Any], live: dict[str, Any], source: str, resumi
         if lines:
             more = f"\n  … and {len(lines) - 12} more" if len(lines) > 12 else ""
             raise ValueError(
-                f"{source}: expected the base it was trained on, got another one ({len(lines)} tensors differ); nothing "
-                "was loaded. Build the module from the same pretrained weights; a fresh layer belongs in "
+                f"{source}: expected the base it was trained on, got another one ({len(lines)} "
+                "tensors differ); nothing "
+                "was loaded. Build the module from the same pretrained weights; a fresh layer "
+                "belongs in "
                 "modules_to_save, or needs the same seed:\n  " + "\n  ".join(lines[:12]) + more
             )
         want_q, have_q = stored[prefix].get("quantization"), root["quantization"]

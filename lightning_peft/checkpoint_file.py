@@ -1,4 +1,4 @@
-"""A checkpoint file that is whole or absent: written beside the target, synced, then renamed over it."""
+"""A checkpoint file that is whole or absent: written beside the target, synced, renamed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 
 def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """`torch.save` that a crash or a full disk cannot leave half done; the former file stays until the new one is safe.
+    """`torch.save` that a crash or a full disk cannot leave half done; the former file stays until
+    the new one is safe.
 
     Raises:
-        OSError: the disk is full, with the bytes needed; the temporary file is gone, the former file as it was.
+        OSError: the disk is full, with the bytes needed; the temporary file is gone, the former
+            file as it was.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,8 @@ def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         if _is_full(error, free, data):
             raise OSError(
                 errno.ENOSPC,
-                f"{target}: expected {_nbytes(data):,} bytes and more on this disk, got {free:,} free; the former file "
+                f"{target}: expected {_nbytes(data):,} bytes and more on this disk, got {free:,} "
+                "free; the former file "
                 "is untouched: make room, or keep fewer checkpoints (save_top_k)",
             ) from error
         raise
@@ -82,7 +85,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def remove_stale(directory: Path) -> None:
-    """Delete temporary files of processes of this machine that are gone: kill -9 never cleans up."""
+    """Delete temporary files of this machine's dead processes: kill -9 never cleans up."""
     for file in directory.glob(f".*.tmp-{_HOST}-*"):
         pid = file.name.rpartition("-")[2]
         if pid.isdecimal() and int(pid) != os.getpid() and not _alive(int(pid)):
@@ -131,6 +134,7 @@ def _unreadable(file: Path, why: str) -> ValueError:
         else "no other checkpoint is beside it"
     )
     return ValueError(
-        f"{file}: expected a whole checkpoint, got one that cannot be read ({file.stat().st_size:,} bytes: "
+        f"{file}: expected a whole checkpoint, got one that cannot be read "
+        f"({file.stat().st_size:,} bytes: "
         f"{why.splitlines()[0][:120]}); {advice}"
     )

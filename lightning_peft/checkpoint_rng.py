@@ -1,4 +1,4 @@
-"""The states of the random generators as plain data: without them a resumed run draws other dropout masks."""
+"""States of the random generators as plain data: without them dropout differs after a resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def rng_state(device: torch.device | None = None) -> dict[str, Any]:
     """States of torch, CUDA (this process's device), numpy and Python."""
     import numpy as np
 
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = legacy
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

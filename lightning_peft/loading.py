@@ -1,4 +1,4 @@
-"""`load_from_checkpoint`: a LightningModule with its adapters, out of a file that holds the adapters alone."""
+"""`load_from_checkpoint`: a LightningModule with its adapters, from a file of adapters alone."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ def load_from_checkpoint(
         The module on the CPU, in the mode that its constructor leaves it in.
 
     Raises:
-        ValueError: no adapters in the file, another base, tensors that do not fit, or a net that only `setup` builds.
+        ValueError: no adapters in the file, another base, tensors that do not fit, or a net that
+            only `setup` builds.
     """
     checkpoint = checkpoint_file.read(path)
     source = os.fspath(path)
     stored = checkpoint.get(KEY)
     if not isinstance(stored, dict) or not stored.get("roots"):
         raise ValueError(
-            f"{source}: expected a checkpoint with adapters, got keys {sorted(checkpoint)}; load a full model with "
+            f"{source}: expected a checkpoint with adapters, got keys {sorted(checkpoint)}; load a "
+            "full model with "
             f"{module_class.__name__}.load_from_checkpoint"
         )
     hparams = _accepted(module_class, checkpoint.get("hyper_parameters") or {})
@@ -62,7 +64,7 @@ def load_from_checkpoint(
 
 
 def _accepted(cls: type, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = inspect.signature(cls).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(hparams)
     names = {p.name for p in parameters}
@@ -72,8 +74,10 @@ def _accepted(cls: type, hparams: Mapping[str, Any]) -> dict[str, Any]:
 def _require_net(module: pl.LightningModule, source: str) -> None:
     if next(module.parameters(), None) is None:
         raise ValueError(
-            f"{source}: expected {type(module).__name__} to have parameters after __init__ and configure_model, found "
-            "none: a net built in setup() needs a run; use trainer.test(module, ckpt_path=…) or build it earlier"
+            f"{source}: expected {type(module).__name__} to have parameters after __init__ and "
+            "configure_model, found "
+            "none: a net built in setup() needs a run; use trainer.test(module, ckpt_path=…) or "
+            "build it earlier"
         )
 
 

@@ -1,4 +1,4 @@
-"""The callback: when each part of the package is called in a Trainer's life. No maths, no key juggling."""
+"""The callback: when each part of the package is called in a Trainer's life."""
 
 from lightning_peft.callback.peft import PEFT
 

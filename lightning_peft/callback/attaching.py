@@ -61,7 +61,8 @@ def attach_once(
         Whether anything was attached.
 
     Raises:
-        RuntimeError: an adapter of that name is attached with another configuration, or its layers were thrown away.
+        RuntimeError: an adapter of that name is attached with another configuration, or its layers
+            were thrown away.
     """
     record = record_of(root)
     if record is not None and record.adapters:
@@ -75,7 +76,8 @@ def attach_once(
         first = record is None or record.fingerprint is None
         if not first and record is not None and quantization not in (None, record.quantization):
             raise RuntimeError(
-                f"PEFT adapter {name!r}: expected quantization={record.quantization}, as the base is stored already, got "
+                f"PEFT adapter {name!r}: expected quantization={record.quantization}, as the base "
+                "is stored already, got "
                 f"{quantization}; give every PEFT callback of one root the same"
             )
         heads = [h for h in classification_heads(root) if not _covered(h, modules_to_save)]
@@ -105,8 +107,10 @@ def _forget_lost(root: nn.Module, record: Record, lost: bool, may_lose: bool) ->
         return
     if not may_lose:
         raise RuntimeError(
-            f"{type(root).__name__}.configure_model: expected it to keep the net it built before, got a new one: the "
-            f"trained adapters {gone or sorted(live)} were thrown away with the old one. Return early from "
+            f"{type(root).__name__}.configure_model: expected it to keep the net it built before, "
+            "got a new one: the "
+            f"trained adapters {gone or sorted(live)} were thrown away with the old one. Return "
+            "early from "
             "configure_model when the net is there, or give ckpt_path"
         )
     detach(root)
@@ -120,13 +124,17 @@ def _same(
     have, want = [to_plain(m) for m in entry.methods], [to_plain(m) for m in methods]
     if have != want or (quantization is not None and quantization != record.quantization):
         raise RuntimeError(
-            f"PEFT adapter {name!r}: expected the configuration that is attached already, {_short(have)} on "
-            f"{record.quantization}, got {_short(want)} on {quantization}; detach(module) first, or use another adapter_name"
+            f"PEFT adapter {name!r}: expected the configuration that is attached already, "
+            f"{_short(have)} on "
+            f"{record.quantization}, got {_short(want)} on {quantization}; detach(module) first, "
+            "or use another adapter_name"
         )
 
 
 def _short(methods: Sequence[Mapping[str, Any]]) -> str:
-    return " + ".join(
-        f"{m['method']}({', '.join(f'{k}={v!r}' for k, v in m.items() if k != 'method' and v not in (None, {}))})"
-        for m in methods
-    )
+    return " + ".join(f"{m['method']}({_fields(m)})" for m in methods)
+
+
+def _fields(method: Mapping[str, Any]) -> str:
+    said = {k: v for k, v in method.items() if k != "method" and v not in (None, {})}
+    return ", ".join(f"{k}={v!r}" for k, v in said.items())

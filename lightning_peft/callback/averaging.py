@@ -1,7 +1,9 @@
 """EMA and SWA beside adapters: their copy of the model is made again once the adapters are there.
 
-Lightning's averaging callbacks copy the module in `setup`, before anything is attached. The copy made here shares the
-frozen base with the live model (no second base in memory) and averages only what is trained: an average over packed
+Lightning's averaging callbacks copy the module in `setup`, before anything is attached. The copy
+made here shares the
+frozen base with the live model (no second base in memory) and averages only what is trained: an
+average over packed
 4-bit bytes would destroy them.
 """
 
@@ -21,7 +23,7 @@ __all__ = ["TrainedAverage", "rebuild_averages"]
 
 
 class _TrainedPart(nn.Module):
-    """Presents the trained parameters and the floating buffers of a model, and nothing else of it."""
+    """Presents the trained parameters and the floating buffers of a model, nothing else."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -80,7 +82,8 @@ def _require(callback: pl.Callback, *names: str) -> None:
     missing = [n for n in names if not hasattr(callback, n)]
     if missing:
         raise RuntimeError(
-            f"PEFT: expected {type(callback).__name__} to have {missing}, found none; this version of lightning keeps its "
+            f"PEFT: expected {type(callback).__name__} to have {missing}, found none; this version "
+            "of lightning keeps its "
             "averaged model elsewhere: leave the callback out, or use a tested version"
         )
 

@@ -1,4 +1,7 @@
-"""Two checkpoint plugins: the outermost filters what is written and completes what is read, the innermost is atomic."""
+"""Two checkpoint plugins.
+
+The outermost filters what is written and completes what is read; the innermost writes atomically.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's plain plugin with atomic local writes and plain-data reads; remote paths are left to fsspec."""
+    """Lightning's plain plugin with atomic writes and plain-data reads; fsspec has remote paths."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -48,13 +51,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class PEFTCheckpointIO(CheckpointIO):
-    """Outermost plugin. It holds its own references: tuners save and load while no callback is listed.
+    """Outermost plugin. It holds its own references: tuners save and load while no callback is
+    listed.
 
     Attributes:
         inner: The plugin that writes.
         module: Returns the live LightningModule.
         resuming: Returns whether training goes on after loading.
-        started: Whether an adapter was attached since the strategy was made; before that nothing is written.
+        started: Whether an adapter was attached since the strategy was made; before that nothing is
+            written.
     """
 
     def __init__(
@@ -92,8 +97,10 @@ class PEFTCheckpointIO(CheckpointIO):
             self._hparams_checked = True
             for field, why in _not_plain(checkpoint.get("hyper_parameters") or {}):
                 warnings.warn(
-                    f"{path}: hyper-parameter {field!r} is no plain data, so the file cannot be loaded with "
-                    f"weights_only=True ({why}); leave it out: save_hyperparameters(ignore=[{field!r}])",
+                    f"{path}: hyper-parameter {field!r} is no plain data, so the file cannot be "
+                    "loaded with "
+                    f"weights_only=True ({why}); leave it out: "
+                    f"save_hyperparameters(ignore=[{field!r}])",
                     stacklevel=3,
                 )
 

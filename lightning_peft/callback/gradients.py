@@ -19,14 +19,16 @@ __all__ = [
 
 
 def let_inputs_require_grad(model: nn.Module) -> list[str]:
-    """Make the embeddings of a checkpointed Hugging Face model start the graph, in whatever order it was set up.
+    """Make the embeddings of a checkpointed Hugging Face model start the graph, in whatever order
+    it was set up.
 
-    With reentrant checkpointing a block whose inputs need no gradient gives none to the adapters inside it.
+    With reentrant checkpointing a block whose inputs need no gradient gives none to the adapters
+    inside it.
 
     Returns:
         Names of the models that got the hook.
     """
-    done = []
+    done: list[str] = []
     for name, module in model.named_modules():
         enable = getattr(module, "enable_input_require_grads", None)
         if enable is None or getattr(module, "_require_grads_hooks", None):
@@ -46,8 +48,10 @@ def refuse_graphless(loss: Tensor) -> None:
     """
     if not loss.requires_grad:
         raise RuntimeError(
-            "loss: expected a gradient, got none: the forward pass ran no adapter inside the graph. Activation "
-            "checkpointing with use_reentrant=True cuts it where a block's input is frozen (use use_reentrant=False); "
+            "loss: expected a gradient, got none: the forward pass ran no adapter inside the "
+            "graph. Activation "
+            "checkpointing with use_reentrant=True cuts it where a block's input is frozen (use "
+            "use_reentrant=False); "
             "torch.no_grad() or detach() in training_step does too"
         )
 
@@ -55,7 +59,8 @@ def refuse_graphless(loss: Tensor) -> None:
 def dead_gradients(model: nn.Module) -> list[str]:
     """One line for everything trained that the first step did not reach.
 
-    An adapter counts as reached when one of its tensors has a gradient that is not zero: at the start LoRA's A has a
+    An adapter counts as reached when one of its tensors has a gradient that is not zero: at the
+    start LoRA's A has a
     zero gradient, because B is zero.
     """
     idle = [name for name, module in adapted_modules(model) if not module._peft.ran]
@@ -90,8 +95,10 @@ def warn_dead(model: nn.Module) -> None:
     if lines:
         shown = lines[:20] + ([f"… and {len(lines) - 20} more"] if len(lines) > 20 else [])
         warnings.warn(
-            f"after the first step {len(lines)} trained parts got no gradient. Causes: activation checkpointing with "
-            "use_reentrant=True over frozen inputs (use use_reentrant=False), a layer whose weight another module reads, "
+            f"after the first step {len(lines)} trained parts got no gradient. Causes: activation "
+            "checkpointing with "
+            "use_reentrant=True over frozen inputs (use use_reentrant=False), a layer whose weight "
+            "another module reads, "
             "a branch that the batch did not take:\n  " + "\n  ".join(shown),
             stacklevel=2,
         )

@@ -1,8 +1,12 @@
-"""A closure on one LightningModule's `configure_model`: no callback hook lies between it and weight loading."""
+"""A closure on one LightningModule's `configure_model`.
+
+No callback hook lies between it and the loading of weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -17,8 +21,10 @@ Attach = Callable[[bool], None]  # takes: whether the user's hook threw adapted 
 def wrap_configure_model(module: pl.LightningModule, owner: object, attach: Attach) -> None:
     """Have `attach` called after the user's `configure_model`, when the Trainer calls that; once.
 
-    Several owners share one closure and attach in order. The closure is an instance attribute, and not made with
-    `functools.wraps`: Lightning follows `__wrapped__` and would find that the hook is not overridden.
+    Several owners share one closure and attach in order. The closure is an instance attribute, and
+    not made with
+    `functools.wraps`: Lightning follows `__wrapped__` and would find that the hook is not
+    overridden.
     """
     current = vars(module).get("configure_model")
     pending: dict[int, Attach] | None = getattr(current, "peft_pending", None)
@@ -46,7 +52,7 @@ def wrap_configure_model(module: pl.LightningModule, owner: object, attach: Atta
 
 def unwrap_configure_model(module: pl.LightningModule) -> None:
     """Take the closure off if it is still there (an exception came first)."""
-    closure = vars(module).get("configure_model")
+    closure: Any = vars(module).get("configure_model")
     if hasattr(closure, "peft_pending"):
         _remove(module, closure.peft_before)
 

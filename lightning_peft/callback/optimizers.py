@@ -1,4 +1,4 @@
-"""After the user's `configure_optimizers`: swap, repair, check; schedules of methods at each optimizer step."""
+"""After the user's `configure_optimizers`: swap, repair, check; schedules at each step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Finish = Callable[[pl.Trainer], None]
 def install_optimizer_setup(strategy: Strategy, owner: object, finish: Finish) -> None:
     """Have `finish` called after the strategy made its optimizers; every fit, once an owner.
 
-    Lightning calls `setup_optimizers` before the precision plugin, the learning-rate finder and the restoring of state
+    Lightning calls `setup_optimizers` before the precision plugin, the learning-rate finder and the
+    restoring of state
     see them; `on_fit_start` would be too late.
     """
     waiting: dict[int, Finish] | None = getattr(strategy.setup_optimizers, "peft_finish", None)
@@ -45,7 +46,8 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     """Every trained parameter stands in exactly one optimizer.
 
     Raises:
-        RuntimeError: parameters are in none (`configure_optimizers` may have returned None) or in two, by name.
+        RuntimeError: parameters are in none (`configure_optimizers` may have returned None) or in
+            two, by name.
     """
     found: dict[int, int] = {}
     for optimizer in optimizers:
@@ -57,13 +59,15 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise RuntimeError(
-            f"configure_optimizers: expected each of {len(trained)} trained parameters in one optimizer, got "
+            f"configure_optimizers: expected each of {len(trained)} trained parameters in one "
+            "optimizer, got "
             f"{', '.join(wrong[:8])}{more}; return torch.optim.AdamW(self.parameters(), lr=…)"
         )
 
 
 class Schedules:
-    """Runs the hooks of methods that have any: penalty and after_backward before clipping, after_step behind the step.
+    """Runs the hooks of methods that have any: penalty and after_backward before clipping,
+    after_step behind the step.
 
     Attributes:
         module: The LightningModule.
@@ -100,7 +104,7 @@ class Schedules:
             method.after_backward(ctx)
 
     def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Weights have moved, gradients are still there; not reached when the scaler skips a step."""
+        """Weights have moved, gradients are still there; not called when a step is skipped."""
         for method, adapters in self._groups(optimizer):
             ctx = self._context(trainer, adapters, trainer.global_step + 1, 1.0)
             with torch.no_grad():

@@ -38,23 +38,30 @@ __all__ = ["PEFT"]
 
 
 class PEFT(pl.Callback):
-    """Fine-tune with adapters: freezes the base, quantises it, attaches, writes and reads adapter-only checkpoints.
+    """Fine-tune with adapters: freezes the base, quantises it, attaches, writes and reads
+    adapter-only checkpoints.
 
-    The LightningModule knows nothing of it; its net may be built in ``__init__``, ``setup`` or ``configure_model``.
+    The LightningModule knows nothing of it; its net may be built in ``__init__``, ``setup`` or
+    ``configure_model``.
 
     Args:
         method: One method, or a list of them: a hybrid under one adapter name.
-        adapters: Methods by adapter name, instead of `method`. All of them act and are trained, in the order named; pick
+        adapters: Methods by adapter name, instead of `method`. All of them act and are trained, in
+            the order named; pick
             by `set_adapter`, or by row of the batch with `adapter_names`.
         quantization: How to store the frozen base: ``Quantization("nf4")``, or its kind alone.
-        optimizer: Name of the optimizer class to put in place of the user's, keeping groups and schedulers.
+        optimizer: Name of the optimizer class to put in place of the user's, keeping groups and
+            schedulers.
         adapter_name: Name of the adapter that `method` makes.
-        modules_to_save: Names or suffixes of modules trained whole (a fresh head); the classification head of a Hugging
+        modules_to_save: Names or suffixes of modules trained whole (a fresh head); the
+            classification head of a Hugging
             Face model is found by itself.
-        root: Dotted path of the submodule to adapt; default the whole module. What lies outside is left to the user:
+        root: Dotted path of the submodule to adapt; default the whole module. What lies outside is
+            left to the user:
             it is trained and saved if it requires gradients.
         kernels: Which implementation ops run: ``"auto"``, ``"triton"`` or ``"torch"``.
-        liger: Put liger-kernel's fused layers into Hugging Face models that it knows, before attaching.
+        liger: Put liger-kernel's fused layers into Hugging Face models that it knows, before
+            attaching.
         report: Whether to print the report and log the configuration when training starts.
 
     Raises:
@@ -103,7 +110,7 @@ class PEFT(pl.Callback):
     # ---- before the net exists
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work; have attaching, saving and optimizers come through us. Nothing is attached yet."""
+        """Refuse what cannot work; have attaching, saving and optimizers come through us."""
         refuse_trainer(trainer)
         peers = [c for c in trainer.callbacks if isinstance(c, PEFT)]  # type: ignore[attr-defined]
         refuse_unfit(trainer, self, peers)
@@ -182,7 +189,8 @@ class PEFT(pl.Callback):
         thawed = thawed_base(pl_module, [find_root(pl_module, self.root)])
         if thawed:
             raise RuntimeError(
-                f"PEFT: expected a frozen base, found {len(thawed)} of its parameters unfrozen ({', '.join(thawed[:5])}); "
+                f"PEFT: expected a frozen base, found {len(thawed)} of its parameters unfrozen "
+                f"({', '.join(thawed[:5])}); "
                 "adapters replace training them: name the layers in modules_to_save to train a copy"
             )
 
@@ -220,7 +228,8 @@ class PEFT(pl.Callback):
             return
         if len(states) != trainer.world_size:
             rank_zero_warn(
-                f"PEFT: the checkpoint holds random states of {len(states)} processes, this run has {trainer.world_size}; "
+                f"PEFT: the checkpoint holds random states of {len(states)} processes, this run "
+                f"has {trainer.world_size}; "
                 "dropout and data order go on from the seed instead"
             )
             return
@@ -247,7 +256,8 @@ def _by_name(
 ) -> dict[str, list[Method]]:
     if isinstance(modules_to_save, str):
         raise TypeError(
-            f"PEFT modules_to_save: expected a list of names, got the string {modules_to_save!r}; write [{modules_to_save!r}]"
+            f"PEFT modules_to_save: expected a list of names, got the string {modules_to_save!r}; "
+            f"write [{modules_to_save!r}]"
         )
     if (method is None) == (not adapters) and not (method is None and modules_to_save):
         raise ValueError(

@@ -22,14 +22,22 @@ from lightning.pytorch.strategies import (
 __all__ = ["refuse_trainer", "refuse_unfit"]
 
 _PRECISIONS: dict[type[Any], str] = {
-    BitsandbytesPrecision: "it quantises the same layers; leave the plugin out and give PEFT(quantization=Quantization('nf4'))",
-    TransformerEnginePrecision: "it replaces the layers that adapters sit in; use precision='bf16-true' or 'bf16-mixed'",
+    BitsandbytesPrecision: (
+        "it quantises the same layers; leave the plugin out and give "
+        "PEFT(quantization=Quantization('nf4'))"
+    ),
+    TransformerEnginePrecision: (
+        "it replaces the layers that adapters sit in; use precision='bf16-true'"
+    ),
     DeepSpeedPrecision: "it is untested with adapters; use strategy='peft_ddp' or 'peft_fsdp'",
     XLAPrecision: "it is untested with adapters; use a CPU or CUDA accelerator",
 }
 _STRATEGIES: dict[type[Any], str] = {
     DeepSpeedStrategy: "it is untested with adapters; use strategy='peft_ddp' or 'peft_fsdp'",
-    FSDPStrategy: "it needs one dtype and one requires_grad a unit and writes the whole base; use strategy='peft_fsdp'",
+    FSDPStrategy: (
+        "it needs one dtype and one requires_grad a unit, and writes the base; use "
+        "strategy='peft_fsdp'"
+    ),
     ModelParallelStrategy: "it shards before adapters are there; use strategy='peft_fsdp'",
 }
 
@@ -44,7 +52,8 @@ def refuse_trainer(trainer: Any) -> None:
         return
     old = any(c.__module__.startswith("pytorch_lightning") for c in type(trainer).__mro__)
     advice = (
-        "pytorch_lightning is another package with classes of its own: import lightning as L, and take "
+        "pytorch_lightning is another package with classes of its own: import lightning as L, and "
+        "take "
         "L.Trainer, L.LightningModule and L.Callback from there"
         if old
         else "give the callback to a lightning.pytorch.Trainer"
@@ -79,7 +88,8 @@ def refuse_unfit(trainer: pl.Trainer, peft: Any, peers: list[Any]) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BaseFinetuning):
             raise ValueError(
-                f"PEFT: expected no {type(callback).__name__} beside it: it unfreezes layers of the base, which adapters "
+                f"PEFT: expected no {type(callback).__name__} beside it: it unfreezes layers of "
+                "the base, which adapters "
                 "keep as it is; leave it out, or name the layers in PEFT(modules_to_save=[…])"
             )
 
@@ -89,13 +99,15 @@ def _refuse_names(peft: Any, peers: list[Any]) -> None:
         twice = sorted(set(peft.names) & set(other.names)) if other is not peft else []
         if twice:
             raise ValueError(
-                f"PEFT: expected one callback an adapter name, got two with {twice}; give one of them another "
+                f"PEFT: expected one callback an adapter name, got two with {twice}; give one of "
+                "them another "
                 "adapter_name"
             )
         a, b = peft.root or "", other.root or ""
         if a != b and (not a or not b or a.startswith(f"{b}.") or b.startswith(f"{a}.")):
             raise ValueError(
-                f"PEFT: expected callbacks with the same root or with separate ones, got {a or None!r} and {b or None!r}; "
+                "PEFT: expected callbacks with the same root or with separate ones, got "
+                f"{a or None!r} and {b or None!r}; "
                 "name the smaller one in both, or use target_modules"
             )
 
@@ -104,6 +116,8 @@ def _refuse_launcher(strategy: Strategy) -> None:
     launcher = type(strategy.launcher)
     if any(c.__name__ == "_MultiProcessingLauncher" for c in launcher.__mro__):
         raise ValueError(
-            "PEFT: expected processes that are started as scripts, got a strategy that spawns or forks them "
-            f"({launcher.__name__}): the adapters stay in the workers and are lost when they end; use strategy='ddp'"
+            "PEFT: expected processes that are started as scripts, got a strategy that spawns or "
+            "forks them "
+            f"({launcher.__name__}): the adapters stay in the workers and are lost when they end; "
+            "use strategy='ddp'"
         )
