@@ -35,7 +35,7 @@ from lightning_peft.report import Report, parameter_report
 from lightning_peft.storage import Quantization, storage_of
 from lightning_peft.targets import nearest_names
 
-__all__ = ["attach", "detach", "quantize", "reset_adapters"]
+__all__ = ["Planned", "attach", "detach", "plan_attach", "quantize", "reset_adapters"]
 
 
 def attach(
@@ -72,7 +72,7 @@ def attach(
             "attach: expected at least one method or modules_to_save, got none; everything would be frozen"
         )
     saved = _saved_modules(model, modules_to_save)
-    planned, skipped, tied = _plan(model, methods, saved)
+    planned, skipped, tied = plan_attach(model, methods, saved)
     packing = None if quantization is None else plan_quantization(model, quantization, keep=saved)
     record = record_of(model, create=True)
     assert record is not None
@@ -241,13 +241,14 @@ def _saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     return found
 
 
-_Planned = tuple[Method, str, Placement]  # (method, key of the method in a hybrid, where)
+Planned = tuple[Method, str, Placement]  # (method, key of the method in a hybrid, where)
 
 
-def _plan(
+def plan_attach(
     model: nn.Module, methods: Sequence[Method], saved: Sequence[str]
-) -> tuple[list[_Planned], list[tuple[str, str]], list[tuple[str, ...]]]:
-    planned: list[_Planned] = []
+) -> tuple[list[Planned], list[tuple[str, str]], list[tuple[str, ...]]]:
+    """What `attach` would make, in order; (name, reason) of layers left out; tied groups. Changes nothing."""
+    planned: list[Planned] = []
     skipped: list[tuple[str, str]] = []
     tied: list[tuple[str, ...]] = []
     for i, method in enumerate(methods):
@@ -277,32 +278,35 @@ def _plan(
     return planned, skipped, tied
 
 
-def _copied(planned: Sequence[_Planned]) -> set[str]:
+def _copied(planned: Sequence[Planned]) -> set[str]:
     """Names of the parameters of which a copy will be trained."""
     return {f"{p.name}.{path}" if p.name else path for _, _, p in planned for path in p.paths}
 
 
-def _overlaps(planned: Sequence[_Planned], saved: Sequence[str]) -> bool:
+def _overlaps(planned: Sequence[Planned], saved: Sequence[str]) -> bool:
     return any(p.name.startswith(f"{s}.") or p.name == s for _, _, p in planned for s in saved)
 
 
 # ---- the change
 
 
-def _before_quantizing(planned: Sequence[_Planned], packing: Any) -> dict[int, Tensor]:
+def _before_quantizing(planned: Sequence[Planned], packing: Any) -> dict[tuple[int, str], Tensor]:
     """Dense weights that an initialisation needs although the layer is about to be packed."""
     if packing is None:
         return {}
     packed = {id(m) for _, m in packing.layers}
     return {
-        id(p.site.module): p.site.weight(torch.float32).cpu().clone()
+        (id(p.module), p.site.parameter): p.site.weight(torch.float32).cpu().clone()
         for method, _, p in planned
         if isinstance(method, WeightMethod) and method.rewrites_base and id(p.module) in packed
     }
 
 
 def _make(
-    model: nn.Module, planned: Sequence[_Planned], adapter_name: str, originals: dict[int, Tensor]
+    model: nn.Module,
+    planned: Sequence[Planned],
+    adapter_name: str,
+    originals: dict[tuple[int, str], Tensor],
 ) -> None:
     _share(model, planned, adapter_name)
     for method, key, placement in planned:
@@ -315,7 +319,7 @@ def _make(
         _rebind_forward(module)
         adapter = _build(method, placement, adapter_name)
         if isinstance(method, WeightMethod) and method.rewrites_base:
-            _initialise(adapter, method, originals.get(id(module)))
+            _initialise(adapter, method, originals.get((id(module), site.parameter)))
         adapter.to(site.device)
         adapter.train(state_training)
         _hold(
@@ -394,7 +398,7 @@ def _initialise(adapter: Adapter, method: WeightMethod, original: Tensor | None)
             site.write(base)
 
 
-def _share(model: nn.Module, planned: Sequence[_Planned], adapter_name: str) -> None:
+def _share(model: nn.Module, planned: Sequence[Planned], adapter_name: str) -> None:
     """Tensors that all sites of a method share are held once, by the root."""
 
 

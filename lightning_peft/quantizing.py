@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_peft.layers import ops_for
+from lightning_peft.layers.experts import ExpertsOps, QuantizedExperts
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
 from lightning_peft.storage import Quantization, storage_of
 from lightning_peft.storage.nf4 import pack
@@ -52,7 +53,9 @@ def plan_quantization(
     fp32 = _keep_in_fp32(model)
     for name, module in model.named_modules():
         ops = ops_for(module)
-        if not isinstance(ops, LinearOps | Conv1DOps) or storage_of(module).label != "dense":
+        if not isinstance(ops, LinearOps | Conv1DOps | ExpertsOps):
+            continue
+        if storage_of(module, ops.parameters(module)[0]).label != "dense":
             continue
         reason = _stays_dense(name, module, quantization, keep, heads, shared, fp32)
         if reason:
@@ -72,7 +75,10 @@ def _stays_dense(
     shared: set[int],
     fp32: Sequence[str],
 ) -> str:
-    weight = module.get_parameter("weight")
+    ops = ops_for(module)
+    assert ops is not None  # the caller chose by it
+    names = ops.parameters(module)
+    weight = module.get_parameter(names[0])
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "read by nn.MultiheadAttention"
     if name in heads:
@@ -90,8 +96,13 @@ def _stays_dense(
         return "the model keeps it in fp32"
     if not weight.is_floating_point():
         return f"already {weight.dtype}"
-    if quantization.kind == "int8" and not isinstance(ops_for(module), LinearOps):
-        return "int8 needs an nn.Linear"
+    if quantization.kind == "int8" and not isinstance(ops, LinearOps):
+        return "bitsandbytes' int8 needs an nn.Linear; use nf4"
+    if isinstance(ops, ExpertsOps):
+        for key in names:
+            n = module.get_parameter(key).shape[1:].numel()
+            if n % quantization.block_size:
+                return f"{n} weights an expert are no multiple of the block of {quantization.block_size}"
     return ""
 
 
@@ -117,11 +128,13 @@ def _keep_in_fp32(model: nn.Module) -> list[str]:
 
 
 def _require_finite(name: str, module: nn.Module) -> None:
-    weight = module.get_parameter("weight").detach()
-    if weight.device.type != "meta" and not torch.isfinite(weight).all():
+    for key in _weights(module):
+        weight = module.get_parameter(key).detach()
+        if weight.device.type == "meta" or torch.isfinite(weight).all():
+            continue
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
-            f"quantize {name!r}: expected finite weights, got {bad} NaN or infinite of {weight.numel()}; "
+            f"quantize {name!r} {key}: expected finite weights, got {bad} NaN or infinite of {weight.numel()}; "
             "repair the checkpoint, or keep the layer dense with Quantization(exclude_modules=[…])"
         )
 
@@ -132,14 +145,30 @@ def quantize_layers(
     """Pack one layer at a time: to the device, quantised there, the dense weight freed."""
     for name, module in _progress(plan.layers):
         del name
-        if device is not None and module.get_parameter("weight").device.type != "meta":
+        names = _weights(module)
+        if device is not None and module.get_parameter(names[0]).device.type != "meta":
             module.to(device)
         if plan.quantization.kind == "int8":
             from lightning_peft.storage.bnb import to_int8
 
             to_int8(module)
+        elif isinstance(ops_for(module), ExpertsOps):
+            transposed = bool(vars(module)["is_transposed"])
+            pack(
+                module,
+                plan.quantization,
+                transposed=transposed,
+                names=names,
+                mixin=QuantizedExperts,
+            )
         else:
             pack(module, plan.quantization, transposed=isinstance(ops_for(module), Conv1DOps))
+
+
+def _weights(module: nn.Module) -> Sequence[str]:
+    ops = ops_for(module)
+    assert ops is not None  # planned by its ops
+    return ops.parameters(module)
 
 
 def _progress(layers: list[tuple[str, nn.Module]]) -> Iterable[tuple[str, nn.Module]]:
@@ -153,4 +182,4 @@ def _progress(layers: list[tuple[str, nn.Module]]) -> Iterable[tuple[str, nn.Mod
 
 
 def _numel(layers: list[tuple[str, nn.Module]]) -> int:
-    return sum(m.get_parameter("weight").numel() for _, m in layers)
+    return sum(m.get_parameter(n).numel() for _, m in layers for n in _weights(m))

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_peft.layers.conv import ConvOps
 from lightning_peft.layers.embedding import EmbeddingOps
+from lightning_peft.layers.experts import ExpertsOps, is_experts
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
 from lightning_peft.layers.matrix import MatrixOps
 from lightning_peft.layers.weights import MultiheadAttentionOps, RecurrentOps
@@ -31,7 +32,7 @@ KINDS: dict[str, MatrixOps] = {
 }
 
 #: Kinds known by what the instance has rather than by its class: (test, ops), tried after KINDS.
-STRUCTURAL: list[tuple[Callable[[nn.Module], bool], MatrixOps]] = []
+STRUCTURAL: list[tuple[Callable[[nn.Module], bool], MatrixOps]] = [(is_experts, ExpertsOps())]
 
 #: For modules that get no weight edit, only copies or added blocks.
 PLAIN = MatrixOps()

@@ -8,7 +8,7 @@ second level of double quantisation. Everything is kept as uint8, fp32 scales as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,75 +89,96 @@ def _require_floating(module: nn.Module, x: Tensor) -> None:
         )
 
 
-def pack(module: nn.Module, quantization: Quantization, *, transposed: bool) -> None:
-    """Quantise `module.weight` and swap the class.
+def pack(
+    module: nn.Module,
+    quantization: Quantization,
+    *,
+    transposed: bool,
+    names: Sequence[str] = ("weight",),
+    mixin: type[Swapped] = Quantized4bit,
+) -> None:
+    """Quantise weights of a module, one after the other, and swap its class.
 
     Args:
-        module: A linear layer with a floating weight.
+        module: A module with floating weights.
         quantization: Kind, block size, double quantisation.
-        transposed: Whether the weight is [in, out].
+        transposed: Whether the weights are [*batch, in, out].
+        names: The weights; each [out, in] or, for experts, [E, out, in], quantised expert by expert.
+        mixin: The class whose forward reads packed weights.
 
     Raises:
-        ValueError: the weight has a NaN or an infinity; nothing is changed.
+        ValueError: a weight has a NaN or an infinity; nothing is changed.
     """
-    W = module.get_parameter("weight").detach()
-    dtype = (
-        W.dtype
-        if quantization.compute_dtype is None
-        else getattr(torch, quantization.compute_dtype)
-    )
-    M = W.mT if transposed else W
-    packing = Packing(
-        kind=quantization.kind,
-        block_size=quantization.block_size,
-        nested=quantization.double_quant,
-        shape=M.shape,
-        transposed=transposed,
-        dtype=dtype,
-        compute=quantization.compute,
-    )
-    bits = _quantize(M, packing)
-    swap_in(module, Quantized4bit)
-    module._packed = {"weight": packing}  # type: ignore[assignment]
-    place(module, "weight", bits, packing)
+    done = []
+    for name in names:
+        W = module.get_parameter(name).detach()
+        dtype = (
+            W.dtype
+            if quantization.compute_dtype is None
+            else getattr(torch, quantization.compute_dtype)
+        )
+        M = W.mT if transposed else W
+        packing = Packing(
+            kind=quantization.kind,
+            block_size=quantization.block_size,
+            nested=quantization.double_quant,
+            shape=M.shape,
+            transposed=transposed,
+            dtype=dtype,
+            compute=quantization.compute,
+        )
+        done.append((name, packing, _quantize(M, packing)))
+    swap_in(module, mixin)
+    module._packed = {name: packing for name, packing, _ in done}  # type: ignore[assignment]
+    for name, packing, bits in done:
+        place(module, name, bits, packing)
 
 
-def unpack(module: nn.Module, W: Tensor) -> Callable[[], None]:
-    """Back to a dense layer that holds the natural weight W; returns how to pack the same bytes again."""
+def unpack(module: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
+    """Hold the natural weight W densely; the class goes back when nothing is packed any more.
+
+    Returns:
+        How to pack the same bytes again.
+    """
     holder: Any = module
-    packing = holder._packed["weight"]
-    kept = {k: t for k, t in _stored(holder, "weight").items()}
-    swap_out(module, Quantized4bit)
-    del module._parameters["weight_absmax"]
-    for name in ("weight_absmax2", "weight_offset"):
-        module._buffers.pop(name, None)
-    del holder._packed
-    module._parameters["weight"] = nn.Parameter(
-        W.to(packing.dtype).contiguous(), requires_grad=False
-    )
+    packing: Packing = holder._packed[name]
+    kept = dict(_stored(holder, name))
+    mixin = vars(type(module))["_swap_mixin"]
+    del holder._packed[name]
+    emptied = not holder._packed
+    if emptied:
+        swap_out(module, mixin)
+        del holder._packed
+    del module._parameters[f"{name}_absmax"]
+    for part in ("absmax2", "offset"):
+        module._buffers.pop(f"{name}_{part}", None)
+    module._parameters[name] = nn.Parameter(W.to(packing.dtype).contiguous(), requires_grad=False)
 
     def pack_again() -> None:
-        swap_in(module, Quantized4bit)
-        holder._packed = {"weight": packing}
-        module._parameters["weight"] = kept["weight"]  # type: ignore[assignment]
-        module._parameters["weight_absmax"] = kept["absmax"]  # type: ignore[assignment]
-        for key in ("absmax2", "offset"):
-            if key in kept:
-                module.register_buffer(f"weight_{key}", kept[key])
+        if emptied:
+            swap_in(module, mixin)
+            holder._packed = {}
+        holder._packed[name] = packing
+        module._parameters[name] = kept[name]  # type: ignore[assignment]
+        module._parameters[f"{name}_absmax"] = kept["absmax"]  # type: ignore[assignment]
+        for part in ("absmax2", "offset"):
+            if part in kept:
+                module.register_buffer(f"{name}_{part}", kept[part])
 
     return pack_again
 
 
 def packed(module: Any, name: str) -> Packed4bit:
-    """Views of the stored bytes in the form that kernels take."""
+    """Views of the stored bytes in the form that kernels take; experts keep their leading axis."""
     p: Packing = module._packed[name]
     parameters, buffers = module._parameters, module._buffers
     absmax = parameters[f"{name}_absmax"]
+    lead = tuple(p.shape[:-2])
     if not p.nested:
-        return Packed4bit(parameters[name], absmax.view(torch.float32).view(-1), None, None)
+        return Packed4bit(parameters[name], absmax.view(torch.float32).view(*lead, -1), None, None)
     return Packed4bit(
         parameters[name],
-        absmax.view(-1),
+        absmax.view(*lead, -1),
         buffers[f"{name}_absmax2"].view(torch.float32),
         buffers[f"{name}_offset"].view(torch.float32),
     )
@@ -166,40 +187,79 @@ def packed(module: Any, name: str) -> Packed4bit:
 def _quantize(M: Tensor, p: Packing) -> Packed4bit:
     if M.device.type == "meta":
         return _meta(p)
-    return quantize_4bit(M, kind=p.kind, block_size=p.block_size, double_quant=p.nested)
+    if M.ndim == 2:
+        return quantize_4bit(M, kind=p.kind, block_size=p.block_size, double_quant=p.nested)
+    return _stack([_quantize(expert, p) for expert in M])
+
+
+def _stack(experts: Sequence[Packed4bit]) -> Packed4bit:
+    """Experts one after the other: blocks, and blocks of scales, never cross from one to the next."""
+    nested = experts[0].absmax2 is not None
+    return Packed4bit(
+        torch.stack([q.packed.reshape(-1) for q in experts]),
+        torch.stack([q.absmax.reshape(-1) for q in experts]),
+        torch.stack([_present(q.absmax2) for q in experts]) if nested else None,
+        torch.stack([_present(q.offset).reshape(1) for q in experts]) if nested else None,
+    )
+
+
+def _present(t: Tensor | None) -> Tensor:
+    assert t is not None  # nested: both levels are there
+    return t
+
+
+def _dequantize(q: Packed4bit, p: Packing, dtype: torch.dtype) -> Tensor:
+    if len(p.shape) == 2:
+        return dequantize_4bit(q, p.shape, dtype, kind=p.kind, block_size=p.block_size)
+    one = p.shape[1:]
+    parts = [
+        Packed4bit(
+            q.packed[e],
+            q.absmax[e],
+            None if q.absmax2 is None else q.absmax2[e],
+            None if q.offset is None else q.offset[e].reshape(1),
+        )
+        for e in range(p.shape[0])
+    ]
+    return torch.stack(
+        [dequantize_4bit(x, one, dtype, kind=p.kind, block_size=p.block_size) for x in parts]
+    )
 
 
 def _meta(p: Packing) -> Packed4bit:
-    n = p.shape.numel()
+    lead, n = tuple(p.shape[:-2]), p.shape[-2:].numel()
     blocks = -(-n // p.block_size)
-    scale = torch.uint8 if p.nested else torch.float32
+
+    def empty(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*lead, size, dtype=dtype, device="meta")
+
     return Packed4bit(
-        torch.empty(-(-n // 2), dtype=torch.uint8, device="meta"),
-        torch.empty(blocks, dtype=scale, device="meta"),
-        torch.empty(-(-blocks // 256), dtype=torch.float32, device="meta") if p.nested else None,
-        torch.empty(1, dtype=torch.float32, device="meta") if p.nested else None,
+        empty(-(-n // 2), torch.uint8),
+        empty(blocks, torch.uint8 if p.nested else torch.float32),
+        empty(-(-blocks // 256), torch.float32) if p.nested else None,
+        empty(1, torch.float32) if p.nested else None,
     )
 
 
 def place(module: nn.Module, name: str, bits: Packed4bit, p: Packing) -> None:
     """Hold these bytes as the module's parameters and buffers, by rows where rows and blocks agree."""
-    rows, width = p.shape[:-1], p.shape[-1]
+    lead, rows, width = tuple(p.shape[:-2]), tuple(p.shape[:-1]), p.shape[-1]
     by_row = width % 2 == 0
-    weight = bits.packed.reshape(*rows, width // 2) if by_row else bits.packed.reshape(-1, 1)
-    absmax = bits.absmax.view(torch.uint8) if bits.absmax.dtype != torch.uint8 else bits.absmax
-    absmax = absmax.reshape(*rows, -1) if width % p.block_size == 0 else absmax.reshape(-1, 1)
+    weight = bits.packed.reshape(*rows, width // 2) if by_row else bits.packed.reshape(*lead, -1, 1)
+    absmax = bits.absmax.contiguous().view(torch.uint8)
+    by_block = width % p.block_size == 0
+    absmax = absmax.reshape(*rows, -1) if by_block else absmax.reshape(*lead, -1, 1)
     module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     module._parameters[f"{name}_absmax"] = nn.Parameter(absmax, requires_grad=False)
     if bits.absmax2 is not None and bits.offset is not None:
-        module.register_buffer(f"{name}_absmax2", bits.absmax2.view(torch.uint8))
-        module.register_buffer(f"{name}_offset", bits.offset.reshape(1).view(torch.uint8))
+        module.register_buffer(f"{name}_absmax2", bits.absmax2.contiguous().view(torch.uint8))
+        offset = bits.offset.reshape(*lead, 1).contiguous()
+        module.register_buffer(f"{name}_offset", offset.view(torch.uint8))
 
 
 def _read(module: Any, name: str, dtype: torch.dtype | None) -> Tensor:
     p: Packing = module._packed[name]
-    M = dequantize_4bit(
-        packed(module, name), p.shape, dtype or p.dtype, kind=p.kind, block_size=p.block_size
-    )
+    M = _dequantize(packed(module, name), p, dtype or p.dtype)
     return M.mT if p.transposed else M
 
 
@@ -246,9 +306,7 @@ class NF4Storage:
         """Dequantise(quantise(W))."""
         p: Packing = m._packed[name]
         M = W.mT.contiguous() if p.transposed else W
-        out = dequantize_4bit(
-            _quantize(M, p), p.shape, W.dtype, kind=p.kind, block_size=p.block_size
-        )
+        out = _dequantize(_quantize(M, p), p, W.dtype)
         return out.mT if p.transposed else out
 
     def snapshot(self, m: Any, name: str) -> Any:
@@ -263,7 +321,7 @@ class NF4Storage:
 
     def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
         """An ordinary layer again."""
-        return unpack(m, W)
+        return unpack(m, name, W)
 
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """NF4 + LoRA in one autograd function."""

@@ -67,7 +67,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Decision:
     if _preference[0] == "torch":
         return Decision("torch", "asked for")
     if blocked is None:
-        return Decision("triton", "asked for" if _preference[0] == "triton" else f"{op} on {device.type}")
+        return Decision(
+            "triton", "asked for" if _preference[0] == "triton" else f"{op} on {device.type}"
+        )
     if _preference[0] == "triton":
         raise RuntimeError(f"{op}: expected a device for Triton, got {blocked}; use kernels='auto'")
     return Decision("torch", blocked)

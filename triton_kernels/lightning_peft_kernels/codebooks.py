@@ -17,7 +17,16 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 # Sign bit, then three bits of magnitude.
-_FP4_MAGNITUDES = (0.0, 0.0052083333333, 0.6666666666666, 1.0, 0.3333333333, 0.5, 0.16666666666, 0.25)
+_FP4_MAGNITUDES = (
+    0.0,
+    0.0052083333333,
+    0.6666666666666,
+    1.0,
+    0.3333333333,
+    0.5,
+    0.16666666666,
+    0.25,
+)
 _FP4 = (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))
 # Rank in ascending order → code. The two zeros sort as 0 below 8.
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)

@@ -44,7 +44,11 @@ def prepare(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)  # differentiable: gradients return in the parameters' dtype
+        x, A, B = (
+            x.to(dtype),
+            A.to(dtype),
+            B.to(dtype),
+        )  # differentiable: gradients return in the parameters' dtype
     else:
         dtype = A.dtype
     if bias is not None and bias.dtype != x.dtype:

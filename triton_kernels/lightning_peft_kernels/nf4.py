@@ -42,7 +42,9 @@ __all__ = [
     "quantize_nf4",
 ]
 
-_CHUNK = 1 << 18  # elements; a chunk and its temporaries stay in the L2 cache (6–10 × bitsandbytes on 2 cores)
+_CHUNK = (
+    1 << 18
+)  # elements; a chunk and its temporaries stay in the L2 cache (6–10 × bitsandbytes on 2 cores)
 _NESTED_BLOCK = 256
 _TINY = 1e-38
 
@@ -161,7 +163,9 @@ def _quantize_nf4_cpu(flat: Tensor, block_size: int, double_quant: bool) -> Pack
         if codes.numel() % 2:
             codes = torch.cat([codes, codes.new_full((1,), 7)])
         pairs = codes.view(torch.int16)  # little endian: low byte is the even element
-        packed[start // 2 : start // 2 + pairs.numel()] = ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+        packed[start // 2 : start // 2 + pairs.numel()] = ((pairs << 4) | (pairs >> 8)).to(
+            torch.uint8
+        )
     return Packed4bit(packed, *_nested(absmax, double_quant))
 
 
@@ -180,7 +184,12 @@ def _pairs(kind: str) -> Tensor:
     """Byte → (even value, odd value) as one int64, [256]."""
     values = code(kind)
     byte = torch.arange(256)
-    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).contiguous().view(torch.int64).view(-1)
+    return (
+        torch.stack([values[byte >> 4], values[byte & 15]], dim=1)
+        .contiguous()
+        .view(torch.int64)
+        .view(-1)
+    )
 
 
 def _dequantize_cpu(
@@ -193,7 +202,9 @@ def _dequantize_cpu(
     op = _bitsandbytes_dequantize() if dtype != torch.float64 else None
     if full and op is not None:
         # As [blocks, block_size]: with the weight's own shape its CPU code takes wrong scales where in % block != 0.
-        out = op(packed[: full // 2], scales[:blocks], block_size, kind, (blocks, block_size), dtype)  # type: ignore[operator]
+        out = op(
+            packed[: full // 2], scales[:blocks], block_size, kind, (blocks, block_size), dtype
+        )  # type: ignore[operator]
         if full == n:
             return out.view(tuple(shape))
         out = out.view(-1)
@@ -308,12 +319,16 @@ def quantize_4bit(
     """
     _check(kind, block_size)
     if not W.is_floating_point():
-        raise ValueError(f"quantize_4bit: expected a floating tensor, got {W.dtype}; it may be packed already")
+        raise ValueError(
+            f"quantize_4bit: expected a floating tensor, got {W.dtype}; it may be packed already"
+        )
     if W.device.type != "meta" and not torch.compiler.is_compiling() and not _finite(W):
         raise ValueError(
             "quantize_4bit: expected finite weights, got NaN or infinity; repair the weights or keep the layer dense"
         )
-    packed, absmax, absmax2, offset = torch.ops.lightning_peft.quantize_4bit(W, kind, block_size, double_quant)
+    packed, absmax, absmax2, offset = torch.ops.lightning_peft.quantize_4bit(
+        W, kind, block_size, double_quant
+    )
     if not double_quant:
         return Packed4bit(packed, absmax, None, None)
     return Packed4bit(packed, absmax, absmax2, offset)
@@ -361,7 +376,12 @@ def quantize_nf4(W: Tensor, *, block_size: int = 64, double_quant: bool = True) 
 
 
 def dequantize_nf4(
-    q: Packed4bit, shape: Sequence[int], dtype: torch.dtype, *, block_size: int = 64, out: Tensor | None = None
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    block_size: int = 64,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`dequantize_4bit` with kind NF4."""
     return dequantize_4bit(q, shape, dtype, kind="nf4", block_size=block_size, out=out)
