@@ -155,6 +155,14 @@ class LayerOps(Protocol):
         """Place → weight, from what a file holds below this module."""
         ...
 
+    def hf_by_parameter(self, m: nn.Module, name: str) -> bool:
+        """Whether a config names this weight under ``target_parameters``."""
+        ...
+
+    def hf_rank(self, m: nn.Module, name: str, r: int) -> int:
+        """The rank that peft's config states for a canonical rank r."""
+        ...
+
     def hf_pack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
         """Canonical → peft's shape."""
         ...

@@ -32,7 +32,7 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("record", "fingerprint", "targets")],
     [("report", "report_*")],
     [("active", "placing", "quantizing", "adapter_state")],
-    [("attach",), ("merge", "merge_*"), ("combine",)],
+    [("attach",), ("merge", "merge_*"), ("combine",), ("liger",)],
     [
         ("checkpoint", "checkpoint_*"),
         ("hf", "hf.*", "hf_*"),
@@ -58,6 +58,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
         "storage.stream",
     ),
     "safetensors": ("hf", "hf.*", "hf_*", "checkpoint", "checkpoint_*", "storage.stream"),
+    "liger_kernel": ("liger",),
     "rich": ("report", "report_*", "quantizing", "callback", "callback.*"),
 }
 

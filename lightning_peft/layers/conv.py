@@ -77,6 +77,11 @@ class ConvOps(MatrixOps):
             return f"peft's A has no dilation, the base has {tuple(m.dilation)}"
         return ""
 
+    def hf_rank(self, m: Any, name: str, r: int) -> int:
+        """A block of r rows in each group."""
+        rank: int = m.groups * r
+        return rank
+
     def hf_pack(self, m: Any, name: str, layout: str, t: Tensor) -> Tensor:
         """Natural axes; a rank that all groups share becomes a block of its own in each of them."""
         ones = (1,) * len(m.kernel_size)

@@ -53,6 +53,14 @@ class HFLayout:
             )
         return {place: places[place] for place in found}
 
+    def hf_by_parameter(self, m: nn.Module, name: str) -> bool:
+        """Whether the config names this weight under ``target_parameters``."""
+        return False
+
+    def hf_rank(self, m: nn.Module, name: str, r: int) -> int:
+        """The rank that peft's config states for a canonical rank r."""
+        return r
+
     def hf_pack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
         """Canonical → peft's shape."""
         return t

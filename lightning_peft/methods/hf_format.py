@@ -41,6 +41,10 @@ class HFEntry:
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def names_and_shapes(self) -> str:
+        """The file's shapes, for messages."""
+        return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(self.shapes.items()))
+
 
 #: (method, site, our tensors) → tensors in peft's content, by names that `HFFormat.tensors` lists.
 Pack = Callable[[Any, Site, Mapping[str, Tensor]], Mapping[str, Tensor]]

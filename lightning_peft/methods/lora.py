@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.edit import Edit, LowRank
+from lightning_peft.methods import lora_hf
 from lightning_peft.methods.base import (
     HFFormat,
     WeightMethod,
@@ -64,6 +65,8 @@ class LoRA(WeightMethod):
     hf = HFFormat(
         peft_type="LORA",
         tensors={"A": "lora_A.weight", "B": "lora_B.weight", "bias_B": "lora_B.bias"},
+        lookup={"A": "lora_embedding_A", "B": "lora_embedding_B"},
+        layouts={"A": "down", "B": "up"},
         config={
             "r": "r",
             "alpha": "lora_alpha",
@@ -74,7 +77,17 @@ class LoRA(WeightMethod):
             "rank_pattern": "rank_pattern",
             "alpha_pattern": "alpha_pattern",
         },
-        fixed={"use_dora": False, "init_lora_weights": True},
+        fixed={"use_dora": False, "init_lora_weights": True, "fan_in_fan_out": False},
+        when={"use_dora": False},
+        ignored=(
+            *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
+            *("lora_ga_config", "megatron_core", "ensure_weight_tying", "qalora_group_size"),
+        ),
+        pack=lora_hf.pack,
+        unpack=lora_hf.unpack,
+        to_config=lora_hf.to_config,
+        from_config=lora_hf.from_config,
+        uniform=lora_hf.uniform,
         defaults={
             "lora_dropout": 0.0,
             "use_rslora": False,

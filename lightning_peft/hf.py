@@ -1,0 +1,250 @@
+"""Hugging Face peft directories, out and in: driven by the table that each method declares.
+
+What peft reads differently from what it computes is refused with the reason. Nothing is changed on an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_peft.hf_config import base_config
+from lightning_peft.hf_keys import bias_key, joined, plain, tensor_prefix
+from lightning_peft.hf_load import load_adapter
+from lightning_peft.hf_targets import compact, model_root
+from lightning_peft.hf_tensors import write_adapter
+from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
+from lightning_peft.methods.base import HFEntry, HFFormat, Method
+from lightning_peft.methods.saved import ModulesToSave, TrainedBias
+from lightning_peft.record import records_in
+from lightning_peft.swap import base_class
+
+__all__ = ["load_adapter", "save_adapter"]
+
+_Found = list[
+    tuple[str, Any, Adapter]
+]  # (name of the module in the exported model, module, adapter)
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    adapter_name: str = "default",
+    names: Literal["current", "legacy"] = "current",
+    uniform: bool = False,
+    root: str | None = None,
+) -> Path:
+    """Write an adapter as Hugging Face peft 0.21 does: adapter_config.json and adapter_model.safetensors.
+
+    An adapter named "default" goes into `directory`, any other into ``directory/<name>``, as in peft. Starts that
+    took their part out of the base (PiSSA, OLoRA, LoftQ) are written in plain form, for the original base.
+
+    Args:
+        model: A model with the adapter attached.
+        directory: Made if absent. Each file is replaced whole or not at all.
+        adapter_name: Which adapter.
+        names: ``"legacy"`` writes the layer names of transformers 4, where they differ.
+        uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha patterns.
+        root: Name of the module inside `model` whose layer names the file uses. None means the one Hugging Face
+            model in it, or else `model`.
+
+    Returns:
+        The directory written to.
+
+    Raises:
+        KeyError: no adapter of that name.
+        ValueError: the method, or the method on one of the layers, has no equal in peft.
+    """
+    if names not in ("current", "legacy"):
+        raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
+    prefix, top = model_root(model, root)
+    found = _adapters(model, adapter_name, plain(prefix))
+    method, fmt = _one_method(found)
+    entries = _entries(found, method, fmt)
+    config = base_config(top, fmt)
+    config.update({theirs: getattr(method, ours) for ours, theirs in fmt.config.items()})
+    config.update(fmt.fixed)
+    if uniform and fmt.uniform is None:
+        raise ValueError(
+            f"save_adapter(uniform=True): expected a method with ranks, got {method.label}"
+        )
+    finish = fmt.uniform if uniform else fmt.to_config
+    if finish is not None:
+        finish(entries, config)
+    _name_targets(top, entries, config)
+    tensors = _file_tensors(fmt, entries)
+    _add_shared(found, fmt, tensors)
+    _add_biases(found, tensors)
+    _add_saved(model, top, found, fmt, adapter_name, plain(prefix), config, tensors)
+    if names == "legacy":
+        config, tensors = _legacy(top, config, tensors)
+    target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
+    write_adapter(target, config, tensors, _readme(top, method, config))
+    return target
+
+
+def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
+    known = sorted({n for _, _, r in records_in(model) for n in r.adapters})
+    if adapter_name not in known:
+        raise KeyError(
+            f"save_adapter: expected one of the attached adapters {known}, got {adapter_name!r}"
+        )
+    found: _Found = []
+    for name, module in adapted_modules(model):
+        path = plain(name)
+        inside = not prefix or path == prefix or path.startswith(f"{prefix}.")
+        for adapter in adapters_of(module, adapter_name):
+            if not inside:
+                raise ValueError(
+                    f"save_adapter: expected all layers of adapter {adapter_name!r} inside {prefix!r}, found "
+                    f"{path!r}; give the module that holds them all with root="
+                )
+            found.append((path[len(prefix) :].removeprefix("."), module, adapter))
+    return found
+
+
+def _one_method(found: _Found) -> tuple[Method, HFFormat]:
+    methods: list[Method] = []
+    for _, _, adapter in found:
+        helper = isinstance(adapter.method, ModulesToSave | TrainedBias)
+        if not helper and adapter.method not in methods:
+            methods.append(adapter.method)
+    labels = [m.label for m in methods]
+    if len(methods) != 1:
+        raise ValueError(
+            f"save_adapter: expected one method, got {labels or 'trained modules alone'}; a peft directory "
+            "holds exactly one: keep ours with adapter_state_dict(), or merge() and save the model"
+        )
+    if methods[0].hf is None:
+        raise ValueError(
+            f"save_adapter: expected a method that peft has too, got {labels[0]}; keep it with "
+            "adapter_state_dict(), or merge() and save the model"
+        )
+    return methods[0], methods[0].hf
+
+
+def _entries(found: _Found, method: Method, fmt: HFFormat) -> list[HFEntry]:
+    entries = []
+    for path, module, adapter in found:
+        if adapter.method != method:
+            continue
+        site = adapter.site
+        reason = site.ops.hf_refusal(module, site.parameter) if adapter.kind == "weight" else ""
+        reason = reason or (fmt.refuse(method, site) if fmt.refuse is not None else "")
+        if reason:
+            raise ValueError(
+                f"save_adapter: {method.label} on {site.label!r} has no equal in peft: {reason}; "
+                "exclude the layer, or keep the adapter with adapter_state_dict()"
+            )
+        own = {k: t.detach().cpu() for k, t in adapter.tensors().items() if k not in fmt.prefix}
+        packed = own if fmt.pack is None else fmt.pack(method, site, own)
+        entries.append(HFEntry(path, site, method, dict(packed)))
+    return entries
+
+
+def _name_targets(top: nn.Module, entries: list[HFEntry], config: dict[str, Any]) -> None:
+    modules: set[str] = set()
+    parameters: set[str] = set()
+    for e in entries:
+        if e.site.ops.hf_by_parameter(e.site.module, e.site.parameter):
+            parameters.add(joined(e.path, e.site.parameter))
+        else:
+            modules.add(e.path)
+    if modules or parameters:
+        config["target_modules"] = compact(top, modules) if modules else None
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
+    if "fan_in_fan_out" in config:  # peft's word for GPT-2's [in, out] weights
+        config["fan_in_fan_out"] = any(
+            base_class(e.site.module).__name__ == "Conv1D" for e in entries
+        )
+
+
+def _places(entries: list[HFEntry]) -> dict[int, dict[str, str]]:
+    """Place of every weight, by module."""
+    adapted: dict[int, list[HFEntry]] = {}
+    for e in entries:
+        adapted.setdefault(id(e.site.module), []).append(e)
+    return {
+        key: group[0].site.ops.hf_places(group[0].site.module, [e.site.parameter for e in group])
+        for key, group in adapted.items()
+    }
+
+
+def _file_tensors(fmt: HFFormat, entries: list[HFEntry]) -> dict[str, Tensor]:
+    places = _places(entries)
+    tensors: dict[str, Tensor] = {}
+    for e in entries:
+        m, parameter = e.site.module, e.site.parameter
+        head = tensor_prefix(e.path, places[id(m)].get(parameter, ""))
+        for name, tensor in e.tensors.items():
+            key = f"{head.removesuffix('.')}.{fmt.name(e.site, name)}"
+            tensors[key] = e.site.ops.hf_pack(m, parameter, fmt.layouts.get(name, ""), tensor)
+    return tensors
+
+
+def _add_shared(found: _Found, fmt: HFFormat, tensors: dict[str, Tensor]) -> None:
+    for _, _, adapter in found:
+        for name, tensor in adapter.tensors().items():
+            if name in fmt.prefix:
+                tensors[fmt.prefix[name]] = tensor
+
+
+def _add_biases(found: _Found, tensors: dict[str, Tensor]) -> None:
+    adapted: dict[int, list[str]] = {}
+    for _, module, adapter in found:
+        if adapter.kind == "weight":
+            adapted.setdefault(id(module), []).append(adapter.site.parameter)
+    for path, module, adapter in found:
+        if isinstance(adapter.method, TrainedBias):
+            for bias, value in adapter.copies().items():
+                tensors[bias_key(module, path, bias, adapted.get(id(module), ()))] = value
+
+
+def _add_saved(
+    model: nn.Module,
+    top: nn.Module,
+    found: _Found,
+    fmt: HFFormat,
+    adapter_name: str,
+    prefix: str,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Trained modules, and what peft takes for one of them: it matches their names by the mere ending."""
+    names: list[str] = []
+    for at, _, record in records_in(model):
+        entry = record.adapters.get(adapter_name)
+        for name in entry.modules_to_save if entry is not None else ():
+            names.append(plain(joined(at, name))[len(prefix) :].removeprefix("."))
+    if not names:
+        return
+    config["modules_to_save"] = sorted(names)
+    for name, module in top.named_modules():
+        inside = any(name.startswith(f"{n}.") for n in names) or "peft" in name.split(".")
+        if inside or not name.endswith(tuple(names)):
+            continue
+        for key, value in module.state_dict().items():
+            if value.is_floating_point() and "peft" not in key.split("."):
+                tensors[fmt.saved_prefix + joined(name, key)] = value
+    for path, _, adapter in found:
+        if isinstance(adapter.method, ModulesToSave):
+            for parameter, value in adapter.copies().items():
+                tensors[fmt.saved_prefix + joined(path, parameter)] = value
+
+
+def _legacy(
+    top: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    raise ValueError("legacy")
+
+
+def _readme(top: nn.Module, method: Method, config: dict[str, Any]) -> str:
+    name = config.get("base_model_name_or_path") or base_class(top).__name__
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {name}\n---\n\n"
+        f"A {method.label} adapter for {name}, trained with lightning_peft.\n"
+    )

@@ -1,0 +1,266 @@
+"""adapter_config.json of Hugging Face peft: read with every value checked, and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.methods import METHODS, Method
+from lightning_peft.methods.base import HFEntry, HFFormat
+from lightning_peft.swap import base_class
+
+__all__ = ["CONFIG", "base_config", "format_of", "method_class", "method_fields", "read_config"]
+
+CONFIG = "adapter_config.json"
+PEFT_VERSION = "0.21.2"  # the version whose files these are
+_MOST_BYTES = 16 << 20  # the largest seen (rank patterns of every layer) are below 1 MB
+
+# Keys that every type of adapter may have and that are handled or without meaning here.
+_COMMON = frozenset(
+    "peft_type task_type base_model_name_or_path revision peft_version inference_mode auto_mapping "
+    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
+    "runtime_config target_parameters".split()
+)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config as a dict whose common fields have the right types.
+
+    Raises:
+        FileNotFoundError: no adapter_config.json.
+        ValueError: not JSON, not an object, too large, or a common field of another type.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory}: expected {CONFIG} of a Hugging Face peft adapter, found "
+            f"{_listing(directory)}"
+        )
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(
+            f"{path}: expected at most {_MOST_BYTES:,} bytes, got {path.stat().st_size:,}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got something else ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    _check_common(path, config)
+    return config
+
+
+def _listing(directory: Path) -> str:
+    if not directory.is_dir():
+        return "no such directory"
+    return ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "an empty directory"
+
+
+def _check_common(path: Path, config: Mapping[str, Any]) -> None:
+    def require(ok: bool, key: str, rule: str) -> None:
+        if not ok:
+            raise ValueError(f"{path}: {key}: expected {rule}, got {_short(config.get(key))}")
+
+    require(isinstance(config.get("peft_type"), str), "peft_type", "a string")
+    for key in ("target_modules", "exclude_modules"):
+        value = config.get(key)
+        require(
+            value is None or isinstance(value, str) or _is_names(value),
+            key,
+            "a string or a list of strings",
+        )
+        if isinstance(value, str):
+            _compiles(path, key, value)
+    for key in ("modules_to_save", "target_parameters"):
+        value = config.get(key)
+        require(value is None or _is_names(value), key, "a list of strings")
+    pattern = config.get("layers_pattern")
+    require(
+        pattern is None or isinstance(pattern, str) or _is_names(pattern),
+        "layers_pattern",
+        "a string or a list of strings",
+    )
+    for item in [pattern] if isinstance(pattern, str) else pattern or ():
+        _compiles(path, "layers_pattern", item)
+    layers = config.get("layers_to_transform")
+    require(
+        layers is None
+        or _is_int(layers)
+        or (isinstance(layers, list) and all(map(_is_int, layers))),
+        "layers_to_transform",
+        "an integer or a list of integers",
+    )
+
+
+def _compiles(path: Path, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: {key}: expected a regular expression, got {_short(pattern)} ({error})"
+        ) from None
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def method_class(config: Mapping[str, Any]) -> type[Method]:
+    """The method that a config describes.
+
+    Raises:
+        ValueError: a ``peft_type`` that no method here writes, or a variant of it.
+    """
+    known = {cls.hf.peft_type for cls in METHODS.values() if cls.hf is not None}
+    peft_type = config["peft_type"]
+    if peft_type not in known:
+        raise ValueError(
+            f"{CONFIG}: peft_type: expected one of {sorted(known)}, got {peft_type!r}; "
+            "no method here reads it"
+        )
+    found = [
+        cls
+        for cls in METHODS.values()
+        if cls.hf is not None
+        and cls.hf.peft_type == peft_type
+        and all((config.get(k) or False) == v for k, v in cls.hf.when.items())
+    ]
+    if not found:
+        keys = {
+            k: config.get(k)
+            for cls in METHODS.values()
+            if cls.hf is not None and cls.hf.peft_type == peft_type
+            for k in cls.hf.when
+        }
+        raise ValueError(
+            f"{CONFIG}: {peft_type}: expected a variant that a method here knows, got {keys}"
+        )
+    return found[0]
+
+
+def format_of(cls: type[Method]) -> HFFormat:
+    """The method's exchange table."""
+    assert cls.hf is not None  # `method_class` chose it by the table
+    return cls.hf
+
+
+def method_fields(
+    cls: type[Method], config: Mapping[str, Any], entries: Sequence[HFEntry]
+) -> dict[str, Any]:
+    """Constructor fields of the method, checked.
+
+    Raises:
+        ValueError: a required key is absent, a value has another type, an option is on that is not known here.
+    """
+    fmt = format_of(cls)
+    _refuse_unknown(fmt, config)
+    fields: dict[str, Any] = {}
+    for ours, theirs in fmt.config.items():
+        if theirs not in config and theirs not in fmt.defaults:
+            raise ValueError(
+                f"{CONFIG}: expected {theirs!r}, which {fmt.peft_type} cannot do without, found "
+                f"none among {sorted(config)}; take it from the run that made the adapter"
+            )
+        value = config.get(theirs, fmt.defaults.get(theirs))
+        if value is None and fmt.defaults.get(theirs) is not None:
+            value = fmt.defaults[theirs]
+        fields[ours] = _typed(cls, ours, theirs, value)
+    if fmt.from_config is not None:
+        fields |= fmt.from_config({**fmt.defaults, **config}, entries)
+    return fields
+
+
+def _refuse_unknown(fmt: HFFormat, config: Mapping[str, Any]) -> None:
+    carried = {*fmt.config.values(), *fmt.defaults, *fmt.ignored, *fmt.when}
+    for key, value in config.items():
+        if key in _COMMON or key in carried:
+            continue
+        if key in fmt.fixed and value == fmt.fixed[key]:
+            continue
+        if value not in (None, False, 0, "", [], {}):  # an option that is off changes nothing
+            raise ValueError(
+                f"{CONFIG}: expected the known fields of {fmt.peft_type}, got also "
+                f"{key} = {_short(value)}, whose effect is not known here; remove it if it has none"
+            )
+
+
+def _typed(cls: type[Method], ours: str, theirs: str, value: Any) -> Any:
+    """The value, if its type is that of the field's default."""
+    described = {f.name: f for f in dataclasses.fields(cls)}[ours]
+    default = (
+        described.default_factory()
+        if described.default_factory is not dataclasses.MISSING
+        else described.default
+    )
+    rules: list[tuple[type, Any, str]] = [
+        (bool, lambda v: isinstance(v, bool), "true or false"),
+        (int, _is_int, "an integer"),
+        (
+            float,
+            lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
+            "a finite number",
+        ),
+        (str, lambda v: isinstance(v, str), "a string"),
+        (dict, lambda v: isinstance(v, dict), "an object"),
+    ]
+    for kind, holds, rule in rules:
+        if type(default) is kind:
+            if not holds(value):
+                raise ValueError(f"{CONFIG}: {theirs}: expected {rule}, got {_short(value)}")
+            return float(value) if kind is float else value
+    return value  # a field whose default says nothing; the method checks it
+
+
+def base_config(root: nn.Module, fmt: HFFormat) -> dict[str, Any]:
+    """The fields that do not depend on the adapter's tensors."""
+    config = dict(fmt.fixed)
+    task = _task_type(root)
+    cls = base_class(root)
+    described = getattr(root, "config", None)
+    name = getattr(root, "name_or_path", None) or getattr(described, "_name_or_path", None)
+    config.update(
+        peft_type=fmt.peft_type,
+        peft_version=PEFT_VERSION,
+        task_type=task,
+        auto_mapping=None
+        if task
+        else {"base_model_class": cls.__name__, "parent_library": cls.__module__},
+        base_model_name_or_path=name if isinstance(name, str) else "",
+        revision=None,
+        inference_mode=True,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=None,
+    )
+    return config
+
+
+def _task_type(root: nn.Module) -> str | None:
+    """Where the type changes only which wrapper of peft is made.
+
+    For classification it would also make peft train a head that is not in the file, so it stays null there.
+    """
+    name = base_class(root).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    reads_ids = getattr(root, "main_input_name", None) == "input_ids"
+    if reads_ids and getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None
+    return None

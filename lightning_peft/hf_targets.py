@@ -1,0 +1,116 @@
+"""Names of modules as Hugging Face peft reads and writes them in a config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["compact", "model_root", "targeted"]
+
+
+def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Module]:
+    """The module whose names the file uses, and its name inside `model`.
+
+    `root` if given; else the one Hugging Face model inside `model` (itself, or a child of a LightningModule);
+    else `model`.
+
+    Raises:
+        ValueError: `root` is no module of `model`.
+    """
+    if root is not None:
+        try:
+            return root, model.get_submodule(root)
+        except AttributeError:
+            children = [n for n, _ in model.named_children()]
+            raise ValueError(
+                f"root: expected a module of {type(model).__name__}, got {root!r}; its children are {children}"
+            ) from None
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{n}.") or not n for n, _ in found)
+        if not inside and any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__):
+            found.append((name, module))
+    return found[0] if len(found) == 1 else ("", model)
+
+
+def targeted(config: Mapping[str, Any], root: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Whether peft would adapt this module under this config (of a kind it can adapt)."""
+    target = config.get("target_modules")
+    if target == "all-linear":
+        head = _output_head(root)
+        linear = {"Linear", "Conv1D"}
+        return lambda name, module: (
+            bool(linear & {c.__name__ for c in type(module).__mro__})
+            and name != head
+            and not _excluded(config, name)
+        )
+    return lambda name, module: not _excluded(config, name) and _matches(config, name)
+
+
+def _output_head(root: nn.Module) -> str | None:
+    getter = getattr(root, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return (
+        next((n for n, m in root.named_modules() if m is head), None) if head is not None else None
+    )
+
+
+def _excluded(config: Mapping[str, Any], name: str) -> bool:
+    exclude = config.get("exclude_modules")
+    if isinstance(exclude, str) and exclude:
+        if re.fullmatch(exclude, name):
+            return True
+    elif exclude and _ends_in(name, exclude):
+        return True
+    return any(
+        re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name)
+        for m in config.get("modules_to_save") or ()
+    )
+
+
+def _ends_in(name: str, items: Collection[str]) -> bool:
+    return name in items or any(name.endswith(f".{item}") for item in items)
+
+
+def _matches(config: Mapping[str, Any], name: str) -> bool:
+    target = config.get("target_modules")
+    if target is None:
+        return False
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    if name in target:
+        return True
+    return _ends_in(name, target) and _in_layers(config, name)
+
+
+def _in_layers(config: Mapping[str, Any], name: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or r"[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        hit = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        if hit:
+            index = int(hit.group(1))
+            return index in (layers if isinstance(layers, list) else [layers])
+    return False
+
+
+def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:
+    """The shortest `target_modules` that means exactly these modules: suffixes, full names, or a regex."""
+    names = [n for n, _ in root.named_modules() if n and "peft" not in n.split(".")]
+    wanted = set(adapted)
+    by_leaf: dict[str, set[str]] = {}
+    for name in names:
+        by_leaf.setdefault(name.rpartition(".")[2], set()).add(name)
+    items: list[str] = []
+    for leaf in sorted({n.rpartition(".")[2] for n in wanted}):
+        mine = by_leaf.get(leaf, set()) & wanted
+        items += [leaf] if by_leaf.get(leaf) == mine else sorted(mine)
+    if {n for n in names if _ends_in(n, items)} == wanted:
+        return items
+    return "|".join(re.escape(n) for n in sorted(wanted))

@@ -1,0 +1,86 @@
+"""adapter_model.safetensors: read with every tensor checked, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.hf_config import CONFIG
+
+__all__ = ["TENSORS", "read_tensors", "write_adapter"]
+
+TENSORS = "adapter_model.safetensors"
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of the file, on the CPU.
+
+    Raises:
+        FileNotFoundError: no adapter_model.safetensors.
+        ValueError: a pickle, a truncated or corrupt file, an integer or non-finite tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = directory / TENSORS
+    if not path.is_file():
+        pickled = sorted(p.name for p in directory.glob("adapter_model.*"))
+        if pickled:
+            raise ValueError(
+                f"{directory}: expected {TENSORS}, found {', '.join(pickled)}; a pickle can run any "
+                "code when it is read: convert it where you trust it "
+                "(safetensors.torch.save_file(torch.load(path, weights_only=True), ...))"
+            )
+        raise FileNotFoundError(f"{directory}: expected {TENSORS}, found none")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do not "
+            f"read as one ({error}); copy it again"
+        ) from None
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key}: expected a floating dtype, got {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"{path}: {key}: expected finite values, got {bad} NaN or infinite of {tensor.numel()}"
+            )
+    return tensors
+
+
+def write_adapter(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str
+) -> None:
+    """Write the three files, each whole or not at all; the config comes last."""
+    from safetensors.torch import save
+
+    directory.mkdir(parents=True, exist_ok=True)
+    plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in sorted(tensors.items())}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _replace(directory / TENSORS, save(plain, metadata={"format": "pt"}))
+    if not (directory / "README.md").exists():
+        _replace(directory / "README.md", readme.encode())
+    _replace(directory / CONFIG, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
