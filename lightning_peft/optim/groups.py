@@ -1,0 +1,133 @@
+"""Parameter groups: repaired when built too early, split for LoRA+."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["loraplus_groups", "repair"]
+
+
+def repair(
+    optimizers: Sequence[torch.optim.Optimizer],
+    trained: Mapping[str, Tensor],
+    bases: Callable[[str], Iterable[Tensor]],
+) -> list[str]:
+    """Put trained parameters into optimizers that were built over the base's parameters.
+
+    An optimizer made before the adapters exist holds frozen weights only and would move nothing.
+    Each trained parameter that no group holds goes to the group that holds one of its bases, in
+    place, so schedulers stay valid; frozen parameters then leave the groups that grew.
+
+    Args:
+        optimizers: all optimizers of the run.
+        trained: name → trained parameter.
+        bases: name of a trained parameter → the base parameters of the layer it belongs to.
+
+    Returns:
+        Names that were put in.
+
+    Raises:
+        RuntimeError: a trained parameter would be in no optimizer or in several; nothing is
+        changed.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    holders: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        for p in group["params"]:
+            holders.setdefault(id(p), []).append(i)
+    added: dict[int, list[Tensor]] = {}
+    wrong: list[str] = []
+    put_in: list[str] = []
+    seen: set[int] = set()
+    for name, p in trained.items():
+        if id(p) in seen:  # tied under two names
+            continue
+        seen.add(id(p))
+        held = holders.get(id(p), [])
+        places = held or sorted({i for base in bases(name) for i in holders.get(id(base), ())})
+        if len(places) != 1:
+            wrong.append(f"{name} (in {len(places)})")
+        elif not held:
+            added.setdefault(places[0], []).append(p)
+            put_in.append(name)
+    if wrong:
+        raise RuntimeError(
+            f"optimizers: expected each trained parameter in exactly one, got {', '.join(wrong)}; "
+            "build them in configure_optimizers over self.parameters()"
+        )
+    for i, params in added.items():
+        kept = [p for p in groups[i]["params"] if p.requires_grad]
+        groups[i]["params"][:] = kept + params
+    return put_in
+
+
+def loraplus_groups(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]],
+    ratio: float,
+    schedulers: Iterable[Any] = (),
+    *,
+    is_fast: Callable[[str, Tensor], bool] | None = None,
+) -> None:
+    """Split each group in place: B and 1-D tensors learn at lr·ratio, A at lr.
+
+    Source: Hayou et al. 2024, arXiv:2402.12354. The fast half becomes a group behind the existing
+    ones. A scheduler that exists is extended by what it keeps for each group (base_lrs,
+    lr_lambdas, last lr, min_lrs).
+
+    Args:
+        optimizer: changed in place.
+        named_parameters: names of the trained parameters.
+        ratio: the fast learning rate over the slow one.
+        schedulers: those that already drive `optimizer`.
+        is_fast: which parameters are fast; default: named B (`….B`, `…lora_B…`) or of one
+        dimension.
+
+    Raises:
+        ValueError: `ratio` is not positive.
+    """
+    if ratio <= 0:
+        raise ValueError(f"LoRA+: expected ratio > 0, got {ratio}; 16 is usual")
+    fast_rule = is_fast or _is_b
+    fast = {id(p) for name, p in named_parameters if fast_rule(name, p)}
+    rates = ("lr", "initial_lr", "max_lr", "min_lr")
+    scheduled = list(schedulers)
+    for i, group in enumerate(list(optimizer.param_groups)):
+        quick = [p for p in group["params"] if id(p) in fast]
+        slow = [p for p in group["params"] if id(p) not in fast]
+        if not quick:
+            continue
+        if not slow:
+            group.update({k: group[k] * ratio for k in rates if k in group})
+            _scale(scheduled, i, ratio, extend=False)
+            continue
+        group["params"][:] = slow
+        twin = {k: v for k, v in group.items() if k != "params"}
+        twin.update({k: group[k] * ratio for k in rates if k in group})
+        optimizer.param_groups.append({"params": quick, **twin})
+        _scale(scheduled, i, ratio, extend=True)
+
+
+def _is_b(name: str, p: Tensor) -> bool:
+    return p.ndim == 1 or "lora_B" in name or name.rsplit(".", 1)[-1] == "B"
+
+
+def _scale(schedulers: Sequence[Any], group: int, ratio: float, *, extend: bool) -> None:
+    """Group `group` of each scheduler, or its twin behind the last, at `ratio` times the rates."""
+    for scheduler in schedulers:
+        for key, factor in (("base_lrs", ratio), ("_last_lr", ratio), ("min_lrs", ratio)):
+            values = getattr(scheduler, key, None)
+            if not isinstance(values, list):
+                continue
+            if extend:
+                values.append(values[group] * factor)
+            else:
+                values[group] *= factor
+        lambdas = getattr(scheduler, "lr_lambdas", None)
+        if extend and lambdas is not None:
+            lambdas.append(lambdas[group])
+        _scale(getattr(scheduler, "_schedulers", ()), group, ratio, extend=extend)

@@ -1,0 +1,69 @@
+"""Memory of optimizer state: the device's, or managed memory that the driver pages."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["allocate", "prefetch"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Managed:
+    """Owner of one managed allocation; kept alive by its tensor, frees the memory at its end."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+        weakref.finalize(self, _free, address).atexit = False  # the process's end frees it anyway
+
+
+def _free(address: int) -> None:
+    torch.cuda.synchronize()  # a kernel in flight may still use it
+    ctypes.CDLL("libcuda.so.1").cuMemFree_v2(ctypes.c_uint64(address))
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    from bitsandbytes.cextension import lib
+
+    return lib
+
+
+@lru_cache(maxsize=1)
+def _say_plain(device_type: str) -> None:
+    _log.info("Paged optimizer state needs CUDA; on %s it lies in plain memory.", device_type)
+
+
+def allocate(nbytes: int, device: torch.device, paged: bool) -> Tensor:
+    """Zeroed bytes, uint8 [nbytes] on `device`; managed where `paged` and the device is CUDA."""
+    if not paged or nbytes == 0:
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    if device.type != "cuda":
+        _say_plain(device.type)
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        address = _library().cget_managed_ptr(ctypes.c_size_t(nbytes))
+        if not address:
+            raise RuntimeError(f"paged state: expected {nbytes} bytes of managed memory, got none")
+        return torch.as_tensor(_Managed(int(address), nbytes), device=device).zero_()
+
+
+def prefetch(buffer: Tensor) -> None:
+    """Ask the driver to bring a managed `buffer` to its device before it is read."""
+    _library().cprefetch(
+        ctypes.c_void_p(buffer.data_ptr()),
+        ctypes.c_size_t(buffer.numel()),
+        ctypes.c_int32(buffer.device.index or 0),
+    )

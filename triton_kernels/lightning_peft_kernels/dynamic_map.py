@@ -1,0 +1,61 @@
+"""Exact nearest codes of the 8-bit dynamic maps by one table lookup.
+
+Read as integers (negatives folded so that order is kept), fp32 values of one upper half (sign,
+exponent, 7 bits of mantissa) meet at most one decision point of a map. So with j the upper half, c
+the lowest code of the cell and t the lower half of its decision point (65535 if none), the code is
+c + [lower half > t], and the table entry
+    cell[j] = (c << 16) + 65535 − t − (j << 16)        gives        code = (bits + cell[j]) >> 16.
+A value on a decision point goes to the lower code.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_peft_kernels.codebooks import dynamic_map
+
+__all__ = ["ZERO_CODE", "code_cells", "code_pairs", "decision_points", "nearest_codes"]
+
+ZERO_CODE = {True: 127, False: 0}  # code of 0 in the signed and in the unsigned map
+_SIGN_OFFSET = 32768  # upper halves of folded negatives are −32768…−1
+
+
+@lru_cache(maxsize=4)
+def decision_points(signed: bool, device: str = "cpu") -> Tensor:
+    """Midpoints [255] fp32 between neighbouring values of a map."""
+    values = dynamic_map(signed)
+    return (0.5 * (values[:-1] + values[1:])).to(device)
+
+
+def nearest_codes(values: Tensor, signed: bool) -> Tensor:
+    """Codes uint8 of fp32 `values` by searching the decision points: the oracle of the table."""
+    return torch.searchsorted(decision_points(signed, str(values.device)), values).to(torch.uint8)
+
+
+@lru_cache(maxsize=4)
+def code_cells(signed: bool, device: str = "cpu") -> Tensor:
+    """The table: int32 [65536] for the signed map (entry j + 32768), [32768] unsigned."""
+    bits = decision_points(signed).view(torch.int32)
+    points = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    first = -_SIGN_OFFSET if signed else 0
+    cells = torch.arange(first, _SIGN_OFFSET)
+    lowest = torch.searchsorted(points, cells << 16)
+    bound = torch.full_like(cells, 65535)
+    bound[(points >> 16) - first] = points & 65535
+    entry = (lowest << 16) + 65535 - bound - (cells << 16)
+    wrapped = (
+        entry + 2**31
+    ) % 2**32 - 2**31  # int32 arithmetic wraps; the sum with the bits does not overflow
+    return wrapped.to(torch.int32).to(device)
+
+
+@lru_cache(maxsize=2)
+def code_pairs(signed: bool) -> Tensor:
+    """Two values at once: int64 [65536], entry c0 + 256·c1 is the pair (map[c0], map[c1])."""
+    values = dynamic_map(signed)
+    low = values.repeat(256)
+    high = values.repeat_interleave(256)
+    return torch.stack([low, high], dim=1).contiguous().view(torch.int64).reshape(-1)
