@@ -1,4 +1,6 @@
-"""Which adapters act: switching, switching off for a while, rows of one batch under different adapters."""
+"""Which adapters act: switching, switching off for a while, rows of one batch under different
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,9 @@ def _refuse_conflict(label: str, adapters: list[Adapter]) -> None:
     rewriting = {a.adapter_name for a in adapters if a.rewrite is not None}
     if rewriting and len({a.adapter_name for a in adapters if a.kind == "weight"}) > 1:
         raise ValueError(
-            f"{label!r}: expected one adapter at a time where an initialisation changed the base, got "
-            f"{sorted({a.adapter_name for a in adapters})}; activate one, or export it in plain form"
+            f"{label!r}: expected one adapter at a time where an initialisation changed the base, "
+            f"got {sorted({a.adapter_name for a in adapters})}; activate one, or export it in "
+            "plain form"
         )
 
 
@@ -78,7 +81,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     merged = next((m for m in modules if m._peft.merged), None)
     if merged is not None:
         raise RuntimeError(
-            "disable_adapters: expected unmerged adapters, found merged ones; call unmerge(model) first"
+            "disable_adapters: expected unmerged adapters, found merged ones; call unmerge(model) "
+            "first"
         )
     try:
         for module in modules:
@@ -98,7 +102,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def adapter_names(batch_names: Sequence[str]) -> AbstractContextManager[None]:
     """Each row of the batch under the adapter named for it; ``"__base__"`` for none.
 
-    The adapters named must be active (`set_adapter(model, [...])`). In training keep the backward pass inside the
+    The adapters named must be active (`set_adapter(model, [...])`). In training keep the backward
+    pass inside the
     block too: activation checkpointing runs forward again there.
     """
     if isinstance(batch_names, str) or not batch_names:

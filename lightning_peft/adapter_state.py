@@ -1,4 +1,6 @@
-"""The tensors of the adapters as a state dict, out and in: strict, by structure, never by substring."""
+"""The tensors of the adapters as a state dict, out and in: strict, by structure, never by
+substring.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ __all__ = ["adapter_state_dict", "check_state", "load_adapter_state_dict", "trai
 def trained_tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
     """Live adapter tensors (parameters and buffers) by canonical key, each tensor once.
 
-    A key is the module's first name in `named_modules()`, without torch.compile's ``_orig_mod``, then
-    ``peft.<adapter>.<tensor>``. Running statistics of normalisation layers, which training moves although the base is
-    frozen, come with the first adapter.
+    A key is the module's first name in `named_modules()`, without torch.compile's ``_orig_mod``,
+    then ``peft.<adapter>.<tensor>``. Running statistics of normalisation layers, which training
+    moves although the base is frozen, come with the first adapter.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in adapted_modules(model):
@@ -74,7 +76,8 @@ def load_adapter_state_dict(
     Args:
         model: A model with the adapters attached.
         state: Canonical keys, as `adapter_state_dict` gives them.
-        strict: Whether the key sets must be equal; unequal shapes and non-finite values raise either way.
+        strict: Whether the key sets must be equal; unequal shapes and non-finite values raise
+        either way.
 
     Raises:
         ValueError: missing, extra, misshapen or non-finite tensors, with the list.
@@ -121,8 +124,9 @@ def check_state(
             f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         )
         raise ValueError(
-            f"{source}: expected {len(live)} tensors that match the attached adapters, got {len(state)} with "
-            f"{len(problems)} differences; nothing was loaded. Attach with the configuration that was saved:\n  {shown}"
+            f"{source}: expected {len(live)} tensors that match the attached adapters, got "
+            f"{len(state)} with {len(problems)} differences; nothing was loaded. Attach with the "
+            f"configuration that was saved:\n  {shown}"
         )
 
 
@@ -130,5 +134,6 @@ def _require(model: nn.Module, adapter_name: str | None) -> None:
     known = sorted({n for _, _, r in records_in(model) for n in r.adapters})
     if not known or (adapter_name is not None and adapter_name not in known):
         raise KeyError(
-            f"adapter_state_dict: expected one of the attached adapters {known}, got {adapter_name!r}"
+            f"adapter_state_dict: expected one of the attached adapters {known}, got "
+            f"{adapter_name!r}"
         )

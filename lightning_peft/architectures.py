@@ -1,8 +1,8 @@
 """The usual choice of layers by architecture, as data: suffixes in transformers 5's module names.
 
-A family is (LoRA's layers, IA3's layers, IA3's feed-forward layers). LoRA's are query and value, or the fused
-projection, as Hugging Face peft's table has them where it has the type; IA3's are key, value and the layer that leads
-out of the feed-forward block, as its paper says.
+A family is (LoRA's layers, IA3's layers, IA3's feed-forward layers). LoRA's are query and value, or
+the fused projection, as Hugging Face peft's table has them where it has the type; IA3's are key,
+value and the layer that leads out of the feed-forward block, as its paper says.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 _BY_FAMILY: dict[str, str] = {
-    "llama": "llama mistral mistral3 ministral qwen2 qwen3 stablelm olmo olmo2 olmo3 granite cohere "
-    "cohere2 smollm3 gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text helium nemotron seed_oss "
-    "arcee glm glm4 exaone4 mllama mllama_text_model llava llava_next idefics2 idefics3 paligemma "
-    "qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text smolvlm internvl "
-    "jamba llama4 llama4_text ernie4_5 hunyuan_v1_dense persimmon recurrent_gemma",
+    "llama": "llama mistral mistral3 ministral qwen2 qwen3 stablelm olmo olmo2 olmo3 granite "
+    "cohere cohere2 smollm3 gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text helium nemotron "
+    "seed_oss arcee glm glm4 exaone4 mllama mllama_text_model llava llava_next idefics2 idefics3 "
+    "paligemma qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text smolvlm "
+    "internvl jamba llama4 llama4_text ernie4_5 hunyuan_v1_dense persimmon recurrent_gemma",
     "moe": "mixtral qwen2_moe qwen3_moe qwen3_next olmoe granitemoe granitemoeshared gpt_oss dbrx "
     "phimoe minimax glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 flex_olmo jetmoe",
     "phi": "phi",
@@ -108,9 +108,9 @@ _BY_FAMILY: dict[str, str] = {
     "deberta": "deberta",
     "deberta-v2": "deberta-v2 sew-d",
     "t5": "t5 mt5 umt5 longt5 switch_transformers pix2struct",
-    "bart": "bart mbart marian pegasus pegasus_x m2m_100 blenderbot blenderbot-small plbart bigbird_pegasus "
-    "whisper speech_to_text clip clip_text_model clip_vision_model siglip siglip_text_model "
-    "siglip_vision_model siglip2 vit deit dinov2 dinov2_with_registers dinov3_vit swin swinv2 "
+    "bart": "bart mbart marian pegasus pegasus_x m2m_100 blenderbot blenderbot-small plbart "
+    "bigbird_pegasus whisper speech_to_text clip clip_text_model clip_vision_model "
+    "siglip siglip_text_model siglip_vision_model siglip2 vit deit dinov2 dinov2_with_registers dinov3_vit swin swinv2 "
     "donut-swin vit_mae vit_msn detr chinese_clip altclip",
     "longformer": "longformer",
     "led": "led",

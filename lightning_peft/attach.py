@@ -1,7 +1,7 @@
 """Attach and detach: the surgery, in place, on any `nn.Module`.
 
-Everything that can be refused is refused before the first change. Base keys never change; adapters stand beside the
-weight as `<module>.peft.<adapter name>.<tensor>`.
+Everything that can be refused is refused before the first change. Base keys never change; adapters
+stand beside the weight as `<module>.peft.<adapter name>.<tensor>`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def attach(
         The report of what matched and what it costs.
 
     Raises:
-        ValueError: a bad name, nothing matches, a method has no meaning at a layer, non-finite weights.
+        ValueError: a bad name, nothing matches, a method has no meaning at a layer, non-finite
+        weights.
         RuntimeError: the name is taken, or adapters are merged.
     """
     methods = [method] if isinstance(method, Method) else list(method)
@@ -69,7 +70,8 @@ def attach(
     _require_parameters(model)
     if not methods and not modules_to_save:
         raise ValueError(
-            "attach: expected at least one method or modules_to_save, got none; everything would be frozen"
+            "attach: expected at least one method or modules_to_save, got none; everything would "
+            "be frozen"
         )
     saved = _saved_modules(model, modules_to_save)
     planned, skipped, tied = plan_attach(model, methods, saved)
@@ -116,7 +118,8 @@ def quantize(
     """
     if any(True for _ in adapted_modules(model)):
         raise RuntimeError(
-            "quantize: expected a model without adapters, found some; quantise first, or give attach() the quantization"
+            "quantize: expected a model without adapters, found some; quantise first, or give "
+            "attach() the quantization"
         )
     packing = plan_quantization(model, quantization, keep=list(exclude))
     record = record_of(model, create=True)
@@ -128,7 +131,8 @@ def quantize(
 
 
 def detach(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Remove one adapter, or all: class, keys and bits of the base as before (a quantised base stays quantised).
+    """Remove one adapter, or all: class, keys and bits of the base as before (a quantised base
+    stays quantised).
 
     Raises:
         KeyError: no adapter of that name.
@@ -148,7 +152,8 @@ def _detach_from(root: nn.Module, record: Record, names: list[str]) -> None:
     for name, module in adapted_modules(root):
         if set(module._peft.merged) & set(names):
             raise RuntimeError(
-                f"{name!r}: expected unmerged adapters, found {module._peft.merged} merged; unmerge first"
+                f"{name!r}: expected unmerged adapters, found {module._peft.merged} merged; "
+                "unmerge first"
             )
     activate(root, record, [n for n in record.active if n not in names])
     for _, module in list(adapted_modules(root)):
@@ -184,8 +189,8 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
         for adapter in adapters_of(module):
             if adapter.rewrite is not None:
                 raise RuntimeError(
-                    f"{adapter.site.label}: expected an adapter whose start leaves the base alone, got "
-                    f"{adapter.method.label}; detach and attach again"
+                    f"{adapter.site.label}: expected an adapter whose start leaves the base alone, "
+                    f"got {adapter.method.label}; detach and attach again"
                 )
             if adapter.kind == "weight":
                 fresh = _start(adapter.method, adapter.site, adapter.adapter_name, seed)
@@ -201,8 +206,8 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
 def _check_name(model: nn.Module, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"adapter_name: expected letters, digits, '_' and '-', and not an attribute of nn.ModuleDict, got {name!r}; "
-            "choose another name"
+            "adapter_name: expected letters, digits, '_' and '-', and not an attribute of "
+            f"nn.ModuleDict, got {name!r}; choose another name"
         )
     for _, _, record in records_in(model):
         if name in record.adapters:
@@ -234,8 +239,8 @@ def _saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         hits = [n for n in names if n == suffix or n.endswith(f".{suffix}")]
         if not hits:
             raise ValueError(
-                f"modules_to_save: expected a module of this model, got {suffix!r}; "
-                f"nearest names: {nearest_names(suffix, names)}"
+                f"modules_to_save: expected a module of this model, got {suffix!r}; nearest names: "
+                f"{nearest_names(suffix, names)}"
             )
         found += [h for h in hits if h not in found]
     return found
@@ -247,7 +252,9 @@ Planned = tuple[Method, str, Placement]  # (method, key of the method in a hybri
 def plan_attach(
     model: nn.Module, methods: Sequence[Method], saved: Sequence[str]
 ) -> tuple[list[Planned], list[tuple[str, str]], list[tuple[str, ...]]]:
-    """What `attach` would make, in order; (name, reason) of layers left out; tied groups. Changes nothing."""
+    """What `attach` would make, in order; (name, reason) of layers left out; tied groups. Changes
+    nothing.
+    """
     planned: list[Planned] = []
     skipped: list[tuple[str, str]] = []
     tied: list[tuple[str, ...]] = []
@@ -260,7 +267,7 @@ def plan_attach(
         skipped += [(p.name, "trained whole (modules_to_save)") for p in inside]
         if selection is not None:
             skipped += list(selection.skipped)
-            tied = [t for t in selection.tied]
+            tied = list(selection.tied)
         planned += [(method, str(i) if len(methods) > 1 else "", p) for p in placements]
         which = method.trains_bias() if isinstance(method, WeightMethod) else "none"
         if which != "none":
@@ -363,7 +370,9 @@ def _build(method: Method, placement: Placement, adapter_name: str) -> Adapter:
 
 
 class _seeded:
-    """Draw start values from a stream of their own: by seed, adapter and layer, not by order; data order is untouched."""
+    """Draw start values from a stream of their own: by seed, adapter and layer, not by order; data
+    order is untouched.
+    """
 
     def __init__(self, site: Any, adapter_name: str, seed: int | None) -> None:
         base = torch.initial_seed() if seed is None else seed
@@ -409,7 +418,9 @@ def _rebind_forward(module: nn.Module) -> None:
 
 
 def _keep_off_fast_path(*args: Any) -> None:
-    """A hook that does nothing: `nn.TransformerEncoderLayer` leaves its fused eval path where a child has hooks."""
+    """A hook that does nothing: `nn.TransformerEncoderLayer` leaves its fused eval path where a
+    child has hooks.
+    """
 
 
 def _guard_fast_path(model: nn.Module) -> None:

@@ -254,8 +254,8 @@ def verify(
     if stored is None:
         raise ValueError(
             f"{source}: expected a checkpoint with adapters, got one without (a full model, or "
-            "written without PEFT); "
-            "to start from it, load it into the module yourself and fit without ckpt_path"
+            "written without PEFT); to start from it, load it into the module yourself and fit "
+            "without ckpt_path"
         )
     if not isinstance(stored, dict) or not isinstance(stored.get("format"), int):
         raise ValueError(

@@ -50,8 +50,8 @@ def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             raise OSError(
                 errno.ENOSPC,
                 f"{target}: expected {_nbytes(data):,} bytes and more on this disk, got {free:,} "
-                "free; the former file "
-                "is untouched: make room, or keep fewer checkpoints (save_top_k)",
+                "free; the former file is untouched: make room, or keep fewer checkpoints "
+                "(save_top_k)",
             ) from error
         raise
     _sync_directory(target.parent)
@@ -135,6 +135,5 @@ def _unreadable(file: Path, why: str) -> ValueError:
     )
     return ValueError(
         f"{file}: expected a whole checkpoint, got one that cannot be read "
-        f"({file.stat().st_size:,} bytes: "
-        f"{why.splitlines()[0][:120]}); {advice}"
+        f"({file.stat().st_size:,} bytes: {why.splitlines()[0][:120]}); {advice}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import torch
@@ -11,22 +12,11 @@ __all__ = ["restore_rng", "rng_state"]
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
-    """States of torch, CUDA (this process's device), numpy and Python."""
-    import numpy as np
-
-    legacy: Any = np.random.get_state(legacy=True)
-    kind, keys, position, has_gauss, cached = legacy
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [
-            str(kind),
-            torch.from_numpy(keys.astype("int64")),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-    }
+    """States of torch, CUDA (this process's device), Python, and numpy where it is in use."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state(legacy=True)
+        state["numpy"] = [str(kind), torch.from_numpy(keys.astype("int64")), *map(float, rest)]
     if device is not None and device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -34,12 +24,14 @@ def rng_state(device: torch.device | None = None) -> dict[str, Any]:
 
 def restore_rng(state: dict[str, Any], device: torch.device | None = None) -> None:
     """Put back what `rng_state` returned."""
-    import numpy as np
-
     torch.set_rng_state(state["torch"].cpu())
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
+    if "numpy" in state and "numpy" in sys.modules:
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        words_32 = keys.numpy().astype("uint32")
+        sys.modules["numpy"].random.set_state(
+            (kind, words_32, int(position), int(has_gauss), cached)
+        )
     if "cuda" in state and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

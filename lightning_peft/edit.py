@@ -1,12 +1,13 @@
 """Edit: the normal form of every weight method.
 
-W' = diag(out_scale) · (W + Σ terms) · Rᵀ · diag(in_scale);   b' = (b + Δb) [· out_scale if scale_bias]
+W' = diag(out_scale) · (W + Σ terms) · Rᵀ · diag(in_scale);   b' = (b + Δb) [· out_scale if
+scale_bias]
 
 acting on x as   y = out_scale ∘ ((x ∘ in_scale) R (W + Σ terms)ᵀ) + b'.
 
-A method lowers to an Edit; a layer applies it; a storage holds the W it is applied to. Composition is an onion:
-W_k = edit_k(W_{k−1}), so that forward, merge and rows under different adapters agree by construction.
-W is canonical, [*batch, out, in]; batch is the expert axis and usually absent.
+A method lowers to an Edit; a layer applies it; a storage holds the W it is applied to. Composition
+is an onion: W_k = edit_k(W_{k−1}), so that forward, merge and rows under different adapters agree
+by construction. W is canonical, [*batch, out, in]; batch is the expert axis and usually absent.
 """
 
 from __future__ import annotations
@@ -96,10 +97,12 @@ class Kron:
 
 @dataclass(frozen=True)
 class Rotation:
-    """R = R₁ R₂ … with R_i = Pᵢ · blockdiag(blocksᵢ) · Pᵢᵀ; orthogonal where the method makes it so.
+    """R = R₁ R₂ … with R_i = Pᵢ · blockdiag(blocksᵢ) · Pᵢᵀ; orthogonal where the method makes it
+    so.
 
     Attributes:
-        stages: Pairs (permutation or None, blocks [n, k, k]); n·k = in. A permutation is an index tensor [in].
+        stages: Pairs (permutation or None, blocks [n, k, k]); n·k = in. A permutation is an index
+        tensor [in].
     """
 
     stages: tuple[tuple[Tensor | None, Tensor], ...]

@@ -1,4 +1,6 @@
-"""A fingerprint of the base: names, shapes, dtypes and a sampled hash of the content. Never a path."""
+"""A fingerprint of the base: names, shapes, dtypes and a sampled hash of the content. Never a
+path.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
 
     Args:
         model: The model, before it is quantised.
-        trained: Names of parameters of which a copy is trained (a fresh head): their values do not count.
+        trained: Names of parameters of which a copy is trained (a fresh head): their values do not
+        count.
 
     Returns:
-        ``{"tensors": {name: [shape, dtype, hash of the samples]}}``; the hash is "" for meta tensors.
+        ``{"tensors": {name: [shape, dtype, hash of the samples]}}``; the hash is "" for meta
+        tensors.
     """
     tensors: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
@@ -33,7 +37,9 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
 
 
 def buffer_hashes(model: nn.Module) -> dict[str, str]:
-    """Hash of every persistent buffer: whole up to 64 Ki elements, sampled above (a base held in buffers)."""
+    """Hash of every persistent buffer: whole up to 64 Ki elements, sampled above (a base held in
+    buffers).
+    """
     found = {}
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -58,7 +64,8 @@ def _sample(t: Tensor, samples: int = _SAMPLES) -> str:
 def fingerprint_differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:
     """One line per tensor that differs: name, expected, found. Empty where the bases are the same.
 
-    A dtype or a sampled hash is compared only where shapes agree; meta tensors compare by shape alone.
+    A dtype or a sampled hash is compared only where shapes agree; meta tensors compare by shape
+    alone.
     """
     lines = []
     want, have = stored["tensors"], live["tensors"]

@@ -1,6 +1,7 @@
 """Hugging Face peft directories, out and in: driven by the table that each method declares.
 
-What peft reads differently from what it computes is refused with the reason. Nothing is changed on an error.
+What peft reads differently from what it computes is refused with the reason. Nothing is changed on
+an error.
 """
 
 from __future__ import annotations
@@ -37,18 +38,22 @@ def save_adapter(
     uniform: bool = False,
     root: str | None = None,
 ) -> Path:
-    """Write an adapter as Hugging Face peft 0.21 does: adapter_config.json and adapter_model.safetensors.
+    """Write an adapter as Hugging Face peft 0.21 does: adapter_config.json and
+    adapter_model.safetensors.
 
-    An adapter named "default" goes into `directory`, any other into ``directory/<name>``, as in peft. Starts that
-    took their part out of the base (PiSSA, OLoRA, LoftQ) are written in plain form, for the original base.
+    An adapter named "default" goes into `directory`, any other into ``directory/<name>``, as in
+    peft. Starts that took their part out of the base (PiSSA, OLoRA, LoftQ) are written in plain
+    form, for the original base.
 
     Args:
         model: A model with the adapter attached.
         directory: Made if absent. Each file is replaced whole or not at all.
         adapter_name: Which adapter.
         names: ``"legacy"`` writes the layer names of transformers 4, where they differ.
-        uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha patterns.
-        root: Name of the module inside `model` whose layer names the file uses. None means the one Hugging Face
+        uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha
+        patterns.
+        root: Name of the module inside `model` whose layer names the file uses. None means the one
+        Hugging Face
             model in it, or else `model`.
 
     Returns:
@@ -99,8 +104,8 @@ def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
         for adapter in adapters_of(module, adapter_name):
             if not inside:
                 raise ValueError(
-                    f"save_adapter: expected all layers of adapter {adapter_name!r} inside {prefix!r}, found "
-                    f"{path!r}; give the module that holds them all with root="
+                    f"save_adapter: expected all layers of adapter {adapter_name!r} inside "
+                    f"{prefix!r}, found {path!r}; give the module that holds them all with root="
                 )
             found.append((path[len(prefix) :].removeprefix("."), module, adapter))
     return found
@@ -115,8 +120,9 @@ def _one_method(found: _Found) -> tuple[Method, HFFormat]:
     labels = [m.label for m in methods]
     if len(methods) != 1:
         raise ValueError(
-            f"save_adapter: expected one method, got {labels or 'trained modules alone'}; a peft directory "
-            "holds exactly one: keep ours with adapter_state_dict(), or merge() and save the model"
+            f"save_adapter: expected one method, got {labels or 'trained modules alone'}; a peft "
+            "directory holds exactly one: keep ours with adapter_state_dict(), or merge() and "
+            "save the model"
         )
     if methods[0].hf is None:
         raise ValueError(
@@ -214,7 +220,9 @@ def _add_saved(
     config: dict[str, Any],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Trained modules, and what peft takes for one of them: it matches their names by the mere ending."""
+    """Trained modules, and what peft takes for one of them: it matches their names by the mere
+    ending.
+    """
     names: list[str] = []
     for at, _, record in records_in(model):
         entry = record.adapters.get(adapter_name)

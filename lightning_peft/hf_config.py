@@ -24,9 +24,22 @@ _MOST_BYTES = 16 << 20  # the largest seen (rank patterns of every layer) are be
 
 # Keys that every type of adapter may have and that are handled or without meaning here.
 _COMMON = frozenset(
-    "peft_type task_type base_model_name_or_path revision peft_version inference_mode auto_mapping "
-    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
-    "runtime_config target_parameters".split()
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "peft_version",
+        "inference_mode",
+        "auto_mapping",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "runtime_config",
+        "target_parameters",
+    ]
 )
 
 
@@ -131,8 +144,8 @@ def method_class(config: Mapping[str, Any]) -> type[Method]:
     peft_type = config["peft_type"]
     if peft_type not in known:
         raise ValueError(
-            f"{CONFIG}: peft_type: expected one of {sorted(known)}, got {peft_type!r}; "
-            "no method here reads it"
+            f"{CONFIG}: peft_type: expected one of {sorted(known)}, got {peft_type!r}; no method "
+            "here reads it"
         )
     found = [
         cls
@@ -166,7 +179,8 @@ def method_fields(
     """Constructor fields of the method, checked.
 
     Raises:
-        ValueError: a required key is absent, a value has another type, an option is on that is not known here.
+        ValueError: a required key is absent, a value has another type, an option is on that is not
+        known here.
     """
     fmt = format_of(cls)
     _refuse_unknown(fmt, config)
@@ -195,8 +209,8 @@ def _refuse_unknown(fmt: HFFormat, config: Mapping[str, Any]) -> None:
             continue
         if value not in (None, False, 0, "", [], {}):  # an option that is off changes nothing
             raise ValueError(
-                f"{CONFIG}: expected the known fields of {fmt.peft_type}, got also "
-                f"{key} = {_short(value)}, whose effect is not known here; remove it if it has none"
+                f"{CONFIG}: expected the known fields of {fmt.peft_type}, got also {key} = "
+                f"{_short(value)}, whose effect is not known here; remove it if it has none"
             )
 
 
@@ -255,7 +269,8 @@ def base_config(root: nn.Module, fmt: HFFormat) -> dict[str, Any]:
 def _task_type(root: nn.Module) -> str | None:
     """Where the type changes only which wrapper of peft is made.
 
-    For classification it would also make peft train a head that is not in the file, so it stays null there.
+    For classification it would also make peft train a head that is not in the file, so it stays
+    null there.
     """
     name = base_class(root).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):

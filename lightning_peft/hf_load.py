@@ -1,4 +1,6 @@
-"""Reading a Hugging Face peft directory: everything is checked against the model before it is changed."""
+"""Reading a Hugging Face peft directory: everything is checked against the model before it is
+changed.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,17 @@ def load_adapter(
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
-    Strict where peft is lax: a missing, extra, misshapen or non-finite tensor raises, and so does an option whose
-    effect is not known. ``directory/<adapter_name>`` is taken where it exists, as peft writes it.
+    Strict where peft is lax: a missing, extra, misshapen or non-finite tensor raises, and so does
+    an option whose effect is not known. ``directory/<adapter_name>`` is taken where it exists, as
+    peft writes it.
 
     Args:
         model: The base, or a module (a LightningModule) that holds it.
         directory: With adapter_config.json and adapter_model.safetensors.
         adapter_name: Name to attach under.
         quantization: Quantise the frozen base too.
-        root: Name of the module inside `model` whose layer names the file uses. None means the one Hugging Face
+        root: Name of the module inside `model` whose layer names the file uses. None means the one
+        Hugging Face
             model in it, or else `model`.
 
     Returns:
@@ -102,8 +106,8 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
     tokens = config.get("trainable_token_indices")
     if tokens and config["peft_type"] != "TRAINABLE_TOKENS":
         raise ValueError(
-            f"{CONFIG}: trainable_token_indices: expected none, got {str(tokens)[:60]}; rows of an embedding "
-            "are not replaced one by one here: merge that part with peft first"
+            f"{CONFIG}: trainable_token_indices: expected none, got {str(tokens)[:60]}; rows of an "
+            "embedding are not replaced one by one here: merge that part with peft first"
         )
 
 
@@ -121,8 +125,8 @@ def _require_targets(
         return
     if not reading.entries:
         raise ValueError(
-            f"adapter file: expected tensors named as {list(fmt.tensors.values())} behind '{PREFIX}<layer>.', "
-            "found none; nothing would be adapted"
+            f"adapter file: expected tensors named as {list(fmt.tensors.values())} behind "
+            f"'{PREFIX}<layer>.', found none; nothing would be adapted"
         )
     if config.get("target_modules") is None and not config.get("target_parameters"):
         if "target_modules" not in config:
@@ -142,8 +146,9 @@ def _require_targets(
     extra = sorted(have - expected - by_parameter)
     if missing or extra:
         raise ValueError(
-            f"adapter file: expected tensors for the {len(expected)} layers that target_modules names, got them "
-            f"for {len(have)}; missing: {missing[:10] or 'none'}; extra: {extra[:10] or 'none'}; nothing was loaded"
+            f"adapter file: expected tensors for the {len(expected)} layers that target_modules "
+            f"names, got them for {len(have)}; missing: {missing[:10] or 'none'}; extra: "
+            f"{extra[:10] or 'none'}; nothing was loaded"
         )
 
 
@@ -153,7 +158,9 @@ def _require_targets(
 def _saved_modules(
     fmt: HFFormat, config: Mapping[str, Any], top: nn.Module, prefix: str, reading: Reading
 ) -> dict[str, dict[str, Tensor]]:
-    """Module → its tensors in the file. Found by name and by tensors: the name alone matches by its mere ending."""
+    """Module → its tensors in the file. Found by name and by tensors: the name alone matches by its
+    mere ending.
+    """
     wanted = tuple(config.get("modules_to_save") or ())
     adapted = {e.path for e in reading.entries}
     saved: dict[str, dict[str, Tensor]] = {}
@@ -173,7 +180,8 @@ def _saved_modules(
                 problems.append(f"extra {head}{key}")
             elif tensor.shape != expected[key].shape:
                 problems.append(
-                    f"{head}{key}: expected shape {list(expected[key].shape)}, got {list(tensor.shape)}"
+                    f"{head}{key}: expected shape {list(expected[key].shape)}, got "
+                    f"{list(tensor.shape)}"
                 )
             elif key not in parameters and not torch.equal(tensor, expected[key].to(tensor)):
                 problems.append(f"{head}{key}: a buffer that differs from the base's")
@@ -286,7 +294,8 @@ def _unpacked(
             )
             got = entry.shapes.get(_named(fmt, site, name), tuple(tensor.shape))
             problems.append(
-                f"{entry.path}.{_named(fmt, site, name)}: expected shape {list(packed.shape)}, got {list(got)}"
+                f"{entry.path}.{_named(fmt, site, name)}: expected shape {list(packed.shape)}, got "
+                f"{list(got)}"
             )
     return tensors
 
@@ -296,7 +305,9 @@ def _named(fmt: HFFormat, site: Any, name: str) -> str:
 
 
 def _require_base(top: nn.Module, reading: Reading) -> None:
-    """What is left must be copies of the base (peft saves embeddings beside their adapter): equal, or it raises."""
+    """What is left must be copies of the base (peft saves embeddings beside their adapter): equal,
+    or it raises.
+    """
     problems = []
     parameters = dict(top.named_parameters()) | dict(top.named_buffers())
     for key, tensor in reading.other.items():
@@ -306,7 +317,8 @@ def _require_base(top: nn.Module, reading: Reading) -> None:
             problems.append(f"extra {key}")
         elif base.shape != tensor.shape:
             problems.append(
-                f"{key}: a copy of the base of shape {list(tensor.shape)}, the base has {list(base.shape)}"
+                f"{key}: a copy of the base of shape {list(tensor.shape)}, the base has "
+                f"{list(base.shape)}"
             )
         elif not torch.equal(base.detach().cpu().to(tensor.dtype), tensor):
             problems.append(f"{key}: a copy of the base that differs from this one")
@@ -339,7 +351,7 @@ def _copy(
                     live.append((tensor, missing.pop(name)))
     if missing:
         raise ValueError(
-            f"adapter file: expected no tensors besides the adapter's, got "
+            "adapter file: expected no tensors besides the adapter's, got "
             f"{ {k: list(t.shape) for k, t in missing.items()} }; nothing was loaded"
         )
     with torch.no_grad():

@@ -14,8 +14,8 @@ __all__ = ["compact", "model_root", "targeted"]
 def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Module]:
     """The module whose names the file uses, and its name inside `model`.
 
-    `root` if given; else the one Hugging Face model inside `model` (itself, or a child of a LightningModule);
-    else `model`.
+    `root` if given; else the one Hugging Face model inside `model` (itself, or a child of a
+    LightningModule); else `model`.
 
     Raises:
         ValueError: `root` is no module of `model`.
@@ -26,7 +26,8 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
         except AttributeError:
             children = [n for n, _ in model.named_children()]
             raise ValueError(
-                f"root: expected a module of {type(model).__name__}, got {root!r}; its children are {children}"
+                f"root: expected a module of {type(model).__name__}, got {root!r}; its children "
+                f"are {children}"
             ) from None
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
@@ -101,7 +102,9 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
 
 
 def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:
-    """The shortest `target_modules` that means exactly these modules: suffixes, full names, or a regex."""
+    """The shortest `target_modules` that means exactly these modules: suffixes, full names, or a
+    regex.
+    """
     names = [n for n, _ in root.named_modules() if n and "peft" not in n.split(".")]
     wanted = set(adapted)
     by_leaf: dict[str, set[str]] = {}

@@ -34,8 +34,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         pickled = sorted(p.name for p in directory.glob("adapter_model.*"))
         if pickled:
             raise ValueError(
-                f"{directory}: expected {TENSORS}, found {', '.join(pickled)}; a pickle can run any "
-                "code when it is read: convert it where you trust it "
+                f"{directory}: expected {TENSORS}, found {', '.join(pickled)}; a pickle can run "
+                "any code when it is read: convert it where you trust it "
                 "(safetensors.torch.save_file(torch.load(path, weights_only=True), ...))"
             )
         raise FileNotFoundError(f"{directory}: expected {TENSORS}, found none")
@@ -43,8 +43,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
-            f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do not "
-            f"read as one ({error}); copy it again"
+            f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do "
+            f"not read as one ({error}); copy it again"
         ) from None
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -52,7 +52,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(
-                f"{path}: {key}: expected finite values, got {bad} NaN or infinite of {tensor.numel()}"
+                f"{path}: {key}: expected finite values, got {bad} NaN or infinite of "
+                f"{tensor.numel()}"
             )
     return tensors
 

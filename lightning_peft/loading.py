@@ -47,8 +47,7 @@ def load_from_checkpoint(
     if not isinstance(stored, dict) or not stored.get("roots"):
         raise ValueError(
             f"{source}: expected a checkpoint with adapters, got keys {sorted(checkpoint)}; load a "
-            "full model with "
-            f"{module_class.__name__}.load_from_checkpoint"
+            f"full model with {module_class.__name__}.load_from_checkpoint"
         )
     hparams = _accepted(module_class, checkpoint.get("hyper_parameters") or {})
     module = module_class(**{**hparams, **init_args})
@@ -75,9 +74,8 @@ def _require_net(module: pl.LightningModule, source: str) -> None:
     if next(module.parameters(), None) is None:
         raise ValueError(
             f"{source}: expected {type(module).__name__} to have parameters after __init__ and "
-            "configure_model, found "
-            "none: a net built in setup() needs a run; use trainer.test(module, ckpt_path=…) or "
-            "build it earlier"
+            "configure_model, found none: a net built in setup() needs a run; use "
+            "trainer.test(module, ckpt_path=…) or build it earlier"
         )
 
 

@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.active import disable_adapters
 from lightning_peft.edit import Edit
 from lightning_peft.layers.adapted import Adapted, Adapter, adapted_modules, adapters_of, refresh
+from lightning_peft.merge_report import MergeReport, SiteError, output_of, relative_change
 from lightning_peft.record import records_in
 from lightning_peft.storage import storage_of
 from lightning_peft.swap import swap_in, swap_out
 
 __all__ = ["MergeReport", "SiteError", "merge", "unmerge"]
-
-
-@dataclass(frozen=True)
-class SiteError:
-    """What merging did to one weight.
-
-    Attributes:
-        name: The weight.
-        delta: ‖W' − W‖ / ‖W‖: how much the adapter changes it.
-        error: ‖stored − W'‖ / ‖W'‖: what rounding or requantising lost.
-    """
-
-    name: str
-    delta: float
-    error: float
-
-
-@dataclass
-class MergeReport:
-    """Errors of a merge.
-
-    Attributes:
-        sites: One entry a weight.
-        untied: Parameters that were tied and got a tensor of their own.
-        output_error: ‖merged − attached‖ / ‖attached‖ of the output on the batch given; None without one.
-    """
-
-    sites: list[SiteError] = field(default_factory=list)
-    untied: list[str] = field(default_factory=list)
-    output_error: float | None = None
-
-    @property
-    def worst(self) -> float:
-        """Largest relative error of a weight."""
-        return max((s.error for s in self.sites), default=0.0)
-
-    def __str__(self) -> str:
-        """Two lines: weights and output."""
-        text = f"merged {len(self.sites)} weights, largest relative error {self.worst:.2e}"
-        if self.untied:
-            text += f"; untied {', '.join(self.untied)}"
-        if self.output_error is not None:
-            text += f"\noutput on the batch differs by {self.output_error:.2e} (relative)"
-        return text
 
 
 def merge(
@@ -76,31 +33,103 @@ def merge(
     Args:
         model: A model with adapters.
         names: Which adapters; None means the active ones.
-        into: For a quantised base: ``"dense"`` dequantises, adds and stays dense; ``"storage"`` requantises.
+        into: For a quantised base: ``"dense"`` dequantises, adds and stays dense; ``"storage"``
+        requantises.
         keep_base: Keep the stored bits on the CPU, so that `unmerge` restores them.
-        base: Dense weights by parameter name to merge onto instead of the dequantised ones (the original checkpoint).
-        batch: An example input (tensor, tuple or dict) on which the error of the output is measured.
+        base: Dense weights by parameter name to merge onto instead of the dequantised ones (the
+        original checkpoint).
+        batch: An example input (tensor, tuple or dict) on which the error of the output is
+        measured; with `base`
+            given too, for both bases, so that the report can say which one the adapter belongs to.
 
     Raises:
-        RuntimeError: adapters are merged already, or a method has no merged form.
-        ValueError: ``base`` lacks a weight or has another shape.
+        RuntimeError: adapters are merged already, a method has no merged form, or W' is not finite.
+        ValueError: ``base`` lacks a weight or has another shape; ``into`` is unknown.
     """
+    if into not in ("dense", "storage"):
+        raise ValueError(f"merge: into: expected 'dense' or 'storage', got {into!r}")
     wanted = _names(model, names)
     plans = [(label, m, _acting(m, wanted)) for label, m in adapted_modules(model)]
     _check(plans, base)
-    before = None if batch is None else _run(model, batch)
+    if batch is None:
+        return _merge_all(model, wanted, plans, into, keep_base, base)
+    before = output_of(model, batch)
+    with disable_adapters(model):
+        plain = output_of(model, batch)
+    errors = {}
+    if base is not None:
+        _merge_all(model, wanted, plans, into, True, None)
+        errors["dequantized"] = relative_change(output_of(model, batch), before)
+        unmerge(model)
+    report = _merge_all(model, wanted, plans, into, keep_base, base)
+    report.output_error = relative_change(output_of(model, batch), before)
+    report.output_change = relative_change(before, plain)
+    if base is not None:
+        report.output_errors = {**errors, "original": report.output_error}
+    return report
+
+
+_Plan = tuple[str, Any, list[Adapter]]  # (module's name, module, adapters to merge)
+
+
+def _merge_all(
+    model: nn.Module,
+    wanted: list[str],
+    plans: Sequence[_Plan],
+    into: str,
+    keep_base: bool,
+    base: Mapping[str, Tensor] | None,
+) -> MergeReport:
+    """Merge every module, or none: what is written is taken back when a later one fails."""
     report = MergeReport()
     tied = _tied(model)
-    with torch.no_grad():
-        for label, module, adapters in plans:
-            if adapters:
-                _merge_module(label, module, adapters, into, keep_base, base, tied, report)
-            module._peft.merged = [n for n in wanted if n in module.peft]
-            refresh(module)
-    if before is not None:
-        after = _run(model, batch)
-        report.output_error = float((after - before).norm() / before.norm())
+    done: list[Any] = []
+    try:
+        with torch.no_grad():
+            if not keep_base:  # nothing could be taken back, so form everything once before writing
+                for label, module, adapters in plans:
+                    for _ in _formed(label, module, adapters, base, _edits(adapters)):
+                        pass
+            for label, module, adapters in plans:
+                done.append(module)
+                if adapters:
+                    _merge_module(label, module, adapters, into, base, tied, report)
+                if not keep_base:
+                    module._peft.unmerged_bits = {}
+    except BaseException:
+        for module in reversed(done):
+            _undo(module)
+        raise
+    if report.untied:
+        _untie_config(model, done[-1])
+    for _, module, _ in plans:
+        if not keep_base:
+            module._peft.unmerged_bits = {"dropped": True}
+        module._peft.merged = [n for n in wanted if n in module.peft]
+        refresh(module)
     return report
+
+
+def _undo(module: Any) -> None:
+    for undo in reversed(list(module._peft.unmerged_bits.values())):
+        undo()
+    module._peft.unmerged_bits = {}
+
+
+def _untie_config(model: nn.Module, holder: Any) -> None:
+    """Hugging Face ties again by this flag when the merged model is loaded; undone with
+    `holder`.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False) is not True:
+            continue
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+        def tie(config: Any = config) -> None:
+            config.tie_word_embeddings = True
+
+        holder._peft.unmerged_bits[f"config {id(config)}"] = tie
 
 
 def unmerge(model: nn.Module) -> None:
@@ -109,18 +138,19 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         RuntimeError: nothing is merged, or the bits were not kept.
     """
-    modules = [(label, m) for label, m in adapted_modules(model) if m._peft.merged]
+    modules = [
+        (label, m) for label, m in adapted_modules(model) if m._peft.merged or m._peft.unmerged_bits
+    ]
     if not modules:
         raise RuntimeError("unmerge: expected merged adapters, found none; call merge(model) first")
     for label, module in modules:
         if module._peft.unmerged_bits.get("dropped"):
             raise RuntimeError(
-                f"unmerge {label!r}: expected kept bits, got keep_base=False; reload the base instead"
+                f"unmerge {label!r}: expected kept bits, got keep_base=False; reload the base "
+                "instead"
             )
-    for _, module in modules:
-        for undo in reversed(list(module._peft.unmerged_bits.values())):
-            undo()
-        module._peft.unmerged_bits = {}
+    for _, module in reversed(modules):
+        _undo(module)
         module._peft.merged = []
         refresh(module)
 
@@ -149,23 +179,26 @@ def _acting(module: Any, names: Sequence[str]) -> list[Adapter]:
     return [a for n in names for a in adapters_of(module, n)]
 
 
-def _check(
-    plans: Sequence[tuple[str, Any, list[Adapter]]], base: Mapping[str, Tensor] | None
-) -> None:
+def _check(plans: Sequence[_Plan], base: Mapping[str, Tensor] | None) -> None:
     for label, module, adapters in plans:
         if module._peft.merged:
             raise RuntimeError(
-                f"merge {label!r}: expected unmerged adapters, found {module._peft.merged}; unmerge first"
+                f"merge {label!r}: expected unmerged adapters, found {module._peft.merged}; "
+                "unmerge first"
             )
+        _check_order(label, module, adapters)
         for adapter in adapters:
             if not adapter.method.mergeable:
                 raise RuntimeError(
                     f"merge {label!r}: {adapter.method.label} has no merged form: it adds "
-                    f"{'modules' if adapter.kind == 'block' else 'positions'}, it does not change weights; "
-                    "keep it attached"
+                    f"{'modules' if adapter.kind == 'block' else 'positions'}, it does not change "
+                    "weights; keep it attached"
                 )
-            for term in adapter.edit().terms if adapter.kind == "weight" else ():
-                term.matrix()  # NotMergeable where the change depends on the input
+            if adapter.kind == "weight":
+                edit = adapter.edit()
+                for term in edit.terms:
+                    term.matrix()  # NotMergeable where the change depends on the input
+                _check_bias(label, module, adapter, edit)
     if base is not None:
         for label, _, adapters in plans:
             for a in adapters:
@@ -175,6 +208,32 @@ def _check(
                     raise ValueError(
                         f"merge base: expected {key} of shape {list(_natural(a))}, got {found}"
                     )
+
+
+def _check_order(label: str, module: Any, merging: list[Adapter]) -> None:
+    """What stays attached acts on the merged weight, so it must come after, or be a mere sum."""
+    edits = list(module._peft.edits)
+    staying = [a for a in edits if a not in merging]
+    if not staying or edits[: len(edits) - len(staying)] == [a for a in edits if a in merging]:
+        return
+    for adapter in edits:
+        if adapter.edit().form() - {"low_rank", "terms", "bias", "dropout"}:
+            raise RuntimeError(
+                f"merge {label!r}: expected the first of the active adapters "
+                f"{[a.adapter_name for a in edits]}, got {[a.adapter_name for a in merging]}; "
+                f"{adapter.method.label} does not commute with it: merge all, or activate them in "
+                "another order"
+            )
+
+
+def _check_bias(label: str, module: Any, adapter: Adapter, edit: Edit) -> None:
+    site = adapter.site
+    path = site.ops.bias(module, site.parameter)
+    if path is None and edit.bias is not None and (site.lookup or site.parameter != "weight"):
+        raise RuntimeError(
+            f"merge {label!r}: expected a layer that can hold a bias, got {type(module).__name__} "
+            f"with a change of its bias by {adapter.method.label}; keep it attached"
+        )
 
 
 def _natural(adapter: Adapter) -> torch.Size:
@@ -190,56 +249,72 @@ def _tied(model: nn.Module) -> set[int]:
     return {i for i, who in owners.items() if len(who) > 1}
 
 
-def _merge_module(
+def _edits(adapters: list[Adapter]) -> dict[str, list[Edit]]:
+    """By weight; all formed before any write, because DoRA reads W."""
+    edits: dict[str, list[Edit]] = {}
+    for adapter in adapters:
+        if adapter.kind == "weight":
+            edits.setdefault(adapter.site.parameter, []).append(adapter.edit())
+    return edits
+
+
+def _formed(
     label: str,
     module: Any,
     adapters: list[Adapter],
-    into: str,
-    keep_base: bool,
     base: Mapping[str, Tensor] | None,
-    tied: set[int],
-    report: MergeReport,
-) -> None:
-    undo: dict[str, Any] = {}
-    by_weight: dict[str, list[Adapter]] = {}
-    for adapter in adapters:
-        if adapter.kind == "weight":
-            by_weight.setdefault(adapter.site.parameter, []).append(adapter)
-    edited = {
-        path: [a.edit() for a in group] for path, group in by_weight.items()
-    }  # before any write: DoRA reads W
-    for path, group in by_weight.items():
+    edits: Mapping[str, list[Edit]],
+) -> Iterator[tuple[str, str, list[Adapter], Tensor, Tensor, Tensor]]:
+    """(path, key, adapters, W, base it is merged onto, W') of every weight, canonical and fp32."""
+    for path, changes in edits.items():
+        group = [a for a in adapters if a.kind == "weight" and a.site.parameter == path]
         site = group[0].site
         key = f"{label}.{path}" if label else path
-        W = site.weight(torch.float32)
+        W = site.weight(torch.float32).clone()  # dense storage is read without a copy
         start = (
             W
             if base is None
             else site.ops.to_matrix(module, path, base[key].to(W.device, torch.float32))
         )
-        merged = site.edited(edited[path], start)
+        merged = site.edited(changes, start)
         if not merged.isfinite().all():
             raise RuntimeError(
-                f"merge {key!r}: expected finite weights, got NaN or infinity; nothing was written here"
+                f"merge {key!r}: expected finite weights, got NaN or infinity; nothing was changed"
             )
+        yield path, key, group, W, start, merged
+
+
+def _merge_module(
+    label: str,
+    module: Any,
+    adapters: list[Adapter],
+    into: str,
+    base: Mapping[str, Tensor] | None,
+    tied: set[int],
+    report: MergeReport,
+) -> None:
+    undo: dict[str, Any] = module._peft.unmerged_bits
+    edits = _edits(adapters)
+    for path, key, group, W, start, merged in _formed(label, module, adapters, base, edits):
+        site = group[0].site
         _untie(module, path, tied, key, undo, report)
         undo[path] = _write(module, group, merged, into)
         stored = group[0].site.weight(torch.float32)
         report.sites.append(
             SiteError(
                 key,
-                float((merged - W).norm() / W.norm().clamp_min(1e-30)),
-                float((stored - merged).norm() / merged.norm().clamp_min(1e-30)),
+                relative_change(merged, W),
+                relative_change(stored, merged),
+                None if base is None else relative_change(stored, start),
             )
         )
-        _merge_bias(module, site.ops.bias(module, path), edited[path], undo)
+        _merge_bias(module, site.ops.bias(module, path), edits[path], undo)
     for adapter in adapters:
         for path, value in adapter.copies().items() if adapter.kind == "select" else ():
             _untie(module, path, tied, f"{label}.{path}", undo, report)
             undo[f"copy {adapter.adapter_name} {path}"] = _overwrite(
                 module.get_parameter(path), value
             )
-    module._peft.unmerged_bits = undo if keep_base else {"dropped": True}
 
 
 def _write(module: Any, group: list[Adapter], merged: Tensor, into: str) -> Callable[[], None]:
@@ -289,7 +364,7 @@ def _merge_bias(module: Any, path: str | None, edits: Sequence[Edit], undo: dict
     reference = next(iter(module.parameters()))
     dtype = edited.dtype if not reference.is_floating_point() else reference.dtype
     owner.register_parameter(leaf, nn.Parameter(edited.detach().to(dtype), requires_grad=False))
-    undo["bias"] = lambda: owner.register_parameter(leaf, None)
+    undo[f"bias {path}"] = lambda: owner.register_parameter(leaf, None)
 
 
 def _overwrite(parameter: Tensor, value: Tensor) -> Callable[[], None]:
@@ -318,24 +393,3 @@ def _untie(
         owner._parameters[leaf] = parameter
 
     undo[f"tie {path}"] = tie
-
-
-def _run(model: nn.Module, batch: Any) -> Tensor:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(batch, Mapping):
-                out = model(**batch)
-            elif isinstance(batch, tuple | list):
-                out = model(*batch)
-            else:
-                out = model(batch)
-    finally:
-        model.train(training)
-    for attribute in ("logits", "last_hidden_state"):
-        if getattr(out, attribute, None) is not None:
-            out = getattr(out, attribute)
-            break
-    tensor: Tensor = out[0] if isinstance(out, tuple) else out
-    return tensor.float()

@@ -111,16 +111,18 @@ def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]
                 module, paths[0], name, ops_for(module) or PLAIN, storage_of(module, paths[0])
             )
             placements.append(Placement(name, module, site, paths=tuple(paths)))
-    if not placements:
+    if not placements and not method.may_be_empty:
         raise ValueError(
-            f"{method.label}: expected at least one parameter to train, found none that it selects in "
-            f"{type(model).__name__}; choose another method or widen its choice"
+            f"{method.label}: expected at least one parameter to train, found none that it selects "
+            f"in {type(model).__name__}; choose another method or widen its choice"
         )
     return placements, None
 
 
 def _read_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters that this module's own forward reads: its own, and those of children it never calls."""
+    """Parameters that this module's own forward reads: its own, and those of children it never
+    calls.
+    """
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return []  # read by its parent
     own = [(n, p) for n, p in module.named_parameters(recurse=False)]
@@ -148,15 +150,16 @@ def refuse_unfit(placement: Placement) -> None:
     """Raise before anything changes where a class swap would not take effect or would harm.
 
     Raises:
-        ValueError: the module has an attribute ``peft`` of its own, is parametrised, or has an instance ``forward``.
+        ValueError: the module has an attribute ``peft`` of its own, is parametrised, or has an
+        instance ``forward``.
     """
     module, name = placement.module, placement.name
     if isinstance(module, Adapted):
         return
     if hasattr(module, "peft"):
         raise ValueError(
-            f"{name!r}: expected a module without an attribute named 'peft', found {type(module.peft).__name__}; "
-            "rename it, or exclude the module"
+            f"{name!r}: expected a module without an attribute named 'peft', found "
+            f"{type(module.peft).__name__}; rename it, or exclude the module"
         )
     if parametrize.is_parametrized(module):
         raise ValueError(
@@ -167,7 +170,7 @@ def refuse_unfit(placement: Placement) -> None:
     forward = vars(module).get("forward")
     if forward is not None and "_old_forward" not in vars(module):
         raise ValueError(
-            f"{name!r}: expected the class's own forward, found an instance attribute 'forward' from "
-            f"{getattr(forward, '__module__', type(forward).__module__)}; it would bypass the adapter: "
-            "undo that patch before attaching"
+            f"{name!r}: expected the class's own forward, found an instance attribute 'forward' "
+            f"from {getattr(forward, '__module__', type(forward).__module__)}; it would bypass the "
+            "adapter: undo that patch before attaching"
         )

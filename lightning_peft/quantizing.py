@@ -102,7 +102,10 @@ def _stays_dense(
         for key in names:
             n = module.get_parameter(key).shape[1:].numel()
             if n % quantization.block_size:
-                return f"{n} weights an expert are no multiple of the block of {quantization.block_size}"
+                return (
+                    f"{n} weights an expert are no multiple of the block of "
+                    f"{quantization.block_size}"
+                )
     return ""
 
 
@@ -114,13 +117,15 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     # One module under two names is one owner, not a tie.
     owners: dict[int, set[int]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), set()).add(id(module))
+        for own in module._parameters.values():
+            owners.setdefault(id(own), set()).add(id(module))
     return {i for i in twice if len(owners.get(i, ())) > 1}
 
 
 def _keep_in_fp32(model: nn.Module) -> list[str]:
-    """Names of layers that a Hugging Face model keeps in fp32: its code casts activations to their weight's dtype."""
+    """Names of layers that a Hugging Face model keeps in fp32: its code casts activations to their
+    weight's dtype.
+    """
     names: set[str] = set()
     for module in model.modules():
         names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
@@ -134,8 +139,9 @@ def _require_finite(name: str, module: nn.Module) -> None:
             continue
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
-            f"quantize {name!r} {key}: expected finite weights, got {bad} NaN or infinite of {weight.numel()}; "
-            "repair the checkpoint, or keep the layer dense with Quantization(exclude_modules=[…])"
+            f"quantize {name!r} {key}: expected finite weights, got {bad} NaN or infinite of "
+            f"{weight.numel()}; repair the checkpoint, or keep the layer dense with "
+            "Quantization(exclude_modules=[…])"
         )
 
 

@@ -1,4 +1,6 @@
-"""What a model remembers about its adapters: kept on the root that attach was given, as plain data."""
+"""What a model remembers about its adapters: kept on the root that attach was given, as plain
+data.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ class Report:
     def __str__(self) -> str:
         """A plain table."""
         lines = [
-            f"{g.layers:<24} ×{g.count:<4} {g.method:<10} {g.shape:<16} {g.trainable:>12,} {g.storage:<8} {g.fused}"
+            f"{g.layers:<24} ×{g.count:<4} {g.method:<10} {g.shape:<16} {g.trainable:>12,} "
+            f"{g.storage:<8} {g.fused}"
             for g in self.groups
         ]
         lines.append(f"trainable {self.trainable:,} of {self.total:,} = {self.percent:.3f} %")

@@ -1,12 +1,14 @@
 """A site: one weight that an Edit acts on, and the two protocols that serve it.
 
-A method sees a `Site` only: its canonical shape, its channels, its weight read through the storage. It never sees
-whether the weight is packed (`Storage`) nor whether the layer is a convolution (`LayerOps`).
+A method sees a `Site` only: its canonical shape, its channels, its weight read through the storage.
+It never sees whether the weight is packed (`Storage`) nor whether the layer is a convolution
+(`LayerOps`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -129,13 +131,19 @@ class LayerOps(Protocol):
         """The adapted forward; `run` is the forward of the class underneath."""
         ...
 
+    def shadowed(self, m: nn.Module, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it, the module reads these tensors by path instead of its own parameters."""
+        ...
+
     @property
     def lookup(self) -> bool:
         """Whether the input is ids rather than features."""
         ...
 
     def supports(self, part: str) -> bool:
-        """Whether this part of an Edit acts on activations here; otherwise it takes the weight path."""
+        """Whether this part of an Edit acts on activations here; otherwise it takes the weight
+        path.
+        """
         ...
 
     def rotate(self, m: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:

@@ -1,8 +1,9 @@
 """Changing a module's class in place, and changing it back.
 
-A mixin is combined with the class a module has, once per pair (`class AdaptedLinear(Adapted, nn.Linear)`), and the
-module's `__class__` is set to it. Parameters, keys, hooks and identity stay; `isinstance` stays true; nothing is
-wrapped. The made class keeps the base's `__name__` and `__module__`, because others decide by them.
+A mixin is combined with the class a module has, once per pair (`class AdaptedLinear(Adapted,
+nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks and identity stay;
+`isinstance` stays true; nothing is wrapped. The made class keeps the base's `__name__` and
+`__module__`, because others decide by them.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
     cls: Any = type(module)
     if vars(cls).get("_swap_mixin") is not mixin:
         raise RuntimeError(
-            f"{cls.__name__}: expected the class made by lightning_peft on top, got {cls.__mro__[:3]}; "
-            "undo what was stacked on it (FSDP, parametrize) before detaching"
+            f"{cls.__name__}: expected the class made by lightning_peft on top, got "
+            f"{cls.__mro__[:3]}; undo what was stacked on it (FSDP, parametrize) before detaching"
         )
     module.__class__ = cls._swap_base
 

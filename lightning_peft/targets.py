@@ -1,8 +1,9 @@
-"""Which layers an adapter goes to: all-linear, suffixes, a regular expression, or the architecture's usual choice.
+"""Which layers an adapter goes to: all-linear, suffixes, a regular expression, or the
+architecture's usual choice.
 
-Works on names, on a predicate for what can be adapted, and on the `config.model_type` of Hugging Face models found
-anywhere inside the root. A layer whose weight is read by somebody else's forward is never chosen: an adapter there
-would have no effect.
+Works on names, on a predicate for what can be adapted, and on the `config.model_type` of Hugging
+Face models found anywhere inside the root. A layer whose weight is read by somebody else's forward
+is never chosen: an adapter there would have no effect.
 """
 
 from __future__ import annotations
@@ -31,8 +32,19 @@ __all__ = [
 
 #: Attributes that hold an output layer for which `get_output_embeddings` may answer None.
 _HEADS = frozenset(
-    "lm_head embed_out proj_out classifier score qa_outputs cls predictions generator_lm_head "
-    "classification_head pre_classifier".split()
+    [
+        "lm_head",
+        "embed_out",
+        "proj_out",
+        "classifier",
+        "score",
+        "qa_outputs",
+        "cls",
+        "predictions",
+        "generator_lm_head",
+        "classification_head",
+        "pre_classifier",
+    ]
 )
 #: Heads that `from_pretrained` leaves fresh: a fine-tuning that does not train them learns nothing.
 _FRESH_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")
@@ -78,16 +90,18 @@ def select(
 
     Args:
         model: The root; names are relative to it.
-        target_modules: ``"all-linear"``; a list of names or suffixes (at a dot); a regular expression that matches a
-            whole name; None for the architecture's usual choice. The root itself, where it can be adapted and None is
-            given, is the choice.
+        target_modules: ``"all-linear"``; a list of names or suffixes (at a dot); a regular
+        expression that matches a
+            whole name; None for the architecture's usual choice. The root itself, where it can be
+            adapted and None is given, is the choice.
         exclude_modules: A list or a regular expression, as above.
         layers_to_transform: Indices of the repeated blocks.
         adaptable: Whether a module's weights can be edited.
         kind_hint: ``"lora"`` or ``"ia3"``: the column of the architectures' table.
 
     Raises:
-        ValueError: nothing matches, with the nearest names; or an architecture that the table does not have.
+        ValueError: nothing matches, with the nearest names; or an architecture that the table does
+        not have.
     """
     modules = [(n, m) for n, m in model.named_modules() if not _inside_adapter(n)]
     if target_modules is None and adaptable(model):
@@ -143,8 +157,8 @@ def _matcher(
     if not choices:
         found = Counter(n.rpartition(".")[2] for n, m in modules if n and adaptable(m))
         raise ValueError(
-            f"target_modules: expected a Hugging Face architecture of the table to choose layers by, got "
-            f"{_model_types(model) or type(model).__name__}; name them: layers found are "
+            "target_modules: expected a Hugging Face architecture of the table to choose layers "
+            f"by, got {_model_types(model) or type(model).__name__}; name them: layers found are "
             + (", ".join(f"{n} ×{c}" for n, c in found.most_common(30)) or "none")
         )
     return lambda name, module: any(
@@ -179,8 +193,8 @@ def _block_rule(
     lists = [n for n, m in modules if isinstance(m, nn.ModuleList) and len(m) > 0]
     if not lists:
         raise ValueError(
-            f"layers_to_transform: expected a model with repeated blocks, got {sorted(wanted)} "
-            "for a model without an nn.ModuleList; leave it out and name layers in target_modules"
+            f"layers_to_transform: expected a model with repeated blocks, got {sorted(wanted)} for "
+            "a model without an nn.ModuleList; leave it out and name layers in target_modules"
         )
     longest = max(len(m) for _, m in modules if isinstance(m, nn.ModuleList))
     beyond = sorted(i for i in wanted if not -1 < i < longest)
@@ -287,7 +301,9 @@ def _families(model: nn.Module) -> list[tuple[str, Family]]:
 
 
 def default_targets(model: nn.Module, kind: str = "lora") -> list[tuple[str, tuple[str, ...]]]:
-    """(prefix of the Hugging Face model, suffixes) of the usual choice; empty where the table has none of them."""
+    """(prefix of the Hugging Face model, suffixes) of the usual choice; empty where the table has
+    none of them.
+    """
     if kind not in ("lora", "ia3"):
         raise ValueError(f"default_targets: expected 'lora' or 'ia3', got {kind!r}")
     return [(n, f.lora if kind == "lora" else f.ia3) for n, f in _families(model)]
@@ -310,7 +326,10 @@ def output_head(model: nn.Module) -> set[str]:
         prefix = f"{name}." if name else ""
         for child, part in module.named_children():
             if child in _HEADS:
-                heads |= {f"{prefix}{child}.{n}" if n else f"{prefix}{child}" for n, _ in part.named_modules()}
+                heads |= {
+                    f"{prefix}{child}.{n}" if n else f"{prefix}{child}"
+                    for n, _ in part.named_modules()
+                }
     return heads
 
 
@@ -354,13 +373,21 @@ def _nothing(
     unfit: Sequence[str],
     adaptable: Callable[[nn.Module], bool],
 ) -> str:
-    text = f"target_modules: expected to match a layer of {type(model).__name__}, got {target_modules!r}, which matches none"
+    text = (
+        f"target_modules: expected to match a layer of {type(model).__name__}, got "
+        f"{target_modules!r}, which matches none"
+    )
     if unfit:
         kinds = sorted({type(model.get_submodule(n)).__name__ for n in unfit})
-        text += f" that can be adapted (it matches {', '.join(unfit[:3])} of type {', '.join(kinds)})"
+        text += (
+            f" that can be adapted (it matches {', '.join(unfit[:3])} of type {', '.join(kinds)})"
+        )
     if skipped:
         text += "; left out: " + ", ".join(f"{n} ({why})" for n, why in skipped[:5])
     names = [n for n, m in modules if n and adaptable(m)]
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
     near = [x for w in wanted for x in nearest_names(w.rpartition(".")[2] or w, names)]
-    return f"{text}; nearest names: {', '.join(list(dict.fromkeys(near))[:8]) or 'no layer of this model can be adapted'}"
+    return (
+        f"{text}; nearest names: "
+        f"{', '.join(list(dict.fromkeys(near))[:8]) or 'no layer of this model can be adapted'}"
+    )

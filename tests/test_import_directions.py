@@ -29,7 +29,7 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("edit", "site", "swap")],
     [("storage", "storage.*"), ("layers", "layers.*")],
     [("methods", "methods.*")],
-    [("record", "fingerprint", "targets")],
+    [("record", "fingerprint", "targets", "architectures")],
     [("report", "report_*")],
     [("active", "placing", "quantizing", "adapter_state")],
     [("attach",), ("merge", "merge_*"), ("combine",), ("liger",)],
@@ -186,8 +186,8 @@ def test_imports_point_down() -> None:
             continue
         side = "beside" if there[0] == here[0] else "above"
         broken.append(
-            f"{found.place}: {found.module} imports {found.target}, which stands {side} it; "
-            "move what is needed to a lower room"
+            f"{found.place}: {found.module} imports {found.target}, which stands {side} it; move "
+            "what is needed to a lower room"
         )
     check(broken)
 

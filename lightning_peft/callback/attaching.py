@@ -43,9 +43,8 @@ def attach_once(
     quantization: Quantization | None,
     modules_to_save: Sequence[str],
     device: torch.device,
-    may_lose: bool,
     lost: bool,
-) -> bool:
+) -> list[str]:
     """Attach every adapter that is not attached yet, and make all of them act, in the order named.
 
     Args:
@@ -54,19 +53,16 @@ def attach_once(
         quantization: How to store the base.
         modules_to_save: Modules to train whole, besides a Hugging Face classification head.
         device: Where to quantise.
-        may_lose: Whether a checkpoint is about to be loaded, so that adapters may be made anew.
         lost: Whether the user's `configure_model` replaced adapted layers.
 
     Returns:
-        Whether anything was attached.
+        Names of adapters whose layers were replaced, and which start again.
 
     Raises:
-        RuntimeError: an adapter of that name is attached with another configuration, or its layers
-            were thrown away.
+        RuntimeError: an adapter of that name is attached with another configuration.
     """
     record = record_of(root)
-    if record is not None and record.adapters:
-        _forget_lost(root, record, lost, may_lose)
+    gone = _lost_adapters(root, record, lost) if record is not None else []
     new = False
     for name, methods in adapters.items():
         record = record_of(root)
@@ -77,8 +73,8 @@ def attach_once(
         if not first and record is not None and quantization not in (None, record.quantization):
             raise RuntimeError(
                 f"PEFT adapter {name!r}: expected quantization={record.quantization}, as the base "
-                "is stored already, got "
-                f"{quantization}; give every PEFT callback of one root the same"
+                f"is stored already, got {quantization}; give every PEFT callback of one root the "
+                "same"
             )
         heads = [h for h in classification_heads(root) if not _covered(h, modules_to_save)]
         attach(
@@ -93,28 +89,21 @@ def attach_once(
     record = record_of(root)
     if new and record is not None:
         activate(root, record, list(record.adapters))
-    return new
+    return gone
 
 
 def _covered(head: str, wanted: Sequence[str]) -> bool:
     return any(head == w or head.endswith(f".{w}") or head.startswith(f"{w}.") for w in wanted)
 
 
-def _forget_lost(root: nn.Module, record: Record, lost: bool, may_lose: bool) -> None:
+def _lost_adapters(root: nn.Module, record: Record, lost: bool) -> list[str]:
+    """Names whose layers the user's `configure_model` replaced; their record goes."""
     live = {name for _, module in adapted_modules(root) for name in module.peft}
-    gone = sorted(set(record.adapters) - live)
-    if not gone and not lost:
-        return
-    if not may_lose:
-        raise RuntimeError(
-            f"{type(root).__name__}.configure_model: expected it to keep the net it built before, "
-            "got a new one: the "
-            f"trained adapters {gone or sorted(live)} were thrown away with the old one. Return "
-            "early from "
-            "configure_model when the net is there, or give ckpt_path"
-        )
-    detach(root)
-    forget(root)  # a quantised base went with the old net
+    gone = [name for name in record.adapters if lost or name not in live]
+    if gone:
+        detach(root)
+        forget(root)  # a quantised base went with the old net
+    return gone
 
 
 def _same(
@@ -125,9 +114,8 @@ def _same(
     if have != want or (quantization is not None and quantization != record.quantization):
         raise RuntimeError(
             f"PEFT adapter {name!r}: expected the configuration that is attached already, "
-            f"{_short(have)} on "
-            f"{record.quantization}, got {_short(want)} on {quantization}; detach(module) first, "
-            "or use another adapter_name"
+            f"{_short(have)} on {record.quantization}, got {_short(want)} on {quantization}; "
+            "detach(module) first, or use another adapter_name"
         )
 
 

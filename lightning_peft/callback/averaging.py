@@ -10,7 +10,6 @@ average over packed
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,22 +21,6 @@ from torch.optim.swa_utils import AveragedModel
 __all__ = ["TrainedAverage", "rebuild_averages"]
 
 
-class _TrainedPart(nn.Module):
-    """Presents the trained parameters and the floating buffers of a model, nothing else."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._source = [model]  # in a list: not a submodule
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Trained ones."""
-        return (p for p in self._source[0].parameters(recurse) if p.requires_grad)
-
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Floating ones; packed bytes and counters are not averaged."""
-        return (b for b in self._source[0].buffers(recurse) if b.is_floating_point())
-
-
 class TrainedAverage(AveragedModel):
     """torch's AveragedModel over what is trained."""
 
@@ -46,16 +29,26 @@ class TrainedAverage(AveragedModel):
         self.module = copied
 
     def update_parameters(self, model: nn.Module) -> None:
-        """One more sample of the average; integer buffers are taken as they are."""
+        """One more sample of the average; buffers that are no numbers are taken as they are."""
         whole = self.module
-        self.module = _TrainedPart(whole)
+        self.module = _trained_part(whole)
         try:
-            super().update_parameters(_TrainedPart(model))
+            super().update_parameters(_trained_part(model))
         finally:
             self.module = whole
         for average, current in zip(whole.buffers(), model.buffers(), strict=True):
-            if not average.is_floating_point() and average.data_ptr() != current.data_ptr():
+            if not average.is_floating_point():
                 average.copy_(current)
+
+
+def _trained_part(model: nn.Module) -> nn.Module:
+    """A module that holds the trained parameters and floating buffers of another, nothing else."""
+    part = nn.Module()
+    for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+        part.register_parameter(str(i), p)
+    for i, b in enumerate(b for b in model.buffers() if b.is_floating_point()):
+        part.register_buffer(f"b{i}", b)
+    return part
 
 
 def rebuild_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -83,8 +76,8 @@ def _require(callback: pl.Callback, *names: str) -> None:
     if missing:
         raise RuntimeError(
             f"PEFT: expected {type(callback).__name__} to have {missing}, found none; this version "
-            "of lightning keeps its "
-            "averaged model elsewhere: leave the callback out, or use a tested version"
+            "of lightning keeps its averaged model elsewhere: leave the callback out, or use a "
+            "tested version"
         )
 
 

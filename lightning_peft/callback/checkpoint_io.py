@@ -55,6 +55,7 @@ class PEFTCheckpointIO(CheckpointIO):
     listed.
 
     Attributes:
+        lost: Adapters that start again because their layers were replaced; loading fills them.
         inner: The plugin that writes.
         module: Returns the live LightningModule.
         resuming: Returns whether training goes on after loading.
@@ -73,6 +74,7 @@ class PEFTCheckpointIO(CheckpointIO):
         self.module = module
         self.resuming = resuming
         self.started = False
+        self.lost: list[str] = []
         self._hparams_checked = False
 
     def save_checkpoint(
@@ -98,8 +100,7 @@ class PEFTCheckpointIO(CheckpointIO):
             for field, why in _not_plain(checkpoint.get("hyper_parameters") or {}):
                 warnings.warn(
                     f"{path}: hyper-parameter {field!r} is no plain data, so the file cannot be "
-                    "loaded with "
-                    f"weights_only=True ({why}); leave it out: "
+                    f"loaded with weights_only=True ({why}); leave it out: "
                     f"save_hyperparameters(ignore=[{field!r}])",
                     stacklevel=3,
                 )
@@ -113,6 +114,7 @@ class PEFTCheckpointIO(CheckpointIO):
         module = self.module()
         if module is None or not is_attached(module):
             return checkpoint
+        self.lost = []
         return complete_checkpoint(module, checkpoint, os.fspath(path), resuming=self.resuming())
 
     def remove_checkpoint(self, path: Any) -> None:

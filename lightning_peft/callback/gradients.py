@@ -49,10 +49,9 @@ def refuse_graphless(loss: Tensor) -> None:
     if not loss.requires_grad:
         raise RuntimeError(
             "loss: expected a gradient, got none: the forward pass ran no adapter inside the "
-            "graph. Activation "
-            "checkpointing with use_reentrant=True cuts it where a block's input is frozen (use "
-            "use_reentrant=False); "
-            "torch.no_grad() or detach() in training_step does too"
+            "graph. Activation checkpointing with use_reentrant=True cuts it where a block's "
+            "input is frozen (use use_reentrant=False); torch.no_grad() or detach() in "
+            "training_step does too"
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,8 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.methods.base import Context, WeightMethod
+from lightning_peft.optim import repair, swap
 
-__all__ = ["Schedules", "check_optimizers", "install_optimizer_setup"]
+__all__ = ["Schedules", "finish_optimizers", "install_optimizer_setup", "layers_of"]
 
 Finish = Callable[[pl.Trainer], None]
 
@@ -42,27 +44,44 @@ def install_optimizer_setup(strategy: Strategy, owner: object, finish: Finish) -
     object.__setattr__(strategy, "setup_optimizers", setup_optimizers)
 
 
-def check_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Every trained parameter stands in exactly one optimizer.
+def layers_of(root: nn.Module, prefix: str) -> dict[str, list[Any]]:
+    """Weak references to every module's own parameters, by name: an early optimizer holds them."""
+    return {
+        f"{prefix}.{name}".strip("."): [weakref.ref(p) for p in module.parameters(recurse=False)]
+        for name, module in root.named_modules()
+    }
+
+
+def finish_optimizers(
+    module: nn.Module,
+    strategy: Strategy,
+    layers: Mapping[str, Sequence[Any]],
+    name: str | None,
+) -> None:
+    """Repair optimizers that were built before the adapters, check them, swap their class if asked.
+
+    Args:
+        module: The LightningModule.
+        strategy: Holds the optimizers and their proxies.
+        layers: What `layers_of` saw before anything was attached.
+        name: Of the optimizer to put in place of the user's.
 
     Raises:
-        RuntimeError: parameters are in none (`configure_optimizers` may have returned None) or in
-            two, by name.
+        RuntimeError: a trained parameter is in no optimizer (`configure_optimizers` may have
+            returned None) or in several.
     """
-    found: dict[int, int] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                found[id(p)] = found.get(id(p), 0) + 1
-    trained = {name: found.get(id(p), 0) for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [f"{name} in {n or 'none'}" for name, n in trained.items() if n != 1]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise RuntimeError(
-            f"configure_optimizers: expected each of {len(trained)} trained parameters in one "
-            "optimizer, got "
-            f"{', '.join(wrong[:8])}{more}; return torch.optim.AdamW(self.parameters(), lr=…)"
-        )
+    optimizers = strategy.optimizers
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+    def bases(parameter: str) -> list[Tensor]:
+        owner = parameter.rpartition(".peft.")[0]
+        return [p for reference in layers.get(owner, ()) if (p := reference()) is not None]
+
+    repair(optimizers, trained, bases)
+    if name is not None:
+        for optimizer in optimizers:
+            swap(optimizer, name)
+    strategy.optimizers = optimizers  # makes Lightning's proxies again: they carry the class's name
 
 
 class Schedules:

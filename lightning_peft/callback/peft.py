@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_peft_kernels.backend import prefer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,14 +24,17 @@ from lightning_peft.callback.gradients import (
 from lightning_peft.callback.module_wrap import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.optimizers import (
     Schedules,
-    check_optimizers,
+    finish_optimizers,
     install_optimizer_setup,
+    layers_of,
 )
 from lightning_peft.callback.random_states import gather_rng
 from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
-from lightning_peft.checkpoint import KEY
+from lightning_peft.callback.showing import log_configuration, print_report
+from lightning_peft.checkpoint import KEY, is_attached
 from lightning_peft.checkpoint_rng import restore_rng
-from lightning_peft.methods.base import Method, to_plain
+from lightning_peft.liger import apply_liger
+from lightning_peft.methods.base import Method
 from lightning_peft.report import parameter_report
 from lightning_peft.storage import Quantization
 
@@ -96,6 +100,9 @@ class PEFT(pl.Callback):
         self._rng: list[dict[str, Any]] | None = None
         self._schedules: Schedules | None = None
         self._first_step = False
+        self._notes: list[str] = []
+        self._io: PEFTCheckpointIO | None = None
+        self._layers: dict[str, list[Any]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -126,21 +133,25 @@ class PEFT(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO, lost: bool
     ) -> None:
         root = find_root(module, self.root)
-        attach_once(
+        prefer(self.kernels)
+        if not is_attached(root):
+            self._layers = layers_of(root, self.root or "")
+        if self.liger and not is_attached(root):
+            self._notes = apply_liger(root)
+        io.lost += attach_once(
             root,
             self.adapters,
             quantization=self.quantization,
             modules_to_save=self.modules_to_save,
             device=trainer.strategy.root_device,
-            may_lose=trainer.ckpt_path is not None,
             lost=lost,
         )
-        io.started = True
+        self._io, io.started = io, True
         if trainer.state.fn == TrainerFn.FITTING:
             rebuild_averages(trainer, module)
 
     def _finish_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        check_optimizers(module, trainer.strategy.optimizers)
+        finish_optimizers(module, trainer.strategy, self._layers, self.optimizer)
         self._schedules = Schedules(module)
         self._schedules.follow(trainer, trainer.strategy.optimizers)
 
@@ -148,6 +159,7 @@ class PEFT(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report; go on with the random numbers where the checkpoint stopped."""
+        self._refuse_lost(pl_module)
         if self.report:
             self._show(trainer, pl_module)
         if self._rng is not None:
@@ -155,25 +167,28 @@ class PEFT(pl.Callback):
             restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)
             self._rng = None
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adapters must be the trained ones."""
+        self._refuse_lost(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _refuse_lost(self, module: pl.LightningModule) -> None:
+        if self._io is None or not self._io.lost:
+            return
+        lost, self._io.lost = self._io.lost, []
+        raise RuntimeError(
+            f"{type(module).__name__}.configure_model: expected it to keep the net it built "
+            f"before, got a new one: the trained adapters {lost} were thrown away with the old "
+            "one. Return early from configure_model when the net is there, or give ckpt_path"
+        )
+
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         report = parameter_report(find_root(module, self.root))
+        report.notes += self._notes
         if trainer.is_global_zero:
-            print(report)
-        plain = {name: [to_plain(m) for m in methods] for name, methods in self.adapters.items()}
-        for logger in trainer.loggers:
-            logger.log_hyperparams(
-                {
-                    f"peft/{'+'.join(self.names)}": {
-                        "adapters": plain,
-                        "quantization": None
-                        if self.quantization is None
-                        else vars(self.quantization),
-                        "modules_to_save": list(self.modules_to_save),
-                        "trainable": report.trainable,
-                        "total": report.total,
-                    }
-                }
-            )
+            print_report(report, f"PEFT {', '.join(self.names)}")
+        log_configuration(trainer, self.adapters, self.quantization, self.modules_to_save, report)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have gradients reach checkpointed blocks, whoever turned checkpointing on and when."""
@@ -190,8 +205,8 @@ class PEFT(pl.Callback):
         if thawed:
             raise RuntimeError(
                 f"PEFT: expected a frozen base, found {len(thawed)} of its parameters unfrozen "
-                f"({', '.join(thawed[:5])}); "
-                "adapters replace training them: name the layers in modules_to_save to train a copy"
+                f"({', '.join(thawed[:5])}); adapters replace training them: name the layers in "
+                "modules_to_save to train a copy"
             )
 
     def on_before_backward(
@@ -229,8 +244,7 @@ class PEFT(pl.Callback):
         if len(states) != trainer.world_size:
             rank_zero_warn(
                 f"PEFT: the checkpoint holds random states of {len(states)} processes, this run "
-                f"has {trainer.world_size}; "
-                "dropout and data order go on from the seed instead"
+                f"has {trainer.world_size}; dropout and data order go on from the seed instead"
             )
             return
         self._rng = states
@@ -261,8 +275,8 @@ def _by_name(
         )
     if (method is None) == (not adapters) and not (method is None and modules_to_save):
         raise ValueError(
-            f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; "
-            "for a method under a name of its own give adapter_name"
+            f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; for a "
+            "method under a name of its own give adapter_name"
         )
     given = adapters if adapters else {adapter_name: [] if method is None else method}
     return {name: m if isinstance(m, list) else [m] for name, m in given.items()}

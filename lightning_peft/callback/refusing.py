@@ -53,14 +53,13 @@ def refuse_trainer(trainer: Any) -> None:
     old = any(c.__module__.startswith("pytorch_lightning") for c in type(trainer).__mro__)
     advice = (
         "pytorch_lightning is another package with classes of its own: import lightning as L, and "
-        "take "
-        "L.Trainer, L.LightningModule and L.Callback from there"
+        "take L.Trainer, L.LightningModule and L.Callback from there"
         if old
         else "give the callback to a lightning.pytorch.Trainer"
     )
     raise TypeError(
-        f"PEFT: expected a lightning.pytorch.Trainer, got {type(trainer).__module__}."
-        f"{type(trainer).__name__}; {advice}"
+        "PEFT: expected a lightning.pytorch.Trainer, got "
+        f"{type(trainer).__module__}.{type(trainer).__name__}; {advice}"
     )
 
 
@@ -89,8 +88,8 @@ def refuse_unfit(trainer: pl.Trainer, peft: Any, peers: list[Any]) -> None:
         if isinstance(callback, BaseFinetuning):
             raise ValueError(
                 f"PEFT: expected no {type(callback).__name__} beside it: it unfreezes layers of "
-                "the base, which adapters "
-                "keep as it is; leave it out, or name the layers in PEFT(modules_to_save=[…])"
+                "the base, which adapters keep as it is; leave it out, or name the layers in "
+                "PEFT(modules_to_save=[…])"
             )
 
 
@@ -100,15 +99,14 @@ def _refuse_names(peft: Any, peers: list[Any]) -> None:
         if twice:
             raise ValueError(
                 f"PEFT: expected one callback an adapter name, got two with {twice}; give one of "
-                "them another "
-                "adapter_name"
+                "them another adapter_name"
             )
         a, b = peft.root or "", other.root or ""
         if a != b and (not a or not b or a.startswith(f"{b}.") or b.startswith(f"{a}.")):
             raise ValueError(
                 "PEFT: expected callbacks with the same root or with separate ones, got "
-                f"{a or None!r} and {b or None!r}; "
-                "name the smaller one in both, or use target_modules"
+                f"{a or None!r} and {b or None!r}; name the smaller one in both, or use "
+                "target_modules"
             )
 
 
@@ -117,7 +115,6 @@ def _refuse_launcher(strategy: Strategy) -> None:
     if any(c.__name__ == "_MultiProcessingLauncher" for c in launcher.__mro__):
         raise ValueError(
             "PEFT: expected processes that are started as scripts, got a strategy that spawns or "
-            "forks them "
-            f"({launcher.__name__}): the adapters stay in the workers and are lost when they end; "
-            "use strategy='ddp'"
+            f"forks them ({launcher.__name__}): the adapters stay in the workers and are lost when "
+            "they end; use strategy='ddp'"
         )

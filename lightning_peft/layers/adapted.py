@@ -1,12 +1,12 @@
 """`Adapted`: the one mixin of every adapted module, and `Adapter`: one method at one site.
 
-Adapters live in a child named ``peft``, an `nn.ModuleDict` by adapter name; the module's own keys never change.
+Adapters live in a child named ``peft``, an `nn.ModuleDict` by adapter name; the module's own keys
+never change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,6 @@ __all__ = [
     "adapters_of",
     "refresh",
     "release",
-    "shadowed",
 ]
 
 
@@ -75,7 +74,9 @@ class Adapter(nn.Module):
 
     @property
     def kind(self) -> str:
-        """``"weight"``, ``"block"``, ``"sequence"`` or ``"select"`` (a trained copy of parameters)."""
+        """``"weight"``, ``"block"``, ``"sequence"`` or ``"select"`` (a trained copy of
+        parameters).
+        """
         kind: str = self.method.kind
         return kind
 
@@ -102,7 +103,8 @@ class Adapter(nn.Module):
 
 @dataclass
 class AdaptedState:
-    """What an adapted module knows besides its tensors; plain data and references, deep-copied with the module.
+    """What an adapted module knows besides its tensors; plain data and references, deep-copied with
+    the module.
 
     Attributes:
         ops: How an Edit acts on this kind of layer.
@@ -136,7 +138,9 @@ class Adapted(Swapped):
     peft: nn.ModuleDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Base forward with every active edit applied, in the order in which adapters were named."""
+        """Base forward with every active edit applied, in the order in which adapters were
+        named.
+        """
         state = self._peft
         state.ran = True
         run = super().forward  # type: ignore[misc]
@@ -169,14 +173,11 @@ def _forward_with_copies(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Forward in which the module reads trained copies in place of its own parameters.
-
-    An entry in the instance's `__dict__` is found before `nn.Module.__getattr__` looks for the parameter.
-    """
+    """Forward in which the module reads trained copies in place of its own parameters."""
     mix = current_rows()
     if mix is not None:
         return _forward_copies_by_row(module, state, run, mix, args, kwargs)
-    with shadowed(module, {k: v for a in state.copies for k, v in a.copies().items()}):
+    with state.ops.shadowed(module, {k: v for a in state.copies for k, v in a.copies().items()}):
         return _forward(module, state, run, state.edits, state.blocks, args, kwargs)
 
 
@@ -198,29 +199,13 @@ def _forward_copies_by_row(
         }
         edits = [a for a in state.edits if a.adapter_name == name]
         blocks = [a for a in state.blocks if a.adapter_name == name]
-        with shadowed(module, copies), no_rows():
+        with state.ops.shadowed(module, copies), no_rows():
             part = _forward(module, state, run, edits, blocks, (x[rows], *args[1:]), kwargs)
         y = part.new_zeros((x.shape[0], *part.shape[1:])) if y is None else y
         y = y.index_copy(0, rows, part.to(y.dtype))
     if y is None:
         raise ValueError("adapter_names: expected at least one name, got an empty list")
     return y
-
-
-@contextmanager
-def shadowed(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let `module` (or its children, for dotted paths) read these tensors instead of its own parameters."""
-    undo: list[tuple[dict[str, Any], str]] = []
-    try:
-        for path, tensor in tensors.items():
-            owner_path, _, leaf = path.rpartition(".")
-            attributes = vars(module.get_submodule(owner_path) if owner_path else module)
-            attributes[leaf] = tensor
-            undo.append((attributes, leaf))
-        yield
-    finally:
-        for attributes, leaf in undo:
-            attributes.pop(leaf, None)
 
 
 def apply_block(adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:

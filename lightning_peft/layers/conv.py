@@ -16,7 +16,9 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvOps(MatrixOps):
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with stride, dilation, groups and every padding mode."""
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with stride, dilation, groups and every padding
+    mode.
+    """
 
     # A rotation would act on unfolded columns, so it takes the weight path.
     on_activations = frozenset({"in_scale", "out_scale"})
@@ -44,7 +46,9 @@ class ConvOps(MatrixOps):
         return y
 
     def low_rank(self, m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
-        """A as a convolution of the layer's own geometry to r channels a group, B as a 1×1 convolution."""
+        """A as a convolution of the layer's own geometry to r channels a group, B as a 1×1
+        convolution.
+        """
         r, groups, ones = A.shape[0], m.groups, (1,) * len(m.kernel_size)
         down = A.reshape(r, -1, *m.kernel_size).repeat(groups, 1, *ones)
         h = m._conv_forward(x, down, None) * scaling
@@ -112,8 +116,8 @@ class ConvOps(MatrixOps):
             return t
         if tuple(t.shape[1:]) != (m.in_channels, *k):
             raise ValueError(
-                f"expected shape [r, {m.in_channels}, {', '.join(map(str, k))}], "
-                f"got {list(t.shape)}"
+                f"expected shape [r, {m.in_channels}, {', '.join(map(str, k))}], got "
+                f"{list(t.shape)}"
             )
         if m.groups == 1:
             return t.flatten(1)
@@ -121,7 +125,8 @@ class ConvOps(MatrixOps):
         own = torch.stack([blocks[g, :, g] for g in range(m.groups)])
         if own.count_nonzero() != t.count_nonzero() or not torch.equal(own, own[:1].expand_as(own)):
             raise ValueError(
-                f"expected an A that keeps to each of the {m.groups} groups alike, got one that mixes "
-                "channels: no weight of this grouped convolution equals it; exclude the layer"
+                f"expected an A that keeps to each of the {m.groups} groups alike, got one that "
+                "mixes channels: no weight of this grouped convolution equals it; exclude the "
+                "layer"
             )
         return own[0].flatten(1)

@@ -1,4 +1,6 @@
-"""Embeddings: weight [vocabulary, dim]; canonical [dim, vocabulary], the input being a one-hot row."""
+"""Embeddings: weight [vocabulary, dim]; canonical [dim, vocabulary], the input being a one-hot
+row.
+"""
 
 from __future__ import annotations
 

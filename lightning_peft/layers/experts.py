@@ -1,9 +1,10 @@
-"""Fused experts: the weights of all experts of a layer as 3-D parameters, read by the module's own forward.
+"""Fused experts: the weights of all experts of a layer as 3-D parameters, read by the module's own
+forward.
 
 The instance says what it is (transformers 5): `has_gate, has_bias, is_transposed, is_concatenated,
-has_post_expert_norm, act_fn, _apply_gate`. One forward serves them all: token–expert pairs sorted by expert, grouped
-products over the experts that have tokens, the module's own gate, biases, norm and routing weights. Low rank runs on
-routed tokens only; ΔW [E, out, in] is never formed.
+has_post_expert_norm, act_fn, _apply_gate`. One forward serves them all: token–expert pairs sorted
+by expert, grouped products over the experts that have tokens, the module's own gate, biases, norm
+and routing weights. Low rank runs on routed tokens only; ΔW [E, out, in] is never formed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning_peft_kernels.experts import grouped_linear, nf4_grouped_linear
+from lightning_peft_kernels.experts import grouped_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,7 +84,9 @@ class ExpertsOps(MatrixOps):
     # ---- exchange: peft nests one wrapper a parameter, the first defined innermost
 
     def hf_places(self, m: nn.Module, adapted: Sequence[str]) -> dict[str, str]:
-        """Weight → path below the module; names alone do not say which parameter, the order does."""
+        """Weight → path below the module; names alone do not say which parameter, the order
+        does.
+        """
         inside_out = [n for n in self.parameters(m) if n in adapted]
         depth = len(inside_out) - 1
         return {n: ".".join(["base_layer"] * (depth - i)) for i, n in enumerate(inside_out)}
@@ -110,8 +113,9 @@ class ExpertsOps(MatrixOps):
                 ):
                     return {"": name}
         raise ValueError(
-            f"{type(m).__name__}: expected tensors of {list(names)} at {list(self.hf_places(m, names).values())}, "
-            f"got places {sorted(found)} whose shapes fit none of them"
+            f"{type(m).__name__}: expected tensors of {list(names)} at "
+            f"{list(self.hf_places(m, names).values())}, got places {sorted(found)} whose shapes "
+            "fit none of them"
         )
 
     def hf_rank(self, m: nn.Module, name: str, r: int) -> int:
@@ -121,7 +125,7 @@ class ExpertsOps(MatrixOps):
     def hf_pack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
         """A [E, r, in] → [E·r, in] expert-major; B [E, out, r] → [out, r·E] rank-major."""
         if t.ndim == 2:  # one adapter shared over experts: repeat it
-            t = t.expand(m.num_experts, *t.shape)  # type: ignore[arg-type]
+            t = t.expand(int(m.num_experts), *t.shape)  # type: ignore[arg-type]
         if layout == "down":
             return t.reshape(-1, t.shape[-1])
         return t.permute(1, 2, 0).reshape(t.shape[1], -1) if layout == "up" else t
@@ -131,7 +135,8 @@ class ExpertsOps(MatrixOps):
         E = m.num_experts
         if t.ndim != 2 or t.shape[0 if layout == "down" else 1] % E:
             raise ValueError(
-                f"expected a matrix whose rank axis is a multiple of {E} experts, got {list(t.shape)}"
+                f"expected a matrix whose rank axis is a multiple of {E} experts, got "
+                f"{list(t.shape)}"
             )
         if layout == "down":
             return t.reshape(E, -1, t.shape[1])
@@ -211,7 +216,8 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     if m.has_post_expert_norm:
         h = m.post_expert_norm(h)
     h = (h * routing.weight.unsqueeze(-1))[routing.inverse]
-    return h.view(x.shape[0], -1, h.shape[-1]).sum(dim=1).to(x.dtype)
+    y: Tensor = h.view(x.shape[0], -1, h.shape[-1]).sum(dim=1).to(x.dtype)
+    return y
 
 
 def _mask_of_rows(adapters: Sequence[Adapter], tokens: int, routing: _Routing) -> dict[str, Tensor]:
@@ -287,17 +293,8 @@ def _base(m: Any, name: str, x: Tensor, routing: _Routing) -> Tensor:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     packing = (vars(m).get("_packed") or {}).get(name)
     if packing is not None:
-        from lightning_peft.storage.nf4 import packed
-
-        shape = (packing.shape[-2], packing.shape[-1])
-        return nf4_grouped_linear(
-            x,
-            packed(m, name),
-            shape,
-            routing.counts,
-            kind=packing.kind,
-            block_size=packing.block_size,
-        )
+        y: Tensor = packing.grouped_linear(m, name, x, routing.counts)
+        return y
     W = getattr(m, name)
     return grouped_linear(x, (W.mT if m.is_transposed else W).to(x.dtype), routing.counts)
 
@@ -328,8 +325,9 @@ def _weight_path(
     site = adapters[0].site
     if rows:
         raise ValueError(
-            f"{site.label}: expected edits that act on activations when rows of a batch are under different "
-            f"adapters, got {adapters[0].method.label} on experts; run the adapters one after the other"
+            f"{site.label}: expected edits that act on activations when rows of a batch are under "
+            f"different adapters, got {adapters[0].method.label} on experts; run the adapters one "
+            "after the other"
         )
     y = grouped_linear(x, site.edited(edits).to(x.dtype), routing.counts)
     for e in edits:

@@ -48,8 +48,8 @@ class HFLayout:
         unknown = sorted(set(found) - set(places))
         if unknown:
             raise ValueError(
-                f"{type(m).__name__}: expected tensors at {sorted(places)} below the module, "
-                f"got {unknown}"
+                f"{type(m).__name__}: expected tensors at {sorted(places)} below the module, got "
+                f"{unknown}"
             )
         return {place: places[place] for place in found}
 

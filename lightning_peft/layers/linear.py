@@ -1,4 +1,6 @@
-"""Linear layers: `nn.Linear` and its subclasses, and GPT-2's `Conv1D`, whose weight is [in, out]."""
+"""Linear layers: `nn.Linear` and its subclasses, and GPT-2's `Conv1D`, whose weight is [in,
+out].
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,17 @@
-"""The adapted forward of a layer with one input and one weight: Linear, Conv1D, convolution, embedding.
+"""The adapted forward of a layer with one input and one weight: Linear, Conv1D, convolution,
+embedding.
 
-Composition is an onion with exactly one base call: the outermost edit maps the input first (`in_scale`, `rotation`),
-then the base runs, then each edit adds its terms and `out_scale`, innermost first. A part that the kind of layer
-cannot do on activations takes the weight path: W' is formed, used and dropped, and formed again in backward.
+Composition is an onion with exactly one base call: the outermost edit maps the input first
+(`in_scale`, `rotation`), then the base runs, then each edit adds its terms and `out_scale`,
+innermost first. A part that the kind of layer
+cannot do on activations takes the weight path: W' is formed, used and dropped, and formed again in
+backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +67,25 @@ class MatrixOps(HFLayout):
         return part in self.on_activations
 
     # ---- actions
+    @contextmanager
+    def shadowed(self, m: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let the module (or its children, for dotted paths) read these tensors as its parameters.
+
+        An entry in the instance's `__dict__` is found before `nn.Module.__getattr__` looks for the
+        parameter.
+        """
+        undo: list[tuple[dict[str, Any], str]] = []
+        try:
+            for path, tensor in tensors.items():
+                owner, _, leaf = path.rpartition(".")
+                attributes = vars(m.get_submodule(owner) if owner else m)
+                attributes[leaf] = tensor
+                undo.append((attributes, leaf))
+            yield
+        finally:
+            for attributes, leaf in undo:
+                attributes.pop(leaf, None)
+
     def op(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """The layer with another weight and bias."""
         return F.linear(x, W, b)
@@ -107,9 +130,9 @@ class MatrixOps(HFLayout):
         if any(not self.supports(part) for e in edits for part in e.form() & _WEIGHT_PARTS):
             if mixed:
                 raise ValueError(
-                    f"{adapters[0].site.label}: expected edits that act on activations when rows of a batch are "
-                    f"under different adapters, got {adapters[0].method.label} on {type(m).__name__}; "
-                    "run the adapters one after the other with set_adapter"
+                    f"{adapters[0].site.label}: expected edits that act on activations when rows "
+                    f"of a batch are under different adapters, got {adapters[0].method.label} on "
+                    f"{type(m).__name__}; run the adapters one after the other with set_adapter"
                 )
             return self._weight_path(m, adapters, edits, x)
         return self._onion(m, run, adapters, edits, x, args, kwargs)
@@ -180,7 +203,8 @@ class MatrixOps(HFLayout):
                 x = _put(x, rows[i], z)
             inputs[i] = z
         y: Tensor = run(x, *args, **kwargs)
-        # The bias that is in y at this moment, for edits that must not scale it; by adapter when rows differ.
+        # The bias that is in y at this moment, for edits that must not scale it; by adapter when
+        # rows differ.
         biases: dict[str, Tensor | None] = {
             a.adapter_name if mix else "": self._bias(m) for a in adapters
         }

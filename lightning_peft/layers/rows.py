@@ -1,4 +1,6 @@
-"""Rows of one batch under different adapters: which rows belong to which name, seen by every adapted layer."""
+"""Rows of one batch under different adapters: which rows belong to which name, seen by every
+adapted layer.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class RowMix:
     def index(self, name: str, n_rows: int, device: torch.device) -> Tensor:
         """Rows [k] int64 of `name` in a tensor with `n_rows` leading rows.
 
-        A layer may see each sample several times in a row: tokens flattened into the batch, beams. Batch-major order
-        is assumed, which is what Hugging Face models use.
+        A layer may see each sample several times in a row: tokens flattened into the batch, beams.
+        Batch-major order is assumed, which is what Hugging Face models use.
 
         Raises:
             ValueError: `n_rows` is no multiple of the number of names.
@@ -33,8 +35,8 @@ class RowMix:
         if key not in self._index:
             if n_rows % len(self.names):
                 raise ValueError(
-                    f"adapter_names: expected a batch of {len(self.names)} rows (or a multiple, batch-major), "
-                    f"got {n_rows}; give one adapter name per sample"
+                    f"adapter_names: expected a batch of {len(self.names)} rows (or a multiple, "
+                    f"batch-major), got {n_rows}; give one adapter name per sample"
                 )
             repeat = n_rows // len(self.names)
             rows = torch.tensor(

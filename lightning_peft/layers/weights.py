@@ -1,19 +1,20 @@
 """Modules whose forward reads several weights itself: MultiheadAttention, LSTM, GRU, RNN.
 
-The class of the reader is swapped, and around its own forward each weight is shadowed by W'. Keys stay as they are
-(`torch.nn.utils.parametrize` would rename them). An edit that needs the input (dropout, rows under different
-adapters) has no meaning here.
+The class of the reader is swapped, and around its own forward each weight is shadowed by W'. Keys
+stay as they are (`torch.nn.utils.parametrize` would rename them). An edit that needs the input
+(dropout, rows under different adapters) has no meaning here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.layers.adapted import Adapter, shadowed
+from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.matrix import MatrixOps
 from lightning_peft.layers.rows import current_rows
 
@@ -37,9 +38,10 @@ class WeightsOps(MatrixOps):
         if current_rows() is not None:
             raise ValueError(
                 f"{adapters[0].site.name}: expected a layer whose rows can be told apart, got "
-                f"{type(m).__name__}, whose adapters act on the weight; run the adapters one after the other"
+                f"{type(m).__name__}, whose adapters act on the weight; run the adapters one after "
+                "the other"
             )
-        with shadowed(m, self.edited(m, adapters)):
+        with self.shadowed(m, self.edited(m, adapters)):
             return run(*args, **kwargs)
 
     def edited(self, m: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -61,14 +63,17 @@ class WeightsOps(MatrixOps):
             if edited is not b and edited is not None:
                 if b_path is None:
                     raise ValueError(
-                        f"{site.label}: expected a bias to edit, got a layer without one; exclude it"
+                        f"{site.label}: expected a bias to edit, got a layer without one; exclude "
+                        "it"
                     )
                 tensors[b_path] = edited.to(site.dtype)
         return tensors
 
 
 class MultiheadAttentionOps(WeightsOps):
-    """`nn.MultiheadAttention`: in_proj_weight [3e, e] (or q, k, v apart), out_proj.weight [e, e]."""
+    """`nn.MultiheadAttention`: in_proj_weight [3e, e] (or q, k, v apart), out_proj.weight [e,
+    e].
+    """
 
     def parameters(self, m: Any) -> Sequence[str]:
         """The projections that this module has."""
@@ -113,25 +118,22 @@ class RecurrentOps(WeightsOps):
         path = name.replace("weight_", "bias_")
         return path if m._parameters.get(path) is not None else None
 
-    def forward(
-        self,
-        m: Any,
-        run: Callable[..., Any],
-        adapters: Sequence[Adapter],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """As any reader; the flat list that the kernels take is shadowed too."""
-        if current_rows() is not None:
-            return super().forward(m, run, adapters, args, kwargs)
-        edited = self.edited(m, adapters)
-        flat = [edited.get(n, getattr(m, n)) for n in m._flat_weights_names]
-        before = m.__dict__["_flat_weights"]
-        m.__dict__["_flat_weights"] = flat
-        try:
-            return run(*args, **kwargs)
-        finally:
-            m.__dict__["_flat_weights"] = before
+    @contextmanager
+    def shadowed(self, m: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """As any module; the flat list that the kernels take is shadowed too.
+
+        Its weak references are blanked for the while: the module would find tensors that it has not
+        seen and make the list anew from its attributes.
+        """
+        with super().shadowed(m, tensors):
+            attributes = vars(m)
+            before = {k: attributes[k] for k in ("_flat_weights", "_flat_weight_refs")}
+            attributes["_flat_weights"] = [getattr(m, n) for n in m._flat_weights_names]
+            attributes["_flat_weight_refs"] = [None] * len(m._flat_weights_names)
+            try:
+                yield
+            finally:
+                attributes.update(before)
 
 
 def _attribute(m: nn.Module, path: str) -> Tensor:

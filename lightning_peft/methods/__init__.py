@@ -11,6 +11,7 @@ __all__ = ["METHODS", "Method"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-    # The classes are reachable by name, so that `from lightning_peft.methods import DoRA` works for a new file.
+    # The classes are reachable by name, so that `from lightning_peft.methods import DoRA` works for
+    # a new file.
 globals().update(METHODS)
 __all__ += sorted(METHODS)

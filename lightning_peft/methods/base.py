@@ -1,7 +1,8 @@
 """The four kinds of method, and the registry.
 
-A method is a frozen dataclass: what the user says, nothing that is computed. Its file holds the formula and the table
-of names it has in Hugging Face's format; it never sees a kind of layer, packed bytes, the trainer or a strategy.
+A method is a frozen dataclass: what the user says, nothing that is computed. Its file holds the
+formula and the table of names it has in Hugging Face's format; it never sees a kind of layer,
+packed bytes, the trainer or a strategy.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Context:
     Attributes:
         step: Optimizer steps done so far.
         total_steps: Optimizer steps of the whole run; None where it is unbounded.
-        entries: (site, tensors) of every place where the method is attached; tensors include buffers.
+        entries: (site, tensors) of every place where the method is attached; tensors include
+        buffers.
         grad_scale: Factor that gradients carry at this moment (GradScaler's), 1.0 without one.
     """
 
@@ -103,7 +105,8 @@ class WeightMethod(Method):
         """Start values that need the weight.
 
         Args:
-            p: What `parameters` and `buffers` returned; values are replaced in place (``p["A"] = …``).
+            p: What `parameters` and `buffers` returned; values are replaced in place (``p["A"] =
+            …``).
             site: The site.
             W: Canonical weight [*batch, out, in] in fp32, before any quantisation.
 
@@ -165,6 +168,7 @@ class SelectMethod(Method):
     """Trains a subset of the model's own parameters (on a copy: the base keeps its bits)."""
 
     kind: ClassVar[str] = "select"
+    may_be_empty: ClassVar[bool] = False
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether this parameter of `owner` is trained."""
@@ -175,7 +179,9 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Make a method known by its class name: to checkpoints, Hugging Face exchange and the generated table."""
+    """Make a method known by its class name: to checkpoints, Hugging Face exchange and the
+    generated table.
+    """
     METHODS[cls.__name__] = cls
     return cls
 
@@ -197,21 +203,23 @@ def from_plain(data: Mapping[str, Any]) -> Method:
     cls = METHODS.get(name) if isinstance(name, str) else None
     if cls is None:
         raise ValueError(
-            f"stored method: expected one of {sorted(METHODS)}, got {name!r}; "
-            "import the module that registers it"
+            f"stored method: expected one of {sorted(METHODS)}, got {name!r}; import the module "
+            "that registers it"
         )
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ValueError(
-            f"stored {name}: expected fields {sorted(known)}, got also {unknown}; "
-            "the file was written by a newer version"
+            f"stored {name}: expected fields {sorted(known)}, got also {unknown}; the file was "
+            "written by a newer version"
         )
     return cls(**fields)
 
 
 def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Value of the first pattern that matches a layer's name, as peft does it: ``(.*\\.)?PATTERN$``."""
+    """Value of the first pattern that matches a layer's name, as peft does it:
+    ``(.*\\.)?PATTERN$``.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -227,7 +235,8 @@ def require(condition: bool, message: str) -> None:
 def empty_like_site(site: Site, *shape: int) -> Tensor:
     """An fp32 tensor [*batch, *shape], on meta where the site's weight is, else on the CPU.
 
-    Adapters start on the CPU (their values then depend on the seed alone, not on the device) and are moved by attach.
+    Adapters start on the CPU (their values then depend on the seed alone, not on the device) and
+    are moved by attach.
     """
     device = "meta" if site.device.type == "meta" else "cpu"
     return torch.empty(*site.batch_shape, *shape, dtype=torch.float32, device=device)

@@ -1,4 +1,6 @@
-"""LoRA: W' = W + s · B A, with s = α/r, or α/√r (rsLoRA). Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023."""
+"""LoRA: W' = W + s · B A, with s = α/r, or α/√r (rsLoRA). Hu et al. 2021, arXiv:2106.09685;
+Kalajdzievski 2023.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,17 @@ class LoRA(WeightMethod):
         r: Rank, 1 ≤ r ≤ min(in, out).
         alpha: Scale numerator.
         dropout: Probability of dropping an input element of the low-rank branch, in training.
-        init: ``"default"`` (A Kaiming-uniform), ``"gaussian"`` (A normal, σ = 1/r), ``"orthogonal"``,
-            ``"pissa"`` (arXiv:2404.02948; ``"pissa_niter_N"`` by randomised SVD), ``"olora"`` (arXiv:2406.01775),
-            ``"loftq"`` (arXiv:2310.08659; needs a quantised base). The last three take their part out of the base,
-            so that the output is unchanged at the start; detaching puts the base's bits back.
+        init: ``"default"`` (A Kaiming-uniform), ``"gaussian"`` (A normal, σ = 1/r),
+        ``"orthogonal"``,
+            ``"pissa"`` (arXiv:2404.02948; ``"pissa_niter_N"`` by randomised SVD), ``"olora"``
+            (arXiv:2406.01775), ``"loftq"`` (arXiv:2310.08659; needs a quantised base). The last
+            three take their part out of the base, so that the output is unchanged at the start;
+            detaching puts the base's bits back.
         use_rslora: s = α/√r, stable for large ranks.
         lora_bias: A bias on B, trained: b' = b + s · bias_B.
         bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"lora_only"``.
-        rank_pattern: Layer name pattern → rank; a suffix or a regular expression anchored at the end, first match.
+        rank_pattern: Layer name pattern → rank; a suffix or a regular expression anchored at the
+        end, first match.
         alpha_pattern: The same for alpha.
         loftq_iter: Alternations of quantising and factorising for ``"loftq"``.
 
@@ -143,21 +148,24 @@ class LoRA(WeightMethod):
         r, most = self.rank(site), min(site.out_features, site.in_features)
         require(
             r <= most,
-            f"{self.label} on {site.label!r}: expected 1 <= r <= min(in_features, out_features) = {most}, "
-            f"got r = {r}; lower r, or set it for this layer with rank_pattern, or exclude it",
+            f"{self.label} on {site.label!r}: expected 1 <= r <= min(in_features, out_features) = "
+            f"{most}, got r = {r}; lower r, or set it for this layer with rank_pattern, or exclude "
+            "it",
         )
         require(
             self.init != "orthogonal" or r % 2 == 0,
-            f"{self.label} on {site.label!r}: expected an even rank for init='orthogonal', got r = {r}",
+            f"{self.label} on {site.label!r}: expected an even rank for init='orthogonal', got r = "
+            f"{r}",
         )
         require(
             not (site.lookup and self.rewrites_base),
-            f"{self.label} on {site.label!r}: expected a layer with features for input with init={self.init!r}, "
-            "got an embedding; exclude it or use init='default'",
+            f"{self.label} on {site.label!r}: expected a layer with features for input with "
+            f"init={self.init!r}, got an embedding; exclude it or use init='default'",
         )
         require(
-            not (site.lookup and self.dropout and self.lora_bias),
-            f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got lora_bias=True",
+            not (site.lookup and self.lora_bias),
+            f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got "
+            "lora_bias=True",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
@@ -195,7 +203,9 @@ class LoRA(WeightMethod):
         return self.init in ("olora", "loftq") or self.init.startswith("pissa")
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
-        """A and B as they started, which the plain form for exchange needs: B A − B₀ A₀ is the change."""
+        """A and B as they started, which the plain form for exchange needs: B A − B₀ A₀ is the
+        change.
+        """
         if not self.rewrites_base:
             return {}
         r = self.rank(site)
@@ -223,7 +233,9 @@ class LoRA(WeightMethod):
         return base
 
     def _loftq(self, site: Site, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Alternate: the base takes what the factors leave, the factors take what quantising loses."""
+        """Alternate: the base takes what the factors leave, the factors take what quantising
+        loses.
+        """
         base = W
         A, B = _factor(W - site.roundtrip(base), r, s, None)
         for _ in range(self.loftq_iter - 1):

@@ -1,4 +1,6 @@
-"""LoRA in Hugging Face's format: what a table cannot say. Ranks and scales per layer, plain form, padding."""
+"""LoRA in Hugging Face's format: what a table cannot say. Ranks and scales per layer, plain form,
+padding.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _BASE_STARTS = ("pissa", "olora")
 
 
 def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain form: where the start took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀], rank 2r."""
+    """Plain form: where the start took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀], rank
+    2r.
+    """
     packed = {k: t for k, t in p.items() if k not in ("A0", "B0")}
     if "A0" in p:
         packed["A"] = torch.cat([p["A"], p["A0"]], dim=-2)
@@ -33,7 +37,9 @@ def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unpack(
     method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """As they are; a rank above min(out, in), which peft allows, is written with the rank it can have."""
+    """As they are; a rank above min(out, in), which peft allows, is written with the rank it can
+    have.
+    """
     tensors = dict(p)
     if not {"A", "B"} <= set(p) or p["A"].shape[-2] <= method.rank(site):
         return tensors
@@ -49,7 +55,9 @@ def _alpha(s: float, r: int, rslora: bool) -> float:
 
 
 def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    """r, lora_alpha and their patterns from the tensors; the user's own patterns where they say the same."""
+    """r, lora_alpha and their patterns from the tensors; the user's own patterns where they say the
+    same.
+    """
     rslora = bool(config["use_rslora"])
     wanted: dict[str, tuple[int, float]] = {}
     for e in entries:
@@ -58,8 +66,8 @@ def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
         found = (r, _number(_alpha(s, r, rslora)))
         if wanted.setdefault(e.path, found) != found:
             raise ValueError(
-                f"save_adapter: {e.path!r}: expected one rank for all weights of a module, "
-                f"got {wanted[e.path]} and {found}; peft's patterns know modules only"
+                f"save_adapter: {e.path!r}: expected one rank for all weights of a module, got "
+                f"{wanted[e.path]} and {found}; peft's patterns know modules only"
             )
     config["lora_alpha"] = _number(config["lora_alpha"])
     if all(_by_patterns(config, path) == want for path, want in wanted.items()):
@@ -72,12 +80,19 @@ def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     config["alpha_pattern"] = {k: v[1] for k, v in odd if v != (r, alpha)}
     for path, want in odd:
         if _by_patterns(config, path) != want:  # another layer's name ends like this one's
-            config["rank_pattern"] = {path: want[0], **config["rank_pattern"]}
-            config["alpha_pattern"] = {path: want[1], **config["alpha_pattern"]}
+            config["rank_pattern"] = _first(path, want[0], config["rank_pattern"])
+            config["alpha_pattern"] = _first(path, want[1], config["alpha_pattern"])
+
+
+def _first(key: str, value: Any, patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """The first match counts, so put this one in front."""
+    return {key: value, **{k: v for k, v in patterns.items() if k != key}}
 
 
 def _number(x: float) -> float:
-    """A whole number as int, as configs are written; 12 digits otherwise (√ and back leave a trace)."""
+    """A whole number as int, as configs are written; 12 digits otherwise (√ and back leave a
+    trace).
+    """
     x = float(f"{x:.12g}")
     return int(x) if x == int(x) else x
 
@@ -88,8 +103,8 @@ def _match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
             hit = re.match(rf"(.*\.)?({pattern})$", name)
         except re.error as error:
             raise ValueError(
-                f"adapter_config.json: expected a regular expression as key of a pattern, "
-                f"got {pattern!r} ({error})"
+                "adapter_config.json: expected a regular expression as key of a pattern, got "
+                f"{pattern!r} ({error})"
             ) from None
         if hit:
             return value
@@ -102,7 +117,8 @@ def _by_patterns(config: Mapping[str, Any], name: str) -> tuple[int, float]:
 
 
 def uniform(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    """One rank everywhere, scale 1: A and B padded with zeros, each layer's scale in its B (and bias).
+    """One rank everywhere, scale 1: A and B padded with zeros, each layer's scale in its B (and
+    bias).
 
     Raises:
         ValueError: a grouped convolution, whose rank in peft is a multiple.
@@ -111,8 +127,8 @@ def uniform(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     for e in entries:
         if e.site.ops.hf_rank(e.site.module, e.site.parameter, most) != most:
             raise ValueError(
-                f"save_adapter(uniform=True): {e.path!r}: expected layers of one rank in peft, got a "
-                "grouped convolution, whose rank there is a multiple; export without uniform"
+                f"save_adapter(uniform=True): {e.path!r}: expected layers of one rank in peft, got "
+                "a grouped convolution, whose rank there is a multiple; export without uniform"
             )
         s = e.method.scaling(e.site, e.method.rank(e.site))
         A, B = e.tensors["A"], e.tensors["B"]
@@ -132,7 +148,7 @@ def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[s
     start = config.get("init_lora_weights", True)
     if start not in (*_PLAIN_STARTS, *_BASE_STARTS):
         raise ValueError(
-            f"adapter_config.json: init_lora_weights: expected a start that can be repeated, got "
+            "adapter_config.json: init_lora_weights: expected a start that can be repeated, got "
             f"{start!r}: these tensors belong to a base that it changed at random; save them in "
             "plain form (peft: path_initial_model_for_weight_conversion)"
         )
@@ -159,7 +175,8 @@ def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[s
         want = (ours, alpha if ours == r else _alpha(s, ours, rslora))
         have = {**settings, "rank_pattern": ranks, "alpha_pattern": alphas}
         if _by_patterns(have, site.name) != want:
-            ranks, alphas = {site.name: want[0], **ranks}, {site.name: want[1], **alphas}
+            ranks = _first(site.name, want[0], ranks)
+            alphas = _first(site.name, want[1], alphas)
     fields: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
     if start in _BASE_STARTS:
         fields["init"] = start
@@ -170,12 +187,14 @@ def _pattern(config: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
     value = config.get(key) or {}
     number = (int,) if kind is int else (int, float)
     if not isinstance(value, dict) or not all(
-        isinstance(k, str) and isinstance(v, number) and not isinstance(v, bool) and math.isfinite(v)
-        and v > 0
+        isinstance(k, str)
+        and isinstance(v, number)
+        and not isinstance(v, bool)
+        and 0 < v < math.inf
         for k, v in value.items()
-    ):  # fmt: skip
+    ):
         raise ValueError(
-            f"adapter_config.json: {key}: expected names with positive {kind.__name__} values, "
-            f"got {value!r}"
+            f"adapter_config.json: {key}: expected names with positive {kind.__name__} values, got "
+            f"{value!r}"
         )
     return value

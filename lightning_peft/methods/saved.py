@@ -32,13 +32,19 @@ class ModulesToSave(SelectMethod):
 class TrainedBias(SelectMethod):
     """Biases trained beside an edit (LoRA's ``bias``).
 
+    A model without biases has none to train, which is no error: the edit is there all the same.
+
     Attributes:
         modules: Names of the modules whose bias is trained; None for all.
     """
+
+    may_be_empty = True
 
     modules: tuple[str, ...] | list[str] | None = None
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether the parameter is a bias in question."""
-        owner_name, _, leaf = name.rpartition(".")
-        return leaf.startswith("bias") and (self.modules is None or owner_name in self.modules)
+        leaf = name.rpartition(".")[2]
+        if leaf != "bias" and not leaf.startswith("bias_") and not leaf.endswith("_bias"):
+            return False
+        return self.modules is None or any(name.startswith(f"{m}.") for m in self.modules)

@@ -66,8 +66,8 @@ def pack(state: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Tensor]:
     needed = 2 if {"state2", "exp_avg_sq"} & set(fields) else 1
     if len(values) < needed:
         raise ValueError(
-            f"optimizer state: expected two moments, got {sorted(flat)}; "
-            "it was saved by Lion, start afresh"
+            f"optimizer state: expected two moments, got {sorted(flat)}; it was saved by Lion, "
+            "start afresh"
         )
     for i in range(needed):
         if codes:

@@ -217,8 +217,8 @@ class PooledOptimizer(torch.optim.Optimizer):
         keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         if len(keys) != len(params):
             raise ValueError(
-                f"optimizer state: expected {len(params)} parameters, got {len(keys)}; "
-                "load it into the optimizer it was saved from"
+                f"optimizer state: expected {len(params)} parameters, got {len(keys)}; load it "
+                "into the optimizer it was saved from"
             )
         first = next(iter(self.FIELDS))
         states = {}

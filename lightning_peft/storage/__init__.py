@@ -1,4 +1,6 @@
-"""Where the frozen weight lives. `storage_of` finds the storage of a weight; `Quantization` asks for one."""
+"""Where the frozen weight lives. `storage_of` finds the storage of a weight; `Quantization` asks
+for one.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +41,7 @@ def _bitsandbytes(class_name: str) -> Storage:
     }
     if class_name not in storages:
         raise ValueError(
-            f"bitsandbytes.{class_name}: expected one of {sorted(storages)}; exclude the layer with exclude_modules"
+            f"bitsandbytes.{class_name}: expected one of {sorted(storages)}; exclude the layer "
+            "with exclude_modules"
         )
     return storages[class_name]

@@ -1,4 +1,5 @@
-"""bitsandbytes' own layers, as found in a model that was loaded quantised: Linear4bit and Linear8bitLt.
+"""bitsandbytes' own layers, as found in a model that was loaded quantised: Linear4bit and
+Linear8bitLt.
 
 Nothing here is imported before such a layer is met (or `Quantization("int8")` is asked for).
 """
@@ -110,12 +111,15 @@ class Bnb4bitStorage:
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """None: bitsandbytes' forward, then the edit."""
         return Reason(
-            "bitsandbytes layer: its own forward, then the edit; load dense and use Quantization() to fuse"
+            "bitsandbytes layer: its own forward, then the edit; load dense and use "
+            "Quantization() to fuse"
         )
 
 
 def _state(m: Any) -> Any:
-    """The quantisation state, after undoing the layout that an AVX-512 CPU repacks to at its first eval forward."""
+    """The quantisation state, after undoing the layout that an AVX-512 CPU repacks to at its first
+    eval forward.
+    """
     state = getattr(m.weight, "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -172,9 +176,14 @@ class Bnb8bitStorage:
         return int(m.weight.numel() * m.weight.element_size() + 4 * m.weight.shape[0])
 
     def dtype(self, m: Any, name: str) -> torch.dtype:
-        """fp16, the dtype bitsandbytes quantises from, unless the layer is not quantised yet."""
-        dtype: torch.dtype = m.weight.dtype
-        return torch.float16 if dtype == torch.int8 else dtype
+        """The layer does not remember it: the bias's, or fp16, which bitsandbytes quantises
+        from.
+        """
+        if m.weight.dtype != torch.int8:
+            dtype: torch.dtype = m.weight.dtype
+            return dtype
+        bias: Tensor | None = m.bias
+        return torch.float16 if bias is None else bias.dtype
 
     def read(self, m: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Dequantised in fp32, rounded once."""
@@ -182,7 +191,8 @@ class Bnb8bitStorage:
             W: Tensor = m.weight.detach()
             return W if dtype is None else W.to(dtype)
         rows = m.weight.data.float() * (_scale(m).float()[:, None] / 127.0)
-        return rows.to(dtype or torch.float32)
+        M: Tensor = rows.to(dtype or torch.float32)
+        return M
 
     def write(self, m: Any, name: str, W: Tensor) -> None:
         """Requantise by rows."""
@@ -227,7 +237,9 @@ def _rowwise(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_int8(m: nn.Module) -> None:
-    """Turn a plain Linear into bitsandbytes' Linear8bitLt in place: same object, same keys, same hooks."""
+    """Turn a plain Linear into bitsandbytes' Linear8bitLt in place: same object, same keys, same
+    hooks.
+    """
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     linear: Any = m

@@ -1,9 +1,10 @@
 """4-bit storage (NF4, FP4): packed bytes and scales as frozen parameters of the same module.
 
 The class of a Linear (or GPT-2's Conv1D) is swapped in place. ``weight`` becomes uint8 [out, in/2]
-([⌈n/2⌉, 1] where `in` is odd), ``weight_absmax`` holds one scale a block, ``weight_absmax2`` and ``weight_offset`` the
-second level of double quantisation. Everything is kept as uint8, fp32 scales as their bytes, so that `.half()`,
-`bf16-true` or an optimizer cannot round them. Bytes are bitsandbytes' own, for the weight [out, in] flattened.
+([⌈n/2⌉, 1] where `in` is odd), ``weight_absmax`` holds one scale a block, ``weight_absmax2`` and
+``weight_offset`` the second level of double quantisation. Everything is kept as uint8, fp32 scales
+as their bytes, so that `.half()`, `bf16-true` or an optimizer cannot round them. Bytes are
+bitsandbytes' own, for the weight [out, in] flattened.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_peft_kernels.experts import nf4_grouped_linear
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
 from torch import Tensor, nn
@@ -46,6 +48,13 @@ class Packing:
     dtype: torch.dtype
     compute: str = "auto"
 
+    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, counts: list[int]) -> Tensor:
+        """X [S, in], sorted by expert with `counts` rows each → [S, out]."""
+        shape = (self.shape[-2], self.shape[-1])
+        return nf4_grouped_linear(
+            X, packed(m, name), shape, counts, kind=self.kind, block_size=self.block_size
+        )
+
 
 class Quantized4bit(Swapped):
     """Mixin: a linear layer whose weight is packed."""
@@ -67,7 +76,8 @@ class Quantized4bit(Swapped):
                 kind=p.kind,
                 block_size=p.block_size,
             )
-        # A subclass with a forward of its own: it reads `weight`, so let it find the dequantised one.
+        # A subclass with a forward of its own: it reads `weight`, so let it find the dequantised
+        # one.
         vars(module)["weight"] = _read(module, "weight", x.dtype)
         try:
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -84,8 +94,9 @@ def _plain_forward(module: nn.Module) -> bool:
 def _require_floating(module: nn.Module, x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(
-            f"{type(module).__name__} with 4-bit weight: expected a floating input, got {x.dtype}; the model casts "
-            "activations to the weight's dtype: keep this layer dense with Quantization(exclude_modules=[…])"
+            f"{type(module).__name__} with 4-bit weight: expected a floating input, got {x.dtype}; "
+            "the model casts activations to the weight's dtype: keep this layer dense with "
+            "Quantization(exclude_modules=[…])"
         )
 
 
@@ -103,7 +114,8 @@ def pack(
         module: A module with floating weights.
         quantization: Kind, block size, double quantisation.
         transposed: Whether the weights are [*batch, in, out].
-        names: The weights; each [out, in] or, for experts, [E, out, in], quantised expert by expert.
+        names: The weights; each [out, in] or, for experts, [E, out, in], quantised expert by
+        expert.
         mixin: The class whose forward reads packed weights.
 
     Raises:
@@ -193,7 +205,9 @@ def _quantize(M: Tensor, p: Packing) -> Packed4bit:
 
 
 def _stack(experts: Sequence[Packed4bit]) -> Packed4bit:
-    """Experts one after the other: blocks, and blocks of scales, never cross from one to the next."""
+    """Experts one after the other: blocks, and blocks of scales, never cross from one to the
+    next.
+    """
     nested = experts[0].absmax2 is not None
     return Packed4bit(
         torch.stack([q.packed.reshape(-1) for q in experts]),
@@ -242,7 +256,9 @@ def _meta(p: Packing) -> Packed4bit:
 
 
 def place(module: nn.Module, name: str, bits: Packed4bit, p: Packing) -> None:
-    """Hold these bytes as the module's parameters and buffers, by rows where rows and blocks agree."""
+    """Hold these bytes as the module's parameters and buffers, by rows where rows and blocks
+    agree.
+    """
     lead, rows, width = tuple(p.shape[:-2]), tuple(p.shape[:-1]), p.shape[-1]
     by_row = width % 2 == 0
     weight = bits.packed.reshape(*rows, width // 2) if by_row else bits.packed.reshape(*lead, -1, 1)

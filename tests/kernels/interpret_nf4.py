@@ -1,4 +1,6 @@
-"""Run by test_interpreter.py in its own process: Triton reads TRITON_INTERPRET when a kernel is decorated."""
+"""Run by test_interpreter.py in its own process: Triton reads TRITON_INTERPRET when a kernel is
+decorated.
+"""
 
 import torch
 from lightning_peft_kernels.nf4 import dequantize_4bit_reference, quantize_4bit

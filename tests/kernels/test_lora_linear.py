@@ -1,4 +1,6 @@
-"""LoRA linear ops over dense and packed bases against the fp64 formula, forward and every gradient."""
+"""LoRA linear ops over dense and packed bases against the fp64 formula, forward and every
+gradient.
+"""
 
 import itertools
 
@@ -30,7 +32,9 @@ def grads(f, t, dY):
 
 
 def check(ours, W, t, dtype, s=0.7):
-    """err(ours, fp64) ≤ 2 × err(torch in the same dtype, fp64) + floor, for y and every gradient."""
+    """err(ours, fp64) ≤ 2 × err(torch in the same dtype, fp64) + floor, for y and every
+    gradient.
+    """
     dY = torch.randn(*t["x"].shape[:-1], W.shape[0])
 
     def formula(weight):
@@ -134,7 +138,9 @@ def test_autocast_decides_the_dtype_and_gradients_return_in_the_parameters(dtype
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_is_an_unbiased_mask_on_the_low_rank_branch_only(p):
-    """With B = A = identity and W = 0 the output is the mask itself; the gradient must use the same one."""
+    """With B = A = identity and W = 0 the output is the mask itself; the gradient must use the same
+    one.
+    """
     n = 64
     eye, x = torch.eye(n), torch.ones(500, n, requires_grad=True)
     y = lora_linear(x, torch.zeros(n, n), None, eye, eye, 1.0, dropout_p=p)
@@ -173,7 +179,9 @@ def test_compiles_without_a_graph_break():
 
 
 def test_nothing_but_rank_sized_tensors_is_saved():
-    """The dequantised weight must not live until backward: what is saved is x, S, A, B and the packed bytes."""
+    """The dequantised weight must not live until backward: what is saved is x, S, A, B and the
+    packed bytes.
+    """
     N, K, R, M = 256, 512, 4, 8
     q = quantize_4bit(torch.randn(N, K))
     A, B = torch.randn(R, K, requires_grad=True), torch.randn(N, R, requires_grad=True)

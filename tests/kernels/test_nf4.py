@@ -96,7 +96,9 @@ def test_the_pair_table_equals_the_op(monkeypatch):
 
 
 def test_error_is_within_half_a_step():
-    """An oracle apart from tables: the widest gap of NF4 is 0.304, so half of it bounds the error of a block."""
+    """An oracle apart from tables: the widest gap of NF4 is 0.304, so half of it bounds the error
+    of a block.
+    """
     W = torch.randn(128, 64)
     got = dequantize_4bit(quantize_4bit(W, double_quant=False), W.shape, torch.float32)
     bound = 0.5 * 0.3039 * W.abs().amax(dim=1, keepdim=True)

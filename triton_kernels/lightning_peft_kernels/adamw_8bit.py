@@ -304,11 +304,9 @@ def _step_triton(
 
 _library = torch.library.Library("lightning_peft", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    "pooled_8bit_step(Tensor(a!)[] params, Tensor[] grads, int[] starts, Tensor hyper, "
-    "Tensor(b!) code1, "
-    "Tensor(c!) absmax1, Tensor(d!)? code2, Tensor(e!)? absmax2, "
-    "Tensor? grad_scale, Tensor? found_inf, "
-    "bool maximize) -> ()"
+    "pooled_8bit_step(Tensor(a!)[] params, Tensor[] grads, int[] starts, Tensor hyper, Tensor(b!) "
+    "code1, Tensor(c!) absmax1, Tensor(d!)? code2, Tensor(e!)? absmax2, Tensor? grad_scale, "
+    "Tensor? found_inf, bool maximize) -> ()"
 )
 
 

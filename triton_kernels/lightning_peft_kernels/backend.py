@@ -1,7 +1,7 @@
 """The dispatch rule: which implementation runs an op, and why.
 
-One function decides for every op from what it is given (device, dtype, tokens, shape) and the preference in force.
-The decision carries its reason, which the preflight report prints.
+One function decides for every op from what it is given (device, dtype, tokens, shape) and the
+preference in force. The decision carries its reason, which the preflight report prints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Decision", "Preference", "choose", "preference", "prefer", "triton_available"]
+__all__ = ["Decision", "Preference", "choose", "prefer", "preference", "triton_available"]
 
 Preference = Literal["auto", "triton", "torch"]
 
@@ -41,7 +41,8 @@ def prefer(preference: Preference) -> None:
     """
     if preference not in ("auto", "triton", "torch"):
         raise ValueError(
-            f"kernels: expected 'auto', 'triton' or 'torch', got {preference!r}; use 'auto' unless comparing"
+            f"kernels: expected 'auto', 'triton' or 'torch', got {preference!r}; use 'auto' unless "
+            "comparing"
         )
     _preference[0] = preference
 

@@ -1,4 +1,6 @@
-"""Code tables of 4-bit and nested 8-bit quantisation, as bitsandbytes defines them, and their decision points."""
+"""Code tables of 4-bit and nested 8-bit quantisation, as bitsandbytes defines them, and their
+decision points.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from torch import Tensor
 
 __all__ = ["code", "dynamic_map", "dynamic_map_cells", "fp4_order", "midpoints", "nf4_cells"]
 
-# Quantiles of a normal distribution, normalised to [-1, 1]. Dettmers et al. 2023, arXiv:2305.14314, appendix E.
+# Quantiles of a normal distribution, normalised to [-1, 1]. Dettmers et al. 2023, arXiv:2305.14314,
+# appendix E.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -49,14 +52,18 @@ def fp4_order(device: str = "cpu") -> Tensor:
 
 @lru_cache(maxsize=8)
 def midpoints(kind: str, device: str = "cpu") -> Tensor:
-    """Decision points [15] fp32 between neighbouring values; a value on one goes to the lower code."""
+    """Decision points [15] fp32 between neighbouring values; a value on one goes to the lower
+    code.
+    """
     values = code(kind).sort().values
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
 @lru_cache(maxsize=4)
 def nf4_cells() -> tuple[Tensor, Tensor]:
-    """Lookup by cell for NF4: (lowest code of the cell [33] uint8, decision point in the cell [33] fp32, inf if none)."""
+    """Lookup by cell for NF4: (lowest code of the cell [33] uint8, decision point in the cell [33]
+    fp32, inf if none).
+    """
     mids = midpoints("nf4")
     starts = torch.arange(-_CELLS_PER_UNIT, _CELLS_PER_UNIT + 1) / _CELLS_PER_UNIT
     base = torch.bucketize(starts, mids)
@@ -88,7 +95,9 @@ def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
 
 @lru_cache(maxsize=2)
 def dynamic_map_cells() -> Tensor:
-    """Codes [65536] uint8 of the signed map by value in steps of 2/65535 from −1: the rule of bitsandbytes on CPU."""
+    """Codes [65536] uint8 of the signed map by value in steps of 2/65535 from −1: the rule of
+    bitsandbytes on CPU.
+    """
     values = dynamic_map()
     mids = 0.5 * (values[:-1] + values[1:])
     grid = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535.0

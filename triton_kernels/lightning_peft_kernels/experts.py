@@ -2,8 +2,9 @@
 
     Y[rows of e] = X[rows of e] · W[e]ᵀ          X [S, K], W [E, N, K] dense or packed, Y [S, N]
 
-Only experts that have rows are touched: at few tokens the cost does not grow with E. A packed expert is dequantised
-for its own product and dropped, in backward again. Rows beyond the last group (expert-parallel sentinels) give zeros.
+Only experts that have rows are touched: at few tokens the cost does not grow with E. A packed
+expert is dequantised for its own product and dropped, in backward again. Rows beyond the last group
+(expert-parallel sentinels) give zeros.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def grouped_linear(X: Tensor, W: Tensor, counts: list[int]) -> Tensor:
         ValueError: more experts or rows are counted than there are.
     """
     _check(X, counts, W.shape[0])
-    y: Tensor = _GroupedLinear.apply(X, W, counts)
+    y: Tensor = _GroupedLinear.apply(X, W, counts)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -127,15 +128,17 @@ def nf4_grouped_linear(
     kind: str = "nf4",
     block_size: int = 64,
 ) -> Tensor:
-    """`grouped_linear` with W packed expert by expert: every part of `q` has a leading expert axis."""
+    """`grouped_linear` with W packed expert by expert: every part of `q` has a leading expert
+    axis.
+    """
     _check(X, counts, q.packed.shape[0])
-    y: Tensor = _NF4GroupedLinear.apply(X, *q, shape, kind, block_size, counts)
+    y: Tensor = _NF4GroupedLinear.apply(X, *q, shape, kind, block_size, counts)  # type: ignore[no-untyped-call]
     return y
 
 
 def _check(X: Tensor, counts: list[int], experts: int) -> None:
     if len(counts) != experts or sum(counts) > X.shape[0]:
         raise ValueError(
-            f"grouped_linear: expected counts for {experts} experts with at most {X.shape[0]} rows, "
-            f"got {len(counts)} counts and {sum(counts)} rows"
+            f"grouped_linear: expected counts for {experts} experts with at most {X.shape[0]} "
+            f"rows, got {len(counts)} counts and {sum(counts)} rows"
         )

@@ -1,8 +1,9 @@
 """LoRA on a dense linear layer: y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias, forward and backward by hand.
 
 Shapes: x [..., K], W [N, K] frozen or trained, A [R, K], B [N, R]; M = rows of x.
-S = drop(x) Aᵀ [M, R] is saved, not recomputed (unlike the usual fast algorithm, which reads x twice more). The scale
-sits on the rank side, M·R elements instead of M·N. dY is read for dS = s · dY B and dB = s · dYᵀ S.
+S = drop(x) Aᵀ [M, R] is saved, not recomputed (unlike the usual fast algorithm, which reads x twice
+more). The scale sits on the rank side, M·R elements instead of M·N. dY is read for dS = s · dY B
+and dB = s · dYᵀ S.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def lora_linear_reference(
 def prepare(
     x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float | Tensor, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Plan]:
-    """Cast by the one dtype rule: autocast's dtype where it is on; else rank products in the adapters' dtype."""
+    """Cast by the one dtype rule: autocast's dtype where it is on; else rank products in the
+    adapters' dtype.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -170,5 +173,5 @@ def lora_linear(
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)
+        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)  # type: ignore[no-untyped-call]
     return y

@@ -1,14 +1,17 @@
 """4-bit block quantisation (NF4, FP4), nested scales included: bytes and values as bitsandbytes'.
 
-A weight is flattened row by row and cut into blocks of `block_size`. Block b holds the codes of w / absmax_b, two to a
-byte, the even element in the high nibble. With double quantisation the scales are quantised in turn, 256 to a block,
-to 8-bit codes of the signed dynamic map after subtracting their mean:
+A weight is flattened row by row and cut into blocks of `block_size`. Block b holds the codes of w /
+absmax_b, two to a byte, the even element in the high nibble. With double quantisation the scales
+are quantised in turn, 256 to a block, to 8-bit codes of the signed dynamic map after subtracting
+their mean:
     absmax_b = map[code_b] · absmax2_{b // 256} + offset                 (two roundings)
-    w        = round_to_dtype(table[nibble] · absmax_b)                  (one rounding, in fp32 before)
+    w        = round_to_dtype(table[nibble] · absmax_b)                  (one rounding, in fp32
+    before)
 Bytes moved by dequantising n weights to bf16 at block 64: 0.516 n read, 2 n written.
 
-On a CPU the rules for ties and partial blocks are those of bitsandbytes' CPU backend, on CUDA those of its CUDA
-backend (true nearest nested codes, ties of a binary search), so bytes are compared device by device.
+On a CPU the rules for ties and partial blocks are those of bitsandbytes' CPU backend, on CUDA those
+of its CUDA backend (true nearest nested codes, ties of a binary search), so bytes are compared
+device by device.
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
 
@@ -110,7 +113,9 @@ def block_scales(q: Packed4bit) -> Tensor:
 
 
 def _scaled(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(absmax [blocks], w / absmax clamped to ±1); full blocks multiply by the reciprocal, a partial one divides."""
+    """(absmax [blocks], w / absmax clamped to ±1); full blocks multiply by the reciprocal, a
+    partial one divides.
+    """
     n = flat.numel()
     full = n // block_size * block_size
     blocks = flat[:full].view(-1, block_size)
@@ -147,7 +152,9 @@ def _nested(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, 
 
 
 def _quantize_nf4_cpu(flat: Tensor, block_size: int, double_quant: bool) -> Packed4bit:
-    """Same bytes as the reference, by a 33-cell table: one comparison an element instead of fifteen."""
+    """Same bytes as the reference, by a 33-cell table: one comparison an element instead of
+    fifteen.
+    """
     n = flat.numel()
     base, bound = nf4_cells()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
@@ -201,8 +208,9 @@ def _dequantize_cpu(
     full = blocks * block_size
     op = _bitsandbytes_dequantize() if dtype != torch.float64 else None
     if full and op is not None:
-        # As [blocks, block_size]: with the weight's own shape its CPU code takes wrong scales where in % block != 0.
-        out = op(
+        # As [blocks, block_size]: with the weight's own shape its CPU code takes wrong scales where
+        # in % block != 0.
+        out: Tensor = op(
             packed[: full // 2], scales[:blocks], block_size, kind, (blocks, block_size), dtype
         )  # type: ignore[operator]
         if full == n:
@@ -227,11 +235,12 @@ def _dequantize_cpu(
 
 _library = torch.library.Library("lightning_peft", "FRAGMENT")
 _library.define(
-    "quantize_4bit(Tensor W, str kind, int block_size, bool double_quant) -> (Tensor, Tensor, Tensor, Tensor)"
+    "quantize_4bit(Tensor W, str kind, int block_size, bool double_quant) -> (Tensor, Tensor, "
+    "Tensor, Tensor)"
 )
 _library.define(
-    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, SymInt[] shape, "
-    "ScalarType dtype, str kind, int block_size) -> Tensor"
+    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, SymInt[] "
+    "shape, ScalarType dtype, str kind, int block_size) -> Tensor"
 )
 
 
@@ -324,7 +333,8 @@ def quantize_4bit(
         )
     if W.device.type != "meta" and not torch.compiler.is_compiling() and not _finite(W):
         raise ValueError(
-            "quantize_4bit: expected finite weights, got NaN or infinity; repair the weights or keep the layer dense"
+            "quantize_4bit: expected finite weights, got NaN or infinity; repair the weights or "
+            "keep the layer dense"
         )
     packed, absmax, absmax2, offset = torch.ops.lightning_peft.quantize_4bit(
         W, kind, block_size, double_quant
@@ -360,7 +370,8 @@ def dequantize_4bit(
     n = torch.Size(shape).numel()
     if q.packed.numel() != (n + 1) // 2:
         raise ValueError(
-            f"dequantize_4bit: expected {(n + 1) // 2} bytes for shape {tuple(shape)}, got {q.packed.numel()}"
+            f"dequantize_4bit: expected {(n + 1) // 2} bytes for shape {tuple(shape)}, got "
+            f"{q.packed.numel()}"
         )
     W: Tensor = torch.ops.lightning_peft.dequantize_4bit(
         q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size
@@ -395,7 +406,9 @@ def _check(kind: str, block_size: int) -> None:
 
 
 def _finite(W: Tensor) -> bool:
-    """One reduction without a mask: a sum of magnitudes is finite unless an element is not (or fp32 overflows)."""
+    """One reduction without a mask: a sum of magnitudes is finite unless an element is not (or fp32
+    overflows).
+    """
     flat = W.detach().reshape(-1)
     for start in range(0, flat.numel(), 1 << 22):
         part = flat[start : start + (1 << 22)]

@@ -1,11 +1,12 @@
 """Linear layers over a packed base: y = x Wᵀ + bias, and y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias.
 
-Shapes: x [..., K], W [N, K] packed, A [R, K], B [N, R]. W is dequantised for each product and dropped; backward
-dequantises it again for dX = dY W. S = s · drop(x) Aᵀ [M, R] is saved, not recomputed; the base product is added onto
-the LoRA term in place (`addmm_`, β = 1), so that y is written once and no pass over it is spent on the sum.
+Shapes: x [..., K], W [N, K] packed, A [R, K], B [N, R]. W is dequantised for each product and
+dropped; backward dequantises it again for dX = dY W. S = s · drop(x) Aᵀ [M, R] is saved, not
+recomputed; the base product is added onto the LoRA term in place (`addmm_`, β = 1), so that y is
+written once and no pass over it is spent on the sum.
     dS = s · dY B      dB = s · dYᵀ S'      dA = dSᵀ drop(x)      dX = dY W + mask ∘ (dS A)
-Rank-sized products run in the adapters' dtype where it is wider than x's and autocast is off, as Hugging Face peft
-does; gradients of A and B come back in the parameters' dtype.
+Rank-sized products run in the adapters' dtype where it is wider than x's and autocast is off, as
+Hugging Face peft does; gradients of A and B come back in the parameters' dtype.
 """
 
 from __future__ import annotations
@@ -129,10 +130,12 @@ def nf4_linear(
     kind: str = "nf4",
     block_size: int = 64,
 ) -> Tensor:
-    """Y = x Wᵀ + bias with W [N, K] packed; runs in autocast's dtype where it is on, else in x's."""
+    """Y = x Wᵀ + bias with W [N, K] packed; runs in autocast's dtype where it is on, else in
+    x's.
+    """
     x, bias = _autocast(x, bias)
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _NF4Linear.apply(x, *q, bias, tuple(shape), kind, block_size)
+        y: Tensor = _NF4Linear.apply(x, *q, bias, tuple(shape), kind, block_size)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -150,7 +153,8 @@ def nf4_lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """Y = x Wᵀ + scaling · drop(x) Aᵀ Bᵀ + bias with W [N, K] packed; differentiable in x, A, B and bias.
+    """Y = x Wᵀ + scaling · drop(x) Aᵀ Bᵀ + bias with W [N, K] packed; differentiable in x, A, B and
+    bias.
 
     Args:
         x: [..., K] floating.
@@ -167,7 +171,7 @@ def nf4_lora_linear(
     """
     x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _NF4LoRALinear.apply(x, *q, bias, A, B, plan, tuple(shape), kind, block_size)
+        y: Tensor = _NF4LoRALinear.apply(x, *q, bias, A, B, plan, tuple(shape), kind, block_size)  # type: ignore[no-untyped-call]
     return y
 
 

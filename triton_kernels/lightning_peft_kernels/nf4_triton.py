@@ -1,15 +1,16 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Dequantising 4-bit weights in one Triton launch, nested scales included.
 
-One int32 word (eight nibbles) a lane and step: 128-byte coalesced loads, 16-byte stores, no layout conversion. Values
-come from a 16-entry table held in registers (`tl.gather`), which is portable and runs in the interpreter. The scale is
-map[code] · absmax2 + offset with two roundings: compiled without fusing the multiply and the add, or it would not be
-bit-exact.
+One int32 word (eight nibbles) a lane and step: 128-byte coalesced loads, 16-byte stores, no layout
+conversion. Values come from a 16-entry table held in registers (`tl.gather`), which is portable and
+runs in the interpreter. The scale is map[code] · absmax2 + offset with two roundings: compiled
+without fusing the multiply and the add, or it would not be bit-exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -17,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_peft_kernels.codebooks import code, dynamic_map
-from lightning_peft_kernels.nf4 import Packed4bit
+
+if TYPE_CHECKING:
+    from lightning_peft_kernels.nf4 import Packed4bit
 
 __all__ = ["aot_specs", "dequantize"]
 
@@ -41,7 +44,9 @@ def _dequantize_kernel(
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Eight weights a word; little endian, high nibble first: shifts 4, 0, 12, 8, 20, 16, 28, 24."""
+    """Eight weights a word; little endian, high nibble first: shifts 4, 0, 12, 8, 20, 16, 28,
+    24.
+    """
     lane = tl.arange(0, 8)
     shift = (lane // 2) * 8 + 4 - (lane % 2) * 4
     table = tl.load(table_ptr + tl.arange(0, 16))
@@ -67,7 +72,9 @@ def _dequantize_kernel(
 def dequantize(
     q: Packed4bit, shape: Sequence[int], dtype: torch.dtype, kind: str, block_size: int
 ) -> Tensor:
-    """Weights in `dtype`; the bytes are padded to whole words only where n is no multiple of eight."""
+    """Weights in `dtype`; the bytes are padded to whole words only where n is no multiple of
+    eight.
+    """
     n = torch.Size(shape).numel()
     packed = q.packed.reshape(-1)
     if packed.numel() % 4:
@@ -101,7 +108,9 @@ def dequantize(
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time: {name, fn, signature, constexprs, attrs, num_warps, num_stages, options}."""
+    """What is compiled ahead of time: {name, fn, signature, constexprs, attrs, num_warps,
+    num_stages, options}.
+    """
     specs = []
     for nested in (True, False):
         for dtype in ("bf16", "fp16", "fp32"):
