@@ -110,7 +110,8 @@ _BY_FAMILY: dict[str, str] = {
     "t5": "t5 mt5 umt5 longt5 switch_transformers pix2struct",
     "bart": "bart mbart marian pegasus pegasus_x m2m_100 blenderbot blenderbot-small plbart "
     "bigbird_pegasus whisper speech_to_text clip clip_text_model clip_vision_model "
-    "siglip siglip_text_model siglip_vision_model siglip2 vit deit dinov2 dinov2_with_registers dinov3_vit swin swinv2 "
+    "siglip siglip_text_model siglip_vision_model siglip2 vit deit dinov2 "
+    "dinov2_with_registers dinov3_vit swin swinv2 "
     "donut-swin vit_mae vit_msn detr chinese_clip altclip",
     "longformer": "longformer",
     "led": "led",

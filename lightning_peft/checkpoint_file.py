@@ -114,7 +114,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: expected a checkpoint, found no such file")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise _unreadable(file, str(error)) from error
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(file):  # whole, but with objects that plain loading refuses
@@ -133,7 +133,8 @@ def _unreadable(file: Path, why: str) -> ValueError:
         if newest
         else "no other checkpoint is beside it"
     )
+    reason = (why.splitlines() or ["it ends too early"])[0][:120]
     return ValueError(
         f"{file}: expected a whole checkpoint, got one that cannot be read "
-        f"({file.stat().st_size:,} bytes: {why.splitlines()[0][:120]}); {advice}"
+        f"({file.stat().st_size:,} bytes: {reason}); {advice}"
     )

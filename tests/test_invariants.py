@@ -257,7 +257,7 @@ def test_rows_under_different_adapters(layer):
 def test_rows_are_refused_where_they_cannot_be_told_apart():
     layer = next(y for y in LAYERS if y.name == "mha")
     model = attached(CASES[0], layer)
-    with adapter_names(["default"] * 3), pytest.raises(ValueError, match="MultiheadAttention"):
+    with adapter_names(["default"] * 3), pytest.raises(ValueError, match="SelfAttention"):
         layer.run(model, layer.inputs())
 
 

@@ -95,6 +95,17 @@ class MultiheadAttentionOps(WeightsOps):
             else "peft takes no kdim or vdim other than embed_dim"
         )
 
+    def hf_pack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
+        """Half of B for the output projection: peft 0.21 adds that delta twice (once itself, once
+        by the wrapped projection), in forward and in merge.
+        """
+        return t / 2 if name == "out_proj.weight" and layout == "up" else t
+
+    def hf_unpack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
+        """Inverse of `hf_pack`, exact."""
+        t = super().hf_unpack(m, name, layout, t)
+        return t * 2 if name == "out_proj.weight" and layout == "up" else t
+
     def hf_places(self, m: nn.Module, adapted: Sequence[str]) -> dict[str, str]:
         """The output projection stands inside peft's wrapper."""
         return {n: "base_layer.out_proj" if n == "out_proj.weight" else "" for n in adapted}

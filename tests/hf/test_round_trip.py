@@ -84,7 +84,6 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2 rslora": ("gpt2", {"target_modules": "all-linear", "use_rslora": True}, {}),
     "convolutions": ("resnet", {"target_modules": ["convolution"]}, {}),
     "depthwise": ("convnext", {"target_modules": ["dwconv", "pwconv1"], "r": 1}, {}),
-    "convolutions 1d": ("whisper", {"target_modules": ["conv1", "conv2", "q_proj"]}, {}),
     "pissa": ("llama", {"init": "pissa"}, {}),
     "olora rslora": ("llama", {"init": "olora", "use_rslora": True}, {}),
 }
@@ -124,7 +123,6 @@ def test_options(option: str, tmp_path: Path) -> None:
         ("distilbert", {"task_type": "SEQ_CLS", "target_modules": ["q_lin"]}),
         ("bert", {"target_modules": "all-linear", "r": 8}),  # r above the head's 3 classes
         ("resnet", {"target_modules": ["convolution"], "modules_to_save": ["classifier"]}),
-        ("whisper", {"target_modules": ["conv1", "conv2"]}),
         ("gpt2", {"target_modules": ["c_attn", "wte"]}),
     ],
     ids=str,
