@@ -15,8 +15,7 @@ from lightning_peft_kernels.adamw_8bit import (
     pooled_8bit_step_reference,
     quantize_blocks,
 )
-from lightning_peft_kernels.codebooks import dynamic_map
-from lightning_peft_kernels.dynamic_map import code_cells, decision_points
+from lightning_peft_kernels.dynamic_map import code_cells, decision_points, dynamic_map
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -23,8 +23,12 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose
-from lightning_peft_kernels.codebooks import dynamic_map
-from lightning_peft_kernels.dynamic_map import code_cells, code_pairs, nearest_codes
+from lightning_peft_kernels.dynamic_map import (
+    code_cells,
+    code_pairs,
+    dynamic_map,
+    nearest_codes,
+)
 
 __all__ = [
     "BLOCK",
@@ -453,6 +457,7 @@ def aot_specs() -> list[dict[str, Any]]:
             "attrs": {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
             "num_warps": NUM_WARPS,
             "num_stages": 2,
+            "fast": suffix == "fp32",
         }
         for lion in (False, True)
         for suffix, kind in (("fp32", tl.float32), ("bf16", tl.bfloat16))

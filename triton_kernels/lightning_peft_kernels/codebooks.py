@@ -1,6 +1,4 @@
-"""Code tables of 4-bit and nested 8-bit quantisation, as bitsandbytes defines them, and their
-decision points.
-"""
+"""Code tables of 4-bit quantisation, as bitsandbytes defines them, and their decision points."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["code", "dynamic_map", "dynamic_map_cells", "fp4_order", "midpoints", "nf4_cells"]
+__all__ = ["code", "fp4_order", "midpoints", "nf4_cells"]
 
 # Quantiles of a normal distribution, normalised to [-1, 1]. Dettmers et al. 2023, arXiv:2305.14314,
 # appendix E.
@@ -74,31 +72,3 @@ def nf4_cells() -> tuple[Tensor, Tensor]:
         if inside.numel():
             bound[i] = inside[0]
     return base.to(torch.uint8), bound
-
-
-@lru_cache(maxsize=4)
-def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
-    """Values [256] fp32 of the dynamic 8-bit type, ascending: seven decades, each split evenly.
-
-    Signed runs from −0.99297 to 1 with 0 at code 127; unsigned from 0 to 1.
-    """
-    values = [torch.tensor([0.0, 1.0])]
-    for i in range(7):
-        n = 2**i if signed else 2 ** (i + 1)
-        edges = torch.linspace(0.1, 1, n + 1)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        values.append(10 ** (i - 6) * means)
-        if signed:
-            values.append(-(10 ** (i - 6)) * means)
-    return torch.cat(values).sort().values.to(device)
-
-
-@lru_cache(maxsize=2)
-def dynamic_map_cells() -> Tensor:
-    """Codes [65536] uint8 of the signed map by value in steps of 2/65535 from −1: the rule of
-    bitsandbytes on CPU.
-    """
-    values = dynamic_map()
-    mids = 0.5 * (values[:-1] + values[1:])
-    grid = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535.0
-    return torch.searchsorted(mids, grid).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Exact nearest codes of the 8-bit dynamic maps by one table lookup.
+"""The 8-bit dynamic maps of bitsandbytes, and their nearest codes by one table lookup.
 
 Read as integers (negatives folded so that order is kept), fp32 values of one upper half (sign,
 exponent, 7 bits of mantissa) meet at most one decision point of a map. So with j the upper half, c
@@ -15,12 +15,35 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.codebooks import dynamic_map
-
-__all__ = ["ZERO_CODE", "code_cells", "code_pairs", "decision_points", "nearest_codes"]
+__all__ = [
+    "ZERO_CODE",
+    "coarse_cells",
+    "code_cells",
+    "code_pairs",
+    "decision_points",
+    "dynamic_map",
+    "nearest_codes",
+]
 
 ZERO_CODE = {True: 127, False: 0}  # code of 0 in the signed and in the unsigned map
 _SIGN_OFFSET = 32768  # upper halves of folded negatives are −32768…−1
+
+
+@lru_cache(maxsize=4)
+def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
+    """Values [256] fp32 of the dynamic 8-bit type, ascending: seven decades, each split evenly.
+
+    Signed runs from −0.99297 to 1 with 0 at code 127; unsigned from 0 to 1.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        n = 2**i if signed else 2 ** (i + 1)
+        edges = torch.linspace(0.1, 1, n + 1)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        values.append(10 ** (i - 6) * means)
+        if signed:
+            values.append(-(10 ** (i - 6)) * means)
+    return torch.cat(values).sort().values.to(device)
 
 
 @lru_cache(maxsize=4)
@@ -59,3 +82,14 @@ def code_pairs(signed: bool) -> Tensor:
     low = values.repeat(256)
     high = values.repeat_interleave(256)
     return torch.stack([low, high], dim=1).contiguous().view(torch.int64).reshape(-1)
+
+
+@lru_cache(maxsize=2)
+def coarse_cells() -> Tensor:
+    """Codes [65536] uint8 of the signed map by value in steps of 2/65535 from −1: the rule of
+    bitsandbytes on CPU.
+    """
+    values = dynamic_map()
+    mids = 0.5 * (values[:-1] + values[1:])
+    grid = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535.0
+    return torch.searchsorted(mids, grid).to(torch.uint8)

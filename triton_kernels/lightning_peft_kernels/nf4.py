@@ -26,14 +26,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose
-from lightning_peft_kernels.codebooks import (
-    code,
-    dynamic_map,
-    dynamic_map_cells,
-    fp4_order,
-    midpoints,
-    nf4_cells,
-)
+from lightning_peft_kernels.codebooks import code, fp4_order, midpoints, nf4_cells
+from lightning_peft_kernels.dynamic_map import coarse_cells, dynamic_map
 
 __all__ = [
     "Packed4bit",
@@ -139,7 +133,7 @@ def _nested(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, 
     if absmax.device.type == "cpu":
         unit = padded * (1.0 / absmax2)[:, None]
         index = ((unit.clamp_(-1.0, 1.0) + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num_(0.0).int()
-        codes = dynamic_map_cells()[index.view(-1)].view_as(index)
+        codes = coarse_cells()[index.view(-1)].view_as(index)
         codes = torch.where(absmax2[:, None] == 0, codes.new_zeros(()), codes)
     else:
         values = dynamic_map(True, str(absmax.device))

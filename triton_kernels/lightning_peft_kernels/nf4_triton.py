@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_peft_kernels.codebooks import code, dynamic_map
+from lightning_peft_kernels.codebooks import code
+from lightning_peft_kernels.dynamic_map import dynamic_map
 
 if TYPE_CHECKING:
     from lightning_peft_kernels.nf4 import Packed4bit
@@ -141,6 +142,7 @@ def aot_specs() -> list[dict[str, Any]]:
                     "num_warps": _WARPS,
                     "num_stages": 3,
                     "options": {"enable_fp_fusion": False},
+                    "fast": nested and dtype == "bf16",
                 }
             )
     return specs
