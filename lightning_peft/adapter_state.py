@@ -28,15 +28,6 @@ def trained_tensors(model: nn.Module, adapter_name: str | None = None) -> dict[s
         for key, entry in module.peft.items():
             if adapter_name is None or key == adapter_name:
                 _collect(tensors, entry, f"{name}.peft.{key}" if name else f"peft.{key}")
-    for prefix, root, _ in records_in(model):
-        shared = root._modules.get("peft_shared")
-        for key, entry in shared.items() if isinstance(shared, nn.ModuleDict) else ():
-            if adapter_name is None or key == adapter_name:
-                _collect(
-                    tensors,
-                    entry,
-                    f"{prefix}.peft_shared.{key}" if prefix else f"peft_shared.{key}",
-                )
     if tensors or any(True for _ in records_in(model)):
         tensors |= _running_statistics(model)
     return {k.replace("_orig_mod.", ""): t for k, t in tensors.items()}

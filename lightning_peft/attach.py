@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lightning_peft.layers.adapted import (
     Adapted,
     Adapter,
     Rewrite,
+    Tap,
     adapt,
     adapted_modules,
     adapters_of,
@@ -33,7 +34,7 @@ from lightning_peft.quantizing import plan_quantization, quantize_layers
 from lightning_peft.record import AdapterRecord, Record, forget, record_of, records_in
 from lightning_peft.report import Report, parameter_report
 from lightning_peft.storage import Quantization, storage_of
-from lightning_peft.targets import nearest_names
+from lightning_peft.targets import feedforward_targets, nearest_names
 
 __all__ = ["Planned", "attach", "detach", "plan_attach", "quantize", "reset_adapters"]
 
@@ -68,6 +69,7 @@ def attach(
     methods = [method] if isinstance(method, Method) else list(method)
     _check_name(model, adapter_name)
     _require_parameters(model)
+    methods = [_resolved(m, model) for m in methods]
     if not methods and not modules_to_save:
         raise ValueError(
             "attach: expected at least one method or modules_to_save, got none; everything would "
@@ -76,6 +78,7 @@ def attach(
     saved = _saved_modules(model, modules_to_save)
     planned, skipped, tied = plan_attach(model, methods, saved)
     packing = None if quantization is None else plan_quantization(model, quantization, keep=saved)
+    _refuse_packed_copies(planned, packing)
     record = record_of(model, create=True)
     assert record is not None
     if record.fingerprint is None:
@@ -159,17 +162,15 @@ def _detach_from(root: nn.Module, record: Record, names: list[str]) -> None:
     for _, module in list(adapted_modules(root)):
         for name in names:
             if name in module.peft:
+                for adapter in adapters_of(module, name):
+                    if adapter.tap is not None:
+                        adapter.tap.handle.remove()
                 del module.peft[name]
         refresh(module)
         if not module.peft:
             release(module)
-    shared = root._modules.get("peft_shared")
     for name in names:
         del record.adapters[name]
-        if shared is not None and name in shared:  # type: ignore[operator]
-            del shared[name]  # type: ignore[operator, attr-defined]
-    if shared is not None and not len(shared):  # type: ignore[arg-type]
-        del root.peft_shared
     if not record.adapters:
         for name, parameter in root.named_parameters():
             if record.requires_grad.get(name, False) and parameter.is_floating_point():
@@ -192,15 +193,31 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
                     f"{adapter.site.label}: expected an adapter whose start leaves the base alone, "
                     f"got {adapter.method.label}; detach and attach again"
                 )
-            if adapter.kind == "weight":
-                fresh = _start(adapter.method, adapter.site, adapter.adapter_name, seed)
-                with torch.no_grad():
-                    for key, tensor in adapter.tensors().items():
-                        if key in fresh:
-                            tensor.copy_(fresh[key])
+            fresh = _fresh(adapter, seed)
+            with torch.no_grad():
+                for key, tensor in adapter.state_dict(keep_vars=True).items():
+                    if key in fresh:
+                        tensor.copy_(fresh[key])
+
+
+def _fresh(adapter: Adapter, seed: int | None) -> Mapping[str, Tensor]:
+    """Start values by key in the adapter's state dict."""
+    if adapter.kind == "weight":
+        return _start(adapter.method, adapter.site, adapter.adapter_name, seed)
+    if adapter.kind == "select":
+        return {k: adapter.site.module.get_parameter(p) for k, p in adapter.paths.items()}
+    with _seeded(adapter.site, adapter.adapter_name, seed), torch.device("cpu"):
+        block: nn.Module = adapter.method.module(adapter.site)
+    return {f"block.{k}": t for k, t in block.state_dict().items()}
 
 
 # ---- before anything changes
+
+
+def _resolved(method: Method, model: nn.Module) -> Method:
+    if not isinstance(method, WeightMethod):
+        return method
+    return method.resolved(feedforward_targets(model))
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -285,6 +302,17 @@ def plan_attach(
     return planned, skipped, tied
 
 
+def _refuse_packed_copies(planned: Sequence[Planned], packing: Any) -> None:
+    packed = set() if packing is None else {id(m) for _, m in packing.layers}
+    for method, _, placement in planned:
+        if id(placement.module) in packed and "weight" in placement.paths:
+            raise ValueError(
+                f"{method.label} on {placement.name!r}: expected a dense weight to train a copy "
+                "of, got one that is to be quantised; exclude it from the quantization, or use an "
+                "adapter"
+            )
+
+
 def _copied(planned: Sequence[Planned]) -> set[str]:
     """Names of the parameters of which a copy will be trained."""
     return {f"{p.name}.{path}" if p.name else path for _, _, p in planned for path in p.paths}
@@ -315,17 +343,21 @@ def _make(
     adapter_name: str,
     originals: dict[tuple[int, str], Tensor],
 ) -> None:
-    _share(model, planned, adapter_name)
+    for _, _, placement in planned:  # a layer may have been packed since it was planned
+        placement.site.storage = storage_of(placement.module, placement.site.parameter)
+    copies: dict[int, nn.Parameter] = {}
+    shared: dict[str, Mapping[str, Tensor]] = {}
     for method, key, placement in planned:
         module, site = placement.module, placement.site
-        site.storage = storage_of(
-            module, site.parameter
-        )  # the layer may have been packed since it was planned
         state_training = module.training
         container = adapt(module, site.ops).peft
         _rebind_forward(module)
-        adapter = _build(method, placement, adapter_name)
-        if isinstance(method, WeightMethod) and method.rewrites_base:
+        adapter = _build(method, placement, adapter_name, copies)
+        if isinstance(method, WeightMethod):
+            if key not in shared:
+                shared[key] = _hold_shared(method, key, planned, adapter)
+            adapter.shared = shared[key]
+        if isinstance(method, WeightMethod) and method.starts_from_weight:
             _initialise(adapter, method, originals.get((id(module), site.parameter)))
         adapter.to(site.device)
         adapter.train(state_training)
@@ -337,7 +369,7 @@ def _make(
         )
 
 
-def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapter) -> None:
+def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: nn.Module) -> None:
     """`peft.<name>` for one adapter, `peft.<name>.<slot>` for each of several on one module."""
     if not slot:
         container[adapter_name] = adapter
@@ -347,17 +379,24 @@ def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapt
     container[adapter_name].add_module(slot, adapter)
 
 
-def _build(method: Method, placement: Placement, adapter_name: str) -> Adapter:
+def _build(
+    method: Method, placement: Placement, adapter_name: str, copies: dict[int, nn.Parameter]
+) -> Adapter:
+    """An adapter at its start; `copies` has one copy a tensor, so that what is tied stays tied."""
     adapter = Adapter(method, placement.site, adapter_name)
     if method.kind == "select":
         for path in placement.paths:
             key = path.replace(".", "__")
-            value = placement.module.get_parameter(path).detach().clone()
-            adapter.register_parameter(key, nn.Parameter(value))
+            original = placement.module.get_parameter(path)
+            if id(original) not in copies:
+                copies[id(original)] = nn.Parameter(original.detach().clone())
+            adapter.register_parameter(key, copies[id(original)])
             adapter.paths[key] = path
-    elif method.kind == "block":
-        with _seeded(placement.site, adapter_name, None):
+    elif method.kind in ("block", "sequence"):
+        with _seeded(placement.site, adapter_name, None), torch.device("cpu"):
             adapter.block = method.module(placement.site)  # type: ignore[attr-defined]
+        if placement.tap is not None:
+            adapter.tap = Tap(adapter, placement.tap)
     else:
         assert isinstance(method, WeightMethod)
         buffers = method.buffers(placement.site)
@@ -407,8 +446,21 @@ def _initialise(adapter: Adapter, method: WeightMethod, original: Tensor | None)
             site.write(base)
 
 
-def _share(model: nn.Module, planned: Sequence[Planned], adapter_name: str) -> None:
-    """Tensors that all sites of a method share are held once, by the root."""
+def _hold_shared(
+    method: WeightMethod, key: str, planned: Sequence[Planned], adapter: Adapter
+) -> Mapping[str, Tensor]:
+    """Put the tensors that all sites of a method share beside its first adapter.
+
+    Returns the live buffers, a mapping that follows `.to()`.
+    """
+    sites = [p.site for m, k, p in planned if k == key and m.kind == "weight"]
+    holder = nn.Module()
+    for name, tensor in method.shared(sites).items():
+        holder.register_buffer(name, tensor)
+    if holder._buffers:
+        adapter.add_module("shared_tensors", holder)
+    found: Any = holder._buffers
+    return found  # type: ignore[no-any-return]
 
 
 def _rebind_forward(module: nn.Module) -> None:

@@ -147,7 +147,7 @@ def _entries(found: _Found, method: Method, fmt: HFFormat) -> list[HFEntry]:
             )
         own = {k: t.detach().cpu() for k, t in adapter.tensors().items() if k not in fmt.prefix}
         packed = own if fmt.pack is None else fmt.pack(method, site, own)
-        entries.append(HFEntry(path, site, method, dict(packed)))
+        entries.append(HFEntry(path, site, method, dict(packed), own=own))
     return entries
 
 

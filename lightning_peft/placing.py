@@ -12,9 +12,10 @@ from torch.nn.utils import parametrize
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.adapted import Adapted
 from lightning_peft.methods.base import Method
+from lightning_peft.placing_blocks import block_places, block_site, own_width
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
-from lightning_peft.targets import Selection, select
+from lightning_peft.targets import Selection, block_rule, name_rule, select
 
 __all__ = ["Placement", "adaptable", "place"]
 
@@ -29,6 +30,7 @@ class Placement:
         site: The weight, or for copies and blocks the module itself with its main parameter.
         slot: Key among several adapters of one name on one module; "" where there is one.
         paths: For trained copies: paths of the parameters.
+        tap: For added modules: the module whose input they read, where it is not their own.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Placement:
     site: Site
     slot: str = ""
     paths: tuple[str, ...] = ()
+    tap: nn.Module | None = None
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -87,16 +90,26 @@ def _select(model: nn.Module, method: Any) -> Selection:
     )
 
 
-def _place_block(model: nn.Module, method: Any) -> tuple[list[Placement], Selection]:
-    selection = _select(model, method)
-    placements = []
-    for name in selection.names:
-        module = model.get_submodule(name)
-        placements.append(Placement(name, module, _site(name, module, _main_parameter(module))))
-    return placements, selection
+def _place_block(model: nn.Module, method: Any) -> tuple[list[Placement], Selection | None]:
+    if method.target_modules is None:
+        inside = _chosen(model, method)
+        found = [e for e in block_places(model, method) if inside(e[0].name)]
+        return [Placement(s.name, s.module, s, tap=tap) for s, tap in found], None
+    selection = select(
+        model,
+        method.target_modules,
+        exclude_modules=method.exclude_modules,
+        layers_to_transform=method.layers_to_transform,
+        adaptable=lambda m: bool(own_width(m)),
+        kind_hint=method.default_targets,
+    )
+    role = "beside" if method.where == "beside" else "output"
+    sites = [block_site(n, model.get_submodule(n), role) for n in selection.names]
+    return [Placement(s.name, s.module, s) for s in sites], selection
 
 
 def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]:
+    selects, inside = method.choice(model), _chosen(model, method)
     placements = []
     for name, module in model.named_modules():
         if _inside_peft(name) or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
@@ -104,7 +117,15 @@ def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]
         paths = []
         for path, parameter in _read_parameters(module):
             full = f"{name}.{path}" if name else path
-            if parameter.is_floating_point() and method.selects(full, parameter, module):
+            if not inside(name) or not selects(full, parameter, module):
+                continue
+            if storage_of(module, path).label != "dense" and path.endswith("weight"):
+                raise ValueError(
+                    f"{method.label} on {full!r}: expected a dense weight to train a copy of, got "
+                    f"{storage_of(module, path).label}; a quantised weight takes no gradient: "
+                    "exclude it, or use an adapter"
+                )
+            if parameter.is_floating_point():
                 paths.append(path)
         if paths:
             site = Site(
@@ -117,6 +138,25 @@ def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]
             f"in {type(model).__name__}; choose another method or widen its choice"
         )
     return placements, None
+
+
+def _chosen(model: nn.Module, method: Any) -> Callable[[str], bool]:
+    """Whether a module lies in (or is) one of those that a method's targets name; all by default.
+
+    Raises:
+        ValueError: a layer index beyond the model's blocks.
+    """
+    modules = [(n, m) for n, m in model.named_modules() if not _inside_peft(n)]
+    wanted, excluded = name_rule(method.target_modules), name_rule(method.exclude_modules)
+    blocks = block_rule(modules, method.layers_to_transform)
+
+    def inside(name: str) -> bool:
+        parts = name.split(".")
+        parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        named = method.target_modules is None or any(map(wanted, parents))
+        return named and blocks(name) and not any(map(excluded, parents))
+
+    return inside
 
 
 def _read_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -132,7 +172,7 @@ def _read_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _inside_peft(name: str) -> bool:
-    return "peft" in name.split(".") or "peft_shared" in name.split(".")
+    return "peft" in name.split(".")
 
 
 def _main_parameter(module: nn.Module) -> str:

@@ -120,7 +120,7 @@ def _count(model: nn.Module, report: Report) -> None:
     nbytes: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in model.named_modules():
-        inside = {"peft", "peft_shared"} & set(name.split("."))
+        inside = "peft" in name.split(".")
         scales = _scale_names(module)
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_peft.edit import Edit, Rotation
 
-__all__ = ["LayerOps", "Reason", "Site", "Storage"]
+__all__ = ["BlockSite", "LayerOps", "Reason", "SequenceSite", "Site", "Storage"]
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,12 @@ class Site:
         return self.ops.shape(self.module, self.parameter, natural)
 
     @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Axes of the stored weight beyond [out, in] (a convolution's kernel), else empty."""
+        natural = self.storage.shape(self.module, self.parameter)
+        return () if self.batch_shape else tuple(natural[2:])
+
+    @property
     def batch_shape(self) -> torch.Size:
         """Leading axes: empty, or [experts]."""
         return self.shape[:-2]
@@ -276,3 +282,56 @@ class Site:
         for edit in edits:
             M = edit.matrix(M, self.ops, self)
         return M
+
+
+@dataclass
+class BlockSite(Site):
+    """Where an added module acts.
+
+    Attributes:
+        width_in: Features that it reads.
+        width_out: Features that it adds to.
+        role: ``"output"``: y + u(y); ``"norm"``: a normalisation f(r) becomes f(r + u(f(r)));
+            ``"beside"``: y + u(x).
+    """
+
+    width_in: int = 0
+    width_out: int = 0
+    role: str = "output"
+
+    @property
+    def shape(self) -> torch.Size:
+        """[width_out, width_in]."""
+        return torch.Size((self.width_out, self.width_in))
+
+
+@dataclass
+class SequenceSite(Site):
+    """A model, or a part of one, that takes further positions.
+
+    Attributes:
+        width: Features of an embedding.
+        layers: (heads, features of a head) of the keys and values of every attention layer.
+        strip: Whether the further positions are taken off the output again.
+        embedding: Path of the module from ids to embeddings, inside the site's module.
+    """
+
+    width: int = 0
+    layers: tuple[tuple[int, int], ...] = ()
+    strip: bool = True
+    embedding: str = ""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[positions' features, layers]."""
+        return torch.Size((self.width, len(self.layers)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings."""
+        return self.embeddings.weight.dtype
+
+    @property
+    def embeddings(self) -> Any:
+        """The module from ids to embeddings."""
+        return self.module.get_submodule(self.embedding)

@@ -21,9 +21,12 @@ from lightning_peft.architectures import MODEL_TYPES, Family
 
 __all__ = [
     "Selection",
+    "block_rule",
     "classification_heads",
     "default_targets",
     "feedforward_targets",
+    "hf_models",
+    "name_rule",
     "nearest_names",
     "output_head",
     "select",
@@ -107,8 +110,8 @@ def select(
     if target_modules is None and adaptable(model):
         return Selection(("",), (), tied_parameters(model))
     matches = _matcher(model, target_modules, kind_hint, modules, adaptable)
-    excluded = _name_rule(exclude_modules)
-    blocks = _block_rule(modules, layers_to_transform)
+    excluded = name_rule(exclude_modules)
+    blocks = block_rule(modules, layers_to_transform)
     bypassed = _bypassed(modules)
     names: list[str] = []
     skipped: list[tuple[str, str]] = []
@@ -151,7 +154,7 @@ def _matcher(
     if target_modules == "all-linear":
         return lambda name, module: _linear_like(module)
     if target_modules is not None:
-        rule = _name_rule(target_modules)
+        rule = name_rule(target_modules)
         return lambda name, module: rule(name)
     choices = default_targets(model, kind_hint)
     if not choices:
@@ -167,7 +170,7 @@ def _matcher(
     )
 
 
-def _name_rule(rule: str | Sequence[str] | None) -> Callable[[str], bool]:
+def name_rule(rule: str | Sequence[str] | None) -> Callable[[str], bool]:
     """A list is suffixes at a dot; a string is a regular expression, unless it is a bare name."""
     if rule is None:
         return lambda name: False
@@ -184,7 +187,7 @@ def _suffix(name: str, suffixes: Sequence[str]) -> bool:
     return any(name == s or name.endswith("." + s) for s in suffixes)
 
 
-def _block_rule(
+def block_rule(
     modules: Sequence[tuple[str, nn.Module]], layers: int | Sequence[int] | None
 ) -> Callable[[str], bool]:
     if layers is None:
@@ -266,7 +269,7 @@ def _fused_scan() -> bool:
 
 def _inside_adapter(name: str) -> bool:
     parts = name.split(".")
-    return "peft" in parts or "peft_shared" in parts
+    return "peft" in parts
 
 
 def _leafy(model: nn.Module, name: str) -> bool:
@@ -276,7 +279,7 @@ def _leafy(model: nn.Module, name: str) -> bool:
 # ---- what a model says about itself
 
 
-def _hf_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def hf_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Outermost sub-modules with a transformers config, by duck typing."""
     taken: list[str] = []
     for name, module in model.named_modules():
@@ -288,12 +291,12 @@ def _hf_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _model_types(model: nn.Module) -> list[str]:
-    return [m.config.model_type for _, m in _hf_models(model)]
+    return [m.config.model_type for _, m in hf_models(model)]
 
 
 def _families(model: nn.Module) -> list[tuple[str, Family]]:
     found = []
-    for name, module in _hf_models(model):
+    for name, module in hf_models(model):
         family = MODEL_TYPES.get(module.config.model_type)
         if family is not None:
             found.append((name, family))
@@ -318,7 +321,7 @@ def output_head(model: nn.Module) -> set[str]:
     """Names of the output layers: what `get_output_embeddings` answers, and heads known by name."""
     heads: set[str] = set()
     by_id = {id(m): n for n, m in model.named_modules()}
-    for name, module in _hf_models(model):
+    for name, module in hf_models(model):
         getter = getattr(module, "get_output_embeddings", None)
         head = getter() if callable(getter) else None
         if isinstance(head, nn.Module) and id(head) in by_id:
@@ -336,7 +339,7 @@ def output_head(model: nn.Module) -> set[str]:
 def classification_heads(model: nn.Module) -> list[str]:
     """Names of heads that are fresh in a model for a task, to be trained whole."""
     found = []
-    for name, module in _hf_models(model):
+    for name, module in hf_models(model):
         if any(type(module).__name__.endswith(t) for t in _FRESH_TASKS):
             prefix = f"{name}." if name else ""
             found += [f"{prefix}{c}" for c, _ in module.named_children() if c in _FRESH_HEADS]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.edit import Edit
@@ -22,6 +24,7 @@ __all__ = [
     "AdaptedState",
     "Adapter",
     "Rewrite",
+    "Tap",
     "adapt",
     "adapted_modules",
     "adapters_of",
@@ -55,6 +58,7 @@ class Adapter(nn.Module):
         shared: Tensors held by the root for all sites; not owned.
         rewrite: What its initialisation did to the base weight, if anything.
         paths: For trained copies: our parameter name → path of the parameter in the module.
+        tap: For an added module that reads another module's input.
     """
 
     method: Any
@@ -71,6 +75,7 @@ class Adapter(nn.Module):
         self.shared = {}
         self.rewrite = None
         self.paths: dict[str, str] = {}
+        self.tap: Tap | None = None
 
     @property
     def kind(self) -> str:
@@ -160,10 +165,21 @@ def _forward(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    x = args[0] if args else next(iter(kwargs.values()))
     y = state.ops.forward(module, run, edits, args, kwargs) if edits else run(*args, **kwargs)
     for adapter in blocks:
-        y = apply_block(adapter, args, kwargs, y)
+        x, y = apply_block(adapter, x, y, partial(_again, module, state, run, edits))
     return y
+
+
+def _again(
+    module: Any,
+    state: AdaptedState,
+    run: Callable[..., Any],
+    edits: Sequence[Adapter],
+    x: Tensor,
+) -> Any:
+    return state.ops.forward(module, run, edits, (x,), {}) if edits else run(x)
 
 
 def _forward_with_copies(
@@ -208,20 +224,63 @@ def _forward_copies_by_row(
     return y
 
 
-def apply_block(adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
-    """The added module's effect on a layer's output, on the rows that are under it.
+def apply_block(
+    adapter: Adapter, x: Any, y: Any, again: Callable[[Tensor], Any]
+) -> tuple[Any, Any]:
+    """Input and output of a layer with the added module's effect, on the rows that are under it.
 
-    A tuple output carries the hidden states first; a keyword input is called ``hidden_states``.
+    A tuple output carries the hidden states first. `again` runs the layer on another input.
     """
-    x = args[0] if args else kwargs["hidden_states"]
+    role = adapter.site.role  # type: ignore[attr-defined]
     hidden = y[0] if isinstance(y, tuple) else y
+    if role == "beside":
+        read = x if adapter.tap is None else adapter.tap.take()
+    else:
+        read = hidden
     mix = current_rows()
     if mix is None:
-        out = adapter.method.after(adapter.block, x, hidden)
+        change = adapter.method.change(adapter.block, read, adapter.site).to(hidden.dtype)
     else:
         rows = mix.index(adapter.adapter_name, hidden.shape[0], hidden.device)
-        out = hidden.index_copy(0, rows, adapter.method.after(adapter.block, x[rows], hidden[rows]))
-    return (out, *y[1:]) if isinstance(y, tuple) else out
+        part = adapter.method.change(adapter.block, read[rows], adapter.site)
+        change = torch.zeros_like(hidden).index_copy(0, rows, part.to(hidden.dtype))
+    if role == "norm":
+        x = x + change
+        return x, again(x)
+    out = hidden + change
+    return x, (out, *y[1:]) if isinstance(y, tuple) else out
+
+
+class Tap:
+    """Keeps the input of one module for an adapter on another, within one forward of a block.
+
+    Both run inside the same block, so that activation checkpointing repeats both.
+    """
+
+    def __init__(self, adapter: Adapter, module: nn.Module) -> None:
+        self.adapter = adapter
+        self.seen: Tensor | None = None
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook: keep the input while the adapter acts."""
+        if self.adapter in self.adapter.site.module._peft.blocks:
+            self.seen = args[0] if args else next(iter(kwargs.values()))
+
+    def take(self) -> Tensor:
+        """The input that was kept, once.
+
+        Raises:
+            RuntimeError: the tapped module did not run before the adapter's.
+        """
+        x, self.seen = self.seen, None
+        if x is None:
+            raise RuntimeError(
+                f"{self.adapter.site.label}: expected the module that leads into the feed-forward "
+                "branch to run before it, found that it did not; name the modules in "
+                "target_modules"
+            )
+        return x
 
 
 def adapt(module: nn.Module, ops: LayerOps) -> Adapted:

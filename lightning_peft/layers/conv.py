@@ -91,7 +91,7 @@ class ConvOps(MatrixOps):
         ones = (1,) * len(m.kernel_size)
         if layout == "up":
             return t.reshape(*t.shape, *ones)
-        if layout in ("out", "in"):
+        if layout in ("out", "in", "vector"):
             return t.reshape(1, -1, *ones)
         if layout != "down":
             return t
@@ -105,7 +105,7 @@ class ConvOps(MatrixOps):
     def hf_unpack(self, m: Any, name: str, layout: str, t: Tensor) -> Tensor:
         """Canonical axes; across groups only where the file's A keeps to its group."""
         k = tuple(m.kernel_size)
-        if layout in ("out", "in", "up"):
+        if layout in ("out", "in", "vector", "up"):
             vector = layout != "up"
             if t.ndim != 2 + len(k) or t.shape[2:].numel() != 1 or (vector and t.shape[0] != 1):
                 raise ValueError(

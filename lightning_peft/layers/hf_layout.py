@@ -2,7 +2,8 @@
 
 Defaults are those of plain matrices; a kind of layer overrides what differs. `layout` is what a
 method's table says about a tensor's axes: ``"down"`` [r, in], ``"up"`` [out, r], ``"out"`` [out],
-``"in"`` [channels], or ``""`` for axes that no kind of layer changes.
+``"in"`` [channels], ``"vector"`` one of both as [out, 1] or [1, channels], or ``""`` for axes that
+no kind of layer changes.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class HFLayout:
         Raises:
             ValueError: the shape or the content has no canonical equal; says what was expected.
         """
+        if layout == "vector":
+            if t.ndim != 2 or 1 not in t.shape:
+                raise ValueError(f"expected shape [n, 1] or [1, n], got {list(t.shape)}")
+            return t
         ndim = {"down": 2, "up": 2, "out": 1}.get(layout)
         if ndim is not None and t.ndim != ndim:
             raise ValueError(f"expected {ndim} axes, got shape {list(t.shape)}")

@@ -216,16 +216,14 @@ class MatrixOps(HFLayout):
                 if b is None or e.scale_bias or e.out_scale is None
                 else self.per_output(m, b).to(v.dtype)
             )
-            if keep is not None:
-                v = v - keep
             for term in e.terms:
                 v = v + term.apply(self, adapter.site, _drop(z, e.dropout, m.training)).to(v.dtype)
             if e.bias is not None and (e.scale_bias or e.out_scale is None):
                 v = v + self.per_output(m, e.bias).to(v.dtype)
             if e.out_scale is not None:
-                v = v * self.per_output(m, e.out_scale).to(v.dtype)
-            if keep is not None:
-                v = v + keep
+                scale = self.per_output(m, e.out_scale).to(v.dtype)
+                # The bias stays: (v - b) scale + b, written so that a scale of 1 changes no bit.
+                v = v * scale if keep is None else v + (v - keep) * (scale - 1)
             if e.bias is not None and not (e.scale_bias or e.out_scale is None):
                 v = v + self.per_output(m, e.bias).to(v.dtype)
             biases[of] = e.edited_bias(b)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.edit import Edit
 from lightning_peft.methods.hf_format import HFEntry, HFFormat
-from lightning_peft.site import Site
+from lightning_peft.site import BlockSite, SequenceSite, Site
 
 __all__ = [
     "METHODS",
@@ -117,8 +117,22 @@ class WeightMethod(Method):
 
     @property
     def rewrites_base(self) -> bool:
-        """Whether `initialise` needs the weight (and may replace it)."""
+        """Whether `initialise` replaces the weight, from its value before any quantisation."""
         return False
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether `initialise` is called at all: it needs the weight as the layer reads it."""
+        return self.rewrites_base
+
+    def resolved(self, feedforward: Sequence[str]) -> Method:
+        """The method with what it takes from the model filled in.
+
+        Args:
+            feedforward: Suffixes of the layers that lead out of a feed-forward block, by the
+                architectures' table; empty where the architecture is not in it.
+        """
+        return self
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """The change of the weight."""
@@ -141,26 +155,59 @@ class WeightMethod(Method):
 
 @dataclass(frozen=True)
 class BlockMethod(Method):
-    """Adds a small module behind (or beside) a layer: y → after(module, x, y)."""
+    """Adds a small module behind (or beside) a layer."""
 
     kind: ClassVar[str] = "block"
     mergeable: ClassVar[bool] = False
 
-    def module(self, site: Site) -> nn.Module:
+    @property
+    def where(self) -> str:
+        """Places of a transformer block where none are named: ``"branches"``, ``"residual"`` or
+        ``"beside"`` the feed-forward branch.
+        """
+        return "branches"
+
+    def module(self, site: BlockSite) -> nn.Module:
         """The added module, initialised."""
         raise TypeError(f"{self.label}: expected a method with `module`, found none")
 
-    def after(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's new output from its input x and output y."""
-        raise TypeError(f"{self.label}: expected a method with `after`, found none")
+    def change(self, module: nn.Module, x: Tensor, site: BlockSite) -> Tensor:
+        """What is added to the layer's output; x is that output, or its input (`BlockSite.role`)."""
+        raise TypeError(f"{self.label}: expected a method with `change`, found none")
 
 
 @dataclass(frozen=True)
 class SequenceMethod(Method):
-    """Adds positions to the sequence: acts at the model's boundary or in its attention."""
+    """Adds positions to the sequence, at the model's boundary or in its attention.
+
+    Attributes:
+        acts: ``"prepend"``: embeddings before the text; ``"add"``: added to the text's embeddings;
+            ``"attention"``: keys and values before those of the text.
+    """
 
     kind: ClassVar[str] = "sequence"
     mergeable: ClassVar[bool] = False
+
+    @property
+    def acts(self) -> str:
+        """How the positions enter."""
+        return "prepend"
+
+    def module(self, site: SequenceSite) -> nn.Module:
+        """The module that holds the trained tensors, initialised."""
+        raise TypeError(f"{self.label}: expected a method with `module`, found none")
+
+    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+        """The positions: [n, width], or [n, Σ of the layers' keys and values]."""
+        raise TypeError(f"{self.label}: expected a method with `table`, found none")
+
+    def load_table(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
+        """Make `table` return this one.
+
+        Raises:
+            ValueError: another shape, or a module that computes its table.
+        """
+        raise ValueError(f"{self.label}: expected a method whose table can be set, found none")
 
 
 @dataclass(frozen=True)
@@ -173,6 +220,10 @@ class SelectMethod(Method):
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether this parameter of `owner` is trained."""
         raise TypeError(f"{self.label}: expected a method with `selects`, found none")
+
+    def choice(self, model: nn.Module) -> Callable[[str, nn.Parameter, nn.Module], bool]:
+        """`selects`, for methods whose choice depends on the whole model."""
+        return self.selects
 
 
 M = TypeVar("M", bound=type[Method])

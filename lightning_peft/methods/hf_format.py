@@ -33,6 +33,7 @@ class HFEntry:
         method: The method; None while reading, before it is known.
         tensors: By our names, in peft's content (after `pack`) and canonical axes.
         shapes: While reading: shapes as they are in the file, by our names.
+        own: While writing: our tensors, before `pack`.
     """
 
     path: str
@@ -40,6 +41,7 @@ class HFEntry:
     method: Any
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
     def names_and_shapes(self) -> str:
         """The file's shapes, for messages."""

@@ -1,0 +1,85 @@
+"""DoRA: W' = m ⊙ (W + s B A) / ‖W + s B A‖ by rows. Liu et al. 2024, arXiv:2402.09353."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_peft.edit import Edit, LowRank
+from lightning_peft.methods.base import empty_like_site, register, require
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.site import Site
+
+__all__ = ["DoRA"]
+
+
+@register
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA on the direction of each row of the weight, and its length `magnitude` [out] trained.
+
+    The norm is taken without forming B A (‖w + s·bA‖² expands into products with r columns) and is
+    a constant for the backward, as in the paper. On a quantised base it is that of the dequantised
+    weight. Dropout drops inputs of the low-rank branch only.
+
+    Attributes:
+        r, alpha, dropout, …: As for LoRA.
+
+    Raises:
+        ValueError: as LoRA; lora_bias, which would be scaled by an undefined norm.
+    """
+
+    hf = dataclasses.replace(
+        LoRA.hf,  # type: ignore[type-var]
+        tensors={**LoRA.hf.tensors, "magnitude": "lora_magnitude_vector"},  # type: ignore[union-attr]
+        layouts={**LoRA.hf.layouts, "magnitude": "out"},  # type: ignore[union-attr]
+        fixed={**LoRA.hf.fixed, "use_dora": True},  # type: ignore[union-attr]
+        when={"use_dora": True},
+        uniform=None,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        require(not self.lora_bias, f"{self.label}: expected lora_bias=False, got True")
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """A, B as LoRA; magnitude is set from the weight."""
+        return {**super().parameters(site), "magnitude": empty_like_site(site, site.out_features)}
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """The rows' norms."""
+        return True
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """LoRA's start, then magnitude = ‖W + s B A‖ of what the layer reads."""
+        base = super().initialise(p, site, W) if self.rewrites_base else None
+        read = site.weight(torch.float32) if base is None else site.roundtrip(base)
+        p["magnitude"] = self._norm(p, site, read)
+        return base
+
+    def _norm(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor:
+        """‖W + s B A‖ by rows, fp32 [*batch, out]."""
+        A, B = p["A"].detach().float().to(W.device), p["B"].detach().float().to(W.device)
+        s = self.scaling(site, A.shape[-2])
+        cross = (W @ A.mT * B).sum(-1)
+        own = (B @ (A @ A.mT) * B).sum(-1)
+        square = torch.linalg.vector_norm(W, dim=-1).square() + 2 * s * cross + s * s * own
+        norm: Tensor = square.clamp_min(0.0).sqrt()
+        return norm
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """Rows of W + s B A scaled by magnitude / norm; the bias is not."""
+        with torch.no_grad():
+            norm = self._norm(p, site, site.weight(torch.float32))
+        scale = p["magnitude"] / norm.clamp_min(torch.finfo(torch.float32).tiny).to(
+            p["magnitude"].dtype
+        )
+        A = p["A"]
+        term = LowRank(A, p["B"], self.scaling(site, A.shape[-2]))
+        return Edit(terms=(term,), out_scale=scale, dropout=self.dropout)

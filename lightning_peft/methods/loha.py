@@ -1,0 +1,173 @@
+"""LoHa: ΔW = s · (B₁ A₁) ∘ (B₂ A₂). Hyeon-Woo et al. 2021, arXiv:2108.06098; LyCORIS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.edit import Dense, Edit, LowRank, Term
+from lightning_peft.methods.base import (
+    HFFormat,
+    WeightMethod,
+    empty_like_site,
+    match_pattern,
+    register,
+    require,
+)
+from lightning_peft.site import Site
+
+__all__ = ["LoHa"]
+
+
+def _kernel(method: Any, site: Site) -> tuple[int, ...]:
+    """Kernel axes as the tensors t₁, t₂ have them: two at least."""
+    kernel = site.kernel_size
+    return kernel if len(kernel) != 1 else (*kernel, 1)
+
+
+@register
+@dataclass(frozen=True)
+class LoHa(WeightMethod):
+    """A Hadamard product of two low-rank matrices: rank up to r² from 2r(in + out) numbers.
+
+    It is exactly low rank with r² columns (row-wise Kronecker products of the factors), and runs so
+    where that is cheaper than the product of the layer; elsewhere ΔW is formed once a forward.
+
+    Attributes:
+        r: Rank of each factor.
+        alpha: s = α/r.
+        rank_dropout: Probability of dropping a row of ΔW, in training.
+        module_dropout: Probability of dropping ΔW, in training.
+        use_effective_conv2d: Factors for the kernel's axes of their own, in convolutions.
+        rank_pattern: Layer name pattern → rank.
+        alpha_pattern: The same for alpha.
+
+    Raises:
+        ValueError: r < 1, alpha ≤ 0, a probability outside [0, 1).
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    hf = HFFormat(
+        peft_type="LOHA",
+        tensors={
+            "w1_a": "hada_w1_a",
+            "w1_b": "hada_w1_b",
+            "w2_a": "hada_w2_a",
+            "w2_b": "hada_w2_b",
+            "t1": "hada_t1",
+            "t2": "hada_t2",
+        },
+        config={
+            "r": "r",
+            "alpha": "alpha",
+            "rank_dropout": "rank_dropout",
+            "module_dropout": "module_dropout",
+            "use_effective_conv2d": "use_effective_conv2d",
+            "rank_pattern": "rank_pattern",
+            "alpha_pattern": "alpha_pattern",
+        },
+        defaults={
+            "rank_dropout": 0.0,
+            "module_dropout": 0.0,
+            "use_effective_conv2d": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        },
+        ignored=("init_weights",),
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
+        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            require(alpha > 0, f"{self.label}: expected alpha > 0, got {where} = {alpha}")
+        for name in ("rank_dropout", "module_dropout"):
+            p = getattr(self, name)
+            require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
+
+    def rank(self, site: Site) -> int:
+        """Rank at this site."""
+        r: int = match_pattern(self.rank_pattern, site.name, self.r)
+        return r
+
+    def scaling(self, site: Site) -> float:
+        """α/r at this site."""
+        return float(match_pattern(self.alpha_pattern, site.name, self.alpha) / self.rank(site))
+
+    def _effective(self, site: Site) -> bool:
+        return self.use_effective_conv2d and any(k != 1 for k in site.kernel_size)
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """w1_a, w2_a [out, r], w1_b, w2_b [r, in]; or t1, t2 [r, r, *kernel] with w [r, ·]."""
+        r = self.rank(site)
+        if self._effective(site):
+            kernel = _kernel(self, site)
+            channels = site.in_features // math.prod(kernel)
+            shapes: dict[str, tuple[int, ...]] = {
+                "t1": (r, r, *kernel),
+                "w1_a": (r, site.out_features),
+                "w1_b": (r, channels),
+                "t2": (r, r, *kernel),
+                "w2_a": (r, site.out_features),
+                "w2_b": (r, channels),
+            }
+        else:
+            shapes = {
+                "w1_a": (site.out_features, r),
+                "w1_b": (r, site.in_features),
+                "w2_a": (site.out_features, r),
+                "w2_b": (r, site.in_features),
+            }
+        p = {name: empty_like_site(site, *shape) for name, shape in shapes.items()}
+        for name, t in p.items():
+            if name == "w2_b":  # ΔW is zero at the start
+                nn.init.zeros_(t)
+            else:
+                fan_in = t.shape[-1] if t.ndim == 2 + len(site.batch_shape) else t[0].numel()
+                nn.init.uniform_(t, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        return p
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """Low rank r² where that costs less, ΔW formed elsewhere."""
+        training = site.module.training
+        if training and self.module_dropout and torch.rand(()) < self.module_dropout:
+            return Edit()
+        rows = None
+        if training and self.rank_dropout:
+            rows = _kept_rows(site, self.rank_dropout, p["w1_a"])
+        return Edit(terms=(self._term(p, site, rows),))
+
+    def _term(self, p: Mapping[str, Tensor], site: Site, rows: Tensor | None) -> Term:
+        s, r = self.scaling(site), self.rank(site)
+        if "t1" in p:
+            one, two = (
+                torch.einsum("ijk,jr,ip->prk", t.flatten(2), b, a).flatten(1)
+                for t, a, b in ((p["t1"], p["w1_a"], p["w1_b"]), (p["t2"], p["w2_a"], p["w2_b"]))
+            )
+            delta = one * two * s
+            return Dense(delta if rows is None else rows.unsqueeze(-1) * delta)
+        if r * r * (site.in_features + site.out_features) < site.in_features * site.out_features:
+            B = (p["w1_a"].unsqueeze(-1) * p["w2_a"].unsqueeze(-2)).flatten(-2)
+            A = (p["w1_b"].unsqueeze(-2) * p["w2_b"].unsqueeze(-3)).flatten(-3, -2)
+            return LowRank(A, B if rows is None else rows.unsqueeze(-1) * B, s)
+        delta = (p["w1_a"] @ p["w1_b"]) * (p["w2_a"] @ p["w2_b"]) * s
+        return Dense(delta if rows is None else rows.unsqueeze(-1) * delta)
+
+
+def _kept_rows(site: Site, probability: float, like: Tensor) -> Tensor:
+    """[out]: 0 for dropped rows, 1 / (share kept) for the others."""
+    kept = (torch.rand(site.out_features, device=like.device) > probability).to(like.dtype)
+    return kept / kept.mean().clamp_min(torch.finfo(like.dtype).eps)

@@ -1,0 +1,200 @@
+"""LoKr: ΔW = s · w₁ ⊗ w₂, w₂ (and w₁) low rank. Yeh et al. 2023 (LyCORIS), arXiv:2309.14859."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.edit import Dense, Edit, Kron
+from lightning_peft.methods.base import (
+    HFFormat,
+    WeightMethod,
+    empty_like_site,
+    match_pattern,
+    register,
+    require,
+)
+from lightning_peft.site import Site
+
+__all__ = ["LoKr", "factorization"]
+
+
+def factorization(n: int, factor: int = -1) -> tuple[int, int]:
+    """n = a · b: a closest to √n and at most `factor` (-1: no bound); `factor` itself, first, where
+    it divides n.
+    """
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    bound = n if factor == -1 else factor
+    a = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0 and (d <= bound or d == 1))
+    return a, n // a
+
+
+def _pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A full w2 has the kernel's axes in the file."""
+    packed = dict(p)
+    if "w2" in p and site.kernel_size:
+        packed["w2"] = p["w2"].reshape(p["w2"].shape[0], -1, *site.kernel_size)
+    return packed
+
+
+def _unpack(
+    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    return {k: t.flatten(1) if k == "w2" else t for k, t in p.items()}
+
+
+@register
+@dataclass(frozen=True)
+class LoKr(WeightMethod):
+    """A Kronecker product w1 [a, c] ⊗ w2 [b, d] with a·b = out, c·d = in.
+
+    Runs as two small products (vec identity); ΔW is not formed on a linear layer.
+
+    Attributes:
+        r: Rank of w2 (w2 is kept full where r ≥ max(b, d)/2).
+        alpha: s = α/r, also where w2 is full.
+        rank_dropout: Probability of dropping a row of ΔW, in training.
+        module_dropout: Probability of dropping ΔW, in training.
+        rank_dropout_scale: Whether kept rows are scaled up.
+        decompose_both: Whether w1 is low rank too, where r < max(a, c)/2.
+        decompose_factor: Bound of a and c; -1 for the closest to a square.
+        use_effective_conv2d: Low rank over the kernel's axes too, in convolutions.
+        rank_pattern: Layer name pattern → rank.
+        alpha_pattern: The same for alpha.
+
+    Raises:
+        ValueError: r < 1, alpha ≤ 0, a probability outside [0, 1), decompose_factor 0 or below -1.
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    rank_dropout_scale: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    use_effective_conv2d: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    hf = HFFormat(
+        peft_type="LOKR",
+        tensors={
+            "w1": "lokr_w1",
+            "w1_a": "lokr_w1_a",
+            "w1_b": "lokr_w1_b",
+            "w2": "lokr_w2",
+            "w2_a": "lokr_w2_a",
+            "w2_b": "lokr_w2_b",
+            "t2": "lokr_t2",
+        },
+        config={
+            "r": "r",
+            "alpha": "alpha",
+            "rank_dropout": "rank_dropout",
+            "module_dropout": "module_dropout",
+            "rank_dropout_scale": "rank_dropout_scale",
+            "decompose_both": "decompose_both",
+            "decompose_factor": "decompose_factor",
+            "use_effective_conv2d": "use_effective_conv2d",
+            "rank_pattern": "rank_pattern",
+            "alpha_pattern": "alpha_pattern",
+        },
+        defaults={
+            "rank_dropout": 0.0,
+            "module_dropout": 0.0,
+            "rank_dropout_scale": False,
+            "decompose_both": False,
+            "decompose_factor": -1,
+            "use_effective_conv2d": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        },
+        ignored=("init_weights",),
+        pack=_pack,
+        unpack=_unpack,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
+        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            require(alpha > 0, f"{self.label}: expected alpha > 0, got {where} = {alpha}")
+        for name in ("rank_dropout", "module_dropout"):
+            p = getattr(self, name)
+            require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
+        require(
+            self.decompose_factor == -1 or self.decompose_factor >= 1,
+            f"{self.label}: expected decompose_factor -1 or >= 1, got {self.decompose_factor}",
+        )
+
+    def check(self, site: Site) -> None:
+        """Experts: one Kronecker product a matrix has no grouped form here."""
+        require(
+            not site.batch_shape,
+            f"{self.label} on {site.label!r}: expected one matrix, got a stack of experts; "
+            "exclude it or use LoRA there",
+        )
+
+    def rank(self, site: Site) -> int:
+        """Rank at this site."""
+        r: int = match_pattern(self.rank_pattern, site.name, self.r)
+        return r
+
+    def scaling(self, site: Site) -> float:
+        """α/r at this site."""
+        return float(match_pattern(self.alpha_pattern, site.name, self.alpha) / self.rank(site))
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """w1 zero (or its first factor), the others uniform."""
+        r, kernel = self.rank(site), site.kernel_size
+        width = math.prod(kernel)
+        a, b = factorization(site.out_features, self.decompose_factor)
+        c, d = factorization(site.in_features // width, self.decompose_factor)
+        shapes: dict[str, tuple[int, ...]]
+        if self.decompose_both and r < max(a, c) / 2:
+            shapes = {"w1_a": (a, r), "w1_b": (r, c)}
+        else:
+            shapes = {"w1": (a, c)}
+        if r >= max(b, d) / 2:
+            shapes["w2"] = (b, d * width)
+        elif self.use_effective_conv2d and any(k != 1 for k in kernel):
+            shapes |= {"t2": (r, r, *kernel), "w2_a": (r, b), "w2_b": (r, d)}
+        else:
+            shapes |= {"w2_a": (b, r), "w2_b": (r, d * width)}
+        p = {name: empty_like_site(site, *shape) for name, shape in shapes.items()}
+        for name, t in p.items():
+            if name in ("w1", "w1_a"):
+                nn.init.zeros_(t)
+            else:
+                bound = 1 / math.sqrt(t[0].numel())
+                nn.init.uniform_(t, -bound, bound)
+        return p
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A Kronecker term."""
+        training = site.module.training
+        if training and self.module_dropout and torch.rand(()) < self.module_dropout:
+            return Edit()
+        w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
+        if "w2" in p:
+            w2 = p["w2"]
+        elif "t2" in p:
+            t2 = p["t2"].flatten(2)
+            w2 = torch.einsum("ijk,jr,ip->prk", t2, p["w2_b"], p["w2_a"]).flatten(1)
+        else:
+            w2 = p["w2_a"] @ p["w2_b"]
+        term = Kron(w1, w2, self.scaling(site))
+        if not (training and self.rank_dropout):
+            return Edit(terms=(term,))
+        kept = (torch.rand(site.out_features, device=w1.device) > self.rank_dropout).to(w1.dtype)
+        if self.rank_dropout_scale:
+            kept = kept / kept.mean().clamp_min(torch.finfo(kept.dtype).eps)
+        return Edit(terms=(Dense(kept.unsqueeze(-1) * term.matrix()),))

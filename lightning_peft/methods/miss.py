@@ -1,0 +1,152 @@
+"""MiSS: one small matrix shared by all stretches of the input. Kang & Yin 2024, arXiv:2409.15371
+(its old name is Bone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft.edit import Dense, Edit, Term
+from lightning_peft.methods.base import (
+    HFEntry,
+    HFFormat,
+    WeightMethod,
+    empty_like_site,
+    register,
+    require,
+)
+from lightning_peft.site import LayerOps, Site
+
+__all__ = ["MiSS", "Tiled"]
+
+
+@dataclass(frozen=True)
+class Tiled(Term):
+    """ΔW[o, i] = D[i mod r, o] with D [*batch, r, out]: stretches of the input are summed first."""
+
+    D: Tensor
+    in_features: int
+
+    def matrix(self) -> Tensor:
+        """ΔW, tiled."""
+        times = -(-self.in_features // self.D.shape[-2])
+        return self.D.mT.repeat(*(1,) * (self.D.ndim - 1), times)[..., : self.in_features]
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """(Σ_j x_j) D over stretches x_j of length r."""
+        if self.D.ndim > 2 or not ops.supports("rotation"):
+            return Dense(self.matrix()).apply(ops, site, x)
+        r = self.D.shape[0]
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.D.dtype)
+        x = F.pad(x, (0, -x.shape[-1] % r))
+        return x.reshape(*x.shape[:-1], -1, r).sum(-2) @ self.D
+
+
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    config["init_weights"] = {"default": True}.get(config["init_weights"], config["init_weights"])
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    start = config.get("init_weights", True)
+    if start not in (True, False, "bat", "mini"):
+        raise ValueError(
+            f"adapter_config.json: init_weights: expected true, 'bat' or 'mini', got {start!r}"
+        )
+    return {"form": start if isinstance(start, str) else "default"}
+
+
+def _refuse(method: Any, site: Site) -> str:
+    return "" if site.ops.supports("rotation") and not site.batch_shape else "peft: linear only"
+
+
+@register
+@dataclass(frozen=True)
+class MiSS(WeightMethod):
+    """y += (Σ_j x_j) D with D [r, out], x_j the stretches of length r of the input; no scale.
+
+    Attributes:
+        r: Length of a stretch, r ≤ in.
+        mini_r: Columns of D before they are repeated, for form ``"mini"``; divides out.
+        dropout: Probability of dropping an input element of the branch, in training.
+        form: ``"default"``; ``"mini"``: D [r, mini_r] repeated along out; ``"bat"``: each block
+            W_oi becomes W_oi + W_oi D_o + D_o (r divides in and out; the weight is formed).
+
+    Raises:
+        ValueError: r < 1, mini_r < 1, dropout outside [0, 1), an unknown form.
+    """
+
+    r: int = 64
+    mini_r: int = 1
+    dropout: float = 0.0
+    form: Literal["default", "mini", "bat"] = "default"
+
+    hf = HFFormat(
+        peft_type="MISS",
+        tensors={"D": "miss_block"},
+        config={"r": "r", "mini_r": "mini_r", "dropout": "miss_dropout", "form": "init_weights"},
+        fixed={"bias": "none"},
+        defaults={"mini_r": 1, "miss_dropout": 0.0, "init_weights": "default"},
+        to_config=_to_config,
+        from_config=_from_config,
+        refuse=_refuse,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
+        require(self.mini_r >= 1, f"{self.label}: expected mini_r >= 1, got {self.mini_r}")
+        require(
+            0.0 <= self.dropout < 1.0,
+            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
+        )
+        require(
+            self.form in ("default", "mini", "bat"),
+            f"{self.label}: expected form in ('default', 'mini', 'bat'), got {self.form!r}",
+        )
+
+    def check(self, site: Site) -> None:
+        """Lengths against the layer's size."""
+        where = f"{self.label} on {site.label!r}"
+        require(
+            self.r <= site.in_features,
+            f"{where}: expected r <= in_features = {site.in_features}, got r = {self.r}",
+        )
+        require(
+            self.form != "mini" or site.out_features % self.mini_r == 0,
+            f"{where}: expected mini_r that divides out_features = {site.out_features}, got "
+            f"{self.mini_r}",
+        )
+        require(
+            self.form != "bat"
+            or (site.in_features % self.r == 0 and site.out_features % self.r == 0),
+            f"{where}: expected r that divides in_features = {site.in_features} and out_features "
+            f"= {site.out_features} for form='bat', got r = {self.r}",
+        )
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """D zeros: [r, out], [r, mini_r] or [out/r, r, r]."""
+        if self.form == "bat":
+            shape: tuple[int, ...] = (site.out_features // self.r, self.r, self.r)
+        else:
+            shape = (self.r, self.mini_r if self.form == "mini" else site.out_features)
+        return {"D": empty_like_site(site, *shape).zero_()}
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A tiled change; for ``"bat"`` one that is formed from the weight."""
+        D = p["D"]
+        if self.form == "bat":
+            W = site.weight(D.dtype)
+            r, lead = self.r, W.shape[:-2]
+            blocks = W.reshape(*lead, -1, r, W.shape[-1] // r, r)  # [out/r, r, in/r, r]
+            delta = torch.einsum("...oaib,...obc->...oaic", blocks, D) + D.unsqueeze(-2)
+            return Edit(terms=(Dense(delta.reshape(W.shape)),), dropout=self.dropout)
+        if self.form == "mini":
+            D = D.repeat(*(1,) * (D.ndim - 1), site.out_features // self.mini_r)
+        return Edit(terms=(Tiled(D, site.in_features),), dropout=self.dropout)

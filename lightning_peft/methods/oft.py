@@ -1,0 +1,197 @@
+"""OFT: the input rotated by an orthogonal block-diagonal matrix, W' = W Rᵀ. Qiu et al. 2023,
+arXiv:2306.07280; input side as in OFTv2, arXiv:2506.19847.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.edit import Edit, Rotation
+from lightning_peft.methods.base import (
+    HFEntry,
+    HFFormat,
+    WeightMethod,
+    empty_like_site,
+    register,
+    require,
+)
+from lightning_peft.site import Site
+
+__all__ = ["OFT", "cayley", "nearest_divisor", "skew"]
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n closest to `wanted`; the smaller of two."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def skew(triangle: Tensor, size: int) -> Tensor:
+    """[n, size(size − 1)/2], rows of the strict upper triangle, → skew-symmetric [n, size, size]."""
+    rows, columns = torch.triu_indices(size, size, 1, device=triangle.device)
+    Q = triangle.new_zeros(triangle.shape[0], size, size)
+    Q = Q.index_put((torch.arange(len(Q), device=Q.device)[:, None], rows, columns), triangle)
+    return Q - Q.mT
+
+
+def _refuse(method: Any, site: Site) -> str:
+    if any(k != 1 for k in site.kernel_size):
+        return "peft folds overlapping patches into sums there: its output differs at the start"
+    return ""
+
+
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    """Exactly one of both is set."""
+    config["r" if config["oft_block_size"] else "oft_block_size"] = 0
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    version = str(config.get("peft_version") or "9.9").split(".")[:2]
+    if [int(x) for x in version if x.isdigit()] < [0, 16]:
+        raise ValueError(
+            "adapter_config.json: OFT: expected a file of peft 0.16 or newer, got one of "
+            f"{config['peft_version']}, whose rotations act on the other side; convert it with peft"
+        )
+    return {}
+
+
+@register
+@dataclass(frozen=True)
+class OFT(WeightMethod):
+    """y = (x R) Wᵀ + b, R = diag of blocks (I − Q)⁻¹-like Cayley transforms of skew-symmetric Q.
+
+    Attributes:
+        block_size: Rows of a block; where it does not divide the input's size, the nearest divisor
+            is taken. 0 where `r` is given.
+        r: Number of blocks instead.
+        block_share: One block for all.
+        coft: Keep each Q within `eps` of zero.
+        eps: Of `coft`.
+        cayley_neumann: Approximate the transform by a Neumann series: cheaper on large blocks, not
+            orthogonal for large Q. Off: exact.
+        terms: Of the series.
+
+    Raises:
+        ValueError: not exactly one of block_size and r, terms < 1, eps ≤ 0.
+    """
+
+    block_size: int = 32
+    r: int = 0
+    block_share: bool = False
+    coft: bool = False
+    eps: float = 6e-5
+    cayley_neumann: bool = False
+    terms: int = 5
+
+    hf = HFFormat(
+        peft_type="OFT",
+        tensors={"triangle": "oft_R.weight"},
+        config={
+            "block_size": "oft_block_size",
+            "r": "r",
+            "block_share": "block_share",
+            "coft": "coft",
+            "eps": "eps",
+            "cayley_neumann": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+        },
+        fixed={"module_dropout": 0.0, "bias": "none", "fan_in_fan_out": False},
+        defaults={
+            "oft_block_size": 32,
+            "r": 0,
+            "block_share": False,
+            "coft": False,
+            "eps": 6e-5,
+            "use_cayley_neumann": True,
+            "num_cayley_neumann_terms": 5,
+        },
+        ignored=("init_weights", "fan_in_fan_out", "module_dropout"),
+        to_config=_to_config,
+        from_config=_from_config,
+        refuse=_refuse,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(
+            self.block_size >= 0 and self.r >= 0 and (self.block_size > 0) != (self.r > 0),
+            f"{self.label}: expected exactly one of block_size and r above 0, got "
+            f"block_size = {self.block_size}, r = {self.r}",
+        )
+        require(self.terms >= 1, f"{self.label}: expected terms >= 1, got {self.terms}")
+        require(self.eps > 0, f"{self.label}: expected eps > 0, got {self.eps}")
+
+    def check(self, site: Site) -> None:
+        """A rotation of features: not of ids, not of a stack of matrices."""
+        require(
+            not site.lookup,
+            f"{self.label} on {site.label!r}: expected a layer with features for input, got an "
+            "embedding; exclude it",
+        )
+        require(
+            not site.batch_shape,
+            f"{self.label} on {site.label!r}: expected one matrix, got a stack of experts; "
+            "exclude it or use LoRA there",
+        )
+        require(
+            self.block(site) > 1,
+            f"{self.label} on {site.label!r}: expected blocks of two rows at least, got 1 "
+            f"(in_features = {site.in_features}), which rotates nothing; choose another block_size "
+            "or exclude the layer",
+        )
+        require(
+            not self.r or site.in_features % self.r == 0,
+            f"{self.label} on {site.label!r}: expected a number of blocks that divides in_features "
+            f"= {site.in_features}, got r = {self.r}; give block_size instead",
+        )
+
+    def block(self, site: Site) -> int:
+        """Rows of a block at this site."""
+        if self.r:
+            return site.in_features // self.r
+        return nearest_divisor(site.in_features, self.block_size)
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """triangle [blocks, b(b − 1)/2] zeros: R = I."""
+        b = self.block(site)
+        blocks = 1 if self.block_share else site.in_features // b
+        return {"triangle": empty_like_site(site, blocks, b * (b - 1) // 2).zero_()}
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A rotation of the input."""
+        b = self.block(site)
+        Q = skew(p["triangle"], b)
+        if self.coft:
+            Q = Q + (self._near(Q) - Q).detach()
+        R = self._neumann(Q) if self.cayley_neumann else cayley(Q)
+        if self.block_share:
+            R = R.expand(site.in_features // b, b, b)
+        return Edit(rotation=Rotation(((None, R),)))
+
+    def _near(self, Q: Tensor) -> Tensor:
+        eps = self.eps / len(Q) ** 0.5
+        norm = torch.linalg.matrix_norm(Q, keepdim=True)
+        return torch.where(norm <= eps, Q, eps * Q / norm)
+
+    def _neumann(self, Q: Tensor) -> Tensor:
+        """I + 2Q + 2Q² + … + Qⁿ, `terms` terms in all."""
+        R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+        power = Q
+        for i in range(1, self.terms):
+            last = i == self.terms - 1 and i > 1
+            R = R + (power if last else 2 * power)
+            power = power @ Q
+        return R
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """(I − Q)(I + Q)⁻¹ of skew-symmetric blocks, orthogonal."""
+    eye = torch.eye(Q.shape[-1], dtype=torch.float32, device=Q.device)
+    wide = Q.float()
+    # X (I + Q) = I − Q; transposed (I − Q) Xᵀ = I + Q.
+    R: Tensor = torch.linalg.solve(eye - wide, eye + wide).mT.to(Q.dtype)
+    return R

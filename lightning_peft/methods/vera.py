@@ -1,0 +1,98 @@
+"""VeRA: low rank with random frozen factors that all layers share, two vectors a layer trained.
+Kopiczko et al. 2023, arXiv:2310.11454.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_peft.edit import Edit, LowRank
+from lightning_peft.methods.base import HFFormat, WeightMethod, empty_like_site, register, require
+from lightning_peft.site import Site
+
+__all__ = ["VeRA"]
+
+
+@register
+@dataclass(frozen=True)
+class VeRA(WeightMethod):
+    """ΔW = diag(b) B diag(d) A: A [r, in], B [out, r] sliced from one frozen pair, b and d trained.
+
+    Attributes:
+        r: Rank of the shared factors; may exceed a layer's size.
+        d_initial: Start of d; b starts at zero.
+        seed: Of the shared factors: Kaiming-uniform, first A, then B, from a generator of their
+            own.
+        dropout: Probability of dropping an input element of the branch, in training.
+
+    Raises:
+        ValueError: r < 1, dropout outside [0, 1).
+    """
+
+    r: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+    dropout: float = 0.0
+
+    hf = HFFormat(
+        peft_type="VERA",
+        tensors={"b": "vera_lambda_b", "d": "vera_lambda_d"},
+        prefix={"A": "base_model.vera_A", "B": "base_model.vera_B"},
+        optional=("A", "B"),
+        layouts={"b": ""},
+        config={
+            "r": "r",
+            "d_initial": "d_initial",
+            "seed": "projection_prng_key",
+            "dropout": "vera_dropout",
+        },
+        fixed={"save_projection": True, "fan_in_fan_out": False, "bias": "none"},
+        defaults={
+            "d_initial": 0.1,
+            "projection_prng_key": 0,
+            "vera_dropout": 0.0,
+            "save_projection": True,
+        },
+        ignored=("init_weights", "fan_in_fan_out"),
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
+        require(
+            0.0 <= self.dropout < 1.0,
+            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
+        )
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """A [r, largest in], B [largest out, r], frozen."""
+        device = "meta" if sites[0].device.type == "meta" else "cpu"
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        width = max(site.in_features for site in sites)
+        height = max(site.out_features for site in sites)
+        factors = {}
+        for name, shape in (("A", (self.r, width)), ("B", (height, self.r))):
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+            t = torch.empty(shape, device=device)
+            factors[name] = t if t.is_meta else t.uniform_(-bound, bound, generator=generator)
+        return factors
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """b [out] zeros, d [r] at d_initial."""
+        return {
+            "b": empty_like_site(site, site.out_features).zero_(),
+            "d": empty_like_site(site, self.r).fill_(self.d_initial),
+        }
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A low-rank change; the vectors are folded into the thin factors."""
+        b, d = p["b"], p["d"]
+        A = p["A"][:, : site.in_features].to(d)
+        B = p["B"][: site.out_features].to(b)
+        term = LowRank(d.unsqueeze(-1) * A, b.unsqueeze(-1) * B)
+        return Edit(terms=(term,), dropout=self.dropout)
