@@ -85,14 +85,14 @@ def test_values_equal_bitsandbytes_where_its_cpu_code_is_right():
     )
 
 
-def test_the_pair_table_equals_the_op(monkeypatch):
-    import lightning_peft_kernels.nf4 as module
+def test_the_pair_table_equals_the_native_routine(monkeypatch):
+    import lightning_peft_kernels.nf4_cpu as module
 
     W = torch.randn(37, 128)
     q = quantize_4bit(W)
-    with_op = dequantize_4bit(q, W.shape, torch.bfloat16)
-    monkeypatch.setattr(module, "_bitsandbytes_dequantize", lambda: None)
-    assert torch.equal(dequantize_4bit(q, W.shape, torch.bfloat16), with_op)
+    native = dequantize_4bit(q, W.shape, torch.bfloat16)
+    monkeypatch.setattr(module, "_native", lambda name: None)
+    assert torch.equal(dequantize_4bit(q, W.shape, torch.bfloat16), native)
 
 
 def test_error_is_within_half_a_step():
@@ -110,6 +110,20 @@ def test_out_is_written():
     q, out = quantize_4bit(W), torch.full((8, 64), torch.nan)
     assert dequantize_4bit(q, W.shape, torch.float32, out=out) is out
     assert torch.equal(out, dequantize_4bit(q, W.shape, torch.float32))
+    with pytest.raises(ValueError, match=r"got \(64, 8\)"):
+        dequantize_4bit(q, W.shape, torch.float32, out=torch.empty(64, 8))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_bytes_do_not_depend_on_threads(threads):
+    W = torch.randn(257, 300)
+    want = quantize_4bit_reference(W)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same_bytes(quantize_4bit(W), want)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -17,16 +17,15 @@ Source: Dettmers et al. 2023, arXiv:2305.14314.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels import nf4_cpu
 from lightning_peft_kernels.backend import choose
-from lightning_peft_kernels.codebooks import code, fp4_order, midpoints, nf4_cells
+from lightning_peft_kernels.codebooks import code, fp4_order, midpoints
 from lightning_peft_kernels.dynamic_map import coarse_cells, dynamic_map
 
 __all__ = [
@@ -37,11 +36,9 @@ __all__ = [
     "quantize_4bit",
     "quantize_4bit_reference",
     "quantize_nf4",
+    "quantize_scales",
 ]
 
-_CHUNK = (
-    1 << 18
-)  # elements; a chunk and its temporaries stay in the L2 cache (6–10 × bitsandbytes on 2 cores)
 _NESTED_BLOCK = 256
 _TINY = 1e-38
 
@@ -142,87 +139,53 @@ def _nested(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, 
     return codes.view(-1)[:blocks].contiguous(), absmax2, offset.reshape(1)
 
 
-# ---- fast CPU path
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes uint8 [blocks], absmax2 fp32, offset fp32 [1]) of all scales of one weight."""
+    codes, absmax2, offset = _nested(absmax, True)
+    assert absmax2 is not None  # nested: both are there
+    assert offset is not None
+    return codes, absmax2, offset
+
+
+# ---- CPU
 
 
 def _quantize_nf4_cpu(flat: Tensor, block_size: int, double_quant: bool) -> Packed4bit:
-    """Same bytes as the reference, by a 33-cell table: one comparison an element instead of
-    fifteen.
-    """
-    n = flat.numel()
-    base, bound = nf4_cells()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
-    step = max(_CHUNK // block_size, 1) * block_size
-    for start in range(0, n, step):
-        part = flat[start : start + step].float()
-        scales, x = _scaled(part, block_size)
-        absmax[start // block_size : start // block_size + scales.numel()] = scales
-        cell = (x * 16.0 + 16.0).int()
-        codes = base.index_select(0, cell)
-        codes += x > bound.index_select(0, cell)
-        if codes.numel() % 2:
-            codes = torch.cat([codes, codes.new_full((1,), 7)])
-        pairs = codes.view(torch.int16)  # little endian: low byte is the even element
-        packed[start // 2 : start // 2 + pairs.numel()] = ((pairs << 4) | (pairs >> 8)).to(
-            torch.uint8
-        )
+    """Whole blocks by cells, a partial last block by the reference."""
+    full = flat.numel() // block_size * block_size
+    packed, absmax = nf4_cpu.quantize_nf4_blocks(flat[:full], block_size)
+    if full < flat.numel():
+        rest = quantize_4bit_reference(flat[full:], block_size=block_size, double_quant=False)
+        packed, absmax = torch.cat([packed, rest.packed]), torch.cat([absmax, rest.absmax])
     return Packed4bit(packed, *_nested(absmax, double_quant))
 
 
-@lru_cache(maxsize=1)
-def _bitsandbytes_dequantize() -> object:
-    """bitsandbytes' CPU op where it is installed: nothing in torch comes near its rate."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return None
-    import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
-
-    return torch.ops.bitsandbytes.dequantize_4bit.default
-
-
-@lru_cache(maxsize=4)
-def _pairs(kind: str) -> Tensor:
-    """Byte → (even value, odd value) as one int64, [256]."""
-    values = code(kind)
-    byte = torch.arange(256)
-    return (
-        torch.stack([values[byte >> 4], values[byte & 15]], dim=1)
-        .contiguous()
-        .view(torch.int64)
-        .view(-1)
-    )
-
-
 def _dequantize_cpu(
-    q: Packed4bit, shape: Sequence[int], dtype: torch.dtype, kind: str, block_size: int
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    out: Tensor | None = None,
 ) -> Tensor:
+    """`out` is contiguous and has the shape and dtype of the result."""
     n = torch.Size(shape).numel()
-    packed, scales = q.packed.reshape(-1), block_scales(q)
+    packed = q.packed.reshape(-1)
+    scales = q.absmax.reshape(-1)
+    if q.absmax2 is not None and q.offset is not None:
+        scales = nf4_cpu.scales(q.absmax, q.absmax2.reshape(-1), q.offset)
+    out = nf4_cpu.fresh(shape, dtype) if out is None else out
     blocks = n // block_size
-    full = blocks * block_size
-    op = _bitsandbytes_dequantize() if dtype != torch.float64 else None
-    if full and op is not None:
-        # As [blocks, block_size]: with the weight's own shape its CPU code takes wrong scales where
-        # in % block != 0.
-        out: Tensor = op(
-            packed[: full // 2], scales[:blocks], block_size, kind, (blocks, block_size), dtype
-        )  # type: ignore[operator]
-        if full == n:
-            return out.view(tuple(shape))
-        out = out.view(-1)
-    else:
-        out = torch.empty(full, dtype=dtype)
-        for start in range(0, full, _CHUNK):
-            size = min(_CHUNK, full - start)
-            pairs = _pairs(kind).index_select(0, packed[start // 2 : (start + size) // 2].int())
-            values = pairs.view(torch.float32).view(-1, block_size)
-            part = scales[start // block_size : (start + size) // block_size]
-            out[start : start + size].copy_((values * part[:, None]).view(-1))
-    if full == n:
-        return out.view(tuple(shape))
-    rest = Packed4bit(packed[full // 2 :], scales[blocks:], None, None)
-    tail = dequantize_4bit_reference(rest, (n - full,), dtype, kind=kind, block_size=block_size)
-    return torch.cat([out, tail]).view(tuple(shape))
+    full, flat = blocks * block_size, out.view(-1)
+    if full:
+        nf4_cpu.dequantize_blocks(
+            packed[: full // 2], scales[:blocks], dtype, kind, block_size, flat[:full]
+        )
+    if full < n:
+        rest = Packed4bit(packed[full // 2 :], scales[blocks:], None, None)
+        tail = dequantize_4bit_reference(rest, (n - full,), dtype, kind=kind, block_size=block_size)
+        flat[full:] = tail
+    return out
 
 
 # ---- ops
@@ -278,13 +241,26 @@ def _dequantize_impl(
     block_size: int,
 ) -> Tensor:
     q = Packed4bit(packed, absmax, absmax2, offset)
-    if packed.device.type == "cpu":
-        return _dequantize_cpu(q, shape, dtype, kind, block_size)
-    if choose("dequantize_4bit", packed.device, dtype).backend == "triton":
+    return _dequantize(q, shape, dtype, kind, block_size, None)
+
+
+def _dequantize(
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    out: Tensor | None,
+) -> Tensor:
+    device = q.packed.device
+    if device.type == "cpu":
+        return _dequantize_cpu(q, shape, dtype, kind, block_size, out)
+    if choose("dequantize_4bit", device, dtype).backend == "triton":
         from lightning_peft_kernels.nf4_triton import dequantize
 
-        return dequantize(q, shape, dtype, kind, block_size)
-    return dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
+        return dequantize(q, shape, dtype, kind, block_size, out)
+    W = dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
+    return W if out is None else out.copy_(W)
 
 
 def _dequantize_fake(
@@ -367,12 +343,33 @@ def dequantize_4bit(
             f"dequantize_4bit: expected {(n + 1) // 2} bytes for shape {tuple(shape)}, got "
             f"{q.packed.numel()}"
         )
+    if out is not None:
+        return _dequantize_into(q, shape, dtype, kind, block_size, out)
     W: Tensor = torch.ops.lightning_peft.dequantize_4bit(
         q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size
     )
-    if out is None:
-        return W
-    return out.copy_(W)
+    return W
+
+
+def _dequantize_into(
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    out: Tensor,
+) -> Tensor:
+    if out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"dequantize_4bit: expected a contiguous out of shape {tuple(shape)} in {dtype}, got "
+            f"{tuple(out.shape)} with strides {out.stride()} in {out.dtype}"
+        )
+    if torch.compiler.is_compiling():
+        W: Tensor = torch.ops.lightning_peft.dequantize_4bit(
+            q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size
+        )
+        return out.copy_(W)
+    return _dequantize(q, shape, dtype, kind, block_size, out)
 
 
 def quantize_nf4(W: Tensor, *, block_size: int = 64, double_quant: bool = True) -> Packed4bit:

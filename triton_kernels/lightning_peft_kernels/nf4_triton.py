@@ -71,17 +71,23 @@ def _dequantize_kernel(
 
 
 def dequantize(
-    q: Packed4bit, shape: Sequence[int], dtype: torch.dtype, kind: str, block_size: int
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Weights in `dtype`; the bytes are padded to whole words only where n is no multiple of
-    eight.
+    """Weights in `dtype`, into `out` where given; the bytes are padded to whole words only where n
+    is no multiple of eight.
     """
     n = torch.Size(shape).numel()
     packed = q.packed.reshape(-1)
     if packed.numel() % 4:
         packed = torch.nn.functional.pad(packed, (0, -packed.numel() % 4))
     words = packed.view(torch.int32)
-    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     nested = q.absmax2 is not None
     device = str(packed.device)
     width = 32 * _WARPS
