@@ -329,7 +329,8 @@ class SequenceSite(Site):
     @property
     def dtype(self) -> torch.dtype:
         """Of the embeddings."""
-        return self.embeddings.weight.dtype
+        dtype: torch.dtype = self.embeddings.weight.dtype
+        return dtype
 
     @property
     def embeddings(self) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lightning_peft.methods.base import Method
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.base import Method
 from lightning_peft.methods.boft import BOFT
+from lightning_peft.methods.diff_pruning import DiffPruning
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.loha import LoHa
@@ -110,4 +111,5 @@ CASES = [
     Case("miss", MiSS(r=3)),
     Case("miss_mini", MiSS(r=3, mini_r=1, form="mini")),
     Case("miss_bat", MiSS(r=1, form="bat")),
+    Case("diff_pruning", DiffPruning(sample=False, alpha_init=0.0, structured=True)),
 ]

@@ -29,9 +29,9 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("edit", "site", "swap")],
     [("storage", "storage.*"), ("layers", "layers.*")],
     [("methods", "methods.*")],
-    [("record", "fingerprint", "targets", "architectures")],
+    [("record", "fingerprint", "targets", "architectures", "blocks")],
     [("report", "report_*")],
-    [("active", "placing", "quantizing", "adapter_state")],
+    [("active", "placing", "placing_*", "quantizing", "adapter_state")],
     [("attach",), ("merge", "merge_*"), ("combine",), ("liger",)],
     [
         ("checkpoint", "checkpoint_*"),

@@ -264,7 +264,8 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook: keep the input while the adapter acts."""
-        if self.adapter in self.adapter.site.module._peft.blocks:
+        state: Any = self.adapter.site.module._peft
+        if self.adapter in state.blocks:
             self.seen = args[0] if args else next(iter(kwargs.values()))
 
     def take(self) -> Tensor:

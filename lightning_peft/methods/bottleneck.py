@@ -1,0 +1,156 @@
+"""BottleneckAdapter: y + s · g · up(f(down(x))) behind, or beside, a layer.
+
+Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2; Pfeiffer
+et al. 2021, "AdapterFusion"; parallel and scaled: He et al. 2022, "Towards a Unified View of
+Parameter-Efficient Transfer Learning", section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.methods.base import BlockMethod, register, require
+from lightning_peft.site import BlockSite
+
+__all__ = ["BottleneckAdapter"]
+
+_NON_LINEARITIES: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "leakyrelu": nn.LeakyReLU,
+}
+# style → (reduction factor, non-linearity, scaling): as in the library `adapters` 1.3
+_DEFAULTS: dict[str, tuple[float, str, float]] = {
+    "houlsby": (16, "swish", 1.0),
+    "pfeiffer": (16, "relu", 1.0),
+    "parallel": (2, "relu", 4.0),
+}
+_WHERE = {"houlsby": "branches", "pfeiffer": "residual", "parallel": "beside"}
+
+
+@register
+@dataclass(frozen=True)
+class BottleneckAdapter(BlockMethod):
+    """A bottleneck of two linear layers in every transformer block.
+
+    houlsby: a + u(a) on the attention branch and o + u(o) on the feed-forward branch, before the
+    residual. pfeiffer: r + u(r) on the sum r of feed-forward branch and residual; in a post-norm
+    model LN(u(LN(r)) + r). parallel: o + u(x), x the stream that enters the feed-forward branch.
+
+    With `target_modules` it stands behind each module that is named (parallel: beside it). It has
+    no merged form.
+
+    Attributes:
+        style: ``"houlsby"``, ``"pfeiffer"`` or ``"parallel"``.
+        reduction_factor: Width over bottleneck; None: 16, parallel 2.
+        non_linearity: relu, gelu, swish, tanh, sigmoid, leakyrelu; None: swish for houlsby, else
+            relu.
+        scaling: A factor, ``"learned"`` (a scalar) or ``"channel"`` (one a feature); None: 1,
+            parallel 4.
+        init: ``"zero"``: `up` starts at 0, so that the model starts as it is. ``"bert"``: weights
+            normal with std 0.02, as `adapters` does for houlsby and pfeiffer.
+        ln_before: A LayerNorm before `down`.
+        ln_after: A LayerNorm behind `up`.
+        gating: A factor σ(Linear(x)), averaged over tokens.
+        dropout: On the bottleneck's output.
+    """
+
+    style: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    reduction_factor: float | None = None
+    non_linearity: str | None = None
+    scaling: float | str | None = None
+    init: Literal["zero", "bert"] = "zero"
+    ln_before: bool = False
+    ln_after: bool = False
+    gating: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(
+            self.style in _DEFAULTS,
+            f"{self.label}: expected style in {sorted(_DEFAULTS)}, got {self.style!r}",
+        )
+        require(
+            self.reduction_factor is None or self.reduction_factor > 0,
+            f"{self.label}: expected reduction_factor > 0, got {self.reduction_factor}",
+        )
+        require(
+            self.non_linearity in (None, *_NON_LINEARITIES),
+            f"{self.label}: expected non_linearity in {sorted(_NON_LINEARITIES)}, got "
+            f"{self.non_linearity!r}",
+        )
+        require(
+            not isinstance(self.scaling, str) or self.scaling in ("learned", "channel"),
+            f"{self.label}: expected scaling a number, 'learned' or 'channel', got "
+            f"{self.scaling!r}",
+        )
+        require(
+            self.init in ("zero", "bert"),
+            f"{self.label}: expected init 'zero' or 'bert', got {self.init!r}",
+        )
+        require(
+            0 <= self.dropout < 1,
+            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
+        )
+
+    @property
+    def where(self) -> str:
+        """Which places of a block, where none are named."""
+        return _WHERE[self.style]
+
+    def module(self, site: BlockSite) -> nn.Module:
+        """The bottleneck, initialised."""
+        factor, non_linearity, scaling = _DEFAULTS[self.style]
+        size = max(1, math.floor(site.width_in / (self.reduction_factor or factor)))
+        block: Any = nn.Module()
+        if self.ln_before:
+            block.ln_before = nn.LayerNorm(site.width_in)
+        block.down = nn.Linear(site.width_in, size)
+        block.f = _NON_LINEARITIES[self.non_linearity or non_linearity]()
+        block.up = nn.Linear(size, site.width_out)
+        if self.ln_after:
+            block.ln_after = nn.LayerNorm(site.width_out)
+        if self.gating:
+            block.gate = nn.Linear(site.width_in, 1)
+        chosen = scaling if self.scaling is None else self.scaling
+        if isinstance(chosen, str):
+            shape = (1,) if chosen == "learned" else (site.width_out,)
+            block.scaling = nn.Parameter(torch.ones(shape))
+        if self.init == "bert":
+            for layer in (block.down, block.up):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        else:
+            nn.init.kaiming_uniform_(block.down.weight, a=math.sqrt(5))
+            for tensor in (block.down.bias, block.up.weight, block.up.bias):
+                nn.init.zeros_(tensor)
+        made: nn.Module = block
+        return made
+
+    def change(self, module: nn.Module, x: Tensor, site: BlockSite) -> Tensor:
+        """s · g · up(f(down(x)))."""
+        block: Any = module
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(block.down.weight.dtype)
+        z = block.ln_before(x) if self.ln_before else x
+        z = block.up(block.f(block.down(z)))
+        if self.ln_after:
+            z = block.ln_after(z)
+        if self.dropout:
+            z = nn.functional.dropout(z, self.dropout, block.training)
+        if self.gating:
+            gate = torch.sigmoid(block.gate(x))
+            z = z * gate.mean(dim=-2, keepdim=True)
+        s = _DEFAULTS[self.style][2] if self.scaling is None else self.scaling
+        out: Tensor = z * (block.scaling if isinstance(s, str) else s)
+        return out

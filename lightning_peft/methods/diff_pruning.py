@@ -1,0 +1,148 @@
+"""DiffPruning: a sparse change of the weights.  W' = W + z ∘ w,  z = gate(α) in [0, 1].
+
+z = clip(σ((log u − log(1 − u) + α) / τ) (ζ − γ) + γ, 0, 1), u uniform, a hard-concrete gate whose
+expected number of open gates Σ σ(α − τ log(−γ / ζ)) is added to the loss. Without sampling (in
+eval, when merging) z = clip(σ(α) (ζ − γ) + γ, 0, 1).
+
+Source: Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", equations 3–5;
+gates: Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.edit import Dense, Edit
+from lightning_peft.methods.base import Context, WeightMethod, empty_like_site, register, require
+from lightning_peft.site import Site
+
+__all__ = ["DiffPruning"]
+
+_GAMMA, _ZETA = -0.1, 1.1  # ends of the stretched interval, as in the paper
+
+
+@register
+@dataclass(frozen=True)
+class DiffPruning(WeightMethod):
+    """Sparse difference with an L0 penalty.
+
+    Costs: two trained values a weight, so twice the parameters of the layers it is on, and the
+    optimizer's state for them.
+
+    Attributes:
+        l0: Weight λ of the expected number of open gates, divided by the number of gates.
+        alpha_init: Start of α; 5 means open gates.
+        temperature: τ at the start.
+        final_temperature: τ at the end of the run; it falls geometrically.
+        structured: One further gate a matrix, which closes it whole.
+        density: Share of weights left changed; None leaves it to the penalty.
+        fix_at: Share of the run after which the mask is fixed to the largest |z ∘ w| (needs
+            `density`).
+        sample: Whether gates are sampled in training; without it they follow their mean.
+    """
+
+    l0: float = 1e-3
+    alpha_init: float = 5.0
+    temperature: float = 2 / 3
+    final_temperature: float = 2 / 3
+    structured: bool = False
+    density: float | None = None
+    fix_at: float = 0.5
+    sample: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.l0 >= 0, f"{self.label}: expected l0 >= 0, got l0 = {self.l0}")
+        for name in ("temperature", "final_temperature"):
+            value = getattr(self, name)
+            require(value > 0, f"{self.label}: expected {name} > 0, got {value}")
+        require(
+            self.density is None or 0 < self.density <= 1,
+            f"{self.label}: expected 0 < density <= 1 or None, got density = {self.density}",
+        )
+        require(
+            0 <= self.fix_at <= 1,
+            f"{self.label}: expected 0 <= fix_at <= 1, got fix_at = {self.fix_at}",
+        )
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """w [*, out, in] zeros, alpha [*, out, in]; alpha_group [*, 1, 1] where structured."""
+        shape = (site.out_features, site.in_features)
+        p = {
+            "w": nn.init.zeros_(empty_like_site(site, *shape)),
+            "alpha": nn.init.constant_(empty_like_site(site, *shape), self.alpha_init),
+        }
+        if self.structured:
+            p["alpha_group"] = nn.init.constant_(empty_like_site(site, 1, 1), self.alpha_init)
+        return p
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """tau and fixed [1]; mask [*, out, in] where a density is asked for."""
+        b = {"tau": torch.full((1,), self.temperature), "fixed": torch.zeros(1)}
+        if self.density is not None:
+            shape = (site.out_features, site.in_features)
+            b["mask"] = nn.init.ones_(empty_like_site(site, *shape))
+        return b
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """W + z ∘ w; gates are sampled only in a training forward."""
+        sampled = self.sample and site.module.training and torch.is_grad_enabled()
+        return Edit(terms=(Dense(self._gates(p, sampled) * p["w"]),))
+
+    def _gates(self, p: Mapping[str, Tensor], sampled: bool) -> Tensor:
+        z = _gate(p["alpha"], p["tau"], sampled)
+        if self.structured:
+            z = z * _gate(p["alpha_group"], p["tau"], sampled)
+        # No branch on a tensor: one graph under torch.compile.
+        return torch.where(p["fixed"] > 0, p["mask"], z) if "mask" in p else z
+
+    def penalty(self, ctx: Context) -> Tensor | None:
+        """λ · expected share of open gates, until the mask is fixed."""
+        if self.l0 == 0:
+            return None
+        total = torch.zeros(())
+        count = 0
+        for _, p in ctx.entries:
+            shift = p["tau"] * math.log(-_GAMMA / _ZETA)
+            open_ = torch.sigmoid(p["alpha"] - shift)
+            if self.structured:
+                open_ = open_ * torch.sigmoid(p["alpha_group"] - shift)
+            total = total.to(open_.device) + (open_ * (1 - p["fixed"])).sum()
+            count += open_.numel()
+        return self.l0 * total / max(1, count)
+
+    def after_step(self, ctx: Context) -> None:
+        """Lower the temperature; once, fix the mask to the largest changes of all layers."""
+        if ctx.total_steps is None:
+            return
+        share = min(1.0, ctx.step / max(1, ctx.total_steps))
+        tau = self.temperature * (self.final_temperature / self.temperature) ** share
+        for _, p in ctx.entries:
+            p["tau"].fill_(tau)
+        if self.density is None or share < self.fix_at:
+            return
+        entries = [p for _, p in ctx.entries if not bool(p["fixed"])]
+        if not entries:
+            return
+        deltas = [(self._gates(p, False) * p["w"]) for p in entries]
+        flat = torch.cat([d.abs().flatten() for d in deltas])
+        kept = max(1, round(self.density * flat.numel()))
+        least = flat.kthvalue(flat.numel() - kept + 1).values
+        for p, delta in zip(entries, deltas, strict=True):
+            p["mask"].copy_(((delta.abs() >= least) & (delta != 0)).to(p["mask"].dtype))
+            p["w"].copy_(delta)
+            p["fixed"].fill_(1.0)
+
+
+def _gate(alpha: Tensor, tau: Tensor, sampled: bool) -> Tensor:
+    if sampled:
+        u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
+        s = torch.sigmoid((u.log() - (1 - u).log() + alpha) / tau)
+    else:
+        s = torch.sigmoid(alpha)
+    return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)

@@ -1,0 +1,36 @@
+"""NormTuning: only scales and shifts of normalisation layers are trained.
+
+Source: Qi et al. 2022, "Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language
+Models"; Zhao et al. 2024, "Tuning LayerNorm in Attention".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.methods.base import SelectMethod, register
+
+__all__ = ["NormTuning"]
+
+
+@register
+@dataclass(frozen=True)
+class NormTuning(SelectMethod):
+    """Parameters of every module whose class is a normalisation, as its name says.
+
+    ``LayerNorm``, ``RMSNorm``, ``BatchNorm2d``, ``GroupNorm``, ``LlamaRMSNorm``, ``T5LayerNorm`` …
+
+    Attributes:
+        bias: Whether shifts are trained too, not only scales.
+    """
+
+    bias: bool = True
+
+    def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+        """Whether the parameter belongs to a normalisation itself, not to a module inside it."""
+        parts = [n for n, _ in owner.named_children() if n != "peft"]
+        if "norm" not in type(owner).__name__.lower() or parts:
+            return False
+        return self.bias or name.rpartition(".")[2] != "bias"
