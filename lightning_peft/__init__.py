@@ -10,18 +10,39 @@ from lightning_peft.callback import PEFT
 from lightning_peft.hf import load_adapter, save_adapter
 from lightning_peft.loading import load_from_checkpoint
 from lightning_peft.merge import MergeReport, merge, unmerge
+from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.boft import BOFT
+from lightning_peft.methods.dora import DoRA
+from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.loha import LoHa
+from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.vera import VeRA
 from lightning_peft.report import Report, parameter_report
 from lightning_peft.storage import Quantization
+from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BOFT",
+    "IA3",
+    "OFT",
     "PEFT",
+    "AdaLoRA",
+    "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "MergeReport",
+    "MiSS",
+    "PEFTDDPStrategy",
+    "PEFTFSDPStrategy",
     "Quantization",
     "Report",
+    "VeRA",
     "adapter_names",
     "adapter_state_dict",
     "attach",

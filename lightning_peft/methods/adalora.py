@@ -151,7 +151,11 @@ class AdaLoRA(WeightMethod):
             "lora_dropout": 0.0,
             "rank_pattern": None,
         },
-        ignored=("init_lora_weights", "fan_in_fan_out", "r", "loftq_config", "lora_bias"),
+        ignored=(
+            *("init_lora_weights", "fan_in_fan_out", "r", "loftq_config", "lora_bias"),
+            *("megatron_core", "eva_config", "corda_config", "lora_ga_config"),
+            *("ensure_weight_tying", "qalora_group_size", "alpha_pattern"),
+        ),
         pack=_pack,
         unpack=_unpack,
         to_config=_to_config,

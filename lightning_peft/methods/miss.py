@@ -50,7 +50,8 @@ class Tiled(Term):
 
 
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    config["init_weights"] = {"default": True}.get(config["init_weights"], config["init_weights"])
+    form = entries[0].method.form
+    config["init_weights"] = True if form == "default" else form
 
 
 def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
@@ -90,9 +91,9 @@ class MiSS(WeightMethod):
     hf = HFFormat(
         peft_type="MISS",
         tensors={"D": "miss_block"},
-        config={"r": "r", "mini_r": "mini_r", "dropout": "miss_dropout", "form": "init_weights"},
+        config={"r": "r", "mini_r": "mini_r", "dropout": "miss_dropout"},
         fixed={"bias": "none"},
-        defaults={"mini_r": 1, "miss_dropout": 0.0, "init_weights": "default"},
+        defaults={"mini_r": 1, "miss_dropout": 0.0, "init_weights": True},
         to_config=_to_config,
         from_config=_from_config,
         refuse=_refuse,

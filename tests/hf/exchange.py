@@ -48,7 +48,7 @@ def randomise(model: nn.Module, seed: int = 3, std: float = 0.2) -> None:
             t.add_(torch.randn(t.shape, generator=g).to(t), alpha=std)
 
 
-def trained(base: nn.Module, method: lp.LoRA, **kwargs: Any) -> nn.Module:
+def trained(base: nn.Module, method: Any, **kwargs: Any) -> nn.Module:
     """A copy of the base with a random adapter of ours."""
     model = copy.deepcopy(base)
     lp.attach(model, method, **kwargs)
@@ -63,9 +63,11 @@ def in_peft(base: nn.Module, directory: Path, **kwargs: Any) -> nn.Module:
     return loaded.eval()
 
 
-def by_peft(base: nn.Module, directory: Path, **config: Any) -> nn.Module:
+def by_peft(
+    base: nn.Module, directory: Path, kind: type[Any] = peft.LoraConfig, **config: Any
+) -> nn.Module:
     """A random adapter made and saved by peft."""
-    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config)).eval()
+    model = peft.get_peft_model(copy.deepcopy(base), kind(**config)).eval()
     randomise(model)
     model.save_pretrained(str(directory))
     return model

@@ -1,0 +1,148 @@
+"""Every weight method that peft has too: outputs equal after the directories are exchanged, both
+ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+import lightning_peft as lp
+from lightning_peft.methods.base import Method
+from tests.asserting import assert_close
+from tests.hf.exchange import build, by_peft, in_peft, loaded, run, trained
+
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: ours, peft's configuration of the same, and where peft cannot."""
+
+    ours: type[Method]
+    arguments: Mapping[str, Any]
+    config: type[Any]
+    theirs: Mapping[str, Any]
+    skip: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_CONV1D = {"gpt2": "peft refuses GPT-2's Conv1D"}
+ROWS = {
+    "dora": Row(
+        lp.DoRA,
+        {"r": 4, "alpha": 8.0},
+        peft.LoraConfig,
+        {"r": 4, "lora_alpha": 8, "use_dora": True},
+    ),
+    "dora rslora": Row(
+        lp.DoRA,
+        {"r": 4, "use_rslora": True},
+        peft.LoraConfig,
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "use_rslora": True},
+    ),
+    "ia3": Row(
+        lp.IA3,
+        {"feedforward_modules": ["down_proj", "output.dense", "wo", "c_proj"]},
+        peft.IA3Config,
+        {},
+    ),
+    "vera": Row(lp.VeRA, {"r": 8, "seed": 3}, peft.VeraConfig, {"r": 8, "projection_prng_key": 3}),
+    "adalora": Row(
+        lp.AdaLoRA,
+        {"init_r": 4, "target_r": 2, "alpha": 6.0},
+        peft.AdaLoraConfig,
+        {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10},
+    ),
+    "loha": Row(lp.LoHa, {"r": 3, "alpha": 6.0}, peft.LoHaConfig, {"r": 3, "alpha": 6}, NO_CONV1D),
+    "lokr": Row(lp.LoKr, {"r": 2, "alpha": 3.0}, peft.LoKrConfig, {"r": 2, "alpha": 3}, NO_CONV1D),
+    "lokr both": Row(
+        lp.LoKr,
+        {"r": 1, "decompose_both": True, "decompose_factor": 4},
+        peft.LoKrConfig,
+        {"r": 1, "alpha": 8, "decompose_both": True, "decompose_factor": 4},
+        NO_CONV1D,
+    ),
+    "oft": Row(
+        lp.OFT,
+        {"block_size": 8},
+        peft.OFTConfig,
+        {"oft_block_size": 8, "r": 0, "use_cayley_neumann": False},
+        NO_CONV1D,
+    ),
+    "oft neumann": Row(
+        lp.OFT,
+        {"block_size": 8, "cayley_neumann": True, "block_share": True},
+        peft.OFTConfig,
+        {"oft_block_size": 8, "r": 0, "use_cayley_neumann": True, "block_share": True},
+        NO_CONV1D,
+    ),
+    "coft": Row(
+        lp.OFT,
+        {"block_size": 8, "coft": True, "eps": 2.0},
+        peft.OFTConfig,
+        {"oft_block_size": 8, "r": 0, "coft": True, "eps": 2.0, "use_cayley_neumann": False},
+        NO_CONV1D,
+    ),
+    "boft": Row(lp.BOFT, {"block_size": 8}, peft.BOFTConfig, {"boft_block_size": 8}, NO_CONV1D),
+    "miss": Row(lp.MiSS, {"r": 5}, peft.MissConfig, {"r": 5}, NO_CONV1D),
+    "miss mini": Row(
+        lp.MiSS,
+        {"r": 4, "mini_r": 2, "form": "mini"},
+        peft.MissConfig,
+        {"r": 4, "mini_r": 2, "init_weights": "mini"},
+        NO_CONV1D,
+    ),
+    "miss bat": Row(
+        lp.MiSS,
+        {"r": 4, "form": "bat"},
+        peft.MissConfig,
+        {"r": 4, "init_weights": "bat"},
+        NO_CONV1D,
+    ),
+}
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "bert": ["query", "output.dense"],
+    "t5": ["q", "v", "wo"],
+    "gpt2": ["c_attn", "c_proj"],
+    "vit": ["q_proj", "v_proj"],
+}
+CASES = [(name, architecture) for name in ROWS for architecture in TARGETS]
+
+
+@pytest.mark.parametrize(("name", "architecture"), CASES, ids=lambda x: str(x))
+def test_both_ways(name: str, architecture: str, tmp_path: Path) -> None:
+    row, targets = ROWS[name], TARGETS[architecture]
+    if architecture in row.skip:
+        pytest.skip(row.skip[architecture])
+    base, inputs = build(architecture)
+    arguments, theirs = dict(row.arguments), dict(row.theirs)
+    if row.ours is lp.IA3:
+        forward = [t for t in arguments["feedforward_modules"] if t in targets]
+        arguments["feedforward_modules"] = theirs["feedforward_modules"] = forward
+
+    # peft's AdaLoRA looks for its trainable adapter wherever the output has a loss.
+    options = {"is_trainable": True} if row.ours is lp.AdaLoRA else {}
+
+    model = trained(base, row.ours(target_modules=targets, **arguments))
+    want = run(model, inputs)
+    change = (want - run(base, inputs)).norm() / want.norm()
+    assert change > 10 * FLOOR, f"the adapter does next to nothing: {change:.1e}"
+    lp.save_adapter(model, tmp_path / "ours")
+    assert_close(
+        "ours in peft", run(in_peft(base, tmp_path / "ours", **options), inputs), want, floor=FLOOR
+    )
+    again = loaded(base, tmp_path / "ours")
+    assert_close("ours in ours", run(again, inputs), want, floor=FLOOR)
+
+    oracle = by_peft(base, tmp_path / "theirs", row.config, target_modules=targets, **theirs)
+    want = run(oracle, inputs)
+    model = loaded(base, tmp_path / "theirs")
+    assert_close("peft's in ours", run(model, inputs), want, floor=FLOOR)
+    lp.merge(model)
+    assert_close("merged", run(model, inputs), want, floor=FLOOR)
