@@ -33,12 +33,12 @@ warnings.filterwarnings("ignore", module="lightning.pytorch")  # hints about dat
 def docstrings(path: Path) -> list[str]:
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, kinds)]
-    words = [(ast.get_docstring(node) or "").split()[:60] for node in nodes]
+    words = [(ast.get_docstring(node) or "").split()[:32] for node in nodes]
     return [" ".join(w) for w in words if len(w) >= 8]
 
 
 def passages(model: str, held_out: bool) -> DataLoader:
-    """Docstrings of eight packages, cut to 60 words; every fourth file is held out whole."""
+    """Docstrings of eight packages, cut to 32 words; every fourth file is held out whole."""
     tokenizer, rows, batches = AutoTokenizer.from_pretrained(model), [], []
     for label, package in enumerate(LABELS):
         paths = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"))
@@ -106,12 +106,12 @@ def load_and_merge(path: str) -> None:
 
 def main(model: str = str(MINILM)) -> None:
     pl.seed_everything(0)
-    head_only = Classifier(model, lr=1e-2)
+    head_only = Classifier(model, lr=3e-3)
     head_only.encoder.requires_grad_(False)
     rows = [fine_tune("head-only", head_only, model)]
     peft = PEFT(LoRA(r=8), quantization=Quantization("nf4"), modules_to_save=["head"])
-    rows.append(fine_tune("qlora", Classifier(model, lr=5e-3), model, peft))
-    rows.append(fine_tune("full", Classifier(model, lr=5e-5), model))
+    rows.append(fine_tune("qlora", Classifier(model, lr=1e-3), model, peft))
+    rows.append(fine_tune("full", Classifier(model, lr=1e-4), model))
     print(
         f"\n{'':26} accuracy       f1   trained     fit         bytes", *rows, sep="\n", flush=True
     )

@@ -7,6 +7,7 @@ from lightning_peft.active import adapter_names, disable_adapters, set_adapter
 from lightning_peft.adapter_state import adapter_state_dict, load_adapter_state_dict
 from lightning_peft.attach import attach, detach, quantize, reset_adapters
 from lightning_peft.callback import PEFT
+from lightning_peft.combine import combine
 from lightning_peft.hf import load_adapter, save_adapter
 from lightning_peft.loading import load_from_checkpoint
 from lightning_peft.merge import MergeReport, merge, unmerge
@@ -46,6 +47,7 @@ __all__ = [
     "adapter_names",
     "adapter_state_dict",
     "attach",
+    "combine",
     "detach",
     "disable_adapters",
     "load_adapter",

@@ -32,7 +32,8 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("record", "fingerprint", "targets", "architectures", "blocks")],
     [("report", "report_*")],
     [("active", "placing", "placing_*", "quantizing", "adapter_state")],
-    [("attach",), ("merge", "merge_*"), ("combine",), ("liger",)],
+    [("attach",), ("merge", "merge_*"), ("liger",)],
+    [("combine",)],
     [
         ("checkpoint", "checkpoint_*"),
         ("hf", "hf.*", "hf_*"),

@@ -31,7 +31,7 @@ def nearest_divisor(n: int, wanted: int) -> int:
 
 
 def skew(triangle: Tensor, size: int) -> Tensor:
-    """[n, size(size − 1)/2], rows of the strict upper triangle, → skew-symmetric [n, size, size]."""
+    """Rows of the strict upper triangle [n, size(size − 1)/2] → skew [n, size, size]."""
     rows, columns = torch.triu_indices(size, size, 1, device=triangle.device)
     Q = triangle.new_zeros(triangle.shape[0], size, size)
     Q = Q.index_put((torch.arange(len(Q), device=Q.device)[:, None], rows, columns), triangle)
