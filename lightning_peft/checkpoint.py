@@ -217,15 +217,21 @@ def leaks(model: nn.Module, checkpoint: Mapping[str, Any]) -> list[str]:
     """Paths in the checkpoint of tensors that share memory with the frozen base."""
     kept = {id(t) for t in kept_tensors(model).values()}
     frozen = {
-        p.untyped_storage().data_ptr()
+        _local(p).untyped_storage().data_ptr()
         for p in model.parameters()
         if id(p) not in kept and not p.requires_grad and p.device.type != "meta"
     } - {0}
     return [
         path
         for path, tensor in _tensors(checkpoint, "")
-        if tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() in frozen
+        if tensor.device.type != "meta" and _local(tensor).untyped_storage().data_ptr() in frozen
     ]
+
+
+def _local(t: Tensor) -> Tensor:
+    """This process's shard of a DTensor, which itself has no memory to point to."""
+    own: Tensor = t.to_local() if hasattr(t, "to_local") else t
+    return own
 
 
 def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:

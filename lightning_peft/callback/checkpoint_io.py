@@ -9,6 +9,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_peft.checkpoint import (
     is_attached,
     leaks,
 )
+from lightning_peft.strategies.pieces import is_folder, read_folder
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
 
@@ -43,7 +45,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read plain data only, unless the caller asks for more."""
+        """Read plain data only, unless the caller asks for more; a folder of pieces as a whole."""
+        if is_folder(path):
+            return read_folder(Path(path))
         if weights_only is False or not checkpoint_file.is_local(path):
             place = (lambda storage, _: storage) if map_location is None else map_location
             return super().load_checkpoint(path, place, weights_only is not False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter_state import trained_tensors
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
+from lightning_peft.optim.pool import local
 
 __all__ = [
     "dead_gradients",
@@ -79,9 +80,15 @@ def _dead_adapters(module: nn.Module) -> list[str]:
         absent = [n for n, p in trained.items() if p.grad is None]
         if absent:
             lines.append(f"{_label(adapter)} {', '.join(absent)}: no gradient")
-        elif not any(bool(p.grad.count_nonzero()) for p in trained.values() if p.grad is not None):
+        elif not any(_moves(p.grad) for p in trained.values() if p.grad is not None):
             lines.append(f"{_label(adapter)}: zero gradient in every tensor")
     return lines
+
+
+def _moves(grad: Tensor) -> bool:
+    """Whether anything is not zero; an empty shard says nothing."""
+    own = local(grad)
+    return not own.numel() or bool(own.count_nonzero())
 
 
 def _label(adapter: Adapter) -> str:

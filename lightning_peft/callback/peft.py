@@ -12,6 +12,7 @@ from lightning_peft_kernels.backend import prefer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_peft.callback.alike import attached_alike, require_same_configuration
 from lightning_peft.callback.attaching import attach_once, find_root
 from lightning_peft.callback.averaging import rebuild_averages
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
@@ -31,6 +32,7 @@ from lightning_peft.callback.optimizers import (
 from lightning_peft.callback.random_states import gather_rng
 from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
 from lightning_peft.callback.showing import log_configuration, print_report
+from lightning_peft.callback.stopping import StopSignal
 from lightning_peft.checkpoint import KEY, is_attached
 from lightning_peft.checkpoint_rng import restore_rng
 from lightning_peft.liger import apply_liger
@@ -103,6 +105,7 @@ class PEFT(pl.Callback):
         self._notes: list[str] = []
         self._io: PEFTCheckpointIO | None = None
         self._layers: dict[str, list[Any]] = {}
+        self._stop = StopSignal()
 
     @property
     def names(self) -> list[str]:
@@ -121,6 +124,7 @@ class PEFT(pl.Callback):
         refuse_trainer(trainer)
         peers = [c for c in trainer.callbacks if isinstance(c, PEFT)]  # type: ignore[attr-defined]
         refuse_unfit(trainer, self, peers)
+        require_same_configuration(self)
         io = install_checkpoint_io(trainer.strategy, lambda: trainer.state.fn == TrainerFn.FITTING)
         install_optimizer_setup(
             trainer.strategy, self, lambda t: self._finish_optimizers(t, t.lightning_module)
@@ -138,14 +142,15 @@ class PEFT(pl.Callback):
             self._layers = layers_of(root, self.root or "")
         if self.liger and not is_attached(root):
             self._notes = apply_liger(root)
-        io.lost += attach_once(
-            root,
-            self.adapters,
-            quantization=self.quantization,
-            modules_to_save=self.modules_to_save,
-            device=trainer.strategy.root_device,
-            lost=lost,
-        )
+        with attached_alike(module):
+            io.lost += attach_once(
+                root,
+                self.adapters,
+                quantization=self.quantization,
+                modules_to_save=self.modules_to_save,
+                device=trainer.strategy.root_device,
+                lost=lost,
+            )
         self._io, io.started = io, True
         if trainer.state.fn == TrainerFn.FITTING:
             rebuild_averages(trainer, module)
@@ -194,6 +199,22 @@ class PEFT(pl.Callback):
         """Have gradients reach checkpointed blocks, whoever turned checkpointing on and when."""
         let_inputs_require_grad(pl_module)
         self._first_step = True
+        self._stop.listen(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """On SIGTERM to any process: a checkpoint, then all end."""
+        self._stop.obey(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signal back."""
+        self._stop.release()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The base must stay frozen.
@@ -247,6 +268,9 @@ class PEFT(pl.Callback):
                 f"has {trainer.world_size}; dropout and data order go on from the seed instead"
             )
             return
+        if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over
+            restore_rng(states[trainer.global_rank], trainer.strategy.root_device)
+            return
         self._rng = states
 
     # ---- the end
@@ -256,6 +280,7 @@ class PEFT(pl.Callback):
     ) -> None:
         """Leave the user's module as it was found."""
         unwrap_configure_model(pl_module)
+        self._stop.release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The same."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from lightning_peft.checkpoint_rng import rng_state
 
@@ -15,7 +16,8 @@ __all__ = ["gather_rng"]
 def gather_rng(trainer: pl.Trainer) -> list[dict[str, Any]]:
     """One entry a rank. Every rank must call it, as every rank must call `save_checkpoint`."""
     own = rng_state(trainer.strategy.root_device)
-    if trainer.world_size == 1:
+    # While an exception is handled the others may be anywhere: no collective then.
+    if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
         return [own]
     states: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(states, own)

@@ -32,6 +32,9 @@ def moments(state: Mapping[str, Any]) -> tuple[Tensor, ...]:
         ValueError: a form that is none of them.
     """
     state = {**state, **state.get(_BNB_NEST, {})}
+    if "shards" in state:
+        parts = zip(*(moments(s) for s in state["shards"]), strict=True)
+        return tuple(torch.cat(part) for part in parts)
     if "exp_avg" in state:
         return tuple(state[name].reshape(-1).float() for name in _TORCH_NAMES if name in state)
     if "state1" not in state:
@@ -98,10 +101,12 @@ def to_torch(state_dict: Mapping[str, Any], shapes: Mapping[int, torch.Size]) ->
     return {**state_dict, "state": states}
 
 
-def shard(state: Mapping[str, Tensor], first: int, length: int) -> dict[str, Tensor]:
+def shard(state: Mapping[str, Any], first: int, length: int) -> dict[str, Tensor]:
     """Elements [first, first + length) of an 8-bit state. Bytes move where `first` is a multiple
     of 256; elsewhere the values are quantised anew (an error of one code, once)."""
     fields = [name for name in state if name != "step"]
+    if "shards" in state:
+        return _of_shards(state, first, length)
     if first % BLOCK == 0:
         blocks = slice(first // BLOCK, -(-(first + length) // BLOCK))
         cut = {"step": _steps(state["step"])}
@@ -114,12 +119,31 @@ def shard(state: Mapping[str, Tensor], first: int, length: int) -> dict[str, Ten
     return pack({"step": state["step"], **sliced}, fields)
 
 
-def join_shards(shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Neighbouring ranges as one; bytes move where all but the last are whole blocks."""
+def _of_shards(state: Mapping[str, Any], first: int, length: int) -> dict[str, Tensor]:
+    """The shard that is exactly this range, byte for byte; else quantised anew."""
+    start = 0
+    for part in state["shards"]:
+        if start == first and part["state1"].numel() == length:
+            return {name: value.clone() for name, value in part.items()}
+        start += part["state1"].numel()
+    fields = [name for name in state["shards"][0] if name != "step"]
+    sliced = [value[first : first + length] for value in moments(state)]
+    named = dict(zip(_TORCH_NAMES, sliced, strict=False))
+    return pack({"step": state["step"], **named}, fields)
+
+
+def join_shards(shards: Sequence[Mapping[str, Tensor]], *, exact: bool = False) -> dict[str, Any]:
+    """Neighbouring ranges as one; bytes move where all but the last are whole blocks.
+
+    Where they are not, values are quantised anew, or, if `exact`, the shards are kept side by side
+    under ``"shards"``, which `pack` and `shard` read.
+    """
     fields = [name for name in shards[0] if name != "step"]
     if all(s["state1"].numel() % BLOCK == 0 for s in shards[:-1]):
         joined = {name: torch.cat([s[name].reshape(-1) for s in shards]) for name in fields}
         return {"step": _steps(shards[0]["step"]), **joined}
+    if exact:
+        return {"step": _steps(shards[0]["step"]), "shards": [dict(s) for s in shards]}
     parts = zip(*(moments(s) for s in shards), strict=True)
     whole = {name: torch.cat(part) for name, part in zip(_TORCH_NAMES, parts, strict=False)}
     return pack({"step": shards[0]["step"], **whole}, fields)

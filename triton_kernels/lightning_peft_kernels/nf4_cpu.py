@@ -66,7 +66,7 @@ def _quantize_range(
     """Elements [start, stop) with one set of temporaries, 13 bytes an element of the chunk."""
     base, bound = nf4_cells()
     size = min(chunk, stop - start)
-    x, y = torch.empty(size), torch.empty(size)
+    x, y = (torch.empty(size, dtype=torch.float32) for _ in range(2))
     cells = torch.empty(size, dtype=torch.int32)
     codes = torch.empty(size, dtype=torch.uint8)
     for first in range(start, stop, chunk):

@@ -1,0 +1,184 @@
+"""From an attached model to FSDP2 units, and the checks before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_peft.attach import reset_adapters
+from lightning_peft.checkpoint import kept_tensors
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.storage import storage_of
+from lightning_peft.storage.stream import materialize, stream_base
+from lightning_peft.strategies.plan import Classes, shard_units
+
+__all__ = ["Options", "is_sharded", "shard_model"]
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose; see `PEFTFSDPStrategy`."""
+
+    shard_classes: Classes = ()
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    base_from: str | Path | None = None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds it already (a module stays sharded after a run)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(m, FSDPModule) for m in module.modules())
+
+
+def shard_model(
+    module: nn.Module, mesh: DeviceMesh, device: torch.device, options: Options
+) -> list[str]:
+    """Shard blocks and the module itself, in place.
+
+    Returns:
+        Names of the units.
+
+    Raises:
+        RuntimeError: a tensor is on the meta device and nobody says where from; FSDP2 of this torch
+            cannot hold packed bytes; the bytes changed.
+        ValueError: adapters that cannot be sharded.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    _refuse(module, FSDPModule)
+    empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
+    if empty and options.base_from is None:
+        raise RuntimeError(
+            f"peft_fsdp: expected weights, got {len(empty)} tensors on the meta device "
+            f"({', '.join(empty[:3])}); give PEFTFSDPStrategy(base_from=<folder of safetensors>)"
+        )
+    if not empty:
+        _same_start(module, device)
+    units = shard_units(module, options.shard_classes)
+    probe = _probe(units)
+    kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
+    if options.cpu_offload:
+        kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for _, unit in units:
+        fully_shard(unit, **kwargs)
+    fully_shard(module, **kwargs)
+    for step in _STEPS:
+        register_fsdp_forward_method(module, step)
+    # Ranks may reach different adapters (experts); without this their gradients would be mixed.
+    module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+    if empty:
+        place = torch.device("cpu") if options.cpu_offload else device
+        materialize(module, place)
+        reset_adapters(module)
+        stream_base(module, Path(str(options.base_from)))
+    _check(module)
+    if probe is not None:
+        _compare(*probe)
+    return [name for name, _ in units]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _refuse(module: nn.Module, fsdp: Any) -> None:
+    if not hasattr(fsdp, "set_reduce_scatter_unused_params"):
+        raise RuntimeError(
+            f"peft_fsdp: expected torch >= 2.13, got {torch.__version__}: older FSDP2 takes no "
+            "packed bytes and mixes gradients of adapters that one process did not use; update "
+            "torch, or use strategy='peft_ddp'"
+        )
+    for name, adapted in adapted_modules(module):
+        for adapter in adapters_of(adapted):
+            trained = [k for k, t in adapter.shared.items() if t.requires_grad]
+            if trained:
+                raise ValueError(
+                    f"peft_fsdp: expected adapters that own what they train, got "
+                    f"{adapter.method.label} on {name!r} with shared {trained}; use "
+                    "strategy='peft_ddp'"
+                )
+        if type(storage_of(adapted)).__name__.startswith("Bnb"):
+            raise ValueError(
+                f"peft_fsdp: expected a dense base or one packed by PEFT(quantization='nf4'), got "
+                f"bitsandbytes' layer {name!r}, whose scales FSDP2 cannot see; load the base "
+                "dense, or use strategy='peft_ddp'"
+            )
+    trained_dtypes = {p.dtype for p in module.parameters() if p.requires_grad}
+    if len(trained_dtypes) > 1:
+        raise ValueError(
+            f"peft_fsdp: expected one dtype for everything trained, got "
+            f"{sorted(map(str, trained_dtypes))}; cast the module before fitting"
+        )
+
+
+def _same_start(module: nn.Module, device: torch.device) -> None:
+    """Rank 0's start values everywhere: an unseeded process draws its own."""
+    if not dist.is_initialized():
+        return
+    for t in kept_tensors(module).values():
+        moved = t.detach().to(device)
+        dist.broadcast(moved, 0)
+        with torch.no_grad():
+            t.copy_(moved)
+
+
+# ---- whether what comes back is what went in
+
+Probe = tuple[nn.Module, nn.Module, str, Tensor]
+
+
+def _probe(units: list[tuple[str, nn.Module]]) -> Probe | None:
+    """A weight of the first unit, dequantised, with its layer and its name."""
+    for _, unit in units[:1]:
+        for name, layer in unit.named_modules():
+            weight = layer._parameters.get("weight")
+            if weight is not None and weight.ndim > 1 and weight.device.type != "meta":
+                W = storage_of(layer).read(layer, "weight").detach().to("cpu", copy=True)
+                return unit, layer, name, W
+    return None
+
+
+def _compare(unit: Any, layer: nn.Module, name: str, before: Tensor) -> None:
+    """Raise where one block, gathered again, differs in a bit."""
+    with torch.no_grad():
+        unit.unshard()
+        after = storage_of(layer).read(layer, "weight").detach().cpu()
+        unit.reshard()
+    if not torch.equal(before, after):
+        raise RuntimeError(
+            f"peft_fsdp: expected {name!r} to come back bit for bit from its shards, got another "
+            "weight; this combination of torch and device changes packed bytes: use "
+            "strategy='peft_ddp'"
+        )
+
+
+def _check(module: nn.Module) -> None:
+    """No tensor without memory, nothing trained outside the shards."""
+    from torch.distributed.tensor import DTensor
+
+    empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
+    plain = [
+        n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)
+    ]
+    if empty or plain:
+        raise RuntimeError(
+            f"peft_fsdp: expected every tensor to have memory and every trained one to be sharded, "
+            f"got meta tensors {empty[:5]} and unsharded ones {plain[:5]}"
+        )

@@ -1,0 +1,257 @@
+"""What one process of a test run does: the jobs it is given, one after the other.
+
+`python -m tests.strategies.jobs <file>`; the file holds a JSON list of `Job` fields.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_peft import PEFT, LoRA, Quantization
+from lightning_peft.adapter_state import trained_tensors
+from lightning_peft.optim.pool import local
+from tests.tiny_models import BUILDERS, VOCAB
+
+SAMPLES, LENGTH, BATCH = 8, 9, 4
+
+
+@dataclass
+class Job:
+    """One fit.
+
+    Attributes:
+        name: Of the result file, ``<folder>/<name>-<rank>.pt``.
+        folder: Where checkpoints and results go.
+        ckpt: Resume from here.
+        fault: What goes wrong, on `fault_rank`, in step `fault_step`.
+        base_seed: Seed of the base, by rank; one value for all.
+        rank_of: LoRA's r, by process.
+    """
+
+    name: str
+    folder: str
+    strategy: str = "auto"
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    devices: int = 1
+    nodes: int = 1
+    epochs: int = 4
+    ckpt: str | None = None
+    model: str = "llama"
+    quantization: str | None = "nf4"
+    block_size: int = 32
+    double_quant: bool = True
+    optimizer: str | None = None
+    precision: str = "32-true"
+    accumulate: int = 1
+    clip: float | None = None
+    every_n_steps: int | None = None
+    fault: str = ""
+    fault_rank: int = 0
+    fault_step: int = 3
+    base_seed: list[int] = field(default_factory=lambda: [7])
+    lora_r: list[int] = field(default_factory=lambda: [4])
+    callbacks: list[str] = field(default_factory=list)
+    validate: bool = False
+    step_seconds: float = 0.0
+    meta_from: str | None = None
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def of_rank(values: list[int]) -> int:
+    return values[min(rank(), len(values) - 1)]
+
+
+def build(job: Job) -> torch.nn.Module:
+    """The pretrained model: by its own seed, whatever ran before."""
+    state = torch.get_rng_state()
+    torch.manual_seed(of_rank(job.base_seed))
+    if job.meta_from is not None:
+        with torch.device("meta"):
+            net = BUILDERS[job.model]()
+    else:
+        net = BUILDERS[job.model]()
+    torch.set_rng_state(state)
+    return net.train()
+
+
+class Net(pl.LightningModule):
+    """Knows nothing of adapters or strategies."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.net = build(job)
+        self.job = job
+        self.losses: list[float] = []
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.net(input_ids=ids, labels=ids)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self(batch).loss
+        self.losses.append(float(loss.detach()))
+        return loss * self._fault(loss)
+
+    def _fault(self, loss: Tensor) -> float:
+        import time
+
+        job = self.job
+        time.sleep(job.step_seconds)
+        if not job.fault or rank() != job.fault_rank or self.global_step != job.fault_step:
+            return 1.0
+        if job.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job.fault == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if job.fault == "error":
+            raise ArithmeticError("made up")
+        return float(job.fault) if job.fault in ("nan", "inf") else 1.0
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self(batch).loss, sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        logits: Tensor = self(batch).logits
+        return logits
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=1e-2)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(self.trainer)
+
+    val_dataloader = predict_dataloader = train_dataloader
+
+
+def loader(trainer: pl.Trainer) -> DataLoader[Any]:
+    """Every process its part of the same global batches."""
+    world, own = trainer.world_size, trainer.global_rank
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, VOCAB, (SAMPLES, LENGTH), generator=g)
+    return DataLoader(ids[own::world], batch_size=BATCH // world)  # type: ignore[arg-type]
+
+
+def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
+    quantization = None
+    if job.quantization is not None:
+        quantization = Quantization(
+            job.quantization,  # type: ignore[arg-type]
+            block_size=job.block_size,
+            double_quant=job.double_quant,
+        )
+    peft = PEFT(
+        LoRA(r=of_rank(job.lora_r), target_modules="all-linear"),
+        quantization=quantization,
+        optimizer=job.optimizer,
+        report=False,
+    )
+    saving = ModelCheckpoint(
+        job.folder,
+        filename=f"{job.name}-{{step}}",
+        save_top_k=-1,
+        save_last=True,
+        every_n_train_steps=job.every_n_steps,
+        save_on_train_epoch_end=None if job.every_n_steps else True,
+    )
+    saving.CHECKPOINT_NAME_LAST = f"{job.name}-last"
+    more: list[pl.Callback] = []
+    if "on_exception" in job.callbacks:
+        from lightning.pytorch.callbacks import OnExceptionCheckpoint
+
+        more.append(OnExceptionCheckpoint(job.folder))
+    if "ema" in job.callbacks:
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+
+        more.append(EMAWeightAveraging())
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=job.devices,
+        num_nodes=job.nodes,
+        strategy=strategy_of(job),
+        callbacks=[peft, *more, saving],
+        max_epochs=job.epochs,
+        precision=job.precision,  # type: ignore[arg-type]
+        accumulate_grad_batches=job.accumulate,
+        gradient_clip_val=job.clip,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=2 if job.validate else 0,
+        num_sanity_val_steps=0,
+    )
+    pl.seed_everything(1, verbose=False)
+    return Net(job), trainer, peft
+
+
+def strategy_of(job: Job) -> Any:
+    import lightning_peft
+
+    classes = {
+        "peft_ddp": lightning_peft.PEFTDDPStrategy,
+        "peft_fsdp": lightning_peft.PEFTFSDPStrategy,
+    }
+    options = dict(job.strategy_options)
+    if job.meta_from is not None:
+        options["base_from"] = job.meta_from
+    return classes[job.strategy](**options) if options else job.strategy
+
+
+def run(job: Job) -> None:
+    model, trainer, _ = make(job)
+    trainer.fit(model, ckpt_path=job.ckpt)
+    packed = {n: p for n, p in model.named_parameters() if p.dtype == torch.uint8}
+    result: dict[str, Any] = {
+        "losses": model.losses,
+        "step": trainer.global_step,
+        "packed_bytes": sum(p.numel() for p in packed.values()),
+        "own_bytes": sum(local(p).numel() for p in packed.values()),
+        "frozen_grads": [
+            n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad
+        ],
+        "skipped": getattr(trainer.strategy, "skipped_steps", 0),
+        "units": getattr(trainer.strategy, "units", []),
+        "adapters": {k: whole(t) for k, t in trained_tensors(model).items()},
+        "packed": {n: whole(p) for n, p in packed.items()},
+        "ddp": getattr(trainer.strategy, "_ddp_kwargs", None),
+    }
+    if job.validate:
+        result["val"] = {k: float(v) for k, v in trainer.validate(model, verbose=False)[0].items()}
+        predicted = trainer.predict(model)
+        result["logits"] = torch.cat(predicted) if predicted else None  # type: ignore[arg-type]
+    torch.save(result, Path(job.folder) / f"{job.name}-{trainer.global_rank}.pt")
+
+
+def whole(t: Tensor) -> Tensor:
+    full: Any = t.detach()
+    gathered: Tensor = full.full_tensor() if hasattr(full, "full_tensor") else full
+    return gathered.clone()
+
+
+def main(listed: str) -> None:
+    torch.set_num_threads(1)
+    for fields in json.loads(Path(listed).read_text()):
+        run(Job(**fields))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
