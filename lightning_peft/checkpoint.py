@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -159,6 +160,7 @@ def _describe_adapter(entry: AdapterRecord) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:

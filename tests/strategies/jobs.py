@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft import PEFT, LoRA, Quantization
+import lightning_peft
+from lightning_peft import PEFT, Quantization
 from lightning_peft.adapter_state import trained_tensors
 from lightning_peft.optim.pool import local
 from tests.tiny_models import BUILDERS, VOCAB
@@ -38,7 +39,7 @@ class Job:
         ckpt: Resume from here.
         fault: What goes wrong, on `fault_rank`, in step `fault_step`.
         base_seed: Seed of the base, by rank; one value for all.
-        rank_of: LoRA's r, by process.
+        lora_r: LoRA's r, by rank.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Job:
     fault_step: int = 3
     base_seed: list[int] = field(default_factory=lambda: [7])
     lora_r: list[int] = field(default_factory=lambda: [4])
+    method: str = "LoRA"
+    modules_to_save: list[str] = field(default_factory=list)
     callbacks: list[str] = field(default_factory=list)
     validate: bool = False
     step_seconds: float = 0.0
@@ -118,6 +121,11 @@ class Net(pl.LightningModule):
             os.kill(os.getpid(), signal.SIGKILL)
         if job.fault == "sigterm":
             os.kill(os.getpid(), signal.SIGTERM)
+        if job.fault == "full":
+            import resource
+
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
         if job.fault == "error":
             raise ArithmeticError("made up")
         return float(job.fault) if job.fault in ("nan", "inf") else 1.0
@@ -155,8 +163,15 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
             block_size=job.block_size,
             double_quant=job.double_quant,
         )
+    kind = getattr(lightning_peft, job.method)
+    method = (
+        kind(r=of_rank(job.lora_r), target_modules="all-linear")
+        if "r" in kind.__dataclass_fields__
+        else kind(target_modules="all-linear")
+    )
     peft = PEFT(
-        LoRA(r=of_rank(job.lora_r), target_modules="all-linear"),
+        method,
+        modules_to_save=job.modules_to_save,
         quantization=quantization,
         optimizer=job.optimizer,
         report=False,
@@ -201,8 +216,6 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
 
 
 def strategy_of(job: Job) -> Any:
-    import lightning_peft
-
     classes = {
         "peft_ddp": lightning_peft.PEFTDDPStrategy,
         "peft_fsdp": lightning_peft.PEFTFSDPStrategy,
