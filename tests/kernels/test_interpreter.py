@@ -10,7 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("script", ["interpret_nf4.py"])
+@pytest.mark.parametrize("script", ["interpret_nf4.py", "interpret_decode.py"])
 def test_interpreter(script):
     pytest.importorskip("triton")
     done = subprocess.run(

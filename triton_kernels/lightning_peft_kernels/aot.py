@@ -23,15 +23,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TARGETS", "Row", "broken", "compile_one", "specs", "table"]
+__all__ = ["TARGETS", "Row", "broken", "compile_one", "spec", "specs", "table"]
 
 MODULES = (
     "lightning_peft_kernels.nf4_triton",
+    "lightning_peft_kernels.nf4_quantize_triton",
+    "lightning_peft_kernels.fp8_triton",
+    "lightning_peft_kernels.decode_triton",
+    #     "lightning_peft_kernels.output_scale_triton",
     "lightning_peft_kernels.adamw_8bit",
 )
 # Target → (backend, architecture, lanes a warp, shared memory in bytes that one block may use).
@@ -68,6 +72,43 @@ class Row:
     instructions: int = 0
     outcome: str = "ok"
     gemm: bool = False
+
+
+def spec(
+    name: str,
+    fn: Any,
+    types: Sequence[str],
+    constexprs: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **more: Any,
+) -> dict[str, Any]:
+    """One entry of an `aot_specs()`.
+
+    Args:
+        name: Kernel and configuration.
+        fn: The `@triton.jit` function; its constexprs come after its other arguments.
+        types: Of the other arguments, in order: ``"*bf16"``, ``"i32"``, ``"fp32"`` …
+        constexprs: Value by name.
+        num_warps: Of a program.
+        num_stages: Of software pipelining.
+        more: options, gemm, skip, fast.
+    """
+    names = [n for n in fn.arg_names if n not in constexprs]
+    signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constexprs, "constexpr")
+    # Pointers and sizes divide by 16 for real weights: without this, vector access vanishes.
+    aligned = [i for i, kind in enumerate(types) if kind != "fp32"]
+    return {
+        "name": name,
+        "fn": fn,
+        "signature": signature,
+        "constexprs": constexprs,
+        "attrs": {(i,): [["tt.divisibility", 16]] for i in aligned},
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        **more,
+    }
 
 
 def specs() -> list[dict[str, Any]]:

@@ -7,17 +7,41 @@ preference in force. The decision carries its reason, which the preflight report
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import torch
 
-__all__ = ["Decision", "Preference", "choose", "prefer", "preference", "triton_available"]
+__all__ = [
+    "CROSSINGS",
+    "Decision",
+    "Preference",
+    "architecture",
+    "choose",
+    "choose_product",
+    "crossing",
+    "prefer",
+    "preference",
+    "triton_available",
+]
 
 Preference = Literal["auto", "triton", "torch"]
 
 _preference: list[Preference] = ["auto"]
+
+# Architecture → (least N, most tokens), first that fits: up to how many tokens the product that
+# decodes the weight inside beats dequantise + library product. Not measured with these kernels:
+# the starting point is the table that bitsandbytes 0.50.2 calibrated on these chips, cut at the 64
+# rows these kernels take. Where K ≥ N the tokens of the last row hold below N = 8448.
+CROSSINGS: dict[str, tuple[tuple[int, int], ...]] = {
+    "sm_80": ((8448, 64), (4224, 16), (0, 4)),
+    "sm_90": ((25344, 64), (16896, 48), (8448, 32), (4224, 16), (0, 4)),
+    "sm_100": ((8448, 32), (0, 4)),
+    "gfx942": ((0, 4),),
+}
+_EVIDENCE = "as calibrated by bitsandbytes, not measured with these kernels"
 
 
 @dataclass(frozen=True)
@@ -25,11 +49,12 @@ class Decision:
     """What runs, and why.
 
     Attributes:
-        backend: ``"triton"`` or ``"torch"``.
+        backend: ``"triton"`` or ``"torch"``; for products with a packed base, ``"fused"``,
+            ``"dequantize"``, ``"scaled_mm"`` or ``"emulated"``.
         reason: One clause for the report.
     """
 
-    backend: Literal["triton", "torch"]
+    backend: Literal["triton", "torch", "fused", "dequantize", "scaled_mm", "emulated"]
     reason: str
 
 
@@ -74,6 +99,38 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Decision:
     if _preference[0] == "triton":
         raise RuntimeError(f"{op}: expected a device for Triton, got {blocked}; use kernels='auto'")
     return Decision("torch", blocked)
+
+
+def architecture(device: torch.device) -> str:
+    """Row of `CROSSINGS` for a CUDA or ROCm device; the nearest older one where there is none."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def crossing(architecture: str, shape: Sequence[int]) -> int:
+    """Most tokens for which the weight [N, K] is decoded inside the product."""
+    N, K = shape
+    table = CROSSINGS[architecture]
+    if K >= N and N < 8448:
+        return table[-1][1]
+    return next(tokens for least, tokens in table if least <= N)
+
+
+def choose_product(
+    device: torch.device, dtype: torch.dtype, tokens: int, shape: Sequence[int]
+) -> Decision:
+    """How x [tokens, K] is multiplied by a packed W [N, K]: ``"fused"`` or ``"dequantize"``."""
+    base = choose("nf4_decode", device, dtype)
+    if base.backend == "torch":
+        return Decision("dequantize", base.reason)
+    if not 1 <= tokens <= 64 or shape[1] % 8:
+        return Decision("dequantize", f"{tokens} tokens, K = {shape[1]}")
+    chip = architecture(device)
+    most = crossing(chip, shape)
+    reason = f"{tokens} tokens, crossing {most} on {chip} ({_EVIDENCE})"
+    return Decision("fused" if tokens <= most else "dequantize", reason)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

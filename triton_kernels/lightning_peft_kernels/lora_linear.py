@@ -61,18 +61,22 @@ def prepare(
     return x, A, B, bias, Plan(float(scaling), dropout_p, dtype)
 
 
-def lora_branch(
-    x2: Tensor, A: Tensor, B: Tensor, plan: Plan, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], mask or None)."""
+def lora_down(x2: Tensor, A: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """(S = s · drop(x) Aᵀ [M, R], mask or None)."""
     z, mask = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype), None
     if plan.dropout_p:
         keep = 1.0 - plan.dropout_p
         mask = torch.rand(x2.shape, device=x2.device) < keep
         z = z * mask * (1.0 / keep)
     S = z @ A.mT
-    if plan.scaling != 1.0:
-        S = S * plan.scaling
+    return (S if plan.scaling == 1.0 else S * plan.scaling), mask
+
+
+def lora_branch(
+    x2: Tensor, A: Tensor, B: Tensor, plan: Plan, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], mask or None)."""
+    S, mask = lora_down(x2, A, plan)
     y = S @ B.mT
     return (y if y.dtype == out_dtype else y.to(out_dtype)), S, mask
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_peft_kernels import nf4_cpu
 from lightning_peft_kernels.backend import choose
 from lightning_peft_kernels.codebooks import code, fp4_order, midpoints
-from lightning_peft_kernels.dynamic_map import coarse_cells, dynamic_map
+from lightning_peft_kernels.dynamic_map import coarse_cells, dynamic_map, searched_codes
 
 __all__ = [
     "Packed4bit",
@@ -133,9 +133,7 @@ def _nested(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, 
         codes = coarse_cells()[index.view(-1)].view_as(index)
         codes = torch.where(absmax2[:, None] == 0, codes.new_zeros(()), codes)
     else:
-        values = dynamic_map(True, str(absmax.device))
-        mids = 0.5 * (values[:-1] + values[1:])
-        codes = torch.bucketize(padded / absmax2.clamp(min=_TINY)[:, None], mids).to(torch.uint8)
+        codes = searched_codes(padded * (1.0 / absmax2)[:, None])
     return codes.view(-1)[:blocks].contiguous(), absmax2, offset.reshape(1)
 
 
@@ -206,6 +204,10 @@ def _quantize_impl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if W.device.type == "cpu" and kind == "nf4":
         q = _quantize_nf4_cpu(W.detach().reshape(-1), block_size, double_quant)
+    elif kind == "nf4" and choose("quantize_4bit", W.device, W.dtype).backend == "triton":
+        from lightning_peft_kernels.nf4_quantize_triton import quantize
+
+        q = Packed4bit(*quantize(W, block_size, double_quant))
     else:
         q = quantize_4bit_reference(W, kind=kind, block_size=block_size, double_quant=double_quant)
     empty = W.new_empty(0, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Linear layers over a packed base: y = x Wᵀ + bias, and y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias.
 
 Shapes: x [..., K], W [N, K] packed, A [R, K], B [N, R]. W is dequantised for each product and
-dropped; backward dequantises it again for dX = dY W. S = s · drop(x) Aᵀ [M, R] is saved, not
+dropped; backward dequantises it again for dX = dY W, unless it was kept by the recomputation of a
+checkpoint. Few tokens are multiplied by W as it is decoded. S = s · drop(x) Aᵀ [M, R] is saved, not
 recomputed; the base product is added onto the LoRA term in place (`addmm_`, β = 1), so that y is
 written once and no pass over it is spent on the sum.
     dS = s · dY B      dB = s · dYᵀ S'      dA = dSᵀ drop(x)      dX = dY W + mask ∘ (dS A)
@@ -17,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.lora_linear import Plan, lora_backward, lora_branch, prepare
-from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, dequantize_4bit_reference
+from lightning_peft_kernels.backend import choose_product
+from lightning_peft_kernels.decode import nf4_decode
+from lightning_peft_kernels.lora_linear import Plan, lora_backward, lora_down, prepare
+from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit_reference
+from lightning_peft_kernels.workspace import keeps_for_backward, kept_weights, weights
 
 __all__ = ["nf4_linear", "nf4_lora_linear", "nf4_lora_linear_reference"]
 
@@ -57,19 +61,24 @@ class _NF4Linear(torch.autograd.Function):
         kind: str,
         block_size: int,
     ) -> Tensor:
-        ctx.save_for_backward(packed, absmax, absmax2, offset)
-        ctx.packing = (shape, kind, block_size)
-        q = Packed4bit(packed, absmax, absmax2, offset)
-        W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)
-        return torch.nn.functional.linear(x, W, bias)
+        q, ctx.packing = Packed4bit(packed, absmax, absmax2, offset), (shape, kind, block_size)
+        x2 = x.reshape(-1, x.shape[-1])
+        W = None
+        if choose_product(x.device, x.dtype, x2.shape[0], shape).backend == "fused":
+            y = nf4_decode(x2, q, shape, None, None, bias, kind=kind, block_size=block_size)
+        else:
+            keep = ctx.needs_input_grad[0] and keeps_for_backward()
+            W = (kept_weights if keep else weights)(q, shape, x.dtype, kind, block_size)
+            y = torch.nn.functional.linear(x2, W, bias)
+            W = W if keep else None
+        ctx.save_for_backward(W, *q)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        shape, kind, block_size = ctx.packing
         dX = d_bias = None
         if ctx.needs_input_grad[0]:
-            q = Packed4bit(*ctx.saved_tensors)
-            dX = dY @ dequantize_4bit(q, shape, dY.dtype, kind=kind, block_size=block_size)
+            dX = dY @ _backward_weights(ctx, dY.dtype, *ctx.saved_tensors)
         if ctx.needs_input_grad[5]:
             d_bias = dY.reshape(-1, dY.shape[-1]).sum(0)
         return dX, None, None, None, None, d_bias, None, None, None
@@ -94,24 +103,30 @@ class _NF4LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         q = Packed4bit(packed, absmax, absmax2, offset)
-        W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)
-        y, S, mask = lora_branch(x2, A, B, plan, x.dtype)
-        y.addmm_(x2, W.mT)
-        if bias is not None:
-            y += bias
-        ctx.save_for_backward(x2, S, mask, A, B, packed, absmax, absmax2, offset)
+        S, mask = lora_down(x2, A, plan)
+        W = None
+        fits = plan.dtype == x.dtype
+        if fits and choose_product(x.device, x.dtype, x2.shape[0], shape).backend == "fused":
+            y = nf4_decode(x2, q, shape, S, B, bias, kind=kind, block_size=block_size)
+        else:
+            keep = ctx.needs_input_grad[0] and keeps_for_backward()
+            W = (kept_weights if keep else weights)(q, shape, x.dtype, kind, block_size)
+            y = (S @ B.mT).to(x.dtype)
+            y.addmm_(x2, W.mT)
+            if bias is not None:
+                y += bias
+            W = W if keep else None
+        ctx.save_for_backward(x2, S, mask, A, B, W, *q)
         ctx.plan, ctx.packing, ctx.leading = plan, (shape, kind, block_size), x.shape[:-1]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        x2, S, mask, A, B, *packed = ctx.saved_tensors
-        shape, kind, block_size = ctx.packing
+        x2, S, mask, A, B, *rest = ctx.saved_tensors
         dY2 = dY.reshape(-1, dY.shape[-1])
         W = None
         if ctx.needs_input_grad[0]:
-            q = Packed4bit(*packed)
-            W = dequantize_4bit(q, shape, dY.dtype, kind=kind, block_size=block_size)
+            W = _backward_weights(ctx, dY.dtype, *rest)
         dX, dA, dB = lora_backward(
             dY2, x2, S, mask, A, B, W, ctx.plan, ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         )
@@ -119,6 +134,15 @@ class _NF4LoRALinear(torch.autograd.Function):
         if dX is not None:
             dX = dX.view(*ctx.leading, dX.shape[-1])
         return dX, None, None, None, None, d_bias, dA, dB, None, None, None, None
+
+
+def _backward_weights(
+    ctx: Any, dtype: torch.dtype, W: Tensor | None, *packed: Tensor | None
+) -> Tensor:
+    """W as the recomputation left it, or dequantised."""
+    if W is not None and W.dtype == dtype:
+        return W
+    return weights(Packed4bit(*packed), ctx.packing[0], dtype, *ctx.packing[1:])  # type: ignore[arg-type]
 
 
 def nf4_linear(
