@@ -12,15 +12,26 @@ from lightning_peft.hf import load_adapter, save_adapter
 from lightning_peft.loading import load_from_checkpoint
 from lightning_peft.merge import MergeReport, merge, unmerge
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
+from lightning_peft.methods.bottleneck import BottleneckAdapter
+from lightning_peft.methods.diff_pruning import DiffPruning
 from lightning_peft.methods.dora import DoRA
+from lightning_peft.methods.full import Full
+from lightning_peft.methods.hard_prompt import HardPrompt
 from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.last_layers import LastLayers
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.prefix_tuning import PrefixTuning
+from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.methods.ptuning import PTuning
 from lightning_peft.methods.vera import VeRA
+from lightning_peft.prompts import hard_prompt_ids
 from lightning_peft.report import Report, parameter_report
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
@@ -33,14 +44,24 @@ __all__ = [
     "OFT",
     "PEFT",
     "AdaLoRA",
+    "BitFit",
+    "BottleneckAdapter",
+    "DiffPruning",
     "DoRA",
+    "Full",
+    "HardPrompt",
+    "LastLayers",
     "LoHa",
     "LoKr",
     "LoRA",
     "MergeReport",
     "MiSS",
+    "NormTuning",
     "PEFTDDPStrategy",
     "PEFTFSDPStrategy",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "Quantization",
     "Report",
     "VeRA",
@@ -50,6 +71,7 @@ __all__ = [
     "combine",
     "detach",
     "disable_adapters",
+    "hard_prompt_ids",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",

@@ -27,6 +27,7 @@ from lightning_peft.layers.adapted import (
     refresh,
     release,
 )
+from lightning_peft.layers.sequence import Widen
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
 from lightning_peft.placing import Placement, place, refuse_unfit
@@ -396,7 +397,8 @@ def _build(
         with _seeded(placement.site, adapter_name, None), torch.device("cpu"):
             adapter.block = method.module(placement.site)  # type: ignore[attr-defined]
         if placement.tap is not None:
-            adapter.tap = Tap(adapter, placement.tap)
+            hook = Tap if method.kind == "block" else Widen
+            adapter.tap = hook(adapter, placement.tap)
     else:
         assert isinstance(method, WeightMethod)
         buffers = method.buffers(placement.site)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.hf_config import base_config
@@ -79,11 +80,15 @@ def save_adapter(
     finish = fmt.uniform if uniform else fmt.to_config
     if finish is not None:
         finish(entries, config)
-    _name_targets(top, entries, config)
+    if fmt.tensors:
+        _name_targets(top, entries, config)
+    _require_readable(top, config, entries)
     tensors = _file_tensors(fmt, entries)
     _add_shared(found, fmt, tensors)
     _add_biases(found, tensors)
     _add_saved(model, top, found, fmt, adapter_name, plain(prefix), config, tensors)
+    if not fmt.tensors:
+        _add_heads(top, fmt, config, tensors)
     if names == "legacy":
         config, tensors = _legacy(top, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
@@ -146,7 +151,7 @@ def _entries(found: _Found, method: Method, fmt: HFFormat) -> list[HFEntry]:
                 "exclude the layer, or keep the adapter with adapter_state_dict()"
             )
         own = {k: t.detach().cpu() for k, t in adapter.tensors().items() if k not in fmt.prefix}
-        packed = own if fmt.pack is None else fmt.pack(method, site, own)
+        packed = own if fmt.pack is None or not own else fmt.pack(method, site, own)
         entries.append(HFEntry(path, site, method, dict(packed), own=own))
     return entries
 
@@ -169,6 +174,35 @@ def _name_targets(top: nn.Module, entries: list[HFEntry], config: dict[str, Any]
         )
 
 
+def _require_readable(top: nn.Module, config: dict[str, Any], entries: list[HFEntry]) -> None:
+    """peft takes layers named as experts were before transformers 5 for those experts.
+
+    Raises:
+        ValueError: fused experts and such layers in one directory.
+    """
+    if not config.get("target_parameters"):
+        return
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    model_type = getattr(getattr(top, "config", None), "model_type", None)
+    old = _OLD_EXPERTS.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ())
+    found = sorted({e.path for e in entries if e.path.rpartition(".")[2] in old})
+    if found:
+        raise ValueError(
+            f"save_adapter: expected no layers named {list(old)} beside fused experts, got "
+            f"{found[:3]}: peft 0.21 takes their names for those of the experts and leaves the "
+            "layers out; exclude them (exclude_modules), or keep the adapter with "
+            "adapter_state_dict()"
+        )
+
+
+#: Pattern of transformers' renaming → names that peft takes for experts.
+_OLD_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
 def _places(entries: list[HFEntry]) -> dict[int, dict[str, str]]:
     """Place of every weight, by module."""
     adapted: dict[int, list[HFEntry]] = {}
@@ -186,7 +220,7 @@ def _file_tensors(fmt: HFFormat, entries: list[HFEntry]) -> dict[str, Tensor]:
     for e in entries:
         m, parameter = e.site.module, e.site.parameter
         head = tensor_prefix(e.path, places[id(m)].get(parameter, ""))
-        for name, tensor in e.tensors.items():
+        for name, tensor in fmt.oriented(e.site, e.tensors).items():
             key = f"{head.removesuffix('.')}.{fmt.name(e.site, name)}"
             tensors[key] = e.site.ops.hf_pack(m, parameter, fmt.layouts.get(name, ""), tensor)
     return tensors
@@ -194,7 +228,12 @@ def _file_tensors(fmt: HFFormat, entries: list[HFEntry]) -> dict[str, Tensor]:
 
 def _add_shared(found: _Found, fmt: HFFormat, tensors: dict[str, Tensor]) -> None:
     for _, _, adapter in found:
-        for name, tensor in adapter.tensors().items():
+        own = adapter.tensors()
+        if adapter.kind == "sequence":
+            with torch.no_grad():
+                own = {"P": adapter.method.table(adapter.block, adapter.site).cpu()}
+            own = dict(fmt.pack(adapter.method, adapter.site, own)) if fmt.pack else own
+        for name, tensor in own.items():
             if name in fmt.prefix:
                 tensors[fmt.prefix[name]] = tensor
 
@@ -242,6 +281,26 @@ def _add_saved(
         if isinstance(adapter.method, ModulesToSave):
             for parameter, value in adapter.copies().items():
                 tensors[fmt.saved_prefix + joined(path, parameter)] = value
+
+
+#: Modules that peft takes for trained by a prompt's task, and misses in a file without them.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _add_heads(
+    top: nn.Module, fmt: HFFormat, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    heads = _HEADS.get(config["task_type"], ())
+    for name, module in top.named_modules():
+        if not heads or not name.endswith(heads) or "peft" in name.split("."):
+            continue
+        for key, value in module.state_dict().items():
+            if value.is_floating_point() and "peft" not in key.split("."):
+                tensors.setdefault(fmt.saved_prefix + joined(name, key), value)
 
 
 def _legacy(

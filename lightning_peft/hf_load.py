@@ -18,7 +18,7 @@ from lightning_peft.hf_keys import PREFIX, Reading, bias_key, joined, read_keys,
 from lightning_peft.hf_targets import compact, model_root, targeted
 from lightning_peft.hf_tensors import read_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
+from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
 from lightning_peft.placing import adaptable
 from lightning_peft.report import Report
@@ -75,13 +75,14 @@ def load_adapter(
     _require_targets(config, fmt, top, reading)
     fields = method_fields(cls, config, reading.entries)
     if reading.entries:
-        names = {joined(prefix, e.path) for e in reading.entries}
-        fields["target_modules"] = compact(model, names)
+        fields["target_modules"] = _targets(model, prefix, reading)
     method = cls(**fields)
     saved = _saved_modules(fmt, config, top, prefix, reading)
     planned, _, _ = plan_attach(model, [method], [joined(prefix, name) for name in saved])
     values = _values(method, fmt, config, planned, reading, prefix, saved)
-    _require_base(top, reading)
+    if isinstance(method, SequenceMethod):
+        reading.shared = _table(method, fmt, config, planned, reading.shared)
+    _require_base(top, reading, fmt.saved_prefix)
     report = attach(
         model,
         method,
@@ -100,6 +101,24 @@ def load_adapter(
         *reading.notes,
     ]
     return report
+
+
+def _targets(model: nn.Module, prefix: str, reading: Reading) -> list[str] | str:
+    """`target_modules` of the method: modules, and single weights of those with several."""
+    modules: dict[str, list[HFEntry]] = {}
+    for e in reading.entries:
+        modules.setdefault(joined(prefix, e.path), []).append(e)
+    whole = {
+        name
+        for name, found in modules.items()
+        if len(found) == len(found[0].site.ops.parameters(found[0].site.module))
+    }
+    if len(whole) == len(modules):
+        return compact(model, whole)
+    single = [
+        f"{n}.{e.site.parameter}" for n, found in modules.items() if n not in whole for e in found
+    ]
+    return [*sorted(whole), *single]
 
 
 def _refuse_options(config: Mapping[str, Any]) -> None:
@@ -255,6 +274,25 @@ def _values(
     return values
 
 
+def _table(
+    method: Any,
+    fmt: HFFormat,
+    config: Mapping[str, Any],
+    planned: list[Planned],
+    shared: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A prompt's or prefix's table in our layout."""
+    missing = sorted(set(fmt.prefix) - set(shared))
+    if missing:
+        raise ValueError(
+            f"adapter file: expected {[fmt.prefix[n] for n in missing]}, found none; nothing was "
+            "loaded"
+        )
+    site = next(p.site for m, _, p in planned if m is method)
+    assert fmt.unpack is not None
+    return dict(fmt.unpack(method, site, shared, config))
+
+
 def _start(method: Any, placement: Any) -> dict[str, Tensor]:
     if placement.paths:
         return {p.replace(".", "__"): placement.module.get_parameter(p) for p in placement.paths}
@@ -304,16 +342,17 @@ def _named(fmt: HFFormat, site: Any, name: str) -> str:
     return fmt.name(site, name) if name in fmt.tensors else name
 
 
-def _require_base(top: nn.Module, reading: Reading) -> None:
+def _require_base(top: nn.Module, reading: Reading, saved_prefix: str) -> None:
     """What is left must be copies of the base (peft saves embeddings beside their adapter): equal,
     or it raises.
     """
     problems = []
     parameters = dict(top.named_parameters()) | dict(top.named_buffers())
     for key, tensor in reading.other.items():
-        name = re.sub(r"(\.base_layer)+\.(?=[^.]+$)", ".", key.removeprefix(PREFIX))
+        head = PREFIX if key.startswith(PREFIX) else saved_prefix
+        name = re.sub(r"(\.base_layer)+\.(?=[^.]+$)", ".", key.removeprefix(head))
         base = parameters.get(name)
-        if not key.startswith(PREFIX) or base is None:
+        if not key.startswith(head) or base is None:
             problems.append(f"extra {key}")
         elif base.shape != tensor.shape:
             problems.append(
@@ -336,6 +375,7 @@ def _copy(
 ) -> int:
     """Copy into the attached tensors; shared ones are compared by shape first."""
     live: list[tuple[Tensor, Tensor]] = []
+    tables: list[tuple[Any, Tensor]] = []
     missing = dict(shared)
     for _, module in adapted_modules(model):
         for adapter in adapters_of(module, adapter_name):
@@ -343,6 +383,8 @@ def _copy(
                 key = (id(module), path, "copy")
                 if key in values:
                     live.append((getattr(adapter, name), values[key]))
+            if adapter.kind == "sequence" and "P" in missing:
+                tables.append((adapter, missing.pop("P")))
             for name, tensor in adapter.tensors().items():
                 value = values.get((id(module), adapter.site.parameter, name))
                 if value is not None:
@@ -357,4 +399,6 @@ def _copy(
     with torch.no_grad():
         for tensor, value in live:
             tensor.copy_(value)
-    return len(live)
+        for adapter, table in tables:
+            adapter.method.load_table(adapter.block, table, adapter.site)
+    return len(live) + len(tables)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.adapted import Adapted
 from lightning_peft.methods.base import Method
 from lightning_peft.placing_blocks import block_places, block_site, own_width
+from lightning_peft.placing_sequence import sequence_place
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
 from lightning_peft.targets import Selection, block_rule, name_rule, select
@@ -30,7 +32,8 @@ class Placement:
         site: The weight, or for copies and blocks the module itself with its main parameter.
         slot: Key among several adapters of one name on one module; "" where there is one.
         paths: For trained copies: paths of the parameters.
-        tap: For added modules: the module whose input they read, where it is not their own.
+        tap: For added modules: the module whose input they read, where it is not their own; for
+            prompts: the decoder that attends to them.
     """
 
     name: str
@@ -64,6 +67,7 @@ def _site(model_name: str, module: nn.Module, parameter: str) -> Site:
 
 
 def _place_weight(model: nn.Module, method: Any) -> tuple[list[Placement], Selection]:
+    method, chosen = _single_weights(model, method)
     selection = _select(model, method)
     placements = []
     for name in selection.names:
@@ -71,12 +75,42 @@ def _place_weight(model: nn.Module, method: Any) -> tuple[list[Placement], Selec
         ops = ops_for(module)
         assert ops is not None  # `adaptable` said so
         parameters = ops.parameters(module)
-        for parameter in parameters:
+        for parameter in chosen.get(name, parameters):
             slot = "" if len(parameters) == 1 else parameter.replace(".", "_")
             site = _site(name, module, parameter)
             method.check(site)
             placements.append(Placement(name, module, site, slot))
     return placements, selection
+
+
+def _single_weights(model: nn.Module, method: Any) -> tuple[Any, dict[str, list[str]]]:
+    """Entries of `target_modules` that name one weight of a module with several
+    (``experts.down_proj``): the method with the modules instead, and module → those weights.
+    """
+    entries = method.target_modules
+    if not isinstance(entries, list | tuple):
+        return method, {}
+    chosen: dict[str, list[str]] = {}
+    used: set[str] = set()
+    for name, module in model.named_modules():
+        ops = ops_for(module) if adaptable(module) else None
+        weights = ops.parameters(module) if ops is not None else ()
+        if len(weights) < 2 or _inside_peft(name):
+            continue
+        for weight in weights:
+            full = f"{name}.{weight}"
+            hits = {e for e in entries if full == e or full.endswith(f".{e}")}
+            if hits:
+                chosen.setdefault(name, []).append(weight)
+                used |= hits
+    if not chosen:
+        return method, {}
+    # An entry may name a layer elsewhere too (down_proj).
+    layers = [n for n, m in model.named_modules() if n and n not in chosen and adaptable(m)]
+    kept = [
+        e for e in entries if e not in used or any(n == e or n.endswith(f".{e}") for n in layers)
+    ]
+    return dataclasses.replace(method, target_modules=[*kept, *chosen]), chosen
 
 
 def _select(model: nn.Module, method: Any) -> Selection:
@@ -106,6 +140,11 @@ def _place_block(model: nn.Module, method: Any) -> tuple[list[Placement], Select
     role = "beside" if method.where == "beside" else "output"
     sites = [block_site(n, model.get_submodule(n), role) for n in selection.names]
     return [Placement(s.name, s.module, s) for s in sites], selection
+
+
+def _place_sequence(model: nn.Module, method: Any) -> tuple[list[Placement], None]:
+    site, follower = sequence_place(model, method)
+    return [Placement(site.name, site.module, site, tap=follower)], None
 
 
 def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]:
@@ -183,6 +222,7 @@ _PLACERS: dict[str, Callable[[nn.Module, Any], tuple[list[Placement], Selection 
     "weight": _place_weight,
     "block": _place_block,
     "select": _place_select,
+    "sequence": _place_sequence,
 }
 
 

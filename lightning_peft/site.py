@@ -167,6 +167,10 @@ class LayerOps(Protocol):
         """Whether a config names this weight under ``target_parameters``."""
         ...
 
+    def hf_swaps(self, m: nn.Module, name: str) -> bool:
+        """Whether peft takes the weight for its transpose."""
+        ...
+
     def hf_rank(self, m: nn.Module, name: str, r: int) -> int:
         """The rank that peft's config states for a canonical rank r."""
         ...
@@ -313,26 +317,54 @@ class SequenceSite(Site):
         width: Features of an embedding.
         layers: (heads, features of a head) of the keys and values of every attention layer.
         strip: Whether the further positions are taken off the output again.
-        embedding: Path of the module from ids to embeddings, inside the site's module.
+        embedding: Path of the module from ids to embeddings, inside the site's module; "" for a
+            module of the user's that is named.
+        task: peft's word for the model's task.
     """
 
     width: int = 0
     layers: tuple[tuple[int, int], ...] = ()
     strip: bool = True
     embedding: str = ""
+    task: str = ""
 
     @property
     def shape(self) -> torch.Size:
-        """[positions' features, layers]."""
+        """[features of a position, attention layers]."""
         return torch.Size((self.width, len(self.layers)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the embeddings."""
-        dtype: torch.dtype = self.embeddings.weight.dtype
-        return dtype
 
     @property
     def embeddings(self) -> Any:
         """The module from ids to embeddings."""
         return self.module.get_submodule(self.embedding)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of embeddings."""
+        return int(self.embeddings.weight.shape[0])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the text's tokens enter with [..., width], detached, fp32, on the CPU (or where
+        `ids` are); ids beyond the vocabulary are the last one.
+        """
+        embeddings = self.embeddings
+        ids_there = ids.clamp(max=self.vocabulary - 1).to(embeddings.weight.device)
+        with torch.no_grad():
+            rows: Tensor = embeddings(ids_there).float()
+        return rows if rows.device.type == "meta" else rows.to(ids.device)
+
+    @property
+    def hf_submodules(self) -> int:
+        """What peft takes for the number of stacks where a file does not say."""
+        return 2 if self.task == "SEQ_2_SEQ_LM" else 1
+
+    def hf_config(self, token_dim: int) -> dict[str, Any]:
+        """What a config of peft says about the model."""
+        return {
+            "task_type": self.task,
+            "auto_mapping": None,
+            "token_dim": token_dim,
+            "num_layers": len(self.layers) or 1,
+            "num_attention_heads": 1,
+            "num_transformer_submodules": 1,
+        }

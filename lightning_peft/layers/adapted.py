@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.edit import Edit
 from lightning_peft.layers.rows import RowMix, current_rows, no_rows
+from lightning_peft.layers.sequence import run_with_positions
 from lightning_peft.site import LayerOps, Site
 from lightning_peft.swap import Swapped, swap_in, swap_out
 
@@ -58,7 +59,7 @@ class Adapter(nn.Module):
         shared: Tensors held by the root for all sites; not owned.
         rewrite: What its initialisation did to the base weight, if anything.
         paths: For trained copies: our parameter name → path of the parameter in the module.
-        tap: For an added module that reads another module's input.
+        tap: A hook on another module (`Tap`, `Widen`), None without one.
     """
 
     method: Any
@@ -75,7 +76,7 @@ class Adapter(nn.Module):
         self.shared = {}
         self.rewrite = None
         self.paths: dict[str, str] = {}
-        self.tap: Tap | None = None
+        self.tap: Any = None
 
     @property
     def kind(self) -> str:
@@ -118,6 +119,7 @@ class AdaptedState:
         disabled: Whether all adapters are switched off for a while.
         edits: Adapters of active, unmerged names that change weights; made by `refresh`.
         blocks: The same, added modules.
+        sequences: The same, further positions.
         copies: The same, trained copies of the module's parameters.
         unmerged_bits: Stored bits by parameter from before a merge.
         ran: Whether forward was ever called (a bypassed module never runs).
@@ -129,6 +131,7 @@ class AdaptedState:
     disabled: bool = False
     edits: list[Adapter] = field(default_factory=list)
     blocks: list[Adapter] = field(default_factory=list)
+    sequences: list[Adapter] = field(default_factory=list)
     copies: list[Adapter] = field(default_factory=list)
     unmerged_bits: dict[str, Any] = field(default_factory=dict)
     ran: bool = False
@@ -149,6 +152,8 @@ class Adapted(Swapped):
         state = self._peft
         state.ran = True
         run = super().forward  # type: ignore[misc]
+        if state.sequences:
+            run = partial(_positioned, self, state, run)
         if state.copies:
             return _forward_with_copies(self, state, run, args, kwargs)
         if not state.edits and not state.blocks:
@@ -170,6 +175,10 @@ def _forward(
     for adapter in blocks:
         x, y = apply_block(adapter, x, y, partial(_again, module, state, run, edits))
     return y
+
+
+def _positioned(module: Any, state: AdaptedState, run: Any, *args: Any, **kwargs: Any) -> Any:
+    return run_with_positions(module, state.sequences, run, args, kwargs)
 
 
 def _again(
@@ -324,4 +333,5 @@ def refresh(module: Any) -> None:
     acting = [a for n in names for a in adapters_of(module, n)]
     state.edits = [a for a in acting if a.kind == "weight"]
     state.blocks = [a for a in acting if a.kind == "block"]
+    state.sequences = [a for a in acting if a.kind == "sequence"]
     state.copies = [a for a in acting if a.kind == "select"]

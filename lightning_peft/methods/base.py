@@ -172,7 +172,7 @@ class BlockMethod(Method):
         raise TypeError(f"{self.label}: expected a method with `module`, found none")
 
     def change(self, module: nn.Module, x: Tensor, site: BlockSite) -> Tensor:
-        """What is added to the layer's output; x is that output, or its input (`BlockSite.role`)."""
+        """What is added to the output; x is that output, or the input (`BlockSite.role`)."""
         raise TypeError(f"{self.label}: expected a method with `change`, found none")
 
 

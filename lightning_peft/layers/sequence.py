@@ -1,0 +1,327 @@
+"""Forward of a model with further positions: prompts before the text, on it, or in attention.
+
+The boundary is the stack that consumes the embeddings (`LlamaModel`, `BertModel`, the encoder of
+T5). Prompts are put before the embeddings there, mask, positions and token types follow, and the
+prompt's positions are taken off the output: the head, labels and generation outside see the length
+of the text. While generating the cache holds the prompt; later steps only see a longer mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.layers.rows import RowMix, current_rows
+from lightning_peft.swap import base_class
+
+__all__ = ["Widen", "forward_names", "run_with_positions"]
+
+#: Model types whose positions are relative, or follow from the mask: rows may differ in length.
+_RELATIVE = frozenset({"bloom", "mpt", "t5", "mt5", "umt5", "longt5", "opt"})
+
+
+_NAMES: dict[Any, tuple[str, ...]] = {}
+
+
+def forward_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the parameters of a class's forward, without self; looked up once a class."""
+    if cls not in _NAMES:
+        _NAMES[cls] = tuple(inspect.signature(cls.forward).parameters)[1:]
+    return _NAMES[cls]
+
+
+@dataclass
+class _Front:
+    """Positions before the text.
+
+    Attributes:
+        values: [B, n, features].
+        mask: [B, n] of 0 and 1; None where every row has all of them.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+
+    @property
+    def n(self) -> int:
+        """Positions of the longest row."""
+        return self.values.shape[1]
+
+    def ones(self, like: Tensor) -> Tensor:
+        """The mask, in the dtype and on the device of another."""
+        if self.mask is None:
+            return like.new_ones(self.values.shape[:2])
+        return self.mask.to(like)
+
+    def counts(self) -> int | Tensor:
+        """Positions of each row: n, or [B, 1]."""
+        return self.n if self.mask is None else self.mask.sum(dim=1, keepdim=True)
+
+
+def _front(adapters: Sequence[Any], batch: int, device: torch.device) -> _Front | None:
+    """The positions of every row; the adapter named last stands outermost, so first."""
+    if not adapters:
+        return None
+    mix = current_rows()
+    tables = {id(a): a.method.table(a.block, a.site).to(device) for a in adapters}
+    if mix is None:
+        whole = torch.cat([tables[id(a)] for a in reversed(adapters)])
+        return _Front(whole.expand(batch, -1, -1), None)
+    return _mixed_front(adapters, tables, mix, batch, device)
+
+
+def _mixed_front(
+    adapters: Sequence[Any],
+    tables: Mapping[int, Tensor],
+    mix: RowMix,
+    batch: int,
+    device: torch.device,
+) -> _Front | None:
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(mix.names):
+        own = [tables[id(a)] for a in reversed(adapters) if a.adapter_name == name]
+        if own:
+            found[name] = torch.cat(own)
+    if not found:
+        return None
+    n = max(t.shape[0] for t in found.values())
+    like = next(iter(found.values()))
+    values = like.new_zeros(batch, n, like.shape[1])
+    mask = torch.zeros(batch, n, dtype=torch.int64, device=device)
+    for name, table in found.items():
+        rows = mix.index(name, batch, device)
+        short = n - table.shape[0]
+        padded = torch.cat([table.new_zeros(short, table.shape[1]), table])
+        values = values.index_copy(0, rows, padded.expand(len(rows), -1, -1))
+        mask[rows, short:] = 1
+    return _Front(values, None if bool(mask.all()) else mask)
+
+
+def run_with_positions(
+    module: nn.Module,
+    adapters: Sequence[Any],
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The stack's own forward with every adapter's positions.
+
+    Raises:
+        ValueError: a mask with more than two axes, or rows of different length where the model's
+            positions cannot follow.
+    """
+    names = forward_names(base_class(module))
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    text = ids if embeds is None else embeds
+    if text is None:
+        return run(*args, **kwargs)
+    batch, length, device = text.shape[0], text.shape[1], text.device
+    past = call.get("past_key_values")
+    seen = 0 if past is None else int(past.get_seq_length())
+    site = adapters[0].site
+    prompts = _front([a for a in adapters if a.method.acts == "prepend"], batch, device)
+    prefix = _front([a for a in adapters if a.method.acts == "attention"], batch, device)
+    added = [a for a in adapters if a.method.acts == "add"]
+    if added:
+        call["inputs_embeds"] = _added(site, call, added, seen)
+        call.pop("input_ids", None)
+    fronts = [f for f in (prefix, prompts) if f is not None]
+    if not fronts:
+        return run(**call)
+    _lengthen_mask(call, fronts, length, seen)
+    _shift_positions(module, names, call, fronts, prompts if seen == 0 else None, seen, length)
+    if prompts is not None and seen == 0:
+        _put_before(site, call, prompts)
+    if prefix is not None and seen == 0:
+        out = _run_with_prefix(module, site, run, call, prefix)
+    else:
+        out = run(**call)
+    return _strip(out, prompts.n) if prompts is not None and seen == 0 and site.strip else out
+
+
+def _embeddings(site: Any, call: Mapping[str, Any]) -> Tensor:
+    embeds: Tensor | None = call.get("inputs_embeds")
+    return site.embeddings(call["input_ids"]) if embeds is None else embeds
+
+
+def _added(site: Any, call: Mapping[str, Any], added: Sequence[Any], seen: int) -> Tensor:
+    """emb(x)_i + P[min(i, n − 1)] at real tokens."""
+    embeds = _embeddings(site, call)
+    mask = call.get("attention_mask")
+    length = embeds.shape[1]
+    if mask is None:
+        at = torch.arange(seen, seen + length, device=embeds.device).expand(embeds.shape[0], -1)
+        real = torch.ones_like(at)
+    else:
+        _require_flat(mask)
+        at = (mask.long().cumsum(dim=1) - 1)[:, -length:].clamp(min=0)
+        real = mask[:, -length:].long()
+    mix = current_rows()
+    for adapter in added:
+        P = adapter.method.table(adapter.block, adapter.site).to(embeds.device)
+        change = P[at.clamp(max=P.shape[0] - 1)] * real.unsqueeze(-1)
+        if mix is not None:
+            own = torch.zeros(embeds.shape[0], 1, 1, device=embeds.device)
+            own[mix.index(adapter.adapter_name, embeds.shape[0], embeds.device)] = 1
+            change = change * own
+        embeds = embeds + change.to(embeds.dtype)
+    return embeds
+
+
+def _require_flat(mask: Any) -> None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = f"{mask.dim()} axes" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            "attention_mask: expected [batch, length] of 0 and 1 with prompts or prefixes, got "
+            f"{got}; give the mask of the tokens, and generate with a dynamic cache"
+        )
+
+
+def _lengthen_mask(call: dict[str, Any], fronts: Sequence[_Front], length: int, seen: int) -> None:
+    mask = call.get("attention_mask")
+    if mask is None:
+        if all(f.mask is None for f in fronts):
+            return  # no mask: everything is real
+        values = fronts[0].values
+        before = seen - sum(f.n for f in fronts) if seen else 0
+        mask = torch.ones(values.shape[0], before + length, dtype=torch.int64, device=values.device)
+    _require_flat(mask)
+    call["attention_mask"] = torch.cat([*(f.ones(mask) for f in fronts), mask], dim=1)
+
+
+def _shift_positions(
+    module: Any,
+    names: Sequence[str],
+    call: dict[str, Any],
+    fronts: Sequence[_Front],
+    inserted: _Front | None,
+    seen: int,
+    length: int,
+) -> None:
+    """Text positions behind those of the front; the prompt's own where it is put in now."""
+    positions = call.get("position_ids")
+    uneven = any(f.mask is not None for f in fronts)
+    if positions is None:
+        if not uneven:
+            return  # the model counts them itself, cache included
+        _require_position_ids(module, names)
+        if "position_ids" not in names:
+            return
+        before = seen - sum(f.n for f in fronts) if seen else 0
+        positions = torch.arange(before, before + length, device=fronts[0].values.device)[None]
+    batch = fronts[0].values.shape[0]
+    if uneven and positions.shape[-2] == 1:
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+    moved = positions + sum(f.counts() for f in fronts)  # type: ignore[arg-type]
+    if inserted is not None:
+        own = torch.arange(inserted.n, device=positions.device)[None]
+        if inserted.mask is not None:
+            own = (inserted.mask.cumsum(dim=1) - 1).clamp(min=0)
+        others = [f.counts() for f in fronts if f is not inserted]
+        own = own + sum(others) if others else own  # type: ignore[arg-type]
+        moved = torch.cat([own.to(moved).expand(*moved.shape[:-1], -1), moved], dim=-1)
+    call["position_ids"] = moved
+
+
+def _require_position_ids(module: Any, names: Sequence[str]) -> None:
+    model_type = getattr(getattr(module, "config", None), "model_type", "")
+    first = getattr(module, "pooler", None) is not None  # a head that reads position 0
+    if model_type in _RELATIVE or ("position_ids" in names and not first):
+        return
+    raise ValueError(
+        f"adapter_names: expected prompts of one length on {type(module).__name__}, whose "
+        "positions cannot be shifted row by row, got different ones (a row under '__base__' has "
+        "length 0); run the adapters one after the other with set_adapter"
+    )
+
+
+def _put_before(site: Any, call: dict[str, Any], prompts: _Front) -> None:
+    embeds = _embeddings(site, call)
+    call.pop("input_ids", None)
+    call["inputs_embeds"] = torch.cat([prompts.values.to(embeds.dtype), embeds], dim=1)
+    types = call.get("token_type_ids")
+    if types is not None:
+        zeros = types.new_zeros(types.shape[0], prompts.n)
+        call["token_type_ids"] = torch.cat([zeros, types], dim=1)
+
+
+def _run_with_prefix(
+    module: Any, site: Any, run: Callable[..., Any], call: dict[str, Any], prefix: _Front
+) -> Any:
+    from lightning_peft.layers.sequence_cache import keep_cache, unread, with_prefix
+
+    values = prefix.values.to(site.embeddings.weight.dtype)
+    batch, n, _ = values.shape
+    pairs, at = [], 0
+    for heads, features in site.layers:
+        size = heads * features
+        part = values[..., at : at + 2 * size].view(batch, n, 2, heads, features)
+        keys, contents = part.permute(2, 0, 3, 1, 4)
+        pairs.append((keys, contents))
+        at += 2 * size
+    training = module.training and torch.is_grad_enabled()
+    past = call.get("past_key_values")
+    keep = past is not None or not training
+    crossed = bool(getattr(module.config, "is_encoder_decoder", False))
+    past = with_prefix(past, pairs, module.config, crossed=crossed, keep=keep)
+    call["past_key_values"] = past
+    if not keep and "use_cache" in forward_names(base_class(module)):
+        call["use_cache"] = False
+    with nullcontext() if keep else keep_cache(module):
+        out = run(**call)
+    missing = unread(past)
+    if missing:
+        raise RuntimeError(
+            f"PrefixTuning on {type(module).__name__}: expected every attention layer to read the "
+            f"cache, found that {missing} did not; turn gradient checkpointing off, or use "
+            "PromptTuning"
+        )
+    return out
+
+
+def _strip(out: Any, n: int) -> Any:
+    """The output without the first n positions."""
+    if isinstance(out, Tensor):
+        return out[:, n:]
+    if isinstance(out, tuple):
+        return (out[0][:, n:], *out[1:])
+    if getattr(out, "last_hidden_state", None) is not None:
+        out.last_hidden_state = out.last_hidden_state[:, n:]
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = tuple(h[:, n:] for h in out.hidden_states)
+    return out
+
+
+class Widen:
+    """A decoder's mask over an encoder's output that has become longer by a prompt."""
+
+    def __init__(self, adapter: Any, decoder: nn.Module) -> None:
+        self.adapter = adapter
+        self.handle = decoder.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The hook: lengthen the mask where it is shorter than what it is for."""
+        hidden, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if hidden is None:
+            return None
+        sequences = self.adapter.site.module._peft.sequences
+        prompts = [a for a in sequences if a.method.acts == "prepend"]
+        front = _front(prompts, hidden.shape[0], hidden.device)
+        if front is None or (mask is None and front.mask is None):
+            return None
+        if mask is None:
+            mask = hidden.new_ones(hidden.shape[0], hidden.shape[1] - front.n)
+        _require_flat(mask)
+        if mask.shape[1] + front.n != hidden.shape[1]:
+            return None  # an encoder's output of before, or one that another hook has seen to
+        wide = torch.cat([front.ones(mask), mask], dim=1)
+        return args, {**kwargs, "encoder_attention_mask": wide}

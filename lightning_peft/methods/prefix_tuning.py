@@ -1,0 +1,179 @@
+"""PrefixTuning: n trained keys and values before those of the text, in every attention layer.
+
+softmax(q [K_P; K]ᵀ) [V_P; V], with K_P, V_P = table(l) of layer l: trained as they are (P-tuning
+v2), or through a network, E → h → 2 Σ heads · features with tanh.
+
+Source: Li and Liang 2021, "Prefix-Tuning", sections 4.2–4.3; Liu et al. 2022, "P-Tuning v2". Layout
+as in Hugging Face peft 0.21: [n, keys of layer 0, values of layer 0, keys of layer 1, …].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod, register, require
+from lightning_peft.site import SequenceSite
+
+__all__ = ["PrefixTuning"]
+
+
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    site: Any = entries[0].site
+    heads, features = site.layers[0]
+    config.update(site.hf_config(heads * features), num_attention_heads=heads)
+    config.update(num_transformer_submodules=site.hf_submodules)
+    config.update(prefix_projection=False, encoder_hidden_size=heads * features)
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    """The network is not in the file: what it made is trained on."""
+    return {"projection": False}
+
+
+def _unpack(
+    method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    P = tensors["P"]
+    expected = (method.n, method.columns(site))
+    require(
+        tuple(P.shape) == expected,
+        f"prompt_embeddings: expected shape {list(expected)}, got {list(P.shape)}",
+    )
+    submodules = int(config.get("num_transformer_submodules") or site.hf_submodules)
+    if submodules == 2:
+        parts = P.view(method.n, 2 * len(site.layers), -1)
+        P = parts[:, _peft_rows(len(site.layers))].reshape(expected)
+    return {"P": P}
+
+
+def _pack(method: Any, site: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    P = tensors["P"]
+    if site.hf_submodules == 1:
+        return {"P": P}
+    parts = P.view(P.shape[0], 2 * len(site.layers), -1)
+    rows = _peft_rows(len(site.layers))
+    theirs = torch.zeros_like(parts)
+    theirs[:, rows] = parts
+    require(
+        torch.equal(theirs[:, rows], parts),
+        f"save_adapter: {method.label} on {site.label!r} has no equal in peft: its layout for "
+        f"encoder-decoders gives {len(site.layers)} decoder layers (an even number) one prefix for "
+        "two layers; keep the adapter with adapter_state_dict()",
+    )
+    return {"P": theirs.reshape(P.shape)}
+
+
+def _peft_rows(layers: int) -> list[int]:
+    """Where peft reads the keys and values of a decoder's layers: it writes the table twice, one
+    behind the other, and gives layer l the pair (4l, 4l + 1).
+    """
+    pairs = 2 * layers
+    return [(4 * (i // 2) + i % 2) % pairs for i in range(pairs)]
+
+
+def _refuse(method: Any, site: Any) -> str:
+    if not site.embedding:
+        return "a transformer of your own has no equal there"
+    return "" if len(set(site.layers)) == 1 else "its layers have different heads"
+
+
+@register
+@dataclass(frozen=True)
+class PrefixTuning(SequenceMethod):
+    """Trained keys and values; in an encoder-decoder those of the decoder's self-attention.
+
+    Attributes:
+        n: Number of virtual tokens.
+        projection: Whether a network makes the table. Saving to Hugging Face peft keeps only the
+            table; our checkpoints keep the network too.
+        hidden: Width of the network; None: the model's width.
+        init: ``"random"``: N(0, 1) as in peft, or the network's own start. ``"zero"``: keys and
+            values 0.
+    """
+
+    n: int = 20
+    projection: bool = False
+    hidden: int | None = None
+    init: Literal["random", "zero"] = "random"
+
+    hf: ClassVar[HFFormat | None] = HFFormat(
+        peft_type="PREFIX_TUNING",
+        tensors={},
+        prefix={"P": "prompt_embeddings"},
+        config={"n": "num_virtual_tokens"},
+        ignored=(
+            *("prefix_projection", "encoder_hidden_size", "init_weights", "token_dim"),
+            *("num_layers", "num_attention_heads", "num_transformer_submodules"),
+        ),
+        saved_prefix="base_model.",
+        pack=_pack,
+        unpack=_unpack,
+        to_config=_to_config,
+        from_config=_from_config,
+        refuse=_refuse,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
+        require(
+            self.hidden is None or self.hidden >= 1,
+            f"{self.label}: expected hidden >= 1, got hidden = {self.hidden}",
+        )
+        require(
+            self.init in ("random", "zero"),
+            f"{self.label}: expected init 'random' or 'zero', got {self.init!r}",
+        )
+
+    @property
+    def acts(self) -> str:
+        """In attention."""
+        return "attention"
+
+    def columns(self, site: SequenceSite) -> int:
+        """Keys and values of one virtual token, all layers."""
+        return sum(2 * heads * features for heads, features in site.layers)
+
+    def module(self, site: SequenceSite) -> nn.Module:
+        """P [n, columns], or E [n, width] and the network."""
+        made: Any = nn.Module()
+        if self.projection:
+            width = site.layers[0][0] * site.layers[0][1]
+            hidden = self.hidden or site.width or width
+            made.E = nn.Parameter(torch.randn(self.n, width))
+            made.network = nn.Sequential(
+                nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, self.columns(site))
+            )
+            if self.init == "zero":
+                nn.init.zeros_(made.network[2].weight)
+                nn.init.zeros_(made.network[2].bias)
+        else:
+            made.P = nn.Parameter(torch.zeros(self.n, self.columns(site)))
+            if self.init == "random":
+                nn.init.normal_(made.P)
+        module: nn.Module = made
+        return module
+
+    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+        """[n, columns]."""
+        made: Any = module
+        table: Tensor = made.network(made.E) if self.projection else made.P
+        return table
+
+    def load_table(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
+        """Copy into P.
+
+        Raises:
+            ValueError: a network makes the table.
+        """
+        require(
+            not self.projection,
+            f"{self.label}: expected projection=False for a table without its network, got True",
+        )
+        made: Any = module
+        made.P.data.copy_(table)

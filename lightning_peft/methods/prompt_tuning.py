@@ -1,0 +1,135 @@
+"""PromptTuning: n trained embeddings before the text, [P; emb(x)], or added to it.
+
+Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2.
+The start from text is its "class label" start, as in Hugging Face peft 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod, register, require
+from lightning_peft.site import SequenceSite
+
+__all__ = ["PromptTuning"]
+
+
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    site: Any = entries[0].site
+    config.update(site.hf_config(site.width))
+
+
+def _unpack(
+    method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """peft holds 2n rows for encoder-decoders and uses the first n."""
+    rows = method.n * int(config.get("num_transformer_submodules") or site.hf_submodules)
+    P = tensors["P"]
+    require(
+        tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
+        f"prompt_embeddings: expected shape {[rows, site.width]}, got {list(P.shape)}",
+    )
+    return {"P": P[: method.n]}
+
+
+@register
+@dataclass(frozen=True)
+class PromptTuning(SequenceMethod):
+    """Soft prompt. The output keeps the text's length: positions of the prompt are taken off.
+
+    Attributes:
+        n: Number of virtual tokens.
+        mode: ``"prepend"``, or ``"add"``: embedding i of the text plus P[min(i, n − 1)].
+        init: ``"vocab"``: embeddings of random tokens. ``"random"``: normal, with the embeddings'
+            standard deviation (0 for ``"add"``). ``"text"``: embeddings of `init_ids`.
+        init_ids: Tokens of a text, repeated or cut to n.
+    """
+
+    n: int = 20
+    mode: Literal["prepend", "add"] = "prepend"
+    init: Literal["vocab", "random", "text"] = "vocab"
+    init_ids: tuple[int, ...] | list[int] = ()
+
+    hf: ClassVar[HFFormat | None] = HFFormat(
+        peft_type="PROMPT_TUNING",
+        tensors={},
+        prefix={"P": "prompt_embeddings"},
+        config={"n": "num_virtual_tokens"},
+        fixed={"prompt_tuning_init": "RANDOM"},
+        ignored=(
+            *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
+            *("tokenizer_kwargs", "token_dim", "num_layers", "num_attention_heads"),
+            "num_transformer_submodules",
+        ),
+        saved_prefix="base_model.",
+        unpack=_unpack,
+        to_config=_to_config,
+        refuse=lambda method, site: (
+            "peft has no prompts that are added" if method.mode == "add" else ""
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
+        require(
+            self.mode in ("prepend", "add"),
+            f"{self.label}: expected mode 'prepend' or 'add', got {self.mode!r}",
+        )
+        require(
+            self.init in ("vocab", "random", "text"),
+            f"{self.label}: expected init 'vocab', 'random' or 'text', got {self.init!r}",
+        )
+        require(
+            (self.init == "text") == bool(self.init_ids),
+            f"{self.label}: expected init_ids with init='text' and only then, got "
+            f"init={self.init!r} and {len(self.init_ids)} ids; tokenise the text with your "
+            "tokenizer, or use PromptTuning.from_text",
+        )
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: Any, **fields: Any) -> PromptTuning:
+        """A prompt that starts from a text; n is its length unless given."""
+        ids = [int(i) for i in tokenizer(text)["input_ids"]]
+        return cls(init="text", init_ids=ids, **{"n": len(ids), **fields})
+
+    @property
+    def acts(self) -> str:
+        """Before the text, or on it."""
+        return self.mode
+
+    def module(self, site: SequenceSite) -> nn.Module:
+        """P [n, width], fp32."""
+        made = nn.Module()
+        made.P = nn.Parameter(self._start(site))
+        return made
+
+    def _start(self, site: SequenceSite) -> Tensor:
+        if self.init == "random" or (self.init == "vocab" and self.mode == "add"):
+            if self.mode == "add":  # the model starts as it is
+                return torch.zeros(self.n, site.width)
+            return torch.randn(self.n, site.width) * site.embed(torch.arange(256)).std()
+        ids = torch.tensor(list(self.init_ids) or [0])
+        if self.init == "vocab":
+            return site.embed(torch.randint(0, site.vocabulary, (self.n,)))
+        require(
+            int(ids.max()) < site.vocabulary and int(ids.min()) >= 0,
+            f"{self.label}: expected init_ids below the vocabulary's size {site.vocabulary}, got "
+            f"{int(ids.max())}",
+        )
+        return site.embed(ids.repeat(-(-self.n // len(ids)))[: self.n])
+
+    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+        """P."""
+        P: Any = module.P
+        return P  # type: ignore[no-any-return]
+
+    def load_table(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
+        """Copy into P."""
+        P: Any = module.P
+        P.data.copy_(table)
