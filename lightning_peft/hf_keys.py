@@ -187,4 +187,5 @@ def _entry(
             entry.tensors[name] = site.ops.hf_unpack(site.module, site.parameter, layout, tensor)
         except (ValueError, RuntimeError) as error:
             problems.append(f"{path}.{theirs}: {error}")
+    entry.tensors = fmt.oriented(site, entry.tensors)
     return entry

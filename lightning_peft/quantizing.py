@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_peft.layers import ops_for
-from lightning_peft.layers.experts import ExpertsOps, QuantizedExperts
+from lightning_peft.layers.experts import ExpertsOps, QuantizedExperts, is_transposed
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
 from lightning_peft.storage import Quantization, storage_of
 from lightning_peft.storage.nf4 import pack
@@ -96,6 +96,11 @@ def _stays_dense(
         return "the model keeps it in fp32"
     if not weight.is_floating_point():
         return f"already {weight.dtype}"
+    if quantization.kind == "int8" and isinstance(ops, ExpertsOps):
+        raise ValueError(
+            f"{name!r}: expected linear layers for kind='int8', got fused experts, which hold most "
+            "of the weights; use kind='nf4', or name them in exclude_modules to leave them dense"
+        )
     if quantization.kind == "int8" and not isinstance(ops, LinearOps):
         return "bitsandbytes' int8 needs an nn.Linear; use nf4"
     if isinstance(ops, ExpertsOps):
@@ -159,7 +164,7 @@ def quantize_layers(
 
             to_int8(module)
         elif isinstance(ops_for(module), ExpertsOps):
-            transposed = bool(vars(module)["is_transposed"])
+            transposed = is_transposed(module)
             pack(
                 module,
                 plan.quantization,

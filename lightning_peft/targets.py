@@ -230,14 +230,17 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _is_router(name: str, modules: Sequence[tuple[str, nn.Module]]) -> bool:
-    """A router has experts for a sibling (a plain MLP may well have a layer called gate)."""
+    """A router, or a layer inside one, has experts for a sibling (a plain MLP may well have a
+    layer called gate).
+    """
     parent, _, leaf = name.rpartition(".")
-    if not any(name.endswith("." + r) or leaf == r for r in _ROUTERS):
-        return False
-    if leaf in ("shared_expert_gate", "router"):
-        return True
-    prefix = f"{parent}." if parent else ""
-    return any(n == f"{prefix}experts" for n, _ in modules)
+    if any(name.endswith("." + r) or leaf == r for r in _ROUTERS):
+        if leaf in ("shared_expert_gate", "router"):
+            return True
+        prefix = f"{parent}." if parent else ""
+        if any(n == f"{prefix}experts" for n, _ in modules):
+            return True
+    return bool(parent) and _is_router(parent, modules)
 
 
 def _bypassed(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, str]:

@@ -27,7 +27,11 @@ __all__ = ["ExpertsOps", "QuantizedExperts", "is_experts", "run_experts"]
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether the module is a fused experts module that says what it is."""
+    """Whether the module is a fused experts module that says what it is, or a known one that does
+    not.
+    """
+    if _is_presorted(module):
+        return True
     down = module._parameters.get("down_proj")
     first = module._parameters.get(_first(module)) if hasattr(module, "has_gate") else None
     return (
@@ -38,8 +42,24 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
+def _is_presorted(module: nn.Module) -> bool:
+    """Llama 4's experts: [E, in, out], gate and up concatenated, the input sorted by the caller
+    with equally many rows an expert.
+    """
+    return any(c.__name__ == "Llama4TextExperts" for c in type(module).__mro__)
+
+
+def is_transposed(m: Any) -> bool:
+    """Whether the weights are stored [E, in, out]."""
+    return True if _is_presorted(m) else bool(m.is_transposed)
+
+
 def _first(m: Any) -> str:
-    return "gate_up_proj" if m.has_gate else "up_proj"
+    return "gate_up_proj" if _is_presorted(m) or m.has_gate else "up_proj"
+
+
+def _has_bias(m: Any) -> bool:
+    return not _is_presorted(m) and bool(m.has_bias)
 
 
 class ExpertsOps(MatrixOps):
@@ -52,19 +72,19 @@ class ExpertsOps(MatrixOps):
 
     def bias(self, m: Any, name: str) -> str | None:
         """[E, out], where there is one."""
-        return f"{name}_bias" if m.has_bias else None
+        return f"{name}_bias" if _has_bias(m) else None
 
     def shape(self, m: Any, name: str, natural: torch.Size) -> torch.Size:
         """[E, out, in]."""
-        return torch.Size((natural[0], natural[2], natural[1])) if m.is_transposed else natural
+        return torch.Size((natural[0], natural[2], natural[1])) if is_transposed(m) else natural
 
     def to_matrix(self, m: Any, name: str, W: Tensor) -> Tensor:
         """A view."""
-        return W.mT if m.is_transposed else W
+        return W.mT if is_transposed(m) else W
 
     def from_matrix(self, m: Any, name: str, M: Tensor) -> Tensor:
         """A view."""
-        return M.mT if m.is_transposed else M
+        return M.mT if is_transposed(m) else M
 
     def scale_in_matrix(self, m: nn.Module, M: Tensor, scale: Tensor) -> Tensor:
         """M diag(scale), per expert where the scale is."""
@@ -82,6 +102,14 @@ class ExpertsOps(MatrixOps):
         return run_experts(m, adapters, (*args, *kwargs.values()))
 
     # ---- exchange: peft nests one wrapper a parameter, the first defined innermost
+
+    def hf_by_parameter(self, m: nn.Module, name: str) -> bool:
+        """Always: experts are parameters, not layers."""
+        return True
+
+    def hf_swaps(self, m: nn.Module, name: str) -> bool:
+        """Llama 4's [E, in, out] does not say so: peft reads it as [E, out, in]."""
+        return _is_presorted(m)
 
     def hf_places(self, m: nn.Module, adapted: Sequence[str]) -> dict[str, str]:
         """Weight → path below the module; names alone do not say which parameter, the order
@@ -101,6 +129,8 @@ class ExpertsOps(MatrixOps):
         if set(found) == {""}:
             for name in names:
                 E, out, width = self.shape(m, name, _natural(m, name))
+                if self.hf_swaps(m, name):
+                    out, width = width, out
                 shapes = {k: t.shape for k, t in found[""].items()}
                 A = next((s for k, s in shapes.items() if "lora_A" in k), None)
                 B = next((s for k, s in shapes.items() if "lora_B" in k), None)
@@ -196,13 +226,16 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     Args:
         m: The module.
         adapters: Active adapters of its weights, in order.
-        inputs: (hidden states [T, d], expert indices [T, k], routing weights [T, k]).
+        inputs: (hidden states [T, d], expert indices [T, k], routing weights [T, k]); hidden states
+            alone where they come sorted.
     """
-    x, index, weights = inputs[:3]
-    routing = _Routing(m, index, weights)
     by_weight: dict[str, list[Adapter]] = {}
     for adapter in adapters:
         by_weight.setdefault(adapter.site.parameter, []).append(adapter)
+    if _is_presorted(m):
+        return _run_presorted(m, by_weight, inputs[0])
+    x, index, weights = inputs[:3]
+    routing = _Routing(m, index, weights)
     rows = _mask_of_rows(adapters, x.shape[0], routing)
     first = _first(m)
     h = x[routing.token]
@@ -218,6 +251,32 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     h = (h * routing.weight.unsqueeze(-1))[routing.inverse]
     y: Tensor = h.view(x.shape[0], -1, h.shape[-1]).sum(dim=1).to(x.dtype)
     return y
+
+
+class _Presorted(_Routing):
+    """As many rows for each expert, in order."""
+
+    def __init__(self, m: Any, rows: int) -> None:
+        each = rows // m.num_experts
+        self.counts = [each] * m.num_experts
+        device = m.down_proj.device
+        self.expert = torch.arange(m.num_experts, device=device).repeat_interleave(each)
+        self.token = torch.arange(rows, device=device)
+
+
+def _run_presorted(m: Any, by_weight: Mapping[str, Sequence[Adapter]], x: Tensor) -> Tensor:
+    h = x.reshape(-1, x.shape[-1])
+    routing = _Presorted(m, h.shape[0])
+    if by_weight and current_rows() is not None:
+        raise ValueError(
+            f"{type(m).__name__}: expected one adapter for all rows of the batch, got "
+            "adapter_names: its input is sorted by expert; run the adapters one after the other"
+        )
+    gate, up = _product(m, "gate_up_proj", h, routing, by_weight.get("gate_up_proj", ()), {}).chunk(
+        2, dim=-1
+    )
+    h = up * m.act_fn(gate)
+    return _product(m, "down_proj", h, routing, by_weight.get("down_proj", ()), {})
 
 
 def _mask_of_rows(adapters: Sequence[Adapter], tokens: int, routing: _Routing) -> dict[str, Tensor]:
@@ -244,7 +303,7 @@ def _product(
     """One grouped linear layer with its edits: an onion around one base product."""
     edits = [a.edit() for a in adapters]
     masks = [rows.get(a.adapter_name) for a in adapters]
-    bias = getattr(m, f"{name}_bias")[routing.expert] if m.has_bias else None
+    bias = getattr(m, f"{name}_bias")[routing.expert] if _has_bias(m) else None
     if any(e.rotation is not None or not _thin(e) for e in edits):
         return _weight_path(m, name, x, routing, adapters, edits, bias, rows)
     inputs = [x] * len(edits)
@@ -296,7 +355,7 @@ def _base(m: Any, name: str, x: Tensor, routing: _Routing) -> Tensor:
         y: Tensor = packing.grouped_linear(m, name, x, routing.counts)
         return y
     W = getattr(m, name)
-    return grouped_linear(x, (W.mT if m.is_transposed else W).to(x.dtype), routing.counts)
+    return grouped_linear(x, (W.mT if is_transposed(m) else W).to(x.dtype), routing.counts)
 
 
 def _low_rank(term: LowRank, x: Tensor, routing: _Routing) -> Tensor:

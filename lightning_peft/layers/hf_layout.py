@@ -58,6 +58,10 @@ class HFLayout:
         """Whether the config names this weight under ``target_parameters``."""
         return False
 
+    def hf_swaps(self, m: nn.Module, name: str) -> bool:
+        """Whether peft takes the weight for its transpose, so that ΔW = B A is (Bᵀ)(Aᵀ) there."""
+        return False
+
     def hf_rank(self, m: nn.Module, name: str, r: int) -> int:
         """The rank that peft's config states for a canonical rank r."""
         return r

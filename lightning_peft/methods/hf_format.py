@@ -112,6 +112,19 @@ class HFFormat:
     uniform: ToConfig | None = None
     refuse: Callable[[Any, Site], str] | None = None
 
+    def oriented(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Thin factors as peft has them at this site, canonical axes; its own inverse.
+
+        Where peft takes a weight for its transpose, "down" and "up" change places, transposed.
+        """
+        oriented = dict(tensors)
+        if site.ops.hf_swaps(site.module, site.parameter):
+            thin = {self.layouts.get(name, ""): name for name in tensors}
+            down, up = thin.get("down"), thin.get("up")
+            if down is not None and up is not None:
+                oriented[down], oriented[up] = tensors[up].mT, tensors[down].mT
+        return oriented
+
     def name(self, site: Site, tensor: str) -> str:
         """Their name of our tensor at this site."""
         return (

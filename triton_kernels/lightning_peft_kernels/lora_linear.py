@@ -134,7 +134,9 @@ class _LoRALinear(torch.autograd.Function):
             y += bias
         ctx.save_for_backward(x2, S, mask, A, B, W)
         ctx.plan, ctx.leading = plan, x.shape[:-1]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # No view: the caller may go on in place.
+        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return unviewed
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]

@@ -72,7 +72,9 @@ class _NF4Linear(torch.autograd.Function):
             y = torch.nn.functional.linear(x2, W, bias)
             W = W if keep else None
         ctx.save_for_backward(W, *q)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # No view: the caller may go on in place.
+        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return unviewed
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
@@ -118,7 +120,9 @@ class _NF4LoRALinear(torch.autograd.Function):
             W = W if keep else None
         ctx.save_for_backward(x2, S, mask, A, B, W, *q)
         ctx.plan, ctx.packing, ctx.leading = plan, (shape, kind, block_size), x.shape[:-1]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # No view: the caller may go on in place.
+        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return unviewed
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
