@@ -10,11 +10,12 @@ bitsandbytes' own, for the weight [out, in] flattened.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning_peft_kernels.experts import nf4_grouped_linear
+from lightning_peft_kernels.fp8 import choose_fp8, e4m3_scale, fp8_lora_linear
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
 from torch import Tensor, nn
@@ -47,6 +48,20 @@ class Packing:
     transposed: bool
     dtype: torch.dtype
     compute: str = "auto"
+    _e4m3: tuple[Any, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def uses_fp8(self, device: torch.device) -> bool:
+        """Whether products with this weight are made in e4m3 on a device."""
+        return self.compute == "fp8" and choose_fp8(self.shape, device).backend != "dequantize"
+
+    def e4m3_scale(self, q: Packed4bit) -> Tensor:
+        """Scale fp32 [1] of the weight in e4m3; made anew when the bytes are written over."""
+        if torch.compiler.is_compiling() or q.absmax.is_inference():
+            return e4m3_scale(q)
+        key = (q.absmax.data_ptr(), q.absmax._version, q.absmax.device)
+        if self._e4m3 is None or self._e4m3[0] != key:
+            self._e4m3 = (key, e4m3_scale(q))
+        return self._e4m3[1]
 
     def grouped_linear(self, m: nn.Module, name: str, X: Tensor, counts: list[int]) -> Tensor:
         """X [S, in], sorted by expert with `counts` rows each → [S, out]."""
@@ -68,14 +83,11 @@ class Quantized4bit(Swapped):
         _require_floating(module, x)
         p = module._packed["weight"]
         if _plain_forward(module):
-            return nf4_linear(
-                x,
-                packed(module, "weight"),
-                p.shape,
-                module.bias,
-                kind=p.kind,
-                block_size=p.block_size,
-            )
+            q = packed(module, "weight")
+            packing: dict[str, Any] = {"kind": p.kind, "block_size": p.block_size}
+            if p.uses_fp8(x.device):
+                return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), module.bias, **packing)
+            return nf4_linear(x, q, p.shape, module.bias, **packing)
         # A subclass with a forward of its own: it reads `weight`, so let it find the dequantised
         # one.
         vars(module)["weight"] = _read(module, "weight", x.dtype)
@@ -187,7 +199,7 @@ def packed(module: Any, name: str) -> Packed4bit:
     absmax = parameters[f"{name}_absmax"]
     lead = tuple(p.shape[:-2])
     if not p.nested:
-        return Packed4bit(parameters[name], absmax.view(torch.float32).view(*lead, -1), None, None)
+        return Packed4bit(parameters[name], absmax.reshape(*lead, -1).view(torch.float32), None, None)
     return Packed4bit(
         parameters[name],
         absmax.view(*lead, -1),
@@ -351,10 +363,13 @@ class NF4Storage:
 def _fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
     p: Packing = m._packed["weight"]
     _require_floating(m, x)
-    return nf4_lora_linear(
-        x, packed(m, "weight"), p.shape, m.bias, A, B, scaling,
-        kind=p.kind, block_size=p.block_size, dropout_p=dropout, training=True,
-    )  # fmt: skip
+    q = packed(m, "weight")
+    how: dict[str, Any] = {
+        "kind": p.kind, "block_size": p.block_size, "dropout_p": dropout, "training": True,
+    }  # fmt: skip
+    if p.uses_fp8(x.device):
+        return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), m.bias, A, B, scaling, **how)
+    return nf4_lora_linear(x, q, p.shape, m.bias, A, B, scaling, **how)
 
 
 def _stored(m: Any, name: str) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("script", ["interpret_nf4.py", "interpret_decode.py"])
+@pytest.mark.parametrize(
+    "script", ["interpret_nf4.py", "interpret_decode.py", "interpret_output_scale.py"]
+)
 def test_interpreter(script):
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -22,4 +24,4 @@ def test_interpreter(script):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "cases equal" in done.stdout
+    assert done.stdout.strip().endswith(("cases equal", "agrees"))

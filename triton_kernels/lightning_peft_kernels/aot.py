@@ -35,7 +35,7 @@ MODULES = (
     "lightning_peft_kernels.nf4_quantize_triton",
     "lightning_peft_kernels.fp8_triton",
     "lightning_peft_kernels.decode_triton",
-    #     "lightning_peft_kernels.output_scale_triton",
+    "lightning_peft_kernels.output_scale_triton",
     "lightning_peft_kernels.adamw_8bit",
 )
 # Target → (backend, architecture, lanes a warp, shared memory in bytes that one block may use).
