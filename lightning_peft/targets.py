@@ -190,6 +190,7 @@ def _suffix(name: str, suffixes: Sequence[str]) -> bool:
 def block_rule(
     modules: Sequence[tuple[str, nn.Module]], layers: int | Sequence[int] | None
 ) -> Callable[[str], bool]:
+    """Whether a name lies in one of the repeated blocks of these indices; all for None."""
     if layers is None:
         return lambda name: True
     wanted = {layers} if isinstance(layers, int) else set(layers)

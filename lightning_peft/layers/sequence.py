@@ -127,7 +127,8 @@ def run_with_positions(
     seen = 0 if past is None else int(past.get_seq_length())
     site = adapters[0].site
     prompts = _front([a for a in adapters if a.method.acts == "prepend"], batch, device)
-    prefix = _front([a for a in adapters if a.method.acts == "attention"], batch, device)
+    inside = [a for a in adapters if a.method.acts == "attention"]
+    prefix = _front(inside, batch, device)
     added = [a for a in adapters if a.method.acts == "add"]
     if added:
         call["inputs_embeds"] = _added(site, call, added, seen)
@@ -135,12 +136,17 @@ def run_with_positions(
     fronts = [f for f in (prefix, prompts) if f is not None]
     if not fronts:
         return run(**call)
+    if getattr(past, "is_compileable", False):
+        raise ValueError(
+            f"{adapters[0].method.label}: expected a cache that grows, got {type(past).__name__} "
+            "of a fixed length, in which the prompt has no room; generate with a dynamic cache"
+        )
     _lengthen_mask(call, fronts, length, seen)
     _shift_positions(module, names, call, fronts, prompts if seen == 0 else None, seen, length)
     if prompts is not None and seen == 0:
         _put_before(site, call, prompts)
     if prefix is not None and seen == 0:
-        out = _run_with_prefix(module, site, run, call, prefix)
+        out = _run_with_prefix(module, inside, run, call, prefix)
     else:
         out = run(**call)
     return _strip(out, prompts.n) if prompts is not None and seen == 0 and site.strip else out
@@ -253,11 +259,60 @@ def _put_before(site: Any, call: dict[str, Any], prompts: _Front) -> None:
 
 
 def _run_with_prefix(
-    module: Any, site: Any, run: Callable[..., Any], call: dict[str, Any], prefix: _Front
+    module: Any,
+    adapters: Sequence[Any],
+    run: Callable[..., Any],
+    call: dict[str, Any],
+    prefix: _Front,
 ) -> Any:
-    from lightning_peft.layers.sequence_cache import keep_cache, unread, with_prefix
+    from lightning_peft.layers.sequence_cache import (
+        keep_cache,
+        repeats_whole,
+        unread,
+        with_prefix,
+    )
 
-    values = prefix.values.to(site.embeddings.weight.dtype)
+    site = adapters[0].site
+    past, config = call.get("past_key_values"), module.config
+    wanted = call.get("use_cache")
+    wanted = getattr(config, "use_cache", False) if wanted is None else wanted
+    keep = past is not None or not (module.training and torch.is_grad_enabled())
+    again = None
+    if not keep and repeats_whole(module):
+
+        def again() -> list[tuple[Tensor, Tensor]]:
+            front = _front(adapters, prefix.values.shape[0], prefix.values.device)
+            assert front is not None
+            return _pairs(site, front.values)
+
+    filled = with_prefix(
+        past,
+        _pairs(site, prefix.values),
+        config,
+        crossed=bool(getattr(config, "is_encoder_decoder", False)),
+        keep=keep,
+        again=again,
+    )
+    call["past_key_values"] = filled
+    if not keep and "use_cache" in forward_names(base_class(module)):
+        call["use_cache"] = False
+    with nullcontext() if keep else keep_cache(module):
+        out = run(**call)
+    missing = unread(filled)
+    if missing:
+        raise RuntimeError(
+            f"PrefixTuning on {type(module).__name__}: expected every attention layer to read the "
+            f"cache, found that {missing} did not; turn gradient checkpointing off, or use "
+            "PromptTuning"
+        )
+    if past is None and not (keep and wanted) and getattr(out, "past_key_values", None) is not None:
+        out.past_key_values = None  # the caller asked for none, and would count its tokens twice
+    return out
+
+
+def _pairs(site: Any, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(keys, values) [B, heads, n, features] of every layer, in the model's dtype."""
+    values = values.to(site.embeddings.weight.dtype)
     batch, n, _ = values.shape
     pairs, at = [], 0
     for heads, features in site.layers:
@@ -266,24 +321,7 @@ def _run_with_prefix(
         keys, contents = part.permute(2, 0, 3, 1, 4)
         pairs.append((keys, contents))
         at += 2 * size
-    training = module.training and torch.is_grad_enabled()
-    past = call.get("past_key_values")
-    keep = past is not None or not training
-    crossed = bool(getattr(module.config, "is_encoder_decoder", False))
-    past = with_prefix(past, pairs, module.config, crossed=crossed, keep=keep)
-    call["past_key_values"] = past
-    if not keep and "use_cache" in forward_names(base_class(module)):
-        call["use_cache"] = False
-    with nullcontext() if keep else keep_cache(module):
-        out = run(**call)
-    missing = unread(past)
-    if missing:
-        raise RuntimeError(
-            f"PrefixTuning on {type(module).__name__}: expected every attention layer to read the "
-            f"cache, found that {missing} did not; turn gradient checkpointing off, or use "
-            "PromptTuning"
-        )
-    return out
+    return pairs
 
 
 def _strip(out: Any, n: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,10 @@ from transformers import DynamicCache, EncoderDecoderCache
 __all__ = ["PrefixCache", "keep_cache", "unread", "with_prefix"]
 
 
+#: Makes the pairs anew, with a graph of their own.
+Again = Callable[[], Sequence[tuple[Tensor, Tensor]]]
+
+
 class PrefixCache(DynamicCache):  # type: ignore[misc]
     """A cache that holds a prefix and nothing else: reading it twice gives the same.
 
@@ -20,9 +24,12 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     hold the text twice.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], config: Any) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], config: Any, again: Again | None = None
+    ) -> None:
         super().__init__(config=config)
         self.read: set[int] = set()
+        self.again = again
         for layer, (keys, values) in enumerate(pairs):
             super().update(keys, values, layer)
         self.count = len(pairs)
@@ -35,8 +42,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             return key_states, value_states
         self.read.add(layer_idx)
         held = self.layers[layer_idx]
-        keys = torch.cat([held.keys.to(key_states.dtype), key_states], dim=-2)
-        return keys, torch.cat([held.values.to(value_states.dtype), value_states], dim=-2)
+        keys, values = held.keys, held.values
+        if self.again is not None:
+            keys, values = self.again()[layer_idx]
+        keys = torch.cat([keys.to(key_states.dtype), key_states], dim=-2)
+        return keys, torch.cat([values.to(value_states.dtype), value_states], dim=-2)
 
 
 class _Nothing(dict[int, bool]):
@@ -51,7 +61,13 @@ class _Nothing(dict[int, bool]):
 
 
 def with_prefix(
-    past: Any, pairs: Sequence[tuple[Tensor, Tensor]], config: Any, *, crossed: bool, keep: bool
+    past: Any,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    config: Any,
+    *,
+    crossed: bool,
+    keep: bool,
+    again: Again | None = None,
 ) -> Any:
     """An empty cache (or None) with (keys, values) [B, heads, n, features] a layer in it.
 
@@ -61,9 +77,10 @@ def with_prefix(
         config: Of the model.
         crossed: Whether the layers have cross attention too.
         keep: Whether the cache is to grow with the text; without it the prefix alone is held.
+        again: Makes the pairs anew in every layer.
     """
     if past is None and not keep:
-        cache: Any = PrefixCache(pairs, config)
+        cache: Any = PrefixCache(pairs, config, again)
         if crossed:
             cache = EncoderDecoderCache(cache, PrefixCache((), config))
             cache.is_updated = _Nothing()
@@ -84,6 +101,28 @@ def unread(past: Any) -> list[int]:
     return sorted(set(range(own.count)) - own.read) if isinstance(own, PrefixCache) else []
 
 
+def repeats_whole(module: nn.Module) -> bool:
+    """Whether layers are checkpointed in the reentrant way, whose repeated forward has a graph of
+    its own: what was made outside it could be backpropagated only once.
+    """
+    for block in _checkpointed(module):
+        made: Any = block._gradient_checkpointing_func
+        if getattr(made, "keywords", {}).get("use_reentrant", True):
+            return True
+    return False
+
+
+def _checkpointed(module: nn.Module) -> list[nn.Module]:
+    return [
+        m
+        for m in module.modules()
+        if m is not module
+        and m.training
+        and getattr(m, "gradient_checkpointing", False)
+        and hasattr(m, "_gradient_checkpointing_func")
+    ]
+
+
 @contextmanager
 def keep_cache(module: nn.Module) -> Iterator[None]:
     """Have checkpointed layers keep the cache that they would drop: ours is only read.
@@ -91,19 +130,23 @@ def keep_cache(module: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: a release of transformers whose layers cannot keep it.
     """
-    layers = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
-    layers = [m for m in layers if m is not module and m.training]
-    blocks = [m for m in layers if hasattr(m, "_gradient_checkpointing_func")]
+    blocks = _checkpointed(module)
     if blocks and not any(hasattr(m, "_can_checkpoint_with_cache") for m in blocks):
         raise RuntimeError(
             "PrefixTuning with gradient checkpointing: expected a release of transformers whose "
             "checkpointed layers can keep a cache (5.20 or later), found one that drops it; update "
             "it, or turn checkpointing off"
         )
+    own: Any = module
+    flag = getattr(own, "gradient_checkpointing", None)
     for block in blocks:
         vars(block)["_can_checkpoint_with_cache"] = True
+    if blocks and flag:  # GPT-2's stack drops the cache itself; its blocks do the checkpointing
+        own.gradient_checkpointing = False
     try:
         yield
     finally:
+        if blocks and flag:
+            own.gradient_checkpointing = flag
         for block in blocks:
             vars(block).pop("_can_checkpoint_with_cache", None)

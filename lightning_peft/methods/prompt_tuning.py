@@ -40,7 +40,8 @@ def _unpack(
 @register
 @dataclass(frozen=True)
 class PromptTuning(SequenceMethod):
-    """Soft prompt. The output keeps the text's length: positions of the prompt are taken off.
+    """Soft prompt. The output keeps the text's length: positions of the prompt are taken off, and
+    with them the prediction of the text's first token, which peft counts in its loss.
 
     Attributes:
         n: Number of virtual tokens.

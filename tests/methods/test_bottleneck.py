@@ -276,5 +276,5 @@ def test_state_and_hybrid() -> None:
     assert all(
         not t.any() for k, t in lp.adapter_state_dict(twin).items() if k.endswith("block.up.weight")
     )
-    with pytest.raises(ValueError, match="exactly one|peft has too"):
+    with pytest.raises(ValueError, match="exactly one"):
         lp.save_adapter(model, "unused")
