@@ -1,0 +1,77 @@
+"""A step of a small Qwen3-MoE-shaped model: experts frozen, with our LoRA on them, with peft's."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+from side_by_side import interleaved, rows, write
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import lightning_peft as lp
+
+ATTENTION = ["q_proj", "v_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def base(experts: int) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=experts,
+        num_experts_per_tok=4, vocab_size=1000, experts_implementation="eager",
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).train()
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
+    def call() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        for p in model.parameters():
+            p.grad = None
+
+    return call
+
+
+def candidates(experts: int, ids: torch.Tensor, with_peft: bool) -> dict[str, Any]:
+    model = base(experts)
+    frozen, ours, ours4 = (copy.deepcopy(model) for _ in range(3))
+    lp.attach(frozen, lp.LoRA(r=8, target_modules=ATTENTION))
+    method = lp.LoRA(r=8, target_modules=[*ATTENTION, "experts"])
+    lp.attach(ours, method)
+    lp.attach(ours4, method, quantization=lp.Quantization("nf4"))
+    made = {
+        "experts frozen": step(frozen, ids),
+        "lightning_peft": step(ours, ids),
+        "lightning_peft nf4": step(ours4, ids),
+    }
+    if with_peft:
+        config = peft.LoraConfig(r=8, target_modules=ATTENTION, target_parameters=EXPERTS)
+        made["peft"] = step(peft.get_peft_model(model, config), ids)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 256])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    ids = torch.randint(0, 1000, (1, options.tokens))
+    table = []
+    for experts in options.experts:
+        made = candidates(experts, ids, with_peft=experts <= 64)
+        seconds = interleaved(made, options.repeats)
+        table += rows(seconds, "experts frozen", experts=experts, tokens=options.tokens)
+    write("moe_step", table)
+
+
+if __name__ == "__main__":
+    main()
