@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.storage.nf4 import Packing, place_values
 
-__all__ = ["local_rows", "materialize", "stream_base"]
+__all__ = ["fill_rows", "local_rows", "materialize", "stream_base"]
 
 _CHUNK = 1 << 22  # elements read at once: 16 MB in fp32
 
@@ -37,6 +37,12 @@ def local_rows(t: Tensor) -> tuple[int, int]:
     return (int(offset[0]), int(shape[0])) if t.ndim else (0, 1)
 
 
+def fill_rows(t: Tensor, whole: Tensor) -> None:
+    """Copy this process's rows of a whole tensor into `t`."""
+    first, rows = local_rows(t)
+    _local(t.detach()).copy_(whole[first : first + rows] if whole.ndim else whole)
+
+
 def materialize(model: nn.Module, device: torch.device) -> None:
     """Give every meta tensor memory; buffers that no file holds get their values again.
 
@@ -48,7 +54,11 @@ def materialize(model: nn.Module, device: torch.device) -> None:
         for name, module in model.named_modules()
         if any(b is not None and b.device.type == "meta" for b in module._buffers.values())
     ]
+    tied = _ties(model)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
+    for (first, key), *others in tied:
+        for module, name in others:
+            module._parameters[name] = first._parameters[key]
     for name, module in lost:
         if "_packed" in vars(module):
             continue  # scales of scales: written with the weight
@@ -60,6 +70,16 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 "torch.device('meta')"
             )
         owner._init_weights(module)
+
+
+def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Places that hold the same parameter: `_apply` makes each its own."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                places.setdefault(id(p), []).append((module, key))
+    return [held for held in places.values() if len(held) > 1]
 
 
 def _owner(model: nn.Module, name: str) -> Any:

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from lightning_peft import checkpoint_file
 from lightning_peft.checkpoint import KEY, describe, is_attached, kept_tensors
+from lightning_peft.storage.stream import fill_rows
 from lightning_peft.strategies.agreeing import raise_together
 from lightning_peft.strategies.guards import Guards
 from lightning_peft.strategies.pieces import (
     cut_optimizer,
-    fill_rows,
     join_optimizers,
     join_tensors,
     optimizer_piece,

@@ -24,7 +24,6 @@ from lightning_peft.storage.stream import local_rows
 
 __all__ = [
     "cut_optimizer",
-    "fill_rows",
     "is_folder",
     "join_optimizers",
     "join_tensors",
@@ -121,13 +120,6 @@ def _join(parts: Sequence[Piece]) -> dict[str, Any]:
 
 
 # ---- given out
-
-
-def fill_rows(t: Tensor, whole: Tensor) -> None:
-    """Copy this process's rows of a whole tensor into `t`."""
-    first, rows = local_rows(t)
-    own = local(t.detach())
-    own.copy_(whole[first : first + rows] if whole.ndim else whole)
 
 
 def cut_optimizer(optimizer: Optimizer, whole: Mapping[str, Any]) -> dict[str, Any]:

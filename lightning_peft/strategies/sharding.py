@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_peft.attach import reset_adapters
+from lightning_peft.attach import _start as start_values
 from lightning_peft.checkpoint import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.optim.pool import local
 from lightning_peft.storage import storage_of
-from lightning_peft.storage.stream import materialize, stream_base
+from lightning_peft.storage.stream import fill_rows, materialize, stream_base
 from lightning_peft.strategies.plan import Classes, shard_units
 
 __all__ = ["Options", "is_sharded", "shard_model"]
@@ -69,7 +70,8 @@ def shard_model(
             f"({', '.join(empty[:3])}); give PEFTFSDPStrategy(base_from=<folder of safetensors>)"
         )
     if not empty:
-        _same_start(module, device)
+        for t in kept_tensors(module).values():
+            _of_rank_0(t.detach(), device)
     units = shard_units(module, options.shard_classes)
     probe = _probe(units)
     kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
@@ -85,8 +87,9 @@ def shard_model(
     if empty:
         place = torch.device("cpu") if options.cpu_offload else device
         materialize(module, place)
-        reset_adapters(module)
+        _start_adapters(module, device)
         stream_base(module, Path(str(options.base_from)))
+        _start_copies(module)
     _check(module)
     if probe is not None:
         _compare(*probe)
@@ -128,15 +131,42 @@ def _refuse(module: nn.Module, fsdp: Any) -> None:
         )
 
 
-def _same_start(module: nn.Module, device: torch.device) -> None:
-    """Rank 0's start values everywhere: an unseeded process draws its own."""
-    if not dist.is_initialized():
-        return
-    for t in kept_tensors(module).values():
-        moved = t.detach().to(device)
+def _start_adapters(module: nn.Module, device: torch.device) -> None:
+    """Adapters were attached to a base without memory: their start values, drawn now.
+
+    Raises:
+        RuntimeError: a start that needs the base, which is not read yet.
+    """
+    for name, adapted in adapted_modules(module):
+        for adapter in adapters_of(adapted):
+            if adapter.rewrite is not None or adapter.shared or adapter.kind in ("block",):
+                raise RuntimeError(
+                    f"{name!r}: expected an adapter that starts by itself, got "
+                    f"{adapter.method.label}, which needs the base; build the model outside of "
+                    "torch.device('meta'), or use LoRA with its default init"
+                )
+            if adapter.kind == "weight":
+                fresh = start_values(adapter.method, adapter.site, adapter.adapter_name, None)
+                for key, t in adapter.tensors().items():
+                    fill_rows(t, _of_rank_0(fresh[key], device))
+
+
+def _start_copies(module: nn.Module) -> None:
+    """Trained copies start from the base that was just read; both are sharded alike."""
+    with torch.no_grad():
+        for _, adapted in adapted_modules(module):
+            for adapter in adapters_of(adapted):
+                for path, copied in adapter.copies().items():
+                    local(copied).copy_(local(adapted.get_parameter(path)))
+
+
+def _of_rank_0(t: Tensor, device: torch.device) -> Tensor:
+    """Rank 0's start values everywhere, in place: an unseeded process draws its own."""
+    if dist.is_initialized():
+        moved = t.to(device)
         dist.broadcast(moved, 0)
-        with torch.no_grad():
-            t.copy_(moved)
+        t.copy_(moved)
+    return t
 
 
 # ---- whether what comes back is what went in

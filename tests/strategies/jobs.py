@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ class Job:
     validate: bool = False
     step_seconds: float = 0.0
     meta_from: str | None = None
+    watch_memory: bool = False
 
 
 def rank() -> int:
@@ -84,13 +87,26 @@ def build(job: Job) -> torch.nn.Module:
     """The pretrained model: by its own seed, whatever ran before."""
     state = torch.get_rng_state()
     torch.manual_seed(of_rank(job.base_seed))
-    if job.meta_from is not None:
-        with torch.device("meta"):
-            net = BUILDERS[job.model]()
-    else:
-        net = BUILDERS[job.model]()
+    with torch.device("cpu" if job.meta_from is None else "meta"):
+        net = large() if job.model == "large" else BUILDERS[job.model]()
     torch.set_rng_state(state)
     return net.train()
+
+
+def large() -> torch.nn.Module:
+    """A Llama of 77 M weights, 309 MB in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+        )
+    )
 
 
 class Net(pl.LightningModule):
@@ -101,6 +117,8 @@ class Net(pl.LightningModule):
         self.net = build(job)
         self.job = job
         self.losses: list[float] = []
+        self.memory: Memory | None = None
+        self.grown_at_start = 0
 
     def forward(self, ids: Tensor) -> Any:
         return self.net(input_ids=ids, labels=ids)
@@ -110,9 +128,11 @@ class Net(pl.LightningModule):
         self.losses.append(float(loss.detach()))
         return loss * self._fault(loss)
 
-    def _fault(self, loss: Tensor) -> float:
-        import time
+    def on_train_start(self) -> None:
+        if self.memory is not None:
+            self.grown_at_start = self.memory.peak - self.memory.before
 
+    def _fault(self, loss: Tensor) -> float:
         job = self.job
         time.sleep(job.step_seconds)
         if not job.fault or rank() != job.fault_rank or self.global_step != job.fault_step:
@@ -226,8 +246,37 @@ def strategy_of(job: Job) -> Any:
     return classes[job.strategy](**options) if options else job.strategy
 
 
+class Memory(threading.Thread):
+    """Growth of this process's own memory (mapped files left out) while it runs, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.peak = self.now()
+        self.over = False
+
+    @staticmethod
+    def now() -> int:
+        status = Path("/proc/self/status").read_text()
+        (line,) = [x for x in status.splitlines() if x.startswith("RssAnon")]
+        return int(line.split()[1]) * 1024
+
+    def run(self) -> None:
+        while not self.over:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.002)
+
+    def growth(self) -> int:
+        self.over = True
+        self.join()
+        return self.peak - self.before
+
+
 def run(job: Job) -> None:
+    memory = Memory() if job.watch_memory else None
+    if memory is not None:
+        memory.start()
     model, trainer, _ = make(job)
+    model.memory = memory
     trainer.fit(model, ckpt_path=job.ckpt)
     packed = {n: p for n, p in model.named_parameters() if p.dtype == torch.uint8}
     result: dict[str, Any] = {
@@ -244,6 +293,9 @@ def run(job: Job) -> None:
         "packed": {n: whole(p) for n, p in packed.items()},
         "ddp": getattr(trainer.strategy, "_ddp_kwargs", None),
     }
+    if memory is not None:
+        result["growth"] = memory.growth()
+        result["growth at start"] = model.grown_at_start
     if job.validate:
         result["val"] = {k: float(v) for k, v in trainer.validate(model, verbose=False)[0].items()}
         predicted = trainer.predict(model)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,13 +41,14 @@ class Zygote:
     """The forking process; one for this test process."""
 
     def __init__(self) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.strategies.zygote"],
             env=environment(),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             text=True,
         )
         atexit.register(self.process.kill)
@@ -56,7 +58,11 @@ class Zygote:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer: list[Any] = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RuntimeError(f"the forking process ended\n{self.errors.read()[-4000:]}")
+        answer: list[Any] = json.loads(line)
         return answer
 
 
