@@ -12,9 +12,10 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.adapted import Adapted
+from lightning_peft.layers.sequence_attention import refusal
 from lightning_peft.methods.base import Method
 from lightning_peft.placing_blocks import block_places, block_site, own_width
-from lightning_peft.placing_sequence import sequence_place
+from lightning_peft.placing_sequence import attention_site, sequence_place
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
 from lightning_peft.targets import Selection, block_rule, name_rule, select
@@ -142,9 +143,25 @@ def _place_block(model: nn.Module, method: Any) -> tuple[list[Placement], Select
     return [Placement(s.name, s.module, s) for s in sites], selection
 
 
-def _place_sequence(model: nn.Module, method: Any) -> tuple[list[Placement], None]:
-    site, follower = sequence_place(model, method)
-    return [Placement(site.name, site.module, site, tap=follower)], None
+def _place_sequence(model: nn.Module, method: Any) -> tuple[list[Placement], Selection | None]:
+    if method.target_modules is None:
+        site, follower = sequence_place(model, method)
+        return [Placement(site.name, site.module, site, tap=follower)], None
+    if method.acts != "attention":
+        raise ValueError(
+            f"{method.label}: expected target_modules=None, got {method.target_modules!r}; the "
+            "length of the sequence changes in a whole model: use PrefixTuning on its attention "
+            "modules"
+        )
+    selection = select(
+        model,
+        method.target_modules,
+        exclude_modules=method.exclude_modules,
+        layers_to_transform=method.layers_to_transform,
+        adaptable=lambda m: not refusal(m),
+    )
+    sites = [attention_site(n, model.get_submodule(n)) for n in selection.names]
+    return [Placement(s.name, s.module, s) for s in sites], selection
 
 
 def _place_select(model: nn.Module, method: Any) -> tuple[list[Placement], None]:

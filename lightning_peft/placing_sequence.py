@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.layers import PLAIN
+from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.sequence import forward_names
 from lightning_peft.site import SequenceSite
 from lightning_peft.storage import storage_of
 from lightning_peft.swap import base_class
 from lightning_peft.targets import hf_models
 
-__all__ = ["sequence_place"]
+__all__ = ["attention_site", "sequence_place"]
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -37,8 +37,8 @@ def sequence_place(model: nn.Module, method: Any) -> tuple[SequenceSite, nn.Modu
         raise ValueError(
             f"{method.label}: expected one Hugging Face transformer in {type(model).__name__}, got "
             f"{[type(m).__name__ for _, m in found] or 'none'}; a prompt enters where embeddings "
-            "do, which is not known elsewhere: use an adapter of layers, or attach to the model "
-            "itself"
+            "do, which is not known elsewhere: use PrefixTuning(target_modules=[...]) on its "
+            "nn.MultiheadAttention modules, an adapter of layers, or attach to the model itself"
         )
     prefix, hf = found[0]
     stack = _stack(hf, method)
@@ -62,6 +62,20 @@ def sequence_place(model: nn.Module, method: Any) -> tuple[SequenceSite, nn.Modu
     )
     crosses = method.acts == "prepend" and hf.config.is_encoder_decoder
     return site, hf.get_decoder() if crosses else None
+
+
+def attention_site(name: str, module: Any) -> SequenceSite:
+    """One `nn.MultiheadAttention` of a transformer of the user's own."""
+    weight = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
+    return SequenceSite(
+        module,
+        weight,
+        name,
+        ops_for(module) or PLAIN,
+        storage_of(module, weight),
+        width=int(module.embed_dim),
+        layers=((int(module.num_heads), int(module.head_dim)),),
+    )
 
 
 def _stack(hf: Any, method: Any) -> Any:

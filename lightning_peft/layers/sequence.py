@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.layers.rows import RowMix, current_rows
+from lightning_peft.layers.sequence_attention import attend, batch_of
 from lightning_peft.swap import base_class
 
 __all__ = ["Widen", "forward_names", "run_with_positions"]
@@ -117,6 +118,8 @@ def run_with_positions(
             positions cannot follow.
     """
     names = forward_names(base_class(module))
+    if isinstance(module, nn.MultiheadAttention):
+        return _in_attention(module, adapters, {**dict(zip(names, args, strict=False)), **kwargs})
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     text = ids if embeds is None else embeds
@@ -256,6 +259,15 @@ def _put_before(site: Any, call: dict[str, Any], prompts: _Front) -> None:
     if types is not None:
         zeros = types.new_zeros(types.shape[0], prompts.n)
         call["token_type_ids"] = torch.cat([zeros, types], dim=1)
+
+
+def _in_attention(module: Any, adapters: Sequence[Any], call: dict[str, Any]) -> Any:
+    query = call["query"]
+    prefix = _front(adapters, batch_of(module, query), query.device)
+    if prefix is None:
+        n = query.new_zeros(batch_of(module, query), 0, 2 * module.embed_dim)
+        return attend(module, call, n, None)
+    return attend(module, call, prefix.values, prefix.mask)
 
 
 def _run_with_prefix(

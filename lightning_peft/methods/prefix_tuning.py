@@ -85,7 +85,9 @@ def _refuse(method: Any, site: Any) -> str:
 @register
 @dataclass(frozen=True)
 class PrefixTuning(SequenceMethod):
-    """Trained keys and values; in an encoder-decoder those of the decoder's self-attention.
+    """Trained keys and values; in an encoder-decoder those of the decoder's self-attention. In a
+    transformer of your own those of the `nn.MultiheadAttention` modules that `target_modules`
+    names.
 
     Attributes:
         n: Number of virtual tokens.
