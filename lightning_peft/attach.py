@@ -28,6 +28,7 @@ from lightning_peft.layers.adapted import (
     release,
 )
 from lightning_peft.layers.sequence import Widen
+from lightning_peft.layers.sequence_own import OwnModel
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
 from lightning_peft.placing import Placement, place, refuse_unfit
@@ -68,8 +69,8 @@ def attach(
         RuntimeError: the name is taken, or adapters are merged.
     """
     methods = [method] if isinstance(method, Method) else list(method)
-    _check_name(model, adapter_name)
     _require_parameters(model)
+    _check_name(model, adapter_name)
     methods = [_resolved(m, model) for m in methods]
     if not methods and not modules_to_save:
         raise ValueError(
@@ -380,6 +381,12 @@ def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: nn.Mo
     container[adapter_name].add_module(slot, adapter)
 
 
+def _hook(method: Method, placement: Placement) -> Any:
+    if method.kind == "block":
+        return Tap
+    return Widen if getattr(placement.site, "embedding", "") else OwnModel
+
+
 def _build(
     method: Method, placement: Placement, adapter_name: str, copies: dict[int, nn.Parameter]
 ) -> Adapter:
@@ -397,8 +404,7 @@ def _build(
         with _seeded(placement.site, adapter_name, None), torch.device("cpu"):
             adapter.block = method.module(placement.site)  # type: ignore[attr-defined]
         if placement.tap is not None:
-            hook = Tap if method.kind == "block" else Widen
-            adapter.tap = hook(adapter, placement.tap)
+            adapter.tap = _hook(method, placement)(adapter, placement.tap)
     else:
         assert isinstance(method, WeightMethod)
         buffers = method.buffers(placement.site)

@@ -15,7 +15,7 @@ from lightning_peft.layers.adapted import Adapted
 from lightning_peft.layers.sequence_attention import refusal
 from lightning_peft.methods.base import Method
 from lightning_peft.placing_blocks import block_places, block_site, own_width
-from lightning_peft.placing_sequence import attention_site, sequence_place
+from lightning_peft.placing_sequence import attention_site, own_place, sequence_place
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
 from lightning_peft.targets import Selection, block_rule, name_rule, select
@@ -148,11 +148,8 @@ def _place_sequence(model: nn.Module, method: Any) -> tuple[list[Placement], Sel
         site, follower = sequence_place(model, method)
         return [Placement(site.name, site.module, site, tap=follower)], None
     if method.acts != "attention":
-        raise ValueError(
-            f"{method.label}: expected target_modules=None, got {method.target_modules!r}; the "
-            "length of the sequence changes in a whole model: use PrefixTuning on its attention "
-            "modules"
-        )
+        site = own_place(model, method)
+        return [Placement(site.name, site.module, site, tap=model)], None
     selection = select(
         model,
         method.target_modules,

@@ -8,12 +8,13 @@ from torch import nn
 
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.sequence import forward_names
+from lightning_peft.placing_blocks import own_width
 from lightning_peft.site import SequenceSite
 from lightning_peft.storage import storage_of
 from lightning_peft.swap import base_class
-from lightning_peft.targets import hf_models
+from lightning_peft.targets import hf_models, name_rule
 
-__all__ = ["attention_site", "sequence_place"]
+__all__ = ["attention_site", "own_place", "sequence_place"]
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -37,8 +38,9 @@ def sequence_place(model: nn.Module, method: Any) -> tuple[SequenceSite, nn.Modu
         raise ValueError(
             f"{method.label}: expected one Hugging Face transformer in {type(model).__name__}, got "
             f"{[type(m).__name__ for _, m in found] or 'none'}; a prompt enters where embeddings "
-            "do, which is not known elsewhere: use PrefixTuning(target_modules=[...]) on its "
-            "nn.MultiheadAttention modules, an adapter of layers, or attach to the model itself"
+            "do, which is not known elsewhere: name the module that gives embeddings (for "
+            "PrefixTuning the nn.MultiheadAttention modules) in target_modules, use an adapter of "
+            "layers, or attach to the model itself"
         )
     prefix, hf = found[0]
     stack = _stack(hf, method)
@@ -75,6 +77,35 @@ def attention_site(name: str, module: Any) -> SequenceSite:
         storage_of(module, weight),
         width=int(module.embed_dim),
         layers=((int(module.num_heads), int(module.head_dim)),),
+    )
+
+
+def own_place(model: nn.Module, method: Any) -> SequenceSite:
+    """The one module of the user's that gives embeddings.
+
+    Raises:
+        ValueError: none or several, a width that is not known, or prompts that are added.
+    """
+    rule = name_rule(method.target_modules)
+    found = [(n, m) for n, m in model.named_modules() if n and rule(n) and "peft" not in n]
+    if len(found) != 1 or method.acts != "prepend":
+        raise ValueError(
+            f"{method.label}: expected target_modules to name the one module that gives "
+            f"embeddings, for a prompt that stands before them, got "
+            f"{[n for n, _ in found] or 'none'} and {method.acts!r}"
+        )
+    name, module = found[0]
+    attention = (m.embed_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    width = own_width(module) or next(attention, 0)
+    weight = next((n for n, _ in module.named_parameters()), "")
+    if not width or not weight:
+        raise ValueError(
+            f"{method.label} on {name!r}: expected a module with parameters whose output's width "
+            f"is known (Embedding, Linear, a normalisation), got {type(module).__name__}; name "
+            "such a module"
+        )
+    return SequenceSite(
+        module, weight, name, PLAIN, storage_of(module, weight), width=width, strip=True
     )
 
 

@@ -340,8 +340,11 @@ class SequenceSite(Site):
 
     @property
     def vocabulary(self) -> int:
-        """Number of embeddings."""
-        return int(self.embeddings.weight.shape[0])
+        """Number of embeddings; 0 in a module of the user's that is no table."""
+        table = self.embeddings
+        if not self.embedding and not isinstance(table, nn.Embedding):
+            return 0
+        return int(table.weight.shape[0])
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the text's tokens enter with [..., width], detached, fp32, on the CPU (or where
@@ -350,7 +353,9 @@ class SequenceSite(Site):
         embeddings = self.embeddings
         ids_there = ids.clamp(max=self.vocabulary - 1).to(embeddings.weight.device)
         with torch.no_grad():
-            rows: Tensor = embeddings(ids_there).float()
+            # A module of the user's is the site itself, whose forward would add the prompt.
+            found = embeddings(ids_there) if self.embedding else embeddings.weight[ids_there]
+            rows: Tensor = found.float()
         return rows if rows.device.type == "meta" else rows.to(ids.device)
 
     @property

@@ -123,6 +123,7 @@ class AdaptedState:
         copies: The same, trained copies of the module's parameters.
         unmerged_bits: Stored bits by parameter from before a merge.
         ran: Whether forward was ever called (a bypassed module never runs).
+        put_before: (positions of prompts, length of the text) of the last forward.
     """
 
     ops: LayerOps
@@ -135,6 +136,7 @@ class AdaptedState:
     copies: list[Adapter] = field(default_factory=list)
     unmerged_bits: dict[str, Any] = field(default_factory=dict)
     ran: bool = False
+    put_before: tuple[int, int] = (0, 0)
     fast_path_guard: Any = None
 
 

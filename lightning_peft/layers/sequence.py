@@ -120,6 +120,8 @@ def run_with_positions(
     names = forward_names(base_class(module))
     if isinstance(module, nn.MultiheadAttention):
         return _in_attention(module, adapters, {**dict(zip(names, args, strict=False)), **kwargs})
+    if not adapters[0].site.embedding:
+        return _put_before_own(module, adapters, run(*args, **kwargs))
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     text = ids if embeds is None else embeds
@@ -259,6 +261,19 @@ def _put_before(site: Any, call: dict[str, Any], prompts: _Front) -> None:
     if types is not None:
         zeros = types.new_zeros(types.shape[0], prompts.n)
         call["token_type_ids"] = torch.cat([zeros, types], dim=1)
+
+
+def _put_before_own(module: Any, adapters: Sequence[Any], embeds: Tensor) -> Tensor:
+    """[P; embeddings] of a module of the user's; see `sequence_own`."""
+    front = _front(adapters, embeds.shape[0], embeds.device)
+    if front is not None and front.mask is not None:
+        raise ValueError(
+            f"adapter_names: expected prompts of one length in a model of your own, got different "
+            f"ones on {adapters[0].site.label!r}; run the adapters one after the other"
+        )
+    n = 0 if front is None else front.n
+    module._peft.put_before = (n, embeds.shape[1])
+    return embeds if front is None else torch.cat([front.values.to(embeds.dtype), embeds], dim=1)
 
 
 def _in_attention(module: Any, adapters: Sequence[Any], call: dict[str, Any]) -> Any:

@@ -43,6 +43,9 @@ class PromptTuning(SequenceMethod):
     """Soft prompt. The output keeps the text's length: positions of the prompt are taken off, and
     with them the prediction of the text's first token, which peft counts in its loss.
 
+    In a transformer of your own `target_modules` names the module whose output [B, L, width] is the
+    embeddings, positions included.
+
     Attributes:
         n: Number of virtual tokens.
         mode: ``"prepend"``, or ``"add"``: embedding i of the text plus P[min(i, n − 1)].
@@ -114,7 +117,13 @@ class PromptTuning(SequenceMethod):
         if self.init == "random" or (self.init == "vocab" and self.mode == "add"):
             if self.mode == "add":  # the model starts as it is
                 return torch.zeros(self.n, site.width)
-            return torch.randn(self.n, site.width) * site.embed(torch.arange(256)).std()
+            std = site.embed(torch.arange(256)).std() if site.vocabulary else 0.02
+            return torch.randn(self.n, site.width) * std
+        require(
+            site.vocabulary > 0,
+            f"{self.label} on {site.label!r}: expected an nn.Embedding to start from, got "
+            f"{type(site.module).__name__}; use init='random'",
+        )
         ids = torch.tensor(list(self.init_ids) or [0])
         if self.init == "vocab":
             return site.embed(torch.randint(0, site.vocabulary, (self.n,)))
