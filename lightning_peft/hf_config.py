@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -216,7 +216,7 @@ def _refuse_unknown(fmt: HFFormat, config: Mapping[str, Any]) -> None:
 
 def _typed(cls: type[Method], ours: str, theirs: str, value: Any) -> Any:
     """The value, if its type is that of the field's default."""
-    described = {f.name: f for f in dataclasses.fields(cls)}[ours]
+    described = {f.name: f for f in dataclasses.fields(cast(Any, cls))}[ours]
     default = (
         described.default_factory()
         if described.default_factory is not dataclasses.MISSING

@@ -177,7 +177,13 @@ def name_rule(rule: str | Sequence[str] | None) -> Callable[[str], bool]:
     if isinstance(rule, str):
         if re.fullmatch(r"[\w-]+", rule):
             return lambda name: _suffix(name, (rule,))
-        pattern = re.compile(rule)
+        try:
+            pattern = re.compile(rule)
+        except re.error as error:
+            raise ValueError(
+                "target_modules, exclude_modules: expected a layer's name, a list of suffixes or a "
+                f"regular expression, got {rule!r} ({error})"
+            ) from None
         return lambda name: pattern.fullmatch(name) is not None
     suffixes = tuple(rule)
     return lambda name: _suffix(name, suffixes)

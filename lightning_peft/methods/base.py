@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +59,14 @@ class Context:
     grad_scale: float = 1.0
 
 
-@dataclass(frozen=True)
 class Method:
-    """Common to all methods: which modules, and round trip to plain data."""
+    """Common to all methods. No dataclass itself: command-line parsers take subclasses of ordinary
+    classes only.
+    """
 
     kind: ClassVar[str] = ""
     hf: ClassVar[HFFormat | None] = None
     mergeable: ClassVar[bool] = True
-
-    target_modules: str | list[str] | None = field(default=None, kw_only=True)
-    exclude_modules: str | list[str] | None = field(default=None, kw_only=True)
-    layers_to_transform: int | list[int] | None = field(default=None, kw_only=True)
 
     #: Row of the architectures' table that `target_modules=None` means.
     default_targets: ClassVar[str] = "lora"
@@ -81,7 +78,23 @@ class Method:
 
 
 @dataclass(frozen=True)
-class WeightMethod(Method):
+class Targeted(Method):
+    """Which modules.
+
+    Attributes:
+        target_modules: ``"all-linear"`` (without the output head), suffixes, or a regular
+            expression of whole names; None means the architecture's usual choice.
+        exclude_modules: Suffixes or a regular expression.
+        layers_to_transform: Numbers of the blocks; None means all.
+    """
+
+    target_modules: str | list[str] | None = field(default=None, kw_only=True)
+    exclude_modules: str | list[str] | None = field(default=None, kw_only=True)
+    layers_to_transform: int | list[int] | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class WeightMethod(Targeted):
     """Changes weights: lowers to an Edit at each site."""
 
     kind: ClassVar[str] = "weight"
@@ -154,7 +167,7 @@ class WeightMethod(Method):
 
 
 @dataclass(frozen=True)
-class BlockMethod(Method):
+class BlockMethod(Targeted):
     """Adds a small module behind (or beside) a layer."""
 
     kind: ClassVar[str] = "block"
@@ -177,7 +190,7 @@ class BlockMethod(Method):
 
 
 @dataclass(frozen=True)
-class SequenceMethod(Method):
+class SequenceMethod(Targeted):
     """Adds positions to the sequence, at the model's boundary or in its attention.
 
     Attributes:
@@ -211,7 +224,7 @@ class SequenceMethod(Method):
 
 
 @dataclass(frozen=True)
-class SelectMethod(Method):
+class SelectMethod(Targeted):
     """Trains a subset of the model's own parameters (on a copy: the base keeps its bits)."""
 
     kind: ClassVar[str] = "select"
@@ -239,7 +252,7 @@ def register(cls: M) -> M:
 
 def to_plain(method: Method) -> dict[str, Any]:
     """A dict of plain data that `torch.load(weights_only=True)` takes; inverse of `from_plain`."""
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(cast(Targeted, method))}
     return {"method": type(method).__name__, **fields}
 
 
@@ -257,7 +270,7 @@ def from_plain(data: Mapping[str, Any]) -> Method:
             f"stored method: expected one of {sorted(METHODS)}, got {name!r}; import the module "
             "that registers it"
         )
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cast("type[Targeted]", cls))}
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ValueError(
