@@ -45,6 +45,8 @@ _GROUPS: list[tuple[Block, str]] = [
         "gemma2 gemma3 gemma3_text gemma4 gemma4_text",
     ),
     (_LLAMA._replace(stream="mlp"), "olmo2 olmo3"),
+    (_LLAMA._replace(feedforward=("block_sparse_moe",)), "granitemoe"),
+    (_LLAMA._replace(feedforward=("feed_forward",)), "llama4 llama4_text"),
     (_LLAMA._replace(stream="input_layernorm"), "cohere cohere2"),
     (Block(("self_attn.dense",), ("mlp.fc2",), "input_layernorm"), "phi"),
     (Block(("self_attn.o_proj",), ("mlp.c_proj",), "post_attention_layernorm"), "starcoder2"),

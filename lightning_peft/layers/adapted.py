@@ -246,6 +246,8 @@ def apply_block(
     hidden = y[0] if isinstance(y, tuple) else y
     if role == "beside":
         read = x if adapter.tap is None else adapter.tap.take()
+        if read.shape[:-1] != hidden.shape[:-1]:  # a mixture of experts puts tokens in one row
+            read = read.reshape(*hidden.shape[:-1], read.shape[-1])
     else:
         read = hidden
     mix = current_rows()

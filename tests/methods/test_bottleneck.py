@@ -17,6 +17,7 @@ from tests.asserting import assert_close, assert_same_bits
 from tests.tiny_models import BUILDERS, KINDS, example_inputs, main_output
 
 STYLES = ["houlsby", "pfeiffer", "parallel"]
+QUICK = {"llama", "mixtral", "gpt2", "bert", "t5", "vit"}  # `-m slow` runs the others
 ARCHITECTURES = [n for n in BUILDERS if n not in ("mamba", "convnext", "resnet")]
 
 
@@ -37,7 +38,9 @@ def move(model: nn.Module, std: float = 0.1) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
+)
 def test_architectures(name: str, style: Any) -> None:
     """Start, gradient of everything, off, detach; at least one place a block."""
     model, x = built(name)

@@ -31,8 +31,15 @@ METHODS: dict[str, SequenceMethod] = {
     "projection": PrefixTuning(n=3, projection=True, hidden=8),
 }
 FEW = ["prompt", "add", "mlp", "prefix", "projection"]
+# By default a few of each kind; `-m slow` runs the others.
+QUICK = {"llama", "gpt_neox", "bert", "t5", "mamba", "vit", "clip", "whisper", "deepseek_v3"}
 MODELS = ["llama", "gpt2", "gemma2", "opt", "bloom", "bert", "roberta", "t5", "bart"]
 NO_PREFIX = {"mamba", "modernbert", "distilbert", "deepseek_v3"}
+
+
+def some(names: list[str], *more: str) -> list[Any]:
+    quick = QUICK | set(more)
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def built(name: str, **changes: Any) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -59,7 +66,7 @@ def attached(name: str, method: SequenceMethod, **changes: Any) -> tuple[Any, di
 
 
 @pytest.mark.parametrize("method_name", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS))
 def test_life(name: str, method_name: str) -> None:
     """Shapes, gradients, off, on, copies, merge refused, detach."""
     model, x = built(name)
@@ -92,7 +99,7 @@ def test_life(name: str, method_name: str) -> None:
 
 
 @pytest.mark.parametrize("method", [PromptTuning(n=2), PrefixTuning(n=2)], ids=["prompt", "prefix"])
-@pytest.mark.parametrize("name", [n for n in BUILDERS if n not in MODELS])
+@pytest.mark.parametrize("name", some([n for n in BUILDERS if n not in MODELS]))
 def test_other_architectures(name: str, method: SequenceMethod) -> None:
     model, x = built(name)
     tokens = KINDS[name] in ("decoder", "encoder", "encoder_decoder")
@@ -111,7 +118,7 @@ def test_other_architectures(name: str, method: SequenceMethod) -> None:
 
 
 @pytest.mark.parametrize("method_name", FEW)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("name", some(["llama", "gpt2", "opt", "bloom"], "bloom"))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(name: str, method_name: str, side: str) -> None:
     """A padded row gives what it gives alone."""
@@ -134,7 +141,7 @@ def test_padding(name: str, method_name: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("method_name", FEW)
-@pytest.mark.parametrize("name", ["bert", "roberta", "t5", "bart"])
+@pytest.mark.parametrize("name", some(["bert", "roberta", "t5", "bart"]))
 def test_padding_of_encoders(name: str, method_name: str) -> None:
     model, x = attached(name, METHODS[method_name])
     with torch.no_grad():
@@ -195,7 +202,7 @@ def stepwise(model: Any, x: dict[str, Tensor], sequences: Tensor, steps: int) ->
 
 
 @pytest.mark.parametrize("method_name", FEW)
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", some(DECODERS, "bart"))
 def test_generate_greedy_and_sampled(name: str, method_name: str) -> None:
     model, _ = attached(name, METHODS[method_name])
     x = prompt_of(name)
@@ -215,7 +222,7 @@ def test_generate_greedy_and_sampled(name: str, method_name: str) -> None:
 
 
 @pytest.mark.parametrize("method_name", ["prompt", "add", "prefix"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", some(DECODERS, "bart"))
 def test_generate_beams(name: str, method_name: str) -> None:
     model, _ = attached(name, METHODS[method_name])
     x = prompt_of(name)
@@ -237,7 +244,7 @@ def test_generate_beams(name: str, method_name: str) -> None:
 
 
 @pytest.mark.parametrize("method_name", ["prompt", "add", "prefix"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("name", some(["llama", "gpt2", "opt", "bloom"], "bloom"))
 def test_generate_with_left_padding(name: str, method_name: str) -> None:
     model, _ = attached(name, METHODS[method_name])
     ids = torch.randint(3, 99, (1, 4))
@@ -262,7 +269,7 @@ def test_masks_of_four_axes_are_refused() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("method_name", ["prompt", "lstm", "prefix", "projection"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert", "t5", "bart"])
+@pytest.mark.parametrize("name", some(["llama", "gpt2", "gemma2", "bert", "t5", "bart"], "gpt2"))
 def test_gradient_checkpointing(name: str, method_name: str, reentrant: bool) -> None:
     model, x = built(name)
     for module in model.modules():
@@ -338,7 +345,7 @@ def alone_and_mixed(
 
 
 @pytest.mark.parametrize("method_name", ["prompt", "add", "mlp", "prefix"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5"])
+@pytest.mark.parametrize("name", some(["llama", "gpt2", "bloom", "t5"], "bloom"))
 def test_rows(name: str, method_name: str) -> None:
     method = METHODS[method_name]
     alone, mixed = alone_and_mixed(name, {"a": method, "b": method}, ["b", "__base__", "a"])
