@@ -25,7 +25,7 @@ from lightning_peft.checkpoint import (
     is_attached,
     leaks,
 )
-from lightning_peft.strategies.pieces import is_folder, read_folder
+from lightning_peft.strategies.pieces import is_folder, publish, read_folder
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
 
@@ -39,6 +39,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write whole or not at all."""
         if storage_options is not None or not checkpoint_file.is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        if is_folder(path):  # the former one is in pieces
+            target = Path(path)
+            fresh = target.with_name(f".{target.name}.file")
+            checkpoint_file.write(checkpoint, fresh)
+            publish(fresh, target)
             return
         checkpoint_file.write(checkpoint, path)
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_peft.attach import _start as start_values
 from lightning_peft.checkpoint import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.making import start_values
 from lightning_peft.optim.pool import local
 from lightning_peft.storage import storage_of
 from lightning_peft.storage.stream import fill_rows, materialize, stream_base
@@ -189,7 +189,8 @@ def _compare(unit: Any, layer: nn.Module, name: str, before: Tensor) -> None:
     """Raise where one block, gathered again, differs in a bit."""
     with torch.no_grad():
         unit.unshard()
-        after = storage_of(layer).read(layer, "weight").detach().cpu()
+        # A dense weight is read as it is, and resharding takes its memory away.
+        after = storage_of(layer).read(layer, "weight").detach().to("cpu", copy=True)
         unit.reshard()
     if not torch.equal(before, after):
         raise RuntimeError(

@@ -50,7 +50,7 @@ class Job:
     strategy_options: dict[str, Any] = field(default_factory=dict)
     devices: int = 1
     nodes: int = 1
-    epochs: int = 4
+    epochs: int = 2
     ckpt: str | None = None
     model: str = "llama"
     quantization: str | None = "nf4"

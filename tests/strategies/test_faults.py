@@ -31,7 +31,7 @@ def faulty(folder: Path, where: dict[str, Any], **fault: Any) -> tuple[Processes
 def test_kill_9_ends_the_other_and_the_run_resumes(
     where: dict[str, Any], rank: int, tmp_path: Path
 ) -> None:
-    group, statuses = faulty(tmp_path, where, fault="kill", fault_rank=rank, fault_step=5)
+    group, statuses = faulty(tmp_path, where, fault="kill", fault_rank=rank)
     assert statuses[rank] == -signal.SIGKILL
     assert statuses[1 - rank] == 1, group.text()
     whole = Job("whole", str(tmp_path), **where)
@@ -44,10 +44,10 @@ def test_kill_9_ends_the_other_and_the_run_resumes(
     ("where", "rank"), [(DDP, 1), (FSDP, 0)], ids=["ddp, rank 1", "fsdp, rank 0"]
 )
 def test_sigterm_saves_then_ends_all(where: dict[str, Any], rank: int, tmp_path: Path) -> None:
-    group, statuses = faulty(tmp_path, where, fault="sigterm", fault_rank=rank)
+    group, statuses = faulty(tmp_path, where, fault="sigterm", fault_rank=rank, fault_step=2)
     assert statuses == [143, 143], group.text()
     written = torch.load(tmp_path / "sigterm.ckpt", weights_only=True)
-    assert written["global_step"] == 4
+    assert written["global_step"] == 3
     assert not result_file(Job("run", str(tmp_path))).exists()
 
 
@@ -115,7 +115,7 @@ def test_a_save_that_fails_is_told_to_all_and_leaves_the_former(
 @pytest.mark.parametrize("folder_form", [False, True], ids=["file", "folder"])
 def test_a_truncated_checkpoint_is_named(folder_form: bool, tmp_path: Path) -> None:
     where = FOLDER if folder_form else FSDP
-    job = Job("run", str(tmp_path), epochs=2, **where)
+    job = Job("run", str(tmp_path), epochs=1, **where)
     run(2, [job], tmp_path)
     last = tmp_path / "run-last.ckpt"
     broken = last / "piece-1.pt" if folder_form else last
@@ -132,29 +132,32 @@ def test_a_truncated_checkpoint_is_named(folder_form: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [DDP, FSDP, FOLDER], ids=["ddp", "fsdp", "folder"])
-def test_twenty_random_kills(where: dict[str, Any], tmp_path: Path) -> None:
-    """Nothing is lost beyond the last checkpoint; no end takes longer than the limit."""
+@pytest.mark.timeout(1200)
+def test_twenty_random_kills(tmp_path: Path) -> None:
+    """Nothing is lost beyond the last checkpoint, under changing strategies; no end takes longer
+    than the limit.
+    """
     rng = random.Random(5)
-    whole = Job("whole", str(tmp_path), epochs=12, **where)
+    whole = Job("whole", str(tmp_path), epochs=12, **DDP)
     run(2, [whole], tmp_path)
     last = tmp_path / "run-last.ckpt"
     kills, longest, steps = 0, 0.0, 0
     while kills < 20:
         ckpt = str(last) if last.exists() else None
-        job = Job("run", str(tmp_path), epochs=12, ckpt=ckpt, step_seconds=0.05, **where)
+        where = (DDP, FSDP, FOLDER)[kills % 3]
+        job = Job("run", str(tmp_path), epochs=12, ckpt=ckpt, step_seconds=0.1, **where)
         group = Processes(2, [job], tmp_path)
-        time.sleep(rng.uniform(0.5, 6))
+        time.sleep(rng.uniform(0.5, 5))
         victim = rng.randrange(2)
         if group.poll()[victim] is not None:  # it came to its end: begin again
-            group.wait(LIMIT)
-            shutil.rmtree(last, ignore_errors=True)
-            last.unlink(missing_ok=True)
+            assert group.wait(LIMIT) == [0, 0], group.text()
+            shutil.rmtree(last) if last.is_dir() else last.unlink()
             steps = 0
             continue
         os.kill(group.pids[victim], signal.SIGKILL)
         begin = time.monotonic()
-        group.wait(LIMIT)
+        statuses = group.wait(LIMIT)
+        assert statuses[victim] == -signal.SIGKILL, group.text()
         longest = max(longest, time.monotonic() - begin)
         kills += 1
         if last.exists():
@@ -163,7 +166,8 @@ def test_twenty_random_kills(where: dict[str, Any], tmp_path: Path) -> None:
             assert now >= steps
             steps = now
     ckpt = str(last) if last.exists() else None
-    resumed = Job("again", str(tmp_path), epochs=12, ckpt=ckpt, **where)
+    resumed = Job("again", str(tmp_path), epochs=12, ckpt=ckpt, **FSDP)
     run(2, [resumed], tmp_path)
+    print(f"slowest end after a kill: {longest:.1f} s; last resumed from step {steps}")
     assert difference(whole, resumed) <= 1e-6
     assert longest < LIMIT

@@ -23,7 +23,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     """By name; the four rounds run one after the other."""
 
     def job(name: str, where: dict[str, Any], source: str = "", **more: Any) -> Job:
-        ckpt = str(folder / f"{source}-step=4.ckpt") if source else None
+        ckpt = str(folder / f"{source}-step=2.ckpt") if source else None
         return Job(name, str(folder), **{**where, **more}, ckpt=ckpt)
 
     listed = [
@@ -40,6 +40,8 @@ def jobs(folder: Path) -> dict[str, Job]:
         job("fsdp from ddp", FSDP, "ddp"),
         job("ddp from folder", DDP, "folder"),
         job("folder from folder", FOLDER, "folder"),
+        job("ddp dense", DDP, quantization=None),
+        job("fsdp dense", FSDP, quantization=None),
         job("ddp mixtral", DDP, model="mixtral"),
         job("fsdp mixtral", FSDP, model="mixtral"),
         job("ddp DoRA", DDP, method="DoRA", modules_to_save=["lm_head"]),
@@ -88,6 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         ("one", "fsdp", 1e-5),
         ("ddp", "fsdp", 1e-6),
         ("fsdp", "folder", 0),
+        ("ddp dense", "fsdp dense", 1e-6),
         ("one mixtral", "ddp mixtral", 1e-5),
         ("one mixtral", "fsdp mixtral", 1e-5),
         ("one DoRA", "ddp DoRA", 1e-5),
@@ -123,7 +126,7 @@ def test_ranks_hold_the_same_adapters_and_half_of_the_base(runs: dict[str, Job])
         zero, one = result(runs[name], 0), result(runs[name], 1)
         assert all(torch.equal(zero["adapters"][k], one["adapters"][k]) for k in zero["adapters"])
         assert zero["frozen_grads"] == one["frozen_grads"] == []
-        assert zero["step"] == 8
+        assert zero["step"] == 4
     zero, one = result(runs["fsdp"], 0), result(runs["fsdp"], 1)
     assert zero["own_bytes"] + one["own_bytes"] == zero["packed_bytes"]
     assert 0.45 < zero["own_bytes"] / zero["packed_bytes"] < 0.55
@@ -162,14 +165,14 @@ def test_files_hold_adapters_and_state_alone(runs: dict[str, Job]) -> None:
     folder = Path(runs["fsdp"].folder)
     trained = result(runs["one"])["adapters"]
     for name in ("one", "ddp", "fsdp"):
-        written = torch.load(folder / f"{name}-step=4.ckpt", weights_only=True)
+        written = torch.load(folder / f"{name}-step=2.ckpt", weights_only=True)
         assert written["state_dict"].keys() == trained.keys()
         state = written["optimizer_states"][0]["state"]
         assert len(state) == len(trained)
         assert {tuple(s["exp_avg"].shape) for s in state.values()} == {
             tuple(t.shape) for t in trained.values()
         }
-    pieces = folder / "folder-step=4.ckpt"
+    pieces = folder / "folder-step=2.ckpt"
     assert {p.name for p in pieces.iterdir()} == {"piece-0.pt", "piece-1.pt", "meta.pt"}
     for rank in (0, 1):
         piece = torch.load(pieces / f"piece-{rank}.pt", weights_only=True)

@@ -89,12 +89,12 @@ def test_missing_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
 
 def test_two_processes_read_their_own_rows(tmp_path: Path) -> None:
     """Training over a streamed base is training over a loaded one."""
-    job = Job("loaded", str(tmp_path), epochs=2, **FSDP)
+    job = Job("loaded", str(tmp_path), epochs=1, **FSDP)
     save_sharded(build(job), tmp_path / "base")
     base = str(tmp_path / "base")
-    streamed = Job("streamed", str(tmp_path), epochs=2, meta_from=base, **FSDP)
-    single = Job("single", str(tmp_path), epochs=2, meta_from=base, double_quant=False, **FSDP)
-    wide = Job("wide", str(tmp_path), epochs=2, meta_from=base, block_size=64, **FSDP)
+    streamed = Job("streamed", str(tmp_path), epochs=1, meta_from=base, **FSDP)
+    single = Job("single", str(tmp_path), epochs=1, meta_from=base, double_quant=False, **FSDP)
+    wide = Job("wide", str(tmp_path), epochs=1, meta_from=base, block_size=64, **FSDP)
     run(2, [job, streamed, single, wide], tmp_path)
     assert difference(job, streamed) <= 1e-6
     loaded, read = result(job)["packed"], result(streamed)["packed"]

@@ -1,0 +1,160 @@
+"""What the strategies choose and refuse, without a second process."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+from torch import nn
+
+from lightning_peft import LoRA, PEFTDDPStrategy, PEFTFSDPStrategy, attach
+from lightning_peft.optim import AdamW8bit, join_shards, moments, shard
+from lightning_peft.strategies.ddp import may_skip, reentrant
+from lightning_peft.strategies.pieces import publish, read_folder
+from lightning_peft.strategies.plan import shard_units
+from tests.callback.nets import Plain, loader, peft, trainer
+from tests.tiny_models import BUILDERS
+
+
+def test_registered_by_name() -> None:
+    for name, cls in (("peft_ddp", PEFTDDPStrategy), ("peft_fsdp", PEFTFSDPStrategy)):
+        assert StrategyRegistry[name]["strategy"] is cls
+        made = pl.Trainer(accelerator="cpu", devices=2, strategy=name, logger=False)
+        assert type(made.strategy) is cls
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("llama", ["model.layers.0", "model.layers.1"]),
+        ("gpt2", ["transformer.h.0", "transformer.h.1"]),
+        ("bert", ["bert.encoder.layer.0", "bert.encoder.layer.1"]),
+    ],
+)
+def test_units_of_known_models(name: str, units: list[str]) -> None:
+    found = [n for n, _ in shard_units(BUILDERS[name]())]
+    assert set(units) <= set(found)
+
+
+def test_units_of_a_plain_net() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    net = nn.ModuleDict(
+        {
+            "small": nn.ModuleList([nn.Linear(2, 2) for _ in range(4)]),
+            "blocks": nn.ModuleList([block() for _ in range(3)]),
+        }
+    )
+    assert [n for n, _ in shard_units(net)] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert len(shard_units(net, [nn.Linear])) == 10
+    assert shard_units(nn.Linear(2, 2)) == []
+    with pytest.raises(ValueError, match="expected classes of this model, got \\['Nothing'\\]"):
+        shard_units(net, ["Nothing"])
+
+
+def test_adapters_that_a_batch_may_leave_out() -> None:
+    model = BUILDERS["llama"]()
+    attach(model, LoRA(r=2))
+    assert may_skip(model) == ""
+    attach(model, LoRA(r=2), adapter_name="other")
+    assert may_skip(model) == "adapters ['default', 'other']"
+    experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])})
+    attach(experts, LoRA(r=2, target_modules="all-linear"))
+    assert may_skip(experts) == "experts"
+
+
+def test_reentrant_checkpointing_is_seen() -> None:
+    model = BUILDERS["llama"]()
+    assert reentrant(model) == ""
+    for value in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": value})  # type: ignore[operator]
+        assert bool(reentrant(model)) is value
+
+
+def test_tensor_parallelism_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected tensor_parallel_size=1, got 2"):
+        PEFTFSDPStrategy(tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "error", "text"),
+    [
+        (PEFTDDPStrategy, None, ""),
+        (PEFTFSDPStrategy, None, ""),
+        (partial(PEFTFSDPStrategy, data_parallel_size=2), ValueError, "'auto' or 1"),
+        (partial(PEFTFSDPStrategy, shard_classes=["No"]), ValueError, "got \\['No'\\]"),
+    ],
+)
+def test_one_process_works_too(
+    strategy: Any, error: type[Exception] | None, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.strategies.processes import free_port
+
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    model = Plain()
+    run = trainer(peft(), max_epochs=1, strategy=strategy(), devices=1)
+    try:
+        if error is None:
+            run.fit(model, loader())
+            run.validate(model, loader(), verbose=False)
+        else:
+            with pytest.raises(error, match=text):
+                run.fit(model, loader())
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_a_folder_takes_the_place_of_a_file_and_back(tmp_path: Path) -> None:
+    target, made = tmp_path / "last.ckpt", tmp_path / ".new"
+    target.write_text("file")
+    made.mkdir()
+    (made / "x").write_text("1")
+    publish(made, target)
+    assert (target / "x").read_text() == "1"
+    with pytest.raises(ValueError, match="never finished"):
+        read_folder(target)
+    made.write_text("file again")
+    publish(made, target)
+    assert target.read_text() == "file again"
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_shards_of_any_size_come_back_byte_for_byte() -> None:
+    p = nn.Parameter(torch.randn(1000))
+    optimizer = AdamW8bit([p], lr=1e-2)
+    p.grad = torch.randn(1000)
+    optimizer.step()
+    whole = optimizer.state_dict()["state"][0]
+    for cut in (512, 300):
+        parts = [shard(whole, 0, cut), shard(whole, cut, 1000 - cut)]
+        joined = join_shards(parts, exact=True)
+        for part, (first, n) in zip(parts, ((0, cut), (cut, 1000 - cut)), strict=True):
+            again = shard(joined, first, n)
+            assert all(torch.equal(part[k], again[k]) for k in part)
+        for joint, one in zip(moments(joined), moments(whole), strict=True):
+            assert (joint - one).abs().max() <= 0.02 * one.abs().max()
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: joined}})
+
+
+def test_bytes_are_adapters_and_state(tmp_path: Path) -> None:
+    """1 M adapter elements: fp32 weights, and two fp32 moments each."""
+
+    class Wide(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 3))
+
+    model = Wide()
+    run = trainer(peft(quantization="nf4", modules_to_save=[]), max_steps=1, limit_val_batches=0)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    size = (tmp_path / "a.ckpt").stat().st_size
+    assert trained * 3 <= size <= trained * 3 + 60_000
