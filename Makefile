@@ -9,7 +9,7 @@ export PYTHONPATH := triton_kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Tests run as two processes: one thread each, or they fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all test-gpu check fix bench-gpu
+.PHONY: help quickstart test test-all test-gpu check fix aot bench-gpu
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -41,5 +41,9 @@ fix: $(READY)  ## Rewrite what ruff can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench-gpu: $(READY)  ## GPU benchmarks; tables go to benchmarks/results
+aot: $(READY)  ## Every Triton kernel compiled for four chips: registers, shared memory, spills
+	$(PY) -m lightning_peft_kernels.aot --csv benchmarks/results/aot.csv
+
+bench-gpu: $(READY)  ## GPU benchmarks, tests first; tables go to benchmarks/results
+	$(PY) -m pytest -q -m gpu tests/kernels
 	set -e; for script in benchmarks/gpu_*.py; do $(PY) $$script; done

@@ -150,3 +150,36 @@ def test_opcheck(nested):
 def test_refusals_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_tables_do_not_depend_on_the_default_dtype():
+    """`Trainer(precision="bf16-true")` runs a step under another default dtype, and tables are made
+    when they are first wanted.
+    """
+    from lightning_peft_kernels import codebooks, dynamic_map, nf4_cpu
+
+    tables = [
+        (codebooks.code, "nf4"), (codebooks.code, "fp4"), (codebooks.midpoints, "nf4"),
+        (codebooks.nf4_cells,), (nf4_cpu._pairs, "nf4"), (dynamic_map.coarse_cells,),
+        (dynamic_map.dynamic_map, True), (dynamic_map.dynamic_map, False),
+        (dynamic_map.decision_points, True), (dynamic_map.code_cells, True),
+    ]  # fmt: skip
+    W = torch.randn(64, 64)
+
+    def made() -> list[torch.Tensor]:
+        for table, *_ in tables:
+            table.cache_clear()
+        found = [table(*arguments) for table, *arguments in tables]
+        q = quantize_4bit(W)
+        flat = [t for f in found for t in (f if isinstance(f, tuple) else (f,))]
+        return [*flat, *q, dequantize_4bit(q, W.shape, torch.float32)]
+
+    want = made()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)

@@ -121,7 +121,7 @@ class _Work:
     """Temporaries of one chunk, made once."""
 
     def __init__(self) -> None:
-        self.m, self.v, self.x = (torch.zeros(_CHUNK) for _ in range(3))
+        self.m, self.v, self.x = (torch.zeros(_CHUNK, dtype=torch.float32) for _ in range(3))
         self.half = torch.empty(_CHUNK // 2, dtype=torch.int32)
         self.index, self.cell = (torch.empty(_CHUNK, dtype=torch.int32) for _ in range(2))
 

@@ -63,9 +63,9 @@ def nf4_cells() -> tuple[Tensor, Tensor]:
     fp32, inf if none).
     """
     mids = midpoints("nf4")
-    starts = torch.arange(-_CELLS_PER_UNIT, _CELLS_PER_UNIT + 1) / _CELLS_PER_UNIT
+    starts = torch.arange(-_CELLS_PER_UNIT, _CELLS_PER_UNIT + 1).float() / _CELLS_PER_UNIT
     base = torch.bucketize(starts, mids)
-    bound = torch.full((starts.numel(),), torch.inf)
+    bound = torch.full((starts.numel(),), torch.inf, dtype=torch.float32)
     ends = starts + 1.0 / _CELLS_PER_UNIT
     for i, (low, high) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         inside = mids[(mids >= low) & (mids < high)]

@@ -36,10 +36,10 @@ def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
 
     Signed runs from −0.99297 to 1 with 0 at code 127; unsigned from 0 to 1.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
         n = 2**i if signed else 2 ** (i + 1)
-        edges = torch.linspace(0.1, 1, n + 1)
+        edges = torch.linspace(0.1, 1, n + 1, dtype=torch.float32)
         means = (edges[:-1] + edges[1:]) / 2.0
         values.append(10 ** (i - 6) * means)
         if signed:

@@ -95,7 +95,7 @@ class _GroupedProjections(torch.autograd.Function):
         z, mask = x2.to(plan.dtype), None
         if plan.dropout_p:
             keep = 1.0 - plan.dropout_p
-            mask = torch.rand(x2.shape, device=x2.device) < keep
+            mask = torch.rand(x2.shape, device=x2.device, dtype=torch.float32) < keep
             z = z * mask * (1.0 / keep)
         S = z @ torch.cat(As).mT  # type: ignore[arg-type]
         y = x2.new_empty(x2.shape[0], sum(N for N, _ in sizes.shapes))

@@ -66,7 +66,7 @@ def lora_down(x2: Tensor, A: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]
     z, mask = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype), None
     if plan.dropout_p:
         keep = 1.0 - plan.dropout_p
-        mask = torch.rand(x2.shape, device=x2.device) < keep
+        mask = torch.rand(x2.shape, device=x2.device, dtype=torch.float32) < keep
         z = z * mask * (1.0 / keep)
     S = z @ A.mT
     return (S if plan.scaling == 1.0 else S * plan.scaling), mask

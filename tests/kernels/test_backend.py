@@ -1,0 +1,64 @@
+"""The dispatch rule and its reasons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning_peft_kernels import backend
+from lightning_peft_kernels.backend import CROSSINGS, choose, choose_product, crossing, prefer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _auto():  # type: ignore[no-untyped-def]
+    yield
+    prefer("auto")
+
+
+def test_cpu_tensors_run_in_torch_and_say_why() -> None:
+    assert choose("dequantize_4bit", CPU, torch.bfloat16).reason == "cpu tensors"
+    decision = choose_product(CPU, torch.bfloat16, 1, (4096, 4096))
+    assert (decision.backend, decision.reason) == ("dequantize", "cpu tensors")
+    prefer("torch")
+    assert choose("dequantize_4bit", CPU, torch.bfloat16).reason == "asked for"
+    prefer("triton")
+    with pytest.raises(RuntimeError, match="got cpu tensors"):
+        choose("dequantize_4bit", CPU, torch.bfloat16)
+    with pytest.raises(ValueError, match="'cuda'"):
+        prefer("cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape", "tokens"),
+    [
+        ("sm_90", (28672, 4096), 64),
+        ("sm_90", (14336, 4096), 32),
+        ("sm_90", (4096, 4096), 4),
+        ("sm_90", (4096, 14336), 4),
+        ("sm_90", (6144, 4096), 16),
+        ("sm_80", (14336, 4096), 64),
+        ("sm_100", (1024, 4096), 4),
+        ("gfx942", (28672, 4096), 4),
+    ],
+)
+def test_crossing(chip: str, shape: tuple[int, int], tokens: int) -> None:
+    assert crossing(chip, shape) == tokens
+
+
+def test_tables_are_complete() -> None:
+    for rows in CROSSINGS.values():
+        assert rows[-1][0] == 0, "every N has a row"
+        assert [least for least, _ in rows] == sorted((r[0] for r in rows), reverse=True)
+        assert all(1 <= tokens <= 64 for _, tokens in rows)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "backend_name"), [(1, "fused"), (32, "fused"), (33, "dequantize"), (0, "dequantize")]
+)
+def test_product_by_tokens(tokens: int, backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(backend, "architecture", lambda device: "sm_90")
+    decision = choose_product(CPU, torch.bfloat16, tokens, (14336, 4096))
+    assert decision.backend == backend_name
+    assert f"{tokens} tokens" in decision.reason

@@ -1,0 +1,196 @@
+"""Every Triton kernel on a GPU: bytes against bitsandbytes, values against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning_peft_kernels import workspace
+from lightning_peft_kernels.backend import CROSSINGS, architecture, choose, choose_product
+from lightning_peft_kernels.decode import nf4_decode_reference
+from lightning_peft_kernels.fp8 import (
+    choose_fp8,
+    dequantize_e4m3,
+    e4m3_scale,
+    fp8_lora_linear,
+    quantize_rows_e4m3,
+    scaled_mm,
+)
+from lightning_peft_kernels.nf4 import (
+    Packed4bit,
+    dequantize_4bit,
+    dequantize_4bit_reference,
+    quantize_4bit,
+)
+from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
+from lightning_peft_kernels.output_scale import output_scale
+
+from tests.asserting import FLOOR, assert_close, assert_same_bits
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(64, 64), (33, 112), (7, 13), (50, 96), (128, 4096), (3, 5)]
+
+
+def decode(*arguments, **more):  # type: ignore[no-untyped-def]
+    """Triton is imported only where a test runs."""
+    from lightning_peft_kernels.decode_triton import decode as kernel
+
+    return kernel(*arguments, **more)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("block_size", [64, 128, 4096])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bytes_equal_bitsandbytes(
+    shape: tuple[int, int], block_size: int, dtype: torch.dtype
+) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    W = (torch.randn(shape) * 0.02).to(dtype).to(CUDA)
+    for nested in (True, False):
+        packed, state = functional.quantize_4bit(
+            W, blocksize=block_size, compress_statistics=nested, quant_type="nf4"
+        )
+        q = quantize_4bit(W, block_size=block_size, double_quant=nested)
+        assert_same_bits("packed", q.packed.view(-1), packed.view(-1))
+        assert_same_bits("absmax", q.absmax, state.absmax)
+        if q.absmax2 is not None and q.offset is not None:
+            assert_same_bits("absmax2", q.absmax2, state.state2.absmax)
+            assert_same_bits("offset", q.offset, state.offset.reshape(1))
+        values = functional.dequantize_4bit(packed, state)
+        assert_same_bits("W", dequantize_4bit(q, shape, dtype, block_size=block_size), values)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_equal_the_reference(shape: tuple[int, int], kind: str) -> None:
+    for nested in (True, False):
+        q = quantize_4bit(torch.randn(shape), kind=kind, double_quant=nested)
+        there = Packed4bit(*(None if t is None else t.to(CUDA) for t in q))  # type: ignore[arg-type]
+        for dtype in FLOATS:
+            out = torch.full(shape, torch.nan, dtype=dtype, device=CUDA)
+            dequantize_4bit(there, shape, dtype, kind=kind, out=out)
+            want = dequantize_4bit_reference(q, shape, dtype, kind=kind)
+            assert_same_bits("W", out.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("M", [1, 3, 4, 5, 17, 64])
+@pytest.mark.parametrize(("N", "K", "R"), [(48, 512, 16), (1000, 4096, 1), (33, 200, 256)])
+def test_decode_against_fp64(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> None:
+    for nested in (True, False):
+        q = quantize_4bit(torch.randn(N, K, device=CUDA) / K**0.5, double_quant=nested)
+        x, S, B, bias = (
+            torch.randn(s, device=CUDA).to(dtype) for s in ((M, K), (M, R), (N, R), (N,))
+        )
+        y = decode(x, q, N, S, B, bias, "nf4", 64)
+        wide = [t.double() for t in (S, B, bias)]
+        want = nf4_decode_reference(x.double(), q, (N, K), *wide)
+        assert_close("y", y, want, floor=FLOOR[dtype])
+        if M <= 4 and torch.version.hip is None:
+            other = decode(x, q, N, S, B, bias, "nf4", 64, shuffle=True)
+            assert_close("y by shuffle", other, want, floor=FLOOR[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("M", [0, 1, 5, 64, 300])
+def test_layer_against_fp64(M: int, dtype: torch.dtype) -> None:
+    N, K, R = 96, 256, 8
+    q = quantize_4bit(torch.randn(N, K, device=CUDA) / 16)
+    W = dequantize_4bit(q, (N, K), dtype).double()
+    ts = [torch.randn(s, device=CUDA).to(dtype) for s in ((M, K), (R, K), (N, R), (N,))]
+    ours = [t.clone().requires_grad_() for t in ts]
+    wide = [t.double().requires_grad_() for t in ts]
+    dY = torch.randn(M, N, device=CUDA).to(dtype)
+    x, A, B, bias = ours
+    y = nf4_lora_linear(x, q, (N, K), bias, A, B, 0.5)
+    want = wide[0] @ W.T + 0.5 * wide[0] @ wide[1].T @ wide[2].T + wide[3]
+    y.backward(dY)
+    want.backward(dY.double())
+    for name, got, truth in [("y", y, want), *zip("xABb", ours, wide, strict=True)]:
+        a, b = (got, truth) if name == "y" else (got.grad, truth.grad)
+        assert a is not None
+        if b is not None and b.numel():
+            assert_close(name, a, b, floor=FLOOR[dtype])
+
+
+def test_e4m3_in_both_orientations_and_by_row() -> None:
+    if choose_fp8((64, 64), CUDA).backend != "scaled_mm":
+        pytest.skip("this chip has no e4m3 products")
+    N, K, M = 96, 256, 33
+    q = quantize_4bit(torch.randn(N, K, device=CUDA))
+    scale = e4m3_scale(q)
+    W8 = dequantize_e4m3(q, (N, K), scale)
+    turned = dequantize_e4m3(q, (N, K), scale, transposed=True)
+    want = (dequantize_4bit(q, (N, K), torch.float32) * (1.0 / scale)).to(torch.float8_e4m3fn)
+    assert_same_bits("W8", W8.view(torch.uint8), want.view(torch.uint8))
+    assert_same_bits("transposed", turned.view(torch.uint8), want.T.contiguous().view(torch.uint8))
+    x = torch.randn(M, K, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    x8, sx = quantize_rows_e4m3(x.detach())
+    assert_close("rows", x8.float() * sx, x.detach().float(), floor=2**-4)
+    emulated = (x8.float() @ W8.float().T) * (sx * scale)
+    decision = choose_fp8((N, K), CUDA)
+    got = scaled_mm(x8, sx, W8, scale, torch.bfloat16, decision, fast=False)
+    assert_close("product", got, emulated, floor=2e-2)
+    A, B = torch.randn(4, K, device=CUDA), torch.randn(N, 4, device=CUDA)
+    fp8_lora_linear(x, q, (N, K), scale, None, A, B).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_output_scale(dtype: torch.dtype) -> None:
+    u, g, b = (torch.randn(s, device=CUDA).to(dtype) for s in ((300, 70), (70,), (70,)))
+    ours = [t.clone().requires_grad_() for t in (u, g, b)]
+    wide = [t.double().requires_grad_() for t in (u, g, b)]
+    y, want = output_scale(*ours), wide[0] * wide[1] + wide[2]
+    y.sum().backward()
+    want.sum().backward()
+    assert_close("y", y, want, floor=FLOOR[dtype])
+    for name, got, truth in zip("ugb", ours, wide, strict=True):
+        assert got.grad is not None
+        assert truth.grad is not None
+        assert_close(name, got.grad, truth.grad, floor=FLOOR[dtype])
+
+
+def test_prefetch_on_a_second_stream_is_equal_bit_for_bit() -> None:
+    layers = [quantize_4bit(torch.randn(1024, 1024, device=CUDA)) for _ in range(4)]
+    x = torch.randn(512, 1024, device=CUDA, dtype=torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        y = x
+        for q in layers:
+            y = nf4_linear(y, q, (1024, 1024), None) / 32
+        return y
+
+    want = run()
+    before = workspace.configure(prefetch=True)
+    try:
+        for _ in range(5):
+            assert_same_bits("y", run(), want)
+        assert sum(p.hits for p in workspace._prefetchers.values()) > 4
+    finally:
+        workspace.configure(prefetch=before.prefetch)
+        workspace.release()
+
+
+def test_a_forward_can_be_captured() -> None:
+    q = quantize_4bit(torch.randn(64, 128, device=CUDA))
+    A, B = torch.randn(4, 128, device=CUDA), torch.randn(64, 4, device=CUDA)
+    for M in (1, 300):
+        x = torch.randn(M, 128, device=CUDA)
+        with torch.no_grad():
+            want = nf4_lora_linear(x, q, (64, 128), None, A, B, 1.0)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = nf4_lora_linear(x, q, (64, 128), None, A, B, 1.0)
+            graph.replay()
+        assert_same_bits("y", y, want)
+
+
+def test_the_decision_can_be_asked_for() -> None:
+    assert choose("dequantize_4bit", CUDA, torch.bfloat16).backend == "triton"
+    assert architecture(CUDA) in CROSSINGS
+    few = choose_product(CUDA, torch.bfloat16, 1, (14336, 4096))
+    many = choose_product(CUDA, torch.bfloat16, 4096, (14336, 4096))
+    assert (few.backend, many.backend) == ("fused", "dequantize")

@@ -1,0 +1,74 @@
+"""The benchmarks' smoke runs: every row is there, with device, versions, date and command."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+ABOUT = ["device", "versions", "date", "command"]
+# Script → a column that is measured on a CPU in every row that names no reason.
+SCRIPTS = {
+    "gpu_kernels.py": "median_ms",
+    "gpu_optimizer.py": "median_ms",
+    "gpu_decode.py": "tokens_per_s",
+    "gpu_training.py": "tokens_per_s",
+}
+
+
+def run(script: str, *arguments: str) -> str:
+    root = FOLDER.parent
+    path = os.pathsep.join([str(root / "triton_kernels"), str(root)])
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_gpu_benchmark_is_run_here() -> None:
+    assert {p.name for p in FOLDER.glob("gpu_*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_smoke(script: str, tmp_path: Path) -> None:
+    run(script, "--smoke", "--csv", str(tmp_path / "rows.csv"))
+    found = rows(tmp_path / "rows.csv")
+    assert len(found) >= 4
+    for row in found:
+        assert all(row[name] for name in ABOUT), row
+    measured = [row for row in found if row[SCRIPTS[script]] != "not measured"]
+    assert len(measured) >= len(found) / 2
+    ours = [row for row in measured if "ours" in str(row.values())]
+    assert ours, "our own rows are missing"
+    if script == "gpu_training.py":
+        # The same model and tokens: what differs is the storage's rounding and the compute's.
+        losses = [float(row["loss_first"]) for row in measured]
+        norms = [float(row["grad_norm_first"]) for row in measured]
+        assert max(losses) - min(losses) < 0.05
+        assert max(norms) < 1.5 * min(norms)
+
+
+@pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_optimizer.py"])
+def test_without_a_gpu_the_rows_say_so(script: str, tmp_path: Path) -> None:
+    run(script, "--csv", str(tmp_path / "rows.csv"))
+    assert all(row["median_ms"] == "not measured" for row in rows(tmp_path / "rows.csv"))
+
+
+def test_cpu_benchmark_of_4_bit_smoke() -> None:
+    assert "dequantize 64x128" in run("nf4_cpu.py", "--smoke")
