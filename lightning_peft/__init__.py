@@ -24,6 +24,7 @@ from lightning_peft.methods.last_layers import LastLayers
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
@@ -54,6 +55,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAPlus",
     "MergeReport",
     "MiSS",
     "NormTuning",

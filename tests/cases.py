@@ -14,6 +14,7 @@ from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.vera import VeRA
@@ -89,6 +90,7 @@ CASES = [
         exact_start=False,
         skip={**_REWRITES, **_NEEDS_QUANTISED},
     ),
+    Case("lora_plus", LoRAPlus(r=2)),
     Case("dora", DoRA(r=2, alpha=4)),
     Case("ia3", IA3()),
     Case("ia3_input", IA3(feedforward_modules=["0"]), skip=_IDS),

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.methods.base import Context, WeightMethod
-from lightning_peft.optim import repair, swap
+from lightning_peft.optim import loraplus_groups, repair, swap
 
 __all__ = ["Schedules", "finish_optimizers", "install_optimizer_setup", "layers_of"]
 
@@ -78,10 +78,36 @@ def finish_optimizers(
         return [p for reference in layers.get(owner, ()) if (p := reference()) is not None]
 
     repair(optimizers, trained, bases)
+    schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
+    for ratio, fast in _rates(module).items():
+        named = [(n, p) for n, p in trained.items() if id(p) in fast]
+        for optimizer in optimizers:
+            if getattr(optimizer, "_peft_rates", None) != ratio:  # a second fit may bring it again
+                loraplus_groups(
+                    optimizer,
+                    named,
+                    ratio,
+                    [s for s in schedulers if getattr(s, "optimizer", None) is optimizer],
+                    is_fast=lambda *_: True,
+                )
+                optimizer._peft_rates = ratio  # type: ignore[attr-defined]
     if name is not None:
         for optimizer in optimizers:
             swap(optimizer, name)
     strategy.optimizers = optimizers  # makes Lightning's proxies again: they carry the class's name
+
+
+def _rates(module: nn.Module) -> dict[float, set[int]]:
+    """Factor of the learning rate → ids of the tensors that have it."""
+    factors: dict[float, set[int]] = {}
+    for _, adapted in adapted_modules(module):
+        for adapter in adapters_of(adapted):
+            if isinstance(adapter.method, WeightMethod):
+                tensors = adapter.tensors()
+                for key, factor in adapter.method.rates(adapter.site).items():
+                    if key in tensors and factor != 1.0:
+                        factors.setdefault(factor, set()).add(id(tensors[key]))
+    return factors
 
 
 class Schedules:

@@ -155,6 +155,10 @@ class WeightMethod(Targeted):
         """``"none"``, ``"all"`` or ``"adapted"``: biases trained beside the edit."""
         return "none"
 
+    def rates(self, site: Site) -> Mapping[str, float]:
+        """Tensor → factor of the learning rate that the user's optimizer has for it."""
+        return {}
+
     def penalty(self, ctx: Context) -> Tensor | None:
         """A term added to the loss once per optimizer step, as a gradient before clipping."""
         return None
