@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.hf_config import base_config
 from lightning_peft.hf_keys import bias_key, joined, plain, tensor_prefix
 from lightning_peft.hf_load import load_adapter
+from lightning_peft.hf_prompts import add_heads
 from lightning_peft.hf_targets import compact, model_root
 from lightning_peft.hf_tensors import write_adapter
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
@@ -88,7 +89,7 @@ def save_adapter(
     _add_biases(found, tensors)
     _add_saved(model, top, found, fmt, adapter_name, plain(prefix), config, tensors)
     if not fmt.tensors:
-        _add_heads(top, fmt, config, tensors)
+        add_heads(top, fmt, config, tensors)
     if names == "legacy":
         config, tensors = _legacy(top, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
@@ -281,26 +282,6 @@ def _add_saved(
         if isinstance(adapter.method, ModulesToSave):
             for parameter, value in adapter.copies().items():
                 tensors[fmt.saved_prefix + joined(path, parameter)] = value
-
-
-#: Modules that peft takes for trained by a prompt's task, and misses in a file without them.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def _add_heads(
-    top: nn.Module, fmt: HFFormat, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    heads = _HEADS.get(config["task_type"], ())
-    for name, module in top.named_modules():
-        if not heads or not name.endswith(heads) or "peft" in name.split("."):
-            continue
-        for key, value in module.state_dict().items():
-            if value.is_floating_point() and "peft" not in key.split("."):
-                tensors.setdefault(fmt.saved_prefix + joined(name, key), value)
 
 
 def _legacy(

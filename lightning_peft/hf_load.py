@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.attach import Planned, attach, detach, plan_attach
 from lightning_peft.hf_config import CONFIG, format_of, method_class, method_fields, read_config
 from lightning_peft.hf_keys import PREFIX, Reading, bias_key, joined, read_keys, tensor_prefix
+from lightning_peft.hf_prompts import table_of
 from lightning_peft.hf_targets import compact, model_root, targeted
 from lightning_peft.hf_tensors import read_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
@@ -81,7 +82,7 @@ def load_adapter(
     planned, _, _ = plan_attach(model, [method], [joined(prefix, name) for name in saved])
     values = _values(method, fmt, config, planned, reading, prefix, saved)
     if isinstance(method, SequenceMethod):
-        reading.shared = _table(method, fmt, config, planned, reading.shared)
+        reading.shared = table_of(method, fmt, config, planned, reading.shared)
     _require_base(top, reading, fmt.saved_prefix)
     report = attach(
         model,
@@ -272,25 +273,6 @@ def _values(
             + "\n  ".join(problems[:20])
         )
     return values
-
-
-def _table(
-    method: Any,
-    fmt: HFFormat,
-    config: Mapping[str, Any],
-    planned: list[Planned],
-    shared: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """A prompt's or prefix's table in our layout."""
-    missing = sorted(set(fmt.prefix) - set(shared))
-    if missing:
-        raise ValueError(
-            f"adapter file: expected {[fmt.prefix[n] for n in missing]}, found none; nothing was "
-            "loaded"
-        )
-    site = next(p.site for m, _, p in planned if m is method)
-    assert fmt.unpack is not None
-    return dict(fmt.unpack(method, site, shared, config))
 
 
 def _start(method: Any, placement: Any) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("methods", "methods.*")],
     [("record", "fingerprint", "targets", "architectures", "blocks")],
     [("report", "report_*")],
-    [("active", "placing", "placing_*", "quantizing", "adapter_state", "prompts")],
+    [("active", "making", "placing", "placing_*", "quantizing", "adapter_state", "prompts")],
     [("attach",), ("merge", "merge_*"), ("liger",)],
     [("combine",)],
     [
