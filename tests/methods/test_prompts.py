@@ -652,3 +652,20 @@ def test_prompt_before_embeddings_of_the_users(kind: str, method: SequenceMethod
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     with torch.no_grad():
         assert_same_bits("detached", model(ids, **masks_for(kind)), base)
+
+
+@pytest.mark.parametrize("method_name", ["prompt", "prefix"])
+def test_one_graph_every_attention_and_meta(method_name: str) -> None:
+    model, x = attached("llama", METHODS[method_name])
+    with torch.no_grad():
+        want = logits(model, x)
+        model.set_attn_implementation("eager")
+        assert_close("eager attention", logits(model, x), want)
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+        ids = {k: t for k, t in x.items() if k != "labels"}
+        assert_close("compiled", compiled(**ids).logits, want)
+    with torch.device("meta"):
+        empty = BUILDERS["llama"]()
+    lp.attach(empty, METHODS[method_name])
+    assert all(p.device.type == "meta" for p in empty.parameters())
