@@ -22,10 +22,9 @@ from lightning_peft.layers.adapted import (
     release,
 )
 from lightning_peft.making import (
+    Making,
     Planned,
-    before_quantizing,
     guard_fast_path,
-    make,
     start_state,
 )
 from lightning_peft.methods.base import Method, WeightMethod
@@ -90,12 +89,12 @@ def attach(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
-    originals = before_quantizing(planned, packing)
+    making = Making(planned, adapter_name)
     if packing is not None:
-        quantize_layers(model, packing, device)
+        quantize_layers(model, packing, device, making.around_packing)
         record.quantization = quantization
         record.dense = packing.dense
-    make(model, planned, adapter_name, originals)
+    making.finish()
     guard_fast_path(model)
     entry = AdapterRecord(methods, tuple(saved))
     entry.sites = [

@@ -287,7 +287,10 @@ def _add_saved(
 def _legacy(
     top: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    raise ValueError("legacy")
+    raise ValueError(
+        f"save_adapter(names='legacy'): expected an architecture whose old layer names are known, "
+        f"got {type(top).__name__}; write names='current', which transformers 5 reads"
+    )
 
 
 def _readme(top: nn.Module, method: Method, config: dict[str, Any]) -> str:

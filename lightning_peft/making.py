@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +18,9 @@ from lightning_peft.placing import Placement
 from lightning_peft.storage import storage_of
 
 __all__ = [
+    "Making",
     "Planned",
-    "before_quantizing",
     "guard_fast_path",
-    "make",
     "start_state",
     "start_values",
 ]
@@ -28,49 +28,56 @@ __all__ = [
 Planned = tuple[Method, str, Placement]  # (method, key of the method in a hybrid, where)
 
 
-def before_quantizing(planned: Sequence[Planned], packing: Any) -> dict[tuple[int, str], Tensor]:
-    """Dense weights that an initialisation needs although the layer is about to be packed."""
-    if packing is None:
-        return {}
-    packed = {id(m) for _, m in packing.layers}
-    return {
-        (id(p.module), p.site.parameter): p.site.weight(torch.float32).cpu().clone()
-        for method, _, p in planned
-        if isinstance(method, WeightMethod) and method.rewrites_base and id(p.module) in packed
-    }
+class Making:
+    """Adapters made at the places that were planned; nothing is refused any more.
 
+    A start that needs the dense weight of a layer is made right when that layer is packed, so that
+    no more than one dense copy is kept.
+    """
 
-def make(
-    model: nn.Module,
-    planned: Sequence[Planned],
-    adapter_name: str,
-    originals: dict[tuple[int, str], Tensor],
-) -> None:
-    """Swap classes and put adapters in, in the order planned; nothing is refused any more."""
-    for _, _, placement in planned:  # a layer may have been packed since it was planned
-        placement.site.storage = storage_of(placement.module, placement.site.parameter)
-    copies: dict[int, nn.Parameter] = {}
-    shared: dict[str, Mapping[str, Tensor]] = {}
-    for method, key, placement in planned:
-        module, site = placement.module, placement.site
-        state_training = module.training
-        container = adapt(module, site.ops).peft
-        _rebind_forward(module)
-        adapter = _build(method, placement, adapter_name, copies)
-        if isinstance(method, WeightMethod):
-            if key not in shared:
-                shared[key] = _hold_shared(method, key, planned, adapter)
-            adapter.shared = shared[key]
-        if isinstance(method, WeightMethod) and method.starts_from_weight:
-            _initialise(adapter, method, originals.get((id(module), site.parameter)))
-        adapter.to(site.device)
-        adapter.train(state_training)
-        _hold(
-            container,
-            adapter_name,
-            "_".join(part for part in (key, placement.slot) if part),
-            adapter,
-        )
+    def __init__(self, planned: Sequence[Planned], adapter_name: str) -> None:
+        self._planned = planned
+        self._adapter_name = adapter_name
+        self._made: set[int] = set()
+        self._copies: dict[int, nn.Parameter] = {}
+        self._shared: dict[str, Mapping[str, Tensor]] = {}
+
+    @contextmanager
+    def around_packing(self, module: nn.Module) -> Iterator[None]:
+        """Within it the module is packed; its adapters follow where they start from the weight."""
+        mine = [entry for entry in self._planned if entry[2].module is module]
+        originals = {
+            p.site.parameter: p.site.weight(torch.float32).cpu().clone()
+            for method, _, p in mine
+            if isinstance(method, WeightMethod) and method.rewrites_base
+        }
+        yield
+        if originals:
+            self._make(mine, originals)
+
+    def finish(self) -> None:
+        """All that is not made yet."""
+        self._make([e for e in self._planned if id(e[2].module) not in self._made], {})
+
+    def _make(self, entries: Sequence[Planned], originals: Mapping[str, Tensor]) -> None:
+        for method, key, placement in entries:
+            module, site = placement.module, placement.site
+            self._made.add(id(module))
+            site.storage = storage_of(module, site.parameter)  # it may have been packed since
+            training = module.training
+            container = adapt(module, site.ops).peft
+            _rebind_forward(module)
+            adapter = _build(method, placement, self._adapter_name, self._copies)
+            if isinstance(method, WeightMethod):
+                if key not in self._shared:
+                    self._shared[key] = _hold_shared(method, key, self._planned, adapter)
+                adapter.shared = self._shared[key]
+                if method.starts_from_weight:
+                    _initialise(adapter, method, originals.get(site.parameter))
+            adapter.to(site.device)
+            adapter.train(training)
+            slot = "_".join(part for part in (key, placement.slot) if part)
+            _hold(container, self._adapter_name, slot, adapter)
 
 
 def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: nn.Module) -> None:
@@ -165,6 +172,8 @@ def _hold_shared(
     Returns the live buffers, a mapping that follows `.to()`.
     """
     sites = [p.site for m, k, p in planned if k == key and m.kind == "weight"]
+    for site in sites:  # layers may have been packed since they were planned
+        site.storage = storage_of(site.module, site.parameter)
     holder = nn.Module()
     for name, tensor in method.shared(sites).items():
         holder.register_buffer(name, tensor)

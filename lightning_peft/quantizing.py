@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -151,29 +152,43 @@ def _require_finite(name: str, module: nn.Module) -> None:
 
 
 def quantize_layers(
-    model: nn.Module, plan: QuantizationPlan, device: torch.device | str | None
+    model: nn.Module,
+    plan: QuantizationPlan,
+    device: torch.device | str | None,
+    around: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
 ) -> None:
-    """Pack one layer at a time: to the device, quantised there, the dense weight freed."""
+    """Pack one layer at a time: to the device, quantised there, the dense weight freed.
+
+    Args:
+        model: The model.
+        plan: The layers.
+        device: Where to pack; None means where each weight is.
+        around: Entered for the packing of each layer.
+    """
     for name, module in _progress(plan.layers):
         del name
-        names = _weights(module)
-        if device is not None and module.get_parameter(names[0]).device.type != "meta":
+        if device is not None and module.get_parameter(_weights(module)[0]).device.type != "meta":
             module.to(device)
-        if plan.quantization.kind == "int8":
-            from lightning_peft.storage.bnb import to_int8
+        with nullcontext() if around is None else around(module):
+            _pack_layer(module, plan.quantization)
 
-            to_int8(module)
-        elif isinstance(ops_for(module), ExpertsOps):
-            transposed = is_transposed(module)
-            pack(
-                module,
-                plan.quantization,
-                transposed=transposed,
-                names=names,
-                mixin=QuantizedExperts,
-            )
-        else:
-            pack(module, plan.quantization, transposed=isinstance(ops_for(module), Conv1DOps))
+
+def _pack_layer(module: nn.Module, quantization: Quantization) -> None:
+    ops = ops_for(module)
+    if quantization.kind == "int8":
+        from lightning_peft.storage.bnb import to_int8
+
+        to_int8(module)
+    elif isinstance(ops, ExpertsOps):
+        pack(
+            module,
+            quantization,
+            transposed=is_transposed(module),
+            names=_weights(module),
+            mixin=QuantizedExperts,
+        )
+    else:
+        pack(module, quantization, transposed=isinstance(ops, Conv1DOps))
 
 
 def _weights(module: nn.Module) -> Sequence[str]:
