@@ -6,8 +6,9 @@ import importlib
 import pkgutil
 
 from lightning_peft.methods.base import METHODS, Method
+from lightning_peft.methods.guideline import recommend
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "recommend"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
