@@ -29,7 +29,8 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
     """Milliseconds; the runs take turns, so that both meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
-        for name, run in runs.items():
+        order = list(runs.items())
+        for name, run in order if turn % 2 else order[::-1]:
             start = time.perf_counter()
             result = run()
             elapsed = 1e3 * (time.perf_counter() - start)
