@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning_peft_kernels.lora_linear import lora_linear
 from torch import Tensor, nn
 
 from lightning_peft.site import Reason, Site
+from lightning_peft.swap import base_class
 
 __all__ = ["DenseStorage"]
 
@@ -65,4 +67,21 @@ class DenseStorage:
 
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """LoRA on a plain Linear in one autograd function."""
-        return Reason("dense: no fused form")
+        if form - {"low_rank", "dropout"}:
+            return Reason(f"dense: no fused kernel for {sorted(form)}")
+        forward = base_class(site.module).forward
+        if forward is nn.Linear.forward:
+            return _fused
+        if base_class(site.module).__name__ == "Conv1D":
+            return _fused_transposed
+        return Reason(f"dense: {base_class(site.module).__name__} has a forward of its own")
+
+
+def _fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
+    return lora_linear(x, m.weight, m.bias, A, B, scaling, dropout_p=dropout)
+
+
+def _fused_transposed(
+    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float
+) -> Tensor:
+    return lora_linear(x, m.weight.mT, m.bias, A, B, scaling, dropout_p=dropout)

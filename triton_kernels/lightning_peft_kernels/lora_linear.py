@@ -128,10 +128,13 @@ class _LoRALinear(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        y, S, mask = lora_branch(x2, A, B, plan, x.dtype)
-        y.addmm_(x2, W.mT)
-        if bias is not None:
-            y += bias
+        # The base first, as the plain layer runs it: with B = 0 not a bit differs.
+        y = torch.nn.functional.linear(x2, W, bias)
+        S, mask = lora_down(x2, A, plan)
+        if plan.dtype == y.dtype:
+            y.addmm_(S, B.mT)
+        else:
+            y += (S @ B.mT).to(y.dtype)
         ctx.save_for_backward(x2, S, mask, A, B, W)
         ctx.plan, ctx.leading = plan, x.shape[:-1]
         # No view: the caller may go on in place.
