@@ -68,7 +68,7 @@ def load_adapter_state_dict(
         model: A model with the adapters attached.
         state: Canonical keys, as `adapter_state_dict` gives them.
         strict: Whether the key sets must be equal; unequal shapes and non-finite values raise
-        either way.
+            either way.
 
     Raises:
         ValueError: missing, extra, misshapen or non-finite tensors, with the list.

@@ -63,7 +63,7 @@ def attach(
 
     Raises:
         ValueError: a bad name, nothing matches, a method has no meaning at a layer, non-finite
-        weights.
+            weights.
         RuntimeError: the name is taken, or adapters are merged.
     """
     methods = [method] if isinstance(method, Method) else list(method)

@@ -102,7 +102,7 @@ class Rotation:
 
     Attributes:
         stages: Pairs (permutation or None, blocks [n, k, k]); n·k = in. A permutation is an index
-        tensor [in].
+            tensor [in].
     """
 
     stages: tuple[tuple[Tensor | None, Tensor], ...]

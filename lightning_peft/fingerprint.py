@@ -22,7 +22,7 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
     Args:
         model: The model, before it is quantised.
         trained: Names of parameters of which a copy is trained (a fresh head): their values do not
-        count.
+            count.
 
     Returns:
         ``{"tensors": {name: [shape, dtype, hash of the samples]}}``; the hash is "" for meta

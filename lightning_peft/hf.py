@@ -53,9 +53,9 @@ def save_adapter(
         adapter_name: Which adapter.
         names: ``"legacy"`` writes the layer names of transformers 4, where they differ.
         uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha
-        patterns.
+            patterns.
         root: Name of the module inside `model` whose layer names the file uses. None means the one
-        Hugging Face
+            Hugging Face
             model in it, or else `model`.
 
     Returns:

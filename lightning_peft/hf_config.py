@@ -180,7 +180,7 @@ def method_fields(
 
     Raises:
         ValueError: a required key is absent, a value has another type, an option is on that is not
-        known here.
+            known here.
     """
     fmt = format_of(cls)
     _refuse_unknown(fmt, config)

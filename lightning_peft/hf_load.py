@@ -51,7 +51,7 @@ def load_adapter(
         adapter_name: Name to attach under.
         quantization: Quantise the frozen base too.
         root: Name of the module inside `model` whose layer names the file uses. None means the one
-        Hugging Face
+            Hugging Face
             model in it, or else `model`.
 
     Returns:

@@ -34,12 +34,12 @@ def merge(
         model: A model with adapters.
         names: Which adapters; None means the active ones.
         into: For a quantised base: ``"dense"`` dequantises, adds and stays dense; ``"storage"``
-        requantises.
+            requantises.
         keep_base: Keep the stored bits on the CPU, so that `unmerge` restores them.
         base: Dense weights by parameter name to merge onto instead of the dequantised ones (the
-        original checkpoint).
+            original checkpoint).
         batch: An example input (tensor, tuple or dict) on which the error of the output is
-        measured; with `base`
+            measured; with `base`
             given too, for both bases, so that the report can say which one the adapter belongs to.
 
     Raises:

@@ -39,12 +39,12 @@ class MergeReport:
         sites: One entry a weight.
         untied: Parameters that were tied and got a tensor of their own.
         output_error: ‖merged − attached‖ / ‖attached‖ of the output on the batch given; None
-        without one.
+            without one.
         output_errors: The same by base: ``"dequantized"`` (the weights as stored) and
-        ``"original"`` (``base=``),
+            ``"original"`` (``base=``),
             when both a batch and a base were given.
         output_change: ‖attached − base‖ / ‖base‖ of the output: what the adapter is worth on that
-        batch.
+            batch.
     """
 
     sites: list[SiteError] = field(default_factory=list)

@@ -245,7 +245,7 @@ def refuse_unfit(placement: Placement) -> None:
 
     Raises:
         ValueError: the module has an attribute ``peft`` of its own, is parametrised, or has an
-        instance ``forward``.
+            instance ``forward``.
     """
     module, name = placement.module, placement.name
     if isinstance(module, Adapted):

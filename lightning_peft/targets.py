@@ -94,7 +94,7 @@ def select(
     Args:
         model: The root; names are relative to it.
         target_modules: ``"all-linear"``; a list of names or suffixes (at a dot); a regular
-        expression that matches a
+            expression that matches a
             whole name; None for the architecture's usual choice. The root itself, where it can be
             adapted and None is given, is the choice.
         exclude_modules: A list or a regular expression, as above.
@@ -104,7 +104,7 @@ def select(
 
     Raises:
         ValueError: nothing matches, with the nearest names; or an architecture that the table does
-        not have.
+            not have.
     """
     modules = [(n, m) for n, m in model.named_modules() if not _inside_adapter(n)]
     if target_modules is None and adaptable(model):

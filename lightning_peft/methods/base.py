@@ -49,7 +49,7 @@ class Context:
         step: Optimizer steps done so far.
         total_steps: Optimizer steps of the whole run; None where it is unbounded.
         entries: (site, tensors) of every place where the method is attached; tensors include
-        buffers.
+            buffers.
         grad_scale: Factor that gradients carry at this moment (GradScaler's), 1.0 without one.
     """
 
@@ -119,7 +119,7 @@ class WeightMethod(Targeted):
 
         Args:
             p: What `parameters` and `buffers` returned; values are replaced in place (``p["A"] =
-            …``).
+                …``).
             site: The site.
             W: Canonical weight [*batch, out, in] in fp32, before any quantisation.
 
@@ -137,6 +137,36 @@ class WeightMethod(Targeted):
     def starts_from_weight(self) -> bool:
         """Whether `initialise` is called at all: it needs the weight as the layer reads it."""
         return self.rewrites_base
+
+    @property
+    def needs_data(self) -> str:
+        """What a start that needs batches is made of: ``"inputs"`` of the layer (its tensors A
+        [k, in] and B [out, k] then change their k), ``"gradients"`` of its weight, or ``""``.
+        """
+        return ""
+
+    @property
+    def data_options(self) -> Mapping[str, Any]:
+        """How a start from data is made, by the names of Hugging Face's settings."""
+        return {}
+
+    def from_data(
+        self, p: dict[str, Tensor], site: Site, found: Tensor, strengths: Tensor | None
+    ) -> None:
+        """Start values from data; values are replaced in place (``p["A"] = …``).
+
+        Args:
+            p: Tensors as attached.
+            site: The site.
+            found: Principal directions of the inputs [k, in], or the mean gradient of the weight
+                [out, in]; fp32.
+            strengths: Singular values [k] of the directions.
+        """
+        raise TypeError(f"{self.label}: expected a method with `from_data`, found none")
+
+    def residual(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """The weight that a dense base keeps beside a start from data; None leaves it."""
+        return None
 
     def resolved(self, feedforward: Sequence[str]) -> Method:
         """The method with what it takes from the model filled in.

@@ -46,6 +46,11 @@ class DoRA(LoRA):
         """Check the values."""
         super().__post_init__()
         require(not self.lora_bias, f"{self.label}: expected lora_bias=False, got True")
+        require(
+            self.init != "lora_ga",
+            f"{self.label}: expected an init other than 'lora_ga', whose scale is defined for the "
+            "change that LoRA makes; use LoRA, or init='pissa'",
+        )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A, B as LoRA; magnitude is set from the weight."""

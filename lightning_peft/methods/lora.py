@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,21 @@ from lightning_peft.site import Site
 
 __all__ = ["LoRA"]
 
-_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq")
+_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "eva": {
+        "rho": 2.0,
+        "tau": 0.99,
+        "whiten": False,
+        "adjust_scaling_factors": True,
+        "use_label_mask": True,
+        "label_mask_value": -100,
+        "batches": 16,
+    },
+    "lora_ga": {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16, "batches": 16},
+}
+_DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 @register
@@ -39,16 +53,21 @@ class LoRA(WeightMethod):
         alpha: Scale numerator.
         dropout: Probability of dropping an input element of the low-rank branch, in training.
         init: ``"default"`` (A Kaiming-uniform), ``"gaussian"`` (A normal, σ = 1/r),
-        ``"orthogonal"``,
+            ``"orthogonal"``,
             ``"pissa"`` (arXiv:2404.02948; ``"pissa_niter_N"`` by randomised SVD), ``"olora"``
             (arXiv:2406.01775), ``"loftq"`` (arXiv:2310.08659; needs a quantised base). The last
             three take their part out of the base, so that the output is unchanged at the start;
-            detaching puts the base's bits back.
+            detaching puts the base's bits back. ``"eva"`` (arXiv:2410.07170) and ``"lora_ga"``
+            (arXiv:2407.05000) start from the first batches: the callback does it, or
+            `start_from_data`; until then the start is the default one.
+        init_options: Settings of ``"eva"`` (rho, tau, whiten, adjust_scaling_factors,
+            use_label_mask, label_mask_value) and ``"lora_ga"`` (direction, scale, stable_gamma),
+            named as in peft, and for both ``batches``: how many of them the callback takes.
         use_rslora: s = α/√r, stable for large ranks.
         lora_bias: A bias on B, trained: b' = b + s · bias_B.
         bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"lora_only"``.
         rank_pattern: Layer name pattern → rank; a suffix or a regular expression anchored at the
-        end, first match.
+            end, first match.
         alpha_pattern: The same for alpha.
         loftq_iter: Alternations of quantising and factorising for ``"loftq"``.
 
@@ -66,6 +85,7 @@ class LoRA(WeightMethod):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     loftq_iter: int = 1
+    init_options: dict[str, Any] = field(default_factory=dict)
 
     hf = HFFormat(
         peft_type="LORA",
@@ -122,6 +142,40 @@ class LoRA(WeightMethod):
             f"{self.label}: expected bias in ('none', 'all', 'lora_only'), got {self.bias!r}",
         )
 
+        self._check_options()
+
+    def _check_options(self) -> None:
+        known = _OPTIONS.get(self.init, {})
+        unknown = sorted(set(self.init_options) - set(known))
+        require(
+            not unknown,
+            f"{self.label}: expected init_options for init={self.init!r} in {sorted(known)}, got "
+            f"{unknown}",
+        )
+        o = self.data_options
+        for key, fits, text in (
+            ("rho", lambda v: v >= 1, ">= 1"),
+            ("tau", lambda v: 0 <= v <= 1, "in [0, 1]"),
+            ("batches", lambda v: v >= 1, ">= 1"),
+            ("stable_gamma", lambda v: v > 0, "> 0"),
+            ("direction", lambda v: v in _DIRECTIONS, f"in {_DIRECTIONS}"),
+            ("scale", lambda v: v in _SCALES, f"in {_SCALES}"),
+        ):
+            require(
+                key not in o or fits(o[key]),
+                f"{self.label}: expected init_options {key} {text}, got {o.get(key)!r}",
+            )
+
+    @property
+    def needs_data(self) -> str:
+        """EVA starts from the layers' inputs, LoRA-GA from gradients of the weight."""
+        return {"eva": "inputs", "lora_ga": "gradients"}.get(self.init, "")
+
+    @property
+    def data_options(self) -> Mapping[str, Any]:
+        """`init_options`, complete."""
+        return {**_OPTIONS.get(self.init, {}), **self.init_options}
+
     @property
     def _niter(self) -> int | None:
         head, _, n = self.init.rpartition("_")
@@ -135,13 +189,15 @@ class LoRA(WeightMethod):
         return r
 
     def scaling(self, site: Site, r: int) -> float:
-        """S at this site."""
+        """S at this site; where ranks are moved between layers each keeps its α/r."""
         alpha = (
             match_pattern(self.alpha_pattern, site.name, self.alpha)
             if self.alpha_pattern
             else self.alpha
         )
-        return float(alpha / math.sqrt(r) if self.use_rslora else alpha / r)
+        if self.init == "eva" and self.data_options["adjust_scaling_factors"]:
+            alpha = alpha * r / self.rank(site)
+        return float(alpha / math.sqrt(max(r, 1)) if self.use_rslora else alpha / max(r, 1))
 
     def check(self, site: Site) -> None:
         """Rank against the layer's size; odd ranks cannot be split in two for ``"orthogonal"``."""
@@ -161,6 +217,11 @@ class LoRA(WeightMethod):
             not (site.lookup and self.rewrites_base),
             f"{self.label} on {site.label!r}: expected a layer with features for input with "
             f"init={self.init!r}, got an embedding; exclude it or use init='default'",
+        )
+        require(
+            not self.needs_data or (site.ops.supports("rotation") and not site.batch_shape),
+            f"{self.label} on {site.label!r}: expected a linear layer with init={self.init!r}, got "
+            f"{type(site.module).__name__}; exclude it or use init='default'",
         )
         require(
             not (site.lookup and self.lora_bias),
@@ -206,12 +267,12 @@ class LoRA(WeightMethod):
         """A and B as they started, which the plain form for exchange needs: B A − B₀ A₀ is the
         change.
         """
-        if not self.rewrites_base:
+        if not self.rewrites_base and self.needs_data != "gradients":
             return {}
         r = self.rank(site)
         return {
-            "A0": empty_like_site(site, r, site.in_features),
-            "B0": empty_like_site(site, site.out_features, r),
+            "A0": nn.init.zeros_(empty_like_site(site, r, site.in_features)),
+            "B0": nn.init.zeros_(empty_like_site(site, site.out_features, r)),
         }
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
@@ -244,11 +305,64 @@ class LoRA(WeightMethod):
         return A, B, base
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
-        """W + s B A, b + s bias_B."""
+        """W + s B A, b + s bias_B; a packed base cannot take B₀A₀ out of itself, so that the change
+        is B A − B₀A₀ there.
+        """
         A = p["A"]
         s = self.scaling(site, A.shape[-2])
         bias = s * p["bias_B"] if self.lora_bias else None
-        return Edit(terms=(LowRank(A, p["B"], s),), bias=bias, dropout=self.dropout)
+        terms = (LowRank(A, p["B"], s),) if A.shape[-2] else ()
+        if self.needs_data == "gradients" and site.storage.label != "dense":
+            terms += (LowRank(p["A0"], p["B0"], -s),)
+        return Edit(terms=terms, bias=bias, dropout=self.dropout)
+
+    def from_data(
+        self, p: dict[str, Tensor], site: Site, found: Tensor, strengths: Tensor | None
+    ) -> None:
+        """EVA: A is the inputs' principal directions, B zero. LoRA-GA: A and B are singular vectors
+        of the gradient, of different triplets.
+        """
+        if self.needs_data == "gradients":
+            p["A"], p["B"] = p["A0"], p["B0"] = self._from_gradient(site, found)
+            return
+        if self.data_options["whiten"] and strengths is not None:
+            found = found / strengths.sqrt().unsqueeze(-1)
+        p["A"] = found
+        p["B"] = found.new_zeros(site.out_features, found.shape[0])
+
+    def _from_gradient(self, site: Site, G: Tensor) -> tuple[Tensor, Tensor]:
+        r, o = self.rank(site), self.data_options
+        require(
+            2 * r <= min(G.shape),
+            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 "
+            f"with init='lora_ga', which takes 2 r singular vectors, got r = {r} and "
+            f"{list(G.shape)}; lower r, or set it for this layer with rank_pattern, or exclude it",
+        )
+        U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
+        for_a, for_b = {
+            "ArB2r": (torch.arange(r), torch.arange(r, 2 * r)),
+            "A2rBr": (torch.arange(r, 2 * r), torch.arange(r)),
+            "ArBr": (torch.arange(1, 2 * r, 2), torch.arange(0, 2 * r, 2)),
+            "random": (torch.randperm(2 * r)[:r],) * 2,
+        }[o["direction"]]
+        A, B = V.mT[for_a], U[:, for_b] * S[for_b]
+        if o["scale"] == "stable":
+            B = B * (site.out_features**0.25 / o["stable_gamma"] ** 0.5)
+        elif o["scale"] == "weight_svd":
+            W = site.weight(torch.float32).to(B.device)
+            top = torch.svd_lowrank(W, q=r, niter=4)[1][0]
+            B = B * torch.where(S[for_b[0]] > 0, top / S[for_b[0]], 1.0)
+        elif o["scale"] == "gd_scale":
+            s = self.scaling(site, r)
+            A, B = A / s, B / s
+        return A.contiguous(), B.contiguous()
+
+    def residual(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """W − s B₀A₀ for LoRA-GA."""
+        if self.needs_data != "gradients":
+            return None
+        A, B = p["A0"].to(W), p["B0"].to(W)
+        return W - self.scaling(site, A.shape[-2]) * (B @ A)
 
     def trains_bias(self) -> str:
         """Biases of the base trained beside the edit."""

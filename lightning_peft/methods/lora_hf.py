@@ -24,13 +24,17 @@ _BASE_STARTS = ("pissa", "olora")
 
 
 def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain form: where the start took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀], rank
+    """Plain form, of rank 1 at least: where the start took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀], rank
     2r.
     """
     packed = {k: t for k, t in p.items() if k not in ("A0", "B0")}
     if "A0" in p:
         packed["A"] = torch.cat([p["A"], p["A0"]], dim=-2)
         packed["B"] = torch.cat([p["B"], -p["B0"]], dim=-1)
+    if not packed["A"].shape[-2]:  # EVA left this layer out
+        A, B = packed["A"], packed["B"]
+        packed["A"] = A.new_zeros(*A.shape[:-2], 1, A.shape[-1])
+        packed["B"] = B.new_zeros(*B.shape[:-1], 1)
     return packed
 
 
@@ -54,6 +58,16 @@ def _alpha(s: float, r: int, rslora: bool) -> float:
     return s * math.sqrt(r) if rslora else s * r
 
 
+def _scale(e: HFEntry) -> float:
+    """S of the adapter as it is trained: EVA moves ranks between layers, the plain form doubles
+    them.
+    """
+    moved = e.method.needs_data == "inputs"
+    r = e.tensors["A"].shape[-2] if moved else e.method.rank(e.site)
+    s: float = e.method.scaling(e.site, r)
+    return s
+
+
 def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     """r, lora_alpha and their patterns from the tensors; the user's own patterns where they say the
     same.
@@ -62,7 +76,7 @@ def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     wanted: dict[str, tuple[int, float]] = {}
     for e in entries:
         r = e.site.ops.hf_rank(e.site.module, e.site.parameter, e.tensors["A"].shape[-2])
-        s = e.method.scaling(e.site, e.method.rank(e.site))
+        s = _scale(e)
         found = (r, _number(_alpha(s, r, rslora)))
         if wanted.setdefault(e.path, found) != found:
             raise ValueError(
@@ -130,7 +144,7 @@ def uniform(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
                 f"save_adapter(uniform=True): {e.path!r}: expected layers of one rank in peft, got "
                 "a grouped convolution, whose rank there is a multiple; export without uniform"
             )
-        s = e.method.scaling(e.site, e.method.rank(e.site))
+        s = _scale(e)
         A, B = e.tensors["A"], e.tensors["B"]
         missing = most - A.shape[-2]
         e.tensors["A"] = torch.cat([A, A.new_zeros(*A.shape[:-2], missing, A.shape[-1])], dim=-2)

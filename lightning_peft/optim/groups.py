@@ -32,7 +32,7 @@ def repair(
 
     Raises:
         RuntimeError: a trained parameter would be in no optimizer or in several; nothing is
-        changed.
+            changed.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     holders: dict[int, list[int]] = {}
@@ -85,7 +85,7 @@ def loraplus_groups(
         ratio: the fast learning rate over the slow one.
         schedulers: those that already drive `optimizer`.
         is_fast: which parameters are fast; default: named B (`….B`, `…lora_B…`) or of one
-        dimension.
+            dimension.
 
     Raises:
         ValueError: `ratio` is not positive.

@@ -14,16 +14,16 @@ class Quantization:
 
     Attributes:
         kind: ``"nf4"`` or ``"fp4"`` (4 bit, ours, byte-compatible with bitsandbytes) or ``"int8"``
-        (bitsandbytes'
+            (bitsandbytes'
             Linear8bitLt).
         block_size: Elements that share one scale; a power of two from 32 to 4096. 4 bit only.
         double_quant: Whether the scales are quantised too: 0.516 instead of 0.5625 bytes a weight
-        at 64. 4 bit only.
+            at 64. 4 bit only.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: dtype that weights are
-        dequantised to; None
+            dequantised to; None
             means the dtype they had.
         compute: ``"auto"``, or ``"fp8"`` for e4m3 products with the frozen base where the chip has
-        them.
+            them.
         exclude_modules: Suffixes of linear layers that stay dense, besides the output head.
 
     Raises:

@@ -127,7 +127,7 @@ def pack(
         quantization: Kind, block size, double quantisation.
         transposed: Whether the weights are [*batch, in, out].
         names: The weights; each [out, in] or, for experts, [E, out, in], quantised expert by
-        expert.
+            expert.
         mixin: The class whose forward reads packed weights.
 
     Raises:
@@ -199,7 +199,9 @@ def packed(module: Any, name: str) -> Packed4bit:
     absmax = parameters[f"{name}_absmax"]
     lead = tuple(p.shape[:-2])
     if not p.nested:
-        return Packed4bit(parameters[name], absmax.reshape(*lead, -1).view(torch.float32), None, None)
+        return Packed4bit(
+            parameters[name], absmax.reshape(*lead, -1).view(torch.float32), None, None
+        )
     return Packed4bit(
         parameters[name],
         absmax.view(*lead, -1),

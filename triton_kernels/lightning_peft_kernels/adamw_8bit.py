@@ -400,7 +400,7 @@ def pooled_8bit_step(
 
     Raises:
         ValueError: mixed dtypes, a start that is no multiple of 256, a parameter that is not
-        contiguous.
+            contiguous.
     """
     if not params:
         return
