@@ -8,6 +8,7 @@ from lightning_peft.adapter_state import adapter_state_dict, load_adapter_state_
 from lightning_peft.attach import attach, detach, quantize, reset_adapters
 from lightning_peft.callback import PEFT
 from lightning_peft.combine import combine
+from lightning_peft.data_start import start_from_data
 from lightning_peft.hf import load_adapter, save_adapter
 from lightning_peft.loading import load_from_checkpoint
 from lightning_peft.merge import MergeReport, merge, unmerge
@@ -83,5 +84,6 @@ __all__ = [
     "reset_adapters",
     "save_adapter",
     "set_adapter",
+    "start_from_data",
     "unmerge",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.data_restore import restore_starts, started_shapes
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.record import records_in
 
@@ -74,7 +75,9 @@ def load_adapter_state_dict(
         ValueError: missing, extra, misshapen or non-finite tensors, with the list.
     """
     live = trained_tensors(model)
-    check_state(live, state, strict=strict)
+    check_state({**live, **started_shapes(model, state)}, state, strict=strict)
+    restore_starts(model, state)
+    live = trained_tensors(model)
     with torch.no_grad():
         for key, tensor in live.items():
             if key in state:

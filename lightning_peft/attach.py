@@ -184,14 +184,16 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
     """Give every adapter its start values again, as attach would under this seed.
 
     Raises:
-        RuntimeError: an adapter rewrote the base when it was attached; detach and attach again.
+        RuntimeError: an adapter rewrote the base when it was attached, or started from data; detach
+            and attach again.
     """
     for _, module in adapted_modules(model):
         for adapter in adapters_of(module):
-            if adapter.rewrite is not None:
+            from_data = getattr(adapter.method, "needs_data", "") and not adapter.waiting
+            if adapter.rewrite is not None or from_data:
                 raise RuntimeError(
-                    f"{adapter.site.label}: expected an adapter whose start leaves the base alone, "
-                    f"got {adapter.method.label}; detach and attach again"
+                    f"{adapter.site.label}: expected an adapter whose start leaves the base alone "
+                    f"and needs no data, got {adapter.method.label}; detach and attach again"
                 )
             fresh = start_state(adapter, seed)
             with torch.no_grad():

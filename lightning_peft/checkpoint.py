@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapter_state import check_state, trained_tensors
+from lightning_peft.data_restore import restore_starts, started_shapes
 from lightning_peft.fingerprint import buffer_hashes, fingerprint_differences
 from lightning_peft.methods.base import to_plain
 from lightning_peft.record import AdapterRecord, Record, records_in
@@ -198,6 +199,7 @@ def complete_checkpoint(
     if "state_dict" not in checkpoint:
         return checkpoint
     verify(model, checkpoint, source, resuming=resuming)
+    restore_starts(model, checkpoint["state_dict"])
     return _each_state(dict(checkpoint), lambda state: complete_state(model, state))
 
 
@@ -288,7 +290,7 @@ def verify(
 def _expected(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the file must hold: buffers that moved before it was written may stand in it, or not."""
     buffers = {_plain(n): b for n, b in _persistent_buffers(model).items()}
-    required = {**trained_tensors(model), **_outside(model)}
+    required = {**trained_tensors(model), **started_shapes(model, state), **_outside(model)}
     return {**{n: b for n, b in buffers.items() if n in state}, **required}
 
 

@@ -21,26 +21,32 @@ __all__ = ["Schedules", "finish_optimizers", "install_optimizer_setup", "layers_
 Finish = Callable[[pl.Trainer], None]
 
 
-def install_optimizer_setup(strategy: Strategy, owner: object, finish: Finish) -> None:
-    """Have `finish` called after the strategy made its optimizers; every fit, once an owner.
+def install_optimizer_setup(
+    strategy: Strategy, owner: object, begin: Finish, finish: Finish
+) -> None:
+    """Have `begin` and `finish` called before and after the strategy makes its optimizers; every
+    fit, once an owner.
 
     Lightning calls `setup_optimizers` before the precision plugin, the learning-rate finder and the
     restoring of state
     see them; `on_fit_start` would be too late.
     """
-    waiting: dict[int, Finish] | None = getattr(strategy.setup_optimizers, "peft_finish", None)
-    if waiting is not None:
-        waiting[id(owner)] = finish
+    around: dict[int, tuple[Finish, Finish]] | None
+    around = getattr(strategy.setup_optimizers, "peft_around", None)
+    if around is not None:
+        around[id(owner)] = begin, finish
         return
     original = strategy.setup_optimizers
-    finishing: dict[int, Finish] = {id(owner): finish}
+    calls: dict[int, tuple[Finish, Finish]] = {id(owner): (begin, finish)}
 
     def setup_optimizers(trainer: pl.Trainer) -> None:
+        for before, _ in calls.values():
+            before(trainer)
         original(trainer)
-        for each in finishing.values():
-            each(trainer)
+        for _, after in calls.values():
+            after(trainer)
 
-    setup_optimizers.peft_finish = finishing  # type: ignore[attr-defined]
+    setup_optimizers.peft_around = calls  # type: ignore[attr-defined]
     object.__setattr__(strategy, "setup_optimizers", setup_optimizers)
 
 

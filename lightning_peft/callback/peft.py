@@ -32,6 +32,7 @@ from lightning_peft.callback.optimizers import (
 from lightning_peft.callback.random_states import gather_rng
 from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
 from lightning_peft.callback.showing import log_configuration, print_report
+from lightning_peft.callback.starting import start_waiting
 from lightning_peft.callback.stopping import StopSignal
 from lightning_peft.checkpoint import KEY, is_attached
 from lightning_peft.checkpoint_rng import restore_rng
@@ -127,7 +128,10 @@ class PEFT(pl.Callback):
         require_same_configuration(self)
         io = install_checkpoint_io(trainer.strategy, lambda: trainer.state.fn == TrainerFn.FITTING)
         install_optimizer_setup(
-            trainer.strategy, self, lambda t: self._finish_optimizers(t, t.lightning_module)
+            trainer.strategy,
+            self,
+            start_waiting,
+            lambda t: self._finish_optimizers(t, t.lightning_module),
         )
         wrap_configure_model(
             pl_module, self, lambda lost: self._attach(trainer, pl_module, io, lost)

@@ -60,6 +60,7 @@ class Adapter(nn.Module):
         rewrite: What its initialisation did to the base weight, if anything.
         paths: For trained copies: our parameter name → path of the parameter in the module.
         tap: A hook on another module (`Tap`, `Widen`), None without one.
+        waiting: Whether it is to start from data and has not yet.
     """
 
     method: Any
@@ -77,6 +78,7 @@ class Adapter(nn.Module):
         self.rewrite = None
         self.paths: dict[str, str] = {}
         self.tap: Any = None
+        self.waiting = bool(getattr(method, "needs_data", ""))
 
     @property
     def kind(self) -> str:

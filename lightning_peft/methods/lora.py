@@ -219,6 +219,12 @@ class LoRA(WeightMethod):
             f"init={self.init!r}, got an embedding; exclude it or use init='default'",
         )
         require(
+            self.needs_data != "gradients" or 2 * r <= most,
+            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 = "
+            f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; lower "
+            "r, or set it for this layer with rank_pattern, or exclude it",
+        )
+        require(
             not self.needs_data or (site.ops.supports("rotation") and not site.batch_shape),
             f"{self.label} on {site.label!r}: expected a linear layer with init={self.init!r}, got "
             f"{type(site.module).__name__}; exclude it or use init='default'",
@@ -311,7 +317,7 @@ class LoRA(WeightMethod):
         A = p["A"]
         s = self.scaling(site, A.shape[-2])
         bias = s * p["bias_B"] if self.lora_bias else None
-        terms = (LowRank(A, p["B"], s),) if A.shape[-2] else ()
+        terms: tuple[LowRank, ...] = (LowRank(A, p["B"], s),)
         if self.needs_data == "gradients" and site.storage.label != "dense":
             terms += (LowRank(p["A0"], p["B0"], -s),)
         return Edit(terms=terms, bias=bias, dropout=self.dropout)
@@ -332,12 +338,6 @@ class LoRA(WeightMethod):
 
     def _from_gradient(self, site: Site, G: Tensor) -> tuple[Tensor, Tensor]:
         r, o = self.rank(site), self.data_options
-        require(
-            2 * r <= min(G.shape),
-            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 "
-            f"with init='lora_ga', which takes 2 r singular vectors, got r = {r} and "
-            f"{list(G.shape)}; lower r, or set it for this layer with rank_pattern, or exclude it",
-        )
         U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
         for_a, for_b = {
             "ArB2r": (torch.arange(r), torch.arange(r, 2 * r)),

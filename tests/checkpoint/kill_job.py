@@ -1,6 +1,7 @@
 """A run that is killed again and again: forked from one process, so that each start is cheap.
 
-Prints one line a kill (how many epochs the newest checkpoint holds) and "equal" at the end.
+The blow falls at a random event: around a batch, or between the steps of a save. Prints one line a
+kill (the event, and the epoch of the newest checkpoint) and "equal" at the end.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import os
 import random
 import signal
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,11 +21,42 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_peft import Quantization
 from tests.callback.nets import Plain, adapters_of, assert_same, base_of, peft, trainer
 
-EPOCHS = 12
+EPOCHS = 8
 
 
-def fit(folder: Path) -> Plain:
-    """To the end, from the newest checkpoint if there is one; saves after every step and epoch."""
+class Blow(pl.Callback):
+    """kill -9 to the own process at the n-th event."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+        for name in ("fsync", "replace"):
+            setattr(os, name, self.around(name, getattr(os, name)))
+        torch.save = self.around("torch.save", torch.save)
+
+    def event(self, name: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            print("killed at", name, end=" ", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.event(f"before-{name}")
+            out = call(*args, **kwargs)
+            self.event(f"after-{name}")
+            return out
+
+        return counted
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.event("batch-start")
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.event("batch-end")
+
+
+def fit(folder: Path, *callbacks: pl.Callback) -> Plain:
+    """To the end, from the newest checkpoint if there is one."""
     newest = folder / "last.ckpt"
     saver = ModelCheckpoint(
         folder, save_last=True, save_top_k=1, save_on_train_epoch_end=True,
@@ -31,7 +64,7 @@ def fit(folder: Path) -> Plain:
     )  # fmt: skip
     module = Plain()
     pl.seed_everything(1 if not newest.exists() else 99, verbose=False)
-    run = trainer(peft(quantization=Quantization("nf4")), saver, max_epochs=EPOCHS)
+    run = trainer(peft(quantization=Quantization("nf4")), saver, *callbacks, max_epochs=EPOCHS)
     run.fit(module, ckpt_path=newest if newest.exists() else None)
     return module
 
@@ -39,30 +72,22 @@ def fit(folder: Path) -> Plain:
 def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     draw = random.Random(seed)
-    start = time.monotonic()
-    pid = os.fork()  # the length of a whole run, in a child as the others
-    if not pid:
-        fit(folder / "timed")
-        os._exit(0)
-    os.waitpid(pid, 0)
-    whole = time.monotonic() - start
     killed = 0
     while killed < kills:
+        event = draw.randrange(1, 40)
         pid = os.fork()
         if not pid:
-            fit(folder / "killed")
+            fit(folder / "killed", Blow(event))
             os._exit(0)
-        time.sleep(draw.uniform(0.0, 0.5 * whole))
-        os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
+        newest = folder / "killed" / "last.ckpt"
         if os.WIFSIGNALED(status):
             killed += 1
+            epoch = torch.load(newest, weights_only=True)["epoch"] if newest.exists() else None
+            print("newest checkpoint of epoch", epoch, flush=True)
         else:  # it ended before the blow
             for file in (folder / "killed").iterdir():
                 file.unlink()
-        newest = folder / "killed" / "last.ckpt"
-        epoch = torch.load(newest, weights_only=True)["epoch"] if newest.exists() else None
-        print("killed, newest checkpoint of epoch", epoch, flush=True)
     ended, uninterrupted = fit(folder / "killed"), fit(folder / "whole")
     assert_same(adapters_of(ended), adapters_of(uninterrupted))
     assert_same(base_of(ended), base_of(uninterrupted))
