@@ -33,6 +33,7 @@ from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.ptuning import PTuning
 from lightning_peft.methods.vera import VeRA
+from lightning_peft.planner import Plan, estimate_memory
 from lightning_peft.prompts import hard_prompt_ids
 from lightning_peft.report import Report, parameter_report
 from lightning_peft.storage import Quantization
@@ -63,6 +64,7 @@ __all__ = [
     "PEFTDDPStrategy",
     "PEFTFSDPStrategy",
     "PTuning",
+    "Plan",
     "PrefixTuning",
     "PromptTuning",
     "Quantization",
@@ -74,6 +76,7 @@ __all__ = [
     "combine",
     "detach",
     "disable_adapters",
+    "estimate_memory",
     "hard_prompt_ids",
     "load_adapter",
     "load_adapter_state_dict",

@@ -40,7 +40,7 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [
         ("checkpoint", "checkpoint_*"),
         ("hf", "hf.*", "hf_*"),
-        ("planner", "planner_*"),
+        ("planner", "planner_*", "__main__"),
         ("optim", "optim.*"),
     ],
     [("callback", "callback.*", "strategies", "strategies.*", "loading")],
@@ -59,6 +59,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
         "hf",
         "hf.*",
         "hf_*",
+        "planner_*",
         "storage.stream",
     ),
     "safetensors": ("hf", "hf.*", "hf_*", "checkpoint", "checkpoint_*", "storage.stream"),

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_peft_kernels.backend import prefer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callback.alike import attached_alike, require_same_configuration
@@ -29,6 +29,7 @@ from lightning_peft.callback.optimizers import (
     install_optimizer_setup,
     layers_of,
 )
+from lightning_peft.callback.planning import make_plan
 from lightning_peft.callback.random_states import gather_rng
 from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
 from lightning_peft.callback.showing import log_configuration, print_report
@@ -38,6 +39,7 @@ from lightning_peft.checkpoint import KEY, is_attached
 from lightning_peft.checkpoint_rng import restore_rng
 from lightning_peft.liger import apply_liger
 from lightning_peft.methods.base import Method
+from lightning_peft.planner import Plan
 from lightning_peft.report import parameter_report
 from lightning_peft.storage import Quantization
 
@@ -70,6 +72,8 @@ class PEFT(pl.Callback):
         liger: Put liger-kernel's fused layers into Hugging Face models that it knows, before
             attaching.
         report: Whether to print the report and log the configuration when training starts.
+        plan: Whether to print what memory the run takes when training starts; or what to plan with,
+            as `estimate_memory` takes it: ``{"batch_size": 4, "sequence_length": 2048}``.
 
     Raises:
         ValueError: neither or both of `method` and `adapters`.
@@ -88,6 +92,7 @@ class PEFT(pl.Callback):
         kernels: Literal["auto", "triton", "torch"] = "auto",
         liger: bool = False,
         report: bool = True,
+        plan: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__()
         self.adapters = _by_name(method, adapters, adapter_name, modules_to_save)
@@ -100,6 +105,8 @@ class PEFT(pl.Callback):
         self.kernels = kernels
         self.liger = liger
         self.report = report
+        self.plan = plan
+        self.memory_plan: Plan | None = None
         self._rng: list[dict[str, Any]] | None = None
         self._schedules: Schedules | None = None
         self._first_step = False
@@ -143,6 +150,7 @@ class PEFT(pl.Callback):
         root = find_root(module, self.root)
         prefer(self.kernels)
         if not is_attached(root):
+            self._make_plan(trainer, root)
             self._layers = layers_of(root, self.root or "")
         if self.liger and not is_attached(root):
             self._notes = apply_liger(root)
@@ -159,6 +167,20 @@ class PEFT(pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             rebuild_averages(trainer, module)
 
+    def _make_plan(self, trainer: pl.Trainer, root: nn.Module) -> None:
+        if self.plan is False or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.memory_plan = make_plan(
+            trainer,
+            root,
+            self.adapters,
+            quantization=self.quantization,
+            optimizer=self.optimizer,
+            liger=self.liger,
+            modules_to_save=self.modules_to_save,
+            given=self.plan if isinstance(self.plan, dict) else {},
+        )
+
     def _finish_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         finish_optimizers(module, trainer.strategy, self._layers, self.optimizer)
         self._schedules = Schedules(module)
@@ -169,6 +191,8 @@ class PEFT(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report; go on with the random numbers where the checkpoint stopped."""
         self._refuse_lost(pl_module)
+        if self.memory_plan is not None and trainer.is_global_zero:
+            print(self.memory_plan)
         if self.report:
             self._show(trainer, pl_module)
         if self._rng is not None:

@@ -1,0 +1,179 @@
+"""`estimate_memory`: whether a run fits, before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_peft.methods.base import Method
+from lightning_peft.planner_model import PRECISIONS, count, meta_model, prepare
+from lightning_peft.planner_plan import OPTIMIZER_BYTES, Choice, Plan, Step
+from lightning_peft.planner_trace import Trace, trace
+from lightning_peft.storage import Quantization
+from lightning_peft.targets import output_head
+
+__all__ = ["Plan", "Step", "estimate_memory"]
+
+_SAME = {
+    **{"fp32": "32-true", "32": "32-true", "float32": "32-true", "bfloat16": "bf16"},
+    **{"fp16": "16", "float16": "16"},
+}
+_STRATEGIES = {
+    **{"auto": None, "ddp": "ddp", "peft_ddp": "ddp", "fsdp": "fsdp", "fsdp2": "fsdp"},
+    **{"peft_fsdp": "fsdp"},
+}
+
+
+def estimate_memory(
+    model_or_config: Any,
+    method: Method | Sequence[Method] | Literal["full"] | None,
+    *,
+    quantization: Quantization | str | None = None,
+    optimizer: str | None = None,
+    precision: str = "bf16",
+    batch_size: int = 1,
+    sequence_length: int = 512,
+    checkpointing: bool = False,
+    strategy: str | None = None,
+    world_size: int = 1,
+    liger: bool = False,
+    modules_to_save: Sequence[str] = (),
+    memory: int | None = None,
+) -> Plan:
+    """Count the memory of one rank on the meta device; nothing is loaded, nothing is changed.
+
+    Activations come from one training step over fake tensors, made when they are first asked for:
+    of the Hugging Face model inside, or of a module with an `example_input_array`.
+
+    Args:
+        model_or_config: A module (built under ``torch.device("meta")``, or any), a Hugging Face
+            configuration, or the path of a config.json or of its directory.
+        method: One method, several as a hybrid, or ``"full"``: every weight trained, no adapters.
+        quantization: How the frozen base is stored.
+        optimizer: ``"adamw"`` (default), ``"sgd"``, ``"adamw_8bit"``, ``"lion_8bit"`` …
+        precision: ``"bf16"``: frozen weights in bf16, trained ones in fp32, computed in bf16; or
+            Lightning's ``"bf16-mixed"`` (the base as the module has it), ``"bf16-true"``,
+            ``"32-true"`` and the same with 16.
+        batch_size: Samples a rank.
+        sequence_length: Tokens a sample.
+        checkpointing: Whether blocks are recomputed in backward.
+        strategy: None, ``"ddp"`` or ``"fsdp"``.
+        world_size: Number of ranks.
+        liger: Whether liger-kernel's fused loss is used; its other layers are not counted.
+        modules_to_save: Names or suffixes of modules trained whole.
+        memory: Bytes that a rank has, for the largest batch in the printed table.
+
+    Raises:
+        ValueError: an unknown architecture, a configuration without sizes, a number below 1, an
+            unknown name, memory below the weights.
+    """
+    for name, n in (
+        *(("batch_size", batch_size), ("sequence_length", sequence_length)),
+        *(("world_size", world_size), ("memory", 1 if memory is None else memory)),
+    ):
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {n!r}")
+    if isinstance(quantization, str):
+        quantization = Quantization(quantization)  # type: ignore[arg-type]
+    methods = _methods(method, modules_to_save)
+    if methods is None and quantization is not None:
+        raise ValueError(
+            f"quantization: expected none with method='full', got {quantization.kind!r}; packed "
+            "weights cannot be trained: choose an adapter, for instance LoRA()"
+        )
+    choice = Choice(
+        method=methods,
+        quantization=quantization,
+        optimizer=_named("optimizer", optimizer or "adamw", OPTIMIZER_BYTES),
+        precision=_named("precision", _SAME.get(precision, precision), PRECISIONS),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        checkpointing=checkpointing,
+        strategy=_STRATEGIES[_named("strategy", strategy or "auto", _STRATEGIES)],
+        world_size=world_size,
+        liger=liger,
+        modules_to_save=tuple(modules_to_save),
+    )
+    plan = _plan(meta_model(model_or_config), choice, memory, {})
+    if memory is not None:
+        plan.require_weights(memory)
+    return plan
+
+
+def _plan(
+    source: nn.Module, choice: Choice, memory: int | None, traces: dict[tuple[str, int], Trace]
+) -> Plan:
+    """Plan for a pristine meta model, which stays as it is; `traces` are shared with others."""
+    model = copy.deepcopy(source)
+    heads = _head(model)
+    int8 = prepare(
+        model, choice.method, choice.quantization, choice.precision, choice.modules_to_save
+    )
+    fused_loss = None
+    if choice.liger:
+        if heads is None:
+            raise ValueError(
+                "liger=True: expected a language model with an output head, found none; leave it "
+                "out"
+            )
+        hidden, vocabulary = heads
+        head_trained = choice.method is None
+        fused_loss = (hidden, vocabulary, 4 * hidden * vocabulary if head_trained else 0)
+
+    key = replace(choice, optimizer="", strategy=None, world_size=1)
+
+    def traced(batch_size: int) -> Trace:
+        if (known := (repr(key), batch_size)) not in traces:
+            traces[known] = trace(
+                model,
+                batch_size,
+                choice.sequence_length,
+                autocast=PRECISIONS[choice.precision][2],
+                checkpointing=choice.checkpointing,
+                fused_loss=choice.liger,
+            )
+        return traces[known]
+
+    return Plan(
+        choice,
+        count(model, int8),
+        memory,
+        _tracer=traced,
+        _again=lambda changed: _plan(source, changed, memory, traces),
+        _fused_loss=fused_loss,
+    )
+
+
+def _head(model: nn.Module) -> tuple[int, int] | None:
+    """(hidden size, vocabulary) of the output head."""
+    for name in sorted(output_head(model)):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            return module.in_features, module.out_features
+    return None
+
+
+def _methods(
+    method: Method | Sequence[Method] | str | None, saved: Sequence[str]
+) -> tuple[Method, ...] | None:
+    if method == "full":
+        return None
+    if isinstance(method, Method):
+        return (method,)
+    found = () if method is None else tuple(method)
+    if any(not isinstance(m, Method) for m in found) or not (found or saved):
+        raise ValueError(
+            f"method: expected a method such as LoRA(r=16), a list of them, or 'full', got "
+            f"{method!r}"
+        )
+    return found  # type: ignore[return-value]
+
+
+def _named(what: str, name: str, known: Any) -> str:
+    if name not in known:
+        raise ValueError(f"{what}: expected one of {sorted(known)}, got {name!r}")
+    return name
