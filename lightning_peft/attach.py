@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_peft.active import activate, set_adapter
+from lightning_peft.data_restore import needs_data
 from lightning_peft.fingerprint import buffer_hashes, fingerprint
 from lightning_peft.layers.adapted import (
     adapted_modules,
@@ -189,7 +190,7 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
     """
     for _, module in adapted_modules(model):
         for adapter in adapters_of(module):
-            from_data = getattr(adapter.method, "needs_data", "") and not adapter.waiting
+            from_data = needs_data(adapter) and not adapter.waiting
             if adapter.rewrite is not None or from_data:
                 raise RuntimeError(
                     f"{adapter.site.label}: expected an adapter whose start leaves the base alone "

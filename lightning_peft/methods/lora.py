@@ -221,8 +221,8 @@ class LoRA(WeightMethod):
         require(
             self.needs_data != "gradients" or 2 * r <= most,
             f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 = "
-            f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; lower "
-            "r, or set it for this layer with rank_pattern, or exclude it",
+            f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; "
+            "lower r, or set it for this layer with rank_pattern, or exclude it",
         )
         require(
             not self.needs_data or (site.ops.supports("rotation") and not site.batch_shape),

@@ -24,8 +24,8 @@ _BASE_STARTS = ("pissa", "olora")
 
 
 def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain form, of rank 1 at least: where the start took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀], rank
-    2r.
+    """Plain form, of rank 1 at least: where the start took B₀A₀ out of the base, BA − B₀A₀ =
+    [B, −B₀] [A; A₀], rank 2r.
     """
     packed = {k: t for k, t in p.items() if k not in ("A0", "B0")}
     if "A0" in p:
