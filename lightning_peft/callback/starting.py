@@ -24,7 +24,7 @@ def start_waiting(trainer: pl.Trainer) -> None:
     """Start the adapters that wait for data; after a resume none does. Before the optimizers exist.
 
     Raises:
-        RuntimeError: several processes, or manual optimization.
+        RuntimeError: several processes, a strategy that shards, or manual optimization.
     """
     module = trainer.lightning_module
     if trainer.state.fn != TrainerFn.FITTING or not waiting_adapters(module):
@@ -46,6 +46,8 @@ def _refuse(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     reason = ""
     if trainer.world_size > 1:
         reason = f"one process, got {trainer.world_size}"
+    elif trainer.strategy.restore_checkpoint_after_setup:
+        reason = f"a strategy with the whole model, got {type(trainer.strategy).__name__}"
     elif not module.automatic_optimization:
         reason = "automatic optimization, got a training_step that steps by itself"
     if reason:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import (
     PEFT,
@@ -119,6 +120,46 @@ def test_eva_is_pefts(net: Net, batches: Any, options: dict[str, Any]) -> None:
             other.scaling["default"]
         )
     assert len(ranks) > 1 or options.get("rho") == 1.0
+
+
+def test_eva_leaves_out_what_peft_does() -> None:
+    """Padding and positions without a label, on a language model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.model.embed_tokens.weight.data *= torch.linspace(60, 1, 32) ** 2 / 40
+    texts = []
+    for _ in range(3):
+        ids = torch.randint(0, 50, (4, 24))
+        mask = (torch.arange(24) >= torch.tensor([[0], [3], [5], [9]])).long()
+        labels = ids.masked_fill((mask == 0) | (torch.arange(24) < 12), -100)
+        texts.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    targets = ["q_proj", "v_proj", "down_proj"]
+    theirs = hf_peft.get_peft_model(
+        copy.deepcopy(model),
+        hf_peft.LoraConfig(
+            r=2, target_modules=targets, init_lora_weights="eva", eva_config=hf_peft.EvaConfig()
+        ),
+    )
+    hf_peft.initialize_lora_eva_weights(theirs, texts, show_progress_bar=False)
+    ours = started(model, texts, r=2, init="eva", target_modules=targets)
+    there, compared = dict(theirs.base_model.model.named_modules()), 0
+    for name, module in ours.named_modules():
+        if name.rpartition(".")[2] in targets:
+            A, other = module.peft.default.A, there[name]
+            compared += 1
+            if not hasattr(other, "lora_A"):
+                assert not A.shape[0]
+                continue
+            torch.testing.assert_close(A, other.lora_A["default"].weight, atol=1e-4, rtol=0)
+    assert compared == 6
 
 
 def exact(G: Tensor, q: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
