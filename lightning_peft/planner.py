@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft.methods.base import Method
 from lightning_peft.planner_model import PRECISIONS, count, meta_model, prepare
 from lightning_peft.planner_plan import OPTIMIZER_BYTES, Choice, Plan, Step
-from lightning_peft.planner_trace import Trace, trace
+from lightning_peft.planner_trace import UNTRACEABLE, NoInputs, Trace, trace
 from lightning_peft.storage import Quantization
 from lightning_peft.targets import output_head
 
@@ -126,16 +126,26 @@ def _plan(
 
     key = replace(choice, optimizer="", strategy=None, world_size=1)
 
+    def run(prepared: nn.Module, batch_size: int) -> Trace:
+        return trace(
+            prepared,
+            batch_size,
+            choice.sequence_length,
+            autocast=PRECISIONS[choice.precision][2],
+            checkpointing=choice.checkpointing,
+            fused_loss=choice.liger,
+        )
+
     def traced(batch_size: int) -> Trace:
         if (known := (repr(key), batch_size)) not in traces:
-            traces[known] = trace(
-                model,
-                batch_size,
-                choice.sequence_length,
-                autocast=PRECISIONS[choice.precision][2],
-                checkpointing=choice.checkpointing,
-                fused_loss=choice.liger,
-            )
+            try:
+                traces[known] = run(model, batch_size)
+            except UNTRACEABLE as error:
+                if choice.quantization is None:
+                    raise NoInputs(f"{type(source).__name__} needs data to run ({error})") from None
+                dense = _plan(source, replace(choice, quantization=None), memory, traces)
+                assert dense._tracer is not None  # it was just made
+                traces[known] = dense._tracer(batch_size)
         return traces[known]
 
     return Plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -133,7 +134,12 @@ def _config(data: dict[str, Any]) -> Any:
             f"config of {kind!r}: expected its sizes (hidden_size, num_hidden_layers …), found "
             f"only {sorted(data)}; give the model's full config.json"
         )
-    return CONFIG_MAPPING[kind].from_dict(data)
+    try:
+        return CONFIG_MAPPING[kind].from_dict(data)
+    except Exception as error:  # huggingface_hub's own types for a field of a wrong kind
+        raise ValueError(
+            f"config of {kind!r}: {error}; give the model's full config.json"
+        ) from None
 
 
 def _build(config: Any) -> nn.Module:
@@ -142,7 +148,9 @@ def _build(config: Any) -> nn.Module:
     config = copy.deepcopy(config)
     names = [n for n in getattr(config, "architectures", None) or () if hasattr(transformers, n)]
     makers: list[Any] = [getattr(transformers, n) for n in names[:1]]
-    for auto in ("CausalLM", "Seq2SeqLM", "ImageClassification", "MaskedLM", ""):
+    both = getattr(config, "is_encoder_decoder", False)
+    first = ("Seq2SeqLM", "SpeechSeq2Seq") if both else ("MaskedLM", "CausalLM")
+    for auto in (*first, "ImageClassification", ""):
         cls = getattr(transformers, f"AutoModelFor{auto}" if auto else "AutoModel")
         if type(config) in cls._model_mapping:
             makers.append(cls.from_config)
@@ -192,7 +200,7 @@ def prepare(
                 int8[id(W)] = W.numel() + 4 * W.shape[0]
         attach(
             model,
-            list(methods),
+            [_plain_start(m) for m in methods],
             quantization=quantization if packed else None,
             modules_to_save=modules_to_save,
         )
@@ -200,6 +208,17 @@ def prepare(
         if p.requires_grad and p.is_floating_point():
             p.data = p.data.to(trained)
     return int8
+
+
+def _plain_start(method: Method) -> Method:
+    """Start values do not matter here, and there are no weights to take them from."""
+    named = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    if getattr(method, "starts_from_weight", False) and "init" in named:
+        try:
+            return dataclasses.replace(method, init="default")  # type: ignore[type-var]
+        except ValueError:  # its starts have other names
+            return method
+    return method
 
 
 def count(model: nn.Module, int8: dict[int, int]) -> Sizes:

@@ -21,17 +21,32 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from lightning_peft.targets import hf_models, output_head
 
-__all__ = ["ACTIVATIONS", "BACKWARD", "GRADIENTS", "LOGITS", "Meter", "NoInputs", "Trace", "trace"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKWARD",
+    "GRADIENTS",
+    "LOGITS",
+    "UNTRACEABLE",
+    "Meter",
+    "NoInputs",
+    "Trace",
+    "trace",
+]
 
 ACTIVATIONS, LOGITS = "activations", "logits and loss"
 BACKWARD, GRADIENTS = "backward", "gradients"
+
+# A pass over fake tensors meets a value it does not have, or a layer that refuses them.
+UNTRACEABLE = (RuntimeError, TypeError, NotImplementedError)
 
 _SHORT, _LONG = 2, 4  # blocks that are run of a longer stack
 _ATTENTION = "lightning_peft_plan"
 
 
 class NoInputs(ValueError):
-    """The module cannot be run: nothing says what its inputs are."""
+    """The module cannot be run without data: nothing says what its inputs are, or it looks at
+    values.
+    """
 
 
 @dataclass
@@ -143,10 +158,13 @@ def trace(
     how = (batch_size, sequence_length, autocast, checkpointing, fused_loss)
     if long <= _LONG:
         return _run(model, *how)
-    with _shortened(stacks, _SHORT):
-        short = _run(model, *how)
-    with _shortened(stacks, _LONG):
-        longer = _run(model, *how)
+    try:
+        with _shortened(stacks, _SHORT):
+            short = _run(model, *how)
+        with _shortened(stacks, _LONG):
+            longer = _run(model, *how)
+    except (RuntimeError, IndexError):  # it needs all of its blocks (a cache that counts them …)
+        return _run(model, *how)
     return short.along(longer, (long - _SHORT) / (_LONG - _SHORT))
 
 
@@ -228,7 +246,7 @@ def _inputs(net: Any, kind: str, batch_size: int, sequence_length: int) -> Any:
     if "labels" in accepted:
         short = "SequenceClassification" in type(net).__name__ or name == "pixel_values"
         inputs["labels"] = torch.zeros(batch_size, dtype=torch.long) if short else ids
-    elif "decoder_input_ids" in accepted:
+    if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids
     if "use_cache" in accepted or hasattr(config, "use_cache"):
         inputs["use_cache"] = False

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MT5Config
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralConfig, MT5Config
 
 from lightning_peft import PEFT, LoRA, Plan, Quantization, attach, estimate_memory, planner_trace
 from lightning_peft.planner_command import main, parse_bytes
@@ -178,6 +178,24 @@ def test_a_module_without_known_inputs_says_so() -> None:
     assert "example_input_array" in str(plan)
 
 
+def test_encoder_decoder_and_starts_from_weights() -> None:
+    config = MT5Config(
+        **{"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    )
+    plan = estimate_memory(config, LoRA(r=2, init="pissa"), sequence_length=8)
+    assert plan.parts[ACTIVATIONS] > 0
+    assert plan.trainable == 6 * 2 * 2 * 2 * 32
+
+
+def test_packed_experts_are_run_dense() -> None:
+    config = MixtralConfig(num_hidden_layers=2, num_local_experts=2, **SIZES)
+    how: dict[str, Any] = {"sequence_length": 8}
+    packed = estimate_memory(config, LoRA(r=2), quantization="nf4", **how)
+    dense = estimate_memory(config, LoRA(r=2), **how)
+    assert packed.sizes.base_bytes < dense.sizes.base_bytes
+    assert packed.parts[ACTIVATIONS] == dense.parts[ACTIVATIONS] > 0
+
+
 # ---- bad input
 
 
@@ -201,6 +219,8 @@ def test_bad_numbers_and_names(how: dict[str, Any], message: str) -> None:
     [
         ({"model_type": "no_such"}, "expected an architecture that transformers knows"),
         ({"model_type": "llama"}, "give the model's full config.json"),
+        ({"model_type": "llama", "hidden_size": None}, "give the model's full config.json"),
+        ({"model_type": "llama", "hidden_size": 0}, "give the model's full config.json"),
         ({}, "expected an architecture"),
         (3, "expected a module, a Hugging Face configuration"),
         ("no/such/place", "expected a config.json"),
