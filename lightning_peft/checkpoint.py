@@ -199,7 +199,8 @@ def complete_checkpoint(
     if "state_dict" not in checkpoint:
         return checkpoint
     verify(model, checkpoint, source, resuming=resuming)
-    restore_starts(model, checkpoint["state_dict"])
+    # Beside an average the weights themselves stand apart; the average only rounds the start.
+    restore_starts(model, checkpoint.get("current_model_state", checkpoint["state_dict"]))
     return _each_state(dict(checkpoint), lambda state: complete_state(model, state))
 
 

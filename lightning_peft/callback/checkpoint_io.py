@@ -19,12 +19,14 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
 from lightning_peft import checkpoint_file
+from lightning_peft.callback.averaging import rebuild_averages
 from lightning_peft.checkpoint import (
     complete_checkpoint,
     filter_checkpoint,
     is_attached,
     leaks,
 )
+from lightning_peft.data_start import waiting_adapters
 from lightning_peft.strategies.pieces import is_folder, publish, read_folder
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
@@ -125,7 +127,11 @@ class PEFTCheckpointIO(CheckpointIO):
         if module is None or not is_attached(module):
             return checkpoint
         self.lost = []
-        return complete_checkpoint(module, checkpoint, os.fspath(path), resuming=self.resuming())
+        waited, resuming = bool(waiting_adapters(module)), self.resuming()
+        checkpoint = complete_checkpoint(module, checkpoint, os.fspath(path), resuming=resuming)
+        if waited and resuming:
+            rebuild_averages(module.trainer, module)  # the file's start may have other ranks
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delegate."""

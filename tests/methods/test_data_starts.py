@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import peft as hf_peft
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -305,6 +306,25 @@ def test_the_callback_starts_once_and_resume_is_uninterrupted(
     if kind is None:
         detach(whole)
         assert_same(base_of(whole), untouched)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_resume_with_an_average_and_moved_ranks(init: str, tmp_path: Path) -> None:
+    ranks = {"net.0": 1, "net.3": 3 if init == "eva" else 1}
+    method = LoRA(init=init, rank_pattern=ranks, target_modules=list(ranks))
+
+    def fit(folder: Path, ckpt: Path | None = None) -> Plain:
+        module = Plain()
+        pl.seed_everything(3, verbose=False)
+        both = [PEFT(method, report=False), EMAWeightAveraging(decay=0.9)]
+        trainer(*both, folder=folder, max_epochs=3).fit(module, ckpt_path=ckpt)
+        return module
+
+    whole = fit(tmp_path / "whole")
+    again = fit(tmp_path / "parts", tmp_path / "whole" / "epoch=0.ckpt")
+    assert_same(dict(again.state_dict()), dict(whole.state_dict()))
+    moved = {k: whole.get_submodule(k).peft.default.A.shape[0] for k in ranks}
+    assert (moved != ranks) == (init == "eva")
 
 
 def test_a_moved_rank_is_in_the_optimizer(tmp_path: Path) -> None:
