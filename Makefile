@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(READY)  ## Install, then fine-tune a real model three ways on the CPU
-	$(PY) examples/quickstart.py
+	OMP_WAIT_POLICY=passive $(PY) examples/quickstart.py
 
 test: $(READY)  ## The tests, without slow sweeps and GPU tests (under 10 minutes on 2 cores)
 	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow and not gpu"
