@@ -109,7 +109,8 @@ def main(model: str = str(MINILM)) -> None:
     head_only = Classifier(model, lr=3e-3)
     head_only.encoder.requires_grad_(False)
     rows = [fine_tune("head-only", head_only, model)]
-    peft = PEFT(LoRA(r=8), quantization=Quantization("nf4"), modules_to_save=["head"])
+    lora = LoRA(r=8, target_modules=["query", "key", "value", "dense"])
+    peft = PEFT(lora, quantization=Quantization("nf4"), modules_to_save=["head"])
     rows.append(fine_tune("qlora", Classifier(model, lr=2e-3), model, peft))
     rows.append(fine_tune("full", Classifier(model, lr=1e-4), model))
     print(

@@ -32,8 +32,10 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("record", "fingerprint", "targets", "architectures", "blocks")],
     [("report", "report_*")],
     [
-        ("active", "making", "placing", "placing_*", "quantizing", "adapter_state", "prompts")
-        + ("data_start", "data_pca", "data_restore"),
+        (
+            *("active", "making", "placing", "placing_*", "quantizing", "adapter_state", "prompts"),
+            *("data_start", "data_pca", "data_restore"),
+        ),
     ],
     [("attach",), ("merge", "merge_*"), ("liger",)],
     [("combine",)],
