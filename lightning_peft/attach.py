@@ -30,12 +30,13 @@ from lightning_peft.making import (
 )
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
+from lightning_peft.nearest import nearest_names
 from lightning_peft.placing import place, refuse_unfit
 from lightning_peft.quantizing import plan_quantization, quantize_layers
 from lightning_peft.record import AdapterRecord, Record, forget, record_of, records_in
 from lightning_peft.report import Report, parameter_report
 from lightning_peft.storage import Quantization
-from lightning_peft.targets import feedforward_targets, nearest_names
+from lightning_peft.targets import feedforward_targets
 
 __all__ = ["Planned", "attach", "detach", "plan_attach", "quantize", "reset_adapters"]
 

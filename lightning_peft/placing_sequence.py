@@ -152,7 +152,7 @@ def _refuse(hf: Any, stack: Any, method: Any) -> None:
 def _input_embeddings(stack: Any) -> Any:
     try:
         return stack.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # how transformers says "no such table here"
         return None
 
 

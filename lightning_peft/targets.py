@@ -8,7 +8,6 @@ is never chosen: an adapter there would have no effect.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.architectures import MODEL_TYPES, Family
+from lightning_peft.nearest import nearest_names
 
 __all__ = [
     "Selection",
@@ -27,7 +27,6 @@ __all__ = [
     "feedforward_targets",
     "hf_models",
     "name_rule",
-    "nearest_names",
     "output_head",
     "select",
     "tied_parameters",
@@ -368,14 +367,6 @@ def tied_parameters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 # ---- errors
-
-
-def nearest_names(wanted: str, names: Sequence[str], n: int = 5) -> list[str]:
-    """Names that look most like `wanted`, by their whole and by their last part."""
-    leaves = {name.rpartition(".")[2]: name for name in names}
-    close = difflib.get_close_matches(wanted, list(names), n, 0.4)
-    close += [leaves[m] for m in difflib.get_close_matches(wanted, list(leaves), n, 0.4)]
-    return list(dict.fromkeys(close))[:n] or list(names)[:n]
 
 
 def _nothing(

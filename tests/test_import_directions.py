@@ -29,7 +29,7 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("edit", "site", "swap")],
     [("storage", "storage.*"), ("layers", "layers.*")],
     [("methods", "methods.*")],
-    [("record", "fingerprint", "targets", "architectures", "blocks")],
+    [("record", "fingerprint", "targets", "architectures", "blocks", "nearest")],
     [("report", "report_*")],
     [
         (

@@ -47,6 +47,7 @@ def make_plan(
     methods = [m for several in adapters.values() for m in several]
     try:
         return estimate_memory(root, methods, **how)
+    # A plan is advice: a model that it cannot count (fake tensors, no sizes) still trains.
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         rank_zero_warn(f"PEFT(plan=True): no plan could be made: {error}")
         return None

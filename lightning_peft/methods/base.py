@@ -35,6 +35,7 @@ __all__ = [
     "match_pattern",
     "register",
     "require",
+    "require_ranks",
     "to_plain",
 ]
 
@@ -322,6 +323,20 @@ def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def require_ranks(
+    label: str,
+    r: int,
+    rank_pattern: Mapping[str, int],
+    alpha: float,
+    alpha_pattern: Mapping[str, float],
+) -> None:
+    """Raise ValueError where a rank is below 1 or an alpha not above 0, patterns included."""
+    for where, rank in {"r": r, **rank_pattern}.items():
+        require(rank >= 1, f"{label}: expected a rank >= 1, got {where} = {rank}")
+    for where, scale in {"alpha": alpha, **alpha_pattern}.items():
+        require(scale > 0, f"{label}: expected alpha > 0, got {where} = {scale}")
 
 
 def require(condition: bool, message: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,14 @@ from lightning_peft.methods.base import (
     match_pattern,
     register,
     require,
+    require_ranks,
 )
 from lightning_peft.site import Site
 
 __all__ = ["LoHa"]
 
 
-def _kernel(method: Any, site: Site) -> tuple[int, ...]:
+def _kernel(site: Site) -> tuple[int, ...]:
     """Kernel axes as the tensors t₁, t₂ have them: two at least."""
     kernel = site.kernel_size
     return kernel if len(kernel) != 1 else (*kernel, 1)
@@ -90,10 +90,7 @@ class LoHa(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
-        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            require(alpha > 0, f"{self.label}: expected alpha > 0, got {where} = {alpha}")
+        require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
         for name in ("rank_dropout", "module_dropout"):
             p = getattr(self, name)
             require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
@@ -114,7 +111,7 @@ class LoHa(WeightMethod):
         """w1_a, w2_a [out, r], w1_b, w2_b [r, in]; or t1, t2 [r, r, *kernel] with w [r, ·]."""
         r = self.rank(site)
         if self._effective(site):
-            kernel = _kernel(self, site)
+            kernel = _kernel(site)
             channels = site.in_features // math.prod(kernel)
             shapes: dict[str, tuple[int, ...]] = {
                 "t1": (r, r, *kernel),

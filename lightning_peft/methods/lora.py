@@ -21,6 +21,7 @@ from lightning_peft.methods.base import (
     match_pattern,
     register,
     require,
+    require_ranks,
 )
 from lightning_peft.site import Site
 
@@ -125,10 +126,7 @@ class LoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
-        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            require(alpha > 0, f"{self.label}: expected alpha > 0, got {where} = {alpha}")
+        require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
         require(
             0.0 <= self.dropout < 1.0,
             f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
