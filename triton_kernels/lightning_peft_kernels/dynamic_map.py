@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BLOCK",
+    "TINY",
     "ZERO_CODE",
     "coarse_cells",
     "code_cells",
     "code_pairs",
     "decision_points",
+    "dequantize_blocks",
     "dynamic_map",
     "nearest_codes",
+    "quantize_blocks",
     "searched_codes",
 ]
 
+BLOCK = 256  # elements that share an absmax
+TINY = 2e-38  # least absmax whose reciprocal is finite
 ZERO_CODE = {True: 127, False: 0}  # code of 0 in the signed and in the unsigned map
 _SIGN_OFFSET = 32768  # upper halves of folded negatives are −32768…−1
 
@@ -113,3 +119,22 @@ def searched_codes(values: Tensor) -> Tensor:
     high = torch.where(values > (table[above] + here) * 0.5, above, pivot)
     low = torch.where(values < (table[below] + here) * 0.5, below, pivot)
     return torch.where(values > here, high, low).to(torch.uint8)
+
+
+def quantize_blocks(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [n] and absmax fp32 [⌈n/256⌉] of flat `values` [n]."""
+    n = values.numel()
+    blocks = -(-n // BLOCK)
+    padded = torch.zeros(blocks * BLOCK, dtype=torch.float32, device=values.device)
+    padded[:n] = values.detach().reshape(-1)
+    rows = padded.view(blocks, BLOCK)
+    absmax = rows.abs().amax(1) if blocks else rows.new_empty(0)
+    scaled = rows * absmax.clamp_min(TINY).reciprocal()[:, None]
+    return nearest_codes(scaled.view(-1), signed)[:n], absmax
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
+    """Values fp32 [n] of codes [n] and absmax [⌈n/256⌉]."""
+    n = codes.numel()
+    scale = absmax.repeat_interleave(BLOCK)[:n]
+    return dynamic_map(signed, str(codes.device))[codes.reshape(-1).int()] * scale
