@@ -1,7 +1,13 @@
-"""A checkpoint file that is whole or absent: written beside the target, synced, renamed."""
+"""A checkpoint file that is whole or absent: written beside the target, synced, renamed.
+
+A folder takes another's place by exchanging the two names in one system call. Where the file system
+cannot do that (NFS), the former one stands aside for a moment, and `recover` puts it back after a
+crash in between.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import pickle
@@ -9,14 +15,16 @@ import shutil
 import socket
 import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["is_local", "read", "remove_stale", "write"]
+__all__ = ["is_local", "publish", "read", "recover", "remove_stale", "write"]
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _HOST = socket.gethostname().replace("-", "_") or "host"
 
 
@@ -82,6 +90,81 @@ def _sync_directory(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# ---- one folder in the place of another
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Put a finished file or folder in the place of an older one, of either kind; the older goes
+    last. At every moment one of the two stands under `target`, or aside where `recover` finds it.
+    """
+    recover(target)
+    if not target.exists() or (target.is_file() and temporary.is_file()):
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+        return
+    if _exchange(temporary, target):
+        former = temporary
+    else:
+        former = _aside(target)
+        os.replace(target, former)
+        os.replace(temporary, target)
+    _sync_directory(target.parent)
+    _remove(former)
+
+
+def recover(path: str | os.PathLike[str]) -> None:
+    """Put back a checkpoint that stood aside when its process died."""
+    target = Path(path)
+    former = _aside(target)
+    if not former.exists():
+        return
+    if target.exists():
+        _remove(former)
+        return
+    try:
+        os.replace(former, target)
+    except FileNotFoundError:  # another process was first
+        return
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.former")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def _renameat2() -> Any:
+    """glibc's function (Linux, glibc 2.28 and later); None elsewhere."""
+    try:
+        return ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names at once; False where the system or the file system cannot.
+
+    Raises:
+        OSError: it can, and failed.
+    """
+    function = _renameat2()
+    if function is None:
+        return False
+    names = [os.fsencode(os.fspath(p)) for p in (a, b)]
+    if function(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(b))
 
 
 def remove_stale(directory: Path) -> None:

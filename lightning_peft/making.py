@@ -15,6 +15,7 @@ from lightning_peft.layers.sequence import Widen
 from lightning_peft.layers.sequence_own import OwnModel
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.placing import Placement
+from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "guard_fast_path",
     "start_state",
     "start_values",
+    "values_from_weight",
 ]
 
 Planned = tuple[Method, str, Placement]  # (method, key of the method in a hybrid, where)
@@ -32,7 +34,7 @@ class Making:
     """Adapters made at the places that were planned; nothing is refused any more.
 
     A start that needs the dense weight of a layer is made right when that layer is packed, so that
-    no more than one dense copy is kept.
+    no more than one dense copy is kept. On the meta device it is made by whoever reads the weights.
     """
 
     def __init__(self, planned: Sequence[Planned], adapter_name: str) -> None:
@@ -49,7 +51,9 @@ class Making:
         originals = {
             p.site.parameter: p.site.weight(torch.float32).cpu().clone()
             for method, _, p in mine
-            if isinstance(method, WeightMethod) and method.rewrites_base
+            if isinstance(method, WeightMethod)
+            and method.rewrites_base
+            and p.site.device.type != "meta"
         }
         yield
         if originals:
@@ -72,8 +76,8 @@ class Making:
                 if key not in self._shared:
                     self._shared[key] = _hold_shared(method, key, self._planned, adapter)
                 adapter.shared = self._shared[key]
-                if method.starts_from_weight:
-                    _initialise(adapter, method, originals.get(site.parameter))
+                if method.starts_from_weight and site.device.type != "meta":
+                    _initialise(adapter, originals.get(site.parameter))
             adapter.to(site.device)
             adapter.train(training)
             slot = "_".join(part for part in (key, placement.slot) if part)
@@ -150,13 +154,24 @@ def start_values(
         return {**method.parameters(site), **method.buffers(site)}
 
 
-def _initialise(adapter: Adapter, method: WeightMethod, original: Tensor | None) -> None:
+def values_from_weight(
+    adapter: Adapter, values: dict[str, Tensor], site: Site, W: Tensor
+) -> Tensor | None:
+    """Start values that need the weight W [*batch, out, in], put into `values`; returns what the
+    base keeps, None where it stays.
+    """
+    with _seeded(site, adapter.adapter_name, None), torch.no_grad():
+        base: Tensor | None = adapter.method.initialise(values, site, W)
+    return base
+
+
+def _initialise(adapter: Adapter, original: Tensor | None) -> None:
     """Start values that need the weight; the base's bits from before are kept on the CPU."""
     site = adapter.site
     W = site.weight(torch.float32) if original is None else original
     values = dict(adapter.tensors())
-    with _seeded(site, adapter.adapter_name, None), torch.no_grad():
-        base = method.initialise(values, site, W)
+    base = values_from_weight(adapter, values, site, W)
+    with torch.no_grad():
         for key, tensor in adapter.tensors().items():
             tensor.copy_(values[key])
         if base is not None:

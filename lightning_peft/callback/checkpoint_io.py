@@ -27,7 +27,7 @@ from lightning_peft.checkpoint import (
     leaks,
 )
 from lightning_peft.data_start import waiting_adapters
-from lightning_peft.strategies.pieces import is_folder, publish, read_folder
+from lightning_peft.strategies.pieces import is_folder, read_folder
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
 
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             target = Path(path)
             fresh = target.with_name(f".{target.name}.file")
             checkpoint_file.write(checkpoint, fresh)
-            publish(fresh, target)
+            checkpoint_file.publish(fresh, target)
             return
         checkpoint_file.write(checkpoint, path)
 
@@ -54,6 +54,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read plain data only, unless the caller asks for more; a folder of pieces as a whole."""
+        if checkpoint_file.is_local(path):
+            checkpoint_file.recover(path)
         if is_folder(path):
             return read_folder(Path(path))
         if weights_only is False or not checkpoint_file.is_local(path):

@@ -12,11 +12,19 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.checkpoint import KEY
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.methods.base import Context, WeightMethod
-from lightning_peft.optim import loraplus_groups, repair, swap
+from lightning_peft.optim import in_live_order, loraplus_groups, names_of, repair, swap
 
-__all__ = ["Schedules", "finish_optimizers", "install_optimizer_setup", "layers_of"]
+__all__ = [
+    "Schedules",
+    "align_optimizer_states",
+    "finish_optimizers",
+    "install_optimizer_setup",
+    "layers_of",
+    "optimizer_names",
+]
 
 Finish = Callable[[pl.Trainer], None]
 
@@ -101,6 +109,37 @@ def finish_optimizers(
         for optimizer in optimizers:
             swap(optimizer, name)
     strategy.optimizers = optimizers  # makes Lightning's proxies again: they carry the class's name
+
+
+def optimizer_names(trainer: pl.Trainer) -> list[list[list[str]]]:
+    """Names of the parameters of every optimizer, by group."""
+    named = dict(trainer.lightning_module.named_parameters())
+    return [names_of(optimizer, named) for optimizer in trainer.strategy.optimizers]
+
+
+def align_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Number the states in a checkpoint as the live optimizers do, in place.
+
+    Files without names (of other code) keep the order they have.
+
+    Raises:
+        ValueError: another set of parameters, or groups; with the names.
+    """
+    ours = checkpoint.get(KEY) or {}
+    states, saved = checkpoint.get("optimizer_states"), ours.get("optimizers")
+    if not states or not saved:
+        return
+    live = optimizer_names(trainer)
+    if not len(states) == len(saved) == len(live):
+        raise ValueError(
+            f"optimizer states: expected {len(states)} optimizers, as in the checkpoint, got "
+            f"{len(live)} from configure_optimizers"
+        )
+    checkpoint["optimizer_states"] = [
+        in_live_order(state, then, now, f"state of optimizer {i}")
+        for i, (state, then, now) in enumerate(zip(states, saved, live, strict=True))
+    ]
+    checkpoint[KEY] = {**ours, "optimizers": live}
 
 
 def _rates(module: nn.Module) -> dict[float, set[int]]:

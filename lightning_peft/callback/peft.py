@@ -25,9 +25,11 @@ from lightning_peft.callback.gradients import (
 from lightning_peft.callback.module_wrap import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.optimizers import (
     Schedules,
+    align_optimizer_states,
     finish_optimizers,
     install_optimizer_setup,
     layers_of,
+    optimizer_names,
 )
 from lightning_peft.callback.planning import make_plan
 from lightning_peft.callback.random_states import gather_rng
@@ -108,6 +110,7 @@ class PEFT(pl.Callback):
         self.plan = plan
         self.memory_plan: Plan | None = None
         self._rng: list[dict[str, Any]] | None = None
+        self._resumed: dict[str, Any] | None = None
         self._schedules: Schedules | None = None
         self._first_step = False
         self._notes: list[str] = []
@@ -199,6 +202,9 @@ class PEFT(pl.Callback):
             # Later is too late: the first data iterator draws a seed before on_train_start.
             restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)
             self._rng = None
+        if self._resumed is not None:  # Lightning loads the optimizers' states after this hook
+            align_optimizer_states(trainer, self._resumed)
+            self._resumed = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adapters must be the trained ones."""
@@ -279,14 +285,20 @@ class PEFT(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the random states of every process."""
+        """Add the random states of every process, and names to the optimizers' states."""
         if KEY not in checkpoint:
-            checkpoint[KEY] = {"rng": gather_rng(trainer)}
+            names = optimizer_names(trainer)
+            checkpoint[KEY] = {"rng": gather_rng(trainer), "optimizers": names}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the random states for `on_fit_start`."""
+        """Keep for `on_fit_start` what can be put back only then."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over
+                align_optimizer_states(trainer, checkpoint)
+            else:
+                self._resumed = checkpoint
         states = (checkpoint.get(KEY) or {}).get("rng")
         if states is None or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -309,6 +321,7 @@ class PEFT(pl.Callback):
         """Leave the user's module as it was found."""
         unwrap_configure_model(pl_module)
         self._stop.release()
+        self._resumed = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The same."""

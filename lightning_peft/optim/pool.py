@@ -11,6 +11,7 @@ from lightning_peft_kernels.dynamic_map import ZERO_CODE
 from torch import Tensor
 
 from lightning_peft.optim.memory import allocate, prefetch
+from lightning_peft.storage.shards import local
 
 __all__ = ["Field", "Pool", "local"]
 
@@ -31,12 +32,6 @@ FIELDS_8BIT = {
     "state2": Field(torch.uint8, fill=ZERO_CODE[False]),
     "absmax2": Field(torch.float32, every=BLOCK),
 }
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor (shares its memory), any other tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 class Pool:

@@ -10,6 +10,7 @@ from lightning_peft_kernels.lora_linear import lora_linear
 from torch import Tensor, nn
 
 from lightning_peft.site import Reason, Site
+from lightning_peft.storage.shards import fill_rows, local
 from lightning_peft.swap import base_class
 
 __all__ = ["DenseStorage"]
@@ -52,12 +53,13 @@ class DenseStorage:
         return W.to(self.dtype(m, name)).to(W.dtype)
 
     def snapshot(self, m: nn.Module, name: str) -> Any:
-        """A copy on the CPU."""
-        return m.get_parameter(name).detach().to("cpu", copy=True)
+        """A copy on the CPU; of a sharded weight this process's rows."""
+        return local(m.get_parameter(name)).detach().to("cpu", copy=True)
 
     def restore(self, m: nn.Module, name: str, bits: Any) -> None:
         """Copy back."""
-        self.write(m, name, bits)
+        with torch.no_grad():
+            fill_rows(m.get_parameter(name), bits)
 
     def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
         """Already dense: write."""

@@ -2,12 +2,14 @@
 
 Each process reads its own rows only, a few at a time, and quantises them on the way; no process
 ever holds more of the dense model than one chunk. Bytes are those of quantising the whole weight.
+A start that needs a weight whole (PiSSA, DoRA's norms) is given it right when its rows were read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +19,14 @@ from lightning_peft_kernels.nf4 import Packed4bit, quantize_4bit, quantize_scale
 from torch import Tensor, nn
 
 from lightning_peft.storage.nf4 import Packing, place_values
+from lightning_peft.storage.shards import local, local_rows
 
-__all__ = ["fill_rows", "local_rows", "materialize", "stream_base"]
+__all__ = ["After", "materialize", "stream_base"]
+
+#: (module, name of the weight, how to read it whole) → the weight to store in its place, or None.
+After = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor | None]
 
 _CHUNK = 1 << 22  # elements read at once: 16 MB in fp32
-
-
-def local_rows(t: Tensor) -> tuple[int, int]:
-    """(first row, rows) of this process's part of a tensor; all of a plain one."""
-    rows = t.shape[0] if t.ndim else 1
-    if not hasattr(t, "to_local"):
-        return 0, rows
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sharded: Any = t
-    shape, offset = compute_local_shape_and_global_offset(
-        sharded.shape, sharded.device_mesh, sharded.placements
-    )
-    return (int(offset[0]), int(shape[0])) if t.ndim else (0, 1)
-
-
-def fill_rows(t: Tensor, whole: Tensor) -> None:
-    """Copy this process's rows of a whole tensor into `t`."""
-    first, rows = local_rows(t)
-    _local(t.detach()).copy_(whole[first : first + rows] if whole.ndim else whole)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -52,7 +38,8 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     lost = [
         (name, module)
         for name, module in model.named_modules()
-        if any(b is not None and b.device.type == "meta" for b in module._buffers.values())
+        if "peft" not in name.split(".")
+        and any(b is not None and b.device.type == "meta" for b in module._buffers.values())
     ]
     tied = _ties(model)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
@@ -92,13 +79,17 @@ def _owner(model: nn.Module, name: str) -> Any:
     return found
 
 
-def stream_base(model: nn.Module, folder: Path, *, chunk: int = _CHUNK) -> None:
+def stream_base(
+    model: nn.Module, folder: Path, *, chunk: int = _CHUNK, after: After | None = None
+) -> None:
     """Fill the base of `model` (adapters left out) from a folder of safetensors.
 
     Args:
         model: With memory for its own rows; sharded or not, packed or dense.
         folder: Holds ``*.safetensors``; names are the model's, or those of one submodule.
         chunk: Elements of a dense weight read at once.
+        after: Called when a weight's rows are in place, on every process in the same order; what
+            it returns is stored instead.
 
     Raises:
         FileNotFoundError: no safetensors there.
@@ -121,10 +112,23 @@ def stream_base(model: nn.Module, folder: Path, *, chunk: int = _CHUNK) -> None:
     with torch.no_grad():
         for name, (module, key) in wanted.items():
             with index.open(name.removeprefix(prefix)) as source:
-                if key in vars(module).get("_packed", ()):
-                    _stream_packed(module, key, source, chunk)
-                else:
-                    _stream_dense(_stored(module, key), source, chunk)
+                _fill(module, key, source, chunk)
+                other = None if after is None else after(module, key, partial(_whole, source))
+            if other is not None:
+                _fill(module, key, other, chunk)
+
+
+def _fill(module: nn.Module, key: str, source: Any, chunk: int) -> None:
+    """`source` is sliced: a tensor in a file, or in memory."""
+    if key in vars(module).get("_packed", ()):
+        _stream_packed(module, key, source, chunk)
+    else:
+        _stream_dense(_stored(module, key), source, chunk)
+
+
+def _whole(source: Any) -> Tensor:
+    W: Tensor = source[...]
+    return W
 
 
 # ---- where what stands
@@ -215,14 +219,9 @@ def _prefix(model: nn.Module, keys: Mapping[str, Any], wanted: Mapping[str, Any]
 # ---- copying in
 
 
-def _local(t: Tensor) -> Tensor:
-    own: Tensor = t.to_local() if hasattr(t, "to_local") else t
-    return own
-
-
 def _stream_dense(t: Tensor, source: Any, chunk: int) -> None:
     first, rows = local_rows(t)
-    own = _local(t.detach())
+    own = local(t.detach())
     if not t.ndim:
         own.copy_(source[...])
         return
@@ -240,7 +239,7 @@ def _stream_packed(module: Any, name: str, source: Any, chunk: int) -> None:
         _stream_whole(module, name, p, source)
         return
     first, rows = local_rows(weight)
-    own = _local(weight.detach())
+    own = local(weight.detach())
     scales = torch.empty(rows * width // p.block_size, dtype=torch.float32, device=own.device)
     step = max(1, chunk // width)
     for start in range(0, rows, step):
@@ -260,7 +259,7 @@ def _stream_packed(module: Any, name: str, source: Any, chunk: int) -> None:
 
 def _place_scales(module: Any, name: str, p: Packing, scales: Tensor, weight: Tensor) -> None:
     """Scales of these rows; those of double quantisation need the scales of all rows."""
-    own = _local(module._parameters[f"{name}_absmax"].detach())
+    own = local(module._parameters[f"{name}_absmax"].detach())
     if not p.nested:
         own.copy_(scales.view(torch.uint8).view(own.shape))
         return
@@ -288,7 +287,7 @@ def _all_scales(scales: Tensor, weight: Tensor, p: Packing) -> Tensor:
 def _stream_whole(module: Any, name: str, p: Packing, source: Any) -> None:
     """Blocks cross rows, or experts lie one behind the other: one weight dense for a moment."""
     weight = module._parameters[name]
-    device = _local(weight).device
+    device = local(weight).device
     experts = len(p.shape) > 2
     first, rows = local_rows(weight) if experts else (0, p.shape[0])
     parts = []
@@ -307,23 +306,31 @@ def _stream_whole(module: Any, name: str, p: Packing, source: Any) -> None:
         t = module._parameters[key]
         start, count = local_rows(t)
         flat = value.reshape(-1).view(torch.uint8).view(t.shape)
-        _local(t.detach()).copy_(flat[start : start + count])
+        local(t.detach()).copy_(flat[start : start + count])
     _place_second(module, name, bits, slice(None))
 
 
 def _place_experts(module: Any, name: str, parts: list[Packed4bit], first: int) -> None:
     for i, bits in enumerate(parts):
         for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
-            own = _local(module._parameters[key].detach())
+            own = local(module._parameters[key].detach())
             own[i].copy_(value.reshape(-1).view(torch.uint8).view(own.shape[1:]))
-    # Second-level scales are replicated, so every process needs those of all experts.
-    if parts and parts[0].absmax2 is not None and hasattr(module._parameters[name], "to_local"):
-        raise RuntimeError(
-            f"{name}: expected experts without double quantisation when the base is read shard by "
-            "shard, got double_quant=True; give Quantization(double_quant=False)"
-        )
     for i, bits in enumerate(parts):
         _place_second(module, name, bits, slice(first + i, first + i + 1))
+    _gather_second(module, name, first, len(parts))
+
+
+def _gather_second(module: Any, name: str, first: int, count: int) -> None:
+    """Second-level scales are replicated: every process needs those of all experts."""
+    mesh = getattr(module._parameters[name], "device_mesh", None)
+    for part in ("absmax2", "offset"):
+        t = module._buffers.get(f"{name}_{part}")
+        if t is None or mesh is None or mesh.size() == 1:
+            continue
+        own = torch.zeros_like(t)
+        own[first : first + count] = t[first : first + count]
+        dist.all_reduce(own, group=mesh.get_group())  # bytes, zero where another process's are
+        t.copy_(own)
 
 
 def _place_second(module: Any, name: str, bits: Packed4bit, where: slice) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import checkpoint_file
 from lightning_peft.checkpoint import KEY, describe, is_attached, kept_tensors
-from lightning_peft.storage.stream import fill_rows
+from lightning_peft.storage.shards import fill_rows
 from lightning_peft.strategies.agreeing import raise_together
 from lightning_peft.strategies.guards import Guards
 from lightning_peft.strategies.pieces import (
@@ -24,7 +24,7 @@ from lightning_peft.strategies.pieces import (
     join_optimizers,
     join_tensors,
     optimizer_piece,
-    publish,
+    prune,
     tensor_pieces,
 )
 from lightning_peft.strategies.plan import Classes
@@ -205,7 +205,8 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
             whole[KEY] = {**describe(module), **(checkpoint.get(KEY) or {})}
             whole["pieces"] = self.world_size
             checkpoint_file.write(whole, temporary / "meta.pt")
-            publish(temporary, target)
+            prune(temporary, self.world_size)
+            checkpoint_file.publish(temporary, target)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None

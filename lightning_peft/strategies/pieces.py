@@ -8,7 +8,6 @@ any strategy reads it, on any number of processes.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_peft import checkpoint_file
 from lightning_peft.optim import PooledOptimizer, join_shards, shard
 from lightning_peft.optim.pool import local
-from lightning_peft.storage.stream import local_rows
+from lightning_peft.storage.shards import local_rows
 
 __all__ = [
     "cut_optimizer",
@@ -28,7 +27,7 @@ __all__ = [
     "join_optimizers",
     "join_tensors",
     "optimizer_piece",
-    "publish",
+    "prune",
     "read_folder",
     "tensor_pieces",
 ]
@@ -179,17 +178,12 @@ def is_folder(path: Any) -> bool:
     return checkpoint_file.is_local(path) and Path(path).is_dir()
 
 
-def publish(temporary: Path, target: Path) -> None:
-    """Put a finished folder in the place of an older file or folder; that goes last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
+def prune(folder: Path, pieces: int) -> None:
+    """Remove what an interrupted save left: pieces of more processes than there are."""
+    kept = {_META, *(f"piece-{rank}.pt" for rank in range(pieces))}
+    for file in folder.iterdir():
+        if file.name not in kept:
+            file.unlink()
 
 
 def read_folder(path: Path) -> dict[str, Any]:

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_peft.checkpoint import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.making import start_values
-from lightning_peft.optim.pool import local
 from lightning_peft.storage import storage_of
-from lightning_peft.storage.stream import fill_rows, materialize, stream_base
+from lightning_peft.storage.stream import materialize, stream_base
 from lightning_peft.strategies.plan import Classes, shard_units
+from lightning_peft.strategies.starting import (
+    of_rank_0,
+    start_after_base,
+    start_before_base,
+    starts_from_weights,
+)
 
 __all__ = ["Options", "is_sharded", "shard_model"]
 
@@ -71,7 +74,7 @@ def shard_model(
         )
     if not empty:
         for t in kept_tensors(module).values():
-            _of_rank_0(t.detach(), device)
+            of_rank_0(t.detach(), device)
     units = shard_units(module, options.shard_classes)
     probe = _probe(units)
     kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
@@ -87,9 +90,9 @@ def shard_model(
     if empty:
         place = torch.device("cpu") if options.cpu_offload else device
         materialize(module, place)
-        _start_adapters(module, device)
-        stream_base(module, Path(str(options.base_from)))
-        _start_copies(module)
+        start_before_base(module, device)
+        stream_base(module, Path(str(options.base_from)), after=starts_from_weights(module, device))
+        start_after_base(module)
     _check(module)
     if probe is not None:
         _compare(*probe)
@@ -129,44 +132,6 @@ def _refuse(module: nn.Module, fsdp: Any) -> None:
             f"peft_fsdp: expected one dtype for everything trained, got "
             f"{sorted(map(str, trained_dtypes))}; cast the module before fitting"
         )
-
-
-def _start_adapters(module: nn.Module, device: torch.device) -> None:
-    """Adapters were attached to a base without memory: their start values, drawn now.
-
-    Raises:
-        RuntimeError: a start that needs the base, which is not read yet.
-    """
-    for name, adapted in adapted_modules(module):
-        for adapter in adapters_of(adapted):
-            if adapter.rewrite is not None or adapter.shared or adapter.kind in ("block",):
-                raise RuntimeError(
-                    f"{name!r}: expected an adapter that starts by itself, got "
-                    f"{adapter.method.label}, which needs the base; build the model outside of "
-                    "torch.device('meta'), or use LoRA with its default init"
-                )
-            if adapter.kind == "weight":
-                fresh = start_values(adapter.method, adapter.site, adapter.adapter_name, None)
-                for key, t in adapter.tensors().items():
-                    fill_rows(t, _of_rank_0(fresh[key], device))
-
-
-def _start_copies(module: nn.Module) -> None:
-    """Trained copies start from the base that was just read; both are sharded alike."""
-    with torch.no_grad():
-        for _, adapted in adapted_modules(module):
-            for adapter in adapters_of(adapted):
-                for path, copied in adapter.copies().items():
-                    local(copied).copy_(local(adapted.get_parameter(path)))
-
-
-def _of_rank_0(t: Tensor, device: torch.device) -> Tensor:
-    """Rank 0's start values everywhere, in place: an unseeded process draws its own."""
-    if dist.is_initialized():
-        moved = t.to(device)
-        dist.broadcast(moved, 0)
-        t.copy_(moved)
-    return t
 
 
 # ---- whether what comes back is what went in

@@ -42,6 +42,8 @@ class Job:
         fault: What goes wrong, on `fault_rank`, in step `fault_step`.
         base_seed: Seed of the base, by rank; one value for all.
         lora_r: LoRA's r, by rank.
+        method_options: Further settings of the method.
+        reverse: Whether the optimizer gets its parameters in reverse order.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Job:
     base_seed: list[int] = field(default_factory=lambda: [7])
     lora_r: list[int] = field(default_factory=lambda: [4])
     method: str = "LoRA"
+    method_options: dict[str, Any] = field(default_factory=dict)
+    reverse: bool = False
     modules_to_save: list[str] = field(default_factory=list)
     callbacks: list[str] = field(default_factory=list)
     validate: bool = False
@@ -159,6 +163,7 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]
+        trained = trained[::-1] if self.job.reverse else trained
         return torch.optim.AdamW(trained, lr=1e-2)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -184,11 +189,10 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
             double_quant=job.double_quant,
         )
     kind = getattr(lightning_peft, job.method)
-    method = (
-        kind(r=of_rank(job.lora_r), target_modules="all-linear")
-        if "r" in kind.__dataclass_fields__
-        else kind(target_modules="all-linear")
-    )
+    options = {"target_modules": "all-linear", **job.method_options}
+    if "r" in kind.__dataclass_fields__:
+        options = {"r": of_rank(job.lora_r), **options}
+    method = kind(**options)
     peft = PEFT(
         method,
         modules_to_save=job.modules_to_save,

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_peft import LoRA, PEFTDDPStrategy, PEFTFSDPStrategy, attach
 from lightning_peft.optim import AdamW8bit, join_shards, moments, shard
 from lightning_peft.strategies.ddp import may_skip, reentrant
-from lightning_peft.strategies.pieces import publish, read_folder
+from lightning_peft.strategies.pieces import prune, read_folder
 from lightning_peft.strategies.plan import shard_units
 from tests.callback.nets import Plain, loader, peft, trainer
 from tests.tiny_models import BUILDERS
@@ -111,19 +111,14 @@ def test_one_process_works_too(
             torch.distributed.destroy_process_group()
 
 
-def test_a_folder_takes_the_place_of_a_file_and_back(tmp_path: Path) -> None:
-    target, made = tmp_path / "last.ckpt", tmp_path / ".new"
-    target.write_text("file")
-    made.mkdir()
-    (made / "x").write_text("1")
-    publish(made, target)
-    assert (target / "x").read_text() == "1"
+def test_pieces_of_an_interrupted_save_are_not_published(tmp_path: Path) -> None:
+    for name in ("piece-0.pt", "piece-1.pt", "piece-2.pt", ".piece-1.pt.tmp-host-1", "meta.pt"):
+        (tmp_path / name).write_text("x")
+    prune(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"piece-0.pt", "piece-1.pt", "meta.pt"}
+    (tmp_path / "meta.pt").unlink()
     with pytest.raises(ValueError, match="never finished"):
-        read_folder(target)
-    made.write_text("file again")
-    publish(made, target)
-    assert target.read_text() == "file again"
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+        read_folder(tmp_path)
 
 
 def test_shards_of_any_size_come_back_byte_for_byte() -> None:

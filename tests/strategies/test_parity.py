@@ -38,6 +38,8 @@ def jobs(folder: Path) -> dict[str, Job]:
         job("fsdp from one", FSDP, "one"),
         job("ddp from fsdp", DDP, "fsdp"),
         job("fsdp from ddp", FSDP, "ddp"),
+        job("fsdp reversed from ddp", FSDP, "ddp", reverse=True),
+        job("ddp reversed from fsdp", DDP, "fsdp", reverse=True),
         job("ddp from folder", DDP, "folder"),
         job("folder from folder", FOLDER, "folder"),
         job("ddp dense", DDP, quantization=None),
@@ -102,6 +104,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         # resumed at half: uninterrupted on the same strategy and number of processes
         ("ddp", "ddp from fsdp", 1e-6),
         ("fsdp", "fsdp from ddp", 1e-6),
+        ("fsdp", "fsdp reversed from ddp", 1e-6),
+        ("ddp", "ddp reversed from fsdp", 1e-6),
         ("ddp", "ddp from folder", 1e-6),
         ("folder", "folder from folder", 0),
         ("fsdp 8bit", "fsdp 8bit from fsdp 8bit", 0),

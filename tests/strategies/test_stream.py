@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 from lightning_peft import LoRA, Quantization, attach, reset_adapters
 from lightning_peft.storage.stream import materialize, stream_base
 from tests.strategies.jobs import Job, build
-from tests.strategies.processes import difference, result, run
+from tests.strategies.processes import Processes, difference, result, run
 from tests.tiny_models import BUILDERS, example_inputs, main_output
 
 FSDP: dict[str, Any] = {"devices": 2, "strategy": "peft_fsdp"}
@@ -99,6 +101,53 @@ def test_two_processes_read_their_own_rows(tmp_path: Path) -> None:
     assert difference(job, streamed) <= 1e-6
     loaded, read = result(job)["packed"], result(streamed)["packed"]
     assert all(torch.equal(loaded[k], read[k]) for k in loaded)
+
+
+QUICK = ("PiSSA", "DoRA", "VeRA")
+STARTS: dict[str, dict[str, Any]] = {
+    "PiSSA": {"method_options": {"init": "pissa"}},
+    "OLoRA dense": {"method_options": {"init": "olora"}, "quantization": None},
+    "LoftQ": {"method_options": {"init": "loftq"}},
+    "LoftQ, blocks across rows": {"method_options": {"init": "loftq"}, "block_size": 64},
+    "DoRA": {"method": "DoRA"},
+    "DoRA from PiSSA": {"method": "DoRA", "method_options": {"init": "pissa"}},
+    "PiSSA on Conv1D": {"method_options": {"init": "pissa"}, "model": "gpt2"},
+    "VeRA": {"method": "VeRA"},
+    "experts": {"model": "mixtral", "method_options": {"init": "pissa"}},
+    "bottleneck": {"method": "BottleneckAdapter"},
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param([n for n in STARTS if n not in QUICK], marks=pytest.mark.slow)],
+    ids=["quick", "rest"],
+)
+def test_starts_that_need_the_weight(names: Sequence[str], tmp_path: Path) -> None:
+    """Made as each weight is read: the base, its residual and training as over a loaded base."""
+    pairs = []
+    for name in names:
+        given = STARTS[name]
+        loaded = Job(f"{name} loaded", str(tmp_path), epochs=1, **FSDP, **given)
+        base = tmp_path / loaded.model
+        if not base.exists():
+            save_sharded(build(loaded), base)
+        pairs.append((loaded, replace(loaded, name=f"{name} read", meta_from=str(base))))
+    run(2, [job for pair in pairs for job in pair], tmp_path)
+    for loaded, read in pairs:
+        want, have = result(loaded)["packed"], result(read)["packed"]
+        assert want.keys() == have.keys()
+        assert [k for k in want if not torch.equal(want[k], have[k])] == [], loaded.name
+        assert difference(loaded, read) <= 1e-6, loaded.name
+
+
+def test_prompts_over_a_base_that_is_not_read_yet_are_refused(tmp_path: Path) -> None:
+    job = Job("prompts", str(tmp_path), method="PromptTuning", **FSDP)
+    save_sharded(build(job), tmp_path / "base")
+    job.meta_from, job.method_options = str(tmp_path / "base"), {"target_modules": None}
+    group = Processes(2, [job], tmp_path)
+    assert group.wait(60) == [1, 1]
+    assert "expected an adapter that can start before the base is read" in group.text()
 
 
 def test_no_process_holds_the_dense_model(tmp_path: Path) -> None:

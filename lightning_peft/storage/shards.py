@@ -1,0 +1,39 @@
+"""A process's own rows of a tensor: all of a plain one, its shard of one that FSDP2 cut by rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["fill_rows", "local", "local_rows"]
+
+
+def local(t: Tensor) -> Tensor:
+    """This process's shard of a DTensor (shares its memory), any other tensor itself."""
+    own: Tensor = t.to_local() if hasattr(t, "to_local") else t
+    return own
+
+
+def local_rows(t: Tensor) -> tuple[int, int]:
+    """(first row, rows) of this process's part of a tensor; all of a plain one."""
+    rows = t.shape[0] if t.ndim else 1
+    if not hasattr(t, "to_local"):
+        return 0, rows
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = t
+    shape, offset = compute_local_shape_and_global_offset(
+        sharded.shape, sharded.device_mesh, sharded.placements
+    )
+    return (int(offset[0]), int(shape[0])) if t.ndim else (0, 1)
+
+
+def fill_rows(t: Tensor, value: Tensor) -> None:
+    """Copy into `t` this process's rows of a whole tensor, or what is these rows already."""
+    own = local(t.detach())
+    if own.shape == value.shape:
+        own.copy_(value)
+        return
+    first, rows = local_rows(t)
+    own.copy_(value[first : first + rows])
