@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_peft.site import Reason, Site
 from lightning_peft.storage.config import Quantization
+from lightning_peft.storage.shards import fill_rows, local
 from lightning_peft.swap import Swapped, base_class, swap_in, swap_out
 
 __all__ = ["NF4Storage", "Packing", "Quantized4bit", "pack", "packed", "unpack"]
@@ -340,14 +341,14 @@ class NF4Storage:
         return out.mT if p.transposed else out
 
     def snapshot(self, m: Any, name: str) -> Any:
-        """Packed bytes and scales on the CPU."""
-        return {k: t.detach().to("cpu", copy=True) for k, t in _stored(m, name).items()}
+        """Packed bytes and scales on the CPU; of a sharded weight this process's rows."""
+        return {k: local(t).detach().to("cpu", copy=True) for k, t in _stored(m, name).items()}
 
     def restore(self, m: Any, name: str, bits: Any) -> None:
         """Copy the bytes back."""
         with torch.no_grad():
             for k, t in _stored(m, name).items():
-                t.copy_(bits[k])
+                fill_rows(t, bits[k])
 
     def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
         """An ordinary layer again."""
