@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning_peft_kernels import codebooks
 from lightning_peft_kernels.nf4 import (
     Packed4bit,
     dequantize_4bit,
@@ -73,6 +74,27 @@ def test_fast_path_equals_reference(shape, kind):
         for dtype in FLOATS:
             got = dequantize_4bit(q, shape, dtype, kind=kind)
             assert torch.equal(got, dequantize_4bit_reference(q, shape, dtype, kind=kind)), dtype
+
+
+@pytest.mark.parametrize("absmax", [1.0, 0.3, 3e38, 1e-37])
+def test_values_beside_decision_points_equal_reference(absmax):
+    """Where the lookup by cell has no answer: neighbours of decision points and of cells' edges."""
+    points = codebooks.midpoints("nf4")
+    edges = (torch.randint(-(1 << 15), 1 << 15, (255,)) + 0.5) / (1 << 14)
+    centres = torch.cat([points, edges[edges.abs() < 1.0], torch.tensor([0.0, 1.0])])
+    near = [centres]
+    for direction in (-2.0, 2.0):
+        t = centres
+        for _ in range(4):
+            t = torch.nextafter(t, torch.full_like(t, direction))
+            near.append(t.clamp(-1.0, 1.0))
+    values = torch.cat([*near, *(-t for t in near)]) * absmax
+    rows = torch.nn.functional.pad(values, (0, -values.numel() % 31)).view(-1, 31)
+    W = torch.nn.functional.pad(rows, (0, 1), value=absmax)  # each block of 32 holds its absmax
+    assert_same_bytes(
+        quantize_4bit(W, block_size=32, double_quant=False),
+        quantize_4bit_reference(W, block_size=32, double_quant=False),
+    )
 
 
 def test_values_equal_bitsandbytes_where_its_cpu_code_is_right():
@@ -156,7 +178,7 @@ def test_tables_do_not_depend_on_the_default_dtype():
     """`Trainer(precision="bf16-true")` runs a step under another default dtype, and tables are made
     when they are first wanted.
     """
-    from lightning_peft_kernels import codebooks, dynamic_map, nf4_cpu
+    from lightning_peft_kernels import dynamic_map, nf4_cpu
 
     tables = [
         (codebooks.code, "nf4"), (codebooks.code, "fp4"), (codebooks.midpoints, "nf4"),

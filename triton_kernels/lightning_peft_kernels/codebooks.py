@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["code", "fp4_order", "midpoints", "nf4_cells"]
+__all__ = ["NF4_CELLS", "SPLIT_CELL", "code", "fp4_order", "midpoints", "nf4_cells"]
 
 # Quantiles of a normal distribution, normalised to [-1, 1]. Dettmers et al. 2023, arXiv:2305.14314,
 # appendix E.
@@ -32,7 +32,8 @@ _FP4 = (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))
 # Rank in ascending order → code. The two zeros sort as 0 below 8.
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
-_CELLS_PER_UNIT = 16  # fine enough that no cell holds two NF4 midpoints
+NF4_CELLS = 1 << 14  # a unit: few enough values share a cell with a decision point, and 32 KiB
+SPLIT_CELL = 128
 
 
 @lru_cache(maxsize=16)
@@ -57,18 +58,13 @@ def midpoints(kind: str, device: str = "cpu") -> Tensor:
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
-@lru_cache(maxsize=4)
-def nf4_cells() -> tuple[Tensor, Tensor]:
-    """Lookup by cell for NF4: (lowest code of the cell [33] uint8, decision point in the cell [33]
-    fp32, inf if none).
+@lru_cache(maxsize=2)
+def nf4_cells() -> Tensor:
+    """NF4 codes uint8 by cell, [2 · NF4_CELLS + 1]: cell i holds the values that round to
+    i / NF4_CELLS - 1. `SPLIT_CELL` where a decision point lies in the cell, or on its edge.
     """
-    mids = midpoints("nf4")
-    starts = torch.arange(-_CELLS_PER_UNIT, _CELLS_PER_UNIT + 1).float() / _CELLS_PER_UNIT
-    base = torch.bucketize(starts, mids)
-    bound = torch.full((starts.numel(),), torch.inf, dtype=torch.float32)
-    ends = starts + 1.0 / _CELLS_PER_UNIT
-    for i, (low, high) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-        inside = mids[(mids >= low) & (mids < high)]
-        if inside.numel():
-            bound[i] = inside[0]
-    return base.to(torch.uint8), bound
+    mids = midpoints("nf4").double()
+    centres = torch.arange(-NF4_CELLS, NF4_CELLS + 1).double() / NF4_CELLS
+    reach = 0.5001 / NF4_CELLS  # more than half a cell: a value may round either way on an edge
+    low, high = (torch.bucketize(centres + side * reach, mids) for side in (-1, 1))
+    return torch.where(low == high, low, SPLIT_CELL).to(torch.uint8)
