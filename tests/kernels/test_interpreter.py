@@ -11,7 +11,13 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize(
-    "script", ["interpret_nf4.py", "interpret_decode.py", "interpret_output_scale.py"]
+    "script",
+    [
+        "interpret_nf4.py",
+        "interpret_decode.py",
+        "interpret_output_scale.py",
+        "interpret_dropout.py",
+    ],
 )
 def test_interpreter(script):
     pytest.importorskip("triton")

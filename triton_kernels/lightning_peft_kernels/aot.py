@@ -36,6 +36,7 @@ MODULES = (
     "lightning_peft_kernels.fp8_triton",
     "lightning_peft_kernels.decode_triton",
     "lightning_peft_kernels.output_scale_triton",
+    "lightning_peft_kernels.dropout_triton",
     "lightning_peft_kernels.adamw_8bit_triton",
 )
 # Target → (backend, architecture, lanes a warp, shared memory in bytes that one block may use).

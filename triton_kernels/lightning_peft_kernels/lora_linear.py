@@ -2,8 +2,8 @@
 
 Shapes: x [..., K], W [N, K] frozen or trained, A [R, K], B [N, R]; M = rows of x.
 S = drop(x) Aᵀ [M, R] is saved, not recomputed (unlike the usual fast algorithm, which reads x twice
-more). The scale sits on the rank side, M·R elements instead of M·N. dY is read for dS = s · dY B
-and dB = s · dYᵀ S.
+more); of dropout only the seed is saved, and backward draws the mask again. The scale sits on the
+rank side, M·R elements instead of M·N. dY is read for dS = s · dY B and dB = s · dYᵀ S.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
 
 __all__ = ["Plan", "lora_linear", "lora_linear_reference"]
 
@@ -62,30 +64,35 @@ def prepare(
 
 
 def lora_down(x2: Tensor, A: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """(S = s · drop(x) Aᵀ [M, R], mask or None)."""
-    z, mask = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype), None
+    """(S = s · drop(x) Aᵀ [M, R], seed of the dropout or None)."""
+    z, seed = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype), None
     if plan.dropout_p:
-        keep = 1.0 - plan.dropout_p
-        mask = torch.rand(x2.shape, device=x2.device, dtype=torch.float32) < keep
-        z = z * mask * (1.0 / keep)
+        seed = draw_seed(x2.device)
+        z = seeded_dropout(z, seed, plan.dropout_p)
     S = z @ A.mT
-    return (S if plan.scaling == 1.0 else S * plan.scaling), mask
+    return (S if plan.scaling == 1.0 else S * plan.scaling), seed
 
 
 def lora_branch(
     x2: Tensor, A: Tensor, B: Tensor, plan: Plan, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], mask or None)."""
-    S, mask = lora_down(x2, A, plan)
+    """(s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], seed or None)."""
+    S, seed = lora_down(x2, A, plan)
     y = S @ B.mT
-    return (y if y.dtype == out_dtype else y.to(out_dtype)), S, mask
+    return (y if y.dtype == out_dtype else y.to(out_dtype)), S, seed
+
+
+def lora_up_backward(dS: Tensor, A: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
+    """What the branch adds to dX: drop(dS A) [M, K], with the mask of forward."""
+    low = dS @ A
+    return low if seed is None else seeded_dropout(low, seed, plan.dropout_p)
 
 
 def lora_backward(
     dY: Tensor,
     x2: Tensor,
     S: Tensor,
-    mask: Tensor | None,
+    seed: Tensor | None,
     A: Tensor,
     B: Tensor,
     W: Tensor | None,
@@ -101,18 +108,11 @@ def lora_backward(
         dS = dS * plan.scaling
     if needs_B:
         dB = g.mT @ S
-    keep = 1.0 - plan.dropout_p
     if needs_A and dS is not None:
         z = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype)
-        dA = dS.mT @ (z if mask is None else z * mask * (1.0 / keep))
+        dA = dS.mT @ (z if seed is None else seeded_dropout(z, seed, plan.dropout_p))
     if W is not None and dS is not None:
-        if mask is None and plan.dtype == dY.dtype:
-            dX = torch.addmm(dS @ A, dY, W)
-        else:
-            low = dS @ A
-            if mask is not None:
-                low = low * mask * (1.0 / keep)
-            dX = torch.addmm(low.to(dY.dtype), dY, W)
+        dX = torch.addmm(lora_up_backward(dS, A, seed, plan).to(dY.dtype), dY, W)
     return dX, dA, dB
 
 
@@ -130,12 +130,12 @@ class _LoRALinear(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         # The base first, as the plain layer runs it: with B = 0 not a bit differs.
         y = torch.nn.functional.linear(x2, W, bias)
-        S, mask = lora_down(x2, A, plan)
+        S, seed = lora_down(x2, A, plan)
         if plan.dtype == y.dtype:
             y.addmm_(S, B.mT)
         else:
             y += (S @ B.mT).to(y.dtype)
-        ctx.save_for_backward(x2, S, mask, A, B, W)
+        ctx.save_for_backward(x2, S, seed, A, B, W)
         ctx.plan, ctx.leading = plan, x.shape[:-1]
         # No view: the caller may go on in place.
         unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
@@ -143,11 +143,11 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        x2, S, mask, A, B, W = ctx.saved_tensors
+        x2, S, seed, A, B, W = ctx.saved_tensors
         dY2 = dY.reshape(-1, dY.shape[-1])
         needs = ctx.needs_input_grad
         dX, dA, dB = lora_backward(
-            dY2, x2, S, mask, A, B, W if needs[0] else None, ctx.plan, needs[3], needs[4]
+            dY2, x2, S, seed, A, B, W if needs[0] else None, ctx.plan, needs[3], needs[4]
         )
         if dX is not None:
             dX = dX.view(*ctx.leading, dX.shape[-1])

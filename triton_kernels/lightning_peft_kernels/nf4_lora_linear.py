@@ -5,7 +5,7 @@ dropped; backward dequantises it again for dX = dY W, unless it was kept by the 
 checkpoint. Few tokens are multiplied by W as it is decoded. S = s · drop(x) Aᵀ [M, R] is saved, not
 recomputed; the base product is added onto the LoRA term in place (`addmm_`, β = 1), so that y is
 written once and no pass over it is spent on the sum.
-    dS = s · dY B      dB = s · dYᵀ S'      dA = dSᵀ drop(x)      dX = dY W + mask ∘ (dS A)
+    dS = s · dY B      dB = s · dYᵀ S'      dA = dSᵀ drop(x)      dX = dY W + drop(dS A)
 Rank-sized products run in the adapters' dtype where it is wider than x's and autocast is off, as
 Hugging Face peft does; gradients of A and B come back in the parameters' dtype.
 """
@@ -105,7 +105,7 @@ class _NF4LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         q = Packed4bit(packed, absmax, absmax2, offset)
-        S, mask = lora_down(x2, A, plan)
+        S, seed = lora_down(x2, A, plan)
         W = None
         fits = plan.dtype == x.dtype
         if fits and choose_product(x.device, x.dtype, x2.shape[0], shape).backend == "fused":
@@ -118,7 +118,7 @@ class _NF4LoRALinear(torch.autograd.Function):
             if bias is not None:
                 y += bias
             W = W if keep else None
-        ctx.save_for_backward(x2, S, mask, A, B, W, *q)
+        ctx.save_for_backward(x2, S, seed, A, B, W, *q)
         ctx.plan, ctx.packing, ctx.leading = plan, (shape, kind, block_size), x.shape[:-1]
         # No view: the caller may go on in place.
         unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
@@ -126,13 +126,13 @@ class _NF4LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        x2, S, mask, A, B, *rest = ctx.saved_tensors
+        x2, S, seed, A, B, *rest = ctx.saved_tensors
         dY2 = dY.reshape(-1, dY.shape[-1])
         W = None
         if ctx.needs_input_grad[0]:
             W = _backward_weights(ctx, dY.dtype, *rest)
         dX, dA, dB = lora_backward(
-            dY2, x2, S, mask, A, B, W, ctx.plan, ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+            dY2, x2, S, seed, A, B, W, ctx.plan, ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         )
         d_bias = dY2.sum(0) if ctx.needs_input_grad[5] else None
         if dX is not None:
