@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_peft_kernels import grouped
 from lightning_peft_kernels.grouped import (
     Projection,
     nf4_grouped_projections,
     nf4_grouped_projections_reference,
 )
-from lightning_peft_kernels.nf4 import quantize_4bit
+from lightning_peft_kernels.nf4 import dequantize_4bit, quantize_4bit
+from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear
 from torch import Tensor
 
 from tests.asserting import assert_close
@@ -69,7 +69,7 @@ def test_outputs_and_gradients(
     plain = results(alone, group, nf4_grouped_projections_reference(alone, group), dYs)
     # W is rounded to the dtype first: the truth has the same weights.
     doubled = [widened(p) for p in group]
-    weights = [grouped.dequantize_4bit(p.q, p.shape, dtype).double() for p in group]
+    weights = [dequantize_4bit(p.q, p.shape, dtype).double() for p in group]
     ys = [
         torch.nn.functional.linear(wide, W, p.bias) + wide @ p.A.T @ p.B.T * p.scaling
         for W, p in zip(weights, doubled, strict=True)
@@ -81,18 +81,58 @@ def test_outputs_and_gradients(
             assert_close(name, got[name], want, same_dtype=plain[name], floor=floor)
 
 
-def test_one_mask_for_the_group() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_layers_one_by_one_under_the_same_seed(dropout: float) -> None:
+    """Forward and every gradient, masks included: each layer draws the seed it would draw alone."""
+    group = [p._replace(dropout_p=dropout) for p in layers(64, [(48, 4), (16, 2)], torch.float32)]
+    x0 = torch.randn(5, 64)
+    found = []
+    for together in (True, False):
+        for p in group:
+            for t in (p.A, p.B, p.bias):
+                if t is not None:
+                    t.grad = None
+        x = x0.clone().requires_grad_()
+        torch.manual_seed(11)
+        ys = (
+            nf4_grouped_projections(x, group)
+            if together
+            else [
+                nf4_lora_linear(x, p.q, p.shape, p.bias, p.A, p.B, p.scaling, dropout_p=p.dropout_p)
+                for p in group
+            ]
+        )
+        dYs = [torch.ones_like(y) * (i + 1) for i, y in enumerate(ys)]
+        found.append(results(x, group, ys, dYs))
+    for name, want in found[1].items():
+        torch.testing.assert_close(found[0][name], want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_dropout_is_off_in_evaluation() -> None:
     eye, q = torch.eye(32), quantize_4bit(torch.zeros(32, 32))
-    x = torch.ones(40, 32, requires_grad=True)
-    group = [Projection(q, (32, 32), None, eye, eye, 1.0)] * 2
-    y1, y2 = nf4_grouped_projections(x, group, dropout_p=0.5)
-    assert torch.equal(y1, y2)
+    x = torch.ones(40, 32)
+    group = [Projection(q, (32, 32), None, eye, eye, 1.0, 0.5)] * 2
+    y1, y2 = nf4_grouped_projections(x, group)
+    assert not torch.equal(y1, y2)
     assert set(y1.unique().tolist()) == {0.0, 2.0}
-    (y1.sum() + y2.sum()).backward()
+    assert torch.equal(nf4_grouped_projections(x, group, training=False)[0], x)
+
+
+def test_an_output_may_be_changed_in_place_and_one_may_stay_unused() -> None:
+    group = layers(64, [(32, 4), (16, 4)], torch.float32)
+    x = torch.randn(3, 64, requires_grad=True)
+    first, second = nf4_grouped_projections(x, group)
+    before = second.detach().clone()
+    first.mul_(2.0)
+    assert torch.equal(second, before)
+    first.sum().backward()
     assert x.grad is not None
-    assert torch.equal(x.grad, 2 * y1.detach())
-    still = nf4_grouped_projections(x, group, dropout_p=0.5, training=False)
-    assert torch.equal(still[0], x)
+    alone = x.detach().clone().requires_grad_()
+    p = group[0]
+    want = nf4_lora_linear(alone, p.q, p.shape, p.bias, p.A, p.B, p.scaling)
+    want.mul(2.0).sum().backward()
+    assert alone.grad is not None
+    torch.testing.assert_close(x.grad, alone.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_compiles_and_respects_autocast() -> None:

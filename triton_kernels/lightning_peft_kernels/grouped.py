@@ -1,12 +1,12 @@
 """Projections that share their input (q, k and v; gate and up), each with LoRA, as one op.
 
-    y_i = x W_iᵀ + s_i · drop(x) A_iᵀ B_iᵀ + bias_i          i = 1 … g, W_i [N_i, K] packed
+    y_i = x W_iᵀ + s_i · drop_i(x) A_iᵀ B_iᵀ + bias_i          i = 1 … g, W_i [N_i, K] packed
 
 The weights are dequantised below each other into one buffer [ΣN, K], so that forward is one product
 and dX = [dY_1 … dY_g] · [W_1; …; W_g] one product too, instead of g products and g − 1 passes that
-add into dX; the A_i are stacked, so that x and dX meet one rank-sized product each. The outputs are
-views of one [M, ΣN] tensor. Dropout draws one mask for the group, where separate layers draw their
-own: leave a group apart where its members' masks must differ.
+add into dX. Without dropout the A_i are stacked, so that x and dX meet one rank-sized product each;
+with it every layer draws its own seed, in order, so that its mask is the one that it would draw
+alone. Each y_i owns its columns of one [M, ΣN] buffer: a strided tensor, not a view.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.lora_linear import Plan, prepare
-from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit
+from lightning_peft_kernels.dropout import seeded_dropout
+from lightning_peft_kernels.lora_linear import Plan, lora_down, lora_up_backward, prepare
+from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear_reference
+from lightning_peft_kernels.workspace import keeps_for_backward, stacked_weights
 
 __all__ = ["Projection", "nf4_grouped_projections", "nf4_grouped_projections_reference"]
 
@@ -33,7 +35,8 @@ class Projection(NamedTuple):
         bias: [N] or None.
         A: [R, K].
         B: [N, R].
-        scaling: A number.
+        scaling: Number or 0-d tensor.
+        dropout_p: Probability of dropping an element of x in the low-rank branch.
     """
 
     q: Packed4bit
@@ -41,7 +44,8 @@ class Projection(NamedTuple):
     bias: Tensor | None
     A: Tensor
     B: Tensor
-    scaling: float
+    scaling: float | Tensor
+    dropout_p: float = 0.0
 
 
 def nf4_grouped_projections_reference(
@@ -56,94 +60,151 @@ def nf4_grouped_projections_reference(
     ]
 
 
-class _Sizes(NamedTuple):
+class _Group(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-    plan: Plan
+    plans: tuple[Plan, ...]
     kind: str
     block_size: int
 
+    @property
+    def rows(self) -> list[int]:
+        return [N for N, _ in self.shapes]
 
-def _dense(packed: Sequence[Packed4bit], sizes: _Sizes, dtype: torch.dtype) -> Tensor:
-    """[ΣN, K]; each weight is written to its own rows."""
-    rows = [N for N, _ in sizes.shapes]
-    K = sizes.shapes[0][1]
-    how: dict[str, Any] = {"kind": sizes.kind, "block_size": sizes.block_size}
-    if torch.compiler.is_compiling():
-        parts = zip(packed, sizes.shapes, strict=True)
-        return torch.cat([dequantize_4bit(q, shape, dtype, **how) for q, shape in parts])
-    W = torch.empty(sum(rows), K, dtype=dtype, device=packed[0].packed.device)
-    for q, part, shape in zip(packed, W.split(rows), sizes.shapes, strict=True):
-        dequantize_4bit(q, shape, dtype, out=part, **how)
-    return W
+    @property
+    def stacked(self) -> bool:
+        """Whether all A meet the same x."""
+        return not any(plan.dropout_p for plan in self.plans)
 
 
 def _packed(flat: Sequence[Tensor | None]) -> list[Packed4bit]:
     return [Packed4bit(*flat[i : i + 4]) for i in range(0, len(flat), 4)]  # type: ignore[arg-type]
 
 
+def _down(
+    x2: Tensor, As: Sequence[Tensor], group: _Group
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """(S_i = s_i · drop_i(x) A_iᵀ, seeds)."""
+    if not group.stacked:
+        found = [lora_down(x2, A, plan) for A, plan in zip(As, group.plans, strict=True)]
+        return [S for S, _ in found], [seed for _, seed in found]
+    S = x2.to(group.plans[0].dtype) @ torch.cat(list(As)).mT
+    parts = S.split(group.ranks, dim=1)
+    scaled = [
+        part if plan.scaling == 1.0 else part * plan.scaling
+        for part, plan in zip(parts, group.plans, strict=True)
+    ]
+    return scaled, [None] * len(As)
+
+
+def _up(
+    x2: Tensor,
+    W: Tensor,
+    Ss: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    group: _Group,
+) -> list[Tensor]:
+    """y_i = S_i B_iᵀ + x W_iᵀ + bias_i, in that order, as a layer alone sums it."""
+    branches = [S @ B.mT for S, B in zip(Ss, Bs, strict=True)]
+    if torch.compiler.is_compiling():  # a graph knows no tensors that share memory unseen
+        y = torch.cat([b.to(x2.dtype) for b in branches], 1).addmm(x2, W.mT)
+        return [
+            part.clone() if bias is None else part + bias
+            for part, bias in zip(y.split(group.rows, 1), biases, strict=True)
+        ]
+    y = x2.new_empty(x2.shape[0], sum(group.rows))
+    # Parts that autograd takes for tensors of their own: the caller may go on in place.
+    parts: list[Tensor] = list(torch.ops.aten.unsafe_split_with_sizes(y, group.rows, 1))
+    for part, branch in zip(parts, branches, strict=True):
+        part.copy_(branch)
+    y.addmm_(x2, W.mT)
+    for part, bias in zip(parts, biases, strict=True):
+        if bias is not None:
+            part += bias
+    return parts
+
+
 class _GroupedProjections(torch.autograd.Function):
-    """Inputs after `sizes`: g biases, g A, g B, then 4·g tensors of bytes."""
+    """Inputs after `group`: g biases, g A, g B, then 4·g tensors of bytes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: _Sizes, *rest: Tensor | None) -> Tensor:
-        g = len(sizes.shapes)
+    def forward(ctx: Any, x: Tensor, group: _Group, *rest: Any) -> tuple[Tensor, ...]:
+        g, lead = len(group.shapes), x.shape[:-1]
         biases, As, Bs, flat = rest[:g], rest[g : 2 * g], rest[2 * g : 3 * g], rest[3 * g :]
-        plan = sizes.plan
         x2 = x.reshape(-1, x.shape[-1])
-        z, mask = x2.to(plan.dtype), None
-        if plan.dropout_p:
-            keep = 1.0 - plan.dropout_p
-            mask = torch.rand(x2.shape, device=x2.device, dtype=torch.float32) < keep
-            z = z * mask * (1.0 / keep)
-        S = z @ torch.cat(As).mT  # type: ignore[arg-type]
-        y = x2.new_empty(x2.shape[0], sum(N for N, _ in sizes.shapes))
-        parts = y.split([N for N, _ in sizes.shapes], dim=1)
-        for part, s, B, scaling, bias in zip(
-            parts, S.split(sizes.ranks, dim=1), Bs, sizes.scalings, biases, strict=True
-        ):
-            assert B is not None
-            s.mul_(scaling)
-            part.copy_(s @ B.mT)
-            if bias is not None:
-                part += bias
-        y.addmm_(x2, _dense(_packed(flat), sizes, x.dtype).mT)
-        ctx.save_for_backward(x2, mask, S, *As, *Bs, *flat)
-        ctx.sizes, ctx.leading = sizes, x.shape[:-1]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        Ss, seeds = _down(x2, As, group)
+        keep = ctx.needs_input_grad[0] and keeps_for_backward()
+        how = (group.shapes, x.dtype, group.kind, group.block_size)
+        W = stacked_weights(_packed(flat), *how, keep=keep)
+        parts = _up(x2, W, Ss, Bs, biases, group)
+        ctx.save_for_backward(x2, W if keep else None, *seeds, *Ss, *As, *Bs, *flat)
+        ctx.group, ctx.leading = group, lead
+        return tuple(torch.ops.aten._unsafe_view(part, (*lead, part.shape[-1])) for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        sizes: _Sizes = ctx.sizes
-        x2, mask, S, *rest = ctx.saved_tensors
-        g, plan, needs = len(sizes.shapes), sizes.plan, ctx.needs_input_grad
-        As, Bs, flat = rest[:g], rest[g : 2 * g], rest[2 * g :]
-        dY2 = dY.reshape(-1, dY.shape[-1])
-        gs = dY2.to(plan.dtype).split([N for N, _ in sizes.shapes], dim=1)
-        factor = 1.0 / (1.0 - plan.dropout_p)
-        dS = torch.cat(
-            [part @ B * s for part, B, s in zip(gs, Bs, sizes.scalings, strict=True)], dim=1
-        )
+    def backward(ctx: Any, *dYs: Tensor) -> Any:
+        group: _Group = ctx.group
+        x2, W, *rest = ctx.saved_tensors
+        g, needs = len(group.shapes), ctx.needs_input_grad
+        seeds, Ss, As, Bs, flat = (
+            rest[:g], rest[g : 2 * g], rest[2 * g : 3 * g], rest[3 * g : 4 * g], rest[4 * g :],
+        )  # fmt: skip
+        plans = group.plans
+        flat_dYs = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
+        gs = [dY.to(plan.dtype) for dY, plan in zip(flat_dYs, plans, strict=True)]
+        dSs = [
+            part @ B if plan.scaling == 1.0 else part @ B * plan.scaling
+            for part, B, plan in zip(gs, Bs, plans, strict=True)
+        ]
         dBs = [
-            part.mT @ s if needs[2 + 2 * g + i] else None
-            for i, (part, s) in enumerate(zip(gs, S.split(sizes.ranks, dim=1), strict=True))
+            part.mT @ S if needs[2 + 2 * g + i] else None
+            for i, (part, S) in enumerate(zip(gs, Ss, strict=True))
         ]
-        dAs: list[Tensor | None] = [None] * g
-        if any(needs[2 + g : 2 + 2 * g]):
-            z = x2.to(plan.dtype)
-            dAs = list((dS.mT @ (z if mask is None else z * mask * factor)).split(sizes.ranks))
-        biases = [
-            part.sum(0) if needs[2 + i] else None
-            for i, part in enumerate(dY2.split([N for N, _ in sizes.shapes], dim=1))
-        ]
+        dAs = _down_backward(dSs, x2, seeds, group, needs[2 + g : 2 + 2 * g])
+        biases = [dY.sum(0) if needs[2 + i] else None for i, dY in enumerate(flat_dYs)]
         dX = None
         if needs[0]:
-            low = dS @ torch.cat(As)
-            low = low if mask is None else low * mask * factor
-            W = _dense(_packed(flat), sizes, dY.dtype)
-            dX = torch.addmm(low.to(dY.dtype), dY2, W).view(*ctx.leading, x2.shape[1])
+            dtype = flat_dYs[0].dtype
+            if W is None or W.dtype != dtype:
+                how = (group.shapes, dtype, group.kind, group.block_size)
+                W = stacked_weights(_packed(flat), *how, keep=False)
+            low = _up_backward(dSs, As, seeds, group)
+            dX = torch.addmm(low.to(dtype), torch.cat(flat_dYs, 1), W)
+            dX = dX.view(*ctx.leading, x2.shape[1])
         return dX, None, *biases, *dAs, *dBs, *[None] * (4 * g)
+
+
+def _down_backward(
+    dSs: Sequence[Tensor],
+    x2: Tensor,
+    seeds: Sequence[Tensor | None],
+    group: _Group,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """dA_i = dS_iᵀ drop_i(x)."""
+    if not any(needs):
+        return [None] * len(dSs)
+    z = x2.to(group.plans[0].dtype)
+    if group.stacked:
+        return list((torch.cat(list(dSs), 1).mT @ z).split(group.ranks))
+    return [
+        dS.mT @ (z if seed is None else seeded_dropout(z, seed, plan.dropout_p)) if need else None
+        for dS, seed, plan, need in zip(dSs, seeds, group.plans, needs, strict=True)
+    ]
+
+
+def _up_backward(
+    dSs: Sequence[Tensor], As: Sequence[Tensor], seeds: Sequence[Tensor | None], group: _Group
+) -> Tensor:
+    """Σ drop_i(dS_i A_i) [M, K]."""
+    if group.stacked:
+        return torch.cat(list(dSs), 1) @ torch.cat(list(As))
+    parts = zip(dSs, As, seeds, group.plans, strict=True)
+    low, *others = (lora_up_backward(dS, A, seed, plan) for dS, A, seed, plan in parts)
+    for other in others:
+        low = low + other
+    return low
 
 
 def nf4_grouped_projections(
@@ -152,7 +213,6 @@ def nf4_grouped_projections(
     *,
     kind: str = "nf4",
     block_size: int = 64,
-    dropout_p: float = 0.0,
     training: bool = True,
 ) -> list[Tensor]:
     """y_i [..., N_i] of every layer; differentiable in x and in every A, B and bias.
@@ -162,7 +222,6 @@ def nf4_grouped_projections(
         layers: At least one; all with the same K, with adapters of one dtype.
         kind: ``"nf4"`` or ``"fp4"``.
         block_size: As quantised.
-        dropout_p: Probability of dropping an element of x in the low-rank branches.
         training: Whether dropout is on.
 
     Raises:
@@ -175,23 +234,21 @@ def nf4_grouped_projections(
             "nf4_grouped_projections: expected one input width and one adapter dtype, got widths "
             f"{sorted(widths)} and {sorted(map(str, dtypes))}; run these layers one by one"
         )
-    p = dropout_p if training else 0.0
-    As, Bs, biases = [], [], []
     given = x
-    for layer in layers:
-        x, A, B, bias, plan = prepare(given, layer.A, layer.B, layer.bias, 1.0, p)
-        As.append(A)
-        Bs.append(B)
-        biases.append(bias)
-    sizes = _Sizes(
-        tuple(tuple(layer.shape) for layer in layers),  # type: ignore[misc]
+    prepared = []
+    for p in layers:
+        dropout = p.dropout_p if training else 0.0
+        x, *tensors = prepare(given, p.A, p.B, p.bias, p.scaling, dropout)
+        prepared.append(tensors)
+    As, Bs, biases, plans = zip(*prepared, strict=True)
+    group = _Group(
+        tuple((N, K) for N, K in (p.shape for p in layers)),
         tuple(A.shape[0] for A in As),
-        tuple(layer.scaling for layer in layers),
-        plan,
+        plans,
         kind,
         block_size,
     )
     flat = [t for layer in layers for t in layer.q]
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _GroupedProjections.apply(x, sizes, *biases, *As, *Bs, *flat)  # type: ignore[no-untyped-call]
-    return list(y.split([N for N, _ in sizes.shapes], dim=-1))
+        ys = _GroupedProjections.apply(x, group, *biases, *As, *Bs, *flat)  # type: ignore[no-untyped-call]
+    return list(ys)

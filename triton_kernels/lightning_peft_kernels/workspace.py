@@ -23,7 +23,15 @@ from torch import Tensor
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit
 from lightning_peft_kernels.nf4_cpu import fresh
 
-__all__ = ["Prefetch", "configure", "keeps_for_backward", "kept_weights", "release", "weights"]
+__all__ = [
+    "Prefetch",
+    "configure",
+    "keeps_for_backward",
+    "kept_weights",
+    "release",
+    "stacked_weights",
+    "weights",
+]
 
 
 class Settings(NamedTuple):
@@ -76,6 +84,33 @@ def kept_weights(
 ) -> Tensor:
     """W in a tensor of its own, for as long as it is wanted."""
     return dequantize_4bit(q, shape, dtype, kind=kind, block_size=block_size)
+
+
+def stacked_weights(
+    packed: Sequence[Packed4bit],
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    *,
+    keep: bool,
+) -> Tensor:
+    """Weights of one width below each other, [ΣN, K], each dequantised into its own rows; unless
+    `keep`, the next call may write over them.
+    """
+    rows, K = [int(shape[0]) for shape in shapes], int(shapes[0][1])
+    how: dict[str, Any] = {"kind": kind, "block_size": block_size}
+    if torch.compiler.is_compiling():
+        parts = zip(packed, shapes, strict=True)
+        return torch.cat([dequantize_4bit(q, shape, dtype, **how) for q, shape in parts])
+    first = packed[0].packed
+    if keep or first.device.type != "cpu" or torch.is_grad_enabled():
+        W = torch.empty(sum(rows), K, dtype=dtype, device=first.device)
+    else:
+        W = _thread_buffer(sum(rows) * K, dtype).view(sum(rows), K)
+    for q, part, shape in zip(packed, W.split(rows), shapes, strict=True):
+        dequantize_4bit(q, shape, dtype, out=part, **how)
+    return W
 
 
 def keeps_for_backward() -> bool:
