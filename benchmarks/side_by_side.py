@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -56,6 +58,29 @@ def rows(
             }
         )
     return made
+
+
+def traced_peak(model: nn.Module, step: Callable[[], Any], steps: int) -> int:
+    """Bytes at the fullest moment of some steps: every allocation and release that torch's profiler
+    sees, on top of what the model holds before them.
+    """
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers()]
+    }
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        for _ in range(steps):
+            step()
+    events = [
+        (e.start_ns(), e.nbytes())
+        for e in prof.profiler.kineto_results.events()  # type: ignore[union-attr]
+        if e.name() == "[memory]"
+    ]
+    now = top = 0
+    for _, n in sorted(events, key=lambda e: e[0]):
+        now += n
+        top = max(top, now)
+    return sum(held.values()) + top
 
 
 def write(name: str, table: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.active import activate
 from lightning_peft.attach import attach
-from lightning_peft.edit import Edit, LowRank
+from lightning_peft.edit import Edit, LowRank, as_low_rank
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.record import record_of
@@ -143,8 +143,8 @@ def _low_rank(adapter: Any) -> LowRank:
     if adapter.kind == "weight":
         edit: Edit = adapter.edit()
         if edit.only_low_rank and len(edit.terms) == 1 and adapter.rewrite is None:
-            term = edit.terms[0]
-            assert isinstance(term, LowRank)
+            term = as_low_rank(edit.terms[0])
+            assert term is not None
             return term
     raise ValueError(
         f"combine: {adapter.adapter_name!r} at {adapter.site.label!r}: expected a low-rank change "

@@ -14,14 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft.site import LayerOps, Site
 
-__all__ = ["Dense", "Edit", "Kron", "LowRank", "NotMergeable", "Rotation", "Term"]
+__all__ = [
+    "ByHand",
+    "Dense",
+    "Edit",
+    "Folds",
+    "Kron",
+    "LowRank",
+    "NotMergeable",
+    "Rotation",
+    "Term",
+    "as_low_rank",
+]
 
 
 class NotMergeable(RuntimeError):
@@ -55,6 +66,29 @@ class LowRank:
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """Two thin products."""
         return ops.low_rank(site.module, _cast(x, self.A), self.A, self.B, self.scaling)
+
+
+class ByHand(Protocol):
+    """A term that knows a shorter way on a plain dense linear layer than base call and `apply`."""
+
+    def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """X Wᵀ + b and the change, W and b frozen, everything in one dtype."""
+        ...
+
+
+class Folds(Protocol):
+    """A term that is a LowRank once its factors are multiplied out."""
+
+    def folded(self) -> LowRank:
+        """The same change."""
+        ...
+
+
+def as_low_rank(term: Any) -> LowRank | None:
+    """The term as a LowRank; None where it is none."""
+    if isinstance(term, LowRank):
+        return term
+    return term.folded() if hasattr(term, "folded") else None
 
 
 @dataclass(frozen=True)
@@ -124,11 +158,43 @@ def _block_product(x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Ten
     x = _cast(x, blocks)
     if permutation is not None:
         x = x[..., permutation]
-    n, k, _ = blocks.shape
-    x = torch.einsum("...nj,njk->...nk", x.reshape(*x.shape[:-1], n, k), blocks).flatten(-2)
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != blocks.dtype:
+        n, k, _ = blocks.shape
+        y = torch.einsum("...nj,njk->...nk", x.reshape(*x.shape[:-1], n, k), blocks).flatten(-2)
+    else:
+        y = _BlockProduct.apply(x, blocks)  # type: ignore[no-untyped-call]
     if permutation is not None:
-        x = x[..., torch.argsort(permutation)]
-    return x
+        y = y[..., torch.argsort(permutation)]
+    out: Tensor = y
+    return out
+
+
+class _BlockProduct(torch.autograd.Function):
+    """Y_n = X_n B_n by stretches X_n of the last axis, blocks B [n, k, k]: dX_n = dY_n B_nᵀ,
+    dB_n = X_nᵀ dY_n. One copy each way, from [n, M, k] to [M, n k].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:
+        ctx.save_for_backward(x, blocks)
+        return _by_stretches(x, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        x, blocks = ctx.saved_tensors
+        n, k, _ = blocks.shape
+        dX = _by_stretches(dY, blocks.mT) if ctx.needs_input_grad[0] else None
+        dB = None
+        if ctx.needs_input_grad[1]:
+            X, G = (t.reshape(-1, n, k).transpose(0, 1) for t in (x, dY))
+            dB = torch.bmm(X.mT, G)
+        return dX, dB
+
+
+def _by_stretches(x: Tensor, blocks: Tensor) -> Tensor:
+    n, k, _ = blocks.shape
+    y = torch.bmm(x.reshape(-1, n, k).transpose(0, 1), blocks)
+    return y.transpose(0, 1).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -178,7 +244,7 @@ class Edit:
         """Names of the parts that are present: what a kernel is chosen by."""
         parts = {name for name in _PARTS if getattr(self, name) is not None}
         if self.terms:
-            parts.add("low_rank" if all(isinstance(t, LowRank) for t in self.terms) else "terms")
+            parts.add("low_rank" if self._all_low_rank else "terms")
         if self.dropout:
             parts.add("dropout")
         return frozenset(parts)
@@ -192,8 +258,20 @@ class Edit:
             and self.rotation is None
             and self.bias is None
             and bool(self.terms)
-            and all(isinstance(t, LowRank) for t in self.terms)
+            and self._all_low_rank
         )
+
+    @property
+    def by_hand(self) -> Any:
+        """The term, where it is all there is and knows a shorter way on a linear layer; else None.
+        Dropout would come between.
+        """
+        one = len(self.terms) == 1 and self.form() <= {"low_rank", "terms"}
+        return self.terms[0] if one and hasattr(self.terms[0], "on_linear") else None
+
+    @property
+    def _all_low_rank(self) -> bool:
+        return all(isinstance(t, LowRank) or hasattr(t, "folded") for t in self.terms)
 
 
 _PARTS = ("in_scale", "out_scale", "rotation", "bias")

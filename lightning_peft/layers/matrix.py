@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.edit import Edit, LowRank, Rotation, stacked
+from lightning_peft.edit import Edit, Rotation, as_low_rank, stacked
 from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.hf_layout import HFLayout
 from lightning_peft.layers.rows import current_rows
@@ -123,6 +123,10 @@ class MatrixOps(HFLayout):
         x, args = (args[0], args[1:]) if args else (kwargs.pop(next(iter(kwargs))), ())
         edits = [a.edit() for a in adapters]
         mixed = current_rows() is not None
+        if not mixed and len(edits) == 1 and edits[0].by_hand is not None:
+            found = self._by_hand(m, adapters[0], edits[0], x)
+            if found is not None:
+                return found
         if not mixed and all(e.only_low_rank for e in edits):
             fused = self._fused(m, adapters, edits, x)
             if fused is not None:
@@ -137,6 +141,23 @@ class MatrixOps(HFLayout):
             return self._weight_path(m, adapters, edits, x)
         return self._onion(m, run, adapters, edits, x, args, kwargs)
 
+    def _by_hand(self, m: Any, adapter: Adapter, edit: Edit, x: Tensor) -> Tensor | None:
+        """Base and change in one function; None unless the layer is a plain dense linear one and
+        all is of one dtype.
+        """
+        site = adapter.site
+        if site.storage.label != "dense" or torch.is_autocast_enabled(x.device.type):
+            return None
+        if isinstance(site.storage.fused(frozenset({"low_rank"}), site), Reason):
+            return None
+        W, b = self.to_matrix(m, site.parameter, m.weight), m.bias
+        trained = W.requires_grad or (b is not None and b.requires_grad)
+        one_dtype = all(t.dtype == x.dtype for t in (W, *adapter.parameters()))
+        if trained or not one_dtype or x.dtype.itemsize < 4:
+            return None
+        y: Tensor = edit.by_hand.on_linear(x, W, b)
+        return y
+
     def _fused(
         self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
     ) -> Tensor | None:
@@ -147,7 +168,7 @@ class MatrixOps(HFLayout):
         kernel = site.storage.fused(edits[0].form(), site)
         if isinstance(kernel, Reason):
             return None
-        terms = [t for e in edits for t in e.terms if isinstance(t, LowRank)]
+        terms = [t for e in edits for u in e.terms if (t := as_low_rank(u)) is not None]
         term = stacked(terms)
         return kernel(m, x, term.A, term.B, term.scaling, dropout if m.training else 0.0)
 

@@ -42,11 +42,55 @@ class Tiled(Term):
         """(Σ_j x_j) D over stretches x_j of length r."""
         if self.D.ndim > 2 or not ops.supports("rotation"):
             return Dense(self.matrix()).apply(ops, site, x)
-        r = self.D.shape[0]
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.D.dtype)
-        x = F.pad(x, (0, -x.shape[-1] % r))
-        return x.reshape(*x.shape[:-1], -1, r).sum(-2) @ self.D
+        y: Tensor = _stretches(x, self.D.shape[0]) @ self.D
+        return y
+
+    def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Base and change in one function."""
+        y: Tensor = _TiledLinear.apply(x, W, b, self.D)  # type: ignore[no-untyped-call]
+        return y
+
+
+def _stretches(x: Tensor, r: int) -> Tensor:
+    """Σ_j x_j [..., r]; the last stretch may be short."""
+    whole = x.shape[-1] // r * r
+    s = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+    return s if whole == x.shape[-1] else s + F.pad(x[..., whole:], (0, whole + r - x.shape[-1]))
+
+
+class _TiledLinear(torch.autograd.Function):
+    """Y = X Wᵀ + b + S D with S = Σ_j X_j [M, r], W and b frozen.
+
+    dS = dY Dᵀ is added to every stretch of dX = dY W in place; dD = Sᵀ dY.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        y = F.linear(x2, W, b)
+        S = _stretches(x2, D.shape[0])
+        y.addmm_(S, D)
+        ctx.save_for_backward(W, D, S)
+        ctx.leading = x.shape[:-1]
+        # No view: the caller may go on in place.
+        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return unviewed
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        W, D, S = ctx.saved_tensors
+        dY2 = dY.reshape(-1, dY.shape[-1])
+        dX = None
+        if ctx.needs_input_grad[0]:
+            dX, dS, r = dY2 @ W, dY2 @ D.mT, D.shape[0]
+            whole = dX.shape[-1] // r * r
+            dX[:, :whole].unflatten(-1, (-1, r)).add_(dS.unsqueeze(1))
+            if whole < dX.shape[-1]:
+                dX[:, whole:].add_(dS[:, : dX.shape[-1] - whole])
+            dX = dX.view(*ctx.leading, dX.shape[-1])
+        return dX, None, None, S.mT @ dY2
 
 
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:

@@ -4,12 +4,14 @@ arXiv:2306.07280; input side as in OFTv2, arXiv:2506.19847.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_peft.edit import Edit, Rotation
 from lightning_peft.methods.base import (
@@ -27,15 +29,45 @@ __all__ = ["OFT", "cayley", "nearest_divisor", "skew"]
 
 def nearest_divisor(n: int, wanted: int) -> int:
     """The divisor of n closest to `wanted`; the smaller of two."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+    distance = 0
+    while True:  # outwards: most often none
+        for d in (wanted - distance, wanted + distance):
+            if 1 <= d <= n and n % d == 0:
+                return d
+        distance += 1
 
 
 def skew(triangle: Tensor, size: int) -> Tensor:
     """Rows of the strict upper triangle [n, size(size − 1)/2] → skew [n, size, size]."""
-    rows, columns = torch.triu_indices(size, size, 1, device=triangle.device)
-    Q = triangle.new_zeros(triangle.shape[0], size, size)
-    Q = Q.index_put((torch.arange(len(Q), device=Q.device)[:, None], rows, columns), triangle)
-    return Q - Q.mT
+    Q: Tensor = _Skew.apply(triangle, size)  # type: ignore[no-untyped-call]
+    return Q
+
+
+class _Skew(torch.autograd.Function):
+    """Q[i, j] = −Q[j, i] = triangle[place of (i, j)], by one gather each way."""
+
+    @staticmethod
+    def forward(ctx: Any, triangle: Tensor, size: int) -> Tensor:
+        upper, at = _places(size, triangle.device)
+        ctx.save_for_backward(upper)
+        Q = F.pad(triangle, (1, 0)).index_select(1, at).view(-1, size, size)
+        return Q - Q.mT
+
+    @staticmethod
+    def backward(ctx: Any, dQ: Tensor) -> Any:  # type: ignore[override]
+        (upper,) = ctx.saved_tensors
+        return (dQ - dQ.mT).flatten(1).index_select(1, upper), None
+
+
+@functools.lru_cache(maxsize=16)
+def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the upper triangle in a flat matrix, and of a matrix's entries in a triangle with a zero
+    before it.
+    """
+    rows, columns = torch.triu_indices(size, size, 1, device=device)
+    upper = rows * size + columns
+    at = torch.zeros(size * size, dtype=torch.int64, device=device)
+    return upper, at.index_copy(0, upper, torch.arange(1, len(upper) + 1, device=device))
 
 
 def _refuse(method: Any, site: Site) -> str:
@@ -179,12 +211,16 @@ class OFT(WeightMethod):
 
     def _neumann(self, Q: Tensor) -> Tensor:
         """I + 2Q + 2Q² + … + Qⁿ, `terms` terms in all."""
-        R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
-        power = Q
+        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        if self.terms == 5:  # (I + Q²)(I + 2Q + Q²): two products instead of three
+            square = Q @ Q
+            half = torch.add(eye + square, Q, alpha=2)
+            return torch.baddbmm(half, square, half)
+        R, power = eye.expand_as(Q), Q
         for i in range(1, self.terms):
+            power = power if i == 1 else power @ Q
             last = i == self.terms - 1 and i > 1
-            R = R + (power if last else 2 * power)
-            power = power @ Q
+            R = torch.add(R, power, alpha=1 if last else 2)
         return R
 
 

@@ -7,15 +7,87 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, LowRank
+from lightning_peft.edit import Edit, LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod, empty_like_site, register, require
-from lightning_peft.site import Site
+from lightning_peft.site import LayerOps, Site
 
-__all__ = ["VeRA"]
+__all__ = ["VeRA", "Vectors"]
+
+
+@dataclass(frozen=True)
+class Vectors(Term):
+    """ΔW = diag(b) B diag(d) A with A [r, in], B [out, r] frozen, d [r], b [out]."""
+
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    b: Tensor
+
+    def folded(self) -> LowRank:
+        """The vectors multiplied into the thin factors."""
+        return LowRank(self.d.unsqueeze(-1) * self.A, self.b.unsqueeze(-1) * self.B)
+
+    def matrix(self) -> Tensor:
+        """ΔW, formed."""
+        return self.folded().matrix()
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """Two thin products."""
+        return self.folded().apply(ops, site, x)
+
+    def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Base and change in one function."""
+        y: Tensor = _VectorsLinear.apply(x, W, b, self.A, self.B, self.d, self.b)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _VectorsLinear(torch.autograd.Function):
+    """Y = X Wᵀ + bias + V diag(b) with V = (X Aᵀ diag(d)) Bᵀ [M, out]; only d, b are trained.
+
+    No product makes a gradient of A or B: db = Σ dY ∘ V, and with G = dY diag(b) B [M, r]
+    dd = Σ G ∘ X Aᵀ, dX = dY W + G diag(d) A.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor,
+        b: Tensor,
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        y = F.linear(x2, W, bias)
+        U = x2 @ A.mT
+        V = (U * d) @ B.mT
+        y.addcmul_(V, b)
+        ctx.save_for_backward(W, A, B, d, b, U, V)
+        ctx.leading = x.shape[:-1]
+        # No view: the caller may go on in place.
+        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return unviewed
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        W, A, B, d, b, U, V = ctx.saved_tensors
+        dY2 = dY.reshape(-1, dY.shape[-1])
+        db = torch.linalg.vecdot(dY2, V, dim=0)
+        G = dY2 @ (b.unsqueeze(-1) * B)
+        dd = torch.linalg.vecdot(G, U, dim=0)
+        dX = None
+        if ctx.needs_input_grad[0]:
+            dX = (dY2 @ W).addmm_(G * d, A)
+            dX = dX.view(*ctx.leading, dX.shape[-1])
+        return dX, None, None, None, None, dd, db
 
 
 @register
@@ -90,9 +162,9 @@ class VeRA(WeightMethod):
         }
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
-        """A low-rank change; the vectors are folded into the thin factors."""
+        """A low-rank change; a stack of matrices has its vectors multiplied into the factors."""
         b, d = p["b"], p["d"]
         A = p["A"][:, : site.in_features].to(d)
         B = p["B"][: site.out_features].to(b)
-        term = LowRank(d.unsqueeze(-1) * A, b.unsqueeze(-1) * B)
-        return Edit(terms=(term,), dropout=self.dropout)
+        term = Vectors(A, B, d, b)
+        return Edit(terms=(term.folded() if site.batch_shape else term,), dropout=self.dropout)

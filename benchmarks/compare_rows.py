@@ -1,0 +1,90 @@
+"""The methods that are compared, with the learning rates they are given on the two tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning_peft as lp
+from lightning_peft.methods.base import Method, Targeted
+
+__all__ = ["ROWS", "Row", "methods_of"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+        name: Its id.
+        method: None: a reference without a method.
+        rates: Learning rates of the tasks, in order: classification, language.
+        nf4: Whether the frozen base is packed to 4 bit.
+    """
+
+    name: str
+    method: Method | tuple[Method, ...] | None
+    rates: tuple[float, float]
+    nf4: bool = False
+
+
+_LORA: dict[str, Any] = {"r": 8, "alpha": 16.0}
+ROWS: tuple[Row, ...] = (
+    Row("full fine-tuning", None, (2e-4, 1e-3)),
+    Row("head only", None, (0.0, 3e-3)),
+    # augmenting weights
+    Row("LoRA", lp.LoRA(**_LORA), (2e-3, 4e-3)),
+    Row("LoRA, rank-stabilised", lp.LoRA(r=8, alpha=8.0, use_rslora=True), (2e-3, 4e-3)),
+    Row("LoRA, gaussian", lp.LoRA(**_LORA, init="gaussian"), (2e-3, 4e-3)),
+    Row("LoRA, orthogonal", lp.LoRA(**_LORA, init="orthogonal"), (2e-3, 4e-3)),
+    Row("LoRA, PiSSA", lp.LoRA(**_LORA, init="pissa"), (5e-4, 2e-3)),
+    Row("LoRA, OLoRA", lp.LoRA(**_LORA, init="olora"), (5e-4, 2e-3)),
+    Row("LoRA, EVA", lp.LoRA(**_LORA, init="eva"), (2e-3, 4e-3)),
+    Row("LoRA, LoRA-GA", lp.LoRA(**_LORA, init="lora_ga"), (5e-4, 2e-3)),
+    Row("LoRA on NF4", lp.LoRA(**_LORA), (2e-3, 4e-3), nf4=True),
+    Row("LoRA on NF4, LoftQ", lp.LoRA(**_LORA, init="loftq"), (2e-3, 4e-3), nf4=True),
+    Row("LoRA+", lp.LoRAPlus(**_LORA, ratio=16.0), (5e-4, 1e-3)),
+    Row("DoRA", lp.DoRA(**_LORA), (2e-3, 4e-3)),
+    Row("AdaLoRA", lp.AdaLoRA(init_r=12, target_r=8, alpha=24.0), (4e-3, 6e-3)),
+    Row("LoHa", lp.LoHa(r=8, alpha=16.0), (4e-3, 1e-2)),
+    Row("LoKr", lp.LoKr(r=8, alpha=16.0), (2e-3, 4e-3)),
+    Row("VeRA", lp.VeRA(r=256), (2e-2, 3e-2)),
+    Row("IA3", lp.IA3(), (2e-2, 3e-2)),
+    Row("IA3, added", lp.IA3(mode="add"), (5e-3, 1e-2)),
+    Row("OFT", lp.OFT(block_size=32), (2e-3, 4e-3)),
+    Row("BOFT", lp.BOFT(block_size=4, n_butterfly=2), (4e-3, 1e-2)),
+    Row("MiSS", lp.MiSS(r=16), (1e-3, 2e-3)),
+    Row("MiSS, bat", lp.MiSS(r=16, form="bat"), (1e-3, 2e-3)),
+    Row("MiSS, mini", lp.MiSS(r=32, mini_r=8, form="mini"), (1e-3, 2e-3)),
+    # new layers
+    Row("Bottleneck, Houlsby", lp.BottleneckAdapter("houlsby"), (2e-3, 4e-3)),
+    Row("Bottleneck, Pfeiffer", lp.BottleneckAdapter("pfeiffer"), (2e-3, 4e-3)),
+    Row("Bottleneck, parallel", lp.BottleneckAdapter("parallel"), (5e-4, 1e-3)),
+    # in the sequence
+    Row("PromptTuning", lp.PromptTuning(n=10), (2e-2, 1e-1)),
+    Row("PromptTuning, added", lp.PromptTuning(n=20, mode="add"), (2e-2, 3e-2)),
+    Row("HardPrompt", lp.HardPrompt(n=10), (1e-1, 1e-1)),
+    Row("PTuning, MLP", lp.PTuning(n=10, encoder="mlp", hidden=128), (2e-3, 3e-3)),
+    Row("PTuning, LSTM", lp.PTuning(n=10, encoder="lstm", hidden=128), (2e-3, 3e-3)),
+    Row("PrefixTuning", lp.PrefixTuning(n=10), (3e-2, 1e-1)),
+    Row("PrefixTuning, projection", lp.PrefixTuning(n=10, projection=True), (3e-3, 3e-3)),
+    # selective
+    Row("BitFit", lp.BitFit(), (4e-3, 1e-2)),
+    Row("NormTuning", lp.NormTuning(), (4e-3, 1e-2)),
+    Row("LastLayers", lp.LastLayers(1), (5e-4, 2e-3)),
+    Row("DiffPruning", lp.DiffPruning(density=0.05, l0=1e-2), (5e-4, 2e-3)),
+)
+
+
+def methods_of(row: Row, task: Any) -> list[Method]:
+    """The row's methods on the layers of a task: the same linear layers for all that take some."""
+    given = row.method if isinstance(row.method, tuple) else (row.method,)
+    return [_placed(m, task) for m in given if m is not None]
+
+
+def _placed(method: Method, task: Any) -> Method:
+    if isinstance(method, lp.IA3) and method.mode == "multiply":
+        return method  # its paper's: keys, values and the way out of the feed-forward block
+    if method.kind == "weight" and isinstance(method, Targeted):
+        return replace(method, target_modules=list(task.targets))
+    return method

@@ -1,0 +1,226 @@
+"""The two tasks on which methods are compared; nothing is downloaded.
+
+classification: the quickstart's: which package of Python's standard library is a docstring from,
+by a pretrained MiniLM; passages cut to 20 tokens. language: a small OPT is pretrained here on the
+source code of Python's standard library and adapted to the prose of Python's manual (pydoc's
+topics, every eighth held out).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import quickstart
+
+__all__ = ["TASKS", "Classification", "Language"]
+
+HEAD_RATE = 3e-3  # of the classifier's fresh head, beside every method
+
+
+def warmed(optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    """A tenth of the steps up, then down to nothing in a line."""
+    up = max(1, steps // 10)
+    factor: Callable[[int], float] = lambda i: min((i + 1) / up, (steps - i) / (steps - up))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Classifier(quickstart.Classifier):
+    """The quickstart's module with a schedule and a learning rate of its own for the head."""
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": list(self.encoder.parameters()), "lr": self.hparams["lr"]},
+            {"params": list(self.head.parameters()), "lr": HEAD_RATE},
+        ]
+        steps = int(self.trainer.estimated_stepping_batches)
+        return warmed(torch.optim.AdamW(groups, weight_decay=0.0), steps)
+
+
+class Classification:
+    """Score: accuracy in percent, higher is better."""
+
+    name, score_name, better = "classification", "accuracy", max
+    root, epochs, length, batch = "encoder", 1, 20, 8
+    targets = ("query", "key", "value", "dense")
+    feedforward = ("output.dense",)
+
+    def __init__(self, work: Path) -> None:
+        self.template = Classifier(str(quickstart.MINILM), lr=0.0)
+        del self.template.encoder.pooler  # never run here: the head reads the mean
+        self.template.encoder.pooler = None
+        self.rows = self._rows(held_out=False)
+        self.held_out = self._rows(held_out=True)
+
+    def _rows(self, held_out: bool) -> list[Any]:
+        rows = []
+        for tokens, labels in quickstart.passages(str(quickstart.MINILM), held_out=held_out):
+            parts = [t[:, : self.length].split(self.batch) for t in tokens.values()]
+            for *cut, own in zip(*parts, labels.split(self.batch), strict=True):
+                rows.append((dict(zip(tokens, cut, strict=True)), own))
+        return rows
+
+    def module(self, lr: float) -> Any:
+        """The pretrained encoder with a fresh head."""
+        module = copy.deepcopy(self.template)
+        module.hparams["lr"] = lr
+        module.head.reset_parameters()
+        return module
+
+    def loader(self) -> DataLoader[Any]:
+        """Batches of like lengths in random order."""
+        return DataLoader(self.rows, batch_size=None, shuffle=True)  # type: ignore[arg-type]
+
+    def longest(self) -> Any:
+        return self.rows[-1]
+
+    def loss(self, module: Any, batch: Any) -> Tensor:
+        loss: Tensor = module.training_step(batch)
+        return loss
+
+    @torch.no_grad()
+    def score(self, module: Any) -> float:
+        """Percent of the held-out passages."""
+        module.eval()
+        hits = [(module(tokens).argmax(-1) == labels) for tokens, labels in self.held_out]
+        return 100 * float(torch.cat(hits).float().mean())
+
+    def heads(self, module: Any) -> list[Tensor]:
+        """What is trained beside every method."""
+        return list(module.head.parameters())
+
+
+class LanguageModel(pl.LightningModule):
+    """A causal language model."""
+
+    def __init__(self, net: Any, lr: float) -> None:
+        super().__init__()
+        self.net, self.lr = net, lr
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss: Tensor = self.net(input_ids=batch, labels=batch).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
+        return warmed(optimizer, int(self.trainer.estimated_stepping_batches))
+
+
+class Language:
+    """Score: perplexity a token, lower is better."""
+
+    name, score_name, better = "language", "perplexity", min
+    root, epochs, length, batch = "net", 1, 64, 8
+    targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    feedforward = ("fc2",)
+    steps = 150
+    pretraining_steps = 1500
+
+    def __init__(self, work: Path) -> None:
+        from pydoc_data.topics import topics
+
+        self.tokenizer = self._tokenizer(code := self._code())
+        self.template = self._pretrained(work / "language.pt", code)
+        texts = [topics[k] for k in sorted(topics)]
+        self.train = self._windows("\n".join(t for i, t in enumerate(texts) if i % 8 != 3))
+        self.held_out = self._windows("\n".join(t for i, t in enumerate(texts) if i % 8 == 3))
+
+    @staticmethod
+    def _code() -> str:
+        paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        return "\n".join(p.read_text("utf-8", errors="replace") for p in paths)
+
+    @staticmethod
+    def _tokenizer(text: str) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer: Any = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=1024, initial_alphabet=letters, show_progress=False
+        )
+        tokenizer.train_from_iterator([text[:1_000_000]], trainer)
+        return tokenizer
+
+    def _windows(self, text: str) -> Tensor:
+        lines = text.splitlines(keepends=True)
+        parts = ["".join(lines[i : i + 500]) for i in range(0, len(lines), 500)]
+        ids = [i for e in self.tokenizer.encode_batch(parts) for i in e.ids]
+        whole = len(ids) // self.length * self.length
+        return torch.tensor(ids[:whole]).view(-1, self.length)
+
+    def _pretrained(self, path: Path, code: str) -> Any:
+        from transformers import OPTConfig, OPTForCausalLM
+
+        config = OPTConfig(
+            vocab_size=1024, hidden_size=128, ffn_dim=512, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=128,
+            dropout=0.0, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None,
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = OPTForCausalLM(config).train()
+            if path.exists():
+                net.load_state_dict(torch.load(path, weights_only=True))
+                return net
+            windows = self._windows(code)
+            module = LanguageModel(net, 2e-3)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=module.lr, weight_decay=0.01)
+            schedule = warmed(optimizer, self.pretraining_steps)["lr_scheduler"]["scheduler"]
+            for step in range(self.pretraining_steps):
+                loss = module.training_step(windows[torch.randint(len(windows), (16,))])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                if step % 300 == 0:
+                    print(f"pretraining step {step}: loss {float(loss.detach()):.2f}", flush=True)
+        torch.save(net.state_dict(), path)
+        return net
+
+    def module(self, lr: float) -> Any:
+        """The pretrained model."""
+        return LanguageModel(copy.deepcopy(self.template), lr)
+
+    def loader(self) -> DataLoader[Any]:
+        """`steps` batches of windows in random order."""
+        picks = torch.randperm(len(self.train))[: self.steps * self.batch]
+        return DataLoader(self.train[picks], batch_size=self.batch)  # type: ignore[arg-type]
+
+    def longest(self) -> Any:
+        return self.train[: self.batch]
+
+    def loss(self, module: Any, batch: Any) -> Tensor:
+        loss: Tensor = module.training_step(batch)
+        return loss
+
+    @torch.no_grad()
+    def score(self, module: Any) -> float:
+        """exp of the mean loss over the held-out windows."""
+        module.eval()
+        losses = [module.training_step(b) for b in self.held_out.split(32)]
+        weights = [len(b) for b in self.held_out.split(32)]
+        total = sum(float(x) * n for x, n in zip(losses, weights, strict=True))
+        return math.exp(total / sum(weights))
+
+    def heads(self, module: Any) -> list[Tensor]:
+        """What a row without a method trains."""
+        return list(module.net.lm_head.parameters())
+
+
+TASKS: dict[str, Any] = {c.name: c for c in (Classification, Language)}
