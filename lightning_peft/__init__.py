@@ -9,6 +9,7 @@ from lightning_peft.attach import attach, detach, quantize, reset_adapters
 from lightning_peft.callback import PEFT
 from lightning_peft.combine import combine
 from lightning_peft.data_start import start_from_data
+from lightning_peft.extract import ExtractReport, extract_lora
 from lightning_peft.hf import load_adapter, save_adapter
 from lightning_peft.loading import load_from_checkpoint
 from lightning_peft.merge import MergeReport, merge, unmerge
@@ -35,6 +36,7 @@ from lightning_peft.methods.ptuning import PTuning
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.planner import Plan, estimate_memory
 from lightning_peft.prompts import hard_prompt_ids
+from lightning_peft.prune_rank import PruneReport, prune_rank
 from lightning_peft.report import Report, parameter_report
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
@@ -51,6 +53,7 @@ __all__ = [
     "BottleneckAdapter",
     "DiffPruning",
     "DoRA",
+    "ExtractReport",
     "Full",
     "HardPrompt",
     "LastLayers",
@@ -67,6 +70,7 @@ __all__ = [
     "Plan",
     "PrefixTuning",
     "PromptTuning",
+    "PruneReport",
     "Quantization",
     "Report",
     "VeRA",
@@ -77,12 +81,14 @@ __all__ = [
     "detach",
     "disable_adapters",
     "estimate_memory",
+    "extract_lora",
     "hard_prompt_ids",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
     "merge",
     "parameter_report",
+    "prune_rank",
     "quantize",
     "reset_adapters",
     "save_adapter",

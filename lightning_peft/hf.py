@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.hf_config import base_config
 from lightning_peft.hf_keys import bias_key, joined, plain, tensor_prefix
 from lightning_peft.hf_load import load_adapter
+from lightning_peft.hf_names import legacy_names
 from lightning_peft.hf_prompts import add_heads
 from lightning_peft.hf_targets import compact, model_root
 from lightning_peft.hf_tensors import write_adapter
@@ -51,7 +52,8 @@ def save_adapter(
         model: A model with the adapter attached.
         directory: Made if absent. Each file is replaced whole or not at all.
         adapter_name: Which adapter.
-        names: ``"legacy"`` writes the layer names of transformers 4, where they differ.
+        names: ``"legacy"`` writes the layer names of transformers 4, where they differ, for those
+            who load the adapter there.
         uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha
             patterns.
         root: Name of the module inside `model` whose layer names the file uses. None means the one
@@ -63,7 +65,8 @@ def save_adapter(
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: the method, or the method on one of the layers, has no equal in peft.
+        ValueError: the method, or the method on one of the layers, has no equal in peft; layers
+            that have no name in transformers 4.
     """
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
@@ -91,7 +94,7 @@ def save_adapter(
     if not fmt.tensors:
         add_heads(top, fmt, config, tensors)
     if names == "legacy":
-        config, tensors = _legacy(top, config, tensors)
+        config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     write_adapter(target, config, tensors, _readme(top, method, config))
     return target
@@ -282,15 +285,6 @@ def _add_saved(
         if isinstance(adapter.method, ModulesToSave):
             for parameter, value in adapter.copies().items():
                 tensors[fmt.saved_prefix + joined(path, parameter)] = value
-
-
-def _legacy(
-    top: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    raise ValueError(
-        f"save_adapter(names='legacy'): expected an architecture whose old layer names are known, "
-        f"got {type(top).__name__}; write names='current', which transformers 5 reads"
-    )
 
 
 def _readme(top: nn.Module, method: Method, config: dict[str, Any]) -> str:

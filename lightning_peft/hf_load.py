@@ -5,7 +5,7 @@ changed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.attach import Planned, attach, detach, plan_attach
-from lightning_peft.hf_config import CONFIG, format_of, method_class, method_fields, read_config
+from lightning_peft.hf_config import CONFIG, method_fields
 from lightning_peft.hf_keys import PREFIX, Reading, bias_key, joined, read_keys, tensor_prefix
 from lightning_peft.hf_prompts import table_of
-from lightning_peft.hf_targets import compact, model_root, targeted
-from lightning_peft.hf_tensors import read_tensors
+from lightning_peft.hf_source import read_source
+from lightning_peft.hf_targets import exact_targets, targeted
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
@@ -33,13 +33,19 @@ _Values = dict[tuple[int, str, str], Tensor]
 
 def load_adapter(
     model: nn.Module,
-    directory: str | Path,
+    directory: str | Path | Mapping[str, Tensor],
     *,
     adapter_name: str = "default",
     quantization: Quantization | None = None,
     root: str | None = None,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
+
+    Layer names from before transformers 5 are mapped to those that the model has now. LoRA files
+    of Kohya's scripts, diffusers and loralib are read where every tensor has a certain place and
+    scale, and refused by name otherwise. Nothing is ever unpickled.
 
     Strict where peft is lax: a missing, extra, misshapen or non-finite tensor raises, and so does
     an option whose effect is not known. ``directory/<adapter_name>`` is taken where it exists, as
@@ -47,12 +53,15 @@ def load_adapter(
 
     Args:
         model: The base, or a module (a LightningModule) that holds it.
-        directory: With adapter_config.json and adapter_model.safetensors.
+        directory: With adapter_config.json and adapter_model.safetensors; or a .safetensors file
+            (or a directory with one) of Kohya, diffusers or loralib; or a state dict of theirs.
         adapter_name: Name to attach under.
         quantization: Quantise the frozen base too.
         root: Name of the module inside `model` whose layer names the file uses. None means the one
             Hugging Face
             model in it, or else `model`.
+        alpha: lora_alpha of a loralib file, which does not hold it.
+        enable_lora: What loralib's MergedLinear was made with, where some parts are off.
 
     Returns:
         The report of what matched; its notes say how many tensors went into how many layers.
@@ -62,22 +71,15 @@ def load_adapter(
         ValueError: anything in the files that does not fit; the model is as before.
         RuntimeError: the adapter's name is taken.
     """
-    folder = Path(directory)
-    if (folder / adapter_name / CONFIG).is_file():
-        folder = folder / adapter_name
-    config = read_config(folder)
-    cls = method_class(config)
-    fmt = format_of(cls)
-    _refuse_options(config)
-    tensors = read_tensors(folder)
-    prefix, top = model_root(model, root)
-    config, tensors = _current_names(top, config, tensors)
-    reading = read_keys(fmt, tensors, top, prefix, config.get("modules_to_save") or ())
+    source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
+    config, fmt, prefix, top = source.config, source.format, source.prefix, source.top
+    reading = read_keys(fmt, source.tensors, top, prefix, config.get("modules_to_save") or ())
+    reading.notes += source.notes
     _require_targets(config, fmt, top, reading)
-    fields = method_fields(cls, config, reading.entries)
+    fields = method_fields(source.method, config, reading.entries)
     if reading.entries:
-        fields["target_modules"] = _targets(model, prefix, reading)
-    method = cls(**fields)
+        fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
+    method = source.method(**fields)
     saved = _saved_modules(fmt, config, top, prefix, reading)
     planned, _, _ = plan_attach(model, [method], [joined(prefix, name) for name in saved])
     values = _values(method, fmt, config, planned, reading, prefix, saved)
@@ -102,39 +104,6 @@ def load_adapter(
         *reading.notes,
     ]
     return report
-
-
-def _targets(model: nn.Module, prefix: str, reading: Reading) -> list[str] | str:
-    """`target_modules` of the method: modules, and single weights of those with several."""
-    modules: dict[str, list[HFEntry]] = {}
-    for e in reading.entries:
-        modules.setdefault(joined(prefix, e.path), []).append(e)
-    whole = {
-        name
-        for name, found in modules.items()
-        if len(found) == len(found[0].site.ops.parameters(found[0].site.module))
-    }
-    if len(whole) == len(modules):
-        return compact(model, whole)
-    single = [
-        f"{n}.{e.site.parameter}" for n, found in modules.items() if n not in whole for e in found
-    ]
-    return [*sorted(whole), *single]
-
-
-def _refuse_options(config: Mapping[str, Any]) -> None:
-    tokens = config.get("trainable_token_indices")
-    if tokens and config["peft_type"] != "TRAINABLE_TOKENS":
-        raise ValueError(
-            f"{CONFIG}: trainable_token_indices: expected none, got {str(tokens)[:60]}; rows of an "
-            "embedding are not replaced one by one here: merge that part with peft first"
-        )
-
-
-def _current_names(
-    top: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return config, tensors
 
 
 def _require_targets(

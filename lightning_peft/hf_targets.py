@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-__all__ = ["compact", "model_root", "targeted"]
+from lightning_peft.site import Site
+
+__all__ = ["compact", "compact_names", "exact_targets", "model_root", "targeted"]
 
 
 def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Module]:
@@ -105,7 +107,31 @@ def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:
     """The shortest `target_modules` that means exactly these modules: suffixes, full names, or a
     regex.
     """
-    names = [n for n, _ in root.named_modules() if n and "peft" not in n.split(".")]
+    return compact_names(
+        [n for n, _ in root.named_modules() if n and "peft" not in n.split(".")], adapted
+    )
+
+
+def exact_targets(model: nn.Module, sites: Sequence[Site]) -> list[str] | str:
+    """`target_modules` that means exactly these weights: modules, and single weights of those with
+    several.
+    """
+    modules: dict[str, list[Site]] = {}
+    for site in sites:
+        modules.setdefault(site.name, []).append(site)
+    whole = {
+        name
+        for name, found in modules.items()
+        if len(found) == len(found[0].ops.parameters(found[0].module))
+    }
+    if len(whole) == len(modules):
+        return compact(model, whole)
+    single = [f"{n}.{s.parameter}" for n, found in modules.items() if n not in whole for s in found]
+    return [*sorted(whole), *single]
+
+
+def compact_names(names: Collection[str], adapted: Collection[str]) -> list[str] | str:
+    """`compact` for layers known by name only."""
     wanted = set(adapted)
     by_leaf: dict[str, set[str]] = {}
     for name in names:

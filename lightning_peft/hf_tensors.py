@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_peft.hf_config import CONFIG
 
-__all__ = ["TENSORS", "read_tensors", "write_adapter"]
+__all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter"]
 
 TENSORS = "adapter_model.safetensors"
 
@@ -26,9 +26,6 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         FileNotFoundError: no adapter_model.safetensors.
         ValueError: a pickle, a truncated or corrupt file, an integer or non-finite tensor.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = directory / TENSORS
     if not path.is_file():
         pickled = sorted(p.name for p in directory.glob("adapter_model.*"))
@@ -39,23 +36,50 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                 "(safetensors.torch.save_file(torch.load(path, weights_only=True), ...))"
             )
         raise FileNotFoundError(f"{directory}: expected {TENSORS}, found none")
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        ValueError: a truncated or corrupt file, an integer or non-finite tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do "
             f"not read as one ({error}); copy it again"
         ) from None
-    for key, tensor in tensors.items():
+    return checked(tensors, str(path)), metadata
+
+
+def checked(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors, detached, on the CPU.
+
+    Raises:
+        ValueError: something else than a tensor, an integer or non-finite one.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{source}: {key}: expected a tensor, got {type(value).__name__}")
+        tensor = value.detach().cpu()
         if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key}: expected a floating dtype, got {tensor.dtype}")
+            raise ValueError(f"{source}: {key}: expected a floating dtype, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(
-                f"{path}: {key}: expected finite values, got {bad} NaN or infinite of "
+                f"{source}: {key}: expected finite values, got {bad} NaN or infinite of "
                 f"{tensor.numel()}"
             )
-    return tensors
+        found[key] = tensor
+    return found
 
 
 def write_adapter(

@@ -45,6 +45,7 @@ ROOMS: list[list[tuple[str, ...]]] = [
         ("planner", "planner_*", "__main__"),
         ("optim", "optim.*"),
     ],
+    [("extract", "extract_*", "prune_rank", "spectrum", "recipes", "recipes.*")],
     [("callback", "callback.*", "strategies", "strategies.*", "loading")],
     [("",)],  # lightning_peft/__init__.py: public names only
 ]
@@ -63,8 +64,11 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
         "hf_*",
         "planner_*",
         "storage.stream",
+        "extract_*",
     ),
-    "safetensors": ("hf", "hf.*", "hf_*", "checkpoint", "checkpoint_*", "storage.stream"),
+    "safetensors": (
+        *("hf", "hf.*", "hf_*", "checkpoint", "checkpoint_*", "storage.stream", "extract_*"),
+    ),
     "liger_kernel": ("liger",),
     "rich": ("report", "report_*", "quantizing", "callback", "callback.*"),
 }

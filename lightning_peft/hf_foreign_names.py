@@ -1,0 +1,151 @@
+"""Names in LoRA files of Kohya, diffusers and loralib: which layer and which factor a tensor is.
+
+Kohya       lora_unet_<name with _ for .>.lora_down.weight [r, in], .lora_up.weight [out, r], .alpha
+diffusers   <unet|text_encoder|…>.<name>.lora.down.weight, .lora_linear_layer.down.weight,
+            .lora_A.weight, or <attention>.processor.to_q_lora.down.weight
+loralib     <name>.lora_A [r, in], <name>.lora_B [out, r]; MergedLinear: [k·r, in], [out·k/n, r]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_peft.hf_keys import PREFIX, joined
+
+__all__ = ["COMPONENTS", "PARSERS", "Layer", "kind_of", "require_whole"]
+
+_KOHYA = re.compile(r"(lora_(?:unet|te\d?|transformer|prior))_(.+?)\.(.+)")
+_KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+_DIFFUSERS = re.compile(
+    r"(.+?)\.(?:processor\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora"
+    r"|lora|lora_linear_layer)\.(down|up)\.weight"
+)
+_DIFFUSERS_NEW = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
+_LORALIB = re.compile(r"(?:(.+)\.)?lora_([AB])")
+#: Component of a pipeline → names that the module has in programs that hold several.
+COMPONENTS = {
+    "lora_unet": ("unet", "transformer"),
+    "lora_transformer": ("transformer",),
+    "lora_prior": ("prior",),
+    "lora_te": ("text_encoder",),
+    "lora_te1": ("text_encoder",),
+    "lora_te2": ("text_encoder_2",),
+    "lora_te3": ("text_encoder_3",),
+    **{n: (n,) for n in ("unet", "transformer", "prior", "text_encoder")},
+    **{f"text_encoder_{i}": (f"text_encoder_{i}",) for i in (2, 3)},
+}
+
+
+@dataclass
+class Layer:
+    """What a file holds for one layer; names as in the file."""
+
+    component: str
+    name: str
+    A: Tensor | None = None
+    B: Tensor | None = None
+    alpha: float | None = None
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return joined(self.component, self.name)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B); only after `require_whole`."""
+        assert self.A is not None
+        assert self.B is not None
+        return self.A, self.B
+
+
+def kind_of(keys: Sequence[str]) -> str:
+    """``"kohya"``, ``"loralib"``, ``"diffusers"`` or "" by the names of a file's tensors."""
+    if any(_KOHYA.fullmatch(k) for k in keys):
+        return "kohya"
+    if any(_LORALIB.fullmatch(k) for k in keys):
+        return "loralib"
+    if any(_DIFFUSERS.fullmatch(k) or _DIFFUSERS_NEW.fullmatch(k) for k in keys):
+        return "" if any(k.startswith(PREFIX) for k in keys) else "diffusers"
+    return ""
+
+
+def _kohya(tensors: Mapping[str, Tensor], source: str) -> tuple[list[Layer], dict[str, Tensor]]:
+    layers: dict[tuple[str, str], Layer] = {}
+    other = {}
+    for key, tensor in tensors.items():
+        found = _KOHYA.fullmatch(key)
+        if found is None:
+            other[key] = tensor
+            continue
+        component, name, part = found.groups()
+        if part not in _KOHYA_PARTS:
+            raise ValueError(
+                f"{source}: {key}: expected {list(_KOHYA_PARTS)} of plain LoRA, got {part!r} of "
+                "another method (LyCORIS); nothing was loaded"
+            )
+        layer = layers.setdefault((component, name), Layer(component, name))
+        _set(layer, _KOHYA_PARTS[part], tensor)
+    return list(layers.values()), other
+
+
+def _diffusers(tensors: Mapping[str, Tensor], source: str) -> tuple[list[Layer], dict[str, Tensor]]:
+    layers: dict[str, Layer] = {}
+    other = {}
+    for key, tensor in tensors.items():
+        old, new = _DIFFUSERS.fullmatch(key), _DIFFUSERS_NEW.fullmatch(key)
+        if old is not None:
+            name, projection, side = old.groups()
+            if projection:
+                name = f"{name}.{'to_out.0' if projection == 'to_out' else projection}"
+            part = "A" if side == "down" else "B"
+        elif new is not None:
+            name, part = new.groups()
+        elif key.endswith(".alpha"):
+            name, part = re.sub(r"\.(lora|lora_linear_layer)$", "", key[: -len(".alpha")]), "alpha"
+        else:
+            other[key] = tensor
+            continue
+        head, _, rest = name.partition(".")
+        component, inner = (head, rest) if head in COMPONENTS and rest else ("", name)
+        _set(layers.setdefault(name, Layer(component, inner)), part, tensor)
+    return list(layers.values()), other
+
+
+def _loralib(tensors: Mapping[str, Tensor], source: str) -> tuple[list[Layer], dict[str, Tensor]]:
+    layers: dict[str, Layer] = {}
+    other = {}
+    for key, tensor in tensors.items():
+        found = _LORALIB.fullmatch(key)
+        if found is None:
+            other[key] = tensor
+            continue
+        name, part = found.group(1) or "", found.group(2)
+        _set(layers.setdefault(name, Layer("", name)), part, tensor)
+    return list(layers.values()), other
+
+
+_Parser = Callable[[Mapping[str, Tensor], str], tuple[list[Layer], dict[str, Tensor]]]
+PARSERS: dict[str, _Parser] = {"kohya": _kohya, "diffusers": _diffusers, "loralib": _loralib}
+
+
+def _set(layer: Layer, part: str, tensor: Tensor) -> None:
+    setattr(layer, part, float(tensor) if part == "alpha" else tensor)
+
+
+def require_whole(layers: Sequence[Layer], source: str) -> None:
+    """Raise ValueError with the list of layers that lack a factor or have one of another kind."""
+    problems = []
+    for e in layers:
+        if e.A is None or e.B is None:
+            problems.append(f"{e.label}: expected both factors, got one or none")
+        elif e.A.ndim not in (2, 3, 4, 5) or e.A.ndim != e.B.ndim or e.A.shape[0] < 1:
+            problems.append(
+                f"{e.label}: expected factors [r, in] and [out, r], got {list(e.A.shape)} and "
+                f"{list(e.B.shape)}"
+            )
+    if problems:
+        raise ValueError(f"{source}: nothing was loaded:\n  " + "\n  ".join(problems[:20]))

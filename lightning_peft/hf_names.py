@@ -1,0 +1,147 @@
+"""Layer names from before transformers 5, which peft 0.21 and transformers 5 both fail on.
+
+transformers renames tensors of old checkpoints while it loads them; the same rules, reversed, say
+what the layers of a model were called. A naming counts only where the rules lead back to the name
+that the layer has now, so that a round trip cannot lose a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.hf_rename import Renaming, module_path, renamed
+from lightning_peft.methods.base import HFFormat
+
+__all__ = ["current_names", "legacy_names", "namings"]
+
+#: Name of a layer now → what it was called; several layers of one old name are parts of it.
+Naming = dict[str, str]
+
+
+def current_names(
+    top: nn.Module, fmt: HFFormat, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """The adapter in the names that the model has now, and a note on what was done.
+
+    Nothing is done where the names fit already, or where no naming fits: reading is strict.
+
+    Raises:
+        ValueError: a layer that became several under a method that cannot be split.
+    """
+    modules = _modules(top)
+    paths = {module_path(fmt, key)[1] for key in tensors} - {""}
+    if paths <= modules.keys():
+        return config, tensors, ""
+    for naming in namings(top):
+        parts = _parts(naming, modules)
+        if paths <= parts.keys():
+            names = Renaming(parts, {o: modules[n[0]] for o, n in parts.items()}, list(modules))
+            config, tensors = renamed(fmt, config, tensors, names)
+            changed = sum(parts[p] != [p] for p in paths)
+            return config, tensors, f"names of {changed} layers are from before transformers 5"
+    return config, tensors, ""
+
+
+def legacy_names(
+    top: nn.Module, fmt: HFFormat, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The adapter in the names of transformers 4.
+
+    Raises:
+        ValueError: the model is not one of transformers', or an adapted layer was part of a larger
+            one, or no rule leads back from its old name.
+    """
+    if not _is_transformers(top):
+        raise ValueError(
+            f"save_adapter(names='legacy'): expected a model of transformers, got "
+            f"{type(top).__name__}, whose old layer names are not known; write names='current'"
+        )
+    modules = _modules(top)
+    naming = next(namings(top), {n: n for n in modules})
+    paths = sorted({module_path(fmt, key)[1] for key in tensors} - {""})
+    lost = [p for p in paths if p not in naming]
+    whole = {o: n for o, n in _parts(naming, modules).items() if len(n) > 1}
+    lost += [p for p in paths if naming.get(p) in whole]
+    if lost:
+        raise ValueError(
+            f"save_adapter(names='legacy'): expected layers that were single layers in "
+            f"transformers 4, got {lost[:3]}, which were not; exclude them, or write "
+            "names='current'"
+        )
+    to = {n: [o] for n, o in naming.items()}
+    names = Renaming(to, {n: modules[n] for n in naming}, sorted(set(naming.values())))
+    return renamed(fmt, config, tensors, names)
+
+
+def namings(top: nn.Module) -> Iterator[Naming]:
+    """Complete sets of old names that the model's layers may have had, the likeliest first."""
+    if not _is_transformers(top):
+        return
+    seen: list[Naming] = [{n: n for n in _modules(top)}]
+    for transforms in _generations(top):
+        naming = _reversed(_modules(top), transforms)
+        if naming not in seen:
+            seen.append(naming)
+            yield naming
+
+
+def _is_transformers(top: nn.Module) -> bool:
+    return any(c.__name__ == "PreTrainedModel" for c in type(top).__mro__)
+
+
+def _modules(top: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in top.named_modules() if n and "peft" not in n.split(".")}
+
+
+def _parts(naming: Naming, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Old name → the layers it stands for, in order of definition."""
+    parts: dict[str, list[str]] = {}
+    for name in modules:
+        if name in naming:
+            parts.setdefault(naming[name], []).append(name)
+    return parts
+
+
+def _generations(top: Any) -> Iterator[list[Any]]:
+    """Lists of transformers' rules, each as one release may have needed them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules = [t for t in get_model_conversion_mapping(top, add_legacy=False) if _single(t)]
+    yield rules
+
+
+def _single(rule: Any) -> bool:
+    """Whether a rule renames, or splits a weight evenly along its output."""
+    operations = getattr(rule, "operations", None)
+    if operations is None:
+        return True
+    return [type(o).__name__ for o in operations] == ["Chunk"] and operations[0].dim == 0
+
+
+def _reversed(modules: Mapping[str, nn.Module], rules: Sequence[Any]) -> Naming:
+    """What each layer was called, where the rules lead from there to the layer again."""
+    renames = [r for r in rules if not hasattr(r, "operations")]
+    splits = [r for r in rules if hasattr(r, "operations")]
+    back = [r.reverse_transform() for r in reversed(splits)]
+    back += [r.reverse_transform() for r in reversed(renames)]
+    naming: Naming = {}
+    for name in modules:
+        old = _through(back, [f"{name}.weight"])[0]
+        if f"{name}.weight" in _through([*renames, *splits], [old]):
+            naming[name] = old.removesuffix(".weight")
+    return naming
+
+
+def _through(rules: Sequence[Any], keys: list[str]) -> list[str]:
+    """Keys under all rules; one that splits a weight names all its parts."""
+    for rule in rules:
+        renamed_keys = []
+        for key in keys:
+            first, pattern = rule.rename_source_key(key)
+            parts = rule.target_patterns if pattern is not None else [""]
+            renamed_keys += [first.replace(parts[0], part, 1) if part else first for part in parts]
+        keys = renamed_keys
+    return keys

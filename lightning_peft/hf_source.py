@@ -1,0 +1,133 @@
+"""What `load_adapter` is given: a peft directory, a file of another program, or a state dict.
+
+All of them end as one config and tensors in the names that the model has now; nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.hf_config import CONFIG, format_of, method_class, read_config
+from lightning_peft.hf_foreign import foreign_adapter
+from lightning_peft.hf_names import current_names
+from lightning_peft.hf_targets import model_root
+from lightning_peft.hf_tensors import checked, read_file, read_tensors
+from lightning_peft.hf_unknown import named
+from lightning_peft.methods.base import HFFormat, Method
+
+__all__ = ["Source", "read_source"]
+
+
+@dataclass
+class Source:
+    """An adapter as read.
+
+    Attributes:
+        config: As in adapter_config.json.
+        tensors: As in adapter_model.safetensors.
+        method: The method that the config describes.
+        prefix: Name in the caller's model of the module whose layer names are used.
+        top: That module.
+        notes: What was understood without being said in the file.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    method: type[Method]
+    prefix: str
+    top: nn.Module
+    notes: list[str]
+
+    @property
+    def format(self) -> HFFormat:
+        """The method's exchange table."""
+        return format_of(self.method)
+
+
+def read_source(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    adapter_name: str,
+    root: str | None,
+    alpha: float | None,
+    enable_lora: Sequence[bool] | None,
+) -> Source:
+    """Read and name everything.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+        ValueError: a format that is not known, or a file that does not fit.
+    """
+    if isinstance(source, Mapping):
+        label, metadata = "state dict", dict[str, str]()
+        tensors = checked(source, label)
+    else:
+        path = Path(source)
+        folder = path / adapter_name if (path / adapter_name / CONFIG).is_file() else path
+        if (folder / CONFIG).is_file():
+            return _peft(model, folder, root, alpha, enable_lora)
+        file = _single_file(path)
+        tensors, metadata = read_file(file)
+        label = str(file)
+    found = foreign_adapter(
+        model, tensors, label, root=root, alpha=alpha, enable_lora=enable_lora, metadata=metadata
+    )
+    return Source(found.config, found.tensors, method_class(found.config), "", model, found.notes)
+
+
+def _peft(
+    model: nn.Module,
+    folder: Path,
+    root: str | None,
+    alpha: float | None,
+    enable_lora: Sequence[bool] | None,
+) -> Source:
+    if alpha is not None or enable_lora is not None:
+        raise ValueError(
+            f"load_adapter: alpha, enable_lora: expected with a loralib file, got a peft directory "
+            f"({folder}), which says its own"
+        )
+    config = read_config(folder)
+    method = method_class(config)
+    _refuse_options(config)
+    tensors = read_tensors(folder)
+    prefix, top = model_root(model, root)
+    config, tensors, note = current_names(top, format_of(method), config, tensors)
+    return Source(config, tensors, method, prefix, top, [note] if note else [])
+
+
+def _refuse_options(config: Mapping[str, Any]) -> None:
+    tokens = config.get("trainable_token_indices")
+    if tokens and config["peft_type"] != "TRAINABLE_TOKENS":
+        raise ValueError(
+            f"{CONFIG}: trainable_token_indices: expected none, got {str(tokens)[:60]}; rows of an "
+            "embedding are not replaced one by one here: merge that part with peft first"
+        )
+
+
+def _single_file(path: Path) -> Path:
+    """The safetensors file that `path` is, or the only one in it.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: another format, by its name where it is known.
+    """
+    if path.suffix == ".safetensors" and path.is_file():
+        return path
+    known = named(path) if path.exists() else ""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not known and len(files) == 1 and not files[0].name.startswith("adapter_model"):
+        return files[0]
+    if known or path.is_file() or len(files) > 1:
+        got = known or ", ".join(f.name for f in files) or path.name
+        raise ValueError(
+            f"{path}: expected {CONFIG} of a Hugging Face peft adapter, or one .safetensors file "
+            f"of Kohya, diffusers or loralib, found {got}; nothing was loaded"
+        )
+    read_config(path)  # raises, with what is there
+    raise AssertionError
