@@ -69,7 +69,8 @@ def read_source(
     else:
         path = Path(source)
         folder = path / adapter_name if (path / adapter_name / CONFIG).is_file() else path
-        if (folder / CONFIG).is_file():
+        ours = not path.exists() or not named(folder) or any(folder.glob("adapter_model.*"))
+        if (folder / CONFIG).is_file() and ours:
             return _peft(model, folder, root, alpha, enable_lora)
         file = _single_file(path)
         tensors, metadata = read_file(file)
