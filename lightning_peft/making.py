@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.layers.adapted import Adapted, Adapter, Rewrite, Tap, adapt
-from lightning_peft.layers.sequence import Widen
+from lightning_peft.layers.sequence_gate import Gates
 from lightning_peft.layers.sequence_own import OwnModel
+from lightning_peft.layers.sequence_widen import Widen
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.placing import Placement
 from lightning_peft.site import Site
@@ -97,6 +98,8 @@ def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: nn.Mo
 def _hook(method: Method, placement: Placement) -> Any:
     if method.kind == "block":
         return Tap
+    if getattr(method, "acts", "") == "attention":
+        return Gates
     return Widen if getattr(placement.site, "embedding", "") else OwnModel
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.sequence import forward_names
+from lightning_peft.layers.sequence_gate import gated_attention
 from lightning_peft.placing_blocks import own_width
 from lightning_peft.site import SequenceSite
 from lightning_peft.storage import storage_of
@@ -27,7 +28,8 @@ _TASKS = {
 
 
 def sequence_place(model: nn.Module, method: Any) -> tuple[SequenceSite, nn.Module | None]:
-    """The site, and the decoder whose mask over the encoder's output becomes longer.
+    """The site, and the module that gets hooks: the decoder whose mask over the encoder's output
+    becomes longer, or the stack whose attention gates a prefix.
 
     Raises:
         ValueError: no model, or several, or one that cannot take further positions; with the
@@ -62,6 +64,10 @@ def sequence_place(model: nn.Module, method: Any) -> tuple[SequenceSite, nn.Modu
         embedding=path,
         task=_task(hf),
     )
+    if getattr(method, "gating", False):
+        site.hidden = int(hf.config.get_text_config(decoder=True).hidden_size)
+        gated_attention(stack, len(site.layers))
+        return site, stack
     crosses = method.acts == "prepend" and hf.config.is_encoder_decoder
     return site, hf.get_decoder() if crosses else None
 
@@ -77,6 +83,7 @@ def attention_site(name: str, module: Any) -> SequenceSite:
         storage_of(module, weight),
         width=int(module.embed_dim),
         layers=((int(module.num_heads), int(module.head_dim)),),
+        hidden=int(module.embed_dim),
     )
 
 

@@ -320,6 +320,7 @@ class SequenceSite(Site):
         embedding: Path of the module from ids to embeddings, inside the site's module; "" for a
             module of the user's that is named.
         task: peft's word for the model's task.
+        hidden: Features that attention reads, where a gate asks for them.
     """
 
     width: int = 0
@@ -327,6 +328,7 @@ class SequenceSite(Site):
     strip: bool = True
     embedding: str = ""
     task: str = ""
+    hidden: int = 0
 
     @property
     def shape(self) -> torch.Size:

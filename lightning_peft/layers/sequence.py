@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from lightning_peft.layers.rows import RowMix, current_rows
 from lightning_peft.layers.sequence_attention import attend, batch_of
+from lightning_peft.layers.sequence_gate import gated, refuse_rows
 from lightning_peft.swap import base_class
 
-__all__ = ["Widen", "forward_names", "run_with_positions"]
+__all__ = ["forward_names", "front_of", "require_flat", "run_with_positions"]
 
 #: Model types whose positions are relative, or follow from the mask: rows may differ in length.
 _RELATIVE = frozenset({"bloom", "mpt", "t5", "mt5", "umt5", "longt5", "opt"})
@@ -65,7 +67,7 @@ class _Front:
         return self.n if self.mask is None else self.mask.sum(dim=1, keepdim=True)
 
 
-def _front(adapters: Sequence[Any], batch: int, device: torch.device) -> _Front | None:
+def front_of(adapters: Sequence[Any], batch: int, device: torch.device) -> _Front | None:
     """The positions of every row; the adapter named last stands outermost, so first."""
     if not adapters:
         return None
@@ -131,9 +133,9 @@ def run_with_positions(
     past = call.get("past_key_values")
     seen = 0 if past is None else int(past.get_seq_length())
     site = adapters[0].site
-    prompts = _front([a for a in adapters if a.method.acts == "prepend"], batch, device)
+    prompts = front_of([a for a in adapters if a.method.acts == "prepend"], batch, device)
     inside = [a for a in adapters if a.method.acts == "attention"]
-    prefix = _front(inside, batch, device)
+    prefix = front_of(inside, batch, device)
     added = [a for a in adapters if a.method.acts == "add"]
     if added:
         call["inputs_embeds"] = _added(site, call, added, seen)
@@ -171,7 +173,7 @@ def _added(site: Any, call: Mapping[str, Any], added: Sequence[Any], seen: int) 
         at = torch.arange(seen, seen + length, device=embeds.device).expand(embeds.shape[0], -1)
         real = torch.ones_like(at)
     else:
-        _require_flat(mask)
+        require_flat(mask)
         at = (mask.long().cumsum(dim=1) - 1)[:, -length:].clamp(min=0)
         real = mask[:, -length:].long()
     mix = current_rows()
@@ -186,7 +188,8 @@ def _added(site: Any, call: Mapping[str, Any], added: Sequence[Any], seen: int) 
     return embeds
 
 
-def _require_flat(mask: Any) -> None:
+def require_flat(mask: Any) -> None:
+    """Raise ValueError unless the mask is [batch, length]."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         got = f"{mask.dim()} axes" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -203,7 +206,7 @@ def _lengthen_mask(call: dict[str, Any], fronts: Sequence[_Front], length: int, 
         values = fronts[0].values
         before = seen - sum(f.n for f in fronts) if seen else 0
         mask = torch.ones(values.shape[0], before + length, dtype=torch.int64, device=values.device)
-    _require_flat(mask)
+    require_flat(mask)
     call["attention_mask"] = torch.cat([*(f.ones(mask) for f in fronts), mask], dim=1)
 
 
@@ -265,7 +268,7 @@ def _put_before(site: Any, call: dict[str, Any], prompts: _Front) -> None:
 
 def _put_before_own(module: Any, adapters: Sequence[Any], embeds: Tensor) -> Tensor:
     """[P; embeddings] of a module of the user's; see `sequence_own`."""
-    front = _front(adapters, embeds.shape[0], embeds.device)
+    front = front_of(adapters, embeds.shape[0], embeds.device)
     if front is not None and front.mask is not None:
         raise ValueError(
             f"adapter_names: expected prompts of one length in a model of your own, got different "
@@ -278,11 +281,27 @@ def _put_before_own(module: Any, adapters: Sequence[Any], embeds: Tensor) -> Ten
 
 def _in_attention(module: Any, adapters: Sequence[Any], call: dict[str, Any]) -> Any:
     query = call["query"]
-    prefix = _front(adapters, batch_of(module, query), query.device)
+    refuse_rows(adapters)
+    prefix = front_of(adapters, batch_of(module, query), query.device)
     if prefix is None:
         n = query.new_zeros(batch_of(module, query), 0, 2 * module.embed_dim)
         return attend(module, call, n, None)
+    if any(a.method.gating for a in adapters):
+        prefix.values = prefix.values * _own_gates(module, adapters, query)
     return attend(module, call, prefix.values, prefix.mask)
+
+
+def _own_gates(module: Any, adapters: Sequence[Any], query: Tensor) -> Tensor:
+    """Factors [B, n, 1] in one `nn.MultiheadAttention`."""
+    x = query.unsqueeze(0) if query.dim() == 2 else query
+    x = x if module.batch_first or query.dim() == 2 else x.transpose(0, 1)
+    parts = []
+    for adapter in reversed(adapters):
+        gate = x.new_ones(x.shape[0], 1)
+        if adapter.method.gating:
+            gate = adapter.method.gate(adapter.block, 0, x)
+        parts.append(gate.expand(-1, adapter.method.n))
+    return torch.cat(parts, dim=1).unsqueeze(-1)
 
 
 def _run_with_prefix(
@@ -299,6 +318,7 @@ def _run_with_prefix(
         with_prefix,
     )
 
+    refuse_rows(adapters)
     site = adapters[0].site
     past, config = call.get("past_key_values"), module.config
     wanted = call.get("use_cache")
@@ -308,7 +328,7 @@ def _run_with_prefix(
     if not keep and repeats_whole(module):
 
         def again() -> list[tuple[Tensor, Tensor]]:
-            front = _front(adapters, prefix.values.shape[0], prefix.values.device)
+            front = front_of(adapters, prefix.values.shape[0], prefix.values.device)
             assert front is not None
             return _pairs(site, front.values)
 
@@ -319,12 +339,18 @@ def _run_with_prefix(
         crossed=bool(getattr(config, "is_encoder_decoder", False)),
         keep=keep,
         again=again,
+        factor=partial(gated, adapters),
     )
+    if keep:
+        _gate_cache(adapters, filled)
     call["past_key_values"] = filled
     if not keep and "use_cache" in forward_names(base_class(module)):
         call["use_cache"] = False
     with nullcontext() if keep else keep_cache(module):
         out = run(**call)
+    for adapter in adapters:
+        if adapter.tap is not None:
+            adapter.tap.rest()
     missing = unread(filled)
     if missing:
         raise RuntimeError(
@@ -335,6 +361,16 @@ def _run_with_prefix(
     if past is None and not (keep and wanted) and getattr(out, "past_key_values", None) is not None:
         out.past_key_values = None  # the caller asked for none, and would count its tokens twice
     return out
+
+
+def _gate_cache(adapters: Sequence[Any], filled: Any) -> None:
+    """Have gates multiply what stands in a growing cache, as each layer runs."""
+    start = 0
+    for adapter in reversed(adapters):
+        if adapter.tap is not None:
+            adapter.tap.cached = getattr(filled, "self_attention_cache", filled)
+            adapter.tap.span = (start, start + adapter.method.n)
+        start += adapter.method.n
 
 
 def _pairs(site: Any, values: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -362,31 +398,3 @@ def _strip(out: Any, n: int) -> Any:
     if getattr(out, "hidden_states", None) is not None:
         out.hidden_states = tuple(h[:, n:] for h in out.hidden_states)
     return out
-
-
-class Widen:
-    """A decoder's mask over an encoder's output that has become longer by a prompt."""
-
-    def __init__(self, adapter: Any, decoder: nn.Module) -> None:
-        self.adapter = adapter
-        self.handle = decoder.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The hook: lengthen the mask where it is shorter than what it is for."""
-        hidden, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if hidden is None:
-            return None
-        sequences = self.adapter.site.module._peft.sequences
-        prompts = [a for a in sequences if a.method.acts == "prepend"]
-        front = _front(prompts, hidden.shape[0], hidden.device)
-        if front is None or (mask is None and front.mask is None):
-            return None
-        if mask is None:
-            mask = hidden.new_ones(hidden.shape[0], hidden.shape[1] - front.n)
-        _require_flat(mask)
-        if mask.shape[1] + front.n != hidden.shape[1]:
-            return None  # an encoder's output of before, or one that another hook has seen to
-        wide = torch.cat([front.ones(mask), mask], dim=1)
-        return args, {**kwargs, "encoder_attention_mask": wide}

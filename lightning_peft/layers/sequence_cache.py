@@ -16,6 +16,9 @@ __all__ = ["PrefixCache", "keep_cache", "unread", "with_prefix"]
 #: Makes the pairs anew, with a graph of their own.
 Again = Callable[[], Sequence[tuple[Tensor, Tensor]]]
 
+#: (layer, its keys) → factor of its keys and values, or None.
+Factor = Callable[[int, Tensor], Tensor | None]
+
 
 class PrefixCache(DynamicCache):  # type: ignore[misc]
     """A cache that holds a prefix and nothing else: reading it twice gives the same.
@@ -25,9 +28,14 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], config: Any, again: Again | None = None
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        config: Any,
+        again: Again | None = None,
+        factor: Factor | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.factor = factor
         self.read: set[int] = set()
         self.again = again
         for layer, (keys, values) in enumerate(pairs):
@@ -45,6 +53,9 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         keys, values = held.keys, held.values
         if self.again is not None:
             keys, values = self.again()[layer_idx]
+        by = None if self.factor is None else self.factor(layer_idx, keys)
+        if by is not None:
+            keys, values = keys * by, values * by
         keys = torch.cat([keys.to(key_states.dtype), key_states], dim=-2)
         return keys, torch.cat([values.to(value_states.dtype), value_states], dim=-2)
 
@@ -68,6 +79,7 @@ def with_prefix(
     crossed: bool,
     keep: bool,
     again: Again | None = None,
+    factor: Factor | None = None,
 ) -> Any:
     """An empty cache (or None) with (keys, values) [B, heads, n, features] a layer in it.
 
@@ -78,9 +90,10 @@ def with_prefix(
         crossed: Whether the layers have cross attention too.
         keep: Whether the cache is to grow with the text; without it the prefix alone is held.
         again: Makes the pairs anew in every layer.
+        factor: Of every layer's pair, asked for when the layer runs; for a prefix alone.
     """
     if past is None and not keep:
-        cache: Any = PrefixCache(pairs, config, again)
+        cache: Any = PrefixCache(pairs, config, again, factor)
         if crossed:
             cache = EncoderDecoderCache(cache, PrefixCache((), config))
             cache.is_updated = _Nothing()

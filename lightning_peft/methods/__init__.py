@@ -7,8 +7,10 @@ import pkgutil
 
 from lightning_peft.methods.base import METHODS, Method
 from lightning_peft.methods.guideline import recommend
+from lightning_peft.methods.hybrid_mam import mam
+from lightning_peft.methods.hybrid_unipelt import unipelt
 
-__all__ = ["METHODS", "Method", "recommend"]
+__all__ = ["METHODS", "Method", "mam", "recommend", "unipelt"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

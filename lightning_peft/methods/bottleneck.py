@@ -60,7 +60,8 @@ class BottleneckAdapter(BlockMethod):
             normal with std 0.02, as `adapters` does for houlsby and pfeiffer.
         ln_before: A LayerNorm before `down`.
         ln_after: A LayerNorm behind `up`.
-        gating: A factor σ(Linear(x)), averaged over tokens.
+        gating: A factor σ(Linear(x)): True: averaged over tokens, one for a text. ``"token"``: each
+            token its own, so that generating with a cache equals a full forward.
         dropout: On the bottleneck's output.
     """
 
@@ -71,7 +72,7 @@ class BottleneckAdapter(BlockMethod):
     init: Literal["zero", "bert"] = "zero"
     ln_before: bool = False
     ln_after: bool = False
-    gating: bool = False
+    gating: bool | Literal["token"] = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -97,6 +98,10 @@ class BottleneckAdapter(BlockMethod):
         require(
             self.init in ("zero", "bert"),
             f"{self.label}: expected init 'zero' or 'bert', got {self.init!r}",
+        )
+        require(
+            self.gating in (True, False, "token"),
+            f"{self.label}: expected gating True, False or 'token', got {self.gating!r}",
         )
         require(
             0 <= self.dropout < 1,
@@ -150,7 +155,7 @@ class BottleneckAdapter(BlockMethod):
             z = nn.functional.dropout(z, self.dropout, block.training)
         if self.gating:
             gate = torch.sigmoid(block.gate(x))
-            z = z * gate.mean(dim=-2, keepdim=True)
+            z = z * (gate if self.gating == "token" else gate.mean(dim=-2, keepdim=True))
         s = _DEFAULTS[self.style][2] if self.scaling is None else self.scaling
         out: Tensor = z * (block.scaling if isinstance(s, str) else s)
         return out

@@ -56,7 +56,7 @@ class Tiled(Term):
 def _stretches(x: Tensor, r: int) -> Tensor:
     """Σ_j x_j [..., r]; the last stretch may be short."""
     whole = x.shape[-1] // r * r
-    s = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+    s: Tensor = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
     return s if whole == x.shape[-1] else s + F.pad(x[..., whole:], (0, whole + r - x.shape[-1]))
 
 

@@ -77,6 +77,8 @@ def _peft_rows(layers: int) -> list[int]:
 
 
 def _refuse(method: Any, site: Any) -> str:
+    if method.gating:
+        return "peft's prefixes have no gates"
     if not site.embedding:
         return "a transformer of your own has no equal there"
     return "" if len(set(site.layers)) == 1 else "its layers have different heads"
@@ -85,9 +87,10 @@ def _refuse(method: Any, site: Any) -> str:
 @register
 @dataclass(frozen=True)
 class PrefixTuning(SequenceMethod):
-    """Trained keys and values; in an encoder-decoder those of the decoder's self-attention. In a
-    transformer of your own those of the `nn.MultiheadAttention` modules that `target_modules`
-    names.
+    """Trained keys and values. In an encoder-decoder those of the decoder's self-attention, which
+    is where Hugging Face peft has them too: encoders take no cached keys, and keys of
+    cross-attention are made anew from the encoder's output. In a transformer of your own those of
+    the `nn.MultiheadAttention` modules that `target_modules` names.
 
     Attributes:
         n: Number of virtual tokens.
@@ -96,12 +99,16 @@ class PrefixTuning(SequenceMethod):
         hidden: Width of the network; None: the model's width.
         init: ``"random"``: N(0, 1) as in peft, or the network's own start. ``"zero"``: keys and
             values 0.
+        gating: A factor a layer on its keys and values, σ(Linear(what the attention reads))
+            averaged over the tokens of the forward that they are made in: while generating, those
+            of the text at hand.
     """
 
     n: int = 20
     projection: bool = False
     hidden: int | None = None
     init: Literal["random", "zero"] = "random"
+    gating: bool = False
 
     hf: ClassVar[HFFormat | None] = HFFormat(
         peft_type="PREFIX_TUNING",
@@ -158,8 +165,18 @@ class PrefixTuning(SequenceMethod):
             made.P = nn.Parameter(torch.zeros(self.n, self.columns(site)))
             if self.init == "random":
                 nn.init.normal_(made.P)
+        if self.gating:
+            made.gate_w = nn.Parameter(0.02 * torch.randn(len(site.layers), site.hidden))
+            made.gate_c = nn.Parameter(torch.zeros(len(site.layers)))
         module: nn.Module = made
         return module
+
+    def gate(self, module: nn.Module, layer: int, x: Tensor) -> Tensor:
+        """Factor [B, 1] of a layer's keys and values, from what its attention reads [B, L, d]."""
+        made: Any = module
+        w, c = made.gate_w[layer], made.gate_c[layer]
+        gate = torch.sigmoid(x.to(w.dtype) @ w + c)
+        return gate.mean(dim=1, keepdim=True)
 
     def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """[n, columns]."""
