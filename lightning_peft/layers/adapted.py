@@ -126,6 +126,9 @@ class AdaptedState:
         unmerged_bits: Stored bits by parameter from before a merge.
         ran: Whether forward was ever called (a bypassed module never runs).
         put_before: (positions of prompts, length of the text) of the last forward.
+        shared: The group of layers over one input that this one belongs to (`SharedInput`).
+        tokens: Of experts: tokens that each was given in training so far, int32 [E].
+        counts_tokens: Whether `tokens` still grows: until the report on them was made.
     """
 
     ops: LayerOps
@@ -141,6 +144,8 @@ class AdaptedState:
     put_before: tuple[int, int] = (0, 0)
     fast_path_guard: Any = None
 
+    tokens: Tensor | None = None
+    counts_tokens: bool = True
 
 class Adapted(Swapped):
     """Mixin: forward with the active adapters around the forward of the class underneath."""

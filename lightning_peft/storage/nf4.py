@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning_peft_kernels.experts import nf4_grouped_linear
+from lightning_peft_kernels.experts import Groups, nf4_grouped_linear
 from lightning_peft_kernels.fp8 import choose_fp8, e4m3_scale, fp8_lora_linear
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
@@ -64,11 +64,11 @@ class Packing:
             self._e4m3 = (key, e4m3_scale(q))
         return self._e4m3[1]
 
-    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, counts: list[int]) -> Tensor:
-        """X [S, in], sorted by expert with `counts` rows each → [S, out]."""
+    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, groups: Groups) -> Tensor:
+        """X [S, in], sorted by expert → [S, out]."""
         shape = (self.shape[-2], self.shape[-1])
         return nf4_grouped_linear(
-            X, packed(m, name), shape, counts, kind=self.kind, block_size=self.block_size
+            X, packed(m, name), shape, groups, kind=self.kind, block_size=self.block_size
         )
 
 

@@ -2,21 +2,39 @@
 
     Y[rows of e] = X[rows of e] · W[e]ᵀ          X [S, K], W [E, N, K] dense or packed, Y [S, N]
 
-Only experts that have rows are touched: at few tokens the cost does not grow with E. A packed
-expert is dequantised for its own product and dropped, in backward again. Rows beyond the last group
-(expert-parallel sentinels) give zeros.
+Dense weights take `torch.nn.functional.grouped_mm`, which reads where groups end from a tensor: on
+CUDA nothing waits for the host. It wants rows of whole 16 bytes; others are padded there and
+multiplied one by one on a CPU. A weight in another dtype, or packed, is made expert by expert in a
+small buffer that is used again and again, in backward too, and only for experts that have rows: no
+tensor of E·N·K elements arises. Without host counts the experts with rows are not known, so that a
+packed weight is made whole for the product.
+
+Rows beyond the last group (expert-parallel sentinels) give zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit
+from lightning_peft_kernels.expert_groups import (
+    Groups,
+    library_gradient,
+    library_product,
+    unaligned,
+)
+from lightning_peft_kernels.experts_made import MadeByExpert
+from lightning_peft_kernels.nf4 import Packed4bit
 
-__all__ = ["grouped_linear", "grouped_linear_reference", "nf4_grouped_linear"]
+__all__ = [
+    "Groups",
+    "grouped_linear",
+    "grouped_linear_reference",
+    "nf4_grouped_linear",
+]
 
 
 def grouped_linear_reference(X: Tensor, W: Tensor, expert: Tensor) -> Tensor:
@@ -24,98 +42,24 @@ def grouped_linear_reference(X: Tensor, W: Tensor, expert: Tensor) -> Tensor:
     return torch.einsum("sk,snk->sn", X, W[expert])
 
 
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, X: Tensor, W: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(X, W)
-        ctx.counts = counts
-        Y = X.new_zeros(X.shape[0], W.shape[1])
-        for e, start, stop in _groups(counts):
-            torch.mm(X[start:stop], W[e].mT, out=Y[start:stop])
-        return Y
+def grouped_linear(X: Tensor, W: Tensor, groups: Groups) -> Tensor:
+    """Y [S, N] with X [S, K] sorted by expert and W [E, N, K].
 
-    @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        X, W = ctx.saved_tensors
-        dX = torch.zeros_like(X) if ctx.needs_input_grad[0] else None
-        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        for e, start, stop in _groups(ctx.counts):
-            g = dY[start:stop]
-            if dX is not None:
-                torch.mm(g, W[e], out=dX[start:stop])
-            if dW is not None:
-                torch.mm(g.mT, X[start:stop], out=dW[e])
-        return dX, dW, None
-
-
-class _NF4GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        X: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        absmax2: Tensor | None,
-        offset: Tensor | None,
-        shape: tuple[int, int],
-        kind: str,
-        block_size: int,
-        counts: list[int],
-    ) -> Tensor:
-        ctx.save_for_backward(packed, absmax, absmax2, offset)
-        ctx.packing, ctx.counts = (shape, kind, block_size), counts
-        q = Packed4bit(packed, absmax, absmax2, offset)
-        Y = X.new_zeros(X.shape[0], shape[0])
-        for e, start, stop in _groups(counts):
-            W = _expert(q, e, shape, X.dtype, kind, block_size)
-            torch.mm(X[start:stop], W.mT, out=Y[start:stop])
-        return Y
-
-    @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        dX = None
-        if ctx.needs_input_grad[0]:
-            shape, kind, block_size = ctx.packing
-            q = Packed4bit(*ctx.saved_tensors)
-            dX = dY.new_zeros(dY.shape[0], shape[1])
-            for e, start, stop in _groups(ctx.counts):
-                W = _expert(q, e, shape, dY.dtype, kind, block_size)
-                torch.mm(dY[start:stop], W, out=dX[start:stop])
-        return dX, None, None, None, None, None, None, None, None
-
-
-def _groups(counts: list[int]) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) of the experts that have rows."""
-    groups, start = [], 0
-    for e, n in enumerate(counts):
-        if n:
-            groups.append((e, start, start + n))
-            start += n
-    return groups
-
-
-def _expert(
-    q: Packed4bit, e: int, shape: tuple[int, int], dtype: torch.dtype, kind: str, block_size: int
-) -> Tensor:
-    one = Packed4bit(
-        q.packed[e],
-        q.absmax[e],
-        None if q.absmax2 is None else q.absmax2[e],
-        None if q.offset is None else q.offset[e].reshape(1),
-    )
-    return dequantize_4bit(one, shape, dtype, kind=kind, block_size=block_size)
-
-
-def grouped_linear(X: Tensor, W: Tensor, counts: list[int]) -> Tensor:
-    """Y [S, N] with X [S, K] sorted by expert, W [E, N, K] and the number of rows of each expert.
-
-    Differentiable in X and W; an expert without rows gets a zero gradient.
+    Differentiable in X and W; an expert without rows gets a zero gradient. A W in another dtype is
+    cast to X's, expert by expert where nothing is trained in it.
 
     Raises:
-        ValueError: more experts or rows are counted than there are.
+        ValueError: another number of experts or rows than counted.
     """
-    _check(X, counts, W.shape[0])
-    y: Tensor = _GroupedLinear.apply(X, W, counts)  # type: ignore[no-untyped-call]
+    _check(X, groups, W.shape[0])
+    if not W.requires_grad and W.dtype != X.dtype:
+        y: Tensor = MadeByExpert.apply(X, groups, None, W)  # type: ignore[no-untyped-call]
+        return y
+    W = W.to(X.dtype)
+    if X.dtype == torch.float64 or (groups.on_host and unaligned(X, W)):
+        y = _ByExpert.apply(X, W, groups)  # type: ignore[no-untyped-call]
+        return y
+    y = _ByLibrary.apply(X, W, groups.offsets, groups.tail)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -123,22 +67,81 @@ def nf4_grouped_linear(
     X: Tensor,
     q: Packed4bit,
     shape: tuple[int, int],
-    counts: list[int],
+    groups: Groups,
     *,
     kind: str = "nf4",
     block_size: int = 64,
 ) -> Tensor:
     """`grouped_linear` with W packed expert by expert: every part of `q` has a leading expert
     axis.
+
+    Differentiable in X alone. On the host only experts with rows are dequantised, a few at a time;
+    without host counts all are, for the duration of the product.
     """
-    _check(X, counts, q.packed.shape[0])
-    y: Tensor = _NF4GroupedLinear.apply(X, *q, shape, kind, block_size, counts)  # type: ignore[no-untyped-call]
+    _check(X, groups, q.packed.shape[0])
+    packing = (shape, kind, block_size)
+    y: Tensor = MadeByExpert.apply(X, groups, packing, *q)  # type: ignore[no-untyped-call]
     return y
 
 
-def _check(X: Tensor, counts: list[int], experts: int) -> None:
-    if len(counts) != experts or sum(counts) > X.shape[0]:
+# ---- dense
+
+
+class _ByLibrary(torch.autograd.Function):
+    """All experts in one call."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, W: Tensor, offsets: Tensor, tail: bool) -> Tensor:
+        needs_X, needs_W = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(X if needs_W else None, W if needs_X else None, offsets)
+        ctx.tail = tail
+        return library_product(X, W, offsets, tail=tail)
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        X, W, offsets = ctx.saved_tensors
+        dX = None if W is None else library_product(dY, W.mT, offsets, tail=ctx.tail)
+        dW = None if X is None else library_gradient(dY, X, offsets)
+        return dX, dW, None, None
+
+
+class _ByExpert(torch.autograd.Function):
+    """One product an expert, of any dtype and size."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, W: Tensor, groups: Groups) -> Tensor:
+        ctx.save_for_backward(X if ctx.needs_input_grad[1] else None, W)
+        ctx.groups = groups
+        Y = X.new_zeros(X.shape[0], W.shape[1])
+        for e, rows in _rows(groups.counts):
+            torch.mm(X[rows], W[e].mT, out=Y[rows])
+        return Y
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        X, W = ctx.saved_tensors
+        dX = dY.new_zeros(dY.shape[0], W.shape[2]) if ctx.needs_input_grad[0] else None
+        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+        for e, rows in _rows(ctx.groups.counts):
+            if dX is not None:
+                torch.mm(dY[rows], W[e], out=dX[rows])
+            if dW is not None:
+                torch.mm(dY[rows].mT, X[rows], out=dW[e])
+        return dX, dW, None
+
+
+def _rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of the experts that have rows."""
+    start = 0
+    for e, n in enumerate(counts):
+        if n:
+            yield e, slice(start, start + n)
+            start += n
+
+
+def _check(X: Tensor, groups: Groups, experts: int) -> None:
+    if groups.offsets.shape[0] != experts or groups.rows != X.shape[0]:
         raise ValueError(
-            f"grouped_linear: expected counts for {experts} experts with at most {X.shape[0]} "
-            f"rows, got {len(counts)} counts and {sum(counts)} rows"
+            f"grouped_linear: expected groups of {experts} experts and {X.shape[0]} rows, got "
+            f"{groups.offsets.shape[0]} experts and {groups.rows} rows; sort the rows first"
         )

@@ -1,0 +1,153 @@
+"""Rows grouped by expert, and the library's product over such groups.
+
+Where groups end is known on the device; the host reads it only where that costs no synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Groups", "count_on_host", "library_gradient", "library_product", "unaligned"]
+
+_on_host: list[bool | None] = [None]
+
+
+def count_on_host(setting: bool | None) -> bool | None:
+    """Whether rows are counted on the host; None means on a CPU alone. Returns what was set."""
+    before = _on_host[0]
+    _on_host[0] = setting
+    return before
+
+
+class Groups:
+    """Which rows belong to which expert.
+
+    Attributes:
+        offsets: int32 [E], the end row of each expert.
+        rows: Number of rows, those beyond the last group included.
+        tail: Whether there may be such rows.
+    """
+
+    def __init__(self, offsets: Tensor, rows: int, *, tail: bool = False) -> None:
+        self.offsets = offsets
+        self.rows = rows
+        self.tail = tail
+        self._counts: list[int] | None = None
+
+    @classmethod
+    def sorted(cls, expert: Tensor, experts: int, *, tail: bool = False) -> Groups:
+        """From the sorted expert of every row, int64 [S]; numbers beyond are nobody's."""
+        numbers = torch.arange(experts, device=expert.device)
+        offsets = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        return cls(offsets, expert.shape[0], tail=tail)
+
+    @classmethod
+    def counted(cls, counts: Sequence[int], rows: int, device: torch.device) -> Groups:
+        """From the number of rows of each expert.
+
+        Raises:
+            ValueError: more rows are counted than there are.
+        """
+        if sum(counts) > rows:
+            raise ValueError(
+                f"grouped_linear: expected counts of at most {rows} rows, got {sum(counts)}; "
+                "count each row once"
+            )
+        ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        groups = cls(ends.to(device), rows, tail=sum(counts) < rows)
+        groups._counts = list(counts)
+        return groups
+
+    @property
+    def on_host(self) -> bool:
+        """Whether counts may be read here without a synchronisation."""
+        setting = _on_host[0]
+        if setting is not None:
+            return setting
+        return self.offsets.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each expert, on the host."""
+        if self._counts is None:
+            ends = self.offsets.tolist()
+            self._counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        return self._counts
+
+    @property
+    def sizes(self) -> Tensor:
+        """Rows of each expert, int32 [E] on the device."""
+        return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
+
+
+def outside(offsets: Tensor, rows: int) -> Tensor:
+    """[S, 1] whether a row belongs to no expert."""
+    row = torch.arange(rows, device=offsets.device)
+    return (row >= offsets[-1]).unsqueeze(-1)
+
+
+def library_product(X: Tensor, W: Tensor, offsets: Tensor, *, tail: bool) -> Tensor:
+    """X [S, K] times W [E, N, K] by `grouped_mm`, padded to rows of whole 16 bytes where needed.
+
+    Rows of nobody (`tail`) are zero.
+    """
+    N, K = W.shape[1:]
+    unit = 16 // X.element_size()
+    if K % unit:
+        X, W = F.pad(X, (0, -K % unit)), F.pad(W, (0, -K % unit))
+    if N % unit:
+        W = F.pad(W, (0, 0, 0, -N % unit))
+    Y = _grouped_mm(X.contiguous(), W.mT, offsets)[:, :N]
+    return Y.masked_fill_(outside(offsets, X.shape[0]), 0.0) if tail else Y
+
+
+def library_gradient(dY: Tensor, X: Tensor, offsets: Tensor) -> Tensor:
+    """dW [E, N, K] = dY[rows of e]ᵀ X[rows of e]; zero for an expert without rows."""
+    (S, N), K = dY.shape, X.shape[1]
+    unit = 16 // X.element_size()
+    dY, X = F.pad(dY, (0, -N % unit)), F.pad(X, (0, -K % unit))
+    # The rows of a group are summed over: pad to whole 16 bytes of the transposed operand too.
+    dY, X = (F.pad(t, (0, 0, 0, -S % unit)) for t in (dY, X))
+    dW = _grouped_mm(dY.mT, X, offsets)[:, :N, :K]
+    if dW.device.type == "cuda":  # only the CPU's product is known to write zeros
+        empty = torch.diff(offsets, prepend=offsets.new_zeros(1)) == 0
+        dW = dW.masked_fill(empty[:, None, None], 0.0)
+    return dW
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """The library's product. Its rule for shapes without values knows bf16 alone, where the product
+    itself takes other dtypes too: there ours stands for it.
+    """
+    if torch.compiler.is_compiling() or a.is_meta or type(a).__name__ == "FakeTensor":
+        y: Tensor = torch.ops.lightning_peft.grouped_mm(a, b, offsets)
+        return y
+    return F.grouped_mm(a, b, offs=offsets)
+
+
+_library = torch.library.Library("lightning_peft", "FRAGMENT")
+_library.define("grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor")
+
+
+def _grouped_mm_impl(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(a, b, offs=offsets)
+
+
+def _grouped_mm_fake(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    if b.ndim == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])
+
+
+_library.impl("grouped_mm", _grouped_mm_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("lightning_peft::grouped_mm", _grouped_mm_fake, lib=_library)
+
+
+def unaligned(X: Tensor, W: Tensor) -> bool:
+    """Whether rows of the product's operands are no multiples of 16 bytes."""
+    unit = 16 // X.element_size()
+    return any(n % unit for n in W.shape[1:])

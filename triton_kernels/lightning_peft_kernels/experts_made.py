@@ -1,0 +1,261 @@
+"""Grouped products with weights that are made for them: packed ones, or dense ones to be cast.
+
+Experts that have rows are made a few at a time in one buffer, forward and backward alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_peft_kernels.dynamic_map import dynamic_map
+from lightning_peft_kernels.expert_groups import Groups, library_product, unaligned
+from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit
+
+__all__ = ["MadeByExpert"]
+
+#: Elements of the buffer that experts are made in on a CPU: 4 MB in fp32 stay in the L2 cache, and
+#: dozens of small experts share the cost of a call. Never more than a quarter of the experts.
+_BUFFER = 1 << 20
+
+
+class _Slab(NamedTuple):
+    """Experts that are multiplied at once: their numbers, first row, rows of each."""
+
+    experts: list[int]
+    start: int
+    counts: list[int]
+
+
+class _Cast:
+    """A frozen dense W [E, N, K] in another dtype."""
+
+    def __init__(self, W: Tensor) -> None:
+        self.W = W.detach()
+        self.experts, self.N, self.K = W.shape
+
+    def prepare(self, experts: Sequence[int]) -> None:
+        """Nothing to do."""
+
+    def fill(self, out: Tensor, experts: Sequence[int]) -> None:
+        """W of these experts into out [n, N, K]."""
+        for slot, first, n in _runs(experts):
+            out[slot : slot + n].copy_(self.W[first : first + n])
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """All experts."""
+        return self.W.to(dtype)
+
+
+class _Packed:
+    """A packed W."""
+
+    def __init__(self, q: Packed4bit, packing: tuple[tuple[int, int], str, int]) -> None:
+        self.q = q
+        (self.N, self.K), self.kind, self.block_size = packing
+        self.experts = q.packed.shape[0]
+        self._scales: Tensor | None = None
+        self._place: dict[int, int] = {}
+
+    def prepare(self, experts: Sequence[int]) -> None:
+        """Scales fp32 of these experts at once: a call costs as much as thousands of weights."""
+        absmax, absmax2, offset = (None if t is None else t.flatten(1) for t in self._scaling())
+        assert absmax is not None  # always there
+        if len(experts) < self.experts:
+            index = torch.tensor(experts, device=absmax.device)
+            absmax, absmax2, offset = (
+                None if t is None else t[index] for t in (absmax, absmax2, offset)
+            )
+        self._scales = _scales(absmax, absmax2, offset)  # type: ignore[arg-type]
+        self._place = {e: i for i, e in enumerate(experts)}
+
+    def _scaling(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        E, q = self.experts, self.q
+        if q.absmax2 is None or q.offset is None:
+            return q.absmax, None, None
+        return q.absmax, q.absmax2, q.offset.reshape(E, 1)
+
+    def fill(self, out: Tensor, experts: Sequence[int]) -> None:
+        """W of these experts into out [n, N, K]."""
+        assert self._scales is not None  # `prepare` was called
+        for slot, first, n in _runs(experts):
+            at = self._place[first]
+            self._decode(
+                self.q.packed[first : first + n], self._scales[at : at + n], out[slot : slot + n]
+            )
+
+    def _decode(self, packed: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Experts that lie one behind the other: one call where blocks end with experts."""
+        n, size = out.shape[0], self.N * self.K
+        together = size % self.block_size == 0
+        parts = [(packed, scales, out)] if together else zip(packed, scales, out, strict=True)
+        shape = (n * self.N, self.K) if together else (self.N, self.K)
+        for bits, scale, W in parts:
+            q = Packed4bit(bits.reshape(-1), scale.reshape(-1), None, None)
+            dequantize_4bit(
+                q, shape, out.dtype, kind=self.kind, block_size=self.block_size, out=W.view(shape)
+            )
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """All experts."""
+        self.prepare(range(self.experts))
+        W = torch.empty(self.experts, self.N, self.K, dtype=dtype, device=self.q.packed.device)
+        self.fill(W, range(self.experts))
+        return W
+
+
+def _scales(codes: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> Tensor:
+    """fp32 [E, blocks]; nested ones are those of each expert by itself."""
+    if absmax2 is None or offset is None:
+        return codes
+    second = absmax2.repeat_interleave(256, dim=1)[:, : codes.shape[1]]
+    return dynamic_map(True, str(codes.device))[codes.int()].mul_(second).add_(offset)
+
+
+def _weights(packing: Any, tensors: Sequence[Tensor | None]) -> _Cast | _Packed:
+    if packing is None:
+        return _Cast(tensors[0])  # type: ignore[arg-type]
+    return _Packed(Packed4bit(*tensors), packing)  # type: ignore[arg-type]
+
+
+class MadeByExpert(torch.autograd.Function):
+    """Products with weights that are made for them, in forward and again in backward.
+
+    Inputs: X [S, K]; its groups; (shape, kind, block_size) of a packed weight, None for a dense
+    one; the weight's tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, X: Tensor, groups: Groups, packing: Any, *tensors: Tensor | None
+    ) -> Tensor:
+        """Y [S, N]."""
+        ctx.save_for_backward(*tensors)
+        ctx.groups, ctx.packing = groups, packing
+        return _product(X, groups, packing, tensors, transposed=True)
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        """DX alone: the weight is frozen."""
+        dX = None
+        if ctx.needs_input_grad[0]:
+            made = ctx.packing, ctx.saved_tensors
+            dX = _product(dY.contiguous(), ctx.groups, *made, transposed=False)
+        return dX, None, None, *[None] * len(ctx.saved_tensors)
+
+
+def _product(
+    X: Tensor, groups: Groups, packing: Any, tensors: Sequence[Tensor | None], *, transposed: bool
+) -> Tensor:
+    if torch.compiler.is_compiling():  # as one op: what it does depends on how rows are routed
+        shape, kind, block_size = packing or (tensors[0].shape[1:], "", 0)  # type: ignore[union-attr]
+        y: Tensor = torch.ops.lightning_peft.made_by_expert(
+            X, groups.offsets, groups.tail, tensors, list(shape), kind, block_size, transposed
+        )
+        return y
+    return _with_made(X, groups, _weights(packing, tensors), transposed=transposed)
+
+
+_library = torch.library.Library("lightning_peft", "FRAGMENT")
+_library.define(
+    "made_by_expert(Tensor X, Tensor offsets, bool tail, Tensor?[] tensors, SymInt[] shape, str "
+    "kind, int block_size, bool transposed) -> Tensor"
+)
+
+
+def _made_impl(
+    X: Tensor,
+    offsets: Tensor,
+    tail: bool,
+    tensors: Sequence[Tensor | None],
+    shape: Sequence[int],
+    kind: str,
+    block_size: int,
+    transposed: bool,
+) -> Tensor:
+    packing = ((shape[0], shape[1]), kind, block_size) if kind else None
+    groups = Groups(offsets, X.shape[0], tail=tail)
+    return _with_made(X, groups, _weights(packing, tensors), transposed=transposed)
+
+
+def _made_fake(
+    X: Tensor,
+    offsets: Tensor,
+    tail: bool,
+    tensors: Sequence[Tensor | None],
+    shape: Sequence[int],
+    kind: str,
+    block_size: int,
+    transposed: bool,
+) -> Tensor:
+    return X.new_empty(X.shape[0], shape[0] if transposed else shape[1])
+
+
+_library.impl("made_by_expert", _made_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("lightning_peft::made_by_expert", _made_fake, lib=_library)
+
+
+def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transposed: bool) -> Tensor:
+    """X W[e]ᵀ, or X W[e], row by row of groups."""
+
+    def turned(W: Tensor) -> Tensor:
+        return W.mT if transposed else W
+
+    width = weights.N if transposed else weights.K
+    if not groups.on_host:
+        W = weights.whole(X.dtype)
+        return library_product(X, W if transposed else W.mT, groups.offsets, tail=groups.tail)
+    slabs = list(_slabs(groups.counts, weights.experts, weights.N * weights.K))
+    Y = (
+        X.new_zeros(X.shape[0], width)
+        if groups.tail or not slabs
+        else X.new_empty(X.shape[0], width)
+    )
+    if not slabs:
+        return Y
+    weights.prepare([e for slab in slabs for e in slab.experts])
+    most = max(len(slab.experts) for slab in slabs)
+    buffer = torch.empty(most, weights.N, weights.K, dtype=X.dtype, device=X.device)
+    grouped = X.dtype != torch.float64 and not unaligned(X, buffer)
+    for slab in slabs:
+        weights.fill(buffer[: len(slab.experts)], slab.experts)
+        rows = slice(slab.start, slab.start + sum(slab.counts))
+        if grouped and len(slab.experts) > 1:
+            ends = torch.tensor(slab.counts, device=X.device).cumsum(0, dtype=torch.int32)
+            W = turned(buffer[: len(slab.experts)])
+            Y[rows] = library_product(X[rows], W.mT, ends, tail=False)
+            continue
+        start = slab.start
+        for W, n in zip(buffer, slab.counts, strict=False):
+            torch.mm(X[start : start + n], turned(W), out=Y[start : start + n])
+            start += n
+    return Y
+
+
+def _slabs(counts: Sequence[int], experts: int, size: int) -> Iterator[_Slab]:
+    """Experts with rows, as many at once as the buffer holds."""
+    most = max(1, min(_BUFFER // size, experts // 4))
+    start, slab = 0, _Slab([], 0, [])
+    for e, n in enumerate(counts):
+        if not n:
+            continue
+        if len(slab.experts) == most:
+            yield slab
+            slab = _Slab([], start, [])
+        slab.experts.append(e)
+        slab.counts.append(n)
+        start += n
+    if slab.experts:
+        yield slab
+
+
+def _runs(experts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(place in `experts`, first expert, how many) of neighbours."""
+    first = 0
+    for i in range(1, len(experts) + 1):
+        if i == len(experts) or experts[i] != experts[i - 1] + 1:
+            yield first, experts[first], i - first
+            first = i
