@@ -22,6 +22,7 @@ from lightning_peft.layers.adapted import (
     refresh,
     release,
 )
+from lightning_peft.layers.shared_input import share_inputs
 from lightning_peft.making import (
     Making,
     Planned,
@@ -98,6 +99,7 @@ def attach(
         record.dense = packing.dense
     making.finish()
     guard_fast_path(model)
+    share_inputs(model)
     entry = AdapterRecord(methods, tuple(saved))
     entry.sites = [
         (p.site.label, tuple(p.site.shape), m.label) for m, _, p in planned if not p.paths
@@ -131,6 +133,7 @@ def quantize(
     assert record is not None
     record.fingerprint, record.buffers = fingerprint(model), buffer_hashes(model)
     quantize_layers(model, packing, device)
+    guard_fast_path(model)
     record.quantization, record.dense = quantization, packing.dense
     return parameter_report(model)
 
@@ -171,6 +174,7 @@ def _detach_from(root: nn.Module, record: Record, names: list[str]) -> None:
         refresh(module)
         if not module.peft:
             release(module)
+    share_inputs(root)
     for name in names:
         del record.adapters[name]
     if not record.adapters:

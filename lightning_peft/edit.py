@@ -32,6 +32,8 @@ __all__ = [
     "Rotation",
     "Term",
     "as_low_rank",
+    "low_rank_terms",
+    "stacked",
 ]
 
 
@@ -89,6 +91,18 @@ def as_low_rank(term: Any) -> LowRank | None:
     if isinstance(term, LowRank):
         return term
     return term.folded() if hasattr(term, "folded") else None
+
+
+def low_rank_terms(edits: Sequence[Edit]) -> list[LowRank]:
+    """The terms of several edits that are a LowRank, in order."""
+    # A loop: torch.compile does not follow an assignment inside a comprehension.
+    found = []
+    for edit in edits:
+        for term in edit.terms:
+            low_rank = as_low_rank(term)
+            if low_rank is not None:
+                found.append(low_rank)
+    return found
 
 
 @dataclass(frozen=True)

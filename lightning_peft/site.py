@@ -80,6 +80,14 @@ class Storage(Protocol):
         """A kernel that runs base and edit of this form in one call, or why there is none."""
         ...
 
+    def together(
+        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
+    ) -> list[Tensor] | Reason:
+        """Outputs of several layers on one x, each with its (LowRank, dropout), or why they run
+        apart; x None asks for the decision alone.
+        """
+        ...
+
 
 class LayerOps(Protocol):
     """How an Edit acts on one kind of layer. Canonical weight: M [*batch, out, in]."""

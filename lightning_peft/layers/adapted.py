@@ -142,10 +142,11 @@ class AdaptedState:
     unmerged_bits: dict[str, Any] = field(default_factory=dict)
     ran: bool = False
     put_before: tuple[int, int] = (0, 0)
+    shared: Any = None
     fast_path_guard: Any = None
-
     tokens: Tensor | None = None
     counts_tokens: bool = True
+
 
 class Adapted(Swapped):
     """Mixin: forward with the active adapters around the forward of the class underneath."""

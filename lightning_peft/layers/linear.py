@@ -5,6 +5,8 @@ out].
 from __future__ import annotations
 
 import torch
+from lightning_peft_kernels.backend import choose
+from lightning_peft_kernels.output_scale import output_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,11 +15,21 @@ from lightning_peft.layers.matrix import MatrixOps
 __all__ = ["Conv1DOps", "LinearOps"]
 
 
-class LinearOps(MatrixOps):
+class _FeaturesOps(MatrixOps):
+    """Input [..., in], output [..., out]."""
+
+    def scale_out(self, m: nn.Module, y: Tensor, scale: Tensor) -> Tensor:
+        """Y diag(scale); one kernel each way where there is one, which saves passes in backward."""
+        if choose("output_scale", y.device, y.dtype).backend == "triton":
+            return output_scale(y, scale.to(y.dtype))
+        return super().scale_out(m, y, scale)
+
+
+class LinearOps(_FeaturesOps):
     """`nn.Linear`: weight [out, in], input [..., in]."""
 
 
-class Conv1DOps(MatrixOps):
+class Conv1DOps(_FeaturesOps):
     """`transformers.pytorch_utils.Conv1D`: weight [in, out], input [..., in]."""
 
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.edit import Edit, Rotation, as_low_rank, stacked
+from lightning_peft.edit import Edit, Rotation, low_rank_terms, stacked
 from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.hf_layout import HFLayout
 from lightning_peft.layers.rows import current_rows
+from lightning_peft.layers.shared_input import output_of_group
 from lightning_peft.site import Reason
 
 __all__ = ["MatrixOps"]
@@ -106,6 +108,10 @@ class MatrixOps(HFLayout):
         """[out] shaped so that it broadcasts against the layer's output."""
         return v
 
+    def scale_out(self, m: nn.Module, y: Tensor, scale: Tensor) -> Tensor:
+        """diag(scale) y, `scale` [out]."""
+        return y * self.per_output(m, scale).to(y.dtype)
+
     def rotate(self, m: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
         """X R."""
         return rotation.apply(x)
@@ -121,6 +127,10 @@ class MatrixOps(HFLayout):
     ) -> Any:
         """Adapted forward; see the module's docstring."""
         x, args = (args[0], args[1:]) if args else (kwargs.pop(next(iter(kwargs))), ())
+        if not torch.compiler.is_compiling():
+            y = output_of_group(m, x)
+            if y is not None:
+                return y
         edits = [a.edit() for a in adapters]
         mixed = current_rows() is not None
         if not mixed and len(edits) == 1 and edits[0].by_hand is not None:
@@ -131,6 +141,10 @@ class MatrixOps(HFLayout):
             fused = self._fused(m, adapters, edits, x)
             if fused is not None:
                 return fused
+        if not mixed and len(edits) == 1 and edits[0].form() - {"dropout"} == _SCALED_LOW_RANK:
+            scaled = self._fused_then_scaled(m, adapters[0], edits[0], x)
+            if scaled is not None:
+                return scaled
         if any(not self.supports(part) for e in edits for part in e.form() & _WEIGHT_PARTS):
             if mixed:
                 raise ValueError(
@@ -168,9 +182,19 @@ class MatrixOps(HFLayout):
         kernel = site.storage.fused(edits[0].form(), site)
         if isinstance(kernel, Reason):
             return None
-        terms = [t for e in edits for u in e.terms if (t := as_low_rank(u)) is not None]
-        term = stacked(terms)
+        term = stacked(low_rank_terms(edits))
         return kernel(m, x, term.A, term.B, term.scaling, dropout if m.training else 0.0)
+
+    def _fused_then_scaled(
+        self, m: nn.Module, adapter: Adapter, edit: Edit, x: Tensor
+    ) -> Tensor | None:
+        """DoRA's form: the fused layer, then one pass for the scale. None with a bias, which is not
+        scaled: a fused one would be rounded into the sum before.
+        """
+        if self._bias(m) is not None or not self.supports("out_scale") or edit.out_scale is None:
+            return None
+        u = self._fused(m, [adapter], [replace(edit, out_scale=None)], x)
+        return None if u is None else self.scale_out(m, u, edit.out_scale)
 
     def _weight_path(
         self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
@@ -242,9 +266,13 @@ class MatrixOps(HFLayout):
             if e.bias is not None and (e.scale_bias or e.out_scale is None):
                 v = v + self.per_output(m, e.bias).to(v.dtype)
             if e.out_scale is not None:
-                scale = self.per_output(m, e.out_scale).to(v.dtype)
-                # The bias stays: (v - b) scale + b, written so that a scale of 1 changes no bit.
-                v = v * scale if keep is None else v + (v - keep) * (scale - 1)
+                if keep is None:
+                    v = self.scale_out(m, v, e.out_scale)
+                else:
+                    # The bias stays: (v - b) scale + b, so written that a scale of 1 changes no
+                    # bit.
+                    scale = self.per_output(m, e.out_scale).to(v.dtype)
+                    v = v + (v - keep) * (scale - 1)
             if e.bias is not None and not (e.scale_bias or e.out_scale is None):
                 v = v + self.per_output(m, e.bias).to(v.dtype)
             biases[of] = e.edited_bias(b)
@@ -256,6 +284,7 @@ class MatrixOps(HFLayout):
         return None if path is None else getattr(m, path)
 
 
+_SCALED_LOW_RANK = frozenset({"low_rank", "out_scale"})
 _WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale"})
 
 

@@ -17,15 +17,24 @@ import torch
 from lightning_peft_kernels.experts import Groups, nf4_grouped_linear
 from lightning_peft_kernels.fp8 import choose_fp8, e4m3_scale, fp8_lora_linear
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
-from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
+from lightning_peft_kernels.nf4_lora_linear import nf4_linear
 from torch import Tensor, nn
 
 from lightning_peft.site import Reason, Site
 from lightning_peft.storage.config import Quantization
+from lightning_peft.storage.plain import plain_forward, require_floating
 from lightning_peft.storage.shards import fill_rows, local
 from lightning_peft.swap import Swapped, base_class, swap_in, swap_out
 
-__all__ = ["NF4Storage", "Packing", "Quantized4bit", "pack", "packed", "unpack"]
+__all__ = [
+    "NF4Storage",
+    "Packing",
+    "Quantized4bit",
+    "pack",
+    "packed",
+    "place_values",
+    "unpack",
+]
 
 
 @dataclass
@@ -81,9 +90,9 @@ class Quantized4bit(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X Wᵀ + b with W dequantised for the product and dropped."""
         module: Any = self
-        _require_floating(module, x)
+        require_floating(module, x)
         p = module._packed["weight"]
-        if _plain_forward(module):
+        if plain_forward(module):
             q = packed(module, "weight")
             packing: dict[str, Any] = {"kind": p.kind, "block_size": p.block_size}
             if p.uses_fp8(x.device):
@@ -97,20 +106,6 @@ class Quantized4bit(Swapped):
             return y
         finally:
             vars(module).pop("weight", None)
-
-
-def _plain_forward(module: nn.Module) -> bool:
-    cls = base_class(module)
-    return cls.forward is nn.Linear.forward or cls.__name__ == "Conv1D"
-
-
-def _require_floating(module: nn.Module, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{type(module).__name__} with 4-bit weight: expected a floating input, got {x.dtype}; "
-            "the model casts activations to the weight's dtype: keep this layer dense with "
-            "Quantization(exclude_modules=[…])"
-        )
 
 
 def pack(
@@ -354,25 +349,23 @@ class NF4Storage:
         """An ordinary layer again."""
         return unpack(m, name, W)
 
+    def together(
+        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
+    ) -> list[Tensor] | Reason:
+        """One dequantisation and one product for layers over one input."""
+        from lightning_peft.storage.nf4_products import together
+
+        return together(modules, x, factors)
+
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """NF4 + LoRA in one autograd function."""
         if form - {"low_rank", "dropout"}:
             return Reason(f"4-bit: no fused kernel for {sorted(form)}")
-        if not _plain_forward(site.module):
+        if not plain_forward(site.module):
             return Reason(f"4-bit: {base_class(site.module).__name__} has a forward of its own")
-        return _fused
+        from lightning_peft.storage.nf4_products import fused
 
-
-def _fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
-    p: Packing = m._packed["weight"]
-    _require_floating(m, x)
-    q = packed(m, "weight")
-    how: dict[str, Any] = {
-        "kind": p.kind, "block_size": p.block_size, "dropout_p": dropout, "training": True,
-    }  # fmt: skip
-    if p.uses_fp8(x.device):
-        return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), m.bias, A, B, scaling, **how)
-    return nf4_lora_linear(x, q, p.shape, m.bias, A, B, scaling, **how)
+        return fused
 
 
 def _stored(m: Any, name: str) -> dict[str, Tensor]:

@@ -20,9 +20,11 @@ __all__ = [
     "Preference",
     "architecture",
     "choose",
+    "choose_group",
     "choose_product",
     "crossing",
     "prefer",
+    "prefer_groups",
     "preference",
     "triton_available",
 ]
@@ -30,6 +32,7 @@ __all__ = [
 Preference = Literal["auto", "triton", "torch"]
 
 _preference: list[Preference] = ["auto"]
+_groups: list[bool | None] = [None]
 
 # Architecture → (least N, most tokens), first that fits: up to how many tokens the product that
 # decodes the weight inside beats dequantise + library product. Not measured with these kernels:
@@ -41,6 +44,9 @@ CROSSINGS: dict[str, tuple[tuple[int, int], ...]] = {
     "sm_100": ((8448, 32), (0, 4)),
     "gfx942": ((0, 4),),
 }
+# q, k, v and gate, up of a Llama block of width 1024, 16 to 1,024 tokens, forward and backward: as
+# one product 0.94 to 1.16 of the time (benchmarks/grouped_cpu.py, 2026-11-21).
+GROUPED_ON_CPU = "no faster as one product"
 _EVIDENCE = "as calibrated by bitsandbytes, not measured with these kernels"
 
 
@@ -50,11 +56,14 @@ class Decision:
 
     Attributes:
         backend: ``"triton"`` or ``"torch"``; for products with a packed base, ``"fused"``,
-            ``"dequantize"``, ``"scaled_mm"`` or ``"emulated"``.
+            ``"dequantize"``, ``"scaled_mm"`` or ``"emulated"``; for layers over one input
+            ``"grouped"`` or ``"apart"``.
         reason: One clause for the report.
     """
 
-    backend: Literal["triton", "torch", "fused", "dequantize", "scaled_mm", "emulated"]
+    backend: Literal[
+        "triton", "torch", "fused", "dequantize", "scaled_mm", "emulated", "grouped", "apart"
+    ]
     reason: str
 
 
@@ -131,6 +140,36 @@ def choose_product(
     most = crossing(chip, shape)
     reason = f"{tokens} tokens, crossing {most} on {chip} ({_EVIDENCE})"
     return Decision("fused" if tokens <= most else "dequantize", reason)
+
+
+def prefer_groups(preference: bool | None) -> bool | None:
+    """Whether layers over one input are computed as one: always where they can be, never, or (None)
+    where it is faster. Returns what was in force before.
+    """
+    before = _groups[0]
+    _groups[0] = preference
+    return before
+
+
+def choose_group(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int | None,
+    shapes: Sequence[Sequence[int]],
+) -> Decision:
+    """Whether packed layers [N_i, K] over one x [tokens, K] are computed as one; tokens None before
+    a call.
+    """
+    if _groups[0] is False:
+        return Decision("apart", "asked for")
+    if _groups[0]:
+        return Decision("grouped", "asked for")
+    if device.type != "cuda":
+        return Decision("apart", f"{device.type}: {GROUPED_ON_CPU}")
+    alone = [choose_product(device, dtype, tokens or 1 << 20, shape) for shape in shapes]
+    if any(decision.backend == "fused" for decision in alone):
+        return Decision("apart", f"{tokens} tokens: each weight is decoded inside its product")
+    return Decision("grouped", f"{len(shapes)} layers over one input, one product")
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
