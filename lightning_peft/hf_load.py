@@ -213,7 +213,12 @@ def _values(
         elif isinstance(which, TrainedBias):
             for p in placement.paths:
                 key = bias_key(module, path, p, adapted.get(id(module), ()))
-                tensor = reading.other.pop(key, None)
+                owner = next((n for n in saved if path == n or path.startswith(f"{n}.")), None)
+                tensor = (
+                    reading.other.pop(key, None)
+                    if owner is None  # else it stands in the file once, with its module
+                    else saved[owner].get(joined(path, p)[len(owner) + 1 :])
+                )
                 shape = module.get_parameter(p).shape
                 if tensor is None:
                     problems.append(f"missing {key}")

@@ -7,7 +7,7 @@ that the layer has now, so that a round trip cannot lose a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,41 @@ from lightning_peft.hf_rename import Renaming, module_path, renamed
 from lightning_peft.methods.base import HFFormat
 
 __all__ = ["current_names", "legacy_names", "namings"]
+
+
+def _no_rules() -> list[Any]:
+    return []
+
+
+def _tower() -> list[Any]:
+    from transformers.core_model_loading import PrefixChange
+
+    return [PrefixChange(prefix_to_remove="vision_model")]
+
+
+#: Class → rules that transformers 5.23 has not for it, in its own terms.
+_OURS: dict[str, Callable[[], list[Any]]] = {"MLCDVisionModel": _tower}
+
+#: Class → the part that rules are meant for which would fit others too.
+_SCOPES = {"AltCLIPModel": "text_model"}
+
+#: Models of several parts whose first names changed within release 4, not with release 5.
+_REGROUPED = frozenset(
+    [
+        *("aria", "aya_vision", "colpali", "colqwen2", "emu3", "fuyu", "gemma3", "got_ocr2"),
+        *("internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3"),
+        *(
+            "mllama",
+            "paligemma",
+            "pp_chart2table",
+            "qwen2_5_vl",
+            "qwen2_vl",
+            "shieldgemma2",
+            "video_llava",
+        ),
+        *("vipllava", "vit_msn"),
+    ]
+)
 
 #: Name of a layer now → what it was called; several layers of one old name are parts of it.
 Naming = dict[str, str]
@@ -60,7 +95,7 @@ def legacy_names(
             f"{type(top).__name__}, whose old layer names are not known; write names='current'"
         )
     modules = _modules(top)
-    naming = next(namings(top), {n: n for n in modules})
+    naming = next(namings(top))
     paths = sorted({module_path(fmt, key)[1] for key in tensors} - {""})
     lost = [p for p in paths if p not in naming]
     whole = {o: n for o, n in _parts(naming, modules).items() if len(n) > 1}
@@ -77,10 +112,10 @@ def legacy_names(
 
 
 def namings(top: nn.Module) -> Iterator[Naming]:
-    """Complete sets of old names that the model's layers may have had, the likeliest first."""
+    """Complete sets of names that the model's layers may have had, that of the last 4 first."""
     if not _is_transformers(top):
         return
-    seen: list[Naming] = [{n: n for n in _modules(top)}]
+    seen: list[Naming] = []
     for transforms in _generations(top):
         naming = _reversed(_modules(top), transforms)
         if naming not in seen:
@@ -106,11 +141,41 @@ def _parts(naming: Naming, modules: Mapping[str, nn.Module]) -> dict[str, list[s
 
 
 def _generations(top: Any) -> Iterator[list[Any]]:
-    """Lists of transformers' rules, each as one release may have needed them."""
+    """Lists of transformers' rules, each as one release may have needed them, its last 4 first."""
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
 
-    rules = [t for t in get_model_conversion_mapping(top, add_legacy=False) if _single(t)]
-    yield rules
+    theirs = get_model_conversion_mapping(top, add_legacy=False)
+    rules = [r for r in (*_OURS.get(type(top).__name__, _no_rules)(), *theirs) if _single(r)]
+    rules = [r for r in rules if not (isinstance(r, PrefixChange) and _is_tower(top, r))]
+    for rule in rules:
+        if rule.scope_prefix is None and type(top).__name__ in _SCOPES:
+            rule.scope_prefix, rule.base_model_prefix = _SCOPES[type(top).__name__], ""
+    # Rules for the first names of all: models of several parts were regrouped within release 4.
+    inner = [r for r in rules if isinstance(r, PrefixChange) or not _anchored(r)]
+    regrouped = getattr(getattr(top, "config", None), "model_type", None) in _REGROUPED
+    yield from (inner, rules) if regrouped else (rules, inner)
+
+
+def _is_tower(top: nn.Module, rule: Any) -> bool:
+    """Whether a rule that takes a tower's name out of itself (vision_model.vision_model) is meant
+    for the tower alone: only beside a language model it stood there twice.
+    """
+    parent, _, name = (rule.scope_prefix or "").rpartition(".")
+    if not name or name != rule.prefix_to_remove:
+        return False
+    base = getattr(top, "base_model_prefix", "")
+    for path in (f"{base}.{parent}".strip("."), parent):
+        try:
+            children = dict(top.get_submodule(path).named_children())
+        except AttributeError:
+            continue
+        return "language_model" not in children
+    return True
+
+
+def _anchored(rule: Any) -> bool:
+    return any(p.startswith("^") for p in rule.source_patterns)
 
 
 def _single(rule: Any) -> bool:
@@ -141,7 +206,16 @@ def _through(rules: Sequence[Any], keys: list[str]) -> list[str]:
         renamed_keys = []
         for key in keys:
             first, pattern = rule.rename_source_key(key)
-            parts = rule.target_patterns if pattern is not None else [""]
-            renamed_keys += [first.replace(parts[0], part, 1) if part else first for part in parts]
+            if pattern is None or _inside_a_name(rule, key):
+                renamed_keys.append(key)
+            else:
+                head, *_ = targets = rule.target_patterns
+                renamed_keys += [first, *(first.replace(head, t, 1) for t in targets[1:])]
         keys = renamed_keys
     return keys
+
+
+def _inside_a_name(rule: Any, key: str) -> bool:
+    """Whether a rule found its words in the middle of a longer one (layers in decoder_layers)."""
+    found = rule.compiled_sources.search(key)
+    return found is not None and found.start() > 0 and "." not in key[found.start() - 1 :][:2]
