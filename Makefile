@@ -9,14 +9,14 @@ export PYTHONPATH := triton_kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Tests run as two processes: one thread each, or they fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all test-gpu check fix aot bench-gpu
+.PHONY: help quickstart test test-all test-gpu check fix docs package aot bench-gpu
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,examples]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,docs,examples]"
 	touch $@
 
 quickstart: $(READY)  ## Install, then fine-tune a real model three ways on the CPU
@@ -40,6 +40,14 @@ check: $(READY)  ## ruff, mypy strict on both packages, import directions
 fix: $(READY)  ## Rewrite what ruff can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: $(READY)  ## The pages into site/, warnings as errors
+	$(PY) -m mkdocs build --strict --quiet
+
+package: $(READY)  ## Wheel and sdist into dist/, installed and tried in a fresh environment
+	rm -rf dist
+	$(PY) -m build --no-isolation
+	$(PY) -m pytest -q tests/test_packaging.py
 
 aot: $(READY)  ## Every Triton kernel compiled for four chips: registers, shared memory, spills
 	$(PY) -m lightning_peft_kernels.aot --csv benchmarks/results/aot.csv

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _config(data: dict[str, Any]) -> Any:
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "plan: expected transformers to read a config.json with, found none; pip install "
+            "transformers, or give estimate_memory a module"
+        )
     from transformers import CONFIG_MAPPING
 
     kind = data.get("model_type")

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -47,7 +48,13 @@ def plan_quantization(
 
     Raises:
         ValueError: a weight with a NaN or an infinity, by name.
+        ModuleNotFoundError: ``"int8"`` without bitsandbytes.
     """
+    if quantization.kind == "int8" and find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "quantization='int8': expected bitsandbytes, found none; pip install bitsandbytes, or "
+            "use 'nf4', which needs nothing"
+        )
     plan = QuantizationPlan(quantization)
     heads = output_head(model)
     shared = _shared_parameters(model)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning_peft_kernels.backend import triton_available
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +38,8 @@ def print_report(report: Report, title: str) -> None:
             f"{report.eval_modules} modules are in eval mode: no dropout there, and no activation "
             "checkpointing in Hugging Face models; call .train() on them if that is not meant"
         )
+    if not triton_available():
+        lines.append("triton is not installed: every op runs as torch code")
     console.print("\n".join([*lines, *report.notes]), markup=False, highlight=False)
 
 

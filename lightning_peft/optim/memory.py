@@ -6,6 +6,7 @@ import ctypes
 import logging
 import weakref
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def _free(address: int) -> None:
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "paged optimizer: expected bitsandbytes, which has the managed memory, found none; pip "
+            "install bitsandbytes, or leave 'paged_' out of the optimizer's name"
+        )
     from bitsandbytes.cextension import lib
 
     return lib
