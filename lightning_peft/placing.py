@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.adapted import Adapted
+from lightning_peft.layers.experts import is_experts
 from lightning_peft.layers.sequence_attention import refusal
 from lightning_peft.methods.base import Method
 from lightning_peft.placing_blocks import block_places, block_site, own_width
@@ -69,7 +70,7 @@ def _site(model_name: str, module: nn.Module, parameter: str) -> Site:
 
 def _place_weight(model: nn.Module, method: Any) -> tuple[list[Placement], Selection]:
     method, chosen = _single_weights(model, method)
-    selection = _select(model, method)
+    selection = _without_experts(model, method, _select(model, method))
     placements = []
     for name in selection.names:
         module = model.get_submodule(name)
@@ -82,6 +83,25 @@ def _place_weight(model: nn.Module, method: Any) -> tuple[list[Placement], Selec
             method.check(site)
             placements.append(Placement(name, module, site, slot))
     return placements, selection
+
+
+def _without_experts(model: nn.Module, method: Any, selection: Selection) -> Selection:
+    """Fused experts left out where the method says ``experts=None``.
+
+    Raises:
+        ValueError: nothing else was chosen.
+    """
+    if getattr(method, "experts", "each") is not None:
+        return selection
+    fused = [n for n in selection.names if is_experts(model.get_submodule(n))]
+    names = tuple(n for n in selection.names if n not in fused)
+    if not names:
+        raise ValueError(
+            f"{method.label}(experts=None): expected layers besides experts, got {fused[:3]} "
+            "alone; name others in target_modules, or give experts='each'"
+        )
+    skipped = (*selection.skipped, *((n, "experts=None") for n in fused))
+    return dataclasses.replace(selection, names=names, skipped=skipped)
 
 
 def _single_weights(model: nn.Module, method: Any) -> tuple[Any, dict[str, list[str]]]:

@@ -71,6 +71,9 @@ class LoRA(WeightMethod):
             end, first match.
         alpha_pattern: The same for alpha.
         loftq_iter: Alternations of quantising and factorising for ``"loftq"``.
+        experts: On fused experts: ``"each"`` expert gets A and B of its own, all of a layer have
+            them ``"shared"``, or None leaves experts alone. peft knows the first; the second is
+            written there as copies.
 
     Raises:
         ValueError: r < 1, alpha ≤ 0, dropout outside [0, 1), an unknown init.
@@ -87,6 +90,7 @@ class LoRA(WeightMethod):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     loftq_iter: int = 1
     init_options: dict[str, Any] = field(default_factory=dict)
+    experts: Literal["each", "shared"] | None = "each"
 
     hf = HFFormat(
         peft_type="LORA",
@@ -140,6 +144,10 @@ class LoRA(WeightMethod):
             f"{self.label}: expected bias in ('none', 'all', 'lora_only'), got {self.bias!r}",
         )
 
+        require(
+            self.experts in ("each", "shared", None),
+            f"{self.label}: expected experts in ('each', 'shared', None), got {self.experts!r}",
+        )
         self._check_options()
 
     def _check_options(self) -> None:
@@ -221,6 +229,12 @@ class LoRA(WeightMethod):
             f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 = "
             f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; "
             "lower r, or set it for this layer with rank_pattern, or exclude it",
+        require(
+            not (site.batch_shape and self.experts == "shared" and self.rewrites_base),
+            f"{self.label} on {site.label!r}: expected experts='each' with init={self.init!r}, "
+            "which takes its start from each expert's weight, got experts='shared'; use "
+            "init='default'",
+        )
         )
         require(
             not self.needs_data or (site.ops.supports("rotation") and not site.batch_shape),
@@ -236,18 +250,20 @@ class LoRA(WeightMethod):
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A and B (and bias_B) at their start."""
         r = self.rank(site)
-        A, B = (
-            empty_like_site(site, r, site.in_features),
-            empty_like_site(site, site.out_features, r),
-        )
+        A, B = self._empty(site, r, site.in_features), self._empty(site, site.out_features, r)
         if site.lookup:  # ids pick columns of A, so A is the one that starts at zero
             nn.init.zeros_(A)
             nn.init.normal_(B)
         else:
+    def _empty(self, site: Site, *shape: int) -> Tensor:
+        """[*batch, *shape]; without the experts' axis where they share it."""
+        t = empty_like_site(site, *shape)
+        return t.new_empty(shape) if self.experts == "shared" else t
+
             self._start(A, B, r)
         p = {"A": A, "B": B}
         if self.lora_bias:
-            p["bias_B"] = nn.init.zeros_(empty_like_site(site, site.out_features))
+            p["bias_B"] = nn.init.zeros_(self._empty(site, site.out_features))
         return p
 
     def _start(self, A: Tensor, B: Tensor, r: int) -> None:
