@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.record import records_in
-from lightning_peft.site import Reason
+from lightning_peft.report_kernels import KernelWords, groups_over_one_input
 from lightning_peft.storage import storage_of
 
 __all__ = ["Group", "Report", "parameter_report"]
@@ -26,7 +26,7 @@ class Group:
         shape: Canonical shape, or "mixed".
         trainable: Trained elements.
         storage: Where the weights live.
-        fused: Whether a fused kernel runs, or why not.
+        fused: ``"fused"`` and the dispatch decision with its reason, or why no fused kernel runs.
     """
 
     layers: str
@@ -91,6 +91,7 @@ def parameter_report(model: nn.Module) -> Report:
         report.dense += record.dense
         report.tied += record.tied
     _count(model, report)
+    words = KernelWords()
     found: dict[tuple[str, str, str, str, str], list[int]] = {}
     for name, module in adapted_modules(model):
         for adapter in adapters_of(module):
@@ -99,21 +100,15 @@ def parameter_report(model: nn.Module) -> Report:
                 adapter.method.label,
                 "×".join(map(str, adapter.site.shape)) if adapter.kind == "weight" else "",
                 adapter.site.storage.label,
-                _fused(adapter),
+                words.of(adapter),
             )
             found.setdefault(key, []).append(sum(p.numel() for p in adapter.parameters()))
     report.groups = [
         Group(suffix, len(n), method, shape, sum(n), storage, fused)
         for (suffix, method, shape, storage, fused), n in found.items()
     ]
+    report.notes += groups_over_one_input(model)
     return report
-
-
-def _fused(adapter: Adapter) -> str:
-    if adapter.kind != "weight":
-        return ""
-    kernel = adapter.site.storage.fused(frozenset({"low_rank"}), adapter.site)
-    return str(kernel) if isinstance(kernel, Reason) else "fused"
 
 
 def _count(model: nn.Module, report: Report) -> None:

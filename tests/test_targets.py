@@ -132,4 +132,4 @@ def test_report_counts_packed_weights_as_parameters() -> None:
         m.weight.numel() for m in dense.modules() if isinstance(m, nn.Linear)
     )
     assert any(name == "lm_head" for name, _ in report.dense)
-    assert {g.fused for g in report.groups} == {"fused"}
+    assert {g.fused for g in report.groups} == {"fused; torch: cpu tensors"}

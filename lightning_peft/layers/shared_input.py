@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.edit import LowRank, low_rank_terms, stacked
-from lightning_peft.layers.adapted import Adapted, AdaptedState, adapters_of
+from lightning_peft.layers.adapted import Adapted, adapters_of
 from lightning_peft.layers.rows import current_rows
 from lightning_peft.layers.same_input import called_with_one_input
 from lightning_peft.site import Reason
@@ -58,11 +58,6 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
     device = x.device.type
     on = torch.is_autocast_enabled(device)
     return torch.is_grad_enabled(), torch.get_autocast_dtype(device) if on else None
-
-
-def _state(m: Any) -> AdaptedState:
-    state: AdaptedState = m._peft
-    return state
 
 
 def _acts_alone(m: Any) -> bool:
@@ -173,16 +168,16 @@ def share_inputs(model: nn.Module) -> None:
 
 def _share(parent: nn.Module, names: Sequence[str]) -> None:
     """Members must be children of their own, of one width, with weights in one kind of storage."""
-    members = [c for n in names if isinstance(c := parent._modules.get(n), Adapted)]
-    members = [c for c in members if len(list(c._peft.ops.parameters(c))) == 1]
     alike: dict[Any, list[Any]] = {}
-    for m in members:
+    for name in names:
+        m: Any = parent._modules.get(name)
+        adapted = isinstance(m, Adapted)
+        if not adapted or len(m._peft.ops.parameters(m)) > 1:
+            continue
         found = [a for a in adapters_of(m) if a.kind == "weight"]
         if found and "forward" not in vars(m):
             site = found[0].site
-            alike.setdefault((site.in_features, type(site.storage), site.storage.label), []).append(
-                m
-            )
+            alike.setdefault((site.in_features, site.storage.label), []).append(m)
     for group in alike.values():
         if len(group) > 1:
             shared = SharedInput(group)

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_peft.site import Storage
 from lightning_peft.storage.config import Quantization
 from lightning_peft.storage.dense import DenseStorage
-from lightning_peft.storage.nf4 import NF4Storage
+from lightning_peft.storage.nf4_storage import NF4Storage
 
 __all__ = ["Quantization", "storage_of"]
 

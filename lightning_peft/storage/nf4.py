@@ -20,19 +20,20 @@ from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bi
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear
 from torch import Tensor, nn
 
-from lightning_peft.site import Reason, Site
 from lightning_peft.storage.config import Quantization
 from lightning_peft.storage.plain import plain_forward, require_floating
-from lightning_peft.storage.shards import fill_rows, local
-from lightning_peft.swap import Swapped, base_class, swap_in, swap_out
+from lightning_peft.swap import Swapped, swap_in, swap_out
 
 __all__ = [
-    "NF4Storage",
     "Packing",
     "Quantized4bit",
+    "dequantize_matrix",
     "pack",
     "packed",
     "place_values",
+    "quantize_matrix",
+    "read_natural",
+    "stored",
     "unpack",
 ]
 
@@ -100,7 +101,7 @@ class Quantized4bit(Swapped):
             return nf4_linear(x, q, p.shape, module.bias, **packing)
         # A subclass with a forward of its own: it reads `weight`, so let it find the dequantised
         # one.
-        vars(module)["weight"] = _read(module, "weight", x.dtype)
+        vars(module)["weight"] = read_natural(module, "weight", x.dtype)
         try:
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return y
@@ -147,7 +148,7 @@ def pack(
             dtype=dtype,
             compute=quantization.compute,
         )
-        done.append((name, packing, _quantize(M, packing)))
+        done.append((name, packing, quantize_matrix(M, packing)))
     swap_in(module, mixin)
     module._packed = {name: packing for name, packing, _ in done}  # type: ignore[assignment]
     for name, packing, bits in done:
@@ -162,7 +163,7 @@ def unpack(module: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
     """
     holder: Any = module
     packing: Packing = holder._packed[name]
-    kept = dict(_stored(holder, name))
+    kept = dict(stored(holder, name))
     mixin = vars(type(module))["_swap_mixin"]
     del holder._packed[name]
     emptied = not holder._packed
@@ -206,12 +207,13 @@ def packed(module: Any, name: str) -> Packed4bit:
     )
 
 
-def _quantize(M: Tensor, p: Packing) -> Packed4bit:
+def quantize_matrix(M: Tensor, p: Packing) -> Packed4bit:
+    """Bytes of a canonical weight [*batch, out, in]; without values on the meta device."""
     if M.device.type == "meta":
         return _meta(p)
     if M.ndim == 2:
         return quantize_4bit(M, kind=p.kind, block_size=p.block_size, double_quant=p.nested)
-    return _stack([_quantize(expert, p) for expert in M])
+    return _stack([quantize_matrix(expert, p) for expert in M])
 
 
 def _stack(experts: Sequence[Packed4bit]) -> Packed4bit:
@@ -232,7 +234,8 @@ def _present(t: Tensor | None) -> Tensor:
     return t
 
 
-def _dequantize(q: Packed4bit, p: Packing, dtype: torch.dtype) -> Tensor:
+def dequantize_matrix(q: Packed4bit, p: Packing, dtype: torch.dtype) -> Tensor:
+    """The canonical weight."""
     if len(p.shape) == 2:
         return dequantize_4bit(q, p.shape, dtype, kind=p.kind, block_size=p.block_size)
     one = p.shape[1:]
@@ -283,92 +286,15 @@ def place(module: nn.Module, name: str, bits: Packed4bit, p: Packing) -> None:
         module.register_buffer(f"{name}_offset", offset.view(torch.uint8))
 
 
-def _read(module: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+def read_natural(module: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+    """The natural weight, dequantised."""
     p: Packing = module._packed[name]
-    M = _dequantize(packed(module, name), p, dtype or p.dtype)
+    M = dequantize_matrix(packed(module, name), p, dtype or p.dtype)
     return M.mT if p.transposed else M
 
 
-class NF4Storage:
-    """Storage protocol over `Quantized4bit` modules."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-
-    def shape(self, m: Any, name: str) -> torch.Size:
-        """Natural shape."""
-        p: Packing = m._packed[name]
-        return torch.Size((*p.shape[:-2], p.shape[-1], p.shape[-2])) if p.transposed else p.shape
-
-    def numel(self, m: Any, name: str) -> int:
-        """Logical elements."""
-        n: int = m._packed[name].shape.numel()
-        return n
-
-    def nbytes(self, m: Any, name: str) -> int:
-        """Packed bytes and scales."""
-        parts = [m._parameters[name], m._parameters[f"{name}_absmax"]]
-        parts += [
-            b for k in ("absmax2", "offset") if (b := m._buffers.get(f"{name}_{k}")) is not None
-        ]
-        return sum(t.numel() for t in parts)
-
-    def dtype(self, m: Any, name: str) -> torch.dtype:
-        """The dtype recorded at quantisation."""
-        dtype: torch.dtype = m._packed[name].dtype
-        return dtype
-
-    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Dequantised, natural."""
-        return _read(m, name, dtype)
-
-    def write(self, m: Any, name: str, W: Tensor) -> None:
-        """Quantise and copy in; scales and bytes keep their shapes."""
-        p: Packing = m._packed[name]
-        bits = _quantize(W.mT.contiguous() if p.transposed else W, p)
-        place_values(m, name, bits)
-
-    def roundtrip(self, m: Any, name: str, W: Tensor) -> Tensor:
-        """Dequantise(quantise(W))."""
-        p: Packing = m._packed[name]
-        M = W.mT.contiguous() if p.transposed else W
-        out = _dequantize(_quantize(M, p), p, W.dtype)
-        return out.mT if p.transposed else out
-
-    def snapshot(self, m: Any, name: str) -> Any:
-        """Packed bytes and scales on the CPU; of a sharded weight this process's rows."""
-        return {k: local(t).detach().to("cpu", copy=True) for k, t in _stored(m, name).items()}
-
-    def restore(self, m: Any, name: str, bits: Any) -> None:
-        """Copy the bytes back."""
-        with torch.no_grad():
-            for k, t in _stored(m, name).items():
-                fill_rows(t, bits[k])
-
-    def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
-        """An ordinary layer again."""
-        return unpack(m, name, W)
-
-    def together(
-        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
-    ) -> list[Tensor] | Reason:
-        """One dequantisation and one product for layers over one input."""
-        from lightning_peft.storage.nf4_products import together
-
-        return together(modules, x, factors)
-
-    def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
-        """NF4 + LoRA in one autograd function."""
-        if form - {"low_rank", "dropout"}:
-            return Reason(f"4-bit: no fused kernel for {sorted(form)}")
-        if not plain_forward(site.module):
-            return Reason(f"4-bit: {base_class(site.module).__name__} has a forward of its own")
-        from lightning_peft.storage.nf4_products import fused
-
-        return fused
-
-
-def _stored(m: Any, name: str) -> dict[str, Tensor]:
+def stored(m: Any, name: str) -> dict[str, Tensor]:
+    """Parameters and buffers that hold one weight."""
     stored = {name: m._parameters[name], "absmax": m._parameters[f"{name}_absmax"]}
     for k in ("absmax2", "offset"):
         if m._buffers.get(f"{name}_{k}") is not None:
@@ -385,7 +311,7 @@ def place_values(m: Any, name: str, bits: Packed4bit) -> None:
         "offset": bits.offset,
     }
     with torch.no_grad():
-        for k, t in _stored(m, name).items():
+        for k, t in stored(m, name).items():
             value = fresh[k]
             assert value is not None  # same packing, so the same parts
             t.copy_(value.reshape(-1).view(torch.uint8).reshape(t.shape))

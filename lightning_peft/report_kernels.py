@@ -1,0 +1,86 @@
+"""What runs a group of layers, and why: the column and the lines of the report on kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning_peft_kernels.backend import choose
+from lightning_peft_kernels.fp8 import choose_fp8
+from torch import nn
+
+from lightning_peft.edit import Edit
+from lightning_peft.layers.adapted import Adapter, adapted_modules
+from lightning_peft.site import Reason, Site
+
+__all__ = ["KernelWords", "groups_over_one_input"]
+
+_LOW_RANK = frozenset({"low_rank"})
+
+
+class KernelWords:
+    """The words for each adapter; an Edit is made once a method and kind of layer."""
+
+    def __init__(self) -> None:
+        self._edits: dict[tuple[int, type[Any]], Edit] = {}
+
+    def of(self, adapter: Adapter) -> str:
+        """ "fused" and who dequantises; or why no fused kernel runs. "" for what is no edit."""
+        if adapter.kind != "weight":
+            return ""
+        site = adapter.site
+        if site.device.type == "meta":
+            return "decided when the weights are there"
+        key = id(adapter.method), type(site.ops)
+        if key not in self._edits:
+            with torch.no_grad():
+                self._edits[key] = adapter.edit()
+        why = _why_not_fused(self._edits[key], site)
+        return why or "; ".join(filter(None, ("fused", _products(site))))
+
+
+def _why_not_fused(edit: Edit, site: Site) -> str:
+    form = edit.form() - {"dropout"}
+    if form == {"low_rank", "out_scale"}:  # the scale is a pass of its own, behind the fused layer
+        if site.has_bias:
+            return "a bias that is not scaled: layer, edit and scale one after the other"
+        form = _LOW_RANK
+    if edit.by_hand is not None and site.storage.label == "dense":
+        form = _LOW_RANK
+    found = site.storage.fused(form, site)
+    return str(found) if isinstance(found, Reason) else ""
+
+
+def _products(site: Site) -> str:
+    """How a packed weight meets its input."""
+    packing = vars(site.module).get("_packed", {}).get(site.parameter)
+    if packing is None:
+        return ""
+    if packing.compute == "fp8":
+        decision = choose_fp8(packing.shape, site.device)
+        if decision.backend != "dequantize":
+            return f"fp8: {decision.reason}"
+        return f"no fp8: {decision.reason}"
+    decision = choose("dequantize_4bit", site.device, site.dtype)
+    return f"{decision.backend}: {decision.reason}"
+
+
+def groups_over_one_input(model: nn.Module) -> list[str]:
+    """A line for each kind of group of packed layers that are called with one tensor."""
+    lines: dict[str, None] = {}
+    for _, module in adapted_modules(model):
+        shared = module._peft.shared
+        if shared is None or not shared.members or shared.members[0] is not module:
+            continue
+        if "_packed" not in vars(module):
+            continue
+        names = _names(model, shared.members)
+        why = shared.why_apart()
+        how = f"one by one ({why})" if why else "one dequantisation and one product"
+        lines[f"{', '.join(names)} read one input: {how}"] = None
+    return list(lines)
+
+
+def _names(model: nn.Module, members: tuple[nn.Module, ...]) -> list[str]:
+    found = {id(m): name.rpartition(".")[2] for name, m in model.named_modules()}
+    return [found.get(id(m), type(m).__name__) for m in members]

@@ -1,0 +1,101 @@
+"""NF4 and FP4 storage: the protocol over layers whose weight is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.site import Reason, Site
+from lightning_peft.storage.nf4 import (
+    Packing,
+    dequantize_matrix,
+    place_values,
+    quantize_matrix,
+    read_natural,
+    stored,
+    unpack,
+)
+from lightning_peft.storage.nf4_products import fused, together
+from lightning_peft.storage.plain import plain_forward
+from lightning_peft.storage.shards import fill_rows, local
+from lightning_peft.swap import base_class
+
+__all__ = ["NF4Storage"]
+
+
+class NF4Storage:
+    """Storage protocol over `Quantized4bit` modules."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def shape(self, m: Any, name: str) -> torch.Size:
+        """Natural shape."""
+        p: Packing = m._packed[name]
+        return torch.Size((*p.shape[:-2], p.shape[-1], p.shape[-2])) if p.transposed else p.shape
+
+    def numel(self, m: Any, name: str) -> int:
+        """Logical elements."""
+        n: int = m._packed[name].shape.numel()
+        return n
+
+    def nbytes(self, m: Any, name: str) -> int:
+        """Packed bytes and scales."""
+        parts = [m._parameters[name], m._parameters[f"{name}_absmax"]]
+        parts += [
+            b for k in ("absmax2", "offset") if (b := m._buffers.get(f"{name}_{k}")) is not None
+        ]
+        return sum(t.numel() for t in parts)
+
+    def dtype(self, m: Any, name: str) -> torch.dtype:
+        """The dtype recorded at quantisation."""
+        dtype: torch.dtype = m._packed[name].dtype
+        return dtype
+
+    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Dequantised, natural."""
+        return read_natural(m, name, dtype)
+
+    def write(self, m: Any, name: str, W: Tensor) -> None:
+        """Quantise and copy in; scales and bytes keep their shapes."""
+        p: Packing = m._packed[name]
+        bits = quantize_matrix(W.mT.contiguous() if p.transposed else W, p)
+        place_values(m, name, bits)
+
+    def roundtrip(self, m: Any, name: str, W: Tensor) -> Tensor:
+        """Dequantise(quantise(W))."""
+        p: Packing = m._packed[name]
+        M = W.mT.contiguous() if p.transposed else W
+        out = dequantize_matrix(quantize_matrix(M, p), p, W.dtype)
+        return out.mT if p.transposed else out
+
+    def snapshot(self, m: Any, name: str) -> Any:
+        """Packed bytes and scales on the CPU; of a sharded weight this process's rows."""
+        return {k: local(t).detach().to("cpu", copy=True) for k, t in stored(m, name).items()}
+
+    def restore(self, m: Any, name: str, bits: Any) -> None:
+        """Copy the bytes back."""
+        with torch.no_grad():
+            for k, t in stored(m, name).items():
+                fill_rows(t, bits[k])
+
+    def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
+        """An ordinary layer again."""
+        return unpack(m, name, W)
+
+    def together(
+        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
+    ) -> list[Tensor] | Reason:
+        """One dequantisation and one product for layers over one input."""
+        return together(modules, x, factors)
+
+    def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
+        """NF4 + LoRA in one autograd function."""
+        if form - {"low_rank", "dropout"}:
+            return Reason(f"4-bit: no fused kernel for {sorted(form)}")
+        if not plain_forward(site.module):
+            return Reason(f"4-bit: {base_class(site.module).__name__} has a forward of its own")
+        return fused
