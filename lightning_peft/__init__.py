@@ -38,6 +38,7 @@ from lightning_peft.planner import Plan, estimate_memory
 from lightning_peft.prompts import hard_prompt_ids
 from lightning_peft.prune_rank import PruneReport, prune_rank
 from lightning_peft.report import Report, parameter_report
+from lightning_peft.report_tokens import tokens_per_expert
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
 
@@ -94,5 +95,6 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "start_from_data",
+    "tokens_per_expert",
     "unmerge",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.adapter_state import trained_tensors
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.optim.pool import local
+from lightning_peft.report_tokens import tokens_of
 
 __all__ = [
     "dead_gradients",
@@ -60,8 +61,8 @@ def dead_gradients(model: nn.Module) -> list[str]:
     """One line for everything trained that the first step did not reach.
 
     An adapter counts as reached when one of its tensors has a gradient that is not zero: at the
-    start LoRA's A has a
-    zero gradient, because B is zero.
+    start LoRA's A has a zero gradient, because B is zero. Experts that had no token yet have a zero
+    gradient too, and are no fault.
     """
     idle = [name for name, module in adapted_modules(model) if not module._peft.ran]
     lines = [f"{name}: adapted, but its forward never ran" for name in idle]
@@ -81,7 +82,11 @@ def _dead_adapters(module: nn.Module) -> list[str]:
         if absent:
             lines.append(f"{_label(adapter)} {', '.join(absent)}: no gradient")
         elif not any(_moves(p.grad) for p in trained.values() if p.grad is not None):
-            lines.append(f"{_label(adapter)}: zero gradient in every tensor")
+            tokens = tokens_of(module)
+            if tokens is not None and not any(tokens):
+                continue  # none of its experts was asked yet: said beside the tokens
+            asked = "" if tokens is None else f", though its experts had {sum(tokens)} tokens"
+            lines.append(f"{_label(adapter)}: zero gradient in every tensor{asked}")
     return lines
 
 

@@ -34,7 +34,7 @@ from lightning_peft.callback.optimizers import (
 from lightning_peft.callback.planning import make_plan
 from lightning_peft.callback.random_states import gather_rng
 from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
-from lightning_peft.callback.showing import log_configuration, print_report
+from lightning_peft.callback.showing import log_configuration, print_report, print_tokens
 from lightning_peft.callback.starting import start_waiting
 from lightning_peft.callback.stopping import StopSignal
 from lightning_peft.checkpoint import KEY, is_attached
@@ -43,6 +43,7 @@ from lightning_peft.liger import apply_liger
 from lightning_peft.methods.base import Method
 from lightning_peft.planner import Plan
 from lightning_peft.report import parameter_report
+from lightning_peft.report_tokens import stop_counting
 from lightning_peft.storage import Quantization
 
 __all__ = ["PEFT"]
@@ -279,6 +280,9 @@ class PEFT(pl.Callback):
         if self._first_step:
             self._first_step = False
             warn_dead(pl_module)
+            if self.report and trainer.is_global_zero:
+                print_tokens(pl_module)
+            stop_counting(pl_module)
 
     # ---- checkpoints (weights and configuration go through the CheckpointIO)
 

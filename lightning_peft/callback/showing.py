@@ -10,12 +10,14 @@ import lightning.pytorch as pl
 from lightning_peft_kernels.backend import triton_available
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from lightning_peft.methods.base import Method, to_plain
 from lightning_peft.report import Report
+from lightning_peft.report_tokens import token_lines
 from lightning_peft.storage import Quantization
 
-__all__ = ["log_configuration", "print_report"]
+__all__ = ["log_configuration", "print_report", "print_tokens"]
 
 
 def print_report(report: Report, title: str) -> None:
@@ -41,6 +43,13 @@ def print_report(report: Report, title: str) -> None:
     if not triton_available():
         lines.append("triton is not installed: every op runs as torch code")
     console.print("\n".join([*lines, *report.notes]), markup=False, highlight=False)
+
+
+def print_tokens(model: nn.Module) -> None:
+    """Tokens per expert, after the first step of a model with experts."""
+    lines = token_lines(model)
+    if lines:
+        Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
 
 
 def _grouped(what: str, reasons: Sequence[tuple[str, str]]) -> list[str]:

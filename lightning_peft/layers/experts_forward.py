@@ -92,7 +92,7 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     if m.has_post_expert_norm:
         h = m.post_expert_norm(h)
     h = (h * routing.weight.unsqueeze(-1))[routing.inverse]
-    y: Tensor = h.view(x.shape[0], -1, h.shape[-1]).sum(dim=1).to(x.dtype)
+    y: Tensor = h.view(*index.shape, h.shape[-1]).sum(dim=1).to(x.dtype)
     return y
 
 
@@ -112,16 +112,20 @@ def _run_presorted(m: Any, by_weight: Mapping[str, Sequence[Adapter]], x: Tensor
 
 
 def _note(m: Any, groups: Groups) -> None:
-    """Count tokens for the report: until it was made, and not again where a checkpoint repeats the
-    forward within backward.
+    """Count tokens of training for the report, until it was made.
+
+    Modes say nothing (Hugging Face models are trained in eval mode too), so gradients do. The
+    reentrant checkpoint has them in its second run alone, the other one in both.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     state = vars(m).get("_peft")
-    repeated = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
-    if state is not None and state.counts_tokens and m.training and not repeated:
-        before = state.tokens
-        state.tokens = groups.sizes if before is None else before + groups.sizes
+    if state is None or not state.counts_tokens:
+        return
+    in_backward = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if not in_backward or hooks is None:
+        state.tokens = groups.sizes if state.tokens is None else state.tokens + groups.sizes
 
 
 def _mask_of_rows(adapters: Sequence[Adapter], tokens: int, routing: _Routing) -> dict[str, Tensor]:
