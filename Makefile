@@ -9,7 +9,7 @@ export PYTHONPATH := triton_kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Tests run as two processes: one thread each, or they fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help quickstart test test-all test-gpu check fix docs package aot bench-gpu
+.PHONY: help quickstart test test-all invariants test-gpu check fix docs package aot bench-gpu
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: $(READY)  ## The tests, without slow sweeps and GPU tests (under 10 minute
 
 test-all: $(READY)  ## The slow sweeps too
 	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not gpu"
+
+invariants: $(READY)  ## What every method promises, on every kind of model and storage: the count
+	$(ONE_THREAD) $(PY) -m pytest -q -n 2 -m "not gpu" tests/methods/test_every_row.py tests/test_invariants.py
 
 test-gpu: $(READY)  ## What needs an NVIDIA GPU
 	$(PY) -m pytest -m gpu

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning_peft as lp
+from lightning_peft.methods import GatedLoRA, mam, unipelt
 from lightning_peft.methods.base import Method, Targeted
 
 __all__ = ["ROWS", "Row", "methods_of"]
@@ -33,19 +34,19 @@ ROWS: tuple[Row, ...] = (
     Row("full fine-tuning", None, (2e-4, 1e-3)),
     Row("head only", None, (0.0, 3e-3)),
     # augmenting weights
-    Row("LoRA", lp.LoRA(**_LORA), (2e-3, 4e-3)),
-    Row("LoRA, rank-stabilised", lp.LoRA(r=8, alpha=8.0, use_rslora=True), (2e-3, 4e-3)),
-    Row("LoRA, gaussian", lp.LoRA(**_LORA, init="gaussian"), (2e-3, 4e-3)),
-    Row("LoRA, orthogonal", lp.LoRA(**_LORA, init="orthogonal"), (2e-3, 4e-3)),
+    Row("LoRA", lp.LoRA(**_LORA), (1e-3, 4e-3)),
+    Row("LoRA, rank-stabilised", lp.LoRA(r=8, alpha=8.0, use_rslora=True), (1e-3, 4e-3)),
+    Row("LoRA, gaussian", lp.LoRA(**_LORA, init="gaussian"), (1e-3, 4e-3)),
+    Row("LoRA, orthogonal", lp.LoRA(**_LORA, init="orthogonal"), (1e-3, 4e-3)),
     Row("LoRA, PiSSA", lp.LoRA(**_LORA, init="pissa"), (5e-4, 2e-3)),
     Row("LoRA, OLoRA", lp.LoRA(**_LORA, init="olora"), (5e-4, 2e-3)),
-    Row("LoRA, EVA", lp.LoRA(**_LORA, init="eva"), (2e-3, 4e-3)),
+    Row("LoRA, EVA", lp.LoRA(**_LORA, init="eva"), (1e-3, 4e-3)),
     Row("LoRA, LoRA-GA", lp.LoRA(**_LORA, init="lora_ga"), (5e-4, 2e-3)),
-    Row("LoRA on NF4", lp.LoRA(**_LORA), (2e-3, 4e-3), nf4=True),
-    Row("LoRA on NF4, LoftQ", lp.LoRA(**_LORA, init="loftq"), (2e-3, 4e-3), nf4=True),
-    Row("LoRA+", lp.LoRAPlus(**_LORA, ratio=16.0), (5e-4, 1e-3)),
-    Row("DoRA", lp.DoRA(**_LORA), (2e-3, 4e-3)),
-    Row("AdaLoRA", lp.AdaLoRA(init_r=12, target_r=8, alpha=24.0), (4e-3, 6e-3)),
+    Row("LoRA on NF4", lp.LoRA(**_LORA), (1e-3, 4e-3), nf4=True),
+    Row("LoRA on NF4, LoftQ", lp.LoRA(**_LORA, init="loftq"), (1e-3, 4e-3), nf4=True),
+    Row("LoRA+", lp.LoRAPlus(**_LORA, ratio=16.0), (2e-4, 1e-3)),
+    Row("DoRA", lp.DoRA(**_LORA), (1e-3, 4e-3)),
+    Row("AdaLoRA", lp.AdaLoRA(init_r=12, target_r=8, alpha=24.0), (2e-3, 6e-3)),
     Row("LoHa", lp.LoHa(r=8, alpha=16.0), (4e-3, 1e-2)),
     Row("LoKr", lp.LoKr(r=8, alpha=16.0), (2e-3, 4e-3)),
     Row("VeRA", lp.VeRA(r=256), (2e-2, 3e-2)),
@@ -68,6 +69,9 @@ ROWS: tuple[Row, ...] = (
     Row("PTuning, LSTM", lp.PTuning(n=10, encoder="lstm", hidden=128), (2e-3, 3e-3)),
     Row("PrefixTuning", lp.PrefixTuning(n=10), (3e-2, 1e-1)),
     Row("PrefixTuning, projection", lp.PrefixTuning(n=10, projection=True), (3e-3, 3e-3)),
+    # hybrid
+    Row("MAM", tuple(mam(n=10, hidden=128)), (1e-3, 2e-3)),
+    Row("UniPELT", tuple(unipelt(n=10, hidden=128)), (2e-3, 4e-3)),
     # selective
     Row("BitFit", lp.BitFit(), (4e-3, 1e-2)),
     Row("NormTuning", lp.NormTuning(), (4e-3, 1e-2)),
@@ -85,6 +89,8 @@ def methods_of(row: Row, task: Any) -> list[Method]:
 def _placed(method: Method, task: Any) -> Method:
     if isinstance(method, lp.IA3) and method.mode == "multiply":
         return method  # its paper's: keys, values and the way out of the feed-forward block
+    if isinstance(method, GatedLoRA):
+        return method  # its paper's: queries and values
     if method.kind == "weight" and isinstance(method, Targeted):
         return replace(method, target_modules=list(task.targets))
     return method

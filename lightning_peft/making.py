@@ -214,11 +214,16 @@ def _keep_off_fast_path(*args: Any) -> None:
 
 
 def guard_fast_path(model: nn.Module) -> None:
-    """Have `nn.TransformerEncoderLayer` call its adapted children in eval too."""
+    """Have `nn.TransformerEncoderLayer` call its adapted and its packed children in eval too."""
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
             for child in layer.modules():
-                if isinstance(child, Adapted) and child._peft.fast_path_guard is None:
+                if _keep_off_fast_path in child._forward_pre_hooks.values():
+                    continue
+                own = next(iter(child._parameters), "")
+                if own and storage_of(child, own).label != "dense":  # stays so when adapters go
+                    child.register_forward_pre_hook(_keep_off_fast_path)
+                elif isinstance(child, Adapted):
                     child._peft.fast_path_guard = child.register_forward_pre_hook(
                         _keep_off_fast_path
                     )  # type: ignore[attr-defined]

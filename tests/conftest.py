@@ -39,3 +39,17 @@ def seeded() -> int:
     """Every test starts from the same generators, whichever tests ran before it."""
     seed_all(SEED)
     return SEED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many of the cells methods × models × storages held, and how many have no meaning."""
+    cells, stats = "tests/methods/test_every_row.py::test_cell", terminalreporter.stats
+    passed, skipped, failed = (
+        sum(cells in getattr(report, "nodeid", "") for report in stats.get(outcome, ()))
+        for outcome in ("passed", "skipped", "failed")
+    )
+    if passed or skipped or failed:
+        terminalreporter.write_line(
+            f"invariants: {passed} cells of method, model and storage hold, {skipped} have no "
+            f"meaning (reasons above), {failed} fail"
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_peft import (
+    Quantization,
     adapter_names,
     adapter_state_dict,
     attach,
@@ -339,3 +340,16 @@ def test_the_encoder_layer_runs_its_adapters_in_eval_too():
         unmerge(model)
         detach(model)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_encoder_layer_runs_packed_layers_in_eval_too():
+    """Its fused path would read the bytes of a packed child as a weight."""
+    model = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    quantize(model, Quantization("nf4", block_size=32))
+    with torch.no_grad():
+        y = model.train()(x)
+        assert_close("quantised", model.eval()(x), y)
+        attach(model, dataclasses.replace(CASES[0].method, target_modules=["linear1"]))
+        detach(model)
+        assert_close("detached", model(x), y)

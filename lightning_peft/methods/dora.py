@@ -24,7 +24,12 @@ class DoRA(LoRA):
 
     The norm is taken without forming B A (‖w + s·bA‖² expands into products with r columns) and is
     a constant for the backward, as in the paper. On a quantised base it is that of the dequantised
-    weight. Dropout drops inputs of the low-rank branch only.
+    weight.
+
+    Dropout drops inputs of the low-rank branch only, as LoRA's does. Hugging Face peft (and the
+    paper's own code) in training takes m/‖·‖ − 1 of the base's product from the dropped input too:
+    (m/n − 1) drop(x) Wᵀ + (m/n) s drop(x) Aᵀ Bᵀ. Its mean is ours, in eval both are equal; it
+    costs a second product with the base in every forward.
 
     Attributes:
         r, alpha, dropout, …: As for LoRA.

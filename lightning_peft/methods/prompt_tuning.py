@@ -37,6 +37,12 @@ def _unpack(
     return {"P": P[: method.n]}
 
 
+def _refuse(method: Any, site: Any) -> str:
+    if method.mode == "add":
+        return "peft has no prompts that are added"
+    return "" if site.embedding else "a transformer of your own has no equal there"
+
+
 @register
 @dataclass(frozen=True)
 class PromptTuning(SequenceMethod):
@@ -73,9 +79,7 @@ class PromptTuning(SequenceMethod):
         saved_prefix="base_model.",
         unpack=_unpack,
         to_config=_to_config,
-        refuse=lambda method, site: (
-            "peft has no prompts that are added" if method.mode == "add" else ""
-        ),
+        refuse=_refuse,
     )
 
     def __post_init__(self) -> None:

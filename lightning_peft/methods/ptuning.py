@@ -48,6 +48,10 @@ def _unpack(
     return {"P": P[: method.n]}
 
 
+def _refuse(method: Any, site: Any) -> str:
+    return "" if site.embedding else "a transformer of your own has no equal there"
+
+
 @register
 @dataclass(frozen=True)
 class PTuning(SequenceMethod):
@@ -74,6 +78,7 @@ class PTuning(SequenceMethod):
         tensors={},
         prefix={"P": "prompt_embeddings"},
         config={"n": "num_virtual_tokens"},
+        refuse=_refuse,
         ignored=(
             *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers"),
             *("encoder_dropout", "token_dim", "num_layers", "num_attention_heads"),
