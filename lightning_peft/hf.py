@@ -6,6 +6,7 @@ an error.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from lightning_peft.hf_keys import bias_key, joined, plain, tensor_prefix
 from lightning_peft.hf_load import load_adapter
 from lightning_peft.hf_names import legacy_names
 from lightning_peft.hf_prompts import add_heads
-from lightning_peft.hf_targets import compact, model_root
+from lightning_peft.hf_targets import compact, misread_names, model_root
 from lightning_peft.hf_tensors import write_adapter
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.methods.base import HFEntry, HFFormat, Method
@@ -73,7 +74,7 @@ def save_adapter(
     prefix, top = model_root(model, root)
     found = _adapters(model, adapter_name, plain(prefix))
     method, fmt = _one_method(found)
-    entries = _entries(found, method, fmt)
+    entries = _entries(found, method, fmt, misread_names(top, fmt))
     config = base_config(top, fmt)
     config.update({theirs: getattr(method, ours) for ours, theirs in fmt.config.items()})
     config.update(fmt.fixed)
@@ -86,7 +87,6 @@ def save_adapter(
         finish(entries, config)
     if fmt.tensors:
         _name_targets(top, entries, config)
-    _require_readable(top, config, entries)
     tensors = _file_tensors(fmt, entries)
     _add_shared(found, fmt, tensors)
     _add_biases(found, tensors)
@@ -141,7 +141,9 @@ def _one_method(found: _Found) -> tuple[Method, HFFormat]:
     return methods[0], methods[0].hf
 
 
-def _entries(found: _Found, method: Method, fmt: HFFormat) -> list[HFEntry]:
+def _entries(
+    found: _Found, method: Method, fmt: HFFormat, misread: Collection[str]
+) -> list[HFEntry]:
     entries = []
     for path, module, adapter in found:
         if adapter.method != method:
@@ -156,7 +158,10 @@ def _entries(found: _Found, method: Method, fmt: HFFormat) -> list[HFEntry]:
             )
         own = {k: t.detach().cpu() for k, t in adapter.tensors().items() if k not in fmt.prefix}
         packed = own if fmt.pack is None or not own else fmt.pack(method, site, own)
-        entries.append(HFEntry(path, site, method, dict(packed), own=own))
+        by_weight = site.ops.hf_by_parameter(module, site.parameter) or (
+            path.rpartition(".")[2] in misread and site.parameter == "weight"
+        )
+        entries.append(HFEntry(path, site, method, dict(packed), own=own, by_weight=by_weight))
     return entries
 
 
@@ -164,47 +169,34 @@ def _name_targets(top: nn.Module, entries: list[HFEntry], config: dict[str, Any]
     modules: set[str] = set()
     parameters: set[str] = set()
     for e in entries:
-        if e.site.ops.hf_by_parameter(e.site.module, e.site.parameter):
-            parameters.add(joined(e.path, e.site.parameter))
-        else:
-            modules.add(e.path)
+        (parameters if e.by_weight else modules).add(e.target)
     if modules or parameters:
         config["target_modules"] = compact(top, modules) if modules else None
     if parameters:
         config["target_parameters"] = sorted(parameters)
+        _require_by_weight(config, sorted(parameters))
     if "fan_in_fan_out" in config:  # peft's word for GPT-2's [in, out] weights
         config["fan_in_fan_out"] = any(
             base_class(e.site.module).__name__ == "Conv1D" for e in entries
         )
 
 
-def _require_readable(top: nn.Module, config: dict[str, Any], entries: list[HFEntry]) -> None:
-    """peft takes layers named as experts were before transformers 5 for those experts.
+def _require_by_weight(config: dict[str, Any], names: list[str]) -> None:
+    """What peft's wrapper of a single weight cannot do: raise, or leave out what is of training
+    only.
 
     Raises:
-        ValueError: fused experts and such layers in one directory.
+        ValueError: DoRA, or a bias beside B.
     """
-    if not config.get("target_parameters"):
-        return
-    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
-
-    model_type = getattr(getattr(top, "config", None), "model_type", None)
-    old = _OLD_EXPERTS.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ())
-    found = sorted({e.path for e in entries if e.path.rpartition(".")[2] in old})
-    if found:
-        raise ValueError(
-            f"save_adapter: expected no layers named {list(old)} beside fused experts, got "
-            f"{found[:3]}: peft 0.21 takes their names for those of the experts and leaves the "
-            "layers out; exclude them (exclude_modules), or keep the adapter with "
-            "adapter_state_dict()"
-        )
-
-
-#: Pattern of transformers' renaming → names that peft takes for experts.
-_OLD_EXPERTS = {
-    "mixtral": ("gate", "w1", "w2", "w3"),
-    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
-}
+    for key in ("use_dora", "lora_bias"):
+        if config.get(key):
+            raise ValueError(
+                f"save_adapter: expected no weight of experts, routers or layers of their old "
+                f"names under {key}, got {names[:3]}: peft 0.21 cannot adapt a weight so; exclude "
+                "them (exclude_modules), or keep the adapter with adapter_state_dict()"
+            )
+    if config.get("lora_dropout"):
+        config["lora_dropout"] = 0.0
 
 
 def _places(entries: list[HFEntry]) -> dict[int, dict[str, str]]:

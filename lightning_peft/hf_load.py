@@ -17,7 +17,8 @@ from lightning_peft.hf_config import CONFIG, method_fields
 from lightning_peft.hf_keys import PREFIX, Reading, bias_key, joined, read_keys, tensor_prefix
 from lightning_peft.hf_prompts import table_of
 from lightning_peft.hf_source import read_source
-from lightning_peft.hf_targets import exact_targets, targeted
+from lightning_peft.hf_targets import exact_targets, targeted, targeted_weights
+from lightning_peft.layers import ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
@@ -109,9 +110,13 @@ def load_adapter(
 def _require_targets(
     config: Mapping[str, Any], fmt: HFFormat, top: nn.Module, reading: Reading
 ) -> None:
-    """Layers by the config's rules = layers with tensors."""
+    """Layers and weights by the config's rules = those with tensors; entries learn which it is."""
     if not fmt.tensors:
         return
+    wants, named = targeted(config, top), targeted_weights(config)
+    modules = dict(top.named_modules())
+    for e in reading.entries:
+        e.by_weight = not wants(e.path, modules[e.path])
     if not reading.entries:
         raise ValueError(
             f"adapter file: expected tensors named as {list(fmt.tensors.values())} behind "
@@ -123,20 +128,19 @@ def _require_targets(
                 f"{CONFIG}: expected 'target_modules', found none among {sorted(config)}"
             )
         return  # the architecture's usual choice when the file was made; the tensors say which
-    wants = targeted(config, top)
-    expected = {n for n, m in top.named_modules() if n and adaptable(m) and wants(n, m)}
-    have = {e.path for e in reading.entries}
+    layers = {n: ops_for(m) for n, m in modules.items() if n and adaptable(m)}
+    expected = {n for n in layers if wants(n, modules[n])}
+    for name, ops in layers.items():
+        weights = () if ops is None or name in expected else ops.parameters(modules[name])
+        expected |= {f"{name}.{w}" for w in weights if named(f"{name}.{w}")}
+    have = {e.target for e in reading.entries}
     missing = sorted(expected - have)
-    by_parameter = {
-        e.path
-        for e in reading.entries
-        if e.site.ops.hf_by_parameter(e.site.module, e.site.parameter)
-    }
-    extra = sorted(have - expected - by_parameter)
+    extra = sorted(have - expected)
     if missing or extra:
         raise ValueError(
-            f"adapter file: expected tensors for the {len(expected)} layers that target_modules "
-            f"names, got them for {len(have)}; missing: {missing[:10] or 'none'}; extra: "
+            f"adapter file: expected tensors for the {len(expected)} layers and weights that "
+            "target_modules and target_parameters "
+            f"name, got them for {len(have)}; missing: {missing[:10] or 'none'}; extra: "
             f"{extra[:10] or 'none'}; nothing was loaded"
         )
 
@@ -213,11 +217,11 @@ def _values(
         elif isinstance(which, TrainedBias):
             for p in placement.paths:
                 key = bias_key(module, path, p, adapted.get(id(module), ()))
-                owner = next((n for n in saved if path == n or path.startswith(f"{n}.")), None)
+                inside = [n for n in saved if path == n or path.startswith(f"{n}.")]
                 tensor = (
-                    reading.other.pop(key, None)
-                    if owner is None  # else it stands in the file once, with its module
-                    else saved[owner].get(joined(path, p)[len(owner) + 1 :])
+                    saved[inside[0]].get(joined(path, p)[len(inside[0]) + 1 :])
+                    if inside  # it stands in the file once, with its module
+                    else reading.other.pop(key, None)
                 )
                 shape = module.get_parameter(p).shape
                 if tensor is None:

@@ -8,9 +8,19 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.layers import ops_for
+from lightning_peft.methods.base import HFFormat
 from lightning_peft.site import Site
 
-__all__ = ["compact", "compact_names", "exact_targets", "model_root", "targeted"]
+__all__ = [
+    "compact",
+    "compact_names",
+    "exact_targets",
+    "misread_names",
+    "model_root",
+    "targeted",
+    "targeted_weights",
+]
 
 
 def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Module]:
@@ -105,11 +115,42 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
 
 def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:
     """The shortest `target_modules` that means exactly these modules: suffixes, full names, or a
-    regex.
+    regex. Weights of modules with several can be named too, so no suffix may mean one of them.
     """
-    return compact_names(
-        [n for n, _ in root.named_modules() if n and "peft" not in n.split(".")], adapted
-    )
+    modules = {n: m for n, m in root.named_modules() if n and "peft" not in n.split(".")}
+    names = list(modules)
+    for name, module in modules.items():
+        ops = ops_for(module)
+        weights = () if ops is None else ops.parameters(module)
+        names += [f"{name}.{w}" for w in weights if len(weights) > 1]
+    return compact_names(names, adapted)
+
+
+def misread_names(root: nn.Module, fmt: HFFormat) -> Collection[str]:
+    """Names by which peft knows the experts of the architecture from before transformers 5.
+
+    A layer that bears one (a shared expert's, say) must be named by its weight: as a module peft
+    takes it for the experts', and leaves it out.
+    """
+    model_type = getattr(getattr(root, "config", None), "model_type", None)
+    if fmt.peft_type != "LORA" or model_type is None:
+        return ()
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    return _OLD_EXPERTS.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ())
+
+
+#: Pattern of transformers' renaming → names that peft takes for experts and their router.
+_OLD_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def targeted_weights(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether peft would adapt this weight under this config's ``target_parameters``."""
+    targets = config.get("target_parameters") or ()
+    return lambda name: any(name == t or name.endswith(f".{t}") for t in targets)
 
 
 def exact_targets(model: nn.Module, sites: Sequence[Site]) -> list[str] | str:

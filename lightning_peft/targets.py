@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.architectures import MODEL_TYPES, Family
+from lightning_peft.layers.experts import experts_refusal, is_experts
 from lightning_peft.nearest import nearest_names
 
 __all__ = [
@@ -125,13 +126,18 @@ def select(
         elif name in bypassed:
             skipped.append((name, bypassed[name]))
         elif not adaptable(module):
+            refusal = experts_refusal(module)
+            if refusal:
+                raise ValueError(
+                    f"target_modules: {name!r}: expected layers that can be adapted, got {refusal}"
+                )
             unfit.append(name)
         else:
             names.append(name)
     if target_modules == "all-linear":
         heads = output_head(model)
         skipped += [(n, "output head") for n in names if n in heads]
-        skipped += [(n, "router") for n in names if _is_router(n, modules)]
+        skipped += [(n, "router") for n, m in modules if _has_own(m) and _is_router(n, modules)]
         left_out = {n for n, _ in skipped}
         names = [n for n in names if n not in left_out]
     if not names:
@@ -226,13 +232,12 @@ def _linear_like(module: nn.Module) -> bool:
         return True
     if any(c.__name__ == "Conv1D" for c in type(module).__mro__):
         return True
-    return _is_experts(module)
+    return is_experts(module) or bool(experts_refusal(module))
 
 
-def _is_experts(module: nn.Module) -> bool:
-    """A fused experts module: weights [E, ·, ·] read by its own forward."""
-    parameters = dict(module.named_parameters(recurse=False))
-    return "down_proj" in parameters and any(p.dim() == 3 for p in parameters.values())
+def _has_own(module: nn.Module) -> bool:
+    """Whether it holds parameters of its own, frozen base weights of a packed layer included."""
+    return any(p is not None for p in module._parameters.values())
 
 
 def _is_router(name: str, modules: Sequence[tuple[str, nn.Module]]) -> bool:
@@ -261,19 +266,13 @@ def _bypassed(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, str]:
             found[f"{prefix}dt_proj"] = "its weight is read by the mixer's scan"
         if "conv1d" in children and ("in_proj" in children or "A_log" in module._parameters):
             found[f"{prefix}conv1d"] = "its weight is read by the mixer's scan"
-            if "out_proj" in children and _fused_scan():
+            if "out_proj" in children:  # on some machines only: an adapter would not move
                 found[f"{prefix}out_proj"] = "its weight is read by the fused scan kernel"
         if type(module).__name__ == "EsmContactPredictionHead":
             found[f"{prefix}regression"] = "never called"
         if type(module).__name__ == "Llama4Router":
             found[name] = "router: returns a tuple"
     return found
-
-
-def _fused_scan() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("mamba_ssm") is not None
 
 
 def _inside_adapter(name: str) -> bool:

@@ -11,7 +11,12 @@ from lightning_peft.layers.embedding import EmbeddingOps
 from lightning_peft.layers.experts import ExpertsOps, is_experts
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
 from lightning_peft.layers.matrix import MatrixOps
-from lightning_peft.layers.weights import MultiheadAttentionOps, RecurrentOps
+from lightning_peft.layers.weights import (
+    MultiheadAttentionOps,
+    RecurrentOps,
+    RouterOps,
+    is_router,
+)
 
 __all__ = ["KINDS", "PLAIN", "STRUCTURAL", "ops_for"]
 
@@ -32,7 +37,10 @@ KINDS: dict[str, MatrixOps] = {
 }
 
 #: Kinds known by what the instance has rather than by its class: (test, ops), tried after KINDS.
-STRUCTURAL: list[tuple[Callable[[nn.Module], bool], MatrixOps]] = [(is_experts, ExpertsOps())]
+STRUCTURAL: list[tuple[Callable[[nn.Module], bool], MatrixOps]] = [
+    (is_experts, ExpertsOps()),
+    (is_router, RouterOps()),
+]
 
 #: For modules that get no weight edit, only copies or added blocks.
 PLAIN = MatrixOps()

@@ -1,4 +1,4 @@
-"""Modules whose forward reads several weights itself: MultiheadAttention, LSTM, GRU, RNN.
+"""Modules whose forward reads its weights itself: MultiheadAttention, LSTM, GRU, RNN, routers.
 
 The class of the reader is swapped, and around its own forward each weight is shadowed by W'. Keys
 stay as they are (`torch.nn.utils.parametrize` would rename them). An edit that needs the input
@@ -18,7 +18,7 @@ from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.matrix import MatrixOps
 from lightning_peft.layers.rows import current_rows
 
-__all__ = ["MultiheadAttentionOps", "RecurrentOps", "WeightsOps"]
+__all__ = ["MultiheadAttentionOps", "RecurrentOps", "RouterOps", "WeightsOps", "is_router"]
 
 
 class WeightsOps(MatrixOps):
@@ -145,6 +145,29 @@ class RecurrentOps(WeightsOps):
                 yield
             finally:
                 attributes.update(before)
+
+
+def is_router(module: nn.Module) -> bool:
+    """A mixture's router that is no Linear: one matrix [experts, in] and how many to choose."""
+    weight = module._parameters.get("weight")
+    chooses = hasattr(module, "top_k") and not isinstance(module, nn.Linear)
+    return chooses and weight is not None and weight.dim() == 2
+
+
+class RouterOps(WeightsOps):
+    """A router's matrix, where it is named: `"all-linear"` leaves routers alone."""
+
+    def parameters(self, m: nn.Module) -> Sequence[str]:
+        """The matrix; a bias over the experts is not an edit's business."""
+        return ("weight",)
+
+    def bias(self, m: nn.Module, name: str) -> str | None:
+        """The router's, where it has one."""
+        return "bias" if m._parameters.get("bias") is not None else None
+
+    def hf_by_parameter(self, m: nn.Module, name: str) -> bool:
+        """Always: no layer that peft knows."""
+        return True
 
 
 def _attribute(m: nn.Module, path: str) -> Tensor:

@@ -33,6 +33,7 @@ __all__ = [
     "empty_like_site",
     "from_plain",
     "match_pattern",
+    "match_site",
     "register",
     "require",
     "require_ranks",
@@ -321,6 +322,16 @@ def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def match_site(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
+    """Value of the first pattern that matches a weight by its layer's name, or by its own."""
+    for pattern, value in patterns.items():
+        if match_pattern({pattern: True}, site.name, False) or match_pattern(
+            {pattern: True}, f"{site.name}.{site.parameter}", False
+        ):
             return value
     return default
 

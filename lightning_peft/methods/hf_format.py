@@ -28,12 +28,13 @@ class HFEntry:
     """One adapted weight, on its way out or in.
 
     Attributes:
-        path: Name of the module in the exported model, the one that patterns of the config match.
+        path: Name of the module in the exported model.
         site: The weight.
         method: The method; None while reading, before it is known.
         tensors: By our names, in peft's content (after `pack`) and canonical axes.
         shapes: While reading: shapes as they are in the file, by our names.
         own: While writing: our tensors, before `pack`.
+        by_weight: Whether the config names the weight (``target_parameters``), not the module.
     """
 
     path: str
@@ -42,6 +43,12 @@ class HFEntry:
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     own: Mapping[str, Tensor] = field(default_factory=dict)
+    by_weight: bool = False
+
+    @property
+    def target(self) -> str:
+        """What the config's targets and patterns are matched with."""
+        return f"{self.path}.{self.site.parameter}" if self.by_weight else self.path
 
     def names_and_shapes(self) -> str:
         """The file's shapes, for messages."""

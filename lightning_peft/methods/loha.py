@@ -14,7 +14,7 @@ from lightning_peft.methods.base import (
     HFFormat,
     WeightMethod,
     empty_like_site,
-    match_pattern,
+    match_site,
     register,
     require,
     require_ranks,
@@ -97,12 +97,12 @@ class LoHa(WeightMethod):
 
     def rank(self, site: Site) -> int:
         """Rank at this site."""
-        r: int = match_pattern(self.rank_pattern, site.name, self.r)
+        r: int = match_site(self.rank_pattern, site, self.r)
         return r
 
     def scaling(self, site: Site) -> float:
         """α/r at this site."""
-        return float(match_pattern(self.alpha_pattern, site.name, self.alpha) / self.rank(site))
+        return float(match_site(self.alpha_pattern, site, self.alpha) / self.rank(site))
 
     def _effective(self, site: Site) -> bool:
         return self.use_effective_conv2d and any(k != 1 for k in site.kernel_size)

@@ -15,7 +15,7 @@ from lightning_peft.methods.base import (
     HFFormat,
     WeightMethod,
     empty_like_site,
-    match_pattern,
+    match_site,
     register,
     require,
     require_ranks,
@@ -143,12 +143,12 @@ class LoKr(WeightMethod):
 
     def rank(self, site: Site) -> int:
         """Rank at this site."""
-        r: int = match_pattern(self.rank_pattern, site.name, self.r)
+        r: int = match_site(self.rank_pattern, site, self.r)
         return r
 
     def scaling(self, site: Site) -> float:
         """α/r at this site."""
-        return float(match_pattern(self.alpha_pattern, site.name, self.alpha) / self.rank(site))
+        return float(match_site(self.alpha_pattern, site, self.alpha) / self.rank(site))
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """w1 zero (or its first factor), the others uniform."""

@@ -18,7 +18,7 @@ from lightning_peft.methods.base import (
     HFFormat,
     WeightMethod,
     empty_like_site,
-    match_pattern,
+    match_site,
     register,
     require,
     require_ranks,
@@ -189,18 +189,12 @@ class LoRA(WeightMethod):
 
     def rank(self, site: Site) -> int:
         """Rank at this site."""
-        r: int = (
-            match_pattern(self.rank_pattern, site.name, self.r) if self.rank_pattern else self.r
-        )
+        r: int = match_site(self.rank_pattern, site, self.r)
         return r
 
     def scaling(self, site: Site, r: int) -> float:
         """S at this site; where ranks are moved between layers each keeps its α/r."""
-        alpha = (
-            match_pattern(self.alpha_pattern, site.name, self.alpha)
-            if self.alpha_pattern
-            else self.alpha
-        )
+        alpha = match_site(self.alpha_pattern, site, self.alpha)
         if self.init == "eva" and self.data_options["adjust_scaling_factors"]:
             alpha = alpha * r / self.rank(site)
         return float(alpha / math.sqrt(max(r, 1)) if self.use_rslora else alpha / max(r, 1))
@@ -229,17 +223,17 @@ class LoRA(WeightMethod):
             f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 = "
             f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; "
             "lower r, or set it for this layer with rank_pattern, or exclude it",
-        require(
-            not (site.batch_shape and self.experts == "shared" and self.rewrites_base),
-            f"{self.label} on {site.label!r}: expected experts='each' with init={self.init!r}, "
-            "which takes its start from each expert's weight, got experts='shared'; use "
-            "init='default'",
-        )
         )
         require(
             not self.needs_data or (site.ops.supports("rotation") and not site.batch_shape),
             f"{self.label} on {site.label!r}: expected a linear layer with init={self.init!r}, got "
             f"{type(site.module).__name__}; exclude it or use init='default'",
+        )
+        require(
+            not (site.batch_shape and self.experts == "shared" and self.rewrites_base),
+            f"{self.label} on {site.label!r}: expected experts='each' with init={self.init!r}, "
+            "which takes its start from each expert's weight, got experts='shared'; use "
+            "init='default'",
         )
         require(
             not (site.lookup and self.lora_bias),
@@ -255,16 +249,16 @@ class LoRA(WeightMethod):
             nn.init.zeros_(A)
             nn.init.normal_(B)
         else:
-    def _empty(self, site: Site, *shape: int) -> Tensor:
-        """[*batch, *shape]; without the experts' axis where they share it."""
-        t = empty_like_site(site, *shape)
-        return t.new_empty(shape) if self.experts == "shared" else t
-
             self._start(A, B, r)
         p = {"A": A, "B": B}
         if self.lora_bias:
             p["bias_B"] = nn.init.zeros_(self._empty(site, site.out_features))
         return p
+
+    def _empty(self, site: Site, *shape: int) -> Tensor:
+        """[*batch, *shape]; without the experts' axis where they share it."""
+        t = empty_like_site(site, *shape)
+        return t.new_empty(shape) if self.experts == "shared" else t
 
     def _start(self, A: Tensor, B: Tensor, r: int) -> None:
         nn.init.zeros_(B)

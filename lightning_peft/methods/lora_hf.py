@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.methods.base import match_site
 from lightning_peft.methods.hf_format import HFEntry
 from lightning_peft.site import Site
 
@@ -78,10 +79,10 @@ def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
         r = e.site.ops.hf_rank(e.site.module, e.site.parameter, e.tensors["A"].shape[-2])
         s = _scale(e)
         found = (r, _number(_alpha(s, r, rslora)))
-        if wanted.setdefault(e.path, found) != found:
+        if wanted.setdefault(e.target, found) != found:
             raise ValueError(
                 f"save_adapter: {e.path!r}: expected one rank for all weights of a module, got "
-                f"{wanted[e.path]} and {found}; peft's patterns know modules only"
+                f"{wanted[e.target]} and {found}; peft's patterns know modules only"
             )
     config["lora_alpha"] = _number(config["lora_alpha"])
     if all(_by_patterns(config, path) == want for path, want in wanted.items()):
@@ -178,7 +179,7 @@ def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[s
         if "A" not in e.tensors:
             continue  # reported as missing
         site = e.site
-        r, alpha = _by_patterns(settings, e.path)
+        r, alpha = _by_patterns(settings, e.target)
         found = e.tensors["A"].shape[-2]
         if site.ops.hf_rank(site.module, site.parameter, found) != r:
             raise ValueError(
@@ -188,9 +189,12 @@ def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[s
         ours = min(found, site.out_features, site.in_features)
         want = (ours, alpha if ours == r else _alpha(s, ours, rslora))
         have = {**settings, "rank_pattern": ranks, "alpha_pattern": alphas}
-        if _by_patterns(have, site.name) != want:
-            ranks = _first(site.name, want[0], ranks)
-            alphas = _first(site.name, want[1], alphas)
+        if (
+            match_site(have["rank_pattern"], site, have["r"]),
+            match_site(have["alpha_pattern"], site, have["lora_alpha"]),
+        ) != want:
+            key = f"{site.name}.{site.parameter}" if e.by_weight else site.name
+            ranks, alphas = _first(key, want[0], ranks), _first(key, want[1], alphas)
     fields: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
     if start in _BASE_STARTS:
         fields["init"] = start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,49 @@ def test_gradients_are_pefts(name: str, tmp_path: Path) -> None:
     assert checked == len(want)
 
 
-def test_names_that_peft_takes_for_experts_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe", "mixtral"])
+def test_all_linear_of_peft_in_ours(name: str, tmp_path: Path) -> None:
+    """peft's all-linear takes router and experts by their names from before transformers 5."""
+    base, inputs = build(name)
+    theirs = by_peft(base, tmp_path, r=2, lora_alpha=4, target_modules="all-linear")
+    want = run(theirs, inputs)
+    model = loaded(base, tmp_path)
+    assert_close("logits", run(model, inputs), want, floor=FLOOR)
+    lp.save_adapter(model, tmp_path / "again")
+    assert_close("in peft again", run(in_peft(base, tmp_path / "again"), inputs), want, floor=FLOOR)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
+def test_layers_named_as_old_experts_in_peft(name: str, tmp_path: Path) -> None:
+    """gate_proj of a dense layer, or of a shared expert, beside fused experts: named by weight."""
+    base, inputs = build(name)
+    patterns = {"gate_proj": 1, "experts.gate_up_proj": 4, "q_proj": 3}
+    method = lp.LoRA(r=2, target_modules="all-linear", rank_pattern=patterns, dropout=0.1)
+    model = trained(base, method)
+    want = run(model, inputs)
+    lp.save_adapter(model, tmp_path)
+    assert_close("in peft", run(in_peft(base, tmp_path), inputs), want, floor=FLOOR)
+    assert_close("in ours", run(loaded(base, tmp_path), inputs), want, floor=FLOOR)
+
+
+def test_what_peft_cannot_do_to_a_weight_is_refused(tmp_path: Path) -> None:
     base, _ = build("deepseek_v3")
-    model = trained(base, lp.LoRA(r=2, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="exclude them"):
+    model = trained(base, lp.DoRA(r=2, target_modules="all-linear", exclude_modules=["experts"]))
+    with pytest.raises(ValueError, match=r"use_dora.*exclude them"):
         lp.save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_the_config_names_must_be_there(tmp_path: Path) -> None:
+    base, _ = build("mixtral")
+    by_peft(base, tmp_path, r=2, target_parameters=PARAMETERS["first"])
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_parameters": PARAMETERS["both"]}))
+    before = set(base.state_dict())
+    with pytest.raises(ValueError, match=r"missing: \['model.layers.0.mlp.experts.down_proj'"):
+        lp.load_adapter(base, tmp_path)
+    assert set(base.state_dict()) == before
 
 
 def test_another_number_of_experts_is_refused(tmp_path: Path) -> None:
