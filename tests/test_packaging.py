@@ -62,7 +62,7 @@ def test_triton_only_where_it_exists(platform: str) -> None:
 
 
 def test_what_is_not_needed_is_not_required() -> None:
-    assert not {"bitsandbytes", "peft", "liger-kernel", "torchmetrics"} & REQUIRED.keys()
+    assert not {"peft", "liger-kernel", "accelerate"} & REQUIRED.keys()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
