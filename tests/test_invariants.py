@@ -255,6 +255,33 @@ def test_rows_under_different_adapters(layer):
         assert_close(f"row {i}", got[i], row)
 
 
+@pytest.mark.parametrize("layer_name", ["linear", "nf4", "no_bias"])
+def test_rows_under_every_method_at_once(layer_name):
+    """One batch, a row for each method and one for the base: each equals its run alone."""
+    layer = next(y for y in LAYERS if y.name == layer_name)
+    cases = [c for c in CASES if layer_name not in c.skip and not c.method.rewrites_base]
+    model = base_of(layer)
+    for case in cases:
+        attach(model, method_for(case), adapter_name=case.name)
+        move(model)
+    names = [*(c.name for c in cases), "__base__"]
+    x = torch.randn(len(names), *layer.inputs().shape[1:])
+    want = []
+    for i, name in enumerate(names):
+        set_adapter(model, None if name == "__base__" else name)
+        want.append(layer.run(model, x[i : i + 1]).detach()[0])
+    set_adapter(model, [c.name for c in cases])
+    with adapter_names(names):
+        got = layer.run(model, x)
+        (got * torch.randn_like(got)).sum().backward()
+    for name, row, alone in zip(names, got.detach(), want, strict=True):
+        assert_close(f"row under {name}", row, alone)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, f"{name} has no gradient"
+            assert p.grad.any(), f"{name} has a zero gradient"
+
+
 def test_rows_are_refused_where_they_cannot_be_told_apart():
     layer = next(y for y in LAYERS if y.name == "mha")
     model = attached(CASES[0], layer)
