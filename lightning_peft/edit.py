@@ -271,7 +271,7 @@ class Edit:
             and self.out_scale is None
             and self.rotation is None
             and self.bias is None
-            and bool(self.terms)
+            and len(self.terms) > 0
             and self._all_low_rank
         )
 

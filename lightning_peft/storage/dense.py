@@ -1,4 +1,4 @@
-"""Dense storage: an ordinary floating parameter."""
+"""Dense storage: an ordinary floating parameter, or one that torch.nn.utils.prune masks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from lightning_peft_kernels.lora_linear import lora_linear
 from torch import Tensor, nn
 
+from lightning_peft.masked import held, mask_of, show_masked
 from lightning_peft.site import Reason, Site
 from lightning_peft.storage.shards import fill_rows, local
 from lightning_peft.swap import base_class
@@ -23,43 +24,48 @@ class DenseStorage:
 
     def shape(self, m: nn.Module, name: str) -> torch.Size:
         """Natural shape."""
-        return m.get_parameter(name).shape
+        return held(m, name).shape
 
     def numel(self, m: nn.Module, name: str) -> int:
         """Elements."""
-        return m.get_parameter(name).numel()
+        return held(m, name).numel()
 
     def nbytes(self, m: nn.Module, name: str) -> int:
         """Bytes."""
-        p = m.get_parameter(name)
+        p = held(m, name)
         return p.numel() * p.element_size()
 
     def dtype(self, m: nn.Module, name: str) -> torch.dtype:
         """The parameter's dtype."""
-        return m.get_parameter(name).dtype
+        return held(m, name).dtype
 
     def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter itself, detached."""
-        W = m.get_parameter(name).detach()
+        """The parameter itself, detached; under torch.nn.utils.prune, masked."""
+        W, mask = held(m, name).detach(), mask_of(m, name)
+        W = W if mask is None else W * mask
         return W if dtype is None else W.to(dtype)
 
     def write(self, m: nn.Module, name: str, W: Tensor) -> None:
         """Copy in, one rounding."""
         with torch.no_grad():
-            m.get_parameter(name).copy_(W)
+            held(m, name).copy_(W)
+            show_masked(m, name)
 
     def roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
-        """Rounding to the parameter's dtype."""
+        """Rounding to the parameter's dtype, and its mask where it has one."""
+        mask = mask_of(m, name)
+        W = W if mask is None else W * mask
         return W.to(self.dtype(m, name)).to(W.dtype)
 
     def snapshot(self, m: nn.Module, name: str) -> Any:
         """A copy on the CPU; of a sharded weight this process's rows."""
-        return local(m.get_parameter(name)).detach().to("cpu", copy=True)
+        return local(held(m, name)).detach().to("cpu", copy=True)
 
     def restore(self, m: nn.Module, name: str, bits: Any) -> None:
         """Copy back."""
         with torch.no_grad():
-            fill_rows(m.get_parameter(name), bits)
+            fill_rows(held(m, name), bits)
+            show_masked(m, name)
 
     def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
         """Already dense: write."""

@@ -27,6 +27,7 @@ from lightning_peft.swap import Swapped, swap_in, swap_out
 __all__ = [
     "Packing",
     "Quantized4bit",
+    "as_bytes",
     "dequantize_matrix",
     "pack",
     "packed",
@@ -189,18 +190,22 @@ def unpack(module: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
     return pack_again
 
 
+def as_bytes(t: Any) -> Tensor:
+    """Packed bytes as uint8: a strategy may hold them as a floating parameter."""
+    held: Tensor = t
+    return held if held.dtype == torch.uint8 else held.view(torch.uint8)
+
+
 def packed(module: Any, name: str) -> Packed4bit:
     """Views of the stored bytes in the form that kernels take; experts keep their leading axis."""
     p: Packing = module._packed[name]
     parameters, buffers = module._parameters, module._buffers
-    absmax = parameters[f"{name}_absmax"]
+    weight, absmax = as_bytes(parameters[name]), as_bytes(parameters[f"{name}_absmax"])
     lead = tuple(p.shape[:-2])
     if not p.nested:
-        return Packed4bit(
-            parameters[name], absmax.reshape(*lead, -1).view(torch.float32), None, None
-        )
+        return Packed4bit(weight, absmax.reshape(*lead, -1).view(torch.float32), None, None)
     return Packed4bit(
-        parameters[name],
+        weight,
         absmax.view(*lead, -1),
         buffers[f"{name}_absmax2"].view(torch.float32),
         buffers[f"{name}_offset"].view(torch.float32),
@@ -295,7 +300,8 @@ def read_natural(module: Any, name: str, dtype: torch.dtype | None) -> Tensor:
 
 def stored(m: Any, name: str) -> dict[str, Tensor]:
     """Parameters and buffers that hold one weight."""
-    stored = {name: m._parameters[name], "absmax": m._parameters[f"{name}_absmax"]}
+    stored = {name: as_bytes(m._parameters[name])}
+    stored["absmax"] = as_bytes(m._parameters[f"{name}_absmax"])
     for k in ("absmax2", "offset"):
         if m._buffers.get(f"{name}_{k}") is not None:
             stored[k] = m._buffers[f"{name}_{k}"]

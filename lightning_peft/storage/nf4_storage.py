@@ -48,7 +48,7 @@ class NF4Storage:
         parts += [
             b for k in ("absmax2", "offset") if (b := m._buffers.get(f"{name}_{k}")) is not None
         ]
-        return sum(t.numel() for t in parts)
+        return sum(t.numel() * t.element_size() for t in parts)
 
     def dtype(self, m: Any, name: str) -> torch.dtype:
         """The dtype recorded at quantisation."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -106,9 +107,9 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
         if not is_sharded(module):
             # FSDP2 notes dtypes when it first gathers: Lightning's own cast would come too late.
             self.precision_plugin.convert_module(module)
-            self.units = shard_model(
-                module, self.device_mesh["data_parallel"], self.root_device, self.options
-            )
+            options = replace(self.options, precision=self.precision_plugin.precision)
+            mesh = self.device_mesh["data_parallel"]
+            self.units = shard_model(module, mesh, self.root_device, options)
         # FSDP2 cannot go on training parameters that an inference-mode forward gathered.
         for loop in (
             trainer.fit_loop.epoch_loop.val_loop,

@@ -15,6 +15,11 @@ from lightning_peft.checkpoint import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.storage import storage_of
 from lightning_peft.storage.stream import materialize, stream_base
+from lightning_peft.strategies.older_torch import (
+    hold_bytes_as_floats,
+    reach_every_adapter,
+    shards_bytes,
+)
 from lightning_peft.strategies.plan import Classes, shard_units
 from lightning_peft.strategies.starting import (
     of_rank_0,
@@ -36,6 +41,7 @@ class Options:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     base_from: str | Path | None = None
+    precision: str = "32-true"
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -54,18 +60,16 @@ def shard_model(
         Names of the units.
 
     Raises:
-        RuntimeError: a tensor is on the meta device and nobody says where from; FSDP2 of this torch
-            cannot hold packed bytes; the bytes changed.
+        RuntimeError: a tensor is on the meta device and nobody says where from; the bytes changed.
         ValueError: adapters that cannot be sharded.
     """
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
-        FSDPModule,
         fully_shard,
         register_fsdp_forward_method,
     )
 
-    _refuse(module, FSDPModule)
+    _refuse(module)
     empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
     if empty and options.base_from is None:
         raise RuntimeError(
@@ -78,6 +82,9 @@ def shard_model(
     units = shard_units(module, options.shard_classes)
     probe = _probe(units)
     kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
+    newer = shards_bytes()
+    if not newer:
+        kwargs["ignored_params"] = _for_older_torch(module, units, bool(empty), options.precision)
     if options.cpu_offload:
         kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for _, unit in units:
@@ -85,8 +92,9 @@ def shard_model(
     fully_shard(module, **kwargs)
     for step in _STEPS:
         register_fsdp_forward_method(module, step)
-    # Ranks may reach different adapters (experts); without this their gradients would be mixed.
-    module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+    if newer:
+        # Ranks may reach different adapters (experts); else their gradients would be mixed.
+        module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
     if empty:
         place = torch.device("cpu") if options.cpu_offload else device
         materialize(module, place)
@@ -99,18 +107,26 @@ def shard_model(
     return [name for name, _ in units]
 
 
+def _for_older_torch(
+    module: nn.Module, units: list[tuple[str, nn.Module]], empty: bool, precision: str
+) -> set[nn.Parameter]:
+    if empty:
+        raise RuntimeError(
+            f"peft_fsdp: expected torch >= 2.13 to read a base into shards, got "
+            f"{torch.__version__}, whose FSDP2 shards no bytes; update torch, or build the model "
+            "outside of torch.device('meta')"
+        )
+    for _, unit in units:
+        reach_every_adapter(unit)
+    return hold_bytes_as_floats(module, precision)
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
 
 
-def _refuse(module: nn.Module, fsdp: Any) -> None:
-    if not hasattr(fsdp, "set_reduce_scatter_unused_params"):
-        raise RuntimeError(
-            f"peft_fsdp: expected torch >= 2.13, got {torch.__version__}: older FSDP2 takes no "
-            "packed bytes and mixes gradients of adapters that one process did not use; update "
-            "torch, or use strategy='peft_ddp'"
-        )
+def _refuse(module: nn.Module) -> None:
     for name, adapted in adapted_modules(module):
         for adapter in adapters_of(adapted):
             trained = [k for k, t in adapter.shared.items() if t.requires_grad]

@@ -26,6 +26,7 @@ import lightning_peft
 from lightning_peft import PEFT, Quantization
 from lightning_peft.adapter_state import trained_tensors
 from lightning_peft.optim.pool import local
+from lightning_peft.storage.nf4 import as_bytes
 from tests.tiny_models import BUILDERS, VOCAB
 
 SAMPLES, LENGTH, BATCH = 8, 9, 4
@@ -282,7 +283,7 @@ def run(job: Job) -> None:
     model, trainer, _ = make(job)
     model.memory = memory
     trainer.fit(model, ckpt_path=job.ckpt)
-    packed = {n: p for n, p in model.named_parameters() if p.dtype == torch.uint8}
+    packed = packed_bytes(model)
     result: dict[str, Any] = {
         "losses": model.losses,
         "step": trainer.global_step,
@@ -295,6 +296,7 @@ def run(job: Job) -> None:
         "units": getattr(trainer.strategy, "units", []),
         "adapters": {k: whole(t) for k, t in trained_tensors(model).items()},
         "packed": {n: whole(p) for n, p in packed.items()},
+        "held as": sorted({str(p.dtype) for _, p in held_bytes(model)}),
         "ddp": getattr(trainer.strategy, "_ddp_kwargs", None),
     }
     if memory is not None:
@@ -305,6 +307,20 @@ def run(job: Job) -> None:
         predicted = trainer.predict(model)
         result["logits"] = torch.cat(predicted) if predicted else None  # type: ignore[arg-type]
     torch.save(result, Path(job.folder) / f"{job.name}-{trainer.global_rank}.pt")
+
+
+def held_bytes(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Packed weights and scales, by name, as they are held."""
+    return [
+        (f"{path}.{key}", module._parameters[key])  # type: ignore[misc]
+        for path, module in model.named_modules()
+        for name in vars(module).get("_packed", ())
+        for key in (name, f"{name}_absmax")
+    ]
+
+
+def packed_bytes(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: as_bytes(p) for name, p in held_bytes(model)}
 
 
 def whole(t: Tensor) -> Tensor:
