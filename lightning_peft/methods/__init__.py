@@ -6,11 +6,11 @@ import importlib
 import pkgutil
 
 from lightning_peft.methods.base import METHODS, Method
-from lightning_peft.methods.guideline import recommend
+from lightning_peft.methods.guideline import guideline_table, recommend
 from lightning_peft.methods.hybrid_mam import mam
 from lightning_peft.methods.hybrid_unipelt import unipelt
 
-__all__ = ["METHODS", "Method", "mam", "recommend", "unipelt"]
+__all__ = ["METHODS", "Method", "guideline_table", "mam", "recommend", "unipelt"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

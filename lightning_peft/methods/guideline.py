@@ -1,11 +1,15 @@
-"""What the literature recommends, as data; `recommend` filters it and adds nothing."""
+"""What the literature recommends, as data, with what was measured here beside it; `recommend`
+filters it and adds nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["GUIDELINE", "Advice", "recommend"]
+from lightning_peft.methods.measured import MEASURED, Measured
+
+__all__ = ["GUIDELINE", "Advice", "guideline_table", "recommend"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Advice:
     latency: bool
     why: str
     source: str
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """Rows of the comparison that this method has (benchmarks/compare_methods.py)."""
+        return tuple(m for m in MEASURED if m.method == self.method)
 
 
 _ALL = ("classification", "generation", "vision")
@@ -105,3 +114,33 @@ def recommend(
         and (row.multi_task or not multi_task)
         and (row.latency or not latency)
     ]
+
+
+def guideline_table(rows: Sequence[Advice] = GUIDELINE) -> str:
+    """Markdown: what the literature says, and the distance to full fine-tuning measured here.
+
+    Args:
+        rows: What `recommend` returned; all of the guideline by default.
+    """
+    tasks = sorted({m.task for m in MEASURED})
+    titles = ["method", "tasks", "trained", "by row", "merges", "the literature"]
+    titles += [f"{task}: {_score_name(task)}, to full fine-tuning (step)" for task in tasks]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in rows:
+        cells = [
+            row.method,
+            ", ".join(row.tasks),
+            f"≤ {row.budget:g} %",
+            "yes" if row.multi_task else "no",
+            "yes" if row.latency else "no",
+            f"{row.why} ({row.source})",
+        ]
+        for task in tasks:
+            own = [m for m in row.measured if m.task == task]
+            cells.append("; ".join(map(str, own)) or "not measured")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _score_name(task: str) -> str:
+    return next(m.score_name for m in MEASURED if m.task == task)

@@ -210,7 +210,10 @@ def test_cell(row_name: str, kind: str, storage: str, tmp_path: Path) -> None:
     lp.attach(fresh, method, **attach)
     model, _ = build(MODELS[kind])
     lp.attach(model, method, **attach)
-    if row.exact:
+    if row_name == "full" and kind == "encoder-decoder":
+        # A position bias that takes a gradient has torch choose another attention kernel.
+        assert_close("start", output(model, x).detach(), y_base)
+    elif row.exact:
         assert_same_bits("start", output(model, x).detach(), y_base)
     report = lp.parameter_report(model)
     assert 0 < report.trainable < report.total
@@ -227,7 +230,7 @@ def test_cell(row_name: str, kind: str, storage: str, tmp_path: Path) -> None:
             assert p.grad is None, f"{name} is frozen and has a gradient"
     assert_bits("forward and backward", bits(model), start)
     y = y.detach()
-    assert (y - y_base).abs().max() > 1e-4, "the adapter has no effect"
+    assert (y - y_base).abs().max() > 1e-4 * y_base.abs().max(), "the adapter has no effect"
 
     saved = lp.adapter_state_dict(model)
     assert {n for n, p in model.named_parameters() if p.requires_grad} <= set(saved)

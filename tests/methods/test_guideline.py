@@ -6,7 +6,8 @@ import pytest
 
 from lightning_peft.methods import recommend
 from lightning_peft.methods.base import METHODS
-from lightning_peft.methods.guideline import GUIDELINE
+from lightning_peft.methods.guideline import GUIDELINE, guideline_table
+from lightning_peft.methods.measured import MEASURED
 
 
 @pytest.mark.parametrize("row", GUIDELINE, ids=lambda row: row.method)
@@ -14,6 +15,18 @@ def test_rows(row) -> None:
     assert row.method in METHODS
     assert row.latency == METHODS[row.method].mergeable
     assert row.source.startswith("arXiv:")
+
+
+def test_what_was_measured_stands_beside() -> None:
+    for m in MEASURED:
+        assert set(m.method.split("+")) <= set(METHODS)
+        assert m.seeds >= 1
+        assert 0 < m.percent <= 100
+    table = guideline_table(recommend("generation"))
+    assert table.count("\n") == 1 + len(recommend("generation"))
+    (lora,) = [line for line in table.splitlines() if line.startswith("| LoRA |")]
+    for m in next(r for r in GUIDELINE if r.method == "LoRA").measured:
+        assert str(m) in lora
 
 
 def test_filters() -> None:
