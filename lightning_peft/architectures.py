@@ -70,9 +70,31 @@ FAMILIES: dict[str, Family] = {
     "wav2vec2": Family(
         ("q_proj", "v_proj"), ("k_proj", "v_proj", "output_dense"), ("output_dense",)
     ),
-    "segformer": Family(("query", "value"), ("key", "value", "dense2"), ("dense2",)),
+    "mpnet": Family(("attn.q", "attn.v"), ("attn.k", "attn.v", "output.dense"), ("output.dense",)),
+    "modernbert-decoder": Family(("q_proj", "v_proj"), ("k_proj", "v_proj", "mlp.Wo"), ("mlp.Wo",)),
+    "xlnet": Family(("layer_1", "layer_2"), ("layer_2",), ("layer_2",)),
+    "funnel": Family(("q_head", "v_head"), ("k_head", "v_head", "linear_2"), ("linear_2",)),
+    "prophetnet": Family(
+        ("query_proj", "value_proj"), ("key_proj", "value_proj", "output"), ("output",)
+    ),
+    "ctrl": Family(("Wq", "Wv"), ("Wk", "Wv"), ()),
+    "rwkv": Family(("key", "value", "receptance"), ("key", "value"), ()),
+    "xlstm": Family(("q", "v"), ("k", "v", "proj_down"), ("proj_down",)),
+    "cpmant": Family(("project_q", "project_v"), ("project_k", "project_v", "w_out"), ("w_out",)),
+    "lfm2": Family(("q_proj", "v_proj", "in_proj"), ("k_proj", "v_proj", "w2"), ("w2",)),
+    "mobilevit": Family(("query", "value"), ("key", "value", "output.dense"), ("output.dense",)),
+    "pvt_v2": Family(("query", "value"), ("key", "value", "dense2"), ("dense2",)),
+    "cvt": Family(
+        ("projection_query", "projection_value"),
+        ("projection_key", "projection_value", "output.dense"),
+        ("output.dense",),
+    ),
+    "hiera": Family(("qkv",), ("qkv", "fc2"), ("fc2",)),
+    "focalnet": Family(("projection_in", "fc1", "fc2"), ("projection_in", "fc2"), ("fc2",)),
     "convnext": Family(("pwconv1", "pwconv2"), ("pwconv1", "pwconv2"), ("pwconv2",)),
     "resnet": Family(("convolution",), ("convolution",), ()),
+    "bit": Family(("conv1", "conv2", "conv3"), ("conv3",), ()),
+    "poolformer": Family(("conv1", "conv2"), ("conv1", "conv2"), ("conv2",)),
     "blip": Family(("query", "value", "qkv"), ("key", "value", "output.dense"), ("output.dense",)),
     "blip-2": Family(("q_proj", "v_proj", "q", "v"), ("k_proj", "v_proj", "fc2"), ("fc2",)),
 }
@@ -82,9 +104,16 @@ _BY_FAMILY: dict[str, str] = {
     "cohere cohere2 smollm3 gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text helium nemotron "
     "seed_oss arcee glm glm4 exaone4 mllama mllama_text_model llava llava_next idefics2 idefics3 "
     "paligemma qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text smolvlm "
-    "internvl jamba llama4 llama4_text ernie4_5 hunyuan_v1_dense persimmon recurrent_gemma",
+    "internvl jamba llama4 llama4_text ernie4_5 hunyuan_v1_dense recurrent_gemma apertus beam "
+    "bitnet cwm diffllama doge emu3_text_model falcon_h1 flint gemma4_unified gemma4_unified_text "
+    "got_ocr2 granite_swa hrm_text hyperclovax jais2 ministral3 moss_transcribe_diarize "
+    "olmo_hybrid qwen3_5 qwen3_5_text vaultgemma audioflamingo3 glmasr musicflamingo qwen2_audio "
+    "qwen3_asr t5gemma t5gemma2 voxtral eurobert gte nomic_bert ultrabert ultravbert",
     "moe": "mixtral qwen2_moe qwen3_moe qwen3_next olmoe granitemoe granitemoeshared gpt_oss dbrx "
-    "phimoe minimax glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 flex_olmo jetmoe",
+    "phimoe minimax glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 flex_olmo afmoe aria_text "
+    "cohere2_moe exaone_moe granitemoe_swa hy_v3 inkling2_text inkling_text kolibri1 laguna mellum "
+    "mimo_v2_flash minimax_m2 minimax_m3_vl_text qwen3_5_moe qwen3_5_moe_text solar_open "
+    "nemo_speechlm lfm2_moe",
     "phi": "phi",
     "phi3": "phi3 phi4_multimodal",
     "starcoder2": "starcoder2",
@@ -92,18 +121,36 @@ _BY_FAMILY: dict[str, str] = {
     "gptj": "gptj",
     "gpt_neo": "gpt_neo",
     "codegen": "codegen",
-    "gpt2": "gpt2 gpt_bigcode openai-gpt",
-    "gpt_neox": "gpt_neox gpt_neox_japanese bloom falcon",
+    "gpt2": "gpt2 gpt_bigcode openai-gpt imagegpt",
+    "gpt_neox": "gpt_neox gpt_neox_japanese bloom falcon persimmon fuyu",
     "mpt": "mpt",
-    "deepseek": "deepseek_v2 deepseek_v3 minicpm3",
+    "deepseek": "deepseek_v2 deepseek_v3 minicpm3 glm4_moe_lite mistral4 hy_v4",
     "nemotron_h": "nemotron_h",
     "mamba": "mamba falcon_mamba",
     "mamba2": "mamba2",
     "bert": "bert roberta xlm-roberta xlm-roberta-xl electra camembert layoutlm layoutlmv3 esm "
-    "ernie mpnet roformer megatron-bert data2vec-text data2vec-audio beit data2vec-vision "
-    "convbert nystromformer splinter bert-generation",
+    "ernie roformer megatron-bert data2vec-text convbert nystromformer splinter bert-generation "
+    "big_bird rembert roberta-prelayernorm roc_bert canine mobilebert mra squeezebert tapas yoso "
+    "markuplm pvt data2vec-vision swinv2 donut-swin",
     "albert": "albert",
-    "modernbert": "modernbert modernbert-decoder",
+    "mpnet": "mpnet",
+    "modernbert": "modernbert",
+    "modernbert-decoder": "modernbert-decoder",
+    "xlnet": "xlnet",
+    "funnel": "funnel",
+    "prophetnet": "prophetnet",
+    "ctrl": "ctrl",
+    "rwkv": "rwkv",
+    "xlstm": "xlstm",
+    "cpmant": "cpmant",
+    "lfm2": "lfm2 lfm3",
+    "mobilevit": "mobilevit",
+    "pvt_v2": "pvt_v2",
+    "cvt": "cvt",
+    "hiera": "hiera",
+    "focalnet": "focalnet",
+    "bit": "bit",
+    "poolformer": "poolformer",
     "distilbert": "distilbert",
     "deberta": "deberta",
     "deberta-v2": "deberta-v2 sew-d",
@@ -111,14 +158,15 @@ _BY_FAMILY: dict[str, str] = {
     "bart": "bart mbart marian pegasus pegasus_x m2m_100 blenderbot blenderbot-small plbart "
     "bigbird_pegasus whisper speech_to_text clip clip_text_model clip_vision_model "
     "siglip siglip_text_model siglip_vision_model siglip2 vit deit dinov2 "
-    "dinov2_with_registers dinov3_vit swin swinv2 "
-    "donut-swin vit_mae vit_msn detr chinese_clip altclip",
+    "dinov2_with_registers dinov3_vit swin "
+    "vit_mae vit_msn detr chinese_clip altclip beit segformer git mvp "
+    "nanochat trocr fsmt nllb-moe seamless_m4t seamless_m4t_v2 ijepa metaclip_2 jina_embeddings_v3 "
+    "modernvbert",
     "longformer": "longformer",
     "led": "led",
     "wav2vec2": "wav2vec2 hubert wavlm unispeech unispeech-sat data2vec-audio sew",
-    "segformer": "segformer",
     "convnext": "convnext convnextv2",
-    "resnet": "resnet regnet",
+    "resnet": "resnet regnet mobilenet_v1 mobilenet_v2 hgnet_v2",
     "blip": "blip",
     "blip-2": "blip-2 instructblip",
 }
