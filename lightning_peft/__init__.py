@@ -33,6 +33,8 @@ from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.ptuning import PTuning
+from lightning_peft.methods.quant_aware import QuantAwareLoRA
+from lightning_peft.methods.sparse_lora import SparseLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.planner import Plan, estimate_memory
 from lightning_peft.prompts import hard_prompt_ids
@@ -72,8 +74,10 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "PruneReport",
+    "QuantAwareLoRA",
     "Quantization",
     "Report",
+    "SparseLoRA",
     "VeRA",
     "adapter_names",
     "adapter_state_dict",

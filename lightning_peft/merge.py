@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.active import disable_adapters
 from lightning_peft.edit import Edit
 from lightning_peft.layers.adapted import Adapted, Adapter, adapted_modules, adapters_of, refresh
+from lightning_peft.masked import held, mask_of
 from lightning_peft.merge_report import MergeReport, SiteError, output_of, relative_change
 from lightning_peft.record import records_in
 from lightning_peft.storage import storage_of
@@ -380,10 +381,15 @@ def _overwrite(parameter: Tensor, value: Tensor) -> Callable[[], None]:
 def _untie(
     module: Any, path: str, tied: set[int], key: str, undo: dict[str, Any], report: MergeReport
 ) -> None:
-    """Give this module a tensor of its own, or the write would change the other owner too."""
-    parameter = module.get_parameter(path)
+    """Give the module a tensor of its own: a write would change the other owner too."""
+    parameter = held(module, path)
     if id(parameter) not in tied:
         return
+    if mask_of(module, path) is not None:
+        raise RuntimeError(
+            f"merge {key!r}: expected a weight of its own, got a tied one that torch prunes; make "
+            "that permanent first (torch.nn.utils.prune.remove)"
+        )
     owner_path, _, leaf = path.rpartition(".")
     owner = module.get_submodule(owner_path) if owner_path else module
     owner._parameters[leaf] = nn.Parameter(parameter.detach().clone(), requires_grad=False)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.masked import held
+
 if TYPE_CHECKING:
     from lightning_peft.edit import Edit, Rotation
 
@@ -256,8 +258,7 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Device of the stored weight."""
-        parameter: Tensor = self.module.get_parameter(self.parameter)
-        return parameter.device
+        return held(self.module, self.parameter).device
 
     @property
     def lookup(self) -> bool:

@@ -1,0 +1,23 @@
+"""What people do beside adapters, on the same model and the same callback.
+
+Distillation from the base that is there already, pruning, factorisation. Each is a function on any
+`nn.Module`; none needs Lightning.
+"""
+
+from lightning_peft.recipes.distillation import distillation_loss, teaching
+from lightning_peft.recipes.factorisation import FactoriseReport, LowRankLinear, factorise
+from lightning_peft.recipes.neurons import NeuronReport, remove_neurons
+from lightning_peft.recipes.pruning import SparsityReport, prune_magnitude, sparsity
+
+__all__ = [
+    "FactoriseReport",
+    "LowRankLinear",
+    "NeuronReport",
+    "SparsityReport",
+    "distillation_loss",
+    "factorise",
+    "prune_magnitude",
+    "remove_neurons",
+    "sparsity",
+    "teaching",
+]
