@@ -43,6 +43,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "mpt": Family(("Wqkv",), ("Wqkv", "down_proj"), ("down_proj",)),
     "deepseek": Family(("q_a_proj", "q_b_proj", "q_proj", "kv_b_proj"), ("kv_b_proj",), ()),
+    # Values in two halves; keys that are values too; keys and values in one, queries in experts
+    "zaya": Family(
+        ("q_proj", "v_proj_current", "v_proj_delayed"),
+        ("k_proj", "v_proj_current", "v_proj_delayed"),
+        (),
+    ),
+    "diffusion_gemma": Family(("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ()),
+    "jetmoe": Family(("kv_proj",), ("kv_proj",), ()),
     "nemotron_h": Family(
         ("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj", "v_proj", "down_proj"), ("down_proj",)
     ),
@@ -113,7 +121,13 @@ _BY_FAMILY: dict[str, str] = {
     "phimoe minimax glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 flex_olmo afmoe aria_text "
     "cohere2_moe exaone_moe granitemoe_swa hy_v3 inkling2_text inkling_text kolibri1 laguna mellum "
     "mimo_v2_flash minimax_m2 minimax_m3_vl_text qwen3_5_moe qwen3_5_moe_text solar_open "
-    "nemo_speechlm lfm2_moe",
+    "nemo_speechlm lfm2_moe "
+    "aria deepseek_ocr2 deepseek_ocr2_text ernie4_5_vl_moe ernie4_5_vl_moe_text "
+    "glm4v_moe glm4v_moe_text granitemoehybrid inkling2 inkling_mm_model "
+    "minimax_m3_vl muse_spark muse_spark_text openai_privacy_filter qwen3_omni_moe "
+    "qwen3_omni_moe_talker_text qwen3_omni_moe_text qwen3_omni_moe_thinker "
+    "qwen3_vl_moe qwen3_vl_moe_text qwen4_exp qwen4_exp_text unlimited_ocr "
+    "unlimited_ocr_text step3p5 step3p7",
     "phi": "phi",
     "phi3": "phi3 phi4_multimodal",
     "starcoder2": "starcoder2",
@@ -124,8 +138,14 @@ _BY_FAMILY: dict[str, str] = {
     "gpt2": "gpt2 gpt_bigcode openai-gpt imagegpt",
     "gpt_neox": "gpt_neox gpt_neox_japanese bloom falcon persimmon fuyu",
     "mpt": "mpt",
-    "deepseek": "deepseek_v2 deepseek_v3 minicpm3 glm4_moe_lite mistral4 hy_v4",
+    "deepseek": "deepseek_v2 deepseek_v3 minicpm3 glm4_moe_lite mistral4 hy_v4 "
+    "axk1 axk2 bailing_hybrid deepseek_v32 deepseek_v4 dots3_note dots3_note_text "
+    "glm5_next glm5_next_text glm_moe_dsa kimi_linear longcat_flash mistral_large4 "
+    "mistral_large4_text",
     "nemotron_h": "nemotron_h",
+    "zaya": "zaya",
+    "jetmoe": "jetmoe",
+    "diffusion_gemma": "diffusion_gemma diffusion_gemma_text",
     "mamba": "mamba falcon_mamba",
     "mamba2": "mamba2",
     "bert": "bert roberta xlm-roberta xlm-roberta-xl electra camembert layoutlm layoutlmv3 esm "

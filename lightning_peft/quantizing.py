@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from lightning_peft.layers import ops_for
-from lightning_peft.layers.experts import ExpertsOps, QuantizedExperts, is_transposed
+from lightning_peft.layers.experts import (
+    ExpertsOps,
+    QuantizedExperts,
+    experts_refusal,
+    is_transposed,
+)
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
 from lightning_peft.storage import Quantization, storage_of
 from lightning_peft.storage.nf4 import pack
@@ -61,6 +66,9 @@ def plan_quantization(
     fp32 = _keep_in_fp32(model)
     for name, module in model.named_modules():
         ops = ops_for(module)
+        refusal = experts_refusal(module)
+        if refusal:
+            plan.dense.append((name, refusal))
         if not isinstance(ops, LinearOps | Conv1DOps | ExpertsOps):
             continue
         if storage_of(module, ops.parameters(module)[0]).label != "dense":

@@ -131,7 +131,8 @@ def _count(model: nn.Module, report: Report) -> None:
                 nbytes["quantised base"] += size
             else:
                 storage = storage_of(module, key)
-                dense = storage.label == "dense" or key != "weight"
+                packed = key == "weight" or key in (vars(module).get("_packed") or {})
+                dense = storage.label == "dense" or not packed
                 nbytes["base" if dense else "quantised base"] += size
                 report.total += parameter.numel() if dense else storage.numel(module, key)
         if not module.training:

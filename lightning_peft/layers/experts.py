@@ -19,29 +19,76 @@ from lightning_peft.layers.experts_forward import run_experts
 from lightning_peft.layers.experts_layout import (
     ExpertsLayout,
     first_weight,
+    form_of,
     has_bias,
-    is_presorted,
     is_transposed,
 )
 from lightning_peft.swap import Swapped, base_class
 
-__all__ = ["ExpertsOps", "QuantizedExperts", "is_experts", "is_transposed", "run_experts"]
+__all__ = [
+    "ExpertsOps",
+    "QuantizedExperts",
+    "experts_refusal",
+    "is_experts",
+    "is_transposed",
+    "run_experts",
+]
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether the module is a fused experts module that says what it is, or a known one that does
-    not.
+    """Whether the module is a fused experts module that says what it is, or shows it by its
+    structure, and can be served.
     """
-    if is_presorted(module):
-        return True
-    down = module._parameters.get("down_proj")
-    first = module._parameters.get(first_weight(module)) if hasattr(module, "has_gate") else None
+    form = form_of(module)
+    if form is None or not hasattr(module, "num_experts"):
+        return False
+    held = module._parameters
+    first = "gate_up_proj" if form.has_gate else "up_proj"
     return (
-        down is not None
-        and first is not None
-        and hasattr(module, "is_transposed")
-        and hasattr(module, "num_experts")
+        held.get("down_proj") is not None
+        and held.get(first) is not None
+        and not experts_refusal(module)
     )
+
+
+def experts_refusal(module: nn.Module) -> str:
+    """Why the weights of an experts module cannot be edited or packed, and what to do; "" for one
+    that is served, and for modules that hold no experts.
+    """
+    cls = base_class(module)
+    own = {n: p for n, p in module._parameters.items() if p is not None}
+    form = form_of(module)
+    named = "expert" in cls.__name__.lower() and not isinstance(module, nn.Linear)
+    if form is None and not (named and any(p.dim() > 1 for p in own.values())):
+        return ""
+    mine = vars(module).get("_packed") or {}
+    scales = {f"{n}_absmax" for n in mine}
+    foreign = [
+        f"{n} in {str(p.dtype).removeprefix('torch.')}"
+        for n, p in own.items()
+        if n not in mine
+        and n not in scales
+        and (p.element_size() == 1 or not p.is_floating_point())
+    ]
+    if foreign:
+        return (
+            f"experts that another library quantised ({cls.__name__}: {', '.join(foreign[:3])}); "
+            "load the model dequantised (Mxfp4Config(dequantize=True), "
+            "FineGrainedFP8Config(dequantize=True)) and give quantization='nf4'"
+        )
+    leave = "leave them frozen with exclude_modules, or train them whole with modules_to_save"
+    if form is None:
+        shapes = ", ".join(f"{n} {list(p.shape)}" for n, p in list(own.items())[:4])
+        return f"experts in a form that is not known ({cls.__name__}: {shapes}); {leave}"
+    weights = {"gate_up_proj" if form.has_gate else "up_proj", "down_proj"}
+    known = weights | scales | ({f"{n}_bias" for n in weights} if form.has_bias else set())
+    extra = sorted(set(own) - known)
+    if extra:
+        return (
+            f"experts with further parameters {extra} ({cls.__name__}), whose meaning is not "
+            f"known; {leave}"
+        )
+    return ""
 
 
 class ExpertsOps(ExpertsLayout):

@@ -19,6 +19,7 @@ from lightning_peft.edit import Edit, LowRank
 from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.experts_layout import (
     first_weight,
+    form_of,
     has_bias,
     is_presorted,
     is_transposed,
@@ -42,8 +43,9 @@ class _Routing:
     def __init__(self, m: Any, index: Tensor, weights: Tensor) -> None:
         expert, order = torch.sort(index.reshape(-1), stable=True)
         E = m.num_experts
-        # Pairs of experts that other processes hold are numbered E: they sort to the end.
-        tail = bool(getattr(m, "_is_expert_parallel", False))
+        # Pairs of experts that other processes hold are numbered E: they sort to the end. A module
+        # without the decorator does not say whether there are such.
+        tail = bool(getattr(m, "_is_expert_parallel", not hasattr(m, "has_gate")))
         self.token = order // index.shape[-1]
         self.groups = Groups.sorted(expert, E, tail=tail)
         self.expert = expert.clamp(max=E - 1) if tail else expert
@@ -83,13 +85,14 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     routing = _Routing(m, index, weights)
     _note(m, routing.groups)
     rows = _mask_of_rows(adapters, x.shape[0], routing)
-    first = first_weight(m)
+    first, form = first_weight(m), form_of(m)
+    assert form is not None  # `is_experts` said so
     h = _product(m, first, x[routing.token], routing, by_weight.get(first, ()), rows)
-    h = m._apply_gate(h) if m.has_gate else m.act_fn(h)
+    h = m._apply_gate(h) if form.has_gate else m.act_fn(h)
     h = _product(m, "down_proj", h, routing, by_weight.get("down_proj", ()), rows)
     if routing.nobodys is not None:
         h = h.masked_fill(routing.nobodys, 0.0)
-    if m.has_post_expert_norm:
+    if form.has_norm:
         h = m.post_expert_norm(h)
     h = (h * routing.weight.unsqueeze(-1))[routing.inverse]
     y: Tensor = h.view(*index.shape, h.shape[-1]).sum(dim=1).to(x.dtype)

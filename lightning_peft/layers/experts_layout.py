@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.layers.matrix import MatrixOps
 
-__all__ = ["ExpertsLayout", "first_weight", "has_bias", "is_presorted", "is_transposed"]
+__all__ = [
+    "ExpertsLayout",
+    "first_weight",
+    "form_of",
+    "has_bias",
+    "is_presorted",
+    "is_transposed",
+]
+
+
+class Form(NamedTuple):
+    """What the decorator of transformers 5 writes on an instance."""
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_norm: bool
 
 
 def is_presorted(module: nn.Module) -> bool:
@@ -20,19 +36,55 @@ def is_presorted(module: nn.Module) -> bool:
     return any(c.__name__ == "Llama4TextExperts" for c in type(module).__mro__)
 
 
+def form_of(m: Any) -> Form | None:
+    """Of a fused experts module; None where it does not say and its structure does not tell."""
+    if is_presorted(m):
+        return Form(True, False, True, False)
+    if hasattr(m, "has_gate") and hasattr(m, "is_transposed"):
+        norm = bool(getattr(m, "has_post_expert_norm", False))
+        return Form(bool(m.has_gate), bool(m.has_bias), bool(m.is_transposed), norm)
+    return _UNDECORATED if _is_undecorated(m) else None
+
+
+_UNDECORATED = Form(True, False, False, False)
+
+
+def _is_undecorated(m: Any) -> bool:
+    """The decorated form without the decorator: [E, 2·inner, d] and [E, d, inner] and a gate."""
+    shapes = [_shape(m, n) for n in ("gate_up_proj", "down_proj")]
+    if not hasattr(m, "_apply_gate") or not hasattr(m, "num_experts") or None in shapes:
+        return False
+    (E, both, d), (E2, d2, inner) = shapes  # type: ignore[misc]
+    return E == E2 == m.num_experts and d == d2 and both == 2 * inner
+
+
+def _shape(m: Any, name: str) -> tuple[int, ...] | None:
+    packing = (vars(m).get("_packed") or {}).get(name)
+    parameter = m._parameters.get(name)
+    shape = parameter.shape if packing is None and parameter is not None else None
+    shape = packing.shape if packing is not None else shape
+    return tuple(shape) if shape is not None and len(shape) == 3 else None
+
+
 def is_transposed(m: Any) -> bool:
     """Whether the weights are stored [E, in, out]."""
-    return True if is_presorted(m) else bool(m.is_transposed)
+    return _form(m).is_transposed
 
 
 def first_weight(m: Any) -> str:
     """Name of the weight that leads in."""
-    return "gate_up_proj" if is_presorted(m) or m.has_gate else "up_proj"
+    return "gate_up_proj" if _form(m).has_gate else "up_proj"
 
 
 def has_bias(m: Any) -> bool:
     """Whether every weight has a bias [E, out]."""
-    return not is_presorted(m) and bool(m.has_bias)
+    return _form(m).has_bias
+
+
+def _form(m: Any) -> Form:
+    form = form_of(m)
+    assert form is not None  # `is_experts` said so
+    return form
 
 
 class ExpertsLayout(MatrixOps):
