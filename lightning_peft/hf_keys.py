@@ -13,6 +13,7 @@ from lightning_peft.methods.base import HFEntry, HFFormat
 from lightning_peft.placing import adaptable
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
+from lightning_peft.targets import bypassed
 
 __all__ = ["PREFIX", "Reading", "bias_key", "joined", "plain", "tensor_prefix"]
 
@@ -93,7 +94,11 @@ def read_keys(
         name, place = _split(path, modules)
         by_module.setdefault(name, {})[place] = found
     problems: list[str] = []
+    unread = bypassed(list(modules.items()))
     for name, places in sorted(by_module.items()):
+        if name in unread and _no_change(places):
+            reading.notes.append(f"{name}: left out, its change is 0 ({unread[name]})")
+            continue
         _read_module(fmt, name, modules[name], places, prefix, reading, problems)
     if problems:
         raise ValueError("adapter file: nothing was loaded:\n  " + "\n  ".join(problems[:20]))
@@ -143,11 +148,6 @@ def _read_module(
 ) -> None:
     ops = ops_for(module)
     if ops is None or not adaptable(module):
-        if type(module).__name__ == "NonDynamicallyQuantizableLinear" and _no_change(places):
-            reading.notes.append(
-                f"{name}: left out, its forward is never called and its change is 0"
-            )
-            return
         problems.append(
             f"{name}: expected a layer whose weight can be adapted, got {type(module).__name__}"
         )

@@ -25,6 +25,7 @@ from lightning_peft.methods.saved import ModulesToSave, TrainedBias
 from lightning_peft.placing import adaptable
 from lightning_peft.report import Report
 from lightning_peft.storage import Quantization
+from lightning_peft.targets import bypassed
 
 __all__ = ["load_adapter"]
 
@@ -128,7 +129,15 @@ def _require_targets(
                 f"{CONFIG}: expected 'target_modules', found none among {sorted(config)}"
             )
         return  # the architecture's usual choice when the file was made; the tensors say which
-    layers = {n: ops_for(m) for n, m in modules.items() if n and adaptable(m)}
+    unread = bypassed(list(modules.items()))
+    adapted = sorted(unread.keys() & {e.path for e in reading.entries})
+    if adapted:
+        raise ValueError(
+            f"adapter file: {adapted[0]}: expected a layer whose change acts on every machine, got "
+            f"one left out: {unread[adapted[0]]}; merge the adapter with the library it was made "
+            "with; nothing was loaded"
+        )
+    layers = {n: ops_for(m) for n, m in modules.items() if n and n not in unread and adaptable(m)}
     expected = {n for n in layers if wants(n, modules[n])}
     for name, ops in layers.items():
         weights = () if ops is None or name in expected else ops.parameters(modules[name])

@@ -23,6 +23,7 @@ from lightning_peft.nearest import nearest_names
 __all__ = [
     "Selection",
     "block_rule",
+    "bypassed",
     "classification_heads",
     "default_targets",
     "feedforward_targets",
@@ -112,7 +113,7 @@ def select(
     matches = _matcher(model, target_modules, kind_hint, modules, adaptable)
     excluded = name_rule(exclude_modules)
     blocks = block_rule(modules, layers_to_transform)
-    bypassed = _bypassed(modules)
+    unread = bypassed(modules)
     names: list[str] = []
     skipped: list[tuple[str, str]] = []
     unfit: list[str] = []
@@ -123,8 +124,8 @@ def select(
             skipped.append((name, "excluded"))
         elif not blocks(name):
             continue
-        elif name in bypassed:
-            skipped.append((name, bypassed[name]))
+        elif name in unread:
+            skipped.append((name, unread[name]))
         elif not adaptable(module):
             refusal = experts_refusal(module)
             if refusal:
@@ -254,7 +255,7 @@ def _is_router(name: str, modules: Sequence[tuple[str, nn.Module]]) -> bool:
     return bool(parent) and _is_router(parent, modules)
 
 
-def _bypassed(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, str]:
+def bypassed(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, str]:
     """Modules whose weight another module's forward reads, by structure."""
     found: dict[str, str] = {}
     for name, module in modules:

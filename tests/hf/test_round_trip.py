@@ -340,3 +340,34 @@ def test_odd_layer_names(tmp_path: Path) -> None:
     lp.save_adapter(model, tmp_path)
     with torch.no_grad():
         assert_same_bits("in ours", loaded(base, tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("trained_too", [False, True])
+def test_layers_that_nobody_calls(trained_too: bool, tmp_path: Path) -> None:
+    """peft's all-linear takes ESM's contact head, whose adapter no training ever changes."""
+    import peft
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    torch.manual_seed(0)
+    config = EsmConfig(
+        vocab_size=33, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=1,
+        intermediate_size=64, mask_token_id=32, max_position_embeddings=64,
+        position_embedding_type="rotary", emb_layer_norm_before=False, token_dropout=False,
+    )  # fmt: skip
+    base = EsmForMaskedLM(config).eval()
+    settings = peft.LoraConfig(r=2, target_modules="all-linear")
+    theirs = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name and (trained_too or "contact_head" not in name):
+                p.normal_(std=0.2)
+    theirs.save_pretrained(str(tmp_path))
+    if trained_too:
+        with pytest.raises(ValueError, match=r"contact_head.regression: .* never called"):
+            lp.load_adapter(base, tmp_path)
+        return
+    inputs = {"input_ids": torch.randint(4, 24, (2, 9))}
+    want = run(theirs, inputs)
+    report = lp.load_adapter(base, tmp_path)
+    assert any("contact_head" in note for note in report.notes)
+    assert_close("logits", run(base, inputs), want, floor=FLOOR)
