@@ -19,6 +19,7 @@ from lightning_peft import checkpoint_file
 from lightning_peft.checkpoint import KEY, describe, is_attached, kept_tensors
 from lightning_peft.storage.shards import fill_rows
 from lightning_peft.strategies.agreeing import raise_together
+from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.guards import Guards
 from lightning_peft.strategies.pieces import (
     cut_optimizer,
@@ -29,6 +30,7 @@ from lightning_peft.strategies.pieces import (
     tensor_pieces,
 )
 from lightning_peft.strategies.plan import Classes
+from lightning_peft.strategies.reaching import Reached
 from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
 
 __all__ = ["PEFTFSDPStrategy"]
@@ -85,6 +87,7 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
         )
         self.options = Options(shard_classes, reshard_after_forward, cpu_offload, base_from)
         self.units: list[str] = []
+        self._reached: Reached | None = None
 
     # ---- setting up
 
@@ -110,6 +113,7 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
             options = replace(self.options, precision=self.precision_plugin.precision)
             mesh = self.device_mesh["data_parallel"]
             self.units = shard_model(module, mesh, self.root_device, options)
+            self._reached = Reached(module) if may_skip(module) == "experts" else None
         # FSDP2 cannot go on training parameters that an inference-mode forward gathered.
         for loop in (
             trainer.fit_loop.epoch_loop.val_loop,
@@ -137,6 +141,12 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.root_device)
+
+    def _drop_nonfinite(self, optimizer: Optimizer) -> None:
+        """The same, and experts that no process reached."""
+        super()._drop_nonfinite(optimizer)
+        if self._reached is not None:
+            self._reached.leave_out(optimizer, self.root_device)
 
     # ---- checkpoints
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_peft.checkpoint import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.methods.base import WeightMethod
 from lightning_peft.storage import storage_of
 from lightning_peft.storage.stream import materialize, stream_base
 from lightning_peft.strategies.older_torch import (
@@ -136,6 +137,12 @@ def _refuse(module: nn.Module) -> None:
                     f"{adapter.method.label} on {name!r} with shared {trained}; use "
                     "strategy='peft_ddp'"
                 )
+            if _has_schedule(adapter.method):
+                raise ValueError(
+                    f"peft_fsdp: expected a method without a schedule, got {adapter.method.label} "
+                    f"on {name!r}, whose penalty and budget need every tensor whole; use "
+                    "strategy='peft_ddp'"
+                )
         if type(storage_of(adapted)).__name__.startswith("Bnb"):
             raise ValueError(
                 f"peft_fsdp: expected a dense base or one packed by PEFT(quantization='nf4'), got "
@@ -148,6 +155,13 @@ def _refuse(module: nn.Module) -> None:
             f"peft_fsdp: expected one dtype for everything trained, got "
             f"{sorted(map(str, trained_dtypes))}; cast the module before fitting"
         )
+
+
+def _has_schedule(method: Any) -> bool:
+    hooks = ("penalty", "after_backward", "after_step")
+    return isinstance(method, WeightMethod) and any(
+        getattr(type(method), hook) is not getattr(WeightMethod, hook) for hook in hooks
+    )
 
 
 # ---- whether what comes back is what went in

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,6 +46,7 @@ class Job:
         lora_r: LoRA's r, by rank.
         method_options: Further settings of the method.
         reverse: Whether the optimizer gets its parameters in reverse order.
+        mixed: Whether each sample is under one of two adapters.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Job:
     method: str = "LoRA"
     method_options: dict[str, Any] = field(default_factory=dict)
     reverse: bool = False
+    mixed: bool = False
     modules_to_save: list[str] = field(default_factory=list)
     callbacks: list[str] = field(default_factory=list)
     validate: bool = False
@@ -93,7 +96,7 @@ def build(job: Job) -> torch.nn.Module:
     state = torch.get_rng_state()
     torch.manual_seed(of_rank(job.base_seed))
     with torch.device("cpu" if job.meta_from is None else "meta"):
-        net = large() if job.model == "large" else BUILDERS[job.model]()
+        net = OWN[job.model]() if job.model in OWN else BUILDERS[job.model]()
     torch.set_rng_state(state)
     return net.train()
 
@@ -114,6 +117,45 @@ def large() -> torch.nn.Module:
     )
 
 
+class Block(torch.nn.Module):
+    """Every sample goes to one of two experts: a process may reach one of them only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, h: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero()[:, 0]
+            if len(rows):
+                y = y.index_copy(0, rows, expert(h[rows]).tanh())
+        return h + y
+
+
+class Routed(torch.nn.Module):
+    """A mixture of experts that are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, 32)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+        self.head = torch.nn.Linear(32, VOCAB)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        h = self.embed(input_ids)
+        for i, block in enumerate(self.blocks):
+            h = block(h, input_ids[:, i] % 2)
+        logits = self.head(h)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+OWN: dict[str, Any] = {"large": large, "routed": Routed}
+
+
 class Net(pl.LightningModule):
     """Knows nothing of adapters or strategies."""
 
@@ -126,7 +168,10 @@ class Net(pl.LightningModule):
         self.grown_at_start = 0
 
     def forward(self, ids: Tensor) -> Any:
-        return self.net(input_ids=ids, labels=ids)
+        if not self.job.mixed:
+            return self.net(input_ids=ids, labels=ids)
+        with lightning_peft.adapter_names(["ab"[int(row[0]) % 2] for row in ids]):
+            return self.net(input_ids=ids, labels=ids)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self(batch).loss
@@ -194,8 +239,9 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
     if "r" in kind.__dataclass_fields__:
         options = {"r": of_rank(job.lora_r), **options}
     method = kind(**options)
+    both = {"adapters": {"a": method, "b": kind(**{**options, "alpha": 2.0})}}
     peft = PEFT(
-        method,
+        **(both if job.mixed else {"method": method}),
         modules_to_save=job.modules_to_save,
         quantization=quantization,
         optimizer=job.optimizer,

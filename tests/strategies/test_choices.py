@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from lightning_peft import LoRA, PEFTDDPStrategy, PEFTFSDPStrategy, attach
+from lightning_peft import PEFT, AdaLoRA, LoRA, PEFTDDPStrategy, PEFTFSDPStrategy, attach
 from lightning_peft.optim import AdamW8bit, join_shards, moments, shard
 from lightning_peft.strategies.ddp import may_skip, reentrant
 from lightning_peft.strategies.pieces import prune, read_folder
@@ -80,6 +80,20 @@ def test_reentrant_checkpointing_is_seen() -> None:
 def test_tensor_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match="expected tensor_parallel_size=1, got 2"):
         PEFTFSDPStrategy(tensor_parallel_size=2)
+
+
+def test_a_schedule_over_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.strategies.processes import free_port
+
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    method = AdaLoRA(init_r=2, target_r=1, target_modules="all-linear")
+    run = trainer(PEFT(method, report=False), max_epochs=1, strategy="peft_fsdp", devices=1)
+    try:
+        with pytest.raises(ValueError, match="expected a method without a schedule, got AdaLoRA"):
+            run.fit(Plain(), loader())
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

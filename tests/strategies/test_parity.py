@@ -26,8 +26,21 @@ def jobs(folder: Path) -> dict[str, Job]:
         ckpt = str(folder / f"{source}-step=2.ckpt") if source else None
         return Job(name, str(folder), **{**where, **more}, ckpt=ckpt)
 
+    adalora: dict[str, Any] = {
+        "method": "AdaLoRA",
+        "method_options": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1},
+    }
+    # Two halves of every tensor are whole blocks of 256.
+    aligned: dict[str, Any] = {
+        **EIGHT,
+        "lora_r": [16],
+        "method_options": {"target_modules": ["q_proj", "o_proj"]},
+    }
     listed = [
         job("one", ONE, validate=True),
+        job("one routed", ONE, model="routed"),
+        job("one AdaLoRA", ONE, **adalora),
+        job("one mixed", ONE, mixed=True),
         job("one mixtral", ONE, model="mixtral"),
         job("one DoRA", ONE, method="DoRA", modules_to_save=["lm_head"]),
         # on two processes
@@ -59,6 +72,13 @@ def jobs(folder: Path) -> dict[str, Job]:
         job("fsdp 8bit", FSDP, **EIGHT),
         job("fsdp 8bit from fsdp 8bit", FSDP, "fsdp 8bit", **EIGHT),
         job("ddp 8bit from fsdp 8bit", DDP, "fsdp 8bit", **EIGHT),
+        job("fsdp aligned", FSDP, **aligned),
+        job("ddp aligned from fsdp aligned", DDP, "fsdp aligned", **aligned),
+        job("ddp routed", DDP, model="routed"),
+        job("fsdp routed", FSDP, model="routed"),
+        job("ddp AdaLoRA", DDP, **adalora),
+        job("ddp mixed", DDP, mixed=True),
+        job("fsdp mixed", FSDP, mixed=True),
         job("fsdp bf16", FSDP, precision="bf16-true", epochs=1),
         job("ddp nan", DDP, fault="nan", fault_rank=1),
         job("fsdp nan", FSDP, fault="inf", fault_rank=1),
@@ -67,6 +87,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         job("one from fsdp", ONE, "fsdp"),
         job("one from folder", ONE, "folder"),
         job("one 8bit from fsdp 8bit", ONE, "fsdp 8bit", **EIGHT),
+        job("one aligned from fsdp aligned", ONE, "fsdp aligned", **aligned),
     ]
     return {j.name: j for j in listed}
 
@@ -98,6 +119,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         ("one DoRA", "ddp DoRA", 1e-5),
         ("one DoRA", "fsdp DoRA", 1e-5),
         ("ddp VeRA", "fsdp VeRA", 1e-5),
+        # parameters that one process does not reach in a step
+        ("one routed", "ddp routed", 1e-5),
+        ("one routed", "fsdp routed", 1e-5),
+        ("one mixed", "ddp mixed", 1e-5),
+        ("one mixed", "fsdp mixed", 1e-5),
+        ("one AdaLoRA", "ddp AdaLoRA", 1e-5),
         ("ddp wide blocks", "fsdp wide blocks", 1e-6),
         ("ddp clipped", "fsdp clipped", 1e-5),
         ("fsdp", "fsdp offloaded", 0),
@@ -115,6 +142,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         ("ddp", "one from ddp", 1e-5),
         ("fsdp", "one from fsdp", 1e-5),
         ("folder", "one from folder", 1e-5),
+        # 8-bit state of whole blocks moves byte for byte
+        ("fsdp aligned", "ddp aligned from fsdp aligned", 1e-5),
+        ("fsdp aligned", "one aligned from fsdp aligned", 1e-5),
         ("ddp nan", "fsdp nan", 1e-6),
         # 256-blocks of a shard are not those of the whole: a code's error, a step of 1e-2
         ("fsdp 8bit", "ddp 8bit from fsdp 8bit", 1e-2),
