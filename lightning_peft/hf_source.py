@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.hf_config import CONFIG, format_of, method_class, read_config
+from lightning_peft.hf_experts import fused_experts
 from lightning_peft.hf_foreign import foreign_adapter
 from lightning_peft.hf_names import current_names
 from lightning_peft.hf_targets import model_root
@@ -98,8 +99,9 @@ def _peft(
     _refuse_options(config)
     tensors = read_tensors(folder)
     prefix, top = model_root(model, root)
+    config, tensors, fused = fused_experts(top, config, tensors)
     config, tensors, note = current_names(top, format_of(method), config, tensors)
-    return Source(config, tensors, method, prefix, top, [note] if note else [])
+    return Source(config, tensors, method, prefix, top, [n for n in (fused, note) if n])
 
 
 def _refuse_options(config: Mapping[str, Any]) -> None:
