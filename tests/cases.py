@@ -17,6 +17,8 @@ from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.quant_aware import QuantAwareLoRA
+from lightning_peft.methods.sparse_lora import SparseLoRA
 from lightning_peft.methods.vera import VeRA
 
 __all__ = ["CASES", "Case"]
@@ -91,6 +93,8 @@ CASES = [
         skip={**_REWRITES, **_NEEDS_QUANTISED},
     ),
     Case("lora_plus", LoRAPlus(r=2)),
+    Case("sparse_lora", SparseLoRA(r=2, alpha=4)),
+    Case("quant_aware", QuantAwareLoRA(r=2)),  # rounding itself: tests/recipes
     Case("dora", DoRA(r=2, alpha=4)),
     Case("ia3", IA3()),
     Case("ia3_input", IA3(feedforward_modules=["0"]), skip=_IDS),

@@ -76,11 +76,12 @@ class QuantAwareLoRA(LoRA):
         # A branch on a buffer: before `start` nothing is quantised, and the fused kernels run.
         if not bool(p["rounding"]):
             return plain
-        with torch.no_grad():
+        # What merging forms, in fp32: under autocast B A would be rounded before Q rounds it.
+        with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
             (term,) = plain.terms
             assert isinstance(term, LowRank)  # LoRA's, without a start from data
             W = site.weight(torch.float32)
-            exact = W + term.matrix().to(W)
+            exact = W + term.matrix().float()
             change = site.roundtrip(exact) - exact
         return Edit(terms=(term, Dense(change)), bias=plain.bias)
 
