@@ -18,6 +18,7 @@ SCRIPTS = {
     "gpu_optimizer.py": "median_ms",
     "gpu_decode.py": "tokens_per_s",
     "gpu_training.py": "tokens_per_s",
+    "gpu_experts.py": "median_ms",
 }
 
 
@@ -64,7 +65,7 @@ def test_smoke(script: str, tmp_path: Path) -> None:
         assert max(norms) < 1.5 * min(norms)
 
 
-@pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_optimizer.py"])
+@pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_optimizer.py", "gpu_experts.py"])
 def test_without_a_gpu_the_rows_say_so(script: str, tmp_path: Path) -> None:
     run(script, "--csv", str(tmp_path / "rows.csv"))
     assert all(row["median_ms"] == "not measured" for row in rows(tmp_path / "rows.csv"))
