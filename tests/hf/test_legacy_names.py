@@ -187,7 +187,12 @@ def keys(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / TENSORS)
 
 
-@pytest.mark.parametrize("name", TABLE)
+QUICK = ("vit", "beit", "dinov2", "swin", "vit_mae", "clip's tower", "clip", "llava")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TABLE]
+)
 def test_written_read_and_written_again(name: str, tmp_path: Path) -> None:
     base, inputs = build(name)
     # The pooling head's own attention is MultiheadAttention, whose names are peft's.

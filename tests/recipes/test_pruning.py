@@ -208,7 +208,10 @@ def test_sparse_lora_refuses_what_fills_zeros() -> None:
 # ---- neurons
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "flan_t5", "opt", "vit", "bart"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "flan_t5", "bart", "vit")]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "opt", *SLOW])
 def test_neurons_that_do_nothing_are_the_ones_removed(name: str) -> None:
     """Every other neuron made dead: removing half leaves the output as it was."""
     base, inputs = build(name)
