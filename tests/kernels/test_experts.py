@@ -1,0 +1,153 @@
+"""Grouped products of experts: values and gradients against the formula in fp64, with empty and
+uneven groups, rows of nobody, every dtype, aligned and not, on the host and on the device path.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning_peft_kernels.expert_groups import Groups, count_on_host, library_product
+from lightning_peft_kernels.experts import (
+    grouped_linear,
+    grouped_linear_reference,
+    nf4_grouped_linear,
+)
+from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
+
+from tests.asserting import assert_close, assert_same_bits
+
+COUNTS = {
+    "even": [4] * 9,
+    "uneven": [0, 7, 1, 0, 0, 12, 3, 1, 0],
+    "one": [0, 0, 0, 0, 9, 0, 0, 0, 0],
+    "none": [0] * 9,
+}
+SHAPES = {"aligned": (24, 32), "rank": (3, 32), "odd": (13, 21)}
+
+
+@pytest.fixture(params=[True, False], ids=["host", "device path"])
+def on_host(request):
+    before = count_on_host(request.param)
+    yield request.param
+    count_on_host(before)
+
+
+def rows_for(counts, tail, dtype, K):
+    g = torch.Generator().manual_seed(0)
+    S = sum(counts) + tail
+    X = torch.randn(S, K, generator=g, dtype=torch.float64).to(dtype)
+    expert = torch.tensor([e for e, n in enumerate(counts) for _ in range(n)], dtype=torch.long)
+    return (
+        X,
+        expert,
+        Groups.sorted(
+            torch.cat([expert, torch.full((tail,), len(counts))]), len(counts), tail=tail > 0
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_dense(counts, shape, tail, dtype, on_host):
+    N, K = SHAPES[shape]
+    X, expert, groups = rows_for(COUNTS[counts], tail, dtype, K)
+    W = torch.randn(9, N, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dY = torch.randn(X.shape[0], N, generator=torch.Generator().manual_seed(2)).to(dtype)
+    n = len(expert)
+
+    def step(X, W, run):
+        X, W = X.clone().requires_grad_(), W.clone().requires_grad_()
+        y = run(X, W)
+        y.backward(dY[: len(y)].to(y.dtype))
+        return y.detach(), X.grad, W.grad
+
+    def reference(X, W):
+        return grouped_linear_reference(X[:n], W, expert)
+
+    got = step(X, W, lambda X, W: grouped_linear(X, W, groups))
+    want = step(X.double(), W.double(), reference)
+    same = step(X, W, reference)
+    for name, a, b, c in zip(("y", "dX", "dW"), got, want, same, strict=True):
+        assert a.dtype == dtype
+        if not n:
+            assert not a.any()
+            continue
+        rows = slice(None) if name == "dW" else slice(n)
+        floor = 4 * torch.finfo(dtype).eps
+        assert_close(name, a[rows], b[rows], same_dtype=c[rows], floor=floor)
+        assert name == "dW" or not a[n:].any(), "rows of nobody"
+    for e, count in enumerate(COUNTS[counts]):
+        assert bool(got[2][e].any()) == bool(count)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize(("N", "K"), [(24, 32), (6, 32), (5, 21)])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_packed_is_dense_over_the_dequantised_weight(counts, N, K, tail, nested, kind, on_host):
+    """Blocks may end inside an expert (5 × 21), rows be unaligned, experts few or many."""
+    X, _, groups = rows_for(COUNTS[counts], tail, torch.float32, K)
+    W = torch.randn(9, N, K, generator=torch.Generator().manual_seed(1))
+    one = [quantize_4bit(w, kind=kind, block_size=32, double_quant=nested) for w in W]
+    q = Packed4bit(*(None if ts[0] is None else torch.stack([t.reshape(-1) for t in ts])
+                     for ts in zip(*one, strict=True)))  # fmt: skip
+    dense = torch.stack(
+        [dequantize_4bit(p, (N, K), X.dtype, kind=kind, block_size=32) for p in one]
+    )
+    dY = torch.randn(X.shape[0], N, generator=torch.Generator().manual_seed(2))
+    found = []
+    for run in (
+        lambda X: nf4_grouped_linear(X, q, (N, K), groups, kind=kind, block_size=32),
+        lambda X: grouped_linear(X, dense, groups),
+    ):
+        x = X.clone().requires_grad_()
+        y = run(x)
+        y.backward(dY)
+        found.append((y.detach(), x.grad))
+    assert_close("y", found[0][0], found[1][0])
+    assert_close("dX", found[0][1], found[1][1])
+
+
+def test_a_frozen_weight_in_another_dtype(on_host):
+    X, expert, groups = rows_for(COUNTS["uneven"], 0, torch.bfloat16, 32)
+    W = torch.randn(9, 24, 32)
+    x = X.clone().requires_grad_()
+    y = grouped_linear(x, W, groups)
+    y.sum().backward()
+    want = grouped_linear_reference(X.double(), W.bfloat16().double(), expert)
+    assert_close("y", y, want)
+    assert x.grad.dtype == y.dtype == torch.bfloat16
+
+
+def test_groups():
+    expert = torch.tensor([0, 0, 2, 5, 5, 5])
+    groups = Groups.sorted(expert, 5, tail=True)
+    assert groups.counts == [2, 0, 1, 0, 0]
+    assert groups.sizes.tolist() == groups.counts
+    assert_same_bits("counted", Groups.counted([2, 0, 1, 0, 0], 6, torch.device("cpu")).offsets,
+                     groups.offsets)  # fmt: skip
+    with pytest.raises(ValueError, match="at most 2 rows, got 3"):
+        Groups.counted([3], 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="4 experts and 6 rows, got 5 experts and 6 rows"):
+        grouped_linear(torch.ones(6, 8), torch.ones(4, 8, 8), groups)
+
+
+def test_ops_for_compilers():
+    """Shapes without values as with them."""
+    X, _, groups = rows_for(COUNTS["even"], 0, torch.float32, 32)
+    W = torch.randn(9, 24, 32)
+    tests = ("test_schema", "test_faketensor")
+    args = (X, W.mT, groups.offsets)
+    torch.library.opcheck(torch.ops.lightning_peft.grouped_mm, args, test_utils=tests)
+    for transposed, x in ((True, X), (False, torch.randn(X.shape[0], 24))):
+        args = (x, groups.offsets, False, [W], [24, 32], "", 0, transposed)
+        torch.library.opcheck(torch.ops.lightning_peft.made_by_expert, args, test_utils=tests)
+    whole = torch.compile(library_product, backend="aot_eager", fullgraph=True)
+    assert_same_bits(
+        "compiled",
+        whole(X, W, groups.offsets, tail=False),
+        library_product(X, W, groups.offsets, tail=False),
+    )
