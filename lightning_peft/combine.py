@@ -173,8 +173,8 @@ def _combined(
     root = [math.sqrt(abs(p.weight)) for p in parts]
     signed = [math.copysign(r, p.weight) for r, p in zip(root, parts, strict=True)]
     return (
-        _mixed([p.A for p in parts], signed, how, density),
-        _mixed([p.B for p in parts], root, how, density),
+        mixed([p.A for p in parts], signed, how, density),
+        mixed([p.B for p in parts], root, how, density),
     )
 
 
@@ -183,7 +183,7 @@ def _truncated(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return Vh[..., :rank, :], U[..., :rank] * S[..., None, :rank]
 
 
-def _mixed(
+def mixed(
     tensors: Sequence[Tensor], weights: Sequence[float], how: str, density: float | None
 ) -> Tensor:
     """Σ wᵢ tᵢ after sparsifying; ties: only values with the majority's sign, averaged."""

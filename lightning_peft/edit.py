@@ -123,7 +123,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Kron:
-    """ΔW = scaling · C ⊗ D with C [a, c], D [b, d], out = a·b, in = c·d."""
+    """ΔW = scaling · C ⊗ D with C [*batch, a, c], D [*batch, b, d], out = a·b, in = c·d."""
 
     C: Tensor
     D: Tensor
@@ -131,7 +131,10 @@ class Kron:
 
     def matrix(self) -> Tensor:
         """ΔW, formed."""
-        return self.scaling * torch.kron(self.C, self.D)
+        if self.C.ndim == 2:
+            return self.scaling * torch.kron(self.C, self.D)
+        product = torch.einsum("...ac,...bd->...abcd", self.C, self.D)
+        return self.scaling * product.flatten(-4, -3).flatten(-2)
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """Vec identity: (C ⊗ D) x = C · X · Dᵀ with x read as X [c, d]."""
@@ -170,39 +173,48 @@ class Rotation:
 
 def _block_product(x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Tensor:
     x = _cast(x, blocks)
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != blocks.dtype:
+        return _block_product_by_torch(x, blocks, permutation)
+    y: Tensor = _BlockProduct.apply(x, blocks, permutation)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _block_product_by_torch(x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Tensor:
+    n, k, _ = blocks.shape
     if permutation is not None:
         x = x[..., permutation]
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != blocks.dtype:
-        n, k, _ = blocks.shape
-        y = torch.einsum("...nj,njk->...nk", x.reshape(*x.shape[:-1], n, k), blocks).flatten(-2)
-    else:
-        y = _BlockProduct.apply(x, blocks)  # type: ignore[no-untyped-call]
-    if permutation is not None:
-        y = y[..., torch.argsort(permutation)]
-    out: Tensor = y
-    return out
+    y = torch.einsum("...nj,njk->...nk", x.reshape(*x.shape[:-1], n, k), blocks).flatten(-2)
+    return y if permutation is None else y[..., torch.argsort(permutation)]
 
 
 class _BlockProduct(torch.autograd.Function):
-    """Y_n = X_n B_n by stretches X_n of the last axis, blocks B [n, k, k]: dX_n = dY_n B_nᵀ,
-    dB_n = X_nᵀ dY_n. One copy each way, from [n, M, k] to [M, n k].
+    """Y_n = X_n B_n by stretches X_n of the last axis (permuted), blocks B [n, k, k]: dX_n = dY_n
+    B_nᵀ, dB_n = X_nᵀ dY_n. One copy each way, from [n, M, k] to [M, n k]; a permutation is undone
+    by a gather, where torch's own backward would scatter.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:
-        ctx.save_for_backward(x, blocks)
-        return _by_stretches(x, blocks)
+    def forward(ctx: Any, x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Tensor:
+        if permutation is None:
+            ctx.save_for_backward(x, blocks)
+            return _by_stretches(x, blocks)
+        x, inverse = x.index_select(-1, permutation), torch.argsort(permutation)
+        ctx.save_for_backward(x, blocks, permutation, inverse)
+        return _by_stretches(x, blocks).index_select(-1, inverse)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        x, blocks = ctx.saved_tensors
+        x, blocks, *order = ctx.saved_tensors
         n, k, _ = blocks.shape
-        dX = _by_stretches(dY, blocks.mT) if ctx.needs_input_grad[0] else None
-        dB = None
+        dY = dY.index_select(-1, order[0]) if order else dY
+        dX = dB = None
+        if ctx.needs_input_grad[0]:
+            dX = _by_stretches(dY, blocks.mT)
+            dX = dX.index_select(-1, order[1]) if order else dX
         if ctx.needs_input_grad[1]:
             X, G = (t.reshape(-1, n, k).transpose(0, 1) for t in (x, dY))
             dB = torch.bmm(X.mT, G)
-        return dX, dB
+        return dX, dB, None
 
 
 def _by_stretches(x: Tensor, blocks: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils import merge_utils
 
 import lightning_peft as lp
+from lightning_peft.combine import mixed
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from tests.asserting import assert_close
 from tests.hf.exchange import build, randomise, run
@@ -55,9 +57,7 @@ def test_as_peft(how) -> None:
 
 @pytest.mark.parametrize("how", ["dare_linear", "dare_ties"])
 def test_random_drops_as_peft(how) -> None:
-    """Both draw a Bernoulli mask a tensor in the order of layers; compared in distribution: with
-    density 1 nothing is drawn.
-    """
+    """With density 1 nothing is drawn; the masks themselves are compared below."""
     ours, theirs, inputs = two_adapters()
     lp.combine(ours, ["a", "b"], WEIGHTS, "c", how, density=1.0)
     theirs.add_weighted_adapter(["a", "b"], WEIGHTS, "c", combination_type=how, density=1.0)
@@ -69,6 +69,20 @@ def test_random_drops_as_peft(how) -> None:
     tensors = lp.adapter_state_dict(ours, "sparse")
     zeros = [float((t == 0).float().mean()) for k, t in tensors.items() if k.endswith(".A")]
     assert 0.1 < sum(zeros) / len(zeros) < 0.6
+
+
+@pytest.mark.parametrize("how", ["ties", "magnitude_prune", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("density", [0.3, 0.8])
+def test_sparse_means_are_pefts(how, density) -> None:
+    """The same tensors, weights and draws."""
+    tensors = [torch.randn(6, 9) for _ in range(3)]
+    weights = torch.tensor([0.7, -0.4, 1.3])
+    theirs = getattr(merge_utils, how)
+    torch.manual_seed(1)
+    want = theirs(tensors, weights, density)
+    torch.manual_seed(1)
+    got = mixed(tensors, weights.tolist(), how, density)
+    assert_close("mean", got, want)
 
 
 @pytest.mark.parametrize("how", ["cat", "svd"])
