@@ -169,10 +169,11 @@ def sweep(options: argparse.Namespace, tasks: dict[str, Any]) -> None:
     """Every row that is wanted and not there yet, seed by seed; another learning rate is another
     row.
     """
-    done = {(x["task"], x["method"], x["learning_rate"], x["seed"]) for x in lines(options.csv)}
     for seed in options.seeds:
         for name, task in tasks.items():
             for row in options.rows:
+                keys = ("task", "method", "learning_rate", "seed")
+                done = {tuple(x[k] for k in keys) for x in lines(options.csv)}  # others add too
                 if (name, row.name, str(rate(row, name)), str(seed)) in done:
                     continue
                 line = {**measured(row, task, seed), **origin()}
