@@ -216,3 +216,39 @@ def test_scheduler_hooks_and_closure_stay() -> None:
 def test_what_is_refused(make: Any, name: str, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         swap(make(_params()), name)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_under_a_grad_scaler(name: str) -> None:
+    """Scaled gradients give the steps of plain ones; an overflow leaves the step out and halves the
+    scale."""
+    scaled, plain = _params(), _params()
+    a, b = _adamw(scaled), _adamw(plain)
+    for opt in (a, b):
+        swap(opt, name)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for turn in range(4):
+        overflows = turn == 2
+        scaler.scale(torch.ones(()))  # as a loss would be: the scale is made at the first one
+        for params, factor in ((scaled, scaler.get_scale()), (plain, 1.0)):
+            g = torch.Generator().manual_seed(turn)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g) * factor
+        before = [p.detach().clone() for p in scaled]
+        if overflows:
+            scaled[1].grad[0, 0] = torch.inf  # type: ignore[index]
+        scaler.step(a)
+        scaler.update()
+        if overflows:
+            assert all(torch.equal(p, q) for p, q in zip(scaled, before, strict=True))
+            assert scaler.get_scale() == 512.0
+            continue
+        b.step()
+    for p, q in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.SGD, torch.optim.SparseAdam])
+def test_optimizers_of_another_family_are_refused(make: Any) -> None:
+    with pytest.raises(TypeError, match=f"AdamW or Adam, got {make.__name__}"):
+        swap(make(_params()), "adamw_8bit")
