@@ -186,13 +186,14 @@ def _require_by_weight(config: dict[str, Any], names: list[str]) -> None:
     only.
 
     Raises:
-        ValueError: DoRA, or a bias beside B.
+        ValueError: another method than LoRA, DoRA, or a bias beside B.
     """
-    for key in ("use_dora", "lora_bias"):
+    other = config["peft_type"] != "LORA"
+    for key in ("use_dora", "lora_bias", *(["peft_type"] if other else [])):
         if config.get(key):
             raise ValueError(
                 f"save_adapter: expected no weight of experts, routers or layers of their old "
-                f"names under {key}, got {names[:3]}: peft 0.21 cannot adapt a weight so; exclude "
+                f"names under {key}={config[key]}, got {names[:3]}: peft 0.21 cannot adapt a weight so; exclude "
                 "them (exclude_modules), or keep the adapter with adapter_state_dict()"
             )
     if config.get("lora_dropout"):

@@ -15,7 +15,7 @@ from lightning_peft_kernels.experts import Groups, grouped_linear
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, LowRank
+from lightning_peft.edit import Edit, Kron, LowRank
 from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.experts_layout import (
     first_weight,
@@ -173,9 +173,9 @@ def _product(
         if keep is not None:
             v = v - keep
         for term in e.terms:
-            assert isinstance(term, LowRank)
             drop = F.dropout(z, e.dropout, m.training) if e.dropout and m.training else z
-            v = v + _low_rank(term, drop, routing).to(v.dtype)
+            change = _kron if isinstance(term, Kron) else _low_rank
+            v = v + change(term, drop, routing).to(v.dtype)  # type: ignore[operator]
         if e.bias is not None and (e.scale_bias or e.out_scale is None):
             v = v + _by_pair(e.bias, routing).to(v.dtype)
         if e.out_scale is not None:
@@ -187,7 +187,7 @@ def _product(
 
 
 def _thin(edit: Edit) -> bool:
-    return all(isinstance(t, LowRank) for t in edit.terms)
+    return all(isinstance(t, LowRank | Kron) for t in edit.terms)
 
 
 def _where(mask: Tensor | None, yes: Tensor, no: Tensor) -> Tensor:
@@ -225,6 +225,18 @@ def _low_rank(term: LowRank, x: Tensor, routing: _Routing) -> Tensor:
         return F.linear(F.linear(x, A) * term.scaling, B)
     groups = routing.groups
     return grouped_linear(grouped_linear(x, A, groups) * term.scaling, B, groups)
+
+
+def _kron(term: Kron, x: Tensor, routing: _Routing) -> Tensor:
+    """scaling · C[e] X D[e]ᵀ with x read as X [c, d]: rows of X, then columns, are the rows of a
+    grouped product.
+    """
+    C, D = _autocast(term.C, term.D)
+    groups, (b, d), (a, c) = routing.groups, D.shape[-2:], C.shape[-2:]
+    rows = x.to(C.dtype).reshape(-1, d)  # [S·c, d]
+    half = grouped_linear(rows, D, groups.times(c)).view(-1, c, b).mT.reshape(-1, c)
+    y = grouped_linear(half, C, groups.times(b)).view(-1, b, a).mT
+    return term.scaling * y.reshape(-1, a * b)
 
 
 def _weight_path(

@@ -118,6 +118,7 @@ class LoKr(WeightMethod):
             "alpha_pattern": {},
         },
         ignored=("init_weights",),
+        refuse=lambda method, site: "there experts take LoRA alone" if site.batch_shape else "",
         pack=_pack,
         unpack=_unpack,
     )
@@ -134,11 +135,11 @@ class LoKr(WeightMethod):
         )
 
     def check(self, site: Site) -> None:
-        """Experts: one Kronecker product a matrix has no grouped form here."""
+        """Rows of ΔW are dropped by forming it, which experts are too many for."""
         require(
-            not site.batch_shape,
-            f"{self.label} on {site.label!r}: expected one matrix, got a stack of experts; "
-            "exclude it or use LoRA there",
+            not (site.batch_shape and self.rank_dropout),
+            f"{self.label} on {site.label!r}: expected rank_dropout=0 on a stack of experts, got "
+            f"{self.rank_dropout}; use module_dropout, or exclude it",
         )
 
     def rank(self, site: Site) -> int:
@@ -172,7 +173,7 @@ class LoKr(WeightMethod):
             if name in ("w1", "w1_a"):
                 nn.init.zeros_(t)
             else:
-                bound = 1 / math.sqrt(t[0].numel())
+                bound = 1 / math.sqrt(math.prod(t.shape[1 + len(site.batch_shape) :]))
                 nn.init.uniform_(t, -bound, bound)
         return p
 

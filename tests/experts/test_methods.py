@@ -23,6 +23,8 @@ METHODS = {
     "ia3 input": lp.IA3(target_modules=TARGETS, feedforward_modules=TARGETS),
     "vera": lp.VeRA(r=8, target_modules=TARGETS),
     "loha": lp.LoHa(r=2, target_modules=TARGETS),
+    "lokr": lp.LoKr(r=2, target_modules=TARGETS),
+    "lokr full": lp.LoKr(r=64, target_modules=TARGETS),
     "miss": lp.MiSS(r=4, target_modules=TARGETS),
 }
 QUANTIZED = {"dense": None, "nf4": lp.Quantization("nf4", block_size=32)}
@@ -74,7 +76,8 @@ def test_invariants(name, method, storage):
 
 
 @pytest.mark.parametrize(
-    "method", [lp.LoKr(r=2), lp.OFT(block_size=4), lp.BOFT(block_size=4), lp.AdaLoRA()]
+    "method",
+    [lp.LoKr(r=2, rank_dropout=0.1), lp.OFT(block_size=4), lp.BOFT(block_size=4), lp.AdaLoRA()],
 )
 def test_methods_without_a_meaning_there_say_so(method):
     import dataclasses
@@ -84,6 +87,15 @@ def test_methods_without_a_meaning_there_say_so(method):
     with pytest.raises(ValueError, match="experts"):
         lp.attach(base, dataclasses.replace(method, target_modules=TARGETS))
     assert set(base.state_dict()) == before
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lora", "rslora")])
+def test_what_peft_has_not_on_experts_is_not_written(method, tmp_path):
+    base, _ = build("mixtral")
+    lp.attach(base, METHODS[method])
+    with pytest.raises(ValueError, match=r"experts.*adapter_state_dict"):
+        lp.save_adapter(base, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bytes_are_those_of_each_expert_alone():

@@ -25,6 +25,7 @@ METHODS = {
     "LoRA unaligned rank": lp.LoRA(r=3, target_modules=["experts"]),
     "IA3": lp.IA3(target_modules=["experts"]),
     "VeRA": lp.VeRA(r=8, target_modules=["experts"]),
+    "LoKr": lp.LoKr(r=2, target_modules=["experts"]),
 }
 #: Operations by which the host waits for a device.
 WAITS = {

@@ -62,6 +62,10 @@ class Groups:
         groups._counts = list(counts)
         return groups
 
+    def times(self, n: int) -> Groups:
+        """Every row as n rows."""
+        return Groups(self.offsets * n, self.rows * n, tail=self.tail)
+
     @property
     def on_host(self) -> bool:
         """Whether counts may be read here without a synchronisation."""
