@@ -193,8 +193,9 @@ def _require_by_weight(config: dict[str, Any], names: list[str]) -> None:
         if config.get(key):
             raise ValueError(
                 f"save_adapter: expected no weight of experts, routers or layers of their old "
-                f"names under {key}={config[key]}, got {names[:3]}: peft 0.21 cannot adapt a weight so; exclude "
-                "them (exclude_modules), or keep the adapter with adapter_state_dict()"
+                f"names under {key}={config[key]}, got {names[:3]}: peft 0.21 cannot adapt a "
+                "weight so; exclude them (exclude_modules), or keep the adapter with "
+                "adapter_state_dict()"
             )
     if config.get("lora_dropout"):
         config["lora_dropout"] = 0.0
