@@ -139,7 +139,8 @@ class Language:
     """Score: perplexity a token, lower is better."""
 
     name, score_name, better = "language", "perplexity", min
-    root, length, batch = "net", 64, 8
+    root, length, batch = "net", 54, 8
+    pretraining_length = 64  # room for 10 virtual tokens: no position is new when they come
     targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     feedforward = ("fc2",)
     steps = 120
@@ -151,8 +152,10 @@ class Language:
         self.tokenizer = self._tokenizer(code := self._code())
         self.template = self._pretrained(work / "language.pt", code)
         texts = [topics[k] for k in sorted(topics)]
-        self.train = self._windows("\n".join(t for i, t in enumerate(texts) if i % 8 != 3))
-        self.held_out = self._windows("\n".join(t for i, t in enumerate(texts) if i % 8 == 3))
+        own = [
+            "\n".join(t for i, t in enumerate(texts) if (i % 8 == 3) == h) for h in (False, True)
+        ]
+        self.train, self.held_out = (self._windows(text, self.length) for text in own)
 
     @staticmethod
     def _code() -> str:
@@ -173,12 +176,11 @@ class Language:
         tokenizer.train_from_iterator([text[:1_000_000]], trainer)
         return tokenizer
 
-    def _windows(self, text: str) -> Tensor:
+    def _windows(self, text: str, length: int) -> Tensor:
         lines = text.splitlines(keepends=True)
         parts = ["".join(lines[i : i + 500]) for i in range(0, len(lines), 500)]
         ids = [i for e in self.tokenizer.encode_batch(parts) for i in e.ids]
-        whole = len(ids) // self.length * self.length
-        return torch.tensor(ids[:whole]).view(-1, self.length)
+        return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
     def _pretrained(self, path: Path, code: str) -> Any:
         from transformers import OPTConfig, OPTForCausalLM
@@ -195,7 +197,7 @@ class Language:
             if path.exists():
                 net.load_state_dict(torch.load(path, weights_only=True))
                 return net
-            windows = self._windows(code)
+            windows = self._windows(code, self.pretraining_length)
             module = LanguageModel(net, 2e-3)
             optimizer = torch.optim.AdamW(net.parameters(), lr=module.lr, weight_decay=0.01)
             schedule = warmed(optimizer, self.pretraining_steps)["lr_scheduler"]["scheduler"]
