@@ -1,4 +1,4 @@
-"""Written by `python benchmarks/compare_methods.py --publish` from its results; not by hand."""
+"""Written by ``python benchmarks/compare_methods.py --publish`` from its results."""
 
 from __future__ import annotations
 
@@ -9,23 +9,35 @@ __all__ = ["MEASURED", "Measured"]
 # fmt: off
 MEASURED: tuple[Measured, ...] = (
     Measured("classification", "LoRA", "LoRA", "accuracy",
-             71.88, -3.82, 1, 1.449, 101.5, 1327104, None),
+             79.86, -1.04, 1, 1.449, 143.8, 1327104, None),
     Measured("classification", "LoRA", "LoRA, rank-stabilised", "accuracy",
-             71.88, -3.82, 1, 1.449, 101.1, 1327104, None),
+             80.21, -0.7, 1, 1.449, 143.8, 1327104, None),
     Measured("classification", "LoRA", "LoRA, gaussian", "accuracy",
-             72.22, -3.47, 1, 1.449, 101.4, 1327104, None),
+             79.17, -1.74, 1, 1.449, 143.8, 1327104, None),
     Measured("classification", "LoRA", "LoRA, orthogonal", "accuracy",
-             70.49, -5.21, 1, 1.449, 101.0, 1327104, None),
+             80.21, -0.7, 1, 1.449, 143.8, 1327104, None),
+    Measured("classification", "LoRA", "LoRA, PiSSA", "accuracy",
+             78.12, -2.78, 1, 1.449, 145.2, 2654208, None),
+    Measured("classification", "LoRA", "LoRA, OLoRA", "accuracy",
+             78.12, -2.78, 1, 1.449, 145.2, 2654208, None),
+    Measured("classification", "LoRA", "LoRA, LoRA-GA", "accuracy",
+             76.74, -4.17, 1, 1.449, 145.2, 2654208, None),
+    Measured("classification", "LoRA", "LoRA on NF4", "accuracy",
+             79.17, -1.74, 1, 1.449, 106.8, 1327104, None),
+    Measured("classification", "LoRA", "LoRA on NF4, LoftQ", "accuracy",
+             79.51, -1.39, 1, 1.449, 108.2, 2654208, None),
+    Measured("classification", "DoRA", "DoRA", "accuracy",
+             79.86, -1.04, 1, 1.5382, 165.6, 1410048, None),
     Measured("language", "LoRA", "LoRA", "perplexity",
-             30.14, 7.88, 1, 6.4343, 24.5, 294912, None),
+             31.78, 8.49, 1, 6.4343, 21.5, 294912, None),
     Measured("language", "LoRA", "LoRA, rank-stabilised", "perplexity",
-             30.55, 8.29, 1, 6.4343, 24.5, 294912, None),
+             31.9, 8.6, 1, 6.4343, 21.5, 294912, None),
     Measured("language", "LoRA", "LoRA, gaussian", "perplexity",
-             30.14, 7.88, 1, 6.4343, 24.5, 294912, None),
+             31.63, 8.33, 1, 6.4343, 21.5, 294912, None),
     Measured("language", "LoRA", "LoRA, orthogonal", "perplexity",
-             30.93, 8.68, 1, 6.4343, 24.5, 294912, None),
+             31.75, 8.45, 1, 6.4343, 21.5, 294912, None),
     Measured("language", "LoRA", "LoRA, PiSSA", "perplexity",
-             30.6, 8.34, 1, 6.4343, 24.8, 589824, None),
+             31.42, 8.12, 1, 6.4343, 21.7, 589824, None),
     Measured("language", "LoRA", "LoRA, OLoRA", "perplexity",
-             31.28, 9.02, 1, 6.4343, 24.8, 589824, None),
+             32.46, 9.16, 1, 6.4343, 21.8, 589824, None),
 )
