@@ -179,11 +179,11 @@ _BY_FAMILY: dict[str, str] = {
     "bigbird_pegasus whisper speech_to_text clip clip_text_model clip_vision_model "
     "siglip siglip_text_model siglip_vision_model siglip2 vit deit dinov2 "
     "dinov2_with_registers dinov3_vit swin "
-    "vit_mae vit_msn detr chinese_clip altclip beit segformer git mvp "
+    "vit_mae vit_msn detr chinese_clip altclip beit segformer mvp "
     "nanochat trocr fsmt nllb-moe seamless_m4t seamless_m4t_v2 ijepa metaclip_2 jina_embeddings_v3 "
     "modernvbert",
     "longformer": "longformer",
-    "led": "led",
+    "led": "led git",
     "wav2vec2": "wav2vec2 hubert wavlm unispeech unispeech-sat data2vec-audio sew",
     "convnext": "convnext convnextv2",
     "resnet": "resnet regnet mobilenet_v1 mobilenet_v2 hgnet_v2",
