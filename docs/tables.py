@@ -1,0 +1,128 @@
+"""MkDocs hook: a line `<!-- table: NAME -->` becomes a table made from the numbers' own files.
+
+No number of a benchmark is typed into a page by hand; where its file is missing the page says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "*not measured*"
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Fill the page's tables in."""
+    return re.sub(r"^<!-- table: (\w+) -->$", lambda m: TABLES[m[1]](), markdown, flags=re.M)
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    path = RESULTS / f"{name}.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _origin(rows: list[dict[str, str]], *fields: str) -> str:
+    said = [", ".join(sorted({r[f] for r in rows if r.get(f)})) for f in fields]
+    return "\n\n" + "; ".join(s for s in said if s) + "."
+
+
+def compare_methods() -> str:
+    """One table a task: mean score over the seeds, its spread, what is trained, the peak."""
+    rows = _read("compare_methods")
+    if not rows:
+        return MISSING
+    parts = []
+    for task in dict.fromkeys(r["task"] for r in rows):
+        here = [r for r in rows if r["task"] == task]
+        lines = []
+        for method in dict.fromkeys(r["method"] for r in here):
+            runs = [r for r in here if r["method"] == method]
+            scores = [float(r["score"]) for r in runs]
+            spread = (max(scores) - min(scores)) / 2
+            lines.append(
+                [
+                    method,
+                    f"{statistics.mean(scores):.2f} ± {spread:.2f}"
+                    if len(runs) > 1
+                    else f"{scores[0]:.2f}",
+                    str(len(runs)),
+                    f"{float(runs[0]['percent']):.3g}",
+                    f"{statistics.median(float(r['peak_mb']) for r in runs):.0f}",
+                ]
+            )
+        columns = ["", here[0]["score_name"], "seeds", "trained, %", "peak, MB"]
+        parts.append(f"**{task}**\n\n{_table(columns, lines)}")
+    return "\n\n".join(parts) + _origin(rows, "command", "device", "date")
+
+
+def planner() -> str:
+    """Predicted against measured peak."""
+    rows = _read("planner")
+    lines = [
+        [r["case"], r["precision"], r["predicted_mb"], r["measured_mb"], r["ratio"]] for r in rows
+    ]
+    columns = ["", "precision", "predicted, MB", "measured, MB", "ratio"]
+    return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
+
+
+def guideline() -> str:
+    """What the literature recommends, from the data that `recommend` filters."""
+    from lightning_peft.methods.guideline import GUIDELINE
+
+    lines = [
+        [
+            a.method,
+            ", ".join(a.tasks),
+            f"{a.budget:g} %",
+            "yes" if a.latency else "no",
+            a.why,
+            a.source,
+        ]
+        for a in GUIDELINE
+    ]
+    return _table(["", "tasks", "trained", "merges", "what was found", "source"], lines)
+
+
+def methods() -> str:
+    """Every registered method and the first line of its docstring."""
+    from lightning_peft.methods import base
+
+    lines = [
+        [f"`{name}`", (cls.__doc__ or "").strip().splitlines()[0]]
+        for name, cls in sorted((c.__name__, c) for c in base.METHODS.values())
+    ]
+    return _table(["class", "what it is"], lines)
+
+
+def versions() -> str:
+    """Pinned versions, from constraints.txt."""
+    pins = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
+    return _table(["package", "tested with"], [list(p) for p in pins])
+
+
+def gpu() -> str:
+    """Benchmarks that need a GPU: which of them have results."""
+    names = sorted(p.stem for p in (ROOT / "benchmarks").glob("gpu_*.py"))
+    lines = [
+        [f"`benchmarks/{n}.py`", f"`benchmarks/results/{n}.csv`" if _read(n) else MISSING]
+        for n in names
+    ]
+    return _table(["script", "results"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (compare_methods, planner, guideline, methods, versions, gpu)
+}

@@ -1,0 +1,160 @@
+"""The pages: every Python block runs, page by page, in order; or says visibly why it is not run.
+
+A block followed by a `text` block raises the message that stands there. A block under a line that
+begins with `MARK` is compiled, and what it takes from our package must exist under that name.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lightning_peft
+from tests import docs_prelude
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "*Not run in the tests:"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    marked: bool
+
+    def compiled(self) -> Any:
+        return compile("\n" * self.line + self.code, str(self.page), "exec")
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text("utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        before = text[: match.start()].rstrip().rpartition("\n\n")[2]
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(page, line, match[1], match[2], before.startswith(MARK)))
+    return found
+
+
+def plain(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fresh = importlib.reload(docs_prelude)
+    names: dict[str, Any] = {n: getattr(fresh, n) for n in fresh.__all__}
+    found = blocks(page)
+    for block, following in zip_longest(found, found[1:]):
+        if block.language != "python" or block.marked:
+            continue
+        if following is None or following.language != "text":
+            exec(block.compiled(), names)
+            continue
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - the message is compared below
+            exec(block.compiled(), names)
+        assert plain(following.code) in plain(raised.value), f"{page.name}:{block.line}"
+
+
+MARKED = [b for page in PAGES for b in blocks(page) if b.marked and b.language == "python"]
+
+
+@pytest.mark.parametrize("block", MARKED, ids=lambda b: f"{b.page.stem}-{b.line}")
+def test_marked_blocks_name_what_exists(block: Block) -> None:
+    block.compiled()
+    for node in ast.walk(ast.parse(block.code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "lightning_peft":
+            assert [a.name for a in node.names if not hasattr(lightning_peft, a.name)] == []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            ours = getattr(lightning_peft, node.func.id, None)
+            if ours is None:
+                continue
+            parameters = inspect.signature(ours).parameters
+            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                continue
+            assert [k.arg for k in node.keywords if k.arg not in parameters] == []
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command of a shell block, and of a line of code in the page of examples."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash":
+                found += [
+                    (page.stem, shlex.split(c, comments=True)) for c in block.code.splitlines()
+                ]
+        if page.stem == "examples":
+            found += [
+                (page.stem, c.split()) for c in re.findall(r"`(python [^`]+)`", page.read_text())
+            ]
+    return [(page, command) for page, command in found if command]
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda x: str(x)[:40])
+def test_commands_exist(page: str, command: list[str]) -> None:
+    if command[0] == "make":
+        targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(command[1:]) <= set(targets)
+    elif command[:3] == ["python", "-m", "lightning_peft"]:
+        from lightning_peft.planner_command import _parser
+
+        _parser().parse_args(command[3:])
+    elif command[0] == "python":
+        assert (ROOT / command[1]).is_file()
+    else:
+        assert command == ["pip", "install", "lightning-peft"]
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    """They are the reference."""
+    missing = [n for n in lightning_peft.__all__ if not inspect.getdoc(getattr(lightning_peft, n))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_tables_are_known(page: Path) -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        tables = importlib.import_module("tables")
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    made = tables.on_page_markdown(page.read_text("utf-8"))
+    assert "<!-- table:" not in made
+    for name in re.findall(r"<!-- table: (\w+) -->", page.read_text("utf-8")):
+        text = tables.TABLES[name]()
+        assert text == tables.MISSING or len({r.count(" | ") for r in rows_of(text)[:3]}) == 1
+
+
+def rows_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    api = (tmp_path / "site" / "api" / "index.html").read_text("utf-8")
+    assert [n for n in lightning_peft.__all__ if f"lightning_peft.{n}" not in api] == []
