@@ -5,8 +5,7 @@ of bitsandbytes. A state element is map[code] · absmax[block], with the signed 
 first moment m and the unsigned one for the second, v. One step, in fp32:
     AdamW   p ← p·decay;  m ← β1·m + (1−β1)·g;  v ← β2·v + (1−β2)·g²;  p ← p − step·m / (√v + eps)
     Lion    p ← p·decay;  p ← p − step·sign(β1·m + (1−β1)·g);  m ← β2·m + (1−β2)·g
-then absmax of the new moments and their nearest codes (the lower one on a tie; a v above 0 never
-becomes 0, which would leave m / eps of its step). A row of `hyper`
+then absmax of the new moments and their nearest codes (the lower one on a tie). A row of `hyper`
 fp32 [T, 7] is (decay, step, eps, β1, 1−β1, β2, 1−β2) for one tensor: decay = 1 − lr·weight_decay,
 and for AdamW step = lr·√(1−β2ᵗ)/(1−β1ᵗ), eps scaled by √(1−β2ᵗ), which is torch.optim.AdamW's
 update. The decay comes before the update, as in torch; bitsandbytes' CUDA kernel does it after (a

@@ -55,16 +55,9 @@ def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
 
 @lru_cache(maxsize=4)
 def decision_points(signed: bool, device: str = "cpu") -> Tensor:
-    """Where codes change [255] fp32: midpoints between neighbouring values of a map.
-
-    In the unsigned map, of second moments, only 0 itself is 0: a small v that became 0 beside an m
-    that did not would make a step of m / eps.
-    """
+    """Midpoints [255] fp32 between neighbouring values of a map."""
     values = dynamic_map(signed)
-    points = 0.5 * (values[:-1] + values[1:])
-    if not signed:
-        points[0] = 0.0
-    return points.to(device)
+    return (0.5 * (values[:-1] + values[1:])).to(device)
 
 
 def nearest_codes(values: Tensor, signed: bool) -> Tensor:
