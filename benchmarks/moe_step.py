@@ -1,7 +1,7 @@
 """A step of a small Qwen3-MoE-shaped model: experts frozen, with our LoRA on them, with peft's.
 
-At a fixed number of tokens more experts mean more weights to read; the last column says by how much
-a step grew beside the model with the fewest experts, to be compared with the frozen experts' growth.
+At a fixed number of tokens more experts mean more weights to read; the last column says by how
+much a step grew beside the model with the fewest experts: compare with the frozen experts' growth.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from lightning_peft.adapter_state import adapter_state_dict, load_adapter_state_
 from lightning_peft.attach import attach, detach, quantize, reset_adapters
 from lightning_peft.callback import PEFT
 from lightning_peft.combine import combine
-from lightning_peft.data_start import start_from_data
-from lightning_peft.extract import ExtractReport, extract_lora
-from lightning_peft.hf import load_adapter, save_adapter
+from lightning_peft.extract.lora import ExtractReport, extract_lora
+from lightning_peft.extract.prune import PruneReport, prune_rank
+from lightning_peft.hf.save import load_adapter, save_adapter
 from lightning_peft.loading import load_from_checkpoint
 from lightning_peft.merge import MergeReport, merge, unmerge
 from lightning_peft.methods.adalora import AdaLoRA
@@ -36,11 +36,11 @@ from lightning_peft.methods.ptuning import PTuning
 from lightning_peft.methods.quant_aware import QuantAwareLoRA
 from lightning_peft.methods.sparse_lora import SparseLoRA
 from lightning_peft.methods.vera import VeRA
-from lightning_peft.planner import Plan, estimate_memory
+from lightning_peft.planner.estimate import Plan, estimate_memory
 from lightning_peft.prompts import hard_prompt_ids
-from lightning_peft.prune_rank import PruneReport, prune_rank
-from lightning_peft.report import Report, parameter_report
-from lightning_peft.report_tokens import tokens_per_expert
+from lightning_peft.report.summary import Report, parameter_report
+from lightning_peft.report.tokens import tokens_per_expert
+from lightning_peft.starts.start import start_from_data
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
 

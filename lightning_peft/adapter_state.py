@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.data_restore import restore_starts, started_shapes
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.record import records_in
+from lightning_peft.starts.restore import restore_starts, started_shapes
 
 __all__ = ["adapter_state_dict", "check_state", "load_adapter_state_dict", "trained_tensors"]
 

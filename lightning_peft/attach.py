@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from lightning_peft.active import activate, set_adapter
-from lightning_peft.data_restore import needs_data
 from lightning_peft.fingerprint import buffer_hashes, fingerprint
 from lightning_peft.layers.adapted import (
     adapted_modules,
@@ -32,10 +31,11 @@ from lightning_peft.making import (
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
 from lightning_peft.nearest import nearest_names
-from lightning_peft.placing import place, refuse_unfit
+from lightning_peft.placing.weights import place, refuse_unfit
 from lightning_peft.quantizing import plan_quantization, quantize_layers
 from lightning_peft.record import AdapterRecord, Record, forget, record_of, records_in
-from lightning_peft.report import Report, parameter_report
+from lightning_peft.report.summary import Report, parameter_report
+from lightning_peft.starts.restore import needs_data
 from lightning_peft.storage import Quantization
 from lightning_peft.targets import feedforward_targets
 

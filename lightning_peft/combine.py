@@ -17,7 +17,7 @@ from lightning_peft.edit import Edit, LowRank, as_low_rank
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.record import record_of
-from lightning_peft.report import Report
+from lightning_peft.report.summary import Report
 
 __all__ = ["How", "combine"]
 

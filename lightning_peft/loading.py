@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_peft import checkpoint_file
 from lightning_peft.active import activate
 from lightning_peft.attach import attach
-from lightning_peft.checkpoint import KEY, complete_checkpoint
+from lightning_peft.checkpoint import file as checkpoint_file
+from lightning_peft.checkpoint.contents import KEY, complete_checkpoint
 from lightning_peft.methods.base import from_plain
 from lightning_peft.record import record_of
 from lightning_peft.storage import Quantization

@@ -15,7 +15,7 @@ from lightning_peft.layers.sequence_gate import Gates
 from lightning_peft.layers.sequence_own import OwnModel
 from lightning_peft.layers.sequence_widen import Widen
 from lightning_peft.methods.base import Method, WeightMethod
-from lightning_peft.placing import Placement
+from lightning_peft.placing.weights import Placement
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
 

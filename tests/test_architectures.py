@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_peft.architectures import FAMILIES, MODEL_TYPES
-from lightning_peft.placing import adaptable
+from lightning_peft.placing.weights import adaptable
 from lightning_peft.targets import select
 
 transformers = pytest.importorskip("transformers")

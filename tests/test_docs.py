@@ -115,7 +115,7 @@ def test_commands_exist(page: str, command: list[str]) -> None:
         targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(command[1:]) <= set(targets)
     elif command[:3] == ["python", "-m", "lightning_peft"]:
-        from lightning_peft.planner_command import _parser
+        from lightning_peft.planner.command import _parser
 
         _parser().parse_args(command[3:])
     elif command[0] == "python":

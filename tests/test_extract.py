@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.spectrum import factors, rank_for, thin_svd
+from lightning_peft.extract.spectrum import factors, rank_for, thin_svd
 from tests.asserting import assert_close, assert_same_bits
 from tests.hf.exchange import build, in_peft, randomise, run, trained
 

@@ -30,22 +30,22 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("storage", "storage.*"), ("layers", "layers.*")],
     [("methods", "methods.*")],
     [("record", "fingerprint", "targets", "architectures", "blocks", "nearest")],
-    [("report", "report_*")],
+    [("report", "report.*")],
     [
         (
-            *("active", "making", "placing", "placing_*", "quantizing", "adapter_state", "prompts"),
-            *("data_start", "data_pca", "data_restore"),
+            *("active", "making", "placing", "placing.*", "quantizing", "adapter_state", "prompts"),
+            *("starts", "starts.*"),
         ),
     ],
     [("attach",), ("merge", "merge_*"), ("liger",)],
     [("combine",)],
     [
-        ("checkpoint", "checkpoint_*"),
-        ("hf", "hf.*", "hf_*"),
-        ("planner", "planner_*", "__main__"),
+        ("checkpoint", "checkpoint.*"),
+        ("hf", "hf.*"),
+        ("planner", "planner.*", "__main__"),
         ("optim", "optim.*"),
     ],
-    [("extract", "extract_*", "prune_rank", "spectrum", "recipes", "recipes.*")],
+    [("extract", "extract.*", "recipes", "recipes.*")],
     [("callback", "callback.*", "strategies", "strategies.*", "loading")],
     [("",)],  # lightning_peft/__init__.py: public names only
 ]
@@ -61,16 +61,13 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
         "layers.*",
         "hf",
         "hf.*",
-        "hf_*",
-        "planner_*",
+        "planner.*",
         "storage.stream",
-        "extract_*",
+        "extract.*",
     ),
-    "safetensors": (
-        *("hf", "hf.*", "hf_*", "checkpoint", "checkpoint_*", "storage.stream", "extract_*"),
-    ),
+    "safetensors": (*("hf", "hf.*", "checkpoint", "checkpoint.*", "storage.stream", "extract.*"),),
     "liger_kernel": ("liger",),
-    "rich": ("report", "report_*", "quantizing", "callback", "callback.*"),
+    "rich": ("report", "report.*", "quantizing", "callback", "callback.*"),
 }
 
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.

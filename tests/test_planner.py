@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralConfig, MT5Config
 
-from lightning_peft import PEFT, LoRA, Plan, Quantization, attach, estimate_memory, planner_trace
-from lightning_peft.planner_command import main, parse_bytes
-from lightning_peft.planner_trace import ACTIVATIONS, LOGITS, Meter
+from lightning_peft import PEFT, LoRA, Plan, Quantization, attach, estimate_memory
+from lightning_peft.planner import trace as planner_trace
+from lightning_peft.planner.command import main, parse_bytes
+from lightning_peft.planner.trace import ACTIVATIONS, LOGITS, Meter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYWHERE = LoRA(r=8, target_modules=[*LINEAR, "embed_tokens", "lm_head"])

@@ -18,15 +18,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from lightning_peft import checkpoint_file
 from lightning_peft.callback.averaging import rebuild_averages
-from lightning_peft.checkpoint import (
+from lightning_peft.checkpoint import file as checkpoint_file
+from lightning_peft.checkpoint.contents import (
     complete_checkpoint,
     filter_checkpoint,
     is_attached,
     leaks,
 )
-from lightning_peft.data_start import waiting_adapters
+from lightning_peft.starts.start import waiting_adapters
 from lightning_peft.strategies.pieces import is_folder, read_folder
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]

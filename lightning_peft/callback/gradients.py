@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.adapter_state import trained_tensors
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.optim.pool import local
-from lightning_peft.report_tokens import tokens_of
+from lightning_peft.report.tokens import tokens_of
 
 __all__ = [
     "dead_gradients",

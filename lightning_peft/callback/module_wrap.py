@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_peft.checkpoint import is_attached
+from lightning_peft.checkpoint.contents import is_attached
 from lightning_peft.layers.adapted import adapted_modules
 
 __all__ = ["unwrap_configure_model", "wrap_configure_model"]

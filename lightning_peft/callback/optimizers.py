@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.checkpoint import KEY
+from lightning_peft.checkpoint.contents import KEY
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.methods.base import Context, WeightMethod
 from lightning_peft.optim import in_live_order, loraplus_groups, names_of, repair, swap

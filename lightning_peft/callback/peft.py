@@ -37,13 +37,13 @@ from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
 from lightning_peft.callback.showing import log_configuration, print_report, print_tokens
 from lightning_peft.callback.starting import start_waiting
 from lightning_peft.callback.stopping import StopSignal
-from lightning_peft.checkpoint import KEY, is_attached
-from lightning_peft.checkpoint_rng import restore_rng
+from lightning_peft.checkpoint.contents import KEY, is_attached
+from lightning_peft.checkpoint.rng import restore_rng
 from lightning_peft.liger import apply_liger
 from lightning_peft.methods.base import Method
-from lightning_peft.planner import Plan
-from lightning_peft.report import parameter_report
-from lightning_peft.report_tokens import stop_counting
+from lightning_peft.planner.estimate import Plan
+from lightning_peft.report.summary import parameter_report
+from lightning_peft.report.tokens import stop_counting
 from lightning_peft.storage import Quantization
 
 __all__ = ["PEFT"]

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_peft.methods.base import Method
-from lightning_peft.planner import Plan, estimate_memory
-from lightning_peft.planner_model import PRECISIONS
+from lightning_peft.planner.estimate import Plan, estimate_memory
+from lightning_peft.planner.model import PRECISIONS
 from lightning_peft.storage import Quantization
 
 __all__ = ["make_plan"]

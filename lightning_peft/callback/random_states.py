@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from lightning_peft.checkpoint_rng import rng_state
+from lightning_peft.checkpoint.rng import rng_state
 
 __all__ = ["gather_rng"]
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.methods.base import Method, to_plain
-from lightning_peft.report import Report
-from lightning_peft.report_tokens import token_lines
+from lightning_peft.report.summary import Report
+from lightning_peft.report.tokens import token_lines
 from lightning_peft.storage import Quantization
 
 __all__ = ["log_configuration", "print_report", "print_tokens"]

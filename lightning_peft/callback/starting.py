@@ -14,8 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_peft.callback.averaging import rebuild_averages
-from lightning_peft.checkpoint_rng import restore_rng, rng_state
-from lightning_peft.data_start import start_from_data, waiting_adapters
+from lightning_peft.checkpoint.rng import restore_rng, rng_state
+from lightning_peft.starts.start import start_from_data, waiting_adapters
 
 __all__ = ["start_waiting"]
 

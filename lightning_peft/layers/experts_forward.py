@@ -175,7 +175,7 @@ def _product(
         for term in e.terms:
             drop = F.dropout(z, e.dropout, m.training) if e.dropout and m.training else z
             change = _kron if isinstance(term, Kron) else _low_rank
-            v = v + change(term, drop, routing).to(v.dtype)  # type: ignore[operator]
+            v = v + change(term, drop, routing).to(v.dtype)  # type: ignore[arg-type]
         if e.bias is not None and (e.scale_bias or e.out_scale is None):
             v = v + _by_pair(e.bias, routing).to(v.dtype)
         if e.out_scale is not None:

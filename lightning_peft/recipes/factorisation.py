@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.extract.spectrum import balanced, rank_for
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.merge_report import output_of, relative_change
-from lightning_peft.placing import adaptable
-from lightning_peft.spectrum import balanced, rank_for
+from lightning_peft.placing.weights import adaptable
 from lightning_peft.targets import select
 
 __all__ = ["FactoriseReport", "FactorisedLayer", "LowRankLinear", "factorise"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.layers import ops_for
 from lightning_peft.masked import held, mask_of, show_masked
-from lightning_peft.placing import adaptable
+from lightning_peft.placing.weights import adaptable
 from lightning_peft.storage import storage_of
 from lightning_peft.targets import select
 

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_peft.checkpoint import is_attached, kept_tensors
+from lightning_peft.checkpoint.contents import is_attached, kept_tensors
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.strategies.guards import Guards
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lightning_peft import checkpoint_file
-from lightning_peft.checkpoint import KEY, describe, is_attached, kept_tensors
+from lightning_peft.checkpoint import file as checkpoint_file
+from lightning_peft.checkpoint.contents import KEY, describe, is_attached, kept_tensors
 from lightning_peft.storage.shards import fill_rows
 from lightning_peft.strategies.agreeing import raise_together
 from lightning_peft.strategies.ddp import may_skip

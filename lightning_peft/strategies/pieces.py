@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft import checkpoint_file
+from lightning_peft.checkpoint import file as checkpoint_file
 from lightning_peft.optim import PooledOptimizer, join_shards, shard
 from lightning_peft.optim.pool import local
 from lightning_peft.storage.shards import local_rows

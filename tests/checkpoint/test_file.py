@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_peft import checkpoint_file
-from lightning_peft.checkpoint_rng import restore_rng, rng_state
+from lightning_peft.checkpoint import file as checkpoint_file
+from lightning_peft.checkpoint.rng import restore_rng, rng_state
 from tests.callback.nets import Plain, peft, trainer
 
 DATA: dict[str, Any] = {"state_dict": {"a": torch.arange(1000.0)}, "epoch": 3}
@@ -49,7 +49,7 @@ def test_a_failed_write_keeps_the_former_file(
 
 FULL = """
 import resource, signal, sys, torch
-from lightning_peft import checkpoint_file
+from lightning_peft.checkpoint import file as checkpoint_file
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoint_file.write({"state_dict": {"a": torch.zeros(10)}}, sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

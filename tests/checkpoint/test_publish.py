@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_peft import checkpoint_file
+from lightning_peft.checkpoint import file as checkpoint_file
 
 
 def make(path: Path, kind: str, text: str) -> None:

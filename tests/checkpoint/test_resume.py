@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
 from lightning_peft import PEFT, Quantization
-from lightning_peft.checkpoint import KEY
+from lightning_peft.checkpoint.contents import KEY
 from tests.callback.nets import (
     Plain,
     adapters_of,

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_peft import PEFT, LoRA, Quantization, load_from_checkpoint
-from lightning_peft.checkpoint import KEY, leaks
+from lightning_peft.checkpoint.contents import KEY, leaks
 from tests.callback.nets import (
     Configured,
     Plain,

@@ -29,7 +29,7 @@ from lightning_peft import (
     save_adapter,
     start_from_data,
 )
-from lightning_peft.data_start import waiting_adapters
+from lightning_peft.starts.start import waiting_adapters
 from tests.callback.nets import Plain, adapters_of, assert_same, base_of, trainer
 
 TARGETS = ["q", "k", "up", "down"]

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.sequence import forward_names
 from lightning_peft.layers.sequence_gate import gated_attention
-from lightning_peft.placing_blocks import own_width
+from lightning_peft.placing.blocks import own_width
 from lightning_peft.site import SequenceSite
 from lightning_peft.storage import storage_of
 from lightning_peft.swap import base_class

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFEntry, HFFormat
-from lightning_peft.placing import adaptable
+from lightning_peft.placing.weights import adaptable
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
 from lightning_peft.targets import bypassed

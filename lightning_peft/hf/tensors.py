@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.hf_config import CONFIG
+from lightning_peft.hf.config import CONFIG
 
 __all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter"]
 

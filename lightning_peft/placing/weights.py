@@ -15,8 +15,8 @@ from lightning_peft.layers.adapted import Adapted
 from lightning_peft.layers.experts import is_experts
 from lightning_peft.layers.sequence_attention import refusal
 from lightning_peft.methods.base import Method
-from lightning_peft.placing_blocks import block_places, block_site, own_width
-from lightning_peft.placing_sequence import attention_site, own_place, sequence_place
+from lightning_peft.placing.blocks import block_places, block_site, own_width
+from lightning_peft.placing.sequence import attention_site, own_place, sequence_place
 from lightning_peft.site import Site
 from lightning_peft.storage import storage_of
 from lightning_peft.targets import Selection, block_rule, name_rule, select

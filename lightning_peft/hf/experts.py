@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.hf_config import CONFIG
-from lightning_peft.hf_keys import PREFIX, joined
+from lightning_peft.hf.config import CONFIG
+from lightning_peft.hf.keys import PREFIX, joined
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.experts import is_experts
 from lightning_peft.layers.experts_layout import first_weight

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.hf_foreign_names import PARSERS, Layer, kind_of, require_whole
-from lightning_peft.hf_keys import PREFIX, joined
-from lightning_peft.hf_places import places_of
+from lightning_peft.hf.foreign_names import PARSERS, Layer, kind_of, require_whole
+from lightning_peft.hf.keys import PREFIX, joined
+from lightning_peft.hf.places import places_of
 
 __all__ = ["Foreign", "foreign_adapter"]
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.attach import Planned, attach, detach, plan_attach
-from lightning_peft.hf_config import CONFIG, method_fields
-from lightning_peft.hf_keys import PREFIX, Reading, bias_key, joined, read_keys, tensor_prefix
-from lightning_peft.hf_prompts import table_of
-from lightning_peft.hf_source import read_source
-from lightning_peft.hf_targets import exact_targets, targeted, targeted_weights
+from lightning_peft.hf.config import CONFIG, method_fields
+from lightning_peft.hf.keys import PREFIX, Reading, bias_key, joined, read_keys, tensor_prefix
+from lightning_peft.hf.prompts import table_of
+from lightning_peft.hf.source import read_source
+from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod, WeightMethod
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias
-from lightning_peft.placing import adaptable
-from lightning_peft.report import Report
+from lightning_peft.placing.weights import adaptable
+from lightning_peft.report.summary import Report
 from lightning_peft.storage import Quantization
 from lightning_peft.targets import bypassed
 

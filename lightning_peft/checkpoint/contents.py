@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapter_state import check_state, trained_tensors
-from lightning_peft.data_restore import restore_starts, started_shapes
 from lightning_peft.fingerprint import buffer_hashes, fingerprint_differences
 from lightning_peft.methods.base import to_plain
 from lightning_peft.record import AdapterRecord, Record, records_in
+from lightning_peft.starts.restore import restore_starts, started_shapes
 
 __all__ = [
     "FORMAT",

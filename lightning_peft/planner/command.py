@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_peft.methods import base
-from lightning_peft.planner import estimate_memory
-from lightning_peft.planner_plan import size
+from lightning_peft.planner.estimate import estimate_memory
+from lightning_peft.planner.plan import size
 from lightning_peft.storage import Quantization
 
 __all__ = ["main", "parse_bytes"]

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.hf_config import base_config
-from lightning_peft.hf_keys import bias_key, joined, plain, tensor_prefix
-from lightning_peft.hf_load import load_adapter
-from lightning_peft.hf_names import legacy_names
-from lightning_peft.hf_prompts import add_heads
-from lightning_peft.hf_targets import compact, misread_names, model_root
-from lightning_peft.hf_tensors import write_adapter
+from lightning_peft.hf.config import base_config
+from lightning_peft.hf.keys import bias_key, joined, plain, tensor_prefix
+from lightning_peft.hf.load import load_adapter
+from lightning_peft.hf.names import legacy_names
+from lightning_peft.hf.prompts import add_heads
+from lightning_peft.hf.targets import compact, misread_names, model_root
+from lightning_peft.hf.tensors import write_adapter
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.methods.base import HFEntry, HFFormat, Method
 from lightning_peft.methods.saved import ModulesToSave, TrainedBias

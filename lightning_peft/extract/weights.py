@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.hf_keys import joined
-from lightning_peft.hf_names import namings
-from lightning_peft.hf_targets import model_root
-from lightning_peft.hf_unknown import named
+from lightning_peft.hf.keys import joined
+from lightning_peft.hf.names import namings
+from lightning_peft.hf.targets import model_root
+from lightning_peft.hf.unknown import named
 from lightning_peft.storage import storage_of
 
 __all__ = ["Weight", "Weights", "opened", "skeleton"]

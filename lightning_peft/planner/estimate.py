@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_peft.methods.base import Method
-from lightning_peft.planner_model import PRECISIONS, count, meta_model, prepare
-from lightning_peft.planner_plan import OPTIMIZER_BYTES, Choice, Plan, Step
-from lightning_peft.planner_trace import UNTRACEABLE, NoInputs, Trace, trace
+from lightning_peft.planner.model import PRECISIONS, count, meta_model, prepare
+from lightning_peft.planner.plan import OPTIMIZER_BYTES, Choice, Plan, Step
+from lightning_peft.planner.trace import UNTRACEABLE, NoInputs, Trace, trace
 from lightning_peft.storage import Quantization
 from lightning_peft.targets import output_head
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.planner_model import Sizes
-from lightning_peft.planner_trace import (
+from lightning_peft.planner.model import Sizes
+from lightning_peft.planner.trace import (
     ACTIVATIONS,
     BACKWARD,
     GRADIENTS,

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_peft.attach import attach, detach, plan_attach
-from lightning_peft.extract_weights import Weight, opened, skeleton
-from lightning_peft.hf import save_adapter
-from lightning_peft.hf_keys import joined
-from lightning_peft.hf_targets import exact_targets
+from lightning_peft.extract.spectrum import factors, kept_energy
+from lightning_peft.extract.weights import Weight, opened, skeleton
+from lightning_peft.hf.keys import joined
+from lightning_peft.hf.save import save_adapter
+from lightning_peft.hf.targets import exact_targets
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.merge_report import output_of, relative_change
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.report import Report
+from lightning_peft.report.summary import Report
 from lightning_peft.site import Site
-from lightning_peft.spectrum import factors, kept_energy
 
 __all__ = ["ExtractReport", "ExtractedLayer", "extract_lora"]
 

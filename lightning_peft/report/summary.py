@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.record import records_in
-from lightning_peft.report_kernels import KernelWords, groups_over_one_input
+from lightning_peft.report.kernels import KernelWords, groups_over_one_input
 from lightning_peft.storage import storage_of
 
 __all__ = ["Group", "Report", "parameter_report"]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.data_pca import Principal, seeded, share_ranks
-from lightning_peft.data_restore import keep_residual, put_tensors
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
+from lightning_peft.starts.pca import Principal, seeded, share_ranks
+from lightning_peft.starts.restore import keep_residual, put_tensors
 
 __all__ = ["start_from_data", "waiting_adapters"]
 

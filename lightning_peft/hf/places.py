@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_peft.hf_foreign_names import COMPONENTS, Layer
-from lightning_peft.hf_keys import joined
-from lightning_peft.hf_names import namings
-from lightning_peft.hf_targets import model_root
-from lightning_peft.placing import adaptable
+from lightning_peft.hf.foreign_names import COMPONENTS, Layer
+from lightning_peft.hf.keys import joined
+from lightning_peft.hf.names import namings
+from lightning_peft.hf.targets import model_root
+from lightning_peft.placing.weights import adaptable
 from lightning_peft.swap import base_class
 
 __all__ = ["places_of"]

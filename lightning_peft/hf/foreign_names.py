@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_peft.hf_keys import PREFIX, joined
+from lightning_peft.hf.keys import PREFIX, joined
 
 __all__ = ["COMPONENTS", "PARSERS", "Layer", "kind_of", "require_whole"]
 

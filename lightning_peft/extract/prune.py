@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lightning_peft.active import activate, disable_adapters
 from lightning_peft.attach import attach, detach
-from lightning_peft.hf_targets import exact_targets
+from lightning_peft.extract.spectrum import balanced, rank_for, thin_svd
+from lightning_peft.hf.targets import exact_targets
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.merge_report import output_of, relative_change
 from lightning_peft.methods import lora_hf
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.record import Record, record_of, records_in
 from lightning_peft.site import Site
-from lightning_peft.spectrum import balanced, rank_for, thin_svd
 
 __all__ = ["PruneReport", "PrunedLayer", "prune_rank"]
 

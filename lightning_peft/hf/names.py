@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.hf_rename import Renaming, module_path, renamed
+from lightning_peft.hf.rename import Renaming, module_path, renamed
 from lightning_peft.methods.base import HFFormat
 
 __all__ = ["current_names", "legacy_names", "namings"]

@@ -1,0 +1,1 @@
+"""Low-rank adapters out of fine-tuned weights, and out of adapters of higher rank."""

@@ -1,0 +1,1 @@
+"""Hugging Face peft directories, in and out, driven by the table that each method declares."""

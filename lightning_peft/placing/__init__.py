@@ -1,0 +1,1 @@
+"""Where a method goes in a model: weights, blocks, sequences."""

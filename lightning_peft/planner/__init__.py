@@ -1,0 +1,1 @@
+"""What a run will take, counted before anything is loaded."""

@@ -1,0 +1,1 @@
+"""Starts that need data (EVA, LoRA-GA): statistics, factors, and their way back on resume."""
