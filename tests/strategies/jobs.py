@@ -239,9 +239,10 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
     if "r" in kind.__dataclass_fields__:
         options = {"r": of_rank(job.lora_r), **options}
     method = kind(**options)
-    both = {"adapters": {"a": method, "b": kind(**{**options, "alpha": 2.0})}}
+    adapters = {"a": method, "b": kind(**{**options, "alpha": 2.0})} if job.mixed else None
     peft = PEFT(
-        **(both if job.mixed else {"method": method}),
+        None if job.mixed else method,
+        adapters=adapters,
         modules_to_save=job.modules_to_save,
         quantization=quantization,
         optimizer=job.optimizer,
