@@ -118,9 +118,7 @@ def _undo(module: Any) -> None:
 
 
 def _untie_config(model: nn.Module, holder: Any) -> None:
-    """Hugging Face ties again by this flag when the merged model is loaded; undone with
-    `holder`.
-    """
+    """Hugging Face ties again by this flag when the merged model is loaded."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False) is not True:

@@ -48,6 +48,6 @@ def make_plan(
     try:
         return estimate_memory(root, methods, **how)
     # A plan is advice: a model that it cannot count (fake tensors, no sizes) still trains.
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         rank_zero_warn(f"PEFT(plan=True): no plan could be made: {error}")
         return None

@@ -37,7 +37,7 @@ ACTIVATIONS, LOGITS = "activations", "logits and loss"
 BACKWARD, GRADIENTS = "backward", "gradients"
 
 # A pass over fake tensors meets a value it does not have, or a layer that refuses them.
-UNTRACEABLE = (RuntimeError, TypeError, NotImplementedError)
+UNTRACEABLE = (RuntimeError, TypeError)
 
 _SHORT, _LONG = 2, 4  # blocks that are run of a longer stack
 _ATTENTION = "lightning_peft_plan"

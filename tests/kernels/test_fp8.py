@@ -155,7 +155,7 @@ def test_the_chip_s_recipe_on_the_cpu_is_the_emulation() -> None:
             x8, W8.t(), scale_a=sx, scale_b=scale.reshape(1, 1).expand(1, 32).contiguous(),
             out_dtype=torch.bfloat16,
         )  # fmt: skip
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         pytest.skip(f"this torch has no row-wise scaled product on a CPU: {error}")
     assert_close("product", recipe, emulated)
 
