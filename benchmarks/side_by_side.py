@@ -24,10 +24,11 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates one after the other in every turn."""
+    """Seconds of each call; the candidates take turns, the last of a turn first in the next."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates.items())
     for turn in range(repeats + warmup):
-        for name, call in candidates.items():
+        for name, call in order[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
             call()
             if turn >= warmup:

@@ -102,9 +102,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def adapter_names(batch_names: Sequence[str]) -> AbstractContextManager[None]:
     """Each row of the batch under the adapter named for it; ``"__base__"`` for none.
 
-    The adapters named must be active (`set_adapter(model, [...])`). In training keep the backward
-    pass inside the
-    block too: activation checkpointing runs forward again there.
+    The adapters named must be active (`set_adapter(model, [...])`): one that is not, in any layer
+    that ran, raises ValueError at the end of the block. In training keep the backward pass inside
+    the block too: activation checkpointing runs forward again there.
     """
     if isinstance(batch_names, str) or not batch_names:
         raise ValueError(

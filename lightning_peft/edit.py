@@ -292,8 +292,9 @@ class Edit:
         """The term, where it is all there is and knows a shorter way on a linear layer; else None.
         Dropout would come between.
         """
-        one = len(self.terms) == 1 and self.form() <= {"low_rank", "terms"}
-        return self.terms[0] if one and hasattr(self.terms[0], "on_linear") else None
+        if len(self.terms) != 1 or not hasattr(self.terms[0], "on_linear"):
+            return None
+        return self.terms[0] if self.form() <= {"low_rank", "terms"} else None
 
     @property
     def _all_low_rank(self) -> bool:

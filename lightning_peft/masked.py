@@ -12,8 +12,11 @@ __all__ = ["held", "mask_of", "show_masked"]
 def held(m: nn.Module, name: str) -> nn.Parameter:
     """The parameter that holds a weight: ``<name>_orig`` where torch.nn.utils.prune masks it."""
     owner, leaf = _owner(m, name)
+    own = owner._parameters.get(leaf)  # looked up on every forward: the short way first
+    if own is not None:
+        return own
     masked = owner._parameters.get(f"{leaf}_orig")
-    return masked if masked is not None and leaf not in owner._parameters else m.get_parameter(name)
+    return masked if masked is not None else m.get_parameter(name)
 
 
 def mask_of(m: nn.Module, name: str) -> Tensor | None:

@@ -282,6 +282,21 @@ def test_rows_under_every_method_at_once(layer_name):
             assert p.grad.any(), f"{name} has a zero gradient"
 
 
+@pytest.mark.parametrize("name", ["b", "unknown"])
+def test_rows_of_an_adapter_that_is_not_active_raise(name):
+    """Attached but inactive, or not attached at all: the rows would be the base's in silence."""
+    model = LAYERS[0].build()
+    for attached_name in ("a", "b"):
+        attach(model, method_for(CASES[0]), adapter_name=attached_name)
+    set_adapter(model, "a")
+    with pytest.raises(ValueError, match=rf"\['a'\] .*got '{name}'"), adapter_names(["a", name]):
+        LAYERS[0].run(model, LAYERS[0].inputs()[:2])
+    with adapter_names([name, name]):
+        pass  # nothing ran
+    with pytest.raises(RuntimeError, match="own"), adapter_names([name]):
+        raise RuntimeError("own")
+
+
 def test_rows_are_refused_where_they_cannot_be_told_apart():
     layer = next(y for y in LAYERS if y.name == "mha")
     model = attached(CASES[0], layer)

@@ -103,6 +103,12 @@ def save_adapter(
 def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
     known = sorted({n for _, _, r in records_in(model) for n in r.adapters})
     if adapter_name not in known:
+        if any(adapters_of(m, adapter_name) for _, m in adapted_modules(model)):
+            raise KeyError(
+                f"save_adapter: expected the module that adapter {adapter_name!r} was attached to, "
+                f"got a part of it ({type(model).__name__}); give the whole (with the callback the "
+                f"LightningModule) and name this part with root="
+            )
         raise KeyError(
             f"save_adapter: expected one of the attached adapters {known}, got {adapter_name!r}"
         )

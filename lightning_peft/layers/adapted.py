@@ -161,6 +161,9 @@ class Adapted(Swapped):
         """
         state = self._peft
         state.ran = True
+        mix = current_rows()
+        if mix is not None:
+            mix.through(state.names)
         run = super().forward  # type: ignore[misc]
         if state.sequences:
             run = partial(_positioned, self, state, run)

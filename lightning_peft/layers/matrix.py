@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.edit import Edit, Rotation, low_rank_terms, stacked
+from lightning_peft.edit import ByHand, Edit, Rotation, low_rank_terms, stacked
 from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.hf_layout import HFLayout
 from lightning_peft.layers.rows import current_rows
@@ -133,8 +133,9 @@ class MatrixOps(HFLayout):
                 return y
         edits = [a.edit() for a in adapters]
         mixed = current_rows() is not None
-        if not mixed and len(edits) == 1 and edits[0].by_hand is not None:
-            found = self._by_hand(m, adapters[0], edits[0], x)
+        by_hand = edits[0].by_hand if len(edits) == 1 and not mixed else None
+        if by_hand is not None:
+            found = self._by_hand(m, adapters[0], by_hand, x)
             if found is not None:
                 return found
         if not mixed and all(e.only_low_rank for e in edits):
@@ -155,7 +156,7 @@ class MatrixOps(HFLayout):
             return self._weight_path(m, adapters, edits, x)
         return self._onion(m, run, adapters, edits, x, args, kwargs)
 
-    def _by_hand(self, m: Any, adapter: Adapter, edit: Edit, x: Tensor) -> Tensor | None:
+    def _by_hand(self, m: Any, adapter: Adapter, term: ByHand, x: Tensor) -> Tensor | None:
         """Base and change in one function; None unless the layer is a plain dense linear one and
         all is of one dtype.
         """
@@ -166,11 +167,10 @@ class MatrixOps(HFLayout):
             return None
         W, b = self.to_matrix(m, site.parameter, m.weight), m.bias
         trained = W.requires_grad or (b is not None and b.requires_grad)
-        one_dtype = all(t.dtype == x.dtype for t in (W, *adapter.parameters()))
+        one_dtype = all(t.dtype == x.dtype for t in (W, *adapter.tensors().values()))
         if trained or not one_dtype or x.dtype.itemsize < 4:
             return None
-        y: Tensor = edit.by_hand.on_linear(x, W, b)
-        return y
+        return term.on_linear(x, W, b)
 
     def _fused(
         self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor

@@ -4,7 +4,7 @@ adapted layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,28 @@ class RowMix:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
+        self.active: set[str] | None = None  # in the layers that ran; None: none ran
         self._index: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    def through(self, active: Iterable[str]) -> None:
+        """Note that an adapted layer runs, with these adapters active."""
+        self.active = {*(self.active or ()), *active}
+
+    def check(self) -> None:
+        """After the last forward.
+
+        Raises:
+            ValueError: rows named an adapter that no layer had active: they ran as the base.
+        """
+        if self.active is None:
+            return
+        unknown = sorted({*self.names} - self.active - {BASE})
+        if unknown:
+            raise ValueError(
+                f"adapter_names: expected active adapters, one of {sorted(self.active)} or "
+                f"{BASE!r}, got {', '.join(map(repr, unknown))}, whose rows ran as the base; call "
+                f"set_adapter(model, [...]) with every name of the batch first"
+            )
 
     def index(self, name: str, n_rows: int, device: torch.device) -> Tensor:
         """Rows [k] int64 of `name` in a tensor with `n_rows` leading rows.
@@ -69,9 +90,10 @@ def no_rows() -> Iterator[None]:
 @contextmanager
 def use_rows(names: Sequence[str]) -> Iterator[None]:
     """Put a mix in force; keep backward inside too when activations are recomputed."""
-    before = _current[0]
-    _current[0] = RowMix(names)
+    before, mix = _current[0], RowMix(names)
+    _current[0] = mix
     try:
         yield
     finally:
         _current[0] = before
+    mix.check()

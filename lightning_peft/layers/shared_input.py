@@ -110,6 +110,8 @@ class SharedInput:
         return self._together(m, x)
 
     def _together(self, m: Any, x: Tensor) -> Tensor | None:
+        if self.why_apart():  # before the factors are made
+            return None
         factors = []
         for member in self.members:
             found = _factors(member, m)

@@ -164,7 +164,8 @@ class VeRA(WeightMethod):
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A low-rank change; a stack of matrices has its vectors multiplied into the factors."""
         b, d = p["b"], p["d"]
-        A = p["A"][:, : site.in_features].to(d)
-        B = p["B"][: site.out_features].to(b)
+        *batch, out_features, in_features = site.shape
+        A = p["A"].narrow(1, 0, in_features).to(d)
+        B = p["B"].narrow(0, 0, out_features).to(b)
         term = Vectors(A, B, d, b)
-        return Edit(terms=(term.folded() if site.batch_shape else term,), dropout=self.dropout)
+        return Edit(terms=(term.folded() if batch else term,), dropout=self.dropout)

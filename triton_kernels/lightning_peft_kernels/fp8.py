@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import Decision, choose
+from lightning_peft_kernels.calling import autocast_off, flat
 from lightning_peft_kernels.lora_linear import (
     Plan,
     lora_backward,
@@ -203,7 +204,7 @@ class _FP8LoRALinear(torch.autograd.Function):
         kind: str,
         block_size: int,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = flat(x)
         q = Packed4bit(packed, absmax, absmax2, offset)
         decision = choose_fp8(shape, x.device)
         W8 = dequantize_e4m3(q, shape, scale, kind=kind, block_size=block_size)
@@ -225,7 +226,7 @@ class _FP8LoRALinear(torch.autograd.Function):
         x2, S, seed, A, B, *packed, scale = ctx.saved_tensors
         shape, kind, block_size = ctx.packing
         needs, plan = ctx.needs_input_grad, ctx.plan
-        dY2 = dY.reshape(-1, dY.shape[-1])
+        dY2 = flat(dY)
         dX = dA = dB = None
         if A is not None and (needs[7] or needs[8]):
             x2 = dY2 if x2 is None else x2  # not read where A is frozen
@@ -287,7 +288,7 @@ def fp8_lora_linear(
         A = B = None
     else:
         x, A, B, bias, plan = prepare(x, A, B, bias, scaling, p)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         y: Tensor = _FP8LoRALinear.apply(  # type: ignore[no-untyped-call]
             x, *q, scale, bias, A, B, plan, tuple(shape), kind, block_size
         )

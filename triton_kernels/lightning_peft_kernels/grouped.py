@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.calling import autocast_off
 from lightning_peft_kernels.dropout import seeded_dropout
 from lightning_peft_kernels.lora_linear import Plan, lora_down, lora_up_backward, prepare
 from lightning_peft_kernels.nf4 import Packed4bit
@@ -249,6 +250,6 @@ def nf4_grouped_projections(
         block_size,
     )
     flat = [t for layer in layers for t in layer.q]
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         ys = _GroupedProjections.apply(x, group, *biases, *As, *Bs, *flat)  # type: ignore[no-untyped-call]
     return list(ys)

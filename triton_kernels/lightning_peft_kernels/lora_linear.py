@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_peft_kernels.calling import autocast_off, flat, unflat
 from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
 
 __all__ = ["Plan", "lora_linear", "lora_linear_reference"]
@@ -127,7 +128,7 @@ class _LoRALinear(torch.autograd.Function):
         B: Tensor,
         plan: Plan,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = flat(x)
         # The base first, as the plain layer runs it: with B = 0 not a bit differs.
         y = torch.nn.functional.linear(x2, W, bias)
         S, seed = lora_down(x2, A, plan)
@@ -137,14 +138,12 @@ class _LoRALinear(torch.autograd.Function):
             y += (S @ B.mT).to(y.dtype)
         ctx.save_for_backward(x2, S, seed, A, B, W)
         ctx.plan, ctx.leading = plan, x.shape[:-1]
-        # No view: the caller may go on in place.
-        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-        return unviewed
+        return unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         x2, S, seed, A, B, W = ctx.saved_tensors
-        dY2 = dY.reshape(-1, dY.shape[-1])
+        dY2 = flat(dY)
         needs = ctx.needs_input_grad
         dX, dA, dB = lora_backward(
             dY2, x2, S, seed, A, B, W if needs[0] else None, ctx.plan, needs[3], needs[4]
@@ -181,6 +180,6 @@ def lora_linear(
     x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)  # type: ignore[no-untyped-call]
     return y

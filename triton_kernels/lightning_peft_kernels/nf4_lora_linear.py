@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_product
+from lightning_peft_kernels.calling import autocast_off, flat, unflat
 from lightning_peft_kernels.decode import nf4_decode
 from lightning_peft_kernels.lora_linear import Plan, lora_backward, lora_down, prepare
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit_reference
@@ -62,7 +63,7 @@ class _NF4Linear(torch.autograd.Function):
         block_size: int,
     ) -> Tensor:
         q, ctx.packing = Packed4bit(packed, absmax, absmax2, offset), (shape, kind, block_size)
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = flat(x)
         W = None
         if choose_product(x.device, x.dtype, x2.shape[0], shape).backend == "fused":
             y = nf4_decode(x2, q, shape, None, None, bias, kind=kind, block_size=block_size)
@@ -72,9 +73,7 @@ class _NF4Linear(torch.autograd.Function):
             y = torch.nn.functional.linear(x2, W, bias)
             W = W if keep else None
         ctx.save_for_backward(W, *q)
-        # No view: the caller may go on in place.
-        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-        return unviewed
+        return unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
@@ -103,7 +102,7 @@ class _NF4LoRALinear(torch.autograd.Function):
         kind: str,
         block_size: int,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = flat(x)
         q = Packed4bit(packed, absmax, absmax2, offset)
         S, seed = lora_down(x2, A, plan)
         W = None
@@ -120,14 +119,12 @@ class _NF4LoRALinear(torch.autograd.Function):
             W = W if keep else None
         ctx.save_for_backward(x2, S, seed, A, B, W, *q)
         ctx.plan, ctx.packing, ctx.leading = plan, (shape, kind, block_size), x.shape[:-1]
-        # No view: the caller may go on in place.
-        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-        return unviewed
+        return unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         x2, S, seed, A, B, *rest = ctx.saved_tensors
-        dY2 = dY.reshape(-1, dY.shape[-1])
+        dY2 = flat(dY)
         W = None
         if ctx.needs_input_grad[0]:
             W = _backward_weights(ctx, dY.dtype, *rest)
@@ -162,7 +159,7 @@ def nf4_linear(
     x's.
     """
     x, bias = _autocast(x, bias)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         y: Tensor = _NF4Linear.apply(x, *q, bias, tuple(shape), kind, block_size)  # type: ignore[no-untyped-call]
     return y
 
@@ -198,7 +195,7 @@ def nf4_lora_linear(
         training: Whether dropout is on.
     """
     x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         y: Tensor = _NF4LoRALinear.apply(x, *q, bias, A, B, plan, tuple(shape), kind, block_size)  # type: ignore[no-untyped-call]
     return y
 
