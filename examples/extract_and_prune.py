@@ -51,24 +51,27 @@ def main() -> None:
     save_file(tuned.state_dict(), OUTPUT / "tuned.safetensors")  # extracted from the file alone
     batches = passages(str(MINILM), held_out=True).dataset
     batch = batches[len(batches) // 2][0]
+    inputs = [[tokens] for tokens, _ in passages(str(MINILM), held_out=False).dataset]  # no labels
     print("\n{:<34}{:>9}{:>9}{:>14}{:>13}{:>20}".format(*COLUMNS))
     rows = [whole := score("fine-tuned whole", tuned)]
-    for r in (2, 8, 32):
+    for r, given in ((2, None), (8, None), (32, None), (2, inputs), (8, inputs), (32, inputs)):
         pl.seed_everything(0)
         module = Classifier(str(MINILM), lr=0.0)
         report = extract_lora(
             module, OUTPUT / "tuned.safetensors", r, target_modules=LINEAR,
-            modules_to_save=["head"], batch=[batch],
+            modules_to_save=["head"], batch=[batch], inputs=given,
         )  # fmt: skip
-        rows.append(score(f"extracted, r = {r}", module, report))
+        how = "extracted" if given is None else "fitted to inputs"
+        rows.append(score(f"{how}, r = {r}", module, report))
     save_adapter(module, OUTPUT / "extracted", root="")
     rows.append(before := score("LoRA, r = 16", lora))
     for rank in (8, 4, 1):
         module = copy.deepcopy(lora)
         report = prune_rank(module, rank=rank, batch=[batch])
         rows.append(score(f"pruned to r = {rank}", module, report))
-    verdict(whole, rows[3], "Extracting at r = 32")
-    verdict(before, rows[5], "Pruning to half the rank")
+    verdict(whole, rows[3], "Extracting at r = 32 by weights alone")
+    verdict(whole, rows[6], "Extracting at r = 32 with inputs")
+    verdict(before, rows[8], "Pruning to half the rank")
     with RESULTS.open("w", newline="") as file:
         file.write(f"# python examples/{Path(sys.argv[0]).name}\n")
         csv.writer(file).writerows([COLUMNS, *rows])

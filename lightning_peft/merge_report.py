@@ -87,22 +87,25 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 
 
 def output_of(model: nn.Module, batch: Any) -> Tensor:
-    """The model's main output in eval mode, fp32: logits, last hidden states, or the first of a
-    tuple.
-    """
+    """The model's main output in eval mode, without gradients, fp32."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            if isinstance(batch, Mapping):
-                out = model(**batch)
-            elif isinstance(batch, tuple | list):
-                out = model(*batch)
-            else:
-                out = model(batch)
+            return main_output(model, batch)
     finally:
         for module, training in modes:
             module.training = training
+
+
+def main_output(model: nn.Module, batch: Any) -> Tensor:
+    """Run the model on a batch: its logits, last hidden states, or the first of a tuple, fp32."""
+    if isinstance(batch, Mapping):
+        out = model(**batch)
+    elif isinstance(batch, tuple | list):
+        out = model(*batch)
+    else:
+        out = model(batch)
     for attribute in ("logits", "last_hidden_state"):
         if getattr(out, attribute, None) is not None:
             out = getattr(out, attribute)

@@ -106,6 +106,41 @@ def test_energy_and_factors_are_the_svds() -> None:
     assert not any("query.weight" in n for n in left)
 
 
+@pytest.mark.parametrize("source", ["module", "file"])
+def test_factors_are_fitted_to_inputs(source: str, tmp_path: Path) -> None:
+    """On inputs that were not among them the output is nearer too; nothing else has moved."""
+    base, inputs = build("bert")
+    tuned = moved(base, std=0.02)
+    plain, fitted = copy.deepcopy(base), copy.deepcopy(base)
+    torch.manual_seed(0)
+    given = [{"input_ids": torch.randint(1, 30, (4, 9))} for _ in range(40)]
+    lp.extract_lora(plain, tuned, 4)
+    state = torch.get_rng_state()
+    report = lp.extract_lora(fitted, stored(tuned, source, tmp_path), 4, batch=inputs, inputs=given)
+    assert torch.equal(state, torch.get_rng_state())
+    before, after = report.fitted or (0.0, 0.0)
+    assert after < 0.9 * before
+    assert "fitted" in str(report)
+    error = [float((run(m, inputs) - run(tuned, inputs)).norm()) for m in (plain, fitted)]
+    assert error[1] < 0.9 * error[0]
+    assert all(p.grad is None for p in fitted.parameters())
+    for (name, p), q in zip(plain.named_parameters(), fitted.parameters(), strict=True):
+        assert torch.equal(p, q) == (not name.endswith((".A", ".B"))), name
+
+
+def test_fitting_that_does_not_help_is_undone() -> None:
+    base, _ = build("bert")
+    tuned = moved(base, std=0.02)
+    plain, fitted = copy.deepcopy(base), copy.deepcopy(base)
+    lp.extract_lora(plain, tuned, 64, modules_to_save=["classifier"])  # exact already
+    given = [{"input_ids": torch.randint(1, 30, (4, 9))}]
+    report = lp.extract_lora(fitted, tuned, 64, modules_to_save=["classifier"], inputs=given)
+    assert report.fitted is not None
+    assert report.fitted[0] == report.fitted[1]
+    for p, q in zip(plain.parameters(), fitted.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_biases_and_head_are_copied() -> None:
     base, inputs = build("bert")
     tuned = moved(base, linear=False)
