@@ -16,8 +16,8 @@ from lightning_peft.merge_report import main_output, output_of
 
 __all__ = ["Goal", "fit_outputs", "goals_of"]
 
-_PASSES = 2
-_STEP = 1e-2  # of a tensor's root mean square: Adam's step for it, at the start; none at the end
+_PASSES = 4
+_STEP = 2e-2  # of a tensor's root mean square: Adam's step for it, at the start; none at the end
 
 Goal = tuple[Any, Tensor]  # a batch, and the output wanted on it
 

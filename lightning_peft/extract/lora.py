@@ -131,7 +131,7 @@ def extract_lora(
             tuned model's.
         inputs: Example inputs without labels, each like `batch`, all kept in memory with their
             outputs: the factors, first those of the singular values, are fitted to the tuned
-            model's outputs on them, in two passes. Some hundred rows of the task bring the score
+            model's outputs on them, in four passes. Some hundred rows of the task bring the score
             nearer; without them only the weights are looked at.
 
     Returns:
