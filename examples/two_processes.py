@@ -5,6 +5,7 @@ GPUs only `accelerator` changes). Prints what each process holds and how far the
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,14 +46,16 @@ def run(devices: int, steps: int, answers: Path) -> None:
     pl.seed_everything(0)
     module = Watched(width=128, layers=4)
     rows = split(texts()["sums"], steps)[0].dataset
-    loader = DataLoader(rows, BATCH // devices, shuffle=False)  # the global batch stays
+    # The rows of a global batch stay: Lightning's own sampler would shuffle them over processes.
+    mine = rows[int(os.environ.get("LOCAL_RANK", "0")) :: devices]
+    loader = DataLoader(mine, BATCH // devices)
     callback = PEFT(
         LoRA(r=8, target_modules="all-linear"), quantization=Quantization("nf4"), report=False
     )
     trainer = pl.Trainer(
         accelerator="cpu", devices=devices, strategy="peft_fsdp" if devices > 1 else "auto",
         max_epochs=1, callbacks=[callback], logger=False, enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=False, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, loader)
     if trainer.is_global_zero:
