@@ -330,6 +330,7 @@ def run(job: Job) -> None:
     model, trainer, _ = make(job)
     model.memory = memory
     trainer.fit(model, ckpt_path=job.ckpt)
+    grown = memory.growth() if memory is not None else 0  # before this gathers the base itself
     packed = packed_bytes(model)
     result: dict[str, Any] = {
         "losses": model.losses,
@@ -347,7 +348,7 @@ def run(job: Job) -> None:
         "ddp": getattr(trainer.strategy, "_ddp_kwargs", None),
     }
     if memory is not None:
-        result["growth"] = memory.growth()
+        result["growth"] = grown
         result["growth at start"] = model.grown_at_start
     if job.validate:
         result["val"] = {k: float(v) for k, v in trainer.validate(model, verbose=False)[0].items()}
