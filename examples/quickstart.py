@@ -74,8 +74,12 @@ class Classifier(pl.LightningModule):
         self.f1(logits, batch[1])
         self.log_dict({"accuracy": self.accuracy, "f1": self.f1}, prog_bar=True)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        rates = {"max_lr": self.hparams.lr, "pct_start": 0.1, "cycle_momentum": False}
+        steps = self.trainer.estimated_stepping_batches  # a tenth of them up, then down to nothing
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, total_steps=steps, **rates)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 trainer = functools.partial(pl.Trainer, accelerator="cpu", logger=False, enable_model_summary=False)
