@@ -108,12 +108,12 @@ def load_and_merge(path: str) -> None:
 
 def main(model: str = str(MINILM)) -> None:
     pl.seed_everything(0)
-    (head_only := Classifier(model, lr=3e-3)).encoder.requires_grad_(False)
+    (head_only := Classifier(model, lr=1e-2)).encoder.requires_grad_(False)
     rows = [fine_tune("head-only", head_only, model)]
     lora = LoRA(r=8, target_modules=["query", "key", "value", "dense"])
     peft = PEFT(lora, quantization=Quantization("nf4"), modules_to_save=["head"])
-    rows.append(fine_tune("qlora", Classifier(model, lr=2e-3), model, peft))
-    rows.append(fine_tune("full", Classifier(model, lr=1e-4), model))
+    rows.append(fine_tune("qlora", Classifier(model, lr=3e-3), model, peft))
+    rows.append(fine_tune("full", Classifier(model, lr=2e-4), model))
     title = f"\n{'':26} accuracy       f1   trained     fit         bytes"
     print(title, *rows, sep="\n", flush=True)
     subprocess.run([sys.executable, __file__, "--load", OUTPUT / "qlora.ckpt"], check=True)

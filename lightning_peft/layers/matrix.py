@@ -163,12 +163,12 @@ class MatrixOps(HFLayout):
         site = adapter.site
         if site.storage.label != "dense" or torch.is_autocast_enabled(x.device.type):
             return None
-        if isinstance(site.storage.fused(frozenset({"low_rank"}), site), Reason):
+        if isinstance(site.storage.fused(_LOW_RANK, site), Reason):
             return None
-        W, b = self.to_matrix(m, site.parameter, m.weight), m.bias
-        trained = W.requires_grad or (b is not None and b.requires_grad)
-        one_dtype = all(t.dtype == x.dtype for t in (W, *adapter.tensors().values()))
-        if trained or not one_dtype or x.dtype.itemsize < 4:
+        W, b, dtype = self.to_matrix(m, site.parameter, m.weight), m.bias, x.dtype
+        if W.requires_grad or (b is not None and b.requires_grad) or dtype.itemsize < 4:
+            return None
+        if W.dtype != dtype or any(t.dtype != dtype for t in adapter.tensors().values()):
             return None
         return term.on_linear(x, W, b)
 
@@ -275,7 +275,8 @@ class MatrixOps(HFLayout):
                     v = v + (v - keep) * (scale - 1)
             if e.bias is not None and not (e.scale_bias or e.out_scale is None):
                 v = v + self.per_output(m, e.bias).to(v.dtype)
-            biases[of] = e.edited_bias(b)
+            if adapter is not adapters[-1]:  # for those that follow
+                biases[of] = e.edited_bias(b)
             y = _put(y, r, v)
         return y
 
@@ -284,6 +285,7 @@ class MatrixOps(HFLayout):
         return None if path is None else getattr(m, path)
 
 
+_LOW_RANK = frozenset({"low_rank"})
 _SCALED_LOW_RANK = frozenset({"low_rank", "out_scale"})
 _WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale"})
 

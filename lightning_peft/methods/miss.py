@@ -68,15 +68,11 @@ class _TiledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
-        y = F.linear(x2, W, b)
-        S = _stretches(x2, D.shape[0])
-        y.addmm_(S, D)
+        y = F.linear(x, W, b)
+        S = _stretches(x, D.shape[0]).reshape(-1, D.shape[0])
+        y.view(-1, y.shape[-1]).addmm_(S, D)
         ctx.save_for_backward(W, D, S)
-        ctx.leading = x.shape[:-1]
-        # No view: the caller may go on in place.
-        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-        return unviewed
+        return y
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
@@ -89,7 +85,7 @@ class _TiledLinear(torch.autograd.Function):
             dX[:, :whole].unflatten(-1, (-1, r)).add_(dS.unsqueeze(1))
             if whole < dX.shape[-1]:
                 dX[:, whole:].add_(dS[:, : dX.shape[-1] - whole])
-            dX = dX.view(*ctx.leading, dX.shape[-1])
+            dX = dX.view(*dY.shape[:-1], dX.shape[-1])
         return dX, None, None, S.mT @ dY2
 
 

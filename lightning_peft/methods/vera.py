@@ -65,28 +65,23 @@ class _VectorsLinear(torch.autograd.Function):
         d: Tensor,
         b: Tensor,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
-        y = F.linear(x2, W, bias)
-        U = x2 @ A.mT
-        V = (U * d) @ B.mT
-        y.addcmul_(V, b)
+        y = F.linear(x, W, bias)
+        U = F.linear(x, A)
+        V = F.linear(U * d, B)
         ctx.save_for_backward(W, A, B, d, b, U, V)
-        ctx.leading = x.shape[:-1]
-        # No view: the caller may go on in place.
-        unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-        return unviewed
+        return y.addcmul_(V, b)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         W, A, B, d, b, U, V = ctx.saved_tensors
-        dY2 = dY.reshape(-1, dY.shape[-1])
+        dY2, U, V = (t.reshape(-1, t.shape[-1]) for t in (dY, U, V))
         db = torch.linalg.vecdot(dY2, V, dim=0)
         G = dY2 @ (b.unsqueeze(-1) * B)
         dd = torch.linalg.vecdot(G, U, dim=0)
         dX = None
         if ctx.needs_input_grad[0]:
             dX = (dY2 @ W).addmm_(G * d, A)
-            dX = dX.view(*ctx.leading, dX.shape[-1])
+            dX = dX.view(*dY.shape[:-1], dX.shape[-1])
         return dX, None, None, None, None, dd, db
 
 
@@ -165,7 +160,11 @@ class VeRA(WeightMethod):
         """A low-rank change; a stack of matrices has its vectors multiplied into the factors."""
         b, d = p["b"], p["d"]
         *batch, out_features, in_features = site.shape
-        A = p["A"].narrow(1, 0, in_features).to(d)
-        B = p["B"].narrow(0, 0, out_features).to(b)
+        A, B = p["A"], p["B"]
+        if A.shape[1] != in_features:
+            A = A.narrow(1, 0, in_features)
+        if B.shape[0] != out_features:
+            B = B.narrow(0, 0, out_features)
+        A, B = A.to(d), B.to(b)
         term = Vectors(A, B, d, b)
         return Edit(terms=(term.folded() if batch else term,), dropout=self.dropout)

@@ -5,9 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 HERE = Path(__file__).parent
+
+
+def older(module, *version):
+    return tuple(int(part) for part in module.__version__.split(".")[:2]) < version
 
 
 @pytest.mark.parametrize(
@@ -20,7 +25,11 @@ HERE = Path(__file__).parent
     ],
 )
 def test_interpreter(script):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    # A loop whose bounds are known at run time: triton 3.6 makes an int of an array [1] there,
+    # which numpy 2.4 refuses; triton 3.7 takes the one element out first.
+    if script == "interpret_decode.py" and older(triton, 3, 7) and not older(numpy, 2, 4):
+        pytest.skip(f"triton {triton.__version__}'s interpreter does not run on numpy 2.4")
     done = subprocess.run(
         [sys.executable, str(HERE / script)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
