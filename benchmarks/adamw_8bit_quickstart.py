@@ -77,7 +77,7 @@ def run(example: Any, optimizer: str | None, steps: int, train: Any, test: Any) 
         optimizer=optimizer,
         report=False,
     )
-    module = example.Classifier(str(example.MINILM), lr=3e-3)
+    module = example.Classifier(str(example.MINILM), lr=2e-3)
     trainer = example.trainer(
         max_steps=steps,
         max_epochs=-1,

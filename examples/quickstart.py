@@ -75,10 +75,15 @@ class Classifier(pl.LightningModule):
         self.log_dict({"accuracy": self.accuracy, "f1": self.f1}, prog_bar=True)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
-        rates = {"max_lr": self.hparams.lr, "pct_start": 0.1, "cycle_momentum": False}
+        head = {"params": self.head.parameters(), "lr": 1e-2}  # starts from nothing: larger steps
+        groups = [{"params": self.encoder.parameters(), "lr": self.hparams.lr}, head]
+        optimizer = torch.optim.AdamW(groups)
         steps = self.trainer.estimated_stepping_batches  # a tenth of them up, then down to nothing
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, total_steps=steps, **rates)
+        rates, shape = (
+            [group["lr"] for group in groups],
+            {"pct_start": 0.1, "cycle_momentum": False},
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, **shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -108,11 +113,11 @@ def load_and_merge(path: str) -> None:
 
 def main(model: str = str(MINILM)) -> None:
     pl.seed_everything(0)
-    (head_only := Classifier(model, lr=1e-2)).encoder.requires_grad_(False)
+    (head_only := Classifier(model, lr=0.0)).encoder.requires_grad_(False)
     rows = [fine_tune("head-only", head_only, model)]
     lora = LoRA(r=8, target_modules=["query", "key", "value", "dense"])
     peft = PEFT(lora, quantization=Quantization("nf4"), modules_to_save=["head"])
-    rows.append(fine_tune("qlora", Classifier(model, lr=3e-3), model, peft))
+    rows.append(fine_tune("qlora", Classifier(model, lr=2e-3), model, peft))
     rows.append(fine_tune("full", Classifier(model, lr=2e-4), model))
     title = f"\n{'':26} accuracy       f1   trained     fit         bytes"
     print(title, *rows, sep="\n", flush=True)

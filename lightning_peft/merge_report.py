@@ -4,12 +4,13 @@ onto.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_peft.batches import run_on
 
 __all__ = ["MergeReport", "SiteError", "output_of", "relative_change"]
 
@@ -100,12 +101,7 @@ def output_of(model: nn.Module, batch: Any) -> Tensor:
 
 def main_output(model: nn.Module, batch: Any) -> Tensor:
     """Run the model on a batch: its logits, last hidden states, or the first of a tuple, fp32."""
-    if isinstance(batch, Mapping):
-        out = model(**batch)
-    elif isinstance(batch, tuple | list):
-        out = model(*batch)
-    else:
-        out = model(batch)
+    out = run_on(model, batch)
     for attribute in ("logits", "last_hidden_state"):
         if getattr(out, attribute, None) is not None:
             out = getattr(out, attribute)

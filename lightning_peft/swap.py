@@ -8,7 +8,6 @@ nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -96,12 +95,15 @@ def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
     module.__class__ = cls._swap_base
 
 
+_BASES: dict[type, type[nn.Module]] = {}
+
+
 def base_class(module: nn.Module) -> type[nn.Module]:
     """The module's class without any of our mixins."""
-    return _base_of(type(module))
-
-
-@functools.cache
-def _base_of(cls: type) -> type[nn.Module]:
-    # Also under FSDP2, whose made class inherits from ours.
-    return next(c for c in cls.__mro__ if issubclass(c, nn.Module) and not issubclass(c, Swapped))
+    cls = type(module)
+    if cls not in _BASES:
+        # Also under FSDP2, whose made class inherits from ours.
+        _BASES[cls] = next(
+            c for c in cls.__mro__ if issubclass(c, nn.Module) and not issubclass(c, Swapped)
+        )
+    return _BASES[cls]

@@ -29,7 +29,7 @@ ROOMS: list[list[tuple[str, ...]]] = [
     [("edit", "masked", "site", "swap")],
     [("storage", "storage.*"), ("layers", "layers.*")],
     [("methods", "methods.*")],
-    [("record", "fingerprint", "targets", "architectures", "blocks", "nearest")],
+    [("record", "batches", "fingerprint", "targets", "architectures", "blocks", "nearest")],
     [("report", "report.*")],
     [
         (

@@ -51,19 +51,7 @@ def fused_experts(
             differ between experts; DoRA.
     """
     modules = dict(top.named_modules())
-    layers: dict[str, _Layer] = {}
-    rest: dict[str, Tensor] = {}
-    leaves: dict[tuple[str, str], str] = {}
-    for key, tensor in tensors.items():
-        hit = _KEY.fullmatch(key)
-        name = hit and f"{hit['parent']}.experts.{hit['expert']}.{hit['leaf']}"
-        if hit is None or hit["leaf"] not in _PARTS or name in modules:
-            rest[key] = tensor
-            continue
-        part = _PARTS[hit["leaf"]]
-        leaves[hit["parent"], part] = hit["leaf"]
-        at = (int(hit["expert"]), part, hit["tensor"][-1])
-        layers.setdefault(hit["parent"], {})[at] = tensor
+    layers, leaves, rest = _by_layer(tensors, modules)
     if not layers:
         return config, tensors, ""
     if config["peft_type"] != "LORA" or config.get("use_dora"):
@@ -106,6 +94,26 @@ def fused_experts(
     _name(config, rest, modules, set(targets))
     note = f"experts of {len(layers)} layers were layers of their own: fused, rank by weight"
     return config, rest, note
+
+
+def _by_layer(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, _Layer], dict[tuple[str, str], str], dict[str, Tensor]]:
+    """(tensors of experts by the layer's old parent, old names by (parent, part), all others)."""
+    layers: dict[str, _Layer] = {}
+    leaves: dict[tuple[str, str], str] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        hit = _KEY.fullmatch(key)
+        name = hit and f"{hit['parent']}.experts.{hit['expert']}.{hit['leaf']}"
+        if hit is None or hit["leaf"] not in _PARTS or name in modules:
+            rest[key] = tensor
+            continue
+        part = _PARTS[hit["leaf"]]
+        leaves[hit["parent"], part] = hit["leaf"]
+        at = (int(hit["expert"]), part, hit["tensor"][-1])
+        layers.setdefault(hit["parent"], {})[at] = tensor
+    return layers, leaves, rest
 
 
 def _any(old: Mapping[str, str]) -> str:

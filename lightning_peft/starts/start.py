@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.batches import run_on
 from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
 from lightning_peft.starts.pca import Principal, seeded, share_ranks
 from lightning_peft.starts.restore import keep_residual, put_tensors
@@ -49,7 +50,7 @@ def start_from_data(model: nn.Module, batches: Iterable[Any], step: Step | None 
         ValueError: no batches; a layer that did not run or got no gradient; too few rows.
     """
     waiting = waiting_adapters(model)
-    run = step or (lambda batch: _call(model, batch))
+    run = step or (lambda batch: run_on(model, batch))
     most = max((int(a.method.data_options["batches"]) for a in waiting), default=0)
     taken = list(islice(batches, most)) if waiting else []
     if waiting and not taken:
@@ -65,12 +66,6 @@ def start_from_data(model: nn.Module, batches: Iterable[Any], step: Step | None 
             found = find(adapters, mine, run)
         for adapter, (what, strengths) in zip(adapters, found, strict=True):
             _start(adapter, what, strengths)
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
 
 
 @contextmanager

@@ -34,6 +34,10 @@ SMALL = {
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_moe_experts", "moe_num_routed_experts"), 4),
 }
+#: Of those, what a text model that also exists without experts leaves open.
+WITHOUT_DEFAULT = ("num_experts", "n_routed_experts", "moe_intermediate_size")
+#: Modules without the decorator whose forward is theirs alone: refused by name.
+REFUSED = {"inkling_text": {"shared_experts"}}
 
 
 def decorated() -> list[tuple[str, str]]:
@@ -75,7 +79,7 @@ def small_experts(where: str, name: str) -> nn.Module:
             config: Any = kind()
             for key, value in SMALL.items():
                 held = getattr(config, key, None)
-                if held is not None:
+                if held is not None or (key in WITHOUT_DEFAULT and hasattr(config, key)):
                     setattr(config, key, [value] * len(held) if isinstance(held, list) else value)
             config._experts_implementation = "eager"
             with torch.device("meta"):
@@ -151,10 +155,16 @@ def test_all_linear_takes_attention_and_experts(model_type: str) -> None:
     fused = {n for n, m in model.named_modules() if is_experts(m)}
     if not fused:
         pytest.skip(f"{model_type}: no experts under the default config")
-    assert not any(experts_refusal(m) for m in model.modules())
-    report = lp.attach(model, lp.LoRA(r=2, target_modules="all-linear"))
+    refused = {n for n, m in model.named_modules() if experts_refusal(m)}
+    assert {n.rpartition(".")[2] for n in refused} == REFUSED.get(model_type, set())
+    if refused:
+        with pytest.raises(ValueError, match="leave them frozen with exclude_modules"):
+            lp.attach(model, lp.LoRA(r=2, target_modules="all-linear"))
+    method = lp.LoRA(r=2, target_modules="all-linear", exclude_modules=sorted(refused) or None)
+    report = lp.attach(model, method)
     adapted = {n for n, _ in adapted_modules(model)}
     assert fused <= adapted
+    assert not refused & adapted
     assert adapted - fused, "no attention"
     routers = {n for n in adapted if n.rpartition(".")[2] in ("gate", "router")}
     assert not {n for n in routers if hasattr(model.get_submodule(n), "top_k")}
