@@ -58,12 +58,12 @@ ROWS: tuple[Row, ...] = (
     Row("MiSS, bat", lp.MiSS(r=16, form="bat"), (1e-3, 4e-3)),
     Row("MiSS, mini", lp.MiSS(r=32, mini_r=8, form="mini"), (1e-3, 4e-3)),
     # new layers
-    Row("Bottleneck, Houlsby", lp.BottleneckAdapter("houlsby"), (6e-3, 1e-2)),
-    Row("Bottleneck, Pfeiffer", lp.BottleneckAdapter("pfeiffer"), (6e-3, 1e-2)),
-    Row("Bottleneck, parallel", lp.BottleneckAdapter("parallel"), (3e-3, 3e-3)),
+    Row("Bottleneck, Houlsby", lp.BottleneckAdapter("houlsby", 4, init="bert"), (3e-3, 1e-2)),
+    Row("Bottleneck, Pfeiffer", lp.BottleneckAdapter("pfeiffer", 2), (3e-3, 1e-2)),
+    Row("Bottleneck, parallel", lp.BottleneckAdapter("parallel", init="bert"), (1e-3, 3e-3)),
     # in the sequence
     Row("PromptTuning", lp.PromptTuning(n=10), (2e-2, 1e-1)),
-    Row("PromptTuning, added", lp.PromptTuning(n=20, mode="add"), (2e-2, 3e-2)),
+    Row("PromptTuning, added", lp.PromptTuning(n=20, mode="add"), (5e-4, 3e-2)),
     Row("HardPrompt", lp.HardPrompt(n=10), (1e-2, 1e-2)),
     Row("PTuning, MLP", lp.PTuning(n=10, encoder="mlp", hidden=128), (2e-3, 1e-2)),
     Row("PTuning, LSTM", lp.PTuning(n=10, encoder="lstm", hidden=128), (2e-3, 1e-2)),

@@ -126,7 +126,7 @@ def picture(found: dict[str, list[tuple[float, int]]]):
 
 
 def main(
-    smoke: bool, keep: bool, learn: int = 800, ask: int = 600, words: int = 32, seeds: int = 3
+    smoke: bool, keep: bool, learn: int = 800, ask: int = 400, words: int = 48, seeds: int = 3
 ) -> dict[str, list[tuple[float, int]]]:
     if smoke:
         learn, ask, words, seeds = 32, 32, 8, 1
@@ -147,6 +147,6 @@ def main(
 
 if __name__ == "__main__":
     given = parser(__doc__)
-    for option, default in (("learn", 800), ("ask", 600), ("words", 32), ("seeds", 3)):
+    for option, default in (("learn", 800), ("ask", 400), ("words", 48), ("seeds", 3)):
         given.add_argument(f"--{option}", type=int, default=default)
     main(**vars(given.parse_args()))
