@@ -121,7 +121,7 @@ def picture(found: dict[str, list[tuple[float, int]]]):
         points = [accuracy for accuracy, _ in runs]
         axes.scatter([runs[0][1]] * len(points), points, label=name)
     axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy, one dot a seed")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
