@@ -70,7 +70,7 @@ def row(weight: float) -> tuple:
 
 
 def main() -> None:
-    rows = [row(weight) for weight in (0.0, 1.0, 4.0)]
+    rows = [row(weight) for weight in (0.0, 0.1, 0.3, 1.0)]
     print()
     for line in (COLUMNS, *rows):
         print("{:>20}{:>10}{:>24}{:>18}".format(*line))

@@ -35,7 +35,7 @@ def row(name: str, method: LoRA, shrink: Callable) -> tuple:
     batch = held_out.dataset[len(held_out.dataset) // 2][0]
     print(name, "\n", shrink(module.encoder, batch))
     size = sum(p.numel() for p in module.encoder.parameters())
-    seconds = statistics.median(timed(module, batch) for _ in range(5))
+    seconds = statistics.median(timed(module, batch) for _ in range(21))
     zeros = sparsity(module.encoder, r".*encoder.*").share
     module.train()
     peft = PEFT(method, modules_to_save=["head"])

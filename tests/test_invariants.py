@@ -216,16 +216,36 @@ def test_activation_checkpointing(layer, reentrant):
 COMPILED = [y for y in LAYERS if y.name not in ("lstm", "gru", "bnb4", "bnb8")]
 
 
-@pytest.mark.parametrize("layer", COMPILED, ids=lambda y: y.name)
-def test_compiles_in_one_graph(layer):
-    """Recurrent layers are refused by Dynamo with or without adapters; bitsandbytes' own layers
-    break the graph.
+def compiled_pairs():
+    """LoRA on every layer, every method on a dense and on a packed one."""
+    dense, packed = (next(y for y in LAYERS if y.name == name) for name in ("linear", "nf4"))
+    pairs = [(CASES[0], y) for y in COMPILED]
+    # QuantAwareLoRA reads a tensor's value to know whether it rounds: its graph has a break.
+    others = [c for c in CASES[1:] if c.name != "quant_aware"]
+    return pairs + [(c, y) for c in others for y in (dense, packed)]
+
+
+@pytest.mark.parametrize(("case", "layer"), compiled_pairs(), ids=lambda value: value.name)
+def test_compiles_in_one_graph(case, layer):
+    """Output and gradients. Recurrent layers are refused by Dynamo with or without adapters;
+    bitsandbytes' own layers break the graph.
     """
-    model = attached(CASES[0], layer)
+    shadows = layer.name == "mha" or case.name == "lora_trains_biases"
+    if shadows and torch.__version__ < "2.13":
+        pytest.skip("this torch's Dynamo breaks the graph where a module's parameter is replaced")
+    model = attached(case, layer)
     x = layer.inputs()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    y = layer.run(model, x)
+    dY = torch.randn_like(y)
+    want = torch.autograd.grad(y, trained, dY, allow_unused=True)
     torch._dynamo.reset()
-    y = torch.compile(lambda t: layer.run(model, t), fullgraph=True, backend="eager")(x)
-    assert_close("compiled", y.detach(), layer.run(model, x).detach())
+    got = torch.compile(lambda t: layer.run(model, t), fullgraph=True, backend="eager")(x)
+    assert_close("compiled", got.detach(), y.detach())
+    for i, g in enumerate(torch.autograd.grad(got, trained, dY, allow_unused=True)):
+        assert (g is None) == (want[i] is None)
+        if g is not None:
+            assert_close(f"gradient {i}", g, want[i])
 
 
 ROWS = [y for y in LAYERS if y.name not in ("mha", "lstm", "gru")]

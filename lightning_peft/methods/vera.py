@@ -69,7 +69,8 @@ class _VectorsLinear(torch.autograd.Function):
         U = F.linear(x, A)
         V = F.linear(U * d, B)
         ctx.save_for_backward(W, A, B, d, b, U, V)
-        return y.addcmul_(V, b)
+        # Not in place while compiling: see the kernels' `added`.
+        return y.addcmul(V, b) if torch.compiler.is_compiling() else y.addcmul_(V, b)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]

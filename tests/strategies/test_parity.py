@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,11 @@ def test_ranks_hold_the_same_adapters_and_half_of_the_base(runs: dict[str, Job])
         assert zero["frozen_grads"] == one["frozen_grads"] == []
         assert zero["step"] == 4
     zero, one = result(runs["fsdp"], 0), result(runs["fsdp"], 1)
-    assert zero["own_bytes"] + one["own_bytes"] == zero["packed_bytes"]
+    own = zero["own_bytes"] + one["own_bytes"]
+    if torch.__version__ >= "2.13":
+        assert own == zero["packed_bytes"]
+    else:  # held as bf16 of the same bits, rows padded to be cut in two
+        assert zero["packed_bytes"] <= own <= 1.05 * zero["packed_bytes"]
     assert 0.45 < zero["own_bytes"] / zero["packed_bytes"] < 0.55
 
 
@@ -217,8 +222,10 @@ def test_files_hold_adapters_and_state_alone(runs: dict[str, Job]) -> None:
 
 def test_ddp_sends_what_is_trained_only(runs: dict[str, Job]) -> None:
     options = result(runs["ddp"])["ddp"]
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     assert options == {
-        "forward_sync_buffers": False,
+        buffers: False,
         "find_unused_parameters": False,
         "static_graph": False,
     }

@@ -1,4 +1,6 @@
-"""What the autograd functions share: rows of the last axis in and out, autocast off around them."""
+"""What the autograd functions share: rows of the last axis in and out, sums in place, autocast off
+around them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_off", "flat", "unflat"]
+__all__ = ["add_product", "added", "autocast_off", "flat", "unflat"]
 
 
 def autocast_off(device: str) -> AbstractContextManager[None]:
@@ -28,3 +30,17 @@ def unflat(y: Tensor, like: Tensor) -> Tensor:
         return y
     unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*like.shape[:-1], y.shape[-1]))
     return unviewed
+
+
+def added(y: Tensor, other: Tensor) -> Tensor:
+    """Y + other, in place.
+
+    Not while compiling: under torch 2.11 a traced function that returns what it changed in place
+    gives no gradients, without a word.
+    """
+    return y + other if torch.compiler.is_compiling() else y.add_(other)
+
+
+def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Y + a b, in place but while compiling (see `added`)."""
+    return y.addmm(a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)

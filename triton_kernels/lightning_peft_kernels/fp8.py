@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import Decision, choose
-from lightning_peft_kernels.calling import autocast_off, flat
+from lightning_peft_kernels.calling import added, autocast_off, flat
 from lightning_peft_kernels.lora_linear import (
     Plan,
     lora_backward,
@@ -212,9 +212,9 @@ class _FP8LoRALinear(torch.autograd.Function):
         S = seed = None
         if A is not None and B is not None:
             low, S, seed = lora_branch(x2, A, B, plan, x.dtype)
-            y += low
+            y = added(y, low)
         if bias is not None:
-            y += bias
+            y = added(y, bias)
         kept = x2 if A is not None and ctx.needs_input_grad[7] else None
         ctx.save_for_backward(kept, S, seed, A, B, packed, absmax, absmax2, offset, scale)
         ctx.plan, ctx.packing = plan, (shape, kind, block_size)
@@ -237,7 +237,7 @@ class _FP8LoRALinear(torch.autograd.Function):
             dX = scaled_mm(*quantize_rows_e4m3(dY2), W8, scale, dY.dtype, ctx.decision, fast=False)
             if A is not None:
                 dS = (dY2.to(plan.dtype) @ B) * plan.scaling
-                dX += lora_up_backward(dS, A, seed, plan)
+                dX = added(dX, lora_up_backward(dS, A, seed, plan))
             dX = dX.view(*ctx.leading, dX.shape[-1])
         d_bias = dY2.sum(0) if needs[6] else None
         return dX, None, None, None, None, None, d_bias, dA, dB, None, None, None, None

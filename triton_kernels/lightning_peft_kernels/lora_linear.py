@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft_kernels.calling import autocast_off, flat, unflat
+from lightning_peft_kernels.calling import add_product, autocast_off, flat, unflat
 from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
 
 __all__ = ["Plan", "lora_linear", "lora_linear_reference"]
@@ -70,7 +70,7 @@ def lora_down(x2: Tensor, A: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]
     if plan.dropout_p:
         seed = draw_seed(x2.device)
         z = seeded_dropout(z, seed, plan.dropout_p)
-    S = z @ A.mT
+    S = F.linear(z, A)
     return (S if plan.scaling == 1.0 else S * plan.scaling), seed
 
 
@@ -79,7 +79,7 @@ def lora_branch(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], seed or None)."""
     S, seed = lora_down(x2, A, plan)
-    y = S @ B.mT
+    y = F.linear(S, B)
     return (y if y.dtype == out_dtype else y.to(out_dtype)), S, seed
 
 
@@ -133,9 +133,9 @@ class _LoRALinear(torch.autograd.Function):
         y = torch.nn.functional.linear(x2, W, bias)
         S, seed = lora_down(x2, A, plan)
         if plan.dtype == y.dtype:
-            y.addmm_(S, B.mT)
+            y = add_product(y, S, B.mT)
         else:
-            y += (S @ B.mT).to(y.dtype)
+            y = y + F.linear(S, B).to(y.dtype)
         ctx.save_for_backward(x2, S, seed, A, B, W)
         ctx.plan, ctx.leading = plan, x.shape[:-1]
         return unflat(y, x)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_product
-from lightning_peft_kernels.calling import autocast_off, flat, unflat
+from lightning_peft_kernels.calling import add_product, added, autocast_off, flat, unflat
 from lightning_peft_kernels.decode import nf4_decode
 from lightning_peft_kernels.lora_linear import Plan, lora_backward, lora_down, prepare
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit_reference
@@ -112,10 +112,9 @@ class _NF4LoRALinear(torch.autograd.Function):
         else:
             keep = ctx.needs_input_grad[0] and keeps_for_backward()
             W = (kept_weights if keep else weights)(q, shape, x.dtype, kind, block_size)
-            y = (S @ B.mT).to(x.dtype)
-            y.addmm_(x2, W.mT)
+            y = add_product((S @ B.mT).to(x.dtype), x2, W.mT)
             if bias is not None:
-                y += bias
+                y = added(y, bias)
             W = W if keep else None
         ctx.save_for_backward(x2, S, seed, A, B, W, *q)
         ctx.plan, ctx.packing, ctx.leading = plan, (shape, kind, block_size), x.shape[:-1]
