@@ -75,14 +75,11 @@ class Classifier(pl.LightningModule):
         self.log_dict({"accuracy": self.accuracy, "f1": self.f1}, prog_bar=True)
 
     def configure_optimizers(self) -> dict:
-        head = {"params": self.head.parameters(), "lr": 1e-2}  # starts from nothing: larger steps
-        groups = [{"params": self.encoder.parameters(), "lr": self.hparams.lr}, head]
+        rates = [self.hparams.lr, 1e-2]  # the head starts from nothing: larger steps
+        groups = [{"params": part.parameters()} for part in (self.encoder, self.head)]
         optimizer = torch.optim.AdamW(groups)
         steps = self.trainer.estimated_stepping_batches  # a tenth of them up, then down to nothing
-        rates, shape = (
-            [group["lr"] for group in groups],
-            {"pct_start": 0.1, "cycle_momentum": False},
-        )
+        shape = {"pct_start": 0.1, "cycle_momentum": False}
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, **shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

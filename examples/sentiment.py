@@ -86,14 +86,11 @@ class Sentiment(pl.LightningModule):
         self.log("accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> dict:
-        head = {"params": self.head.parameters(), "lr": HEAD_RATE}
-        groups = [{"params": self.encoder.parameters(), "lr": self.lr}, head]
+        rates = [self.lr, HEAD_RATE]
+        groups = [{"params": part.parameters()} for part in (self.encoder, self.head)]
         optimizer = torch.optim.AdamW(groups)
         steps = self.trainer.estimated_stepping_batches  # a tenth of them up, then down to nothing
-        rates, shape = (
-            [group["lr"] for group in groups],
-            {"pct_start": 0.1, "cycle_momentum": False},
-        )
+        shape = {"pct_start": 0.1, "cycle_momentum": False}
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, **shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
