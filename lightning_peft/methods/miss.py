@@ -55,9 +55,11 @@ class Tiled(Term):
 
 def _stretches(x: Tensor, r: int) -> Tensor:
     """Σ_j x_j [..., r]; the last stretch may be short."""
-    whole = x.shape[-1] // r * r
-    s: Tensor = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
-    return s if whole == x.shape[-1] else s + F.pad(x[..., whole:], (0, whole + r - x.shape[-1]))
+    short = -x.shape[-1] % r
+    if short:
+        x = F.pad(x, (0, short))
+    s: Tensor = x.reshape(*x.shape[:-1], -1, r).sum(-2)
+    return s
 
 
 class _TiledLinear(torch.autograd.Function):
@@ -83,11 +85,12 @@ class _TiledLinear(torch.autograd.Function):
         dX = None
         if ctx.needs_input_grad[0]:
             dX, dS, r = dY2 @ W, dY2 @ D.mT, D.shape[0]
-            whole = dX.shape[-1] // r * r
-            dX[:, :whole].unflatten(-1, (-1, r)).add_(dS.unsqueeze(1))
-            if whole < dX.shape[-1]:
-                dX[:, whole:].add_(dS[:, : dX.shape[-1] - whole])
-            dX = dX.view(*dY.shape[:-1], dX.shape[-1])
+            rest = dX.shape[1] % r
+            stretches = dX[:, : dX.shape[1] - rest] if rest else dX
+            stretches.view(len(dX), -1, r).add_(dS.unsqueeze(1))
+            if rest:
+                dX[:, -rest:].add_(dS[:, :rest])
+            dX = dX.view(*dY.shape[:-1], dX.shape[1])
         return dX, None, None, S.mT @ dY2
 
 
