@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning_peft_kernels import backend
-from lightning_peft_kernels.backend import CROSSINGS, choose, choose_product, crossing, prefer
+from lightning_peft_kernels.backend import (
+    CROSSINGS,
+    EXPERT_ROWS,
+    choose,
+    choose_experts,
+    choose_product,
+    crossing,
+    prefer,
+)
 
 CPU = torch.device("cpu")
 
@@ -62,3 +70,13 @@ def test_product_by_tokens(tokens: int, backend_name: str, monkeypatch: pytest.M
     decision = choose_product(CPU, torch.bfloat16, tokens, (14336, 4096))
     assert decision.backend == backend_name
     assert f"{tokens} tokens" in decision.reason
+
+
+def test_experts_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(rows: int, shape: tuple[int, int] = (768, 2048)) -> str:
+        return choose_experts(CPU, torch.bfloat16, rows, 128, shape).backend
+
+    assert choose_experts(CPU, torch.bfloat16, 1, 128, (768, 2048)).reason == "cpu tensors"
+    monkeypatch.setattr(backend, "_why_not_triton", lambda device, dtype: None)
+    assert of(0) == of(8 * 64) == of(128 * EXPERT_ROWS) == "fused"
+    assert of(128 * EXPERT_ROWS + 1) == of(8, (768, 21)) == "dequantize"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_peft_kernels import workspace
+from lightning_peft_kernels import backend, workspace
 from lightning_peft_kernels.backend import CROSSINGS, architecture, choose, choose_product
 from lightning_peft_kernels.decode import nf4_decode_reference
+from lightning_peft_kernels.expert_groups import Groups
+from lightning_peft_kernels.experts import nf4_grouped_linear
 from lightning_peft_kernels.fp8 import (
     choose_fp8,
     dequantize_e4m3,
@@ -194,3 +196,30 @@ def test_the_decision_can_be_asked_for() -> None:
     few = choose_product(CUDA, torch.bfloat16, 1, (14336, 4096))
     many = choose_product(CUDA, torch.bfloat16, 4096, (14336, 4096))
     assert (few.backend, many.backend) == ("fused", "dequantize")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("most", [0, 64], ids=["made first", "decoded inside"])
+@pytest.mark.parametrize("counts", [[0, 7, 1, 0], [300, 0, 2, 90], [0] * 4], ids=str)
+def test_packed_experts(
+    counts: list[int], most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "EXPERT_ROWS", most)
+    N, K, tail = 192, 320, 5
+    each = [quantize_4bit(torch.randn(N, K) / K**0.5) for _ in counts]
+    W = torch.stack([dequantize_4bit(q, (N, K), torch.float32) for q in each]).double()
+    parts = (torch.stack([t.reshape(-1) for t in ts]).to(CUDA) for ts in zip(*each, strict=True))
+    q = Packed4bit(*parts)
+    groups = Groups.counted(counts, sum(counts) + tail, CUDA)
+    expert = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    x, dY = torch.randn(groups.rows, K).to(dtype), torch.randn(groups.rows, N).to(dtype)
+    found = x.to(CUDA).requires_grad_()
+    y = nf4_grouped_linear(found, q, (N, K), groups)
+    y.backward(dY.to(CUDA))
+    assert found.grad is not None
+    n = len(expert)
+    want = torch.einsum("sk,snk->sn", x[:n].double(), W[expert])
+    dX = torch.einsum("sn,snk->sk", dY[:n].double(), W[expert])
+    for name, got, truth in (("y", y.detach(), want), ("dX", found.grad, dX)):
+        assert not got[n:].any(), "rows of nobody"
+        assert_close(name, got[:n].cpu(), truth, floor=FLOOR[dtype])

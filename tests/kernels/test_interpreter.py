@@ -9,6 +9,8 @@ import numpy
 import pytest
 
 HERE = Path(__file__).parent
+#: Whose kernels loop up to a size.
+LOOPS = ("interpret_decode.py", "interpret_experts.py")
 
 
 def older(module, *version):
@@ -20,6 +22,7 @@ def older(module, *version):
     [
         "interpret_nf4.py",
         "interpret_decode.py",
+        "interpret_experts.py",
         "interpret_output_scale.py",
         "interpret_dropout.py",
     ],
@@ -28,7 +31,7 @@ def test_interpreter(script):
     triton = pytest.importorskip("triton")
     # A loop whose bounds are known at run time: triton 3.6 makes an int of an array [1] there,
     # which numpy 2.4 refuses; triton 3.7 takes the one element out first.
-    if script == "interpret_decode.py" and older(triton, 3, 7) and not older(numpy, 2, 4):
+    if script in LOOPS and older(triton, 3, 7) and not older(numpy, 2, 4):
         pytest.skip(f"triton {triton.__version__}'s interpreter does not run on numpy 2.4")
     done = subprocess.run(
         [sys.executable, str(HERE / script)],

@@ -35,6 +35,7 @@ MODULES = (
     "lightning_peft_kernels.nf4_quantize_triton",
     "lightning_peft_kernels.fp8_triton",
     "lightning_peft_kernels.decode_triton",
+    "lightning_peft_kernels.experts_triton",
     "lightning_peft_kernels.output_scale_triton",
     "lightning_peft_kernels.dropout_triton",
     "lightning_peft_kernels.adamw_8bit_triton",

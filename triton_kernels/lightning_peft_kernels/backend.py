@@ -16,10 +16,12 @@ import torch
 
 __all__ = [
     "CROSSINGS",
+    "EXPERT_ROWS",
     "Decision",
     "Preference",
     "architecture",
     "choose",
+    "choose_experts",
     "choose_group",
     "choose_product",
     "crossing",
@@ -47,6 +49,11 @@ CROSSINGS: dict[str, tuple[tuple[int, int], ...]] = {
 # q, k, v and gate, up of a Llama block of width 1024, 16 to 1,024 tokens, forward and backward: as
 # one product 0.94 to 1.16 of the time (benchmarks/grouped_cpu.py, 2026-11-21).
 GROUPED_ON_CPU = "no faster as one product"
+# Rows an expert, on average, up to which packed experts are decoded in their grouped product. Not
+# measured; arithmetic for an H200 (4.3 TB/s, 790 TFLOP/s): dequantise, write and read 4.5 bytes a
+# weight, 1.05 ps; decoding takes 9 instructions a weight and tile of 64 rows, 0.27 ps, and half the
+# library's rate in the product: even near 128 rows, half of that for what the sum leaves out.
+EXPERT_ROWS = 64
 _EVIDENCE = "as calibrated by bitsandbytes, not measured with these kernels"
 
 
@@ -140,6 +147,22 @@ def choose_product(
     most = crossing(chip, shape)
     reason = f"{tokens} tokens, crossing {most} on {chip} ({_EVIDENCE})"
     return Decision("fused" if tokens <= most else "dequantize", reason)
+
+
+def choose_experts(
+    device: torch.device, dtype: torch.dtype, rows: int, experts: int, shape: Sequence[int]
+) -> Decision:
+    """How rows sorted by expert are multiplied by packed W [experts, N, K]: ``"fused"`` or
+    ``"dequantize"``. From the average rows an expert: how they spread is known on the device alone.
+    """
+    base = choose("nf4_grouped_linear", device, dtype)
+    if base.backend == "torch":
+        return Decision("dequantize", base.reason)
+    if shape[1] % 2:
+        return Decision("dequantize", f"K = {shape[1]}")
+    each = rows / experts
+    reason = f"{each:.0f} rows an expert, crossing {EXPERT_ROWS} (by arithmetic, not measured)"
+    return Decision("fused" if each <= EXPERT_ROWS else "dequantize", reason)
 
 
 def prefer_groups(preference: bool | None) -> bool | None:

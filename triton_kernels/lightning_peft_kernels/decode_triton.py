@@ -27,7 +27,7 @@ from lightning_peft_kernels.dynamic_map import dynamic_map
 if TYPE_CHECKING:
     from lightning_peft_kernels.nf4 import Packed4bit
 
-__all__ = ["GEMV_ROWS", "aot_specs", "decode"]
+__all__ = ["GEMV_ROWS", "aot_specs", "block_scale", "decode"]
 
 GEMV_ROWS = 4  # rows of x up to which products and sums beat matrix instructions
 _ROWS, _WORDS = 16, 64
@@ -89,7 +89,8 @@ def _dot8_gather(
 
 
 @triton.jit
-def _scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED: tl.constexpr):
+def block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED: tl.constexpr):
+    """Scales fp32 of these blocks; nested ones are decoded."""
     if NESTED:
         c = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
         second = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
@@ -136,9 +137,8 @@ def _gemv_kernel(
         inside = (row < N)[:, None] & here[None, :]
         at = row[:, None].to(tl.int64) * words + word[None, :]
         bits = tl.load(packed_ptr + at, mask=inside, other=0)
-        scale = _scale(
-            absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, at // (BLOCK_SIZE // 8), inside, NESTED
-        )
+        block = at // (BLOCK_SIZE // 8)
+        scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED)
         x = x_ptr + m * K + word * 8
         x0 = tl.load(x, mask=here, other=0.0).to(tl.float32)[None, :]
         x1 = tl.load(x + 1, mask=here, other=0.0).to(tl.float32)[None, :]
@@ -191,9 +191,8 @@ def _gemm_kernel(
         inside = (n < N)[:, None] & here[None, :]
         at = n[:, None].to(tl.int64) * (K // 2) + column[None, :]
         bits = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
-        scale = _scale(
-            absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, at // (BLOCK_SIZE // 2), inside, NESTED
-        )
+        block = at // (BLOCK_SIZE // 2)
+        scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED)
         x = x_ptr + m[None, :] * K + 2 * column[:, None]
         taken = here[:, None] & (m < M)[None, :]
         even = tl.load(x, mask=taken, other=0.0)

@@ -6,8 +6,9 @@ Dense weights take `torch.nn.functional.grouped_mm`, which reads where groups en
 CUDA nothing waits for the host. It wants rows of whole 16 bytes; others are padded there and
 multiplied one by one on a CPU. A weight in another dtype, or packed, is made expert by expert in a
 small buffer that is used again and again, in backward too, and only for experts that have rows: no
-tensor of E·N·K elements arises. Without host counts the experts with rows are not known, so that a
-packed weight is made whole for the product.
+tensor of E·N·K elements arises. Without host counts (on CUDA) a packed weight is decoded inside the
+product up to `backend.EXPERT_ROWS` rows an expert; above, the experts that have rows are made in a
+buffer of E·N·K for the duration of the product.
 
 Rows beyond the last group (expert-parallel sentinels) give zeros.
 """
@@ -75,8 +76,8 @@ def nf4_grouped_linear(
     """`grouped_linear` with W packed expert by expert: every part of `q` has a leading expert
     axis.
 
-    Differentiable in X alone. On the host only experts with rows are dequantised, a few at a time;
-    without host counts all are, for the duration of the product.
+    Differentiable in X alone. On the host experts with rows are dequantised, a few at a time;
+    without host counts see `backend.choose_experts`.
     """
     _check(X, groups, q.packed.shape[0])
     packing = (shape, kind, block_size)

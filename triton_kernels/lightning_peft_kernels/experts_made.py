@@ -1,6 +1,8 @@
 """Grouped products with weights that are made for them: packed ones, or dense ones to be cast.
 
-Experts that have rows are made a few at a time in one buffer, forward and backward alike.
+On the host experts that have rows are made a few at a time in one buffer, forward and backward
+alike. Where only the device knows which have rows, a packed weight is decoded in the product; with
+many rows an expert those that are used are made in one buffer for all.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.backend import choose, choose_experts
 from lightning_peft_kernels.dynamic_map import dynamic_map
-from lightning_peft_kernels.expert_groups import Groups, library_product, unaligned
+from lightning_peft_kernels.expert_groups import Groups, library_product, outside, unaligned
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit
 
 __all__ = ["MadeByExpert"]
@@ -45,9 +48,10 @@ class _Cast:
         for slot, first, n in _runs(experts):
             out[slot : slot + n].copy_(self.W[first : first + n])
 
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        """All experts."""
-        return self.W.to(dtype)
+    def on_device(self, X: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
+        """The product without counts on the host."""
+        W = self.W.to(X.dtype)
+        return library_product(X, W if transposed else W.mT, groups.offsets, tail=groups.tail)
 
 
 class _Packed:
@@ -99,11 +103,33 @@ class _Packed:
                 q, shape, out.dtype, kind=self.kind, block_size=self.block_size, out=W.view(shape)
             )
 
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        """All experts."""
-        self.prepare(range(self.experts))
-        W = torch.empty(self.experts, self.N, self.K, dtype=dtype, device=self.q.packed.device)
-        self.fill(W, range(self.experts))
+    def on_device(self, X: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
+        """The product without counts on the host."""
+        shape, ends = (self.N, self.K), groups.offsets
+        how = choose_experts(X.device, X.dtype, groups.rows, self.experts, shape)
+        if how.backend == "dequantize":
+            W = self._used(X.dtype, ends)
+            return library_product(X, W if transposed else W.mT, ends, tail=groups.tail)
+        from lightning_peft_kernels.experts_triton import grouped_decode
+
+        Y: Tensor = grouped_decode(
+            X.contiguous(), self.q, shape, ends, self.kind, self.block_size, transposed=transposed
+        )
+        return Y.masked_fill_(outside(ends, X.shape[0]), 0.0) if groups.tail else Y
+
+    def _used(self, dtype: torch.dtype, ends: Tensor) -> Tensor:
+        """W [E, N, K] of experts that have rows; of all where no kernel can tell."""
+        everyone, device = range(self.experts), self.q.packed.device
+        self.prepare(everyone)
+        W = torch.empty(self.experts, self.N, self.K, dtype=dtype, device=device)
+        whole_blocks = self.N * self.K % self.block_size == 0
+        if whole_blocks and choose("dequantize_4bit", device, dtype).backend == "triton":
+            from lightning_peft_kernels.experts_triton import dequantize_used
+
+            assert self._scales is not None  # `prepare` was called
+            packed = self.q.packed.reshape(self.experts, -1)
+            return dequantize_used(packed, self._scales, ends, self.kind, self.block_size, W)
+        self.fill(W, everyone)
         return W
 
 
@@ -206,8 +232,7 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
 
     width = weights.N if transposed else weights.K
     if not groups.on_host:
-        W = weights.whole(X.dtype)
-        return library_product(X, W if transposed else W.mT, groups.offsets, tail=groups.tail)
+        return weights.on_device(X, groups, transposed=transposed)
     slabs = list(_slabs(groups.counts, weights.experts, weights.N * weights.K))
     Y = (
         X.new_zeros(X.shape[0], width)
