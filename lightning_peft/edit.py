@@ -26,9 +26,11 @@ __all__ = [
     "Dense",
     "Edit",
     "Folds",
+    "Grouped",
     "Kron",
     "LowRank",
     "NotMergeable",
+    "OnExperts",
     "Rotation",
     "Term",
     "as_low_rank",
@@ -69,12 +71,34 @@ class LowRank:
         """Two thin products."""
         return ops.low_rank(site.module, _cast(x, self.A), self.A, self.B, self.scaling)
 
+    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
+        """Two thin products."""
+        return product(product(x, self.A) * self.scaling, self.B)
+
 
 class ByHand(Protocol):
     """A term that knows a shorter way on a plain dense linear layer than base call and `apply`."""
 
     def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """X Wᵀ + b and the change, W and b frozen, everything in one dtype."""
+        ...
+
+
+class Grouped(Protocol):
+    """The product of rows sorted by expert with a weight of their own: x [S·times, in], `times`
+    neighbours a row, W [E, out, in] or one [out, in] for all → [S·times, out].
+    """
+
+    def __call__(self, x: Tensor, W: Tensor, times: int = 1) -> Tensor:
+        """X W[e]ᵀ."""
+        ...
+
+
+class OnExperts(Protocol):
+    """A term that acts on rows sorted by expert in products, without forming ΔW [E, out, in]."""
+
+    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
+        """ΔW[e] acting on x [S, in]."""
         ...
 
 
@@ -144,6 +168,13 @@ class Kron:
         X = _cast(x, self.C).reshape(*x.shape[:-1], c, d)
         y: Tensor = self.scaling * (self.C @ (X @ self.D.mT)).flatten(-2)
         return y
+
+    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
+        """The same: rows of X, then columns, are the rows of a product."""
+        (b, d), (a, c) = self.D.shape[-2:], self.C.shape[-2:]
+        half = product(x.reshape(-1, d), self.D, c).view(-1, c, b).mT.reshape(-1, c)
+        y = product(half, self.C, b).view(-1, b, a).mT
+        return self.scaling * y.reshape(-1, a * b)
 
 
 @dataclass(frozen=True)
@@ -295,6 +326,11 @@ class Edit:
         if len(self.terms) != 1 or not hasattr(self.terms[0], "on_linear"):
             return None
         return self.terms[0] if self.form() <= {"low_rank", "terms"} else None
+
+    @property
+    def on_experts(self) -> bool:
+        """Whether it acts on rows sorted by expert; else W' of all experts is formed."""
+        return self.rotation is None and all(hasattr(t, "on_experts") for t in self.terms)
 
     @property
     def _all_low_rank(self) -> bool:

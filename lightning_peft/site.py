@@ -7,7 +7,7 @@ It never sees whether the weight is packed (`Storage`) nor whether the layer is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lightning_peft.edit import Edit, Rotation
 
 __all__ = ["BlockSite", "LayerOps", "Reason", "SequenceSite", "Site", "Storage"]
+
+
+#: Elements of experts that are read at once: 4 MB in fp32 stay in a CPU's second cache.
+_SLAB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,16 @@ class Storage(Protocol):
         """Floating dtype that `read` returns when none is asked for."""
         ...
 
-    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in its natural shape, detached; dense storage returns it without a copy."""
+    def read(
+        self,
+        m: nn.Module,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
+        """The weight in its natural shape, detached; dense storage returns it without a copy. With
+        `part` these of its leading axis alone: some experts of a stack.
+        """
         ...
 
     def write(self, m: nn.Module, name: str, W: Tensor) -> None:
@@ -274,6 +286,20 @@ class Site:
         """Canonical weight [*batch, out, in], detached, dequantised where packed."""
         natural = self.storage.read(self.module, self.parameter, dtype)
         return self.ops.to_matrix(self.module, self.parameter, natural)
+
+    def slabs(self, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """(which experts, their canonical weights) a few at a time, never more than a quarter of a
+        stack; a weight without experts comes at once.
+        """
+        if not self.batch_shape:
+            yield slice(None), self.weight(dtype)
+            return
+        experts, out, width = self.shape
+        most = max(1, min(_SLAB // (out * width), experts // 4))
+        for first in range(0, experts, most):
+            part = slice(first, first + most)
+            natural = self.storage.read(self.module, self.parameter, dtype, part)
+            yield part, self.ops.to_matrix(self.module, self.parameter, natural)
 
     def write(self, M: Tensor) -> None:
         """Store a canonical weight."""

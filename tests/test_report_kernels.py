@@ -9,6 +9,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.methods.base import Method
+from tests.hf.exchange import build
 from tests.tiny_models import BUILDERS
 
 NF4 = lp.Quantization("nf4", block_size=32)
@@ -38,6 +39,27 @@ def test_words(method: Method, quantization: lp.Quantization | None, want: str) 
     found = words(BUILDERS["llama"](), method, quantization)
     assert all(word.startswith(want) for word in found), found
     assert found
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization", "want"),
+    [
+        (lp.LoRA(r=2, target_modules=["experts"]), None, {"grouped products"}),
+        (lp.DoRA(r=2, target_modules=["experts"]), NF4, {"grouped products; torch: cpu tensors"}),
+        (
+            lp.MiSS(r=4, form="bat", target_modules=["experts"]),
+            None,
+            # 4 experts, 32 → 2 × 64 and 64 → 32, fp32
+            {f"W' of all experts formed in every forward: {n} bytes" for n in ("65,536", "32,768")},
+        ),
+    ],
+    ids=["LoRA", "DoRA NF4", "MiSS bat"],
+)
+def test_words_on_experts(
+    method: Method, quantization: lp.Quantization | None, want: set[str]
+) -> None:
+    model, _ = build("mixtral")
+    assert words(model, method, quantization) == want
 
 
 def test_a_bias_that_dora_does_not_scale() -> None:

@@ -15,7 +15,7 @@ from lightning_peft_kernels.experts import Groups, grouped_linear
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, Kron, LowRank
+from lightning_peft.edit import Edit, Grouped
 from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.experts_layout import (
     first_weight,
@@ -156,7 +156,7 @@ def _product(
     edits = [a.edit() for a in adapters]
     masks = [rows.get(a.adapter_name) for a in adapters]
     bias = getattr(m, f"{name}_bias")[routing.expert] if has_bias(m) else None
-    if any(e.rotation is not None or not _thin(e) for e in edits):
+    if not all(e.on_experts for e in edits):
         return _weight_path(m, name, x, routing, adapters, edits, bias, rows)
     inputs = [x] * len(edits)
     for i in reversed(range(len(edits))):
@@ -167,6 +167,7 @@ def _product(
     y = _base(m, name, x, routing)
     if bias is not None:
         y = y + bias.to(y.dtype)
+    product = _grouped(routing)
     for e, z, mask in zip(edits, inputs, masks, strict=True):
         v = y
         keep = bias if e.out_scale is not None and not e.scale_bias else None
@@ -174,8 +175,7 @@ def _product(
             v = v - keep
         for term in e.terms:
             drop = F.dropout(z, e.dropout, m.training) if e.dropout and m.training else z
-            change = _kron if isinstance(term, Kron) else _low_rank
-            v = v + change(term, drop, routing).to(v.dtype)  # type: ignore[arg-type]
+            v = v + term.on_experts(drop, product).to(v.dtype)  # type: ignore[attr-defined]
         if e.bias is not None and (e.scale_bias or e.out_scale is None):
             v = v + _by_pair(e.bias, routing).to(v.dtype)
         if e.out_scale is not None:
@@ -184,10 +184,6 @@ def _product(
             v = v + keep
         y = _where(mask, v, y)
     return y
-
-
-def _thin(edit: Edit) -> bool:
-    return all(isinstance(t, LowRank | Kron) for t in edit.terms)
 
 
 def _where(mask: Tensor | None, yes: Tensor, no: Tensor) -> Tensor:
@@ -217,26 +213,17 @@ def _base(m: Any, name: str, x: Tensor, routing: _Routing) -> Tensor:
     return grouped_linear(x, W.mT if is_transposed(m) else W, routing.groups)
 
 
-def _low_rank(term: LowRank, x: Tensor, routing: _Routing) -> Tensor:
-    """scaling · B[e] A[e] x, two thin grouped products; or one pair A, B for all experts."""
-    A, B = _autocast(term.A, term.B)
-    x = x.to(A.dtype)
-    if A.ndim == 2:
-        return F.linear(F.linear(x, A) * term.scaling, B)
-    groups = routing.groups
-    return grouped_linear(grouped_linear(x, A, groups) * term.scaling, B, groups)
+def _grouped(routing: _Routing) -> Grouped:
+    """The product that terms are given."""
 
+    def product(x: Tensor, W: Tensor, times: int = 1) -> Tensor:
+        (W,) = _autocast(W)
+        x = x.to(W.dtype)
+        if W.ndim == 2:  # shared by all experts
+            return F.linear(x, W)
+        return grouped_linear(x, W, routing.groups if times == 1 else routing.groups.times(times))
 
-def _kron(term: Kron, x: Tensor, routing: _Routing) -> Tensor:
-    """scaling · C[e] X D[e]ᵀ with x read as X [c, d]: rows of X, then columns, are the rows of a
-    grouped product.
-    """
-    C, D = _autocast(term.C, term.D)
-    groups, (b, d), (a, c) = routing.groups, D.shape[-2:], C.shape[-2:]
-    rows = x.to(C.dtype).reshape(-1, d)  # [S·c, d]
-    half = grouped_linear(rows, D, groups.times(c)).view(-1, c, b).mT.reshape(-1, c)
-    y = grouped_linear(half, C, groups.times(b)).view(-1, b, a).mT
-    return term.scaling * y.reshape(-1, a * b)
+    return product
 
 
 def _weight_path(

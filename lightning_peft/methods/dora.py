@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,24 +69,29 @@ class DoRA(LoRA):
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """LoRA's start, then magnitude = ‖W + s B A‖ of what the layer reads."""
         base = super().initialise(p, site, W) if self.rewrites_base else None
-        read = site.weight(torch.float32) if base is None else site.roundtrip(base)
+        read = site.slabs(torch.float32) if base is None else [(slice(None), site.roundtrip(base))]
         p["magnitude"] = self._norm(p, site, read)
         return base
 
-    def _norm(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor:
-        """‖W + s B A‖ by rows, fp32 [*batch, out]."""
-        A, B = p["A"].detach().float().to(W.device), p["B"].detach().float().to(W.device)
+    def _norm(
+        self, p: Mapping[str, Tensor], site: Site, weights: Iterable[tuple[slice, Tensor]]
+    ) -> Tensor:
+        """‖W + s B A‖ by rows, fp32 [*batch, out]; of experts a few at a time."""
+        A, B = p["A"].detach().float(), p["B"].detach().float()
         s = self.scaling(site, A.shape[-2])
-        cross = (W @ A.mT * B).sum(-1)
-        own = (B @ (A @ A.mT) * B).sum(-1)
-        square = torch.linalg.vector_norm(W, dim=-1).square() + 2 * s * cross + s * s * own
-        norm: Tensor = square.clamp_min(0.0).sqrt()
-        return norm
+        norms = []
+        for part, W in weights:
+            a, b = ((t[part] if t.ndim == 3 else t).to(W.device) for t in (A, B))
+            cross = (W @ a.mT * b).sum(-1)
+            own = (b @ (a @ a.mT) * b).sum(-1)
+            square = torch.linalg.vector_norm(W, dim=-1).square() + 2 * s * cross + s * s * own
+            norms.append(square.clamp_min(0.0).sqrt())
+        return norms[0] if len(norms) == 1 else torch.cat(norms)
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """Rows of W + s B A scaled by magnitude / norm; the bias is not."""
         with torch.no_grad():
-            norm = self._norm(p, site, site.weight(torch.float32))
+            norm = self._norm(p, site, site.slabs(torch.float32))
         scale = p["magnitude"] / norm.clamp_min(torch.finfo(torch.float32).tiny).to(
             p["magnitude"].dtype
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Dense, Edit, Term
+from lightning_peft.edit import Dense, Edit, Grouped, Term
 from lightning_peft.methods.base import (
     HFEntry,
     HFFormat,
@@ -46,6 +46,10 @@ class Tiled(Term):
             x = x.to(self.D.dtype)
         y: Tensor = _stretches(x, self.D.shape[0]) @ self.D
         return y
+
+    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
+        """(Σ_j x_j) D[e]."""
+        return product(_stretches(x, self.D.shape[-2]), self.D.mT)
 
     def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Base and change in one function."""

@@ -19,10 +19,10 @@ _LOW_RANK = frozenset({"low_rank"})
 
 
 class KernelWords:
-    """The words for each adapter; an Edit is made once a method and kind of layer."""
+    """The words for each adapter; an Edit is made once a method, kind of layer and shape."""
 
     def __init__(self) -> None:
-        self._edits: dict[tuple[int, type[Any]], Edit] = {}
+        self._edits: dict[tuple[int, type[Any], torch.Size], Edit] = {}
 
     def of(self, adapter: Adapter) -> str:
         """ "fused" and who dequantises; or why no fused kernel runs. "" for what is no edit."""
@@ -31,10 +31,12 @@ class KernelWords:
         site = adapter.site
         if site.device.type == "meta":
             return "decided when the weights are there"
-        key = id(adapter.method), type(site.ops)
+        key = id(adapter.method), type(site.ops), site.shape
         if key not in self._edits:
             with torch.no_grad():
                 self._edits[key] = adapter.edit()
+        if site.batch_shape:
+            return _on_experts(self._edits[key], site)
         why = _why_not_fused(self._edits[key], site)
         return why or "; ".join(filter(None, ("fused", _products(site))))
 
@@ -49,6 +51,16 @@ def _why_not_fused(edit: Edit, site: Site) -> str:
         form = _LOW_RANK
     found = site.storage.fused(form, site)
     return str(found) if isinstance(found, Reason) else ""
+
+
+def _on_experts(edit: Edit, site: Site) -> str:
+    if not edit.on_experts:
+        size = site.shape.numel() * site.dtype.itemsize
+        return f"W' of all experts formed in every forward: {size:,} bytes"
+    if site.parameter not in vars(site.module).get("_packed", {}):
+        return "grouped products"
+    decision = choose("nf4_grouped_linear", site.device, site.dtype)
+    return f"grouped products; {decision.backend}: {decision.reason}"
 
 
 def _products(site: Site) -> str:

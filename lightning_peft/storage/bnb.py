@@ -46,25 +46,33 @@ class Bnb4bitStorage:
         dtype: torch.dtype = m.weight.dtype if state is None else state.dtype
         return dtype
 
-    def read(self, m: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        m: Any,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
         """Dequantised by our kernel, which reads bitsandbytes' bytes."""
         state = _state(m)
         if state is None:  # not on a device yet, so not quantised yet
             W: Tensor = m.weight.detach()
-            return W if dtype is None else W.to(dtype)
+            W = W if dtype is None else W.to(dtype)
+            return W if part is None else W[part]
         q = Packed4bit(
             m.weight.data.view(torch.uint8).reshape(-1),
             state.absmax,
             state.state2.absmax if state.nested else None,
             state.offset if state.nested else None,
         )
-        return dequantize_4bit(
+        W = dequantize_4bit(
             q,
             self.shape(m, name),
             dtype or state.dtype,
             kind=state.quant_type,
             block_size=state.blocksize,
         )
+        return W if part is None else W[part]
 
     def write(self, m: Any, name: str, W: Tensor) -> None:
         """Requantise with the layer's own settings."""
@@ -191,14 +199,21 @@ class Bnb8bitStorage:
         bias: Tensor | None = m.bias
         return torch.float16 if bias is None else bias.dtype
 
-    def read(self, m: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        m: Any,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
         """Dequantised in fp32, rounded once."""
         if m.weight.dtype != torch.int8:
             W: Tensor = m.weight.detach()
-            return W if dtype is None else W.to(dtype)
-        rows = m.weight.data.float() * (_scale(m).float()[:, None] / 127.0)
-        M: Tensor = rows.to(dtype or torch.float32)
-        return M
+            W = W if dtype is None else W.to(dtype)
+        else:
+            rows = m.weight.data.float() * (_scale(m).float()[:, None] / 127.0)
+            W = rows.to(dtype or torch.float32)
+        return W if part is None else W[part]
 
     def write(self, m: Any, name: str, W: Tensor) -> None:
         """Requantise by rows."""

@@ -39,9 +39,17 @@ class DenseStorage:
         """The parameter's dtype."""
         return held(m, name).dtype
 
-    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        m: nn.Module,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
         """The parameter itself, detached; under torch.nn.utils.prune, masked."""
         W, mask = held(m, name).detach(), mask_of(m, name)
+        if part is not None:
+            W, mask = W[part], None if mask is None else mask[part]
         W = W if mask is None else W * mask
         return W if dtype is None else W.to(dtype)
 

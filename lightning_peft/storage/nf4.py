@@ -240,7 +240,7 @@ def _present(t: Tensor | None) -> Tensor:
 
 
 def dequantize_matrix(q: Packed4bit, p: Packing, dtype: torch.dtype) -> Tensor:
-    """The canonical weight."""
+    """The canonical weight; of as many experts as there are bytes of."""
     if len(p.shape) == 2:
         return dequantize_4bit(q, p.shape, dtype, kind=p.kind, block_size=p.block_size)
     one = p.shape[1:]
@@ -251,7 +251,7 @@ def dequantize_matrix(q: Packed4bit, p: Packing, dtype: torch.dtype) -> Tensor:
             None if q.absmax2 is None else q.absmax2[e],
             None if q.offset is None else q.offset[e].reshape(1),
         )
-        for e in range(p.shape[0])
+        for e in range(q.packed.shape[0])
     ]
     return torch.stack(
         [dequantize_4bit(x, one, dtype, kind=p.kind, block_size=p.block_size) for x in parts]
@@ -291,11 +291,17 @@ def place(module: nn.Module, name: str, bits: Packed4bit, p: Packing) -> None:
         module.register_buffer(f"{name}_offset", offset.view(torch.uint8))
 
 
-def read_natural(module: Any, name: str, dtype: torch.dtype | None) -> Tensor:
-    """The natural weight, dequantised."""
+def read_natural(
+    module: Any, name: str, dtype: torch.dtype | None, part: slice | None = None
+) -> Tensor:
+    """The natural weight, dequantised; with `part` these of its leading axis."""
     p: Packing = module._packed[name]
-    M = dequantize_matrix(packed(module, name), p, dtype or p.dtype)
-    return M.mT if p.transposed else M
+    q, by_expert = packed(module, name), len(p.shape) > 2
+    if part is not None and by_expert:
+        q = Packed4bit(*(None if t is None else t[part] for t in q))  # type: ignore[arg-type]
+    M = dequantize_matrix(q, p, dtype or p.dtype)
+    W = M.mT if p.transposed else M
+    return W if part is None or by_expert else W[part]
 
 
 def stored(m: Any, name: str) -> dict[str, Tensor]:

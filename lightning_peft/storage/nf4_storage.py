@@ -55,9 +55,15 @@ class NF4Storage:
         dtype: torch.dtype = m._packed[name].dtype
         return dtype
 
-    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        m: nn.Module,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
         """Dequantised, natural."""
-        return read_natural(m, name, dtype)
+        return read_natural(m, name, dtype, part)
 
     def write(self, m: Any, name: str, W: Tensor) -> None:
         """Quantise and copy in; scales and bytes keep their shapes."""

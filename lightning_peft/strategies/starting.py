@@ -116,9 +116,16 @@ class _InMemory:
         self._storage = storage
         self._W = W
 
-    def read(self, m: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self,
+        m: nn.Module,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
         """What the stored weight reads as."""
         W = self._storage.roundtrip(m, name, self._W)
+        W = W if part is None else W[part]
         return W if dtype is None else W.to(dtype)
 
     def __getattr__(self, name: str) -> Any:

@@ -26,6 +26,10 @@ METHODS = {
     "IA3": lp.IA3(target_modules=["experts"]),
     "VeRA": lp.VeRA(r=8, target_modules=["experts"]),
     "LoKr": lp.LoKr(r=2, target_modules=["experts"]),
+    "LoHa": lp.LoHa(r=2, target_modules=["experts"]),
+    "DoRA": lp.DoRA(r=RANK, target_modules=["experts"]),
+    "MiSS": lp.MiSS(r=8, target_modules=["experts"]),
+    "MiSS mini": lp.MiSS(r=7, mini_r=4, form="mini", target_modules=["experts"]),
 }
 #: Operations by which the host waits for a device.
 WAITS = {
