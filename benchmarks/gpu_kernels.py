@@ -18,6 +18,7 @@ from harness import NOT_MEASURED
 from lightning_peft_kernels.backend import choose_product
 from lightning_peft_kernels.decode import nf4_decode
 from lightning_peft_kernels.nf4 import dequantize_4bit, quantize_4bit
+from lightning_peft_kernels.rank_gradients import rank_gradients, rank_gradients_reference
 from providers import Candidate, candidates
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +28,7 @@ SHAPES["down"] = (4096, 14336)
 TOKENS = [1, 16, 64, 256, 2048, 4096, 8192, 16384]
 MODES = ["forward", "forward + backward", "with recomputation"]
 BASE = "peft + bitsandbytes, autocast"
+RANK = ("dS and dB", "dS and dB as two products")
 PLAIN = "bf16 linear without LoRA"
 
 
@@ -128,24 +130,33 @@ def check_gradients(rows: list[dict[str, Any]]) -> None:
 
 
 def bandwidth(chosen: Any) -> list[dict[str, Any]]:
-    """Bytes a second of dequantising and decoding against a copy of the same bytes."""
+    """Bytes a second of what memory bounds against a copy: dequantising, decoding, and dS and dB of
+    rank 16 (the bytes of dY alone) in one pass and in two products.
+    """
     rows = []
     N, K = (64, 128) if chosen.smoke else (14336, 4096)
     if not harness.runs(chosen):
         return [
             {"op": op, "N": N, "K": K, **harness.spread(None), "bytes": NOT_MEASURED}
             | {"fraction_of_copy": NOT_MEASURED}
-            for op in ("copy", "dequantize bf16", "decode 1 token")
+            for op in ("copy", "dequantize bf16", "decode 1 token", *RANK)
         ]
     W = torch.randn(N, K, device=chosen.device, dtype=torch.bfloat16)
     q, other = quantize_4bit(W), torch.empty_like(W)
     x = torch.randn(1, K, device=chosen.device, dtype=torch.bfloat16)
+    M, R = (32, 4) if chosen.smoke else (8192, 16)
+    dY, S, B = (
+        torch.randn(s, device=chosen.device, dtype=torch.bfloat16) for s in ((M, N), (M, R), (N, R))
+    )
     packed = sum(t.numel() * t.element_size() for t in q if t is not None)
     moved = {"copy": 4 * N * K, "dequantize bf16": packed + 2 * N * K, "decode 1 token": packed}
+    moved |= dict.fromkeys(RANK, 2 * M * N)
     made: dict[str, Callable[[], Any]] = {
         "copy": lambda: other.copy_(W),
         "dequantize bf16": lambda: dequantize_4bit(q, (N, K), torch.bfloat16, out=other),
         "decode 1 token": lambda: nf4_decode(x, q, (N, K)),
+        RANK[0]: lambda: rank_gradients(dY, S, B, 0.5),
+        RANK[1]: lambda: rank_gradients_reference(dY, S, B, 0.5),
     }
     times = harness.interleaved(made, repeats=3 if chosen.smoke else 50)
     rates = {name: moved[name] / float(harness.spread(t)["median_ms"]) for name, t in times.items()}

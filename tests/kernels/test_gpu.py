@@ -25,6 +25,7 @@ from lightning_peft_kernels.nf4 import (
 )
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
 from lightning_peft_kernels.output_scale import output_scale
+from lightning_peft_kernels.rank_gradients import rank_gradients
 
 from tests.asserting import FLOOR, assert_close, assert_same_bits
 
@@ -196,6 +197,18 @@ def test_the_decision_can_be_asked_for() -> None:
     few = choose_product(CUDA, torch.bfloat16, 1, (14336, 4096))
     many = choose_product(CUDA, torch.bfloat16, 4096, (14336, 4096))
     assert (few.backend, many.backend) == ("fused", "dequantize")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("M", "N", "R"), [(5, 64, 1), (4096, 1000, 16), (300, 4096, 33), (64, 520, 64)]
+)
+def test_rank_gradients(M: int, N: int, R: int, dtype: torch.dtype) -> None:
+    dY, S, B = (torch.randn(s).to(dtype) for s in ((M, N), (M, R), (N, R)))
+    found = rank_gradients(dY.to(CUDA), S.to(CUDA), B.to(CUDA), 0.5)
+    want = 0.5 * dY.double() @ B.double(), dY.double().mT @ S.double()
+    for name, a, b in zip(("dS", "dB"), found, want, strict=True):
+        assert_close(name, a.cpu(), b, floor=FLOOR[dtype])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -10,7 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 #: Whose kernels loop up to a size.
-LOOPS = ("interpret_decode.py", "interpret_experts.py")
+LOOPS = ("interpret_decode.py", "interpret_experts.py", "interpret_rank_gradients.py")
 
 
 def older(module, *version):
@@ -25,6 +25,7 @@ def older(module, *version):
         "interpret_experts.py",
         "interpret_output_scale.py",
         "interpret_dropout.py",
+        "interpret_rank_gradients.py",
     ],
 )
 def test_interpreter(script):

@@ -37,6 +37,7 @@ MODULES = (
     "lightning_peft_kernels.decode_triton",
     "lightning_peft_kernels.experts_triton",
     "lightning_peft_kernels.output_scale_triton",
+    "lightning_peft_kernels.rank_gradients_triton",
     "lightning_peft_kernels.dropout_triton",
     "lightning_peft_kernels.adamw_8bit_triton",
 )

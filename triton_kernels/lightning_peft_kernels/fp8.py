@@ -23,10 +23,10 @@ from lightning_peft_kernels.backend import Decision, choose
 from lightning_peft_kernels.calling import added, autocast_off, flat
 from lightning_peft_kernels.lora_linear import (
     Plan,
-    lora_backward,
     lora_branch,
     lora_up_backward,
     prepare,
+    rank_backward,
 )
 from lightning_peft_kernels.nf4 import Packed4bit, block_scales, dequantize_4bit_reference
 
@@ -227,16 +227,14 @@ class _FP8LoRALinear(torch.autograd.Function):
         shape, kind, block_size = ctx.packing
         needs, plan = ctx.needs_input_grad, ctx.plan
         dY2 = flat(dY)
-        dX = dA = dB = None
-        if A is not None and (needs[7] or needs[8]):
-            x2 = dY2 if x2 is None else x2  # not read where A is frozen
-            _, dA, dB = lora_backward(dY2, x2, S, seed, A, B, None, plan, needs[7], needs[8])
+        dX = dS = dA = dB = None
+        if A is not None:
+            dS, dA, dB = rank_backward(dY2, x2, S, seed, A, B, plan, needs[7], needs[8], needs[0])
         if needs[0]:
             q = Packed4bit(*packed)
             W8 = dequantize_e4m3(q, shape, scale, transposed=True, kind=kind, block_size=block_size)
             dX = scaled_mm(*quantize_rows_e4m3(dY2), W8, scale, dY.dtype, ctx.decision, fast=False)
-            if A is not None:
-                dS = (dY2.to(plan.dtype) @ B) * plan.scaling
+            if dS is not None:
                 dX = added(dX, lora_up_backward(dS, A, seed, plan))
             dX = dX.view(*ctx.leading, dX.shape[-1])
         d_bias = dY2.sum(0) if needs[6] else None

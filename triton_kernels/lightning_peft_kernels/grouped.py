@@ -22,6 +22,7 @@ from lightning_peft_kernels.dropout import seeded_dropout
 from lightning_peft_kernels.lora_linear import Plan, lora_down, lora_up_backward, prepare
 from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear_reference
+from lightning_peft_kernels.rank_gradients import rank_gradients
 from lightning_peft_kernels.workspace import keeps_for_backward, stacked_weights
 
 __all__ = ["Projection", "nf4_grouped_projections", "nf4_grouped_projections_reference"]
@@ -154,14 +155,12 @@ class _GroupedProjections(torch.autograd.Function):
         plans = group.plans
         flat_dYs = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
         gs = [dY.to(plan.dtype) for dY, plan in zip(flat_dYs, plans, strict=True)]
-        dSs = [
-            part @ B if plan.scaling == 1.0 else part @ B * plan.scaling
-            for part, B, plan in zip(gs, Bs, plans, strict=True)
+        ranks = [
+            rank_gradients(part, S, B, plan.scaling)
+            for part, S, B, plan in zip(gs, Ss, Bs, plans, strict=True)
         ]
-        dBs = [
-            part.mT @ S if needs[2 + 2 * g + i] else None
-            for i, (part, S) in enumerate(zip(gs, Ss, strict=True))
-        ]
+        dSs = [dS for dS, _ in ranks]
+        dBs = [dB if needs[2 + 2 * g + i] else None for i, (_, dB) in enumerate(ranks)]
         dAs = _down_backward(dSs, x2, seeds, group, needs[2 + g : 2 + 2 * g])
         biases = [dY.sum(0) if needs[2 + i] else None for i, dY in enumerate(flat_dYs)]
         dX = None

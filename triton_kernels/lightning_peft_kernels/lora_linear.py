@@ -3,7 +3,8 @@
 Shapes: x [..., K], W [N, K] frozen or trained, A [R, K], B [N, R]; M = rows of x.
 S = drop(x) Aᵀ [M, R] is saved, not recomputed (unlike the usual fast algorithm, which reads x twice
 more); of dropout only the seed is saved, and backward draws the mask again. The scale sits on the
-rank side, M·R elements instead of M·N. dY is read for dS = s · dY B and dB = s · dYᵀ S.
+rank side, M·R elements instead of M·N. dS = s · dY B and dB = dYᵀ S come from one pass over dY
+where there is a kernel for it (`rank_gradients`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from lightning_peft_kernels.calling import add_product, autocast_off, flat, unflat
 from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
+from lightning_peft_kernels.rank_gradients import rank_gradients
 
 __all__ = ["Plan", "lora_linear", "lora_linear_reference"]
 
@@ -89,6 +91,35 @@ def lora_up_backward(dS: Tensor, A: Tensor, seed: Tensor | None, plan: Plan) -> 
     return low if seed is None else seeded_dropout(low, seed, plan.dropout_p)
 
 
+def rank_backward(
+    dY: Tensor,
+    x2: Tensor | None,
+    S: Tensor,
+    seed: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    plan: Plan,
+    needs_A: bool,
+    needs_B: bool,
+    needs_X: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dS, dA, dB), each None where nothing asks for it; S carries the scale already, x2 is read
+    for dA alone.
+    """
+    g = dY if dY.dtype == plan.dtype else dY.to(plan.dtype)
+    dS = dA = dB = None
+    if needs_B and (needs_A or needs_X):
+        dS, dB = rank_gradients(g, S, B, plan.scaling)
+    elif needs_B:
+        dB = g.mT @ S
+    elif needs_A or needs_X:
+        dS = g @ B if plan.scaling == 1.0 else (g @ B) * plan.scaling
+    if needs_A and dS is not None and x2 is not None:
+        z = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype)
+        dA = dS.mT @ (z if seed is None else seeded_dropout(z, seed, plan.dropout_p))
+    return dS, dA, dB
+
+
 def lora_backward(
     dY: Tensor,
     x2: Tensor,
@@ -101,17 +132,9 @@ def lora_backward(
     needs_A: bool,
     needs_B: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX or None where W is None, dA, dB); S carries the scale already."""
-    g = dY if dY.dtype == plan.dtype else dY.to(plan.dtype)
-    dX = dA = dB = None
-    dS = g @ B if needs_A or W is not None else None
-    if dS is not None and plan.scaling != 1.0:
-        dS = dS * plan.scaling
-    if needs_B:
-        dB = g.mT @ S
-    if needs_A and dS is not None:
-        z = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype)
-        dA = dS.mT @ (z if seed is None else seeded_dropout(z, seed, plan.dropout_p))
+    """(dX or None where W is None, dA, dB)."""
+    dX = None
+    dS, dA, dB = rank_backward(dY, x2, S, seed, A, B, plan, needs_A, needs_B, W is not None)
     if W is not None and dS is not None:
         dX = torch.addmm(lora_up_backward(dS, A, seed, plan).to(dY.dtype), dY, W)
     return dX, dA, dB
