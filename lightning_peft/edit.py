@@ -71,9 +71,9 @@ class LowRank:
         """Two thin products."""
         return ops.low_rank(site.module, _cast(x, self.A), self.A, self.B, self.scaling)
 
-    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
+    def onto_experts(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
         """Two thin products."""
-        return product(product(x, self.A) * self.scaling, self.B)
+        return grouped.add_low_rank(y, x, self.A, self.B, self.scaling)
 
 
 class ByHand(Protocol):
@@ -85,20 +85,26 @@ class ByHand(Protocol):
 
 
 class Grouped(Protocol):
-    """The product of rows sorted by expert with a weight of their own: x [S·times, in], `times`
-    neighbours a row, W [E, out, in] or one [out, in] for all → [S·times, out].
-    """
+    """Products of rows sorted by expert with weights of their own."""
 
-    def __call__(self, x: Tensor, W: Tensor, times: int = 1) -> Tensor:
-        """X W[e]ᵀ."""
+    def product(self, x: Tensor, W: Tensor, times: int = 1) -> Tensor:
+        """X W[e]ᵀ with x [S·times, in], `times` neighbours a row, W [E, out, in] or one [out, in]
+        for all → [S·times, out].
+        """
+        ...
+
+    def add_low_rank(
+        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+    ) -> Tensor:
+        """y + scaling · x A[e]ᵀ B[e]ᵀ; y [S, out] may be written over."""
         ...
 
 
 class OnExperts(Protocol):
     """A term that acts on rows sorted by expert in products, without forming ΔW [E, out, in]."""
 
-    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
-        """ΔW[e] acting on x [S, in]."""
+    def onto_experts(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
+        """y [S, out] with ΔW[e] acting on x [S, in] added; y may be written over."""
         ...
 
 
@@ -169,12 +175,12 @@ class Kron:
         y: Tensor = self.scaling * (self.C @ (X @ self.D.mT)).flatten(-2)
         return y
 
-    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
+    def onto_experts(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
         """The same: rows of X, then columns, are the rows of a product."""
         (b, d), (a, c) = self.D.shape[-2:], self.C.shape[-2:]
-        half = product(x.reshape(-1, d), self.D, c).view(-1, c, b).mT.reshape(-1, c)
-        y = product(half, self.C, b).view(-1, b, a).mT
-        return self.scaling * y.reshape(-1, a * b)
+        half = grouped.product(x.reshape(-1, d), self.D, c).view(-1, c, b).mT.reshape(-1, c)
+        change = grouped.product(half, self.C, b).view(-1, b, a).mT.reshape(-1, a * b)
+        return y + (self.scaling * change).to(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -330,7 +336,7 @@ class Edit:
     @property
     def on_experts(self) -> bool:
         """Whether it acts on rows sorted by expert; else W' of all experts is formed."""
-        return self.rotation is None and all(hasattr(t, "on_experts") for t in self.terms)
+        return self.rotation is None and all(hasattr(t, "onto_experts") for t in self.terms)
 
     @property
     def _all_low_rank(self) -> bool:

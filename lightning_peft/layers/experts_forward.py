@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from lightning_peft_kernels.experts import Groups, grouped_linear
+from lightning_peft_kernels.experts_low_rank import add_low_rank
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, Grouped
+from lightning_peft.edit import Edit
 from lightning_peft.layers.adapted import Adapter
 from lightning_peft.layers.experts_layout import (
     first_weight,
@@ -167,15 +168,14 @@ def _product(
     y = _base(m, name, x, routing)
     if bias is not None:
         y = y + bias.to(y.dtype)
-    product = _grouped(routing)
     for e, z, mask in zip(edits, inputs, masks, strict=True):
-        v = y
+        v, grouped = y, _Grouped(routing, in_place=mask is None)
         keep = bias if e.out_scale is not None and not e.scale_bias else None
         if keep is not None:
             v = v - keep
         for term in e.terms:
             drop = F.dropout(z, e.dropout, m.training) if e.dropout and m.training else z
-            v = v + term.on_experts(drop, product).to(v.dtype)  # type: ignore[attr-defined]
+            v = term.onto_experts(v, drop, grouped)  # type: ignore[attr-defined]
         if e.bias is not None and (e.scale_bias or e.out_scale is None):
             v = v + _by_pair(e.bias, routing).to(v.dtype)
         if e.out_scale is not None:
@@ -213,17 +213,27 @@ def _base(m: Any, name: str, x: Tensor, routing: _Routing) -> Tensor:
     return grouped_linear(x, W.mT if is_transposed(m) else W, routing.groups)
 
 
-def _grouped(routing: _Routing) -> Grouped:
-    """The product that terms are given."""
+class _Grouped:
+    """The products that terms are given; see `edit.Grouped`."""
 
-    def product(x: Tensor, W: Tensor, times: int = 1) -> Tensor:
+    def __init__(self, routing: _Routing, *, in_place: bool) -> None:
+        self._groups = routing.groups
+        self._in_place = in_place
+
+    def product(self, x: Tensor, W: Tensor, times: int = 1) -> Tensor:
         (W,) = _autocast(W)
         x = x.to(W.dtype)
         if W.ndim == 2:  # shared by all experts
             return F.linear(x, W)
-        return grouped_linear(x, W, routing.groups if times == 1 else routing.groups.times(times))
+        return grouped_linear(x, W, self._groups if times == 1 else self._groups.times(times))
 
-    return product
+    def add_low_rank(
+        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+    ) -> Tensor:
+        if A.ndim == 2 or B.ndim == 2:
+            return y + self.product(self.product(x, A) * scaling, B).to(y.dtype)
+        A, B = _autocast(A, B)
+        return add_low_rank(y, x, A, B, scaling, self._groups, in_place=self._in_place)
 
 
 def _weight_path(

@@ -47,9 +47,9 @@ class Tiled(Term):
         y: Tensor = _stretches(x, self.D.shape[0]) @ self.D
         return y
 
-    def on_experts(self, x: Tensor, product: Grouped) -> Tensor:
-        """(Σ_j x_j) D[e]."""
-        return product(_stretches(x, self.D.shape[-2]), self.D.mT)
+    def onto_experts(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
+        """Y + (Σ_j x_j) D[e]."""
+        return y + grouped.product(_stretches(x, self.D.shape[-2]), self.D.mT).to(y.dtype)
 
     def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Base and change in one function."""

@@ -7,7 +7,7 @@ from lightning_peft_kernels import rank_gradients_triton as kernels
 def main() -> int:
     n = 0
     # Ragged rows and columns, several of either, ranks that are padded.
-    for M, N, R in [(1, 1, 1), (70, 300, 3), (200, 64, 16), (130, 520, 33), (64, 256, 64)]:
+    for M, N, R in [(1, 1, 1), (70, 300, 3), (200, 64, 16), (130, 520, 32), (64, 256, 17)]:
         for dtype, floor in ((torch.float32, 1e-6), (torch.float16, 3e-3)):
             dY, S, B = (torch.randn(s).to(dtype) for s in ((M, N), (M, R), (N, R)))
             for _ in range(4):  # freed NaN memory shows what is left unwritten

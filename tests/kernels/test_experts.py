@@ -12,6 +12,7 @@ from lightning_peft_kernels.experts import (
     grouped_linear_reference,
     nf4_grouped_linear,
 )
+from lightning_peft_kernels.experts_low_rank import add_low_rank, add_low_rank_reference
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
 
 from tests.asserting import assert_close, assert_same_bits
@@ -151,3 +152,56 @@ def test_ops_for_compilers():
         whole(X, W, groups.offsets, tail=False),
         library_product(X, W, groups.offsets, tail=False),
     )
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize(("N", "K", "R"), [(24, 32, 4), (13, 21, 3), (24, 32, 1)])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_low_rank_is_added(counts, N, K, R, tail, dtype, in_place, on_host):
+    X, expert, groups = rows_for(COUNTS[counts], tail, dtype, K)
+    g = torch.Generator().manual_seed(1)
+    W, A, B, y_out = (
+        torch.randn(s, generator=g).to(dtype)
+        for s in ((9, N, K), (9, R, K), (9, N, R), (X.shape[0], N))
+    )
+    n = len(expert)
+
+    def step(dtype, run):
+        leaves = [t.clone().to(dtype).requires_grad_() for t in (X, W, A, B)]
+        y = run(*leaves)
+        y.backward(y_out[: len(y)].to(dtype))
+        return [y.detach(), *(t.grad for t in leaves)]
+
+    def ours(X, W, A, B):  # onto a product, as a layer does
+        y = grouped_linear(X, W, groups)
+        return add_low_rank(y, X, A, B, 0.5, groups, in_place=in_place)
+
+    def reference(X, W, A, B):
+        y = grouped_linear_reference(X[:n], W, expert)
+        return add_low_rank_reference(y, X[:n], A, B, 0.5, expert)
+
+    got, want, same = step(dtype, ours), step(torch.float64, reference), step(dtype, reference)
+    for name, a, b, c in zip(("y", "dX", "dW", "dA", "dB"), got, want, same, strict=True):
+        assert a.dtype == dtype
+        if not n:
+            assert not a.any(), name
+            continue
+        rows = slice(n) if name in ("y", "dX") else slice(None)
+        floor = 8 * torch.finfo(dtype).eps
+        assert_close(name, a[rows], b[rows], same_dtype=c[rows], floor=floor)
+        assert rows == slice(None) or not a[n:].any(), "rows of nobody"
+
+
+def test_a_scaling_that_is_trained_and_a_y_of_another_dtype():
+    X, expert, groups = rows_for(COUNTS["uneven"], 0, torch.float32, 32)
+    A, B, scaling = torch.randn(9, 4, 32), torch.randn(9, 24, 4), torch.tensor(0.5)
+    y = torch.zeros(X.shape[0], 24, dtype=torch.bfloat16)
+    scaling.requires_grad_()
+    got = add_low_rank(y, X, A, B, scaling, groups, in_place=True)
+    assert got.dtype == torch.bfloat16
+    got.float().sum().backward()
+    want = add_low_rank_reference(torch.zeros(X.shape[0], 24), X, A, B, scaling.detach(), expert)
+    assert_close("y", got.detach().float(), want, floor=1e-2)
+    assert_close("d scaling", scaling.grad, want.sum() / 0.5, floor=1e-4)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_peft_kernels.rank_gradients import MAX_RANK, rank_gradients
+from lightning_peft_kernels import backend
+from lightning_peft_kernels.rank_gradients import rank_gradients
 
 from tests.asserting import assert_close
 
@@ -16,7 +17,7 @@ def given(M: int, N: int, R: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scaling", [1.0, 0.25])
-@pytest.mark.parametrize(("M", "N", "R"), [(7, 5, 1), (33, 64, MAX_RANK + 1), (0, 8, 2), (3, 8, 4)])
+@pytest.mark.parametrize(("M", "N", "R"), [(7, 5, 1), (33, 64, 65), (0, 8, 2), (3, 8, 4)])
 def test_against_fp64(M: int, N: int, R: int, scaling: float, dtype: torch.dtype) -> None:
     dY, S, B = given(M, N, R, dtype)
     found = rank_gradients(dY, S, B, scaling)
@@ -42,3 +43,11 @@ def test_compiles_without_a_graph_break() -> None:
     made = torch.compile(rank_gradients, fullgraph=True, backend="aot_eager")(*args, 0.5)
     for a, b in zip(made, rank_gradients(*args, 0.5), strict=True):
         assert_close("gradient", a, b)
+
+
+def test_one_pass_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert backend.choose_one_pass(cpu, torch.bfloat16, 8).reason == "cpu tensors"
+    monkeypatch.setattr(backend, "_why_not_triton", lambda device, dtype: None)
+    found = [backend.choose_one_pass(cpu, torch.bfloat16, r).backend for r in (1, 32, 33)]
+    assert found == ["triton", "triton", "torch"]

@@ -36,6 +36,7 @@ MODULES = (
     "lightning_peft_kernels.fp8_triton",
     "lightning_peft_kernels.decode_triton",
     "lightning_peft_kernels.experts_triton",
+    "lightning_peft_kernels.experts_low_rank_triton",
     "lightning_peft_kernels.output_scale_triton",
     "lightning_peft_kernels.rank_gradients_triton",
     "lightning_peft_kernels.dropout_triton",

@@ -23,6 +23,7 @@ __all__ = [
     "choose",
     "choose_experts",
     "choose_group",
+    "choose_one_pass",
     "choose_product",
     "crossing",
     "prefer",
@@ -147,6 +148,17 @@ def choose_product(
     most = crossing(chip, shape)
     reason = f"{tokens} tokens, crossing {most} on {chip} ({_EVIDENCE})"
     return Decision("fused" if tokens <= most else "dequantize", reason)
+
+
+def choose_one_pass(device: torch.device, dtype: torch.dtype, rank: int) -> Decision:
+    """Whether the gradients of a low rank are taken from one pass over dY."""
+    base = choose("rank_gradients", device, dtype)
+    if base.backend == "torch":
+        return base
+    most = 16 if torch.version.hip is not None else 32  # above, registers spill or nothing is won
+    if rank > most:
+        return Decision("torch", f"rank {rank}, one pass up to {most}")
+    return Decision("triton", base.reason)
 
 
 def choose_experts(

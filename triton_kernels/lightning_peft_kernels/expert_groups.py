@@ -5,13 +5,22 @@ Where groups end is known on the device; the host reads it only where that costs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Groups", "count_on_host", "library_gradient", "library_product", "unaligned"]
+__all__ = [
+    "Groups",
+    "count_on_host",
+    "gradient",
+    "library_gradient",
+    "library_product",
+    "outside",
+    "product",
+    "unaligned",
+]
 
 _on_host: list[bool | None] = [None]
 
@@ -75,17 +84,61 @@ class Groups:
         return self.offsets.device.type == "cpu" and not torch.compiler.is_compiling()
 
     @property
+    def given(self) -> tuple[Tensor, bool, list[int] | None]:
+        """(offsets, tail, counts where they may be read): what `product` takes."""
+        return self.offsets, self.tail, self.counts if self.on_host else None
+
+    @property
     def counts(self) -> list[int]:
         """Rows of each expert, on the host."""
         if self._counts is None:
-            ends = self.offsets.tolist()
-            self._counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            self._counts = _read(self.offsets)
         return self._counts
 
     @property
     def sizes(self) -> Tensor:
         """Rows of each expert, int32 [E] on the device."""
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
+
+
+def product(
+    X: Tensor, W: Tensor, offsets: Tensor, tail: bool, counts: Sequence[int] | None
+) -> Tensor:
+    """X[rows of e] · W[e]ᵀ, W [E, N, K], by the library; expert by expert in what it does not take.
+    `counts` are None where rows are not counted on the host.
+    """
+    if X.dtype != torch.float64 and (counts is None or not unaligned(X, W)):
+        return library_product(X, W, offsets, tail=tail)
+    Y = X.new_zeros(X.shape[0], W.shape[1])
+    for e, rows in _rows(_read(offsets) if counts is None else counts):
+        torch.mm(X[rows], W[e].mT, out=Y[rows])
+    return Y
+
+
+def gradient(dY: Tensor, X: Tensor, offsets: Tensor, counts: Sequence[int] | None) -> Tensor:
+    """dW [E, N, K] = dY[rows of e]ᵀ X[rows of e], as `product`; zero for an expert without rows."""
+    unit = 16 // X.element_size()
+    whole = not (dY.shape[1] % unit or X.shape[1] % unit)
+    if X.dtype != torch.float64 and (counts is None or whole):
+        return library_gradient(dY, X, offsets)
+    dW = X.new_zeros(offsets.shape[0], dY.shape[1], X.shape[1])
+    for e, rows in _rows(_read(offsets) if counts is None else counts):
+        torch.mm(dY[rows].mT, X[rows], out=dW[e])
+    return dW
+
+
+def _rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of the experts that have rows."""
+    start = 0
+    for e, n in enumerate(counts):
+        if n:
+            yield e, slice(start, start + n)
+            start += n
+
+
+def _read(offsets: Tensor) -> list[int]:
+    ends = offsets.tolist()
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def outside(offsets: Tensor, rows: int) -> Tensor:
@@ -105,7 +158,9 @@ def library_product(X: Tensor, W: Tensor, offsets: Tensor, *, tail: bool) -> Ten
         X, W = F.pad(X, (0, -K % unit)), F.pad(W, (0, -K % unit))
     if N % unit:
         W = F.pad(W, (0, 0, 0, -N % unit))
-    Y = _grouped_mm(X.contiguous(), W.mT, offsets)[:, :N]
+    Y = _grouped_mm(X.contiguous(), W.mT, offsets)
+    if N % unit:
+        Y = Y[:, :N]
     return Y.masked_fill_(outside(offsets, X.shape[0]), 0.0) if tail else Y
 
 

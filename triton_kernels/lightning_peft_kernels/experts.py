@@ -15,18 +15,12 @@ Rows beyond the last group (expert-parallel sentinels) give zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.expert_groups import (
-    Groups,
-    library_gradient,
-    library_product,
-    unaligned,
-)
+from lightning_peft_kernels.expert_groups import Groups, gradient, product
 from lightning_peft_kernels.experts_made import MadeByExpert
 from lightning_peft_kernels.nf4 import Packed4bit
 
@@ -57,10 +51,7 @@ def grouped_linear(X: Tensor, W: Tensor, groups: Groups) -> Tensor:
         y: Tensor = MadeByExpert.apply(X, groups, None, W)  # type: ignore[no-untyped-call]
         return y
     W = W.to(X.dtype)
-    if X.dtype == torch.float64 or (groups.on_host and unaligned(X, W)):
-        y = _ByExpert.apply(X, W, groups)  # type: ignore[no-untyped-call]
-        return y
-    y = _ByLibrary.apply(X, W, groups.offsets, groups.tail)  # type: ignore[no-untyped-call]
+    y = _Grouped.apply(X, W, *groups.given)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -85,59 +76,24 @@ def nf4_grouped_linear(
     return y
 
 
-# ---- dense
-
-
-class _ByLibrary(torch.autograd.Function):
-    """All experts in one call."""
+class _Grouped(torch.autograd.Function):
+    """All experts at once."""
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, W: Tensor, offsets: Tensor, tail: bool) -> Tensor:
+    def forward(
+        ctx: Any, X: Tensor, W: Tensor, offsets: Tensor, tail: bool, counts: list[int] | None
+    ) -> Tensor:
         needs_X, needs_W = ctx.needs_input_grad[:2]
         ctx.save_for_backward(X if needs_W else None, W if needs_X else None, offsets)
-        ctx.tail = tail
-        return library_product(X, W, offsets, tail=tail)
+        ctx.tail, ctx.counts = tail, counts
+        return product(X, W, offsets, tail, counts)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         X, W, offsets = ctx.saved_tensors
-        dX = None if W is None else library_product(dY, W.mT, offsets, tail=ctx.tail)
-        dW = None if X is None else library_gradient(dY, X, offsets)
-        return dX, dW, None, None
-
-
-class _ByExpert(torch.autograd.Function):
-    """One product an expert, of any dtype and size."""
-
-    @staticmethod
-    def forward(ctx: Any, X: Tensor, W: Tensor, groups: Groups) -> Tensor:
-        ctx.save_for_backward(X if ctx.needs_input_grad[1] else None, W)
-        ctx.groups = groups
-        Y = X.new_zeros(X.shape[0], W.shape[1])
-        for e, rows in _rows(groups.counts):
-            torch.mm(X[rows], W[e].mT, out=Y[rows])
-        return Y
-
-    @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        X, W = ctx.saved_tensors
-        dX = dY.new_zeros(dY.shape[0], W.shape[2]) if ctx.needs_input_grad[0] else None
-        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        for e, rows in _rows(ctx.groups.counts):
-            if dX is not None:
-                torch.mm(dY[rows], W[e], out=dX[rows])
-            if dW is not None:
-                torch.mm(dY[rows].mT, X[rows], out=dW[e])
-        return dX, dW, None
-
-
-def _rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of the experts that have rows."""
-    start = 0
-    for e, n in enumerate(counts):
-        if n:
-            yield e, slice(start, start + n)
-            start += n
+        dX = None if W is None else product(dY, W.mT, offsets, ctx.tail, ctx.counts)
+        dW = None if X is None else gradient(dY, X, offsets, ctx.counts)
+        return dX, dW, None, None, None
 
 
 def _check(X: Tensor, groups: Groups, experts: int) -> None:

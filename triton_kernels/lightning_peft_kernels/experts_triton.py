@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
     from lightning_peft_kernels.nf4 import Packed4bit
 
-__all__ = ["aot_specs", "dequantize_used", "grouped_decode"]
+__all__ = ["aot_specs", "dequantize_used", "grouped_decode", "tile_of"]
 
 _BLOCK_N, _BLOCK_K = 64, 128
 _WARPS, _STEPS = 4, 4
 
 
 @triton.jit
-def _tile_of(ends_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+def tile_of(ends_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """(expert, first row, end of its rows) of a tile; an expert ≥ E beyond the last tile."""
     e = tl.arange(0, BLOCK_E)
     end = tl.load(ends_ptr + e, mask=e < E, other=0)
@@ -73,7 +73,7 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """y[m, n] for one tile of rows and BLOCK_N outputs; program (tile, n)."""
-    expert, first, end = _tile_of(ends_ptr, tl.program_id(0), E, BLOCK_M, BLOCK_E)
+    expert, first, end = tile_of(ends_ptr, tl.program_id(0), E, BLOCK_M, BLOCK_E)
     if expert >= E:
         return
     m = first + tl.arange(0, BLOCK_M)
@@ -133,7 +133,7 @@ def _backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dX[m, k] for one tile of rows and BLOCK_K inputs; program (tile, k)."""
-    expert, first, end = _tile_of(ends_ptr, tl.program_id(0), E, BLOCK_M, BLOCK_E)
+    expert, first, end = tile_of(ends_ptr, tl.program_id(0), E, BLOCK_M, BLOCK_E)
     if expert >= E:
         return
     m = first + tl.arange(0, BLOCK_M)

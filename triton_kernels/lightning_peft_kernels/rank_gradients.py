@@ -4,8 +4,8 @@
 
 As two products dY is read twice, 4 bytes an element in bf16, and at R ≪ N nothing else counts.
 The kernel reads it once and writes partial sums of both in fp32: with 256 columns and 1,024 rows a
-program they are R/64 + R/256 bytes an element, read once more: 2.6 bytes in all at R = 16. Above
-rank 64 the parts are as large as dY, and two products are made.
+program they are R/64 + R/256 bytes an element, read once more: 2.6 bytes in all at R = 16, 3.3 at
+32. Above that the parts eat the gain, and two products are made (`backend.choose_one_pass`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.backend import choose
+from lightning_peft_kernels.backend import choose_one_pass
 
-__all__ = ["MAX_RANK", "rank_gradients", "rank_gradients_reference"]
-
-MAX_RANK = 64
+__all__ = ["rank_gradients", "rank_gradients_reference"]
 
 _library = torch.library.Library("lightning_peft", "FRAGMENT")
 _library.define("rank_gradients(Tensor dY, Tensor S, Tensor B, float scaling) -> (Tensor, Tensor)")
@@ -40,14 +38,15 @@ def rank_gradients(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Te
         B: [N, R].
         scaling: s.
     """
-    if B.shape[1] > MAX_RANK or choose("rank_gradients", dY.device, dY.dtype).backend == "torch":
+    if choose_one_pass(dY.device, dY.dtype, B.shape[1]).backend == "torch":
         return rank_gradients_reference(dY, S, B, scaling)
     dS, dB = torch.ops.lightning_peft.rank_gradients(dY, S, B, scaling)
     return dS, dB
 
 
 def _impl(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    if choose("rank_gradients", dY.device, dY.dtype).backend == "torch" or not dY.numel():
+    how = choose_one_pass(dY.device, dY.dtype, B.shape[1])
+    if how.backend == "torch" or not dY.numel():
         return rank_gradients_reference(dY, S, B, scaling)
     from lightning_peft_kernels.rank_gradients_triton import gradients
 

@@ -1,0 +1,118 @@
+"""One low rank an expert, added onto a grouped product: y + s · X A[e]ᵀ B[e]ᵀ, by hand both ways.
+
+Shapes: y [S, N], X [S, K] sorted by expert, A [E, R, K], B [E, N, R]; Z = s · X A[e]ᵀ [S, R] is
+saved.
+    dZ = s · dY B[e]      dB[e] = dYᵀ Z      dA[e] = dZᵀ X      dX = dZ A[e]      by rows of e
+On a GPU the second product is added in place, without writing it out (two passes over [S, N] less),
+and dZ and dB come from one pass over dY, up to the rank of `backend.choose_one_pass`. Elsewhere
+they are library products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft_kernels.backend import choose_one_pass
+from lightning_peft_kernels.expert_groups import Groups, gradient, product
+
+__all__ = ["add_low_rank", "add_low_rank_reference"]
+
+
+def add_low_rank_reference(
+    y: Tensor, X: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, expert: Tensor
+) -> Tensor:
+    """The formula by gathering one pair a row; `expert` [S] int64."""
+    Z = torch.einsum("sk,srk->sr", X, A[expert]) * scaling
+    return y + torch.einsum("sr,snr->sn", Z, B[expert])
+
+
+def add_low_rank(
+    y: Tensor,
+    X: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float | Tensor,
+    groups: Groups,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """Y + scaling · X A[e]ᵀ B[e]ᵀ in the dtype of y [S, N]; differentiable in y, X, A, B and a
+    tensor scaling.
+
+    Args:
+        y: [S, N].
+        X: [S, K], rows sorted by expert; cast to A's dtype.
+        A: [E, R, K].
+        B: [E, N, R].
+        scaling: Number or 0-d tensor.
+        groups: Rows of each expert; those of nobody keep their y.
+        in_place: Whether y may be written over.
+    """
+    if isinstance(scaling, Tensor):
+        B, scaling = B * scaling.to(B.dtype), 1.0
+    # While compiling not in place: see `calling.added`. A padded product is seen through a view.
+    in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
+    out: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
+        y, X.to(A.dtype), A, B, scaling, in_place, *groups.given
+    )
+    return out
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        X: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        in_place: bool,
+        offsets: Tensor,
+        tail: bool,
+        counts: list[int] | None,
+    ) -> Tensor:
+        Z = product(X, A, offsets, tail, counts).contiguous()
+        if scaling != 1.0:
+            Z *= scaling
+        ctx.save_for_backward(X if ctx.needs_input_grad[2] else None, Z, A, B, offsets)
+        ctx.scaling, ctx.tail, ctx.counts = scaling, tail, counts
+        if in_place:
+            ctx.mark_dirty(y)
+        if in_place and y.dtype == Z.dtype and _by_kernel(Z, offsets):
+            from lightning_peft_kernels.experts_low_rank_triton import add_up
+
+            return add_up(y, Z, B.contiguous(), offsets)
+        low = product(Z, B, offsets, tail, counts).to(y.dtype)
+        return y.add_(low) if in_place else y + low
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        X, Z, A, B, offsets = ctx.saved_tensors
+        needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        g, counts = dY.to(Z.dtype), ctx.counts
+        dX = dA = dB = dZ = None
+        if needs_B and (needs_X or needs_A) and _by_kernel(Z, offsets):
+            from lightning_peft_kernels.experts_low_rank_triton import gradients
+
+            dZ, dB = gradients(g.contiguous(), Z, B.contiguous(), offsets, ctx.scaling)
+        else:
+            if needs_X or needs_A:
+                dZ = product(g, B.mT, offsets, ctx.tail, counts)
+                if ctx.scaling != 1.0:
+                    dZ *= ctx.scaling
+            dB = gradient(g, Z, offsets, counts) if needs_B else None
+        if dZ is not None:
+            dA = gradient(dZ, X, offsets, counts) if needs_A else None
+            dX = product(dZ, A.mT, offsets, ctx.tail, counts) if needs_X else None
+        return dY, dX, dA, dB, None, None, None, None, None
+
+
+def _by_kernel(Z: Tensor, offsets: Tensor) -> bool:
+    """Not while compiling: what a trace records must be an op."""
+    if not Z.shape[0] or torch.compiler.is_compiling():
+        return False
+    return choose_one_pass(Z.device, Z.dtype, Z.shape[1]).backend == "triton"
