@@ -315,13 +315,15 @@ class Edit:
     @property
     def only_low_rank(self) -> bool:
         """Whether the Edit is a sum of LowRank terms and nothing else (dropout allowed)."""
+        return self._only_terms and len(self.terms) > 0 and self._all_low_rank
+
+    @property
+    def _only_terms(self) -> bool:  # spelled out: asked for in every forward of every layer
         return (
             self.in_scale is None
             and self.out_scale is None
             and self.rotation is None
             and self.bias is None
-            and len(self.terms) > 0
-            and self._all_low_rank
         )
 
     @property
@@ -329,9 +331,9 @@ class Edit:
         """The term, where it is all there is and knows a shorter way on a linear layer; else None.
         Dropout would come between.
         """
-        if len(self.terms) != 1 or not hasattr(self.terms[0], "on_linear"):
+        if len(self.terms) != 1 or not hasattr(self.terms[0], "on_linear") or self.dropout:
             return None
-        return self.terms[0] if self.form() <= {"low_rank", "terms"} else None
+        return self.terms[0] if self._only_terms else None
 
     @property
     def on_experts(self) -> bool:

@@ -31,12 +31,13 @@ class Tiled(Term):
     """ΔW[o, i] = D[i mod r, o] with D [*batch, r, out]: stretches of the input are summed first."""
 
     D: Tensor
-    in_features: int
+    site: Site
 
     def matrix(self) -> Tensor:
         """ΔW, tiled."""
-        times = -(-self.in_features // self.D.shape[-2])
-        return self.D.mT.repeat(*(1,) * (self.D.ndim - 1), times)[..., : self.in_features]
+        width = self.site.in_features
+        times = -(-width // self.D.shape[-2])
+        return self.D.mT.repeat(*(1,) * (self.D.ndim - 1), times)[..., :width]
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """(Σ_j x_j) D over stretches x_j of length r."""
@@ -75,7 +76,7 @@ class _TiledLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor) -> Tensor:
         y = F.linear(x, W, b)
-        S = _stretches(x, D.shape[0]).reshape(-1, D.shape[0])
+        S = _stretches(x.reshape(-1, x.shape[-1]), D.shape[0])
         ctx.save_for_backward(W, D, S)
         if torch.compiler.is_compiling():  # not in place: see the kernels' `added`
             return y + (S @ D).view(y.shape)
@@ -199,4 +200,4 @@ class MiSS(WeightMethod):
             return Edit(terms=(Dense(delta.reshape(W.shape)),), dropout=self.dropout)
         if self.form == "mini":
             D = D.repeat(*(1,) * (D.ndim - 1), site.out_features // self.mini_r)
-        return Edit(terms=(Tiled(D, site.in_features),), dropout=self.dropout)
+        return Edit(terms=(Tiled(D, site),), dropout=self.dropout)
