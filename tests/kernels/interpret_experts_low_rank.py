@@ -62,8 +62,8 @@ def layer() -> int:
     count_on_host(False)
     for (counts, tail, N, R), in_place in [(c, p) for c in CASES for p in (True, False)]:
         K = 24
-        groups, expert, y, dY, _, B = given(counts, tail, N, R, torch.float32)
-        X, A = torch.randn(groups.rows, K), torch.randn(len(counts), R, K)
+        groups, expert, y, dY, _, B = given(counts, tail, N, R, torch.float16)
+        X, A = torch.randn(groups.rows, K).half(), torch.randn(len(counts), R, K).half()
         leaves = [t.clone().requires_grad_() for t in (y, X, A, B)]
         got = add_low_rank(leaves[0] * 1, *leaves[1:], 0.5, groups, in_place=in_place)
         got.backward(dY)
@@ -75,7 +75,7 @@ def layer() -> int:
         for a, b in ((got.detach(), want.detach()), *((p.grad, q.grad) for p, q in zip(
             leaves, wide, strict=True
         ))):  # fmt: skip
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+            close(a, b, 5e-3, (counts, N, R, in_place))
             n += 1
     return n
 

@@ -10,6 +10,7 @@ from lightning_peft_kernels.backend import (
     EXPERT_ROWS,
     choose,
     choose_experts,
+    choose_one_pass,
     choose_product,
     crossing,
     prefer,
@@ -80,3 +81,13 @@ def test_experts_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_why_not_triton", lambda device, dtype: None)
     assert of(0) == of(8 * 64) == of(128 * EXPERT_ROWS) == "fused"
     assert of(128 * EXPERT_ROWS + 1) == of(8, (768, 21)) == "dequantize"
+
+
+def test_fp32_takes_no_tiles_of_two_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(backend, "architecture", lambda device: "sm_90")
+    wide = CPU, torch.float32
+    found = [choose_product(*wide, tokens, (28672, 4096)).backend for tokens in (1, 4, 5)]
+    assert found == ["fused", "fused", "dequantize"]
+    assert choose_experts(*wide, 8, 8, (768, 2048)).backend == "dequantize"
+    assert choose_one_pass(*wide, 8).backend == "torch"

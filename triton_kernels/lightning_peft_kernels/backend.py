@@ -17,6 +17,7 @@ import torch
 __all__ = [
     "CROSSINGS",
     "EXPERT_ROWS",
+    "FLOAT32_TOKENS",
     "Decision",
     "Preference",
     "architecture",
@@ -55,6 +56,10 @@ GROUPED_ON_CPU = "no faster as one product"
 # weight, 1.05 ps; decoding takes 9 instructions a weight and tile of 64 rows, 0.27 ps, and half the
 # library's rate in the product: even near 128 rows, half of that for what the sum leaves out.
 EXPERT_ROWS = 64
+# Products in fp32 spill in these kernels, and their tiles are larger than an A100's shared memory;
+# up to four tokens there is no matrix instruction.
+FLOAT32_TOKENS = 4
+_WIDE = "tiles of two bytes an element"
 _EVIDENCE = "as calibrated by bitsandbytes, not measured with these kernels"
 
 
@@ -144,6 +149,8 @@ def choose_product(
         return Decision("dequantize", base.reason)
     if not 1 <= tokens <= 64 or shape[1] % 8:
         return Decision("dequantize", f"{tokens} tokens, K = {shape[1]}")
+    if dtype.itemsize > 2 and tokens > FLOAT32_TOKENS:
+        return Decision("dequantize", f"{tokens} tokens, {dtype}: {_WIDE}")
     chip = architecture(device)
     most = crossing(chip, shape)
     reason = f"{tokens} tokens, crossing {most} on {chip} ({_EVIDENCE})"
@@ -155,6 +162,8 @@ def choose_one_pass(device: torch.device, dtype: torch.dtype, rank: int) -> Deci
     base = choose("rank_gradients", device, dtype)
     if base.backend == "torch":
         return base
+    if dtype.itemsize > 2:
+        return Decision("torch", f"{dtype}: {_WIDE}")
     most = 16 if torch.version.hip is not None else 32  # above, registers spill or nothing is won
     if rank > most:
         return Decision("torch", f"rank {rank}, one pass up to {most}")
@@ -170,8 +179,9 @@ def choose_experts(
     base = choose("nf4_grouped_linear", device, dtype)
     if base.backend == "torch":
         return Decision("dequantize", base.reason)
-    if shape[1] % 2:
-        return Decision("dequantize", f"K = {shape[1]}")
+    if shape[1] % 2 or dtype.itemsize > 2:
+        why = f"K = {shape[1]}" if shape[1] % 2 else f"{dtype}: {_WIDE}"
+        return Decision("dequantize", why)
     each = rows / experts
     reason = f"{each:.0f} rows an expert, crossing {EXPERT_ROWS} (by arithmetic, not measured)"
     return Decision("fused" if each <= EXPERT_ROWS else "dequantize", reason)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.backend import choose
+from lightning_peft_kernels.backend import FLOAT32_TOKENS, choose
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, dequantize_4bit_reference
 
 __all__ = ["nf4_decode", "nf4_decode_reference"]
@@ -57,7 +57,8 @@ def _impl(
     block_size: int,
 ) -> Tensor:
     q = Packed4bit(packed, absmax, absmax2, offset)
-    M, fits = x.shape[0], x.shape[1] % 8 == 0 and 1 <= x.shape[0] <= 64
+    most = FLOAT32_TOKENS if x.dtype.itemsize > 2 else 64
+    M, fits = x.shape[0], x.shape[1] % 8 == 0 and 1 <= x.shape[0] <= most
     if M and fits and choose("nf4_decode", x.device, x.dtype).backend == "triton":
         from lightning_peft_kernels.decode_triton import decode
 
