@@ -60,11 +60,11 @@ class Tiled(Term):
 
 def _stretches(x: Tensor, r: int) -> Tensor:
     """Σ_j x_j [..., r]; the last stretch may be short."""
-    short = -x.shape[-1] % r
-    if short:
-        x = F.pad(x, (0, short))
-    s: Tensor = x.reshape(*x.shape[:-1], -1, r).sum(-2)
-    return s
+    rest = x.shape[-1] % r
+    whole = x[..., : x.shape[-1] - rest] if rest else x
+    s: Tensor = whole.reshape(*x.shape[:-1], -1, r).sum(-2)
+    # Not by padding x, which would copy all of it.
+    return s + F.pad(x[..., -rest:], (0, r - rest)) if rest else s
 
 
 class _TiledLinear(torch.autograd.Function):
