@@ -136,14 +136,17 @@ def test_out_is_written():
         dequantize_4bit(q, W.shape, torch.float32, out=torch.empty(64, 8))
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("rows", [257, 1500])  # one thread's share, and three of them
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bytes_do_not_depend_on_threads(threads):
-    W = torch.randn(257, 300)
+def test_bytes_do_not_depend_on_threads_or_modes(threads, rows, mode):
+    W = torch.randn(rows, 300)
     want = quantize_4bit_reference(W)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_same_bytes(quantize_4bit(W), want)
+        with mode():
+            assert_same_bytes(quantize_4bit(W), want)
     finally:
         torch.set_num_threads(before)
 

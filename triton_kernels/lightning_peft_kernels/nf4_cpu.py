@@ -49,18 +49,16 @@ def quantize_nf4_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     if share >= n:
         _quantize_range(flat, packed, absmax, 0, n, block_size)
         return packed, absmax
-    starts = range(0, n, share)
+    starts, inference = range(0, n, share), torch.is_inference_mode_enabled()
+
+    def run(start: int) -> None:
+        with torch.inference_mode(inference):  # as in the calling thread: it made the results
+            _quantize_range(flat, packed, absmax, start, min(start + share, n), block_size)
+
     try:
         # Counts for the threads of the pool alone, and for threads that begin meanwhile.
         with ThreadPoolExecutor(len(starts), initializer=lambda: torch.set_num_threads(1)) as pool:
-            list(
-                pool.map(
-                    lambda start: _quantize_range(
-                        flat, packed, absmax, start, min(start + share, n), block_size
-                    ),
-                    starts,
-                )
-            )
+            list(pool.map(run, starts))
     finally:
         torch.set_num_threads(threads)
     return packed, absmax
