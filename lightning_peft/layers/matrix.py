@@ -142,11 +142,12 @@ class MatrixOps(HFLayout):
             fused = self._fused(m, adapters, edits, x)
             if fused is not None:
                 return fused
-        if not mixed and len(edits) == 1 and edits[0].form() - {"dropout"} == _SCALED_LOW_RANK:
+        forms = [e.form() for e in edits]
+        if not mixed and len(edits) == 1 and forms[0] - {"dropout"} == _SCALED_LOW_RANK:
             scaled = self._fused_then_scaled(m, adapters[0], edits[0], x)
             if scaled is not None:
                 return scaled
-        if any(not self.supports(part) for e in edits for part in e.form() & _WEIGHT_PARTS):
+        if any(not self.supports(part) for form in forms for part in form & _WEIGHT_PARTS):
             if mixed:
                 raise ValueError(
                     f"{adapters[0].site.label}: expected edits that act on activations when rows "
@@ -154,6 +155,11 @@ class MatrixOps(HFLayout):
                     f"{type(m).__name__}; run the adapters one after the other with set_adapter"
                 )
             return self._weight_path(m, adapters, edits, x)
+        if not mixed and len(edits) == 1 and forms[0] == _OUT_SCALE:
+            e = edits[0]
+            if e.scale_bias or self._bias(m) is None:
+                y = run(x, *args, **kwargs)
+                return self.scale_out(m, y, e.out_scale)  # type: ignore[arg-type]
         return self._onion(m, run, adapters, edits, x, args, kwargs)
 
     def _by_hand(self, m: Any, adapter: Adapter, term: ByHand, x: Tensor) -> Tensor | None:
@@ -286,6 +292,7 @@ class MatrixOps(HFLayout):
 
 
 _LOW_RANK = frozenset({"low_rank"})
+_OUT_SCALE = frozenset({"out_scale"})
 _SCALED_LOW_RANK = frozenset({"low_rank", "out_scale"})
 _WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale"})
 
