@@ -8,6 +8,9 @@ odd columns are two products, which needs no interleaving.
 
     forward    Y[rows of e] = X[rows of e] · W[e]ᵀ      W[e] is the wide operand, as in `decode`
     backward   dX[rows of e] = dY[rows of e] · W[e]     columns 2j and 2j + 1 side by side
+
+The decode is written out in each loop, as in `decode_triton`: as a function of its own its loads
+come in another order, and tiles of 64 rows spill.
 """
 
 from __future__ import annotations
