@@ -19,10 +19,15 @@ from torch import Tensor
 
 from lightning_peft_kernels.calling import autocast_off
 from lightning_peft_kernels.dropout import seeded_dropout
-from lightning_peft_kernels.lora_linear import Plan, lora_down, lora_up_backward, prepare
+from lightning_peft_kernels.lora_linear import (
+    Plan,
+    lora_down,
+    lora_up_backward,
+    prepare,
+    rank_backward,
+)
 from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear_reference
-from lightning_peft_kernels.rank_gradients import rank_gradients
 from lightning_peft_kernels.workspace import keeps_for_backward, stacked_weights
 
 __all__ = ["Projection", "nf4_grouped_projections", "nf4_grouped_projections_reference"]
@@ -154,13 +159,13 @@ class _GroupedProjections(torch.autograd.Function):
         )  # fmt: skip
         plans = group.plans
         flat_dYs = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
-        gs = [dY.to(plan.dtype) for dY, plan in zip(flat_dYs, plans, strict=True)]
-        ranks = [
-            rank_gradients(part, S, B, plan.scaling)
-            for part, S, B, plan in zip(gs, Ss, Bs, plans, strict=True)
-        ]
-        dSs = [dS for dS, _ in ranks]
-        dBs = [dB if needs[2 + 2 * g + i] else None for i, (_, dB) in enumerate(ranks)]
+        dSs, dBs = [], []
+        each = zip(flat_dYs, Ss, As, Bs, plans, needs[2 + 2 * g :], strict=False)
+        for dY, S, A, B, plan, needs_B in each:  # dA comes from the stacked dS, below
+            dS, _, dB = rank_backward(dY, None, S, None, A, B, plan, False, needs_B, True)
+            assert dS is not None  # asked for
+            dSs.append(dS)
+            dBs.append(dB)
         dAs = _down_backward(dSs, x2, seeds, group, needs[2 + g : 2 + 2 * g])
         biases = [dY.sum(0) if needs[2 + i] else None for i, dY in enumerate(flat_dYs)]
         dX = None
