@@ -37,23 +37,54 @@ class _Routing:
         token: [S] row of the input that each pair reads.
         expert: [S] its expert, sentinels clamped.
         groups: Pairs of each expert.
-        inverse: [S] where each pair goes back to.
-        weight: [S] routing weights.
+        order: [S] which pair stands there.
+        inverse: [S] where each pair stands.
+        nobodys: [S, 1] whether its expert is a sentinel; None where there are none.
     """
 
-    def __init__(self, m: Any, index: Tensor, weights: Tensor) -> None:
-        expert, order = torch.sort(index.reshape(-1), stable=True)
+    def __init__(self, m: Any, index: Tensor) -> None:
+        expert, self.order = torch.sort(index.reshape(-1), stable=True)
         E = m.num_experts
         # Pairs of experts that other processes hold are numbered E: they sort to the end. A module
         # without the decorator does not say whether there are such.
         tail = bool(getattr(m, "_is_expert_parallel", not hasattr(m, "has_gate")))
-        self.token = order // index.shape[-1]
+        self.token = self.order // index.shape[-1]
         self.groups = Groups.sorted(expert, E, tail=tail)
         self.expert = expert.clamp(max=E - 1) if tail else expert
-        self.inverse = torch.empty_like(order)
-        self.inverse[order] = torch.arange(order.numel(), device=order.device)
-        self.weight = weights.reshape(-1)[order]
+        self.inverse = torch.empty_like(self.order)
+        self.inverse[self.order] = torch.arange(self.order.numel(), device=index.device)
         self.nobodys = expert.unsqueeze(-1) >= E if tail else None
+
+
+class _ToSorted(torch.autograd.Function):
+    """x [T, d] to sorted pairs [S, d]. Backward reads too, as `_FromSorted`'s: adding to indices
+    that repeat takes a walk one by one on a CPU, a sort on CUDA.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.shape = x.shape[0], token.shape[0] // max(1, x.shape[0]), x.shape[1]
+        return x[token]
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return dY[inverse].view(ctx.shape).sum(dim=1), None, None
+
+
+class _FromSorted(torch.autograd.Function):
+    """h [S, d] of sorted pairs in the order of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return h[inverse]
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return dY[order], None, None
 
 
 class _Presorted(_Routing):
@@ -83,20 +114,22 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     if is_presorted(m):
         return _run_presorted(m, by_weight, inputs[0])
     x, index, weights = inputs[:3]
-    routing = _Routing(m, index, weights)
+    routing = _Routing(m, index)
     _note(m, routing.groups)
     rows = _mask_of_rows(adapters, x.shape[0], routing)
     first, form = first_weight(m), form_of(m)
     assert form is not None  # `is_experts` said so
-    h = _product(m, first, x[routing.token], routing, by_weight.get(first, ()), rows)
+    h = _ToSorted.apply(x, routing.token, routing.inverse)  # type: ignore[no-untyped-call]
+    h = _product(m, first, h, routing, by_weight.get(first, ()), rows)
     h = m._apply_gate(h) if form.has_gate else m.act_fn(h)
     h = _product(m, "down_proj", h, routing, by_weight.get("down_proj", ()), rows)
     if routing.nobodys is not None:
         h = h.masked_fill(routing.nobodys, 0.0)
     if form.has_norm:
         h = m.post_expert_norm(h)
-    h = (h * routing.weight.unsqueeze(-1))[routing.inverse]
-    y: Tensor = h.view(*index.shape, h.shape[-1]).sum(dim=1).to(x.dtype)
+    h = _FromSorted.apply(h, routing.order, routing.inverse)  # type: ignore[no-untyped-call]
+    h = h.view(*index.shape, h.shape[-1]) * weights.reshape(*index.shape, 1)
+    y: Tensor = h.sum(dim=1).to(x.dtype)
     return y
 
 

@@ -21,6 +21,7 @@ COUNTS = {
     "even": [4] * 9,
     "uneven": [0, 7, 1, 0, 0, 12, 3, 1, 0],
     "one": [0, 0, 0, 0, 9, 0, 0, 0, 0],
+    "tall": [0, 70, 0, 0, 230, 0, 1, 0, 0],
     "none": [0] * 9,
 }
 SHAPES = {"aligned": (24, 32), "rank": (3, 32), "odd": (13, 21)}
@@ -205,3 +206,42 @@ def test_a_scaling_that_is_trained_and_a_y_of_another_dtype():
     want = add_low_rank_reference(torch.zeros(X.shape[0], 24), X, A, B, scaling.detach(), expert)
     assert_close("y", got.detach().float(), want, floor=1e-2)
     assert_close("d scaling", scaling.grad, want.sum() / 0.5, floor=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_with_its_expert(bad, on_host):
+    """Blocks are filled up: never with another expert's row."""
+    counts = COUNTS["uneven"]
+    X, expert, groups = rows_for(counts, 0, torch.float32, 32)
+    X[expert == 1] = bad
+    A, B = torch.randn(9, 4, 32).requires_grad_(), torch.randn(9, 24, 4).requires_grad_()
+    y = add_low_rank(torch.zeros(X.shape[0], 24), X, A, B, 0.5, groups)
+    y[expert != 1].sum().backward()
+    others = [e for e in range(9) if e != 1]
+    assert torch.isfinite(y[expert != 1]).all()
+    assert torch.isfinite(A.grad[others]).all()
+    assert torch.isfinite(B.grad[others]).all()
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_blocks_hold_every_row_once(counts):
+    X, expert, groups = rows_for(COUNTS[counts], 0, torch.bfloat16, 4)
+    blocks = groups.blocks(torch.empty(9, 4, 4, dtype=torch.bfloat16))
+    if not len(expert):
+        assert blocks is None
+        return
+    assert_same_bits("there and back", blocks.joined(blocks.cut(X)), X)
+    rows = blocks.row.view(-1, blocks.height)
+    assert bool((expert[rows] == blocks.expert[:, None]).all()), "fillers of another expert"
+    assert int((~blocks.filler).sum()) == len(expert)
+
+
+def test_blocks_are_for_few_rows_and_small_factors():
+    _, _, few = rows_for([3, 0, 5], 0, torch.float32, 4)
+    _, _, many = rows_for([100, 0, 200], 0, torch.float32, 4)
+    _, _, some_of_nobody = rows_for([3, 0, 5], 1, torch.float32, 4)
+    small, large = torch.empty(3, 8, 256), torch.empty(3, 512, 256)
+    assert few.blocks(small, small) is not None
+    assert few.blocks(small, large) is None
+    assert many.blocks(small) is None
+    assert some_of_nobody.blocks(small) is None

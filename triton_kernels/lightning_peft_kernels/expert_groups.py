@@ -6,12 +6,14 @@ Where groups end is known on the device; the host reads it only where that costs
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "Blocks",
     "Groups",
     "count_on_host",
     "gradient",
@@ -22,6 +24,12 @@ __all__ = [
     "unaligned",
 ]
 
+#: By bytes an element: elements of one expert's factor and rows of a mean expert up to which
+#: `Blocks` cost less than products expert by expert. Measured on 2 CPU threads with 16 to 128
+#: experts, ranks 8 to 128, 256 to 4096 features: within it 0.15 to 1.0 of the time both ways,
+#: beyond it up to 5.
+_BLOCKS = {2: (1 << 15, 128), 4: (1 << 13, 48), 8: (1 << 13, 48)}
+
 _on_host: list[bool | None] = [None]
 
 
@@ -30,6 +38,44 @@ def count_on_host(setting: bool | None) -> bool | None:
     before = _on_host[0]
     _on_host[0] = setting
     return before
+
+
+class Blocks(NamedTuple):
+    """Rows of experts cut into blocks of one height.
+
+    Many small products become one batched product over blocks, at the cost of filling up and of a
+    weight for each block: for factors of low rank a fraction of the calls saved. An expert's last
+    block is filled up with its last row, never another expert's: what is not finite stays there.
+    """
+
+    #: Rows of a block.
+    height: int
+    #: int64 [blocks], the expert of each.
+    expert: Tensor
+    #: int64 [blocks · height], the row that stands there.
+    row: Tensor
+    #: bool [blocks, height, 1], whether it fills up.
+    filler: Tensor
+    #: int64 [S], where each row stands.
+    place: Tensor
+
+    def cut(self, X: Tensor) -> Tensor:
+        """[S, K] as [blocks, height, K]."""
+        rows: Tensor = X.index_select(0, self.row)
+        return rows.view(-1, self.height, X.shape[1])
+
+    def joined(self, Y: Tensor) -> Tensor:
+        """[blocks, height, N] as [S, N]."""
+        return Y.flatten(0, 1).index_select(0, self.place)
+
+    def of_each(self, W: Tensor) -> Tensor:
+        """[E, N, K] as [blocks, N, K]."""
+        return W.index_select(0, self.expert)
+
+    def summed(self, dW: Tensor, experts: int) -> Tensor:
+        """[blocks, N, K] as [E, N, K]."""
+        total: Tensor = dW.new_zeros(experts, *dW.shape[1:]).index_add_(0, self.expert, dW)
+        return total
 
 
 class Groups:
@@ -46,6 +92,7 @@ class Groups:
         self.rows = rows
         self.tail = tail
         self._counts: list[int] | None = None
+        self._blocks: Blocks | None = None
 
     @classmethod
     def sorted(cls, expert: Tensor, experts: int, *, tail: bool = False) -> Groups:
@@ -88,6 +135,23 @@ class Groups:
         """(offsets, tail, counts where they may be read): what `product` takes."""
         return self.offsets, self.tail, self.counts if self.on_host else None
 
+    def blocks(self, *factors: Tensor) -> Blocks | None:
+        """For products with these factors [E, ·, ·], on a CPU, where it pays; else None."""
+        cpu = self.offsets.device.type == "cpu"
+        if self.tail or not self.rows or not cpu or not self.on_host:
+            return None
+        most, mean = _BLOCKS[factors[0].element_size()]
+        if self.rows // self._used > mean or any(t[0].numel() > most for t in factors):
+            return None
+        if self._blocks is None:
+            self._blocks = _blocks(self.counts, self.rows // self._used)
+        return self._blocks
+
+    @property
+    def _used(self) -> int:
+        """Experts that have rows."""
+        return sum(n > 0 for n in self.counts)
+
     @property
     def counts(self) -> list[int]:
         """Rows of each expert, on the host."""
@@ -99,6 +163,20 @@ class Groups:
     def sizes(self) -> Tensor:
         """Rows of each expert, int32 [E] on the device."""
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
+
+
+def _blocks(counts: Sequence[int], mean: int) -> Blocks:
+    """About as high as a mean expert."""
+    n = torch.tensor(counts)
+    height = 1 << min(max(2, (mean * 3 // 2).bit_length() - 1), 5)
+    each = (n + height - 1) // height
+    expert = torch.repeat_interleave(torch.arange(len(counts)), each)
+    ends = n.cumsum(0)
+    shift = (each.cumsum(0) - each) * height - (ends - n)
+    place = torch.arange(sum(counts)) + torch.repeat_interleave(shift, n)
+    row = torch.arange(len(expert) * height).view(-1, height) - shift[expert, None]
+    last = ends[expert, None] - 1
+    return Blocks(height, expert, row.minimum(last).flatten(), (row > last).unsqueeze(-1), place)
 
 
 def product(

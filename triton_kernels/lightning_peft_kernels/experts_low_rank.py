@@ -4,7 +4,9 @@ Shapes: y [S, N], X [S, K] sorted by expert, A [E, R, K], B [E, N, R]; Z = s · 
 saved.
     dZ = s · dY B[e]      dB[e] = dYᵀ Z      dA[e] = dZᵀ X      dX = dZ A[e]      by rows of e
 On a GPU the second product is added in place, without writing it out (two passes over [S, N] less),
-and dZ and dB come from one pass over dY, up to the rank of `backend.choose_one_pass`. Elsewhere
+and dZ and dB come from one pass over dY, up to the rank of `backend.choose_one_pass`. On a CPU
+few rows an expert are cut into blocks (`expert_groups.Blocks`), each with its expert's factors:
+one batched product where a product for each expert would cost a call for every few rows. Elsewhere
 they are library products.
 """
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_one_pass
-from lightning_peft_kernels.expert_groups import Groups, gradient, product
+from lightning_peft_kernels.expert_groups import Blocks, Groups, gradient, product
 
 __all__ = ["add_low_rank", "add_low_rank_reference"]
 
@@ -55,6 +57,9 @@ def add_low_rank(
         B, scaling = B * scaling.to(B.dtype), 1.0
     # While compiling not in place: see `calling.added`. A padded product is seen through a view.
     in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
+    blocks = groups.blocks(A, B)
+    if blocks is not None:
+        return _AddByBlocks.apply(y, X.to(A.dtype), A, B, scaling, in_place, blocks)  # type: ignore[no-untyped-call, no-any-return]
     out: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
         y, X.to(A.dtype), A, B, scaling, in_place, *groups.given
     )
@@ -109,6 +114,52 @@ class _AddLowRank(torch.autograd.Function):
             dA = gradient(dZ, X, offsets, counts) if needs_A else None
             dX = product(dZ, A.mT, offsets, ctx.tail, counts) if needs_X else None
         return dY, dX, dA, dB, None, None, None, None, None
+
+
+class _AddByBlocks(torch.autograd.Function):
+    """Z and dZ are kept in blocks, zero where those are filled up: other fillers need no care."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        X: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        in_place: bool,
+        blocks: Blocks,
+    ) -> Tensor:
+        Z = torch.bmm(blocks.cut(X), blocks.of_each(A).mT)
+        if scaling != 1.0:
+            Z *= scaling
+        Z.masked_fill_(blocks.filler, 0.0)
+        ctx.save_for_backward(X if ctx.needs_input_grad[2] else None, Z, A, B)
+        ctx.scaling, ctx.blocks = scaling, blocks
+        low = blocks.joined(torch.bmm(Z, blocks.of_each(B).mT)).to(y.dtype)
+        if in_place:
+            ctx.mark_dirty(y)
+        return y.add_(low) if in_place else y + low
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        X, Z, A, B = ctx.saved_tensors
+        blocks: Blocks = ctx.blocks
+        needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        g = blocks.cut(dY.to(Z.dtype))
+        dX = dA = dB = None
+        if needs_B:
+            dB = blocks.summed(torch.bmm(g.mT, Z), len(B))
+        if needs_X or needs_A:
+            dZ = torch.bmm(g, blocks.of_each(B))
+            if ctx.scaling != 1.0:
+                dZ *= ctx.scaling
+            dZ.masked_fill_(blocks.filler, 0.0)
+            if needs_A:
+                dA = blocks.summed(torch.bmm(dZ.mT, blocks.cut(X)), len(A))
+            if needs_X:
+                dX = blocks.joined(torch.bmm(dZ, blocks.of_each(A)))
+        return dY, dX, dA, dB, None, None, None
 
 
 def _by_kernel(Z: Tensor, offsets: Tensor) -> bool:
