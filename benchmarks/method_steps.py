@@ -1,4 +1,4 @@
-"""A training step of each weight method against the same method in Hugging Face peft."""
+"""A training step of each method that Hugging Face peft has too, against peft's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from side_by_side import interleaved, rows, write
 
 import lightning_peft as lp
 
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS: dict[str, tuple[Any, Any]] = {
+ON_WEIGHTS: dict[str, tuple[Any, Any]] = {
     "LoRA": (lp.LoRA(r=16), peft.LoraConfig(r=16)),
     "DoRA": (lp.DoRA(r=16), peft.LoraConfig(r=16, use_dora=True)),
     "AdaLoRA": (lp.AdaLoRA(init_r=12), peft.AdaLoraConfig(init_r=12, total_step=1000)),
@@ -27,7 +28,26 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "OFT": (lp.OFT(block_size=32, cayley_neumann=True), peft.OFTConfig(oft_block_size=32, r=0)),
     "BOFT": (lp.BOFT(block_size=4), peft.BOFTConfig(boft_block_size=4)),
     "MiSS": (lp.MiSS(r=64), peft.MissConfig(r=64)),
+    "LoRA, dropout 0.1": (lp.LoRA(r=16, dropout=0.1), peft.LoraConfig(r=16, lora_dropout=0.1)),
 }  # fmt: skip
+LM: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 20}
+ON_MODELS: dict[str, tuple[Any, Any]] = {
+    "NormTuning": (lp.NormTuning(), peft.LNTuningConfig(target_modules=NORMS)),
+    "PromptTuning": (lp.PromptTuning(n=20), peft.PromptTuningConfig(**LM)),
+    "PTuning": (lp.PTuning(n=20), peft.PromptEncoderConfig(**LM, encoder_hidden_size=512)),
+    "PTuning, LSTM": (
+        lp.PTuning(n=20, encoder="lstm"),
+        peft.PromptEncoderConfig(
+            **LM, encoder_hidden_size=512, encoder_reparameterization_type="LSTM"
+        ),
+    ),
+    "PrefixTuning": (lp.PrefixTuning(n=20), peft.PrefixTuningConfig(**LM)),
+    "PrefixTuning, projection": (
+        lp.PrefixTuning(n=20, projection=True, hidden=512),
+        peft.PrefixTuningConfig(**LM, prefix_projection=True, encoder_hidden_size=512),
+    ),
+}
+METHODS = {**ON_WEIGHTS, **ON_MODELS}
 
 
 def main() -> None:
@@ -45,9 +65,11 @@ def main() -> None:
     table = []
     for name in options.methods:
         method, config = METHODS[name]
+        if name in ON_WEIGHTS:
+            method = dataclasses.replace(method, target_modules=TARGETS)
+            config.target_modules = set(TARGETS)
         ours = copy.deepcopy(model)
-        lp.attach(ours, dataclasses.replace(method, target_modules=TARGETS))
-        config.target_modules = set(TARGETS)
+        lp.attach(ours, method)
         theirs = peft.get_peft_model(copy.deepcopy(model), config)
         seconds = interleaved(
             {"peft": step(theirs, ids), "lightning_peft": step(ours, ids)}, options.repeats

@@ -56,6 +56,19 @@ def test_one_seed_is_one_mask_for_every_dtype_and_layout():
     assert not torch.equal(seeded_dropout(torch.ones(M, K), draw_seed(CPU), 0.4) != 0, want)
 
 
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 1), (0, 4), ()], ids=str)
+def test_any_number_of_elements(shape):
+    x = torch.full(shape, 3.0)
+    y = seeded_dropout(x, torch.tensor([3]), 0.5)
+    assert y.shape == x.shape
+    assert bool(((y == 0) | (y == 6)).all())
+
+
+def test_a_probability_just_below_one_keeps_a_few():
+    y = seeded_dropout(torch.ones(1 << 20), torch.tensor([3]), 1 - 1e-7)
+    assert 0 < int((y != 0).sum()) < 64
+
+
 def test_a_probability_of_one_is_refused():
     with pytest.raises(ValueError, match=r"expected 0 <= p < 1, got p = 1\.0"):
         seeded_dropout(torch.ones(2), draw_seed(CPU), 1.0)

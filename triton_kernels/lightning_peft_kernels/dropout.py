@@ -5,8 +5,9 @@
 Forward and backward call the same op with the same seed, one int64 drawn from the device's
 generator without waiting for it; an activation checkpoint that restores the generator draws it
 again. On CUDA u is Philox4x32-10 (word e % 4 of counter e // 4), so that the mask does not depend
-on the launch; on a CPU it is the stream of a torch generator with that seed. Bytes moved: one read
-and one write of x. Source of Philox: Salmon et al. 2011, doi:10.1145/2063384.2063405.
+on the launch; on a CPU it is 16 bits of the stream of a torch generator with that seed (p in steps
+of 2⁻¹⁶), which takes a fifth of the time of `bernoulli_`. Bytes moved: one read and one write of
+x. Source of Philox: Salmon et al. 2011, doi:10.1145/2063384.2063405.
 """
 
 from __future__ import annotations
@@ -58,8 +59,13 @@ def seeded_dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    generator = torch.Generator().manual_seed(int(seed))
-    keep = torch.empty(x.shape, dtype=x.dtype).bernoulli_(1.0 - p, generator=generator)
+    generator, n = torch.Generator().manual_seed(int(seed)), x.numel()
+    words = torch.empty(-(-n // 4), dtype=torch.int64).random_(
+        -(1 << 63), None, generator=generator
+    )
+    bits = words.view(torch.int16)[:n].view(x.shape)
+    first_kept = min(round(p * (1 << 16)), (1 << 16) - 1) - (1 << 15)
+    keep = torch.ge(bits, first_kept, out=torch.empty(x.shape, dtype=x.dtype))
     return keep.mul_(x).mul_(1.0 / (1.0 - p))
 
 
