@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning_peft_kernels.calling import applied
 from lightning_peft_kernels.experts import Groups, grouped_linear
 from lightning_peft_kernels.experts_low_rank import add_low_rank
 from torch import Tensor
@@ -119,7 +120,7 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     rows = _mask_of_rows(adapters, x.shape[0], routing)
     first, form = first_weight(m), form_of(m)
     assert form is not None  # `is_experts` said so
-    h = _ToSorted.apply(x, routing.token, routing.inverse)  # type: ignore[no-untyped-call]
+    h = applied(_ToSorted, x, routing.token, routing.inverse)
     h = _product(m, first, h, routing, by_weight.get(first, ()), rows)
     h = m._apply_gate(h) if form.has_gate else m.act_fn(h)
     h = _product(m, "down_proj", h, routing, by_weight.get("down_proj", ()), rows)
@@ -127,7 +128,7 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
         h = h.masked_fill(routing.nobodys, 0.0)
     if form.has_norm:
         h = m.post_expert_norm(h)
-    h = _FromSorted.apply(h, routing.order, routing.inverse)  # type: ignore[no-untyped-call]
+    h = applied(_FromSorted, h, routing.order, routing.inverse)
     h = h.view(*index.shape, h.shape[-1]) * weights.reshape(*index.shape, 1)
     y: Tensor = h.sum(dim=1).to(x.dtype)
     return y

@@ -133,7 +133,9 @@ class SharedInput:
         """ "" where the members are computed as one, as far as it is known before a call."""
         if not self.members:
             return "a copy of the module"
-        decision = adapters_of(self.members[0])[0].site.storage.together(self.members, None, [])
+        first = self.members[0]
+        adapter = (first._peft.edits or adapters_of(first))[0]
+        decision = adapter.site.storage.together(self.members, None, [])
         return str(decision) if isinstance(decision, Reason) else ""
 
 

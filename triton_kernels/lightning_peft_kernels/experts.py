@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.calling import applied
 from lightning_peft_kernels.expert_groups import Groups, gradient, product
 from lightning_peft_kernels.experts_made import MadeByExpert
 from lightning_peft_kernels.nf4 import Packed4bit
@@ -48,10 +49,10 @@ def grouped_linear(X: Tensor, W: Tensor, groups: Groups) -> Tensor:
     """
     _check(X, groups, W.shape[0])
     if not W.requires_grad and W.dtype != X.dtype:
-        y: Tensor = MadeByExpert.apply(X, groups, None, W)  # type: ignore[no-untyped-call]
+        y: Tensor = applied(MadeByExpert, X, groups, None, W)
         return y
     W = W.to(X.dtype)
-    y = _Grouped.apply(X, W, *groups.given)  # type: ignore[no-untyped-call]
+    y = applied(_Grouped, X, W, *groups.given)
     return y
 
 
@@ -72,7 +73,7 @@ def nf4_grouped_linear(
     """
     _check(X, groups, q.packed.shape[0])
     packing = (shape, kind, block_size)
-    y: Tensor = MadeByExpert.apply(X, groups, packing, *q)  # type: ignore[no-untyped-call]
+    y: Tensor = applied(MadeByExpert, X, groups, packing, *q)
     return y
 
 

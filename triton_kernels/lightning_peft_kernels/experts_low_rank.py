@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_one_pass
+from lightning_peft_kernels.calling import applied
 from lightning_peft_kernels.expert_groups import Blocks, Groups, gradient, product
 
 __all__ = ["add_low_rank", "add_low_rank_reference"]
@@ -57,12 +58,11 @@ def add_low_rank(
         B, scaling = B * scaling.to(B.dtype), 1.0
     # While compiling not in place: see `calling.added`. A padded product is seen through a view.
     in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
-    blocks = groups.blocks(A, B)
+    X, blocks = X.to(A.dtype), groups.blocks(A, B)
     if blocks is not None:
-        return _AddByBlocks.apply(y, X.to(A.dtype), A, B, scaling, in_place, blocks)  # type: ignore[no-untyped-call, no-any-return]
-    out: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]
-        y, X.to(A.dtype), A, B, scaling, in_place, *groups.given
-    )
+        out: Tensor = applied(_AddByBlocks, y, X, A, B, scaling, in_place, blocks)
+        return out
+    out = applied(_AddLowRank, y, X, A, B, scaling, in_place, *groups.given)
     return out
 
 

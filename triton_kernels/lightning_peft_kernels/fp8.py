@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import Decision, choose
-from lightning_peft_kernels.calling import added, autocast_off, flat
+from lightning_peft_kernels.calling import added, applied, autocast_off, flat
 from lightning_peft_kernels.lora_linear import (
     Plan,
     lora_branch,
@@ -287,7 +287,7 @@ def fp8_lora_linear(
     else:
         x, A, B, bias, plan = prepare(x, A, B, bias, scaling, p)
     with autocast_off(x.device.type):
-        y: Tensor = _FP8LoRALinear.apply(  # type: ignore[no-untyped-call]
-            x, *q, scale, bias, A, B, plan, tuple(shape), kind, block_size
+        y: Tensor = applied(
+            _FP8LoRALinear, x, *q, scale, bias, A, B, plan, tuple(shape), kind, block_size
         )
     return y

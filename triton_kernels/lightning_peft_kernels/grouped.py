@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.calling import autocast_off
+from lightning_peft_kernels.calling import applied, autocast_off
 from lightning_peft_kernels.dropout import seeded_dropout
 from lightning_peft_kernels.lora_linear import (
     Plan,
@@ -255,5 +255,5 @@ def nf4_grouped_projections(
     )
     flat = [t for layer in layers for t in layer.q]
     with autocast_off(x.device.type):
-        ys = _GroupedProjections.apply(x, group, *biases, *As, *Bs, *flat)  # type: ignore[no-untyped-call]
+        ys = applied(_GroupedProjections, x, group, *biases, *As, *Bs, *flat)
     return list(ys)

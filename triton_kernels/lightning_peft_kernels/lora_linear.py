@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft_kernels.calling import add_product, autocast_off, flat, unflat
+from lightning_peft_kernels.calling import add_product, applied, autocast_off, flat, unflat
 from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
 from lightning_peft_kernels.rank_gradients import rank_gradients
 
@@ -153,7 +153,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         x2 = flat(x)
         # The base first, as the plain layer runs it: with B = 0 not a bit differs.
-        y = torch.nn.functional.linear(x2, W, bias)
+        y = F.linear(x2, W, bias)
         S, seed = lora_down(x2, A, plan)
         if plan.dtype == y.dtype:
             y = add_product(y, S, B.mT)
@@ -204,5 +204,5 @@ def lora_linear(
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     with autocast_off(x.device.type):
-        y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)  # type: ignore[no-untyped-call]
+        y: Tensor = applied(_LoRALinear, x, weight, bias, A, B, plan)
     return y

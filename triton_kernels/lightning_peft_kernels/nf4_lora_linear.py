@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_product
-from lightning_peft_kernels.calling import add_product, added, autocast_off, flat, unflat
+from lightning_peft_kernels.calling import add_product, added, applied, autocast_off, flat, unflat
 from lightning_peft_kernels.decode import nf4_decode
 from lightning_peft_kernels.lora_linear import Plan, lora_backward, lora_down, prepare
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit_reference
@@ -159,7 +159,7 @@ def nf4_linear(
     """
     x, bias = _autocast(x, bias)
     with autocast_off(x.device.type):
-        y: Tensor = _NF4Linear.apply(x, *q, bias, tuple(shape), kind, block_size)  # type: ignore[no-untyped-call]
+        y: Tensor = applied(_NF4Linear, x, *q, bias, tuple(shape), kind, block_size)
     return y
 
 
@@ -195,7 +195,7 @@ def nf4_lora_linear(
     """
     x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
     with autocast_off(x.device.type):
-        y: Tensor = _NF4LoRALinear.apply(x, *q, bias, A, B, plan, tuple(shape), kind, block_size)  # type: ignore[no-untyped-call]
+        y: Tensor = applied(_NF4LoRALinear, x, *q, bias, A, B, plan, tuple(shape), kind, block_size)
     return y
 
 

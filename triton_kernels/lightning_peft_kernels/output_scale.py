@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose
+from lightning_peft_kernels.calling import applied
 from lightning_peft_kernels.lora_linear import lora_linear
 from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
@@ -96,7 +97,7 @@ class _OutputScale(torch.autograd.Function):
 
 def output_scale(u: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
     """u ∘ g + bias in the dtype of u [..., N]; differentiable in all three."""
-    y: Tensor = _OutputScale.apply(u, g, bias)  # type: ignore[no-untyped-call]
+    y: Tensor = applied(_OutputScale, u, g, bias)
     return y
 
 
