@@ -182,10 +182,10 @@ class MatrixOps(HFLayout):
         self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
     ) -> Tensor | None:
         dropout = edits[0].dropout
-        if len({e.dropout for e in edits}) > 1:
+        if len(edits) > 1 and any(e.dropout != dropout for e in edits):
             return None
         site = adapters[0].site
-        kernel = site.storage.fused(edits[0].form(), site)
+        kernel = site.storage.fused(_DROPPED_LOW_RANK if dropout else _LOW_RANK, site)
         if isinstance(kernel, Reason):
             return None
         term = stacked(low_rank_terms(edits))
@@ -292,6 +292,7 @@ class MatrixOps(HFLayout):
 
 
 _LOW_RANK = frozenset({"low_rank"})
+_DROPPED_LOW_RANK = frozenset({"low_rank", "dropout"})
 _OUT_SCALE = frozenset({"out_scale"})
 _SCALED_LOW_RANK = frozenset({"low_rank", "out_scale"})
 _WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale"})

@@ -24,7 +24,7 @@ from lightning_peft.edit import LowRank, low_rank_terms, stacked
 from lightning_peft.layers.adapted import Adapted, adapters_of
 from lightning_peft.layers.rows import current_rows
 from lightning_peft.layers.same_input import called_with_one_input
-from lightning_peft.site import Reason
+from lightning_peft.site import ComputesTogether, Reason
 
 __all__ = ["SharedInput", "output_of_group", "share_inputs"]
 
@@ -118,8 +118,7 @@ class SharedInput:
             if found is None:
                 return None
             factors.append(found)
-        storage = adapters_of(m)[0].site.storage
-        ys = storage.together(self.members, x, factors)
+        ys = _storage(m).together(self.members, x, factors)
         if isinstance(ys, Reason):
             return None
         first, *others = ys
@@ -133,10 +132,13 @@ class SharedInput:
         """ "" where the members are computed as one, as far as it is known before a call."""
         if not self.members:
             return "a copy of the module"
-        first = self.members[0]
-        adapter = (first._peft.edits or adapters_of(first))[0]
-        decision = adapter.site.storage.together(self.members, None, [])
+        decision = _storage(self.members[0]).together(self.members, None, [])
         return str(decision) if isinstance(decision, Reason) else ""
+
+
+def _storage(m: Any) -> ComputesTogether:
+    storage: Any = (m._peft.edits or adapters_of(m))[0].site.storage
+    return storage  # type: ignore[no-any-return]  # `_share` looked
 
 
 def _may_share(x: Tensor) -> bool:
@@ -181,7 +183,8 @@ def _share(parent: nn.Module, names: Sequence[str]) -> None:
         found = [a for a in adapters_of(m) if a.kind == "weight"]
         if found and "forward" not in vars(m):
             site = found[0].site
-            alike.setdefault((site.in_features, site.storage.label), []).append(m)
+            if isinstance(site.storage, ComputesTogether):
+                alike.setdefault((site.in_features, site.storage.label), []).append(m)
     for group in alike.values():
         if len(group) > 1:
             shared = SharedInput(group)

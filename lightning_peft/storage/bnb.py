@@ -6,7 +6,7 @@ Nothing here is imported before such a layer is met (or `Quantization("int8")` i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,12 +115,6 @@ class Bnb4bitStorage:
     def densify(self, m: Any, name: str, W: Tensor) -> Callable[[], None]:
         """A plain `nn.Linear` in place; the packed parameter is kept for undoing it."""
         return _plain_linear(m, W.to(self.dtype(m, name)))
-
-    def together(
-        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
-    ) -> list[Tensor] | Reason:
-        """None: each layer runs bitsandbytes' forward."""
-        return Reason("bitsandbytes' own forward")
 
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """None: bitsandbytes' forward, then the edit."""
@@ -238,12 +232,6 @@ class Bnb8bitStorage:
     def densify(self, m: Any, name: str, W: Tensor) -> Callable[[], None]:
         """A plain `nn.Linear` in place; the packed parameter is kept for undoing it."""
         return _plain_linear(m, W.to(self.dtype(m, name)))
-
-    def together(
-        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
-    ) -> list[Tensor] | Reason:
-        """None: each layer runs bitsandbytes' forward."""
-        return Reason("bitsandbytes' own forward")
 
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """None: bitsandbytes' forward, then the edit."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,12 +80,6 @@ class DenseStorage:
         bits = self.snapshot(m, name)
         self.write(m, name, W)
         return lambda: self.restore(m, name, bits)
-
-    def together(
-        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
-    ) -> list[Tensor] | Reason:
-        """None: nothing is dequantised, so nothing is saved."""
-        return Reason("dense weights need no dequantising")
 
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """LoRA on a plain Linear in one autograd function."""

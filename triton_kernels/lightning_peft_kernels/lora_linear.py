@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft_kernels.calling import add_product, applied, autocast_off, flat, unflat
+from lightning_peft_kernels.calling import add_product, autocast_off, flat, unflat
 from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
 from lightning_peft_kernels.rank_gradients import rank_gradients
 
@@ -140,6 +140,18 @@ def lora_backward(
     return dX, dA, dB
 
 
+def _product(
+    x2: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(Y [M, N], S [M, R], seed or None)."""
+    # The base first, as the plain layer runs it: with B = 0 not a bit differs.
+    y = F.linear(x2, W, bias)
+    S, seed = lora_down(x2, A, plan)
+    if plan.dtype == y.dtype:
+        return add_product(y, S, B.mT), S, seed
+    return y + F.linear(S, B).to(y.dtype), S, seed
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -152,13 +164,7 @@ class _LoRALinear(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         x2 = flat(x)
-        # The base first, as the plain layer runs it: with B = 0 not a bit differs.
-        y = F.linear(x2, W, bias)
-        S, seed = lora_down(x2, A, plan)
-        if plan.dtype == y.dtype:
-            y = add_product(y, S, B.mT)
-        else:
-            y = y + F.linear(S, B).to(y.dtype)
+        y, S, seed = _product(x2, W, bias, A, B, plan)
         ctx.save_for_backward(x2, S, seed, A, B, W)
         ctx.plan, ctx.leading = plan, x.shape[:-1]
         return unflat(y, x)
@@ -204,5 +210,8 @@ def lora_linear(
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     with autocast_off(x.device.type):
-        y: Tensor = applied(_LoRALinear, x, weight, bias, A, B, plan)
-    return y
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)  # type: ignore[no-untyped-call]
+            return y
+        y, _, _ = _product(flat(x), weight, bias, A, B, plan)
+        return y.view(*x.shape[:-1], y.shape[-1])
