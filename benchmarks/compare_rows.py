@@ -59,7 +59,11 @@ ROWS: tuple[Row, ...] = (
     Row("MiSS, mini", lp.MiSS(r=32, mini_r=8, form="mini"), (1e-3, 4e-3)),
     # new layers
     Row("Bottleneck, Houlsby", lp.BottleneckAdapter("houlsby", 4, init="bert"), (3e-3, 1e-2)),
-    Row("Bottleneck, Pfeiffer", lp.BottleneckAdapter("pfeiffer", 2), (3e-3, 1e-2)),
+    Row(
+        "Bottleneck, Pfeiffer",
+        lp.BottleneckAdapter("pfeiffer", 1, ln_before=True, init="bert"),
+        (2e-3, 1e-2),
+    ),
     Row("Bottleneck, parallel", lp.BottleneckAdapter("parallel", init="bert"), (1e-3, 3e-3)),
     # in the sequence
     Row("PromptTuning", lp.PromptTuning(n=10), (2e-2, 1e-1)),
