@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lightning_peft.masked import held
 if TYPE_CHECKING:
     from lightning_peft.edit import Edit, Rotation
 
-__all__ = ["BlockSite", "ComputesTogether", "LayerOps", "Reason", "SequenceSite", "Site", "Storage"]
+__all__ = ["BlockSite", "LayerOps", "Reason", "SequenceSite", "Site", "Storage"]
 
 
 #: Elements of experts that are read at once: 4 MB in fp32 stay in a CPU's second cache.
@@ -92,19 +92,6 @@ class Storage(Protocol):
 
     def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
         """A kernel that runs base and edit of this form in one call, or why there is none."""
-        ...
-
-
-@runtime_checkable
-class ComputesTogether(Protocol):
-    """A storage that may compute layers over one input as one."""
-
-    def together(
-        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
-    ) -> list[Tensor] | Reason:
-        """Outputs of several layers on one x, each with its (LowRank, dropout), or why they run
-        apart; x None asks for the decision alone.
-        """
         ...
 
 

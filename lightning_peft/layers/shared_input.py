@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,22 @@ from lightning_peft.edit import LowRank, low_rank_terms, stacked
 from lightning_peft.layers.adapted import Adapted, adapters_of
 from lightning_peft.layers.rows import current_rows
 from lightning_peft.layers.same_input import called_with_one_input
-from lightning_peft.site import ComputesTogether, Reason
+from lightning_peft.site import Reason
 
 __all__ = ["SharedInput", "output_of_group", "share_inputs"]
+
+
+@runtime_checkable
+class ComputesTogether(Protocol):
+    """A storage that may compute layers over one input as one."""
+
+    def together(
+        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
+    ) -> list[Tensor] | Reason:
+        """Outputs of several layers on one x, each with its (LowRank, dropout), or why they run
+        apart; x None asks for the decision alone.
+        """
+        ...
 
 
 @dataclass
