@@ -213,5 +213,6 @@ def lora_linear(
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)  # type: ignore[no-untyped-call]
             return y
+        # As `calling.applied`; but a view will do here, which an autograd function must not return.
         y, _, _ = _product(flat(x), weight, bias, A, B, plan)
         return y.view(*x.shape[:-1], y.shape[-1])
