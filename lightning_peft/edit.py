@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from lightning_peft_kernels.calling import refuse_recording
 from torch import Tensor
 
 from lightning_peft.site import LayerOps, Site
@@ -35,6 +36,7 @@ __all__ = [
     "Term",
     "as_low_rank",
     "low_rank_terms",
+    "refuse_recording",
     "stacked",
 ]
 
@@ -235,9 +237,9 @@ class _BlockProduct(torch.autograd.Function):
         if permutation is None:
             ctx.save_for_backward(x, blocks)
             return _by_stretches(x, blocks)
-        x, inverse = x.index_select(-1, permutation), torch.argsort(permutation)
+        inverse = torch.argsort(permutation)
         ctx.save_for_backward(x, blocks, permutation, inverse)
-        return _by_stretches(x, blocks).index_select(-1, inverse)
+        return _by_stretches(x.index_select(-1, permutation), blocks).index_select(-1, inverse)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
@@ -249,6 +251,8 @@ class _BlockProduct(torch.autograd.Function):
             dX = _by_stretches(dY, blocks.mT)
             dX = dX.index_select(-1, order[1]) if order else dX
         if ctx.needs_input_grad[1]:
+            # x itself is kept, not the permuted: this backward may be differentiated again.
+            x = x.index_select(-1, order[0]) if order else x
             X, G = (t.reshape(-1, n, k).transpose(0, 1) for t in (x, dY))
             dB = torch.bmm(X.mT, G)
         return dX, dB, None

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning_peft_kernels.backend import preference
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -163,11 +164,15 @@ class MatrixOps(HFLayout):
         return self._onion(m, run, adapters, edits, x, args, kwargs)
 
     def _by_hand(self, m: Any, adapter: Adapter, term: ByHand, x: Tensor) -> Tensor | None:
-        """Base and change in one function; None unless the layer is a plain dense linear one and
-        all is of one dtype.
+        """Base and change in one function; None unless the layer is a plain dense linear one, all
+        is of one dtype and torch's own formulas are not preferred.
         """
         site = adapter.site
-        if site.storage.label != "dense" or torch.is_autocast_enabled(x.device.type):
+        if (
+            preference() == "torch"
+            or site.storage.label != "dense"
+            or torch.is_autocast_enabled(x.device.type)
+        ):
             return None
         if isinstance(site.storage.fused(_LOW_RANK, site), Reason):
             return None

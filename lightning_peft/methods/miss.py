@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Dense, Edit, Grouped, Term
+from lightning_peft.edit import Dense, Edit, Grouped, Term, refuse_recording
 from lightning_peft.methods.base import (
     HFEntry,
     HFFormat,
@@ -85,6 +85,7 @@ class _TiledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        refuse_recording("MiSS", 'its input is not kept: use kernels="torch"')
         W, D, S = ctx.saved_tensors
         dY2 = dY.reshape(-1, dY.shape[-1])
         dX = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, LowRank, Term
+from lightning_peft.edit import Edit, LowRank, Term, refuse_recording
 from lightning_peft.methods.base import HFFormat, WeightMethod, empty_like_site, register, require
 from lightning_peft.site import LayerOps, Site
 
@@ -74,6 +74,7 @@ class _VectorsLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        refuse_recording("VeRA", 'its input is not kept: use kernels="torch"')
         W, A, B, d, b, U, V = ctx.saved_tensors
         dY2, U, V = (t.reshape(-1, t.shape[-1]) for t in (dY, U, V))
         db = torch.linalg.vecdot(dY2, V, dim=0)

@@ -48,6 +48,16 @@ def rows_for(counts, tail, dtype, K):
     )
 
 
+def packed_and_dense(N, K, kind, nested):
+    """Nine experts, packed one by one, and what they are dequantised to."""
+    W = torch.randn(9, N, K, generator=torch.Generator().manual_seed(1))
+    one = [quantize_4bit(w, kind=kind, block_size=32, double_quant=nested) for w in W]
+    q = Packed4bit(*(None if ts[0] is None else torch.stack([t.reshape(-1) for t in ts])
+                     for ts in zip(*one, strict=True)))  # fmt: skip
+    how = {"kind": kind, "block_size": 32}
+    return q, torch.stack([dequantize_4bit(p, (N, K), W.dtype, **how) for p in one])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tail", [0, 5])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,18 +97,14 @@ def test_dense(counts, shape, tail, dtype, on_host):
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("tail", [0, 5])
-@pytest.mark.parametrize(("N", "K"), [(24, 32), (6, 32), (5, 21)])
+@pytest.mark.parametrize(("N", "K"), [(24, 32), (6, 32), (5, 21), (128, 64)])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_packed_is_dense_over_the_dequantised_weight(counts, N, K, tail, nested, kind, on_host):
-    """Blocks may end inside an expert (5 × 21), rows be unaligned, experts few or many."""
+    """Blocks may end inside an expert (5 × 21), rows be unaligned, experts few or many, scales
+    of an expert in whole groups of 256 (128 × 64) or not.
+    """
     X, _, groups = rows_for(COUNTS[counts], tail, torch.float32, K)
-    W = torch.randn(9, N, K, generator=torch.Generator().manual_seed(1))
-    one = [quantize_4bit(w, kind=kind, block_size=32, double_quant=nested) for w in W]
-    q = Packed4bit(*(None if ts[0] is None else torch.stack([t.reshape(-1) for t in ts])
-                     for ts in zip(*one, strict=True)))  # fmt: skip
-    dense = torch.stack(
-        [dequantize_4bit(p, (N, K), X.dtype, kind=kind, block_size=32) for p in one]
-    )
+    q, dense = packed_and_dense(N, K, kind, nested)
     dY = torch.randn(X.shape[0], N, generator=torch.Generator().manual_seed(2))
     found = []
     for run in (
@@ -111,6 +117,21 @@ def test_packed_is_dense_over_the_dequantised_weight(counts, N, K, tail, nested,
         found.append((y.detach(), x.grad))
     assert_close("y", found[0][0], found[1][0])
     assert_close("dX", found[0][1], found[1][1])
+
+
+def test_gradients_of_gradients_through_packed_experts():
+    """What is recorded does not read the buffer that other experts are made in since."""
+    X, _, groups = rows_for(COUNTS["uneven"], 0, torch.float32, 32)
+    q, dense = packed_and_dense(24, 32, "nf4", True)
+    found = []
+    for run in (
+        lambda X: nf4_grouped_linear(X, q, (24, 32), groups, block_size=32),
+        lambda X: grouped_linear(X, dense, groups),
+    ):
+        x = X.clone().requires_grad_()
+        (dX,) = torch.autograd.grad(run(x).pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dX.square().sum(), x)[0])
+    assert_close("ddX", *found)
 
 
 def test_a_frozen_weight_in_another_dtype(on_host):

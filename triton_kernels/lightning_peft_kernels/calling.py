@@ -1,16 +1,31 @@
-"""What the autograd functions share: how they are called, rows of the last axis in and out, sums in
-place, autocast off around them.
+"""What the autograd functions share: how they are called, gradients of their gradients, rows of the
+last axis in and out, sums in place, autocast off around them.
+
+Backward by hand reads what forward kept; to autograd that is constant. So a backward that is itself
+recorded (`create_graph`, for a gradient penalty or a product with the Hessian) does not run by
+hand: it takes the gradients of the formula in torch's own operations, from the inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "added", "applied", "autocast_off", "flat", "unflat"]
+__all__ = [
+    "add_product",
+    "added",
+    "applied",
+    "autocast_off",
+    "flat",
+    "gradients_of",
+    "recording",
+    "refuse_recording",
+    "unflat",
+]
 
 
 class _NoGraph:
@@ -34,6 +49,45 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
     return function.forward(_NoGraph(len(args)), *args)
+
+
+def recording() -> bool:
+    """In a backward: whether it is recorded itself. (A compiled backward never is.)"""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradients_of(
+    formula: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    dY: Tensor | Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again; None for inputs that need none.
+
+    Args:
+        formula: In torch's own operations: what the function computes of `inputs`.
+        inputs: As they were given to the function, and saved.
+        needs: Whether each needs its gradient.
+        dY: Of the formula's result, or of its results.
+    """
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    if not wanted:
+        return [None] * len(inputs)
+    found = iter(torch.autograd.grad(formula(*inputs), wanted, dY, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def refuse_recording(what: str, instead: str) -> None:
+    """For a function that keeps less than its inputs.
+
+    Raises:
+        RuntimeError: this backward is recorded.
+    """
+    if recording():
+        raise RuntimeError(
+            f"{what}: expected a backward that is not differentiated again, got create_graph=True; "
+            f"{instead}"
+        )
 
 
 def autocast_off(device: str) -> AbstractContextManager[None]:

@@ -187,10 +187,9 @@ def product(
     """
     if X.dtype != torch.float64 and (counts is None or not unaligned(X, W)):
         return library_product(X, W, offsets, tail=tail)
-    Y = X.new_zeros(X.shape[0], W.shape[1])
-    for e, rows in _rows(_read(offsets) if counts is None else counts):
-        torch.mm(X[rows], W[e].mT, out=Y[rows])
-    return Y
+    parts = [X[rows] @ W[e].mT for e, rows in _rows(_read(offsets) if counts is None else counts)]
+    nobodys = X.shape[0] - sum(len(part) for part in parts)
+    return torch.cat([*parts, X.new_zeros(nobodys, W.shape[1])])
 
 
 def gradient(dY: Tensor, X: Tensor, offsets: Tensor, counts: Sequence[int] | None) -> Tensor:
@@ -199,10 +198,11 @@ def gradient(dY: Tensor, X: Tensor, offsets: Tensor, counts: Sequence[int] | Non
     whole = not (dY.shape[1] % unit or X.shape[1] % unit)
     if X.dtype != torch.float64 and (counts is None or whole):
         return library_gradient(dY, X, offsets)
-    dW = X.new_zeros(offsets.shape[0], dY.shape[1], X.shape[1])
-    for e, rows in _rows(_read(offsets) if counts is None else counts):
-        torch.mm(dY[rows].mT, X[rows], out=dW[e])
-    return dW
+    dW = {
+        e: dY[rows].mT @ X[rows] for e, rows in _rows(_read(offsets) if counts is None else counts)
+    }
+    none = X.new_zeros(dY.shape[1], X.shape[1])
+    return torch.stack([dW.get(e, none) for e in range(offsets.shape[0])])
 
 
 def _rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -49,7 +49,7 @@ def grouped_linear(X: Tensor, W: Tensor, groups: Groups) -> Tensor:
     """
     _check(X, groups, W.shape[0])
     if not W.requires_grad and W.dtype != X.dtype:
-        y: Tensor = applied(MadeByExpert, X, groups, None, W)
+        y: Tensor = applied(MadeByExpert, X, groups, None, True, W)
         return y
     W = W.to(X.dtype)
     y = applied(_Grouped, X, W, *groups.given)
@@ -73,7 +73,7 @@ def nf4_grouped_linear(
     """
     _check(X, groups, q.packed.shape[0])
     packing = (shape, kind, block_size)
-    y: Tensor = applied(MadeByExpert, X, groups, packing, *q)
+    y: Tensor = applied(MadeByExpert, X, groups, packing, True, *q)
     return y
 
 

@@ -12,13 +12,14 @@ they are library products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_one_pass
-from lightning_peft_kernels.calling import applied
+from lightning_peft_kernels.calling import applied, gradients_of, recording, refuse_recording
 from lightning_peft_kernels.expert_groups import Blocks, Groups, gradient, product
 
 __all__ = ["add_low_rank", "add_low_rank_reference"]
@@ -98,6 +99,12 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         X, Z, A, B, offsets = ctx.saved_tensors
         needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        if recording():
+
+            def product_of(X: Tensor, W: Tensor) -> Tensor:
+                return product(X, W, offsets, ctx.tail, ctx.counts)
+
+            return dY, *_again(product_of, ctx, dY, X, A, B), None, None, None, None, None
         g, counts = dY.to(Z.dtype), ctx.counts
         dX = dA = dB = dZ = None
         if needs_B and (needs_X or needs_A) and _by_kernel(Z, offsets):
@@ -146,6 +153,12 @@ class _AddByBlocks(torch.autograd.Function):
         X, Z, A, B = ctx.saved_tensors
         blocks: Blocks = ctx.blocks
         needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        if recording():
+
+            def product(X: Tensor, W: Tensor) -> Tensor:
+                return blocks.joined(torch.bmm(blocks.cut(X), blocks.of_each(W).mT))
+
+            return dY, *_again(product, ctx, dY, X, A, B), None, None, None
         g = blocks.cut(dY.to(Z.dtype))
         dX = dA = dB = None
         if needs_B:
@@ -160,6 +173,25 @@ class _AddByBlocks(torch.autograd.Function):
             if needs_X:
                 dX = blocks.joined(torch.bmm(dZ, blocks.of_each(A)))
         return dY, dX, dA, dB, None, None, None
+
+
+def _again(
+    product: Callable[[Tensor, Tensor], Tensor],
+    ctx: Any,
+    dY: Tensor,
+    X: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+) -> list[Tensor | None]:
+    """(dX, dA, dB) that can be differentiated again."""
+    if X is None:
+        refuse_recording("add_low_rank", "train A too, without which X is not kept")
+    assert X is not None  # or it was refused
+
+    def formula(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return product(product(X, A) * ctx.scaling, B).to(dY.dtype)
+
+    return gradients_of(formula, (X, A, B), ctx.needs_input_grad[1:4], dY)
 
 
 def _by_kernel(Z: Tensor, offsets: Tensor) -> bool:

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels import nf4_cpu
 from lightning_peft_kernels.backend import choose, choose_experts
+from lightning_peft_kernels.calling import applied
 from lightning_peft_kernels.dynamic_map import dynamic_map
 from lightning_peft_kernels.expert_groups import Groups, library_product, outside, unaligned
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit
+from lightning_peft_kernels.workspace import thread_buffer
 
 __all__ = ["MadeByExpert"]
 
 #: Elements of the buffer that experts are made in on a CPU: 4 MB in fp32 stay in the L2 cache, and
 #: dozens of small experts share the cost of a call. Never more than a quarter of the experts.
-_BUFFER = 1 << 20
+_BUFFER = 1 << 21
 
 
 class _Slab(NamedTuple):
@@ -70,9 +73,8 @@ class _Packed:
         absmax, absmax2, offset = (None if t is None else t.flatten(1) for t in self._scaling())
         assert absmax is not None  # always there
         if len(experts) < self.experts:
-            index = torch.tensor(experts, device=absmax.device)
             absmax, absmax2, offset = (
-                None if t is None else t[index] for t in (absmax, absmax2, offset)
+                None if t is None else _chosen(t, experts) for t in (absmax, absmax2, offset)
             )
         self._scales = _scales(absmax, absmax2, offset)  # type: ignore[arg-type]
         self._place = {e: i for i, e in enumerate(experts)}
@@ -138,6 +140,8 @@ def _scales(codes: Tensor, absmax2: Tensor | None, offset: Tensor | None) -> Ten
     """fp32 [E, blocks]; nested ones are those of each expert by itself."""
     if absmax2 is None or offset is None:
         return codes
+    if codes.device.type == "cpu" and codes.shape[1] % 256 == 0:
+        return nf4_cpu.scales(codes, absmax2, offset)
     second = absmax2.repeat_interleave(256, dim=1)[:, : codes.shape[1]]
     return dynamic_map(True, str(codes.device))[codes.int()].mul_(second).add_(offset)
 
@@ -149,29 +153,31 @@ def _weights(packing: Any, tensors: Sequence[Tensor | None]) -> _Cast | _Packed:
 
 
 class MadeByExpert(torch.autograd.Function):
-    """Products with weights that are made for them, in forward and again in backward.
+    """X W[e]ᵀ, or X W[e] unless `transposed`, with weights that are made for the product.
 
     Inputs: X [S, K]; its groups; (shape, kind, block_size) of a packed weight, None for a dense
-    one; the weight's tensors.
+    one; whether W is transposed; the weight's tensors.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, X: Tensor, groups: Groups, packing: Any, *tensors: Tensor | None
+        ctx: Any, X: Tensor, groups: Groups, packing: Any, transposed: bool, *tensors: Tensor | None
     ) -> Tensor:
         """Y [S, N]."""
         ctx.save_for_backward(*tensors)
-        ctx.groups, ctx.packing = groups, packing
-        return _product(X, groups, packing, tensors, transposed=True)
+        ctx.groups, ctx.packing, ctx.transposed = groups, packing, transposed
+        return _product(X, groups, packing, tensors, transposed=transposed)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        """DX alone: the weight is frozen."""
+        """DX alone, the same product the other way: the weight is frozen. Where it is recorded
+        (create_graph), what is recorded makes its weights again.
+        """
         dX = None
         if ctx.needs_input_grad[0]:
-            made = ctx.packing, ctx.saved_tensors
-            dX = _product(dY.contiguous(), ctx.groups, *made, transposed=False)
-        return dX, None, None, *[None] * len(ctx.saved_tensors)
+            made = ctx.packing, not ctx.transposed, *ctx.saved_tensors
+            dX = applied(MadeByExpert, dY.contiguous(), ctx.groups, *made)
+        return dX, None, None, None, *[None] * len(ctx.saved_tensors)
 
 
 def _product(
@@ -244,7 +250,7 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
         return Y
     weights.prepare([e for slab in slabs for e in slab.experts])
     most = max(len(slab.experts) for slab in slabs)
-    buffer = torch.empty(most, weights.N, weights.K, dtype=X.dtype, device=X.device)
+    buffer = _buffer(X, (most, weights.N, weights.K))
     grouped = X.dtype != torch.float64 and not unaligned(X, buffer)
     for slab in slabs:
         weights.fill(buffer[: len(slab.experts)], slab.experts)
@@ -276,6 +282,13 @@ def _slabs(counts: Sequence[int], experts: int, size: int) -> Iterator[_Slab]:
         start += n
     if slab.experts:
         yield slab
+
+
+def _buffer(X: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """For weights that meet X at once."""
+    if X.device.type == "cpu":
+        return thread_buffer(torch.Size(shape).numel(), X.dtype).view(shape)
+    return X.new_empty(shape)
 
 
 def _chosen(t: Tensor, experts: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import Decision, choose
-from lightning_peft_kernels.calling import added, applied, autocast_off, flat
+from lightning_peft_kernels.calling import added, applied, autocast_off, flat, refuse_recording
 from lightning_peft_kernels.lora_linear import (
     Plan,
     lora_branch,
@@ -223,6 +223,7 @@ class _FP8LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+        refuse_recording("fp8_lora_linear", "its products are rounded: compute in 16 or 32 bits")
         x2, S, seed, A, B, *packed, scale = ctx.saved_tensors
         shape, kind, block_size = ctx.packing
         needs, plan = ctx.needs_input_grad, ctx.plan

@@ -11,13 +11,14 @@ alone. Each y_i owns its columns of one [M, ΣN] buffer: a strided tensor, not a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.calling import applied, autocast_off
+from lightning_peft_kernels.calling import applied, autocast_off, gradients_of, recording
 from lightning_peft_kernels.dropout import seeded_dropout
 from lightning_peft_kernels.lora_linear import (
     Plan,
@@ -25,6 +26,7 @@ from lightning_peft_kernels.lora_linear import (
     lora_up_backward,
     prepare,
     rank_backward,
+    recorded_branch,
 )
 from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear_reference
@@ -145,20 +147,29 @@ class _GroupedProjections(torch.autograd.Function):
         how = (group.shapes, x.dtype, group.kind, group.block_size)
         W = stacked_weights(_packed(flat), *how, keep=keep)
         parts = _up(x2, W, Ss, Bs, biases, group)
-        ctx.save_for_backward(x2, W if keep else None, *seeds, *Ss, *As, *Bs, *flat)
-        ctx.group, ctx.leading = group, lead
+        ctx.save_for_backward(x, W if keep else None, *seeds, *Ss, *As, *Bs, *flat)
+        ctx.group = group
         return tuple(torch.ops.aten._unsafe_view(part, (*lead, part.shape[-1])) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *dYs: Tensor) -> Any:
         group: _Group = ctx.group
-        x2, W, *rest = ctx.saved_tensors
+        x, W, *rest = ctx.saved_tensors
         g, needs = len(group.shapes), ctx.needs_input_grad
         seeds, Ss, As, Bs, flat = (
             rest[:g], rest[g : 2 * g], rest[2 * g : 3 * g], rest[3 * g : 4 * g], rest[4 * g :],
         )  # fmt: skip
-        plans = group.plans
+        plans, x2 = group.plans, x.reshape(-1, x.shape[-1])
         flat_dYs = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
+        biases = [dY.sum(0) if needs[2 + i] else None for i, dY in enumerate(flat_dYs)]
+        if needs[0] and (W is None or W.dtype != dYs[0].dtype):
+            how = (group.shapes, dYs[0].dtype, group.kind, group.block_size)
+            W = stacked_weights(_packed(flat), *how, keep=False)
+        if recording():
+            formula = functools.partial(_recorded, group, seeds, W if needs[0] else None)
+            wanted = [needs[0], *needs[2 + g : 2 + 3 * g]]
+            dX, *d_factors = gradients_of(formula, (x, *As, *Bs), wanted, dYs)
+            return dX, None, *biases, *d_factors, *[None] * (4 * g)
         dSs, dBs = [], []
         each = zip(flat_dYs, Ss, As, Bs, plans, needs[2 + 2 * g :], strict=False)
         for dY, S, A, B, plan, needs_B in each:  # dA comes from the stacked dS, below
@@ -167,17 +178,27 @@ class _GroupedProjections(torch.autograd.Function):
             dSs.append(dS)
             dBs.append(dB)
         dAs = _down_backward(dSs, x2, seeds, group, needs[2 + g : 2 + 2 * g])
-        biases = [dY.sum(0) if needs[2 + i] else None for i, dY in enumerate(flat_dYs)]
         dX = None
         if needs[0]:
-            dtype = flat_dYs[0].dtype
-            if W is None or W.dtype != dtype:
-                how = (group.shapes, dtype, group.kind, group.block_size)
-                W = stacked_weights(_packed(flat), *how, keep=False)
             low = _up_backward(dSs, As, seeds, group)
-            dX = torch.addmm(low.to(dtype), torch.cat(flat_dYs, 1), W)
-            dX = dX.view(*ctx.leading, x2.shape[1])
+            dX = torch.addmm(low.to(dYs[0].dtype), torch.cat(flat_dYs, 1), W)
+            dX = dX.view(x.shape)
         return dX, None, *biases, *dAs, *dBs, *[None] * (4 * g)
+
+
+def _recorded(
+    group: _Group, seeds: Sequence[Tensor | None], W: Tensor | None, x: Tensor, *factors: Tensor
+) -> list[Tensor]:
+    """y_i without bias, in torch's own operations; without the base where no dX is asked for."""
+    As, Bs = factors[: len(seeds)], factors[len(seeds) :]
+    lows = [
+        recorded_branch(x, A, B, seed, plan)
+        for A, B, seed, plan in zip(As, Bs, seeds, group.plans, strict=True)
+    ]
+    if W is None:
+        return lows
+    bases = torch.nn.functional.linear(x, W).split(group.rows, -1)
+    return [low + base for low, base in zip(lows, bases, strict=True)]
 
 
 def _down_backward(

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft_kernels.calling import add_product, autocast_off, flat, unflat
+from lightning_peft_kernels.calling import (
+    add_product,
+    autocast_off,
+    flat,
+    gradients_of,
+    recording,
+    unflat,
+)
 from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
 from lightning_peft_kernels.rank_gradients import rank_gradients
 
@@ -74,6 +81,14 @@ def lora_down(x2: Tensor, A: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]
         z = seeded_dropout(z, seed, plan.dropout_p)
     S = F.linear(z, A)
     return (S if plan.scaling == 1.0 else S * plan.scaling), seed
+
+
+def recorded_branch(x: Tensor, A: Tensor, B: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
+    """s · drop(x) Aᵀ Bᵀ [..., N] in torch's own operations, with the mask of forward."""
+    z = x.to(plan.dtype)
+    if seed is not None:
+        z = z * seeded_dropout(torch.ones_like(flat(z)), seed, plan.dropout_p).view(z.shape)
+    return F.linear(F.linear(z, A) * plan.scaling, B).to(x.dtype)
 
 
 def lora_branch(
@@ -165,22 +180,31 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         x2 = flat(x)
         y, S, seed = _product(x2, W, bias, A, B, plan)
-        ctx.save_for_backward(x2, S, seed, A, B, W)
-        ctx.plan, ctx.leading = plan, x.shape[:-1]
+        ctx.save_for_backward(x, S, seed, A, B, W)
+        ctx.plan = plan
         return unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        x2, S, seed, A, B, W = ctx.saved_tensors
-        dY2 = flat(dY)
+        x, S, seed, A, B, W = ctx.saved_tensors
+        x2, dY2 = flat(x), flat(dY)
         needs = ctx.needs_input_grad
+        d_bias = dY2.sum(0) if needs[2] else None
+        if recording():
+
+            def formula(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+                return F.linear(x, W) + recorded_branch(x, A, B, seed, ctx.plan)
+
+            wanted = [*needs[:2], *needs[3:5]]
+            dX, dW, dA, dB = gradients_of(formula, (x, W, A, B), wanted, dY)
+            return dX, dW, d_bias, dA, dB, None
         dX, dA, dB = lora_backward(
             dY2, x2, S, seed, A, B, W if needs[0] else None, ctx.plan, needs[3], needs[4]
         )
         if dX is not None:
-            dX = dX.view(*ctx.leading, dX.shape[-1])
+            dX = dX.view(x.shape)
         dW = dY2.mT @ x2 if needs[1] else None
-        return dX, dW, dY2.sum(0) if needs[2] else None, dA, dB, None
+        return dX, dW, d_bias, dA, dB, None
 
 
 def lora_linear(

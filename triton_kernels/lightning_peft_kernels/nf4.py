@@ -71,7 +71,7 @@ def _dequantize_cpu(
     packed = q.packed.reshape(-1)
     scales = q.absmax.reshape(-1)
     if q.absmax2 is not None and q.offset is not None:
-        scales = nf4_cpu.scales(q.absmax, q.absmax2.reshape(-1), q.offset)
+        scales = nf4_cpu.scales(scales, q.absmax2, q.offset)
     out = nf4_cpu.fresh(shape, dtype) if out is None else out
     blocks = n // block_size
     full, flat = blocks * block_size, out.view(-1)

@@ -97,24 +97,29 @@ def _quantize_range(
 
 
 def scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
-    """Nested scales fp32 [blocks]: map[code] · absmax2[block // 256] + offset, two roundings."""
-    codes = codes.reshape(-1)
-    n, values = codes.numel(), dynamic_map(True)
+    """Nested scales fp32 [..., blocks]: map[code] · absmax2[block // 256] + offset, two roundings.
+
+    Args:
+        codes: uint8 [blocks], or [weights, blocks] with whole groups of 256.
+        absmax2: fp32, one a group.
+        offset: fp32 [1], or [weights, 1].
+    """
+    flat, absmax2 = codes.reshape(-1), absmax2.reshape(-1)
+    n, values = flat.numel(), dynamic_map(True)
     out = torch.empty(n, dtype=torch.float32)
     native = _native("cdequantize_blockwise_cpu_fp32")
-    if native is not None and codes.is_contiguous() and absmax2.is_contiguous():
-        pointers = [_pointer(t) for t in (values, codes, absmax2, out)]
+    if native is not None and flat.is_contiguous() and absmax2.is_contiguous():
+        pointers = [_pointer(t) for t in (values, flat, absmax2, out)]
         native(*pointers, ctypes.c_longlong(256), ctypes.c_longlong(n))
-        return out.add_(offset)
+        return out.view(codes.shape).add_(offset)
     for start in range(0, n, _ONE_THREAD):
         part = out[start : start + _ONE_THREAD]
-        torch.index_select(values, 0, codes[start : start + _ONE_THREAD].int(), out=part)
+        torch.index_select(values, 0, flat[start : start + _ONE_THREAD].int(), out=part)
         second = absmax2[start // 256 : -(-(start + part.numel()) // 256)]
         full = part.numel() // 256 * 256
         part[:full].view(-1, 256).mul_(second[: full // 256, None])
         part[full:].mul_(second[-1])
-        part.add_(offset)
-    return out
+    return out.view(codes.shape).add_(offset)
 
 
 def dequantize_blocks(

@@ -19,9 +19,24 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_product
-from lightning_peft_kernels.calling import add_product, added, applied, autocast_off, flat, unflat
+from lightning_peft_kernels.calling import (
+    add_product,
+    added,
+    applied,
+    autocast_off,
+    flat,
+    gradients_of,
+    recording,
+    unflat,
+)
 from lightning_peft_kernels.decode import nf4_decode
-from lightning_peft_kernels.lora_linear import Plan, lora_backward, lora_down, prepare
+from lightning_peft_kernels.lora_linear import (
+    Plan,
+    lora_backward,
+    lora_down,
+    prepare,
+    recorded_branch,
+)
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit_reference
 from lightning_peft_kernels.workspace import keeps_for_backward, kept_weights, weights
 
@@ -116,23 +131,28 @@ class _NF4LoRALinear(torch.autograd.Function):
             if bias is not None:
                 y = added(y, bias)
             W = W if keep else None
-        ctx.save_for_backward(x2, S, seed, A, B, W, *q)
-        ctx.plan, ctx.packing, ctx.leading = plan, (shape, kind, block_size), x.shape[:-1]
+        ctx.save_for_backward(x, S, seed, A, B, W, *q)
+        ctx.plan, ctx.packing = plan, (shape, kind, block_size)
         return unflat(y, x)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        x2, S, seed, A, B, *rest = ctx.saved_tensors
-        dY2 = flat(dY)
-        W = None
-        if ctx.needs_input_grad[0]:
-            W = _backward_weights(ctx, dY.dtype, *rest)
-        dX, dA, dB = lora_backward(
-            dY2, x2, S, seed, A, B, W, ctx.plan, ctx.needs_input_grad[6], ctx.needs_input_grad[7]
-        )
-        d_bias = dY2.sum(0) if ctx.needs_input_grad[5] else None
+        x, S, seed, A, B, *rest = ctx.saved_tensors
+        x2, dY2 = flat(x), flat(dY)
+        needs_X, *_, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:8]
+        W = _backward_weights(ctx, dY.dtype, *rest) if needs_X else None
+        d_bias = dY2.sum(0) if needs_bias else None
+        if recording():
+
+            def formula(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+                low = recorded_branch(x, A, B, seed, ctx.plan)
+                return low if W is None else low + torch.nn.functional.linear(x, W)
+
+            dX, dA, dB = gradients_of(formula, (x, A, B), (needs_X, needs_A, needs_B), dY)
+            return dX, None, None, None, None, d_bias, dA, dB, None, None, None, None
+        dX, dA, dB = lora_backward(dY2, x2, S, seed, A, B, W, ctx.plan, needs_A, needs_B)
         if dX is not None:
-            dX = dX.view(*ctx.leading, dX.shape[-1])
+            dX = dX.view(x.shape)
         return dX, None, None, None, None, d_bias, dA, dB, None, None, None, None
 
 

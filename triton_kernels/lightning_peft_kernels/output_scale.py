@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose
-from lightning_peft_kernels.calling import applied
+from lightning_peft_kernels.calling import applied, gradients_of, recording
 from lightning_peft_kernels.lora_linear import lora_linear
 from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
@@ -35,6 +35,10 @@ def output_scale_reference(u: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
     wide = torch.promote_types(u.dtype, torch.float32)
     y = u.to(wide) * g.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(u.dtype)
+
+
+def _unbiased(u: Tensor, g: Tensor) -> Tensor:
+    return output_scale_reference(u, g, None)
 
 
 def _forward(u: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,18 +82,22 @@ class _OutputScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
         u2 = u.reshape(-1, u.shape[-1]).contiguous()
-        ctx.save_for_backward(u2, g)
-        ctx.shape, ctx.bias_dtype = u.shape, None if bias is None else bias.dtype
+        ctx.save_for_backward(u, g)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         y: Tensor = torch.ops.lightning_peft.output_scale(u2, g, bias)
         return y.view(u.shape)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        u2, g = ctx.saved_tensors
-        dY2 = dY.reshape(-1, dY.shape[-1]).contiguous()
+        u, g = ctx.saved_tensors
+        dY2, u2 = (t.reshape(-1, t.shape[-1]).contiguous() for t in (dY, u))
+        if recording():
+            needs = ctx.needs_input_grad
+            du, dg = gradients_of(_unbiased, (u, g), needs[:2], dY)
+            return du, dg, dY2.sum(0).to(ctx.bias_dtype) if needs[2] else None
         du, dg, d_bias = torch.ops.lightning_peft.output_scale_backward(dY2, u2, g)
         return (
-            du.view(ctx.shape),
+            du.view(u.shape),
             dg.to(g.dtype) if ctx.needs_input_grad[1] else None,
             d_bias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
         )

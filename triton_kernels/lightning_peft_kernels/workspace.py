@@ -30,6 +30,7 @@ __all__ = [
     "kept_weights",
     "release",
     "stacked_weights",
+    "thread_buffer",
     "weights",
 ]
 
@@ -71,7 +72,7 @@ def weights(
     # A product that is recorded (create_graph) keeps the weight.
     if plain and not torch.is_grad_enabled():
         if device.type == "cpu":
-            out = _thread_buffer(torch.Size(shape).numel(), dtype).view(tuple(shape))
+            out = thread_buffer(torch.Size(shape).numel(), dtype).view(tuple(shape))
             return dequantize_4bit(q, shape, dtype, kind=kind, block_size=block_size, out=out)
         if device.type == "cuda" and _settings[0].prefetch and not _capturing():
             own = _prefetchers.setdefault(device, Prefetch(device))
@@ -107,7 +108,7 @@ def stacked_weights(
     if keep or first.device.type != "cpu" or torch.is_grad_enabled():
         W = torch.empty(sum(rows), K, dtype=dtype, device=first.device)
     else:
-        W = _thread_buffer(sum(rows) * K, dtype).view(sum(rows), K)
+        W = thread_buffer(sum(rows) * K, dtype).view(sum(rows), K)
     for q, part, shape in zip(packed, W.split(rows), shapes, strict=True):
         dequantize_4bit(q, shape, dtype, out=part, **how)
     return W
@@ -128,14 +129,17 @@ def keeps_for_backward() -> bool:
     return str(getattr(hooks[0], "__module__", "")) == "torch.utils.checkpoint"
 
 
-def _thread_buffer(numel: int, dtype: torch.dtype) -> Tensor:
+def thread_buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    """Elements [numel] on the CPU for one use that follows at once; the next call in this thread
+    may write over them.
+    """
     size = numel * dtype.itemsize
     held: Tensor | None = getattr(_local, "buffer", None)
-    if held is None or held.numel() < size:
+    if held is None or held.nbytes < size:
         _local.buffer = None  # freed before the larger one is made
         with torch.inference_mode(False):
-            held = _local.buffer = fresh((size,), torch.uint8)
-    return held[:size].view(dtype)
+            held = _local.buffer = fresh((numel,), dtype)
+    return held[: -(-size // held.itemsize)].view(dtype)[:numel]
 
 
 def _capturing() -> bool:
