@@ -2,7 +2,7 @@
 
 At a fixed number of tokens more experts mean more weights to read, for frozen experts too: `growth`
 is over the model with the fewest experts, `over grouped_mm` the time beside frozen experts in the
-library's grouped product, the faster of the two frozen ones.
+library's grouped product, the faster of the two frozen ones. All models take turns.
 """
 
 from __future__ import annotations
@@ -75,11 +75,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ids = torch.randint(0, 1000, (1, options.tokens))
+    made = {
+        (experts, name): call
+        for experts in options.experts
+        for name, call in candidates(experts, ids, with_peft=experts <= 64).items()
+    }
+    seconds = interleaved(made, options.repeats)
     table = []
     for experts in options.experts:
-        made = candidates(experts, ids, with_peft=experts <= 64)
-        seconds = interleaved(made, options.repeats)
-        table += rows(seconds, "experts frozen", experts=experts, tokens=options.tokens)
+        of_model = {name: times for (n, name), times in seconds.items() if n == experts}
+        table += rows(of_model, "experts frozen", experts=experts, tokens=options.tokens)
     first = {row["candidate"]: row["median_ms"] for row in reversed(table)}
     grouped = {row["experts"]: row["median_ms"] for row in table if row["candidate"] == GROUPED}
     for row in table:

@@ -7,6 +7,7 @@ many rows an expert those that are used are made in one buffer for all.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class _Cast:
 
     def fill(self, out: Tensor, experts: Sequence[int]) -> None:
         """W of these experts into out [n, N, K]."""
-        out.copy_(_chosen(self.W, experts))
+        out.copy_(_chosen(self.W, experts, torch.tensor(experts, device=self.W.device)))
 
     def on_device(self, X: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
         """The product without counts on the host."""
@@ -64,20 +65,23 @@ class _Packed:
         (self.N, self.K), self.kind, self.block_size = packing
         self.experts = q.packed.shape[0]
         self._scales: Tensor | None = None
+        self._order: Tensor | None = None
         self._place: dict[int, int] = {}
 
     def prepare(self, experts: Sequence[int]) -> None:
         """Scales fp32 of these experts at once, which `fill` takes in this order: a call costs as
         much as thousands of weights.
         """
+        self._order = torch.tensor(experts, device=self.q.packed.device)
+        self._place = {e: i for i, e in enumerate(experts)}
         absmax, absmax2, offset = (None if t is None else t.flatten(1) for t in self._scaling())
         assert absmax is not None  # always there
         if len(experts) < self.experts:
             absmax, absmax2, offset = (
-                None if t is None else _chosen(t, experts) for t in (absmax, absmax2, offset)
+                None if t is None else t.index_select(0, self._order)
+                for t in (absmax, absmax2, offset)
             )
         self._scales = _scales(absmax, absmax2, offset)  # type: ignore[arg-type]
-        self._place = {e: i for i, e in enumerate(experts)}
 
     def _scaling(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         E, q = self.experts, self.q
@@ -88,11 +92,12 @@ class _Packed:
     def fill(self, out: Tensor, experts: Sequence[int]) -> None:
         """W of these experts into out [n, N, K]."""
         assert self._scales is not None  # `prepare` was called
-        at = self._place[experts[0]]
-        scales = self._scales[at : at + len(experts)]  # in the order in which they are asked for
+        assert self._order is not None
+        at = self._place[experts[0]]  # in the order in which they are asked for
+        scales, order = (t[at : at + len(experts)] for t in (self._scales, self._order))
         # Where they are no neighbours their bytes are copied, an eighth of what is written: a call
         # for each costs as much as it decodes.
-        self._decode(_chosen(self.q.packed, experts), scales, out)
+        self._decode(_chosen(self.q.packed, experts, order), scales, out)
 
     def _decode(self, packed: Tensor, scales: Tensor, out: Tensor) -> None:
         """Experts that lie one behind the other: one call where blocks end with experts."""
@@ -256,9 +261,10 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
         weights.fill(buffer[: len(slab.experts)], slab.experts)
         rows = slice(slab.start, slab.start + sum(slab.counts))
         if grouped and len(slab.experts) > 1:
-            ends = torch.tensor(slab.counts, device=X.device).cumsum(0, dtype=torch.int32)
+            ends = list(itertools.accumulate(slab.counts))
             W = turned(buffer[: len(slab.experts)])
-            Y[rows] = library_product(X[rows], W.mT, ends, tail=False)
+            offsets = torch.tensor(ends, dtype=torch.int32, device=X.device)
+            Y[rows] = library_product(X[rows], W.mT, offsets, tail=False)
             continue
         start = slab.start
         for W, n in zip(buffer, slab.counts, strict=False):
@@ -291,9 +297,9 @@ def _buffer(X: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return X.new_empty(shape)
 
 
-def _chosen(t: Tensor, experts: Sequence[int]) -> Tensor:
-    """t of these experts, ascending; a view where they are neighbours."""
+def _chosen(t: Tensor, experts: Sequence[int], index: Tensor) -> Tensor:
+    """t of these experts, ascending, `index` as a tensor; a view where they are neighbours."""
     first, last = experts[0], experts[-1]
     if last - first + 1 == len(experts):
         return t[first : last + 1]
-    return t.index_select(0, torch.tensor(experts, device=t.device))
+    return t.index_select(0, index)
