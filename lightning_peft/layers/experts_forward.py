@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning_peft_kernels.calling import applied
+from lightning_peft_kernels.dropout import dropout
 from lightning_peft_kernels.experts import Groups, grouped_linear
 from lightning_peft_kernels.experts_low_rank import add_low_rank
 from torch import Tensor
@@ -208,7 +209,7 @@ def _product(
         if keep is not None:
             v = v - keep
         for term in e.terms:
-            drop = F.dropout(z, e.dropout, m.training) if e.dropout and m.training else z
+            drop = dropout(z, e.dropout) if e.dropout and m.training else z
             v = term.onto_experts(v, drop, grouped)  # type: ignore[attr-defined]
         if e.bias is not None and (e.scale_bias or e.out_scale is None):
             v = v + _by_pair(e.bias, routing).to(v.dtype)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning_peft_kernels.backend import preference
+from lightning_peft_kernels.dropout import dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -312,4 +313,4 @@ def _put(t: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _drop(x: Tensor, p: float, training: bool) -> Tensor:
-    return F.dropout(x, p, training) if p and training and x.is_floating_point() else x
+    return dropout(x, p) if p and training and x.is_floating_point() else x

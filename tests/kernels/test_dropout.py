@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning_peft_kernels.dropout import (
     draw_seed,
+    dropout,
     philox_uniform,
     seeded_dropout,
     seeded_dropout_reference,
@@ -162,3 +163,16 @@ def test_compiles_without_a_graph_break():
     y.sum().backward()
     torch.manual_seed(5)
     assert torch.allclose(f(x), y, atol=1e-5)
+
+
+def test_dropout_of_an_activation_keeps_a_seed_alone():
+    x = torch.randn(M, K, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.nbytes) or t, lambda t: t
+    ):
+        y = dropout(x, 0.3)
+    assert saved == [8]
+    (dX,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dX * x, y)
+    assert 0 < int((y == 0).sum()) < y.numel()

@@ -12,12 +12,20 @@ x. Source of Philox: Salmon et al. 2011, doi:10.1145/2063384.2063405.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose
 
-__all__ = ["draw_seed", "philox_uniform", "seeded_dropout", "seeded_dropout_reference"]
+__all__ = [
+    "draw_seed",
+    "dropout",
+    "philox_uniform",
+    "seeded_dropout",
+    "seeded_dropout_reference",
+]
 
 _MASK = 0xFFFFFFFF
 _TO_UNIT = 4.6566127342e-10
@@ -89,8 +97,29 @@ torch.library.register_fake(
 )
 
 
+def _keep_seed(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _again(ctx: Any, dY: Tensor) -> tuple[Tensor, None, None]:
+    (seed,) = ctx.saved_tensors
+    return seeded_dropout(dY, seed, ctx.p), None, None
+
+
+torch.library.register_autograd(
+    "lightning_peft::seeded_dropout", _again, setup_context=_keep_seed, lib=_library
+)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`seeded_dropout` with a seed that is drawn here; differentiable in x."""
+    return seeded_dropout(x, draw_seed(x.device), p)
+
+
 def seeded_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """y of x's shape and dtype, contiguous; its own transpose, so that backward calls it on dY.
+    Differentiable in x.
 
     Args:
         x: Floating, of any shape.

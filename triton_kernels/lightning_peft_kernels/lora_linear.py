@@ -87,7 +87,7 @@ def recorded_branch(x: Tensor, A: Tensor, B: Tensor, seed: Tensor | None, plan: 
     """s · drop(x) Aᵀ Bᵀ [..., N] in torch's own operations, with the mask of forward."""
     z = x.to(plan.dtype)
     if seed is not None:
-        z = z * seeded_dropout(torch.ones_like(flat(z)), seed, plan.dropout_p).view(z.shape)
+        z = seeded_dropout(z, seed, plan.dropout_p)
     return F.linear(F.linear(z, A) * plan.scaling, B).to(x.dtype)
 
 
