@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockSite", "LayerOps", "Reason", "SequenceSite", "Site", "Storage"]
 
-
 #: Elements of experts that are read at once: 4 MB in fp32 stay in a CPU's second cache.
 _SLAB = 1 << 20
 
@@ -301,11 +300,8 @@ class Site:
     def roundtrip(self, M: Tensor) -> Tensor:
         """The canonical weight as it would read after `write(M)`."""
         natural = self.ops.from_matrix(self.module, self.parameter, M)
-        return self.ops.to_matrix(
-            self.module,
-            self.parameter,
-            self.storage.roundtrip(self.module, self.parameter, natural),
-        )
+        read = self.storage.roundtrip(self.module, self.parameter, natural)
+        return self.ops.to_matrix(self.module, self.parameter, read)
 
     def edited(self, edits: Sequence[Edit], W: Tensor | None = None) -> Tensor:
         """Canonical weight after `edits`, applied in order."""
