@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from lightning_peft_kernels.calling import refuse_recording
+from lightning_peft_kernels.calling import refuse_recording, transformed
 from torch import Tensor
 
 from lightning_peft.site import LayerOps, Site
@@ -38,6 +38,7 @@ __all__ = [
     "low_rank_terms",
     "refuse_recording",
     "stacked",
+    "transformed",
 ]
 
 
@@ -212,7 +213,7 @@ class Rotation:
 
 def _block_product(x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Tensor:
     x = _cast(x, blocks)
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != blocks.dtype:
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != blocks.dtype or transformed():
         return _block_product_by_torch(x, blocks, permutation)
     y: Tensor = _BlockProduct.apply(x, blocks, permutation)  # type: ignore[no-untyped-call]
     return y

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning_peft_kernels.backend import preference
+from lightning_peft_kernels.calling import transformed
 from lightning_peft_kernels.dropout import dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -166,11 +167,12 @@ class MatrixOps(HFLayout):
 
     def _by_hand(self, m: Any, adapter: Adapter, term: ByHand, x: Tensor) -> Tensor | None:
         """Base and change in one function; None unless the layer is a plain dense linear one, all
-        is of one dtype and torch's own formulas are not preferred.
+        is of one dtype and torch's own formulas are not asked for.
         """
         site = adapter.site
         if (
             preference() == "torch"
+            or transformed()
             or site.storage.label != "dense"
             or torch.is_autocast_enabled(x.device.type)
         ):

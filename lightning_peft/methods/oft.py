@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, Rotation
+from lightning_peft.edit import Edit, Rotation, transformed
 from lightning_peft.methods.base import (
     HFEntry,
     HFFormat,
@@ -39,8 +39,16 @@ def nearest_divisor(n: int, wanted: int) -> int:
 
 def skew(triangle: Tensor, size: int) -> Tensor:
     """Rows of the strict upper triangle [n, size(size − 1)/2] → skew [n, size, size]."""
+    if transformed():
+        return _skew(triangle, size)
     Q: Tensor = _Skew.apply(triangle, size)  # type: ignore[no-untyped-call]
     return Q
+
+
+def _skew(triangle: Tensor, size: int) -> Tensor:
+    _, at = _places(size, triangle.device)
+    Q = F.pad(triangle, (1, 0)).index_select(1, at).view(-1, size, size)
+    return Q - Q.mT
 
 
 class _Skew(torch.autograd.Function):
@@ -48,10 +56,8 @@ class _Skew(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, triangle: Tensor, size: int) -> Tensor:
-        upper, at = _places(size, triangle.device)
-        ctx.save_for_backward(upper)
-        Q = F.pad(triangle, (1, 0)).index_select(1, at).view(-1, size, size)
-        return Q - Q.mT
+        ctx.save_for_backward(_places(size, triangle.device)[0])
+        return _skew(triangle, size)
 
     @staticmethod
     def backward(ctx: Any, dQ: Tensor) -> Any:  # type: ignore[override]

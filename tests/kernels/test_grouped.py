@@ -156,3 +156,11 @@ def test_different_widths_are_refused() -> None:
     a, b = layers(64, [(16, 4)], torch.float32)[0], layers(32, [(16, 4)], torch.float32)[0]
     with pytest.raises(ValueError, match=r"widths \[32, 64\]"):
         nf4_grouped_projections(torch.randn(2, 64), [a, b])
+
+
+def test_mapped_over_examples() -> None:
+    group = layers(32, [(16, 4), (8, 2)], torch.float32)
+    x = torch.randn(3, 5, 32)
+    mapped = torch.func.vmap(lambda one: tuple(nf4_grouped_projections(one, group)))(x)
+    for y, want in zip(mapped, nf4_grouped_projections(x, group), strict=True):
+        torch.testing.assert_close(y, want)

@@ -24,6 +24,7 @@ __all__ = [
     "gradients_of",
     "recording",
     "refuse_recording",
+    "transformed",
     "unflat",
 ]
 
@@ -49,6 +50,13 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
     return function.forward(_NoGraph(len(args)), *args)
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jacrev) runs: it takes torch's operations
+    alone.
+    """
+    return bool(torch._C._are_functorch_transforms_active())  # type: ignore[attr-defined]
 
 
 def recording() -> bool:

@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.calling import applied, autocast_off, gradients_of, recording
+from lightning_peft_kernels.calling import (
+    applied,
+    autocast_off,
+    gradients_of,
+    recording,
+    transformed,
+)
 from lightning_peft_kernels.dropout import seeded_dropout
 from lightning_peft_kernels.lora_linear import (
     Plan,
@@ -29,7 +35,7 @@ from lightning_peft_kernels.lora_linear import (
     recorded_branch,
 )
 from lightning_peft_kernels.nf4 import Packed4bit
-from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear_reference
+from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear, nf4_lora_linear_reference
 from lightning_peft_kernels.workspace import keeps_for_backward, stacked_weights
 
 __all__ = ["Projection", "nf4_grouped_projections", "nf4_grouped_projections_reference"]
@@ -260,6 +266,14 @@ def nf4_grouped_projections(
             "nf4_grouped_projections: expected one input width and one adapter dtype, got widths "
             f"{sorted(widths)} and {sorted(map(str, dtypes))}; run these layers one by one"
         )
+    if transformed():
+        how: dict[str, Any] = {"kind": kind, "block_size": block_size, "training": training}
+        return [
+            nf4_lora_linear(
+                x, p.q, p.shape, p.bias, p.A, p.B, p.scaling, dropout_p=p.dropout_p, **how
+            )
+            for p in layers
+        ]
     given = x
     prepared = []
     for p in layers:

@@ -21,6 +21,7 @@ from lightning_peft_kernels.calling import (
     flat,
     gradients_of,
     recording,
+    transformed,
     unflat,
 )
 from lightning_peft_kernels.dropout import draw_seed, seeded_dropout
@@ -88,6 +89,12 @@ def recorded_branch(x: Tensor, A: Tensor, B: Tensor, seed: Tensor | None, plan: 
     z = x.to(plan.dtype)
     if seed is not None:
         z = seeded_dropout(z, seed, plan.dropout_p)
+    return F.linear(F.linear(z, A) * plan.scaling, B).to(x.dtype)
+
+
+def plain_branch(x: Tensor, A: Tensor, B: Tensor, plan: Plan) -> Tensor:
+    """As `recorded_branch`, with a mask of torch's."""
+    z = F.dropout(x.to(plan.dtype), plan.dropout_p)
     return F.linear(F.linear(z, A) * plan.scaling, B).to(x.dtype)
 
 
@@ -234,6 +241,8 @@ def lora_linear(
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     with autocast_off(x.device.type):
+        if transformed():
+            return F.linear(x, weight, bias) + plain_branch(x, A, B, plan)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)  # type: ignore[no-untyped-call]
             return y

@@ -27,6 +27,7 @@ from lightning_peft_kernels.calling import (
     flat,
     gradients_of,
     recording,
+    transformed,
     unflat,
 )
 from lightning_peft_kernels.decode import nf4_decode
@@ -34,6 +35,7 @@ from lightning_peft_kernels.lora_linear import (
     Plan,
     lora_backward,
     lora_down,
+    plain_branch,
     prepare,
     recorded_branch,
 )
@@ -179,6 +181,9 @@ def nf4_linear(
     """
     x, bias = _autocast(x, bias)
     with autocast_off(x.device.type):
+        if transformed():
+            W = kept_weights(q, shape, x.dtype, kind, block_size)
+            return torch.nn.functional.linear(x, W, bias)
         y: Tensor = applied(_NF4Linear, x, *q, bias, tuple(shape), kind, block_size)
     return y
 
@@ -215,6 +220,9 @@ def nf4_lora_linear(
     """
     x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
     with autocast_off(x.device.type):
+        if transformed():
+            W = kept_weights(q, shape, x.dtype, kind, block_size)
+            return torch.nn.functional.linear(x, W, bias) + plain_branch(x, A, B, plan)
         y: Tensor = applied(_NF4LoRALinear, x, *q, bias, A, B, plan, tuple(shape), kind, block_size)
     return y
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.backend import choose
-from lightning_peft_kernels.calling import applied, gradients_of, recording
+from lightning_peft_kernels.calling import applied, gradients_of, recording, transformed
 from lightning_peft_kernels.lora_linear import lora_linear
 from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
@@ -105,6 +105,8 @@ class _OutputScale(torch.autograd.Function):
 
 def output_scale(u: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
     """u ∘ g + bias in the dtype of u [..., N]; differentiable in all three."""
+    if transformed():
+        return output_scale_reference(u, g, bias)
     y: Tensor = applied(_OutputScale, u, g, bias)
     return y
 
