@@ -141,10 +141,11 @@ class Groups:
         if self.tail or not self.rows or not cpu or not self.on_host:
             return None
         most, mean = _BLOCKS[factors[0].element_size()]
-        if self.rows // self._used > mean or any(t[0].numel() > most for t in factors):
+        rows_each = self.rows // self._used
+        if rows_each > mean or any(t[0].numel() > most for t in factors):
             return None
         if self._blocks is None:
-            self._blocks = _blocks(self.counts, self.rows // self._used)
+            self._blocks = _blocks(self.sizes.long(), self.rows, rows_each)
         return self._blocks
 
     @property
@@ -165,15 +166,14 @@ class Groups:
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
 
 
-def _blocks(counts: Sequence[int], mean: int) -> Blocks:
-    """About as high as a mean expert."""
-    n = torch.tensor(counts)
-    height = 1 << min(max(2, (mean * 3 // 2).bit_length() - 1), 5)
-    each = (n + height - 1) // height
-    expert = torch.repeat_interleave(torch.arange(len(counts)), each)
+def _blocks(n: Tensor, rows: int, rows_each: int) -> Blocks:
+    """About as high as an expert that has rows has on average; n int64 [E] are those of each."""
+    height = 1 << min(max(2, (rows_each * 3 // 2).bit_length() - 1), 5)
+    each = (n + (height - 1)) // height
+    expert = torch.repeat_interleave(each)
     ends = n.cumsum(0)
     shift = (each.cumsum(0) - each) * height - (ends - n)
-    place = torch.arange(sum(counts)) + torch.repeat_interleave(shift, n)
+    place = torch.arange(rows) + shift[torch.repeat_interleave(n, output_size=rows)]
     row = torch.arange(len(expert) * height).view(-1, height) - shift[expert, None]
     last = ends[expert, None] - 1
     return Blocks(height, expert, row.minimum(last).flatten(), (row > last).unsqueeze(-1), place)
