@@ -24,8 +24,8 @@ from lightning_peft_kernels.workspace import thread_buffer
 
 __all__ = ["MadeByExpert"]
 
-#: Elements of the buffer that experts are made in on a CPU: 4 MB in fp32 stay in the L2 cache, and
-#: dozens of small experts share the cost of a call. Never more than a quarter of the experts.
+#: Elements of the buffer that experts are made in on a CPU: dozens of small ones share the cost of
+#: a call (half as many took 1.09 of a step's time). Never more than a quarter of the experts.
 _BUFFER = 1 << 21
 
 
@@ -37,6 +37,21 @@ class _Slab(NamedTuple):
     counts: list[int]
 
 
+class _Wanted:
+    """Experts that are asked for, ascending."""
+
+    def __init__(self, experts: Sequence[int], device: torch.device) -> None:
+        self.experts = experts
+        self.index = torch.tensor(experts, device=device)
+
+    def of(self, t: Tensor, first: int, n: int) -> Tensor:
+        """t of n of them from the first-th on; a view where they are neighbours."""
+        low, high = self.experts[first], self.experts[first + n - 1]
+        if high - low + 1 == n:
+            return t[low : high + 1]
+        return t.index_select(0, self.index[first : first + n])
+
+
 class _Cast:
     """A frozen dense W [E, N, K] in another dtype."""
 
@@ -44,12 +59,13 @@ class _Cast:
         self.W = W.detach()
         self.experts, self.N, self.K = W.shape
 
-    def prepare(self, experts: Sequence[int]) -> None:
-        """Nothing to do."""
+    def prepare(self, wanted: Sequence[int]) -> None:
+        """Note which experts `fill` is asked for."""
+        self._wanted = _Wanted(wanted, self.W.device)
 
-    def fill(self, out: Tensor, experts: Sequence[int]) -> None:
-        """W of these experts into out [n, N, K]."""
-        out.copy_(_chosen(self.W, experts, torch.tensor(experts, device=self.W.device)))
+    def fill(self, out: Tensor, first: int) -> None:
+        """W of the wanted experts from the first-th on into out [n, N, K]."""
+        out.copy_(self._wanted.of(self.W, first, len(out)))
 
     def on_device(self, X: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
         """The product without counts on the host."""
@@ -64,23 +80,16 @@ class _Packed:
         self.q = q
         (self.N, self.K), self.kind, self.block_size = packing
         self.experts = q.packed.shape[0]
-        self._scales: Tensor | None = None
-        self._order: Tensor | None = None
-        self._place: dict[int, int] = {}
 
-    def prepare(self, experts: Sequence[int]) -> None:
-        """Scales fp32 of these experts at once, which `fill` takes in this order: a call costs as
-        much as thousands of weights.
+    def prepare(self, wanted: Sequence[int]) -> None:
+        """Scales fp32 of the experts that `fill` is asked for, at once: a call costs as much as
+        thousands of weights.
         """
-        self._order = torch.tensor(experts, device=self.q.packed.device)
-        self._place = {e: i for i, e in enumerate(experts)}
-        absmax, absmax2, offset = (None if t is None else t.flatten(1) for t in self._scaling())
-        assert absmax is not None  # always there
-        if len(experts) < self.experts:
-            absmax, absmax2, offset = (
-                None if t is None else t.index_select(0, self._order)
-                for t in (absmax, absmax2, offset)
-            )
+        self._wanted = _Wanted(wanted, self.q.packed.device)
+        absmax, absmax2, offset = (
+            None if t is None else self._wanted.of(t.flatten(1), 0, len(wanted))
+            for t in self._scaling()
+        )
         self._scales = _scales(absmax, absmax2, offset)  # type: ignore[arg-type]
 
     def _scaling(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -89,15 +98,12 @@ class _Packed:
             return q.absmax, None, None
         return q.absmax, q.absmax2, q.offset.reshape(E, 1)
 
-    def fill(self, out: Tensor, experts: Sequence[int]) -> None:
-        """W of these experts into out [n, N, K]."""
-        assert self._scales is not None  # `prepare` was called
-        assert self._order is not None
-        at = self._place[experts[0]]  # in the order in which they are asked for
-        scales, order = (t[at : at + len(experts)] for t in (self._scales, self._order))
+    def fill(self, out: Tensor, first: int) -> None:
+        """W of the wanted experts from the first-th on into out [n, N, K]."""
         # Where they are no neighbours their bytes are copied, an eighth of what is written: a call
         # for each costs as much as it decodes.
-        self._decode(_chosen(self.q.packed, experts, order), scales, out)
+        packed = self._wanted.of(self.q.packed, first, len(out))
+        self._decode(packed, self._scales[first : first + len(out)], out)
 
     def _decode(self, packed: Tensor, scales: Tensor, out: Tensor) -> None:
         """Experts that lie one behind the other: one call where blocks end with experts."""
@@ -134,10 +140,9 @@ class _Packed:
         if whole_blocks and choose("dequantize_4bit", device, dtype).backend == "triton":
             from lightning_peft_kernels.experts_triton import dequantize_used
 
-            assert self._scales is not None  # `prepare` was called
             packed = self.q.packed.reshape(self.experts, -1)
             return dequantize_used(packed, self._scales, ends, self.kind, self.block_size, W)
-        self.fill(W, everyone)
+        self.fill(W, 0)
         return W
 
 
@@ -257,8 +262,10 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
     most = max(len(slab.experts) for slab in slabs)
     buffer = _buffer(X, (most, weights.N, weights.K))
     grouped = X.dtype != torch.float64 and not unaligned(X, buffer)
+    first = 0
     for slab in slabs:
-        weights.fill(buffer[: len(slab.experts)], slab.experts)
+        weights.fill(buffer[: len(slab.experts)], first)
+        first += len(slab.experts)
         rows = slice(slab.start, slab.start + sum(slab.counts))
         if grouped and len(slab.experts) > 1:
             ends = list(itertools.accumulate(slab.counts))
@@ -295,11 +302,3 @@ def _buffer(X: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if X.device.type == "cpu":
         return thread_buffer(torch.Size(shape).numel(), X.dtype).view(shape)
     return X.new_empty(shape)
-
-
-def _chosen(t: Tensor, experts: Sequence[int], index: Tensor) -> Tensor:
-    """t of these experts, ascending, `index` as a tensor; a view where they are neighbours."""
-    first, last = experts[0], experts[-1]
-    if last - first + 1 == len(experts):
-        return t[first : last + 1]
-    return t.index_select(0, index)
