@@ -2,7 +2,8 @@
 
 At a fixed number of tokens more experts mean more weights to read, for frozen experts too: `growth`
 is over the model with the fewest experts, `over grouped_mm` the time beside frozen experts in the
-library's grouped product, the faster of the two frozen ones. All models take turns.
+library's grouped product, transformers' default and the faster of the two frozen ones. All models
+take turns.
 """
 
 from __future__ import annotations

@@ -189,15 +189,15 @@ class MatrixOps(HFLayout):
     def _fused(
         self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
     ) -> Tensor | None:
-        dropout = edits[0].dropout
-        if len(edits) > 1 and any(e.dropout != dropout for e in edits):
+        p = edits[0].dropout
+        if len(edits) > 1 and any(e.dropout != p for e in edits):
             return None
         site = adapters[0].site
-        kernel = site.storage.fused(_DROPPED_LOW_RANK if dropout else _LOW_RANK, site)
+        kernel = site.storage.fused(_DROPPED_LOW_RANK if p else _LOW_RANK, site)
         if isinstance(kernel, Reason):
             return None
         term = stacked(low_rank_terms(edits))
-        return kernel(m, x, term.A, term.B, term.scaling, dropout if m.training else 0.0)
+        return kernel(m, x, term.A, term.B, term.scaling, p if m.training else 0.0)
 
     def _fused_then_scaled(
         self, m: nn.Module, adapter: Adapter, edit: Edit, x: Tensor

@@ -8,19 +8,12 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 import lightning_peft as lp
+from tests.methods.test_gradients_of_gradients import METHODS as SMOOTH
 
-METHODS = {
-    "LoRA": lp.LoRA(r=4),
+METHODS = {m: SMOOTH[m] for m in SMOOTH if m != "LoRA dropout"} | {
     "DoRA": lp.DoRA(r=4),
-    "IA3": lp.IA3(),
-    "LoHa": lp.LoHa(r=4),
-    "LoKr": lp.LoKr(r=4),
-    "AdaLoRA": lp.AdaLoRA(),
-    "VeRA": lp.VeRA(r=4),
-    "MiSS": lp.MiSS(r=4),
     "OFT": lp.OFT(block_size=4),
     "BOFT": lp.BOFT(block_size=4),
-    "Houlsby": lp.BottleneckAdapter("houlsby", 4),
 }
 
 

@@ -30,9 +30,9 @@ from lightning_peft_kernels.lora_linear import (
     Plan,
     lora_down,
     lora_up_backward,
+    plain_branch,
     prepare,
     rank_backward,
-    recorded_branch,
 )
 from lightning_peft_kernels.nf4 import Packed4bit
 from lightning_peft_kernels.nf4_lora_linear import nf4_lora_linear, nf4_lora_linear_reference
@@ -198,7 +198,7 @@ def _recorded(
     """y_i without bias, in torch's own operations; without the base where no dX is asked for."""
     As, Bs = factors[: len(seeds)], factors[len(seeds) :]
     lows = [
-        recorded_branch(x, A, B, seed, plan)
+        plain_branch(x, A, B, plan, seed)
         for A, B, seed, plan in zip(As, Bs, seeds, group.plans, strict=True)
     ]
     if W is None:

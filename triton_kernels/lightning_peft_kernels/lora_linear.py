@@ -84,17 +84,12 @@ def lora_down(x2: Tensor, A: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]
     return (S if plan.scaling == 1.0 else S * plan.scaling), seed
 
 
-def recorded_branch(x: Tensor, A: Tensor, B: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
-    """s · drop(x) Aᵀ Bᵀ [..., N] in torch's own operations, with the mask of forward."""
-    z = x.to(plan.dtype)
-    if seed is not None:
-        z = seeded_dropout(z, seed, plan.dropout_p)
-    return F.linear(F.linear(z, A) * plan.scaling, B).to(x.dtype)
-
-
-def plain_branch(x: Tensor, A: Tensor, B: Tensor, plan: Plan) -> Tensor:
-    """As `recorded_branch`, with a mask of torch's."""
-    z = F.dropout(x.to(plan.dtype), plan.dropout_p)
+def plain_branch(x: Tensor, A: Tensor, B: Tensor, plan: Plan, seed: Tensor | None = None) -> Tensor:
+    """s · drop(x) Aᵀ Bᵀ [..., N] in torch's own operations: with the mask of `seed`, without one
+    with a mask of torch's.
+    """
+    z, p = x.to(plan.dtype), plan.dropout_p
+    z = F.dropout(z, p) if seed is None else seeded_dropout(z, seed, p)
     return F.linear(F.linear(z, A) * plan.scaling, B).to(x.dtype)
 
 
@@ -200,7 +195,7 @@ class _LoRALinear(torch.autograd.Function):
         if recording():
 
             def formula(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-                return F.linear(x, W) + recorded_branch(x, A, B, seed, ctx.plan)
+                return F.linear(x, W) + plain_branch(x, A, B, ctx.plan, seed)
 
             wanted = [*needs[:2], *needs[3:5]]
             dX, dW, dA, dB = gradients_of(formula, (x, W, A, B), wanted, dY)

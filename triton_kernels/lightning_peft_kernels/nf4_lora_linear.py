@@ -37,7 +37,6 @@ from lightning_peft_kernels.lora_linear import (
     lora_down,
     plain_branch,
     prepare,
-    recorded_branch,
 )
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit_reference
 from lightning_peft_kernels.workspace import keeps_for_backward, kept_weights, weights
@@ -147,7 +146,7 @@ class _NF4LoRALinear(torch.autograd.Function):
         if recording():
 
             def formula(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-                low = recorded_branch(x, A, B, seed, ctx.plan)
+                low = plain_branch(x, A, B, ctx.plan, seed)
                 return low if W is None else low + torch.nn.functional.linear(x, W)
 
             dX, dA, dB = gradients_of(formula, (x, A, B), (needs_X, needs_A, needs_B), dY)
