@@ -21,6 +21,7 @@ COUNTS = {
     "even": [4] * 9,
     "uneven": [0, 7, 1, 0, 0, 12, 3, 1, 0],
     "one": [0, 0, 0, 0, 9, 0, 0, 0, 0],
+    "high blocks": [0, 40, 9, 0, 60, 3, 1, 0, 20],
     "tall": [0, 70, 0, 0, 230, 0, 1, 0, 0],
     "none": [0] * 9,
 }
@@ -179,7 +180,7 @@ def test_ops_for_compilers():
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tail", [0, 5])
-@pytest.mark.parametrize(("N", "K", "R"), [(24, 32, 4), (13, 21, 3), (24, 32, 1)])
+@pytest.mark.parametrize(("N", "K", "R"), [(24, 32, 4), (13, 21, 3), (24, 32, 1), (24, 32, 17)])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_a_low_rank_is_added(counts, N, K, R, tail, dtype, in_place, on_host):
     X, expert, groups = rows_for(COUNTS[counts], tail, dtype, K)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_peft_kernels.host_memory import keep_freed
+
 __all__ = [
     "Blocks",
     "Groups",
@@ -21,7 +23,6 @@ __all__ = [
     "library_product",
     "outside",
     "product",
-    "unaligned",
 ]
 
 #: By bytes an element: elements of one expert's factor and rows of a mean expert up to which
@@ -74,8 +75,16 @@ class Blocks(NamedTuple):
 
     def summed(self, dW: Tensor, experts: int) -> Tensor:
         """[blocks, N, K] as [E, N, K]."""
+        keep_freed()
         total: Tensor = dW.new_zeros(experts, *dW.shape[1:]).index_add_(0, self.expert, dW)
         return total
+
+
+class Used(NamedTuple):
+    """Experts that have rows, ascending, and how many."""
+
+    experts: list[int]
+    counts: list[int]
 
 
 class Groups:
@@ -92,6 +101,7 @@ class Groups:
         self.rows = rows
         self.tail = tail
         self._counts: list[int] | None = None
+        self._used: Used | None = None
         self._blocks: Blocks | None = None
 
     @classmethod
@@ -141,7 +151,7 @@ class Groups:
         if self.tail or not self.rows or not cpu or not self.on_host:
             return None
         most, mean = _BLOCKS[factors[0].element_size()]
-        rows_each = self.rows // self._used
+        rows_each = self.rows // len(self.used.experts)
         if rows_each > mean or any(t[0].numel() > most for t in factors):
             return None
         if self._blocks is None:
@@ -149,9 +159,12 @@ class Groups:
         return self._blocks
 
     @property
-    def _used(self) -> int:
-        """Experts that have rows."""
-        return sum(n > 0 for n in self.counts)
+    def used(self) -> Used:
+        """Experts that have rows, on the host."""
+        if self._used is None:
+            pairs = [(e, n) for e, n in enumerate(self.counts) if n]
+            self._used = Used([e for e, _ in pairs], [n for _, n in pairs])
+        return self._used
 
     @property
     def counts(self) -> list[int]:
@@ -185,7 +198,7 @@ def product(
     """X[rows of e] · W[e]ᵀ, W [E, N, K], by the library; expert by expert in what it does not take.
     `counts` are None where rows are not counted on the host.
     """
-    if X.dtype != torch.float64 and (counts is None or not unaligned(X, W)):
+    if X.dtype != torch.float64 and (counts is None or not _unaligned(X, W)):
         return library_product(X, W, offsets, tail=tail)
     parts = [X[rows] @ W[e].mT for e, rows in _rows(_read(offsets) if counts is None else counts)]
     nobodys = X.shape[0] - sum(len(part) for part in parts)
@@ -284,7 +297,7 @@ _library.impl("grouped_mm", _grouped_mm_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("lightning_peft::grouped_mm", _grouped_mm_fake, lib=_library)
 
 
-def unaligned(X: Tensor, W: Tensor) -> bool:
+def _unaligned(X: Tensor, W: Tensor) -> bool:
     """Whether rows of the product's operands are no multiples of 16 bytes."""
     unit = 16 // X.element_size()
     return any(n % unit for n in W.shape[1:])
