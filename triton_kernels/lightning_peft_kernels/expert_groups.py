@@ -5,7 +5,7 @@ Where groups end is known on the device; the host reads it only where that costs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from lightning_peft_kernels.host_memory import keep_freed
 __all__ = [
     "Blocks",
     "Groups",
+    "Used",
     "count_on_host",
     "gradient",
     "library_gradient",
@@ -86,6 +87,17 @@ class Used(NamedTuple):
     experts: list[int]
     counts: list[int]
 
+    @classmethod
+    def among(cls, counts: Sequence[int]) -> Used:
+        """From the rows of every expert."""
+        pairs = [(e, n) for e, n in enumerate(counts) if n]
+        return cls([e for e, _ in pairs], [n for _, n in pairs])
+
+    def split(self, X: Tensor) -> Sequence[Tensor]:
+        """Rows of each [n, ·]; at the end those of nobody."""
+        parts: Sequence[Tensor] = X.split([*self.counts, X.shape[0] - sum(self.counts)])
+        return parts
+
 
 class Groups:
     """Which rows belong to which expert.
@@ -141,9 +153,9 @@ class Groups:
         return self.offsets.device.type == "cpu" and not torch.compiler.is_compiling()
 
     @property
-    def given(self) -> tuple[Tensor, bool, list[int] | None]:
-        """(offsets, tail, counts where they may be read): what `product` takes."""
-        return self.offsets, self.tail, self.counts if self.on_host else None
+    def given(self) -> tuple[Tensor, bool, Used | None]:
+        """(offsets, tail, experts with rows where that may be read): what `product` takes."""
+        return self.offsets, self.tail, self.used if self.on_host else None
 
     def blocks(self, *factors: Tensor) -> Blocks | None:
         """For products with these factors [E, ·, ·], on a CPU, where it pays; else None."""
@@ -162,8 +174,7 @@ class Groups:
     def used(self) -> Used:
         """Experts that have rows, on the host."""
         if self._used is None:
-            pairs = [(e, n) for e, n in enumerate(self.counts) if n]
-            self._used = Used([e for e, _ in pairs], [n for _, n in pairs])
+            self._used = Used.among(self.counts)
         return self._used
 
     @property
@@ -192,39 +203,29 @@ def _blocks(n: Tensor, rows: int, rows_each: int) -> Blocks:
     return Blocks(height, expert, row.minimum(last).flatten(), (row > last).unsqueeze(-1), place)
 
 
-def product(
-    X: Tensor, W: Tensor, offsets: Tensor, tail: bool, counts: Sequence[int] | None
-) -> Tensor:
+def product(X: Tensor, W: Tensor, offsets: Tensor, tail: bool, used: Used | None) -> Tensor:
     """X[rows of e] · W[e]ᵀ, W [E, N, K], by the library; expert by expert in what it does not take.
-    `counts` are None where rows are not counted on the host.
+    `used` is None where rows are not counted on the host.
     """
-    if X.dtype != torch.float64 and (counts is None or not _unaligned(X, W)):
+    if X.dtype != torch.float64 and (used is None or not _unaligned(X, W)):
         return library_product(X, W, offsets, tail=tail)
-    parts = [X[rows] @ W[e].mT for e, rows in _rows(_read(offsets) if counts is None else counts)]
-    nobodys = X.shape[0] - sum(len(part) for part in parts)
-    return torch.cat([*parts, X.new_zeros(nobodys, W.shape[1])])
+    used = used or Used.among(_read(offsets))
+    *rows, nobodys = used.split(X)
+    parts = [torch.mm(x, W[e].mT) for e, x in zip(used.experts, rows, strict=True)]
+    return torch.cat([*parts, X.new_zeros(len(nobodys), W.shape[1])])
 
 
-def gradient(dY: Tensor, X: Tensor, offsets: Tensor, counts: Sequence[int] | None) -> Tensor:
+def gradient(dY: Tensor, X: Tensor, offsets: Tensor, used: Used | None) -> Tensor:
     """dW [E, N, K] = dY[rows of e]ᵀ X[rows of e], as `product`; zero for an expert without rows."""
     unit = 16 // X.element_size()
     whole = not (dY.shape[1] % unit or X.shape[1] % unit)
-    if X.dtype != torch.float64 and (counts is None or whole):
+    if X.dtype != torch.float64 and (used is None or whole):
         return library_gradient(dY, X, offsets)
-    dW = {
-        e: dY[rows].mT @ X[rows] for e, rows in _rows(_read(offsets) if counts is None else counts)
-    }
+    used = used or Used.among(_read(offsets))
+    pairs = zip(used.split(dY), used.split(X), strict=True)
+    dW = {e: torch.mm(g.mT, x) for e, (g, x) in zip(used.experts, pairs, strict=False)}
     none = X.new_zeros(dY.shape[1], X.shape[1])
     return torch.stack([dW.get(e, none) for e in range(offsets.shape[0])])
-
-
-def _rows(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of the experts that have rows."""
-    start = 0
-    for e, n in enumerate(counts):
-        if n:
-            yield e, slice(start, start + n)
-            start += n
 
 
 def _read(offsets: Tensor) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.calling import applied
-from lightning_peft_kernels.expert_groups import Groups, gradient, product
+from lightning_peft_kernels.expert_groups import Groups, Used, gradient, product
 from lightning_peft_kernels.experts_made import MadeByExpert
 from lightning_peft_kernels.nf4 import Packed4bit
 
@@ -82,18 +82,18 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, X: Tensor, W: Tensor, offsets: Tensor, tail: bool, counts: list[int] | None
+        ctx: Any, X: Tensor, W: Tensor, offsets: Tensor, tail: bool, used: Used | None
     ) -> Tensor:
         needs_X, needs_W = ctx.needs_input_grad[:2]
         ctx.save_for_backward(X if needs_W else None, W if needs_X else None, offsets)
-        ctx.tail, ctx.counts = tail, counts
-        return product(X, W, offsets, tail, counts)
+        ctx.tail, ctx.used = tail, used
+        return product(X, W, offsets, tail, used)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         X, W, offsets = ctx.saved_tensors
-        dX = None if W is None else product(dY, W.mT, offsets, ctx.tail, ctx.counts)
-        dW = None if X is None else gradient(dY, X, offsets, ctx.counts)
+        dX = None if W is None else product(dY, W.mT, offsets, ctx.tail, ctx.used)
+        dW = None if X is None else gradient(dY, X, offsets, ctx.used)
         return dX, dW, None, None, None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_peft_kernels.backend import choose_one_pass
 from lightning_peft_kernels.calling import applied, gradients_of, recording, refuse_recording
-from lightning_peft_kernels.expert_groups import Blocks, Groups, gradient, product
+from lightning_peft_kernels.expert_groups import Blocks, Groups, Used, gradient, product
 
 __all__ = ["add_low_rank", "add_low_rank_reference"]
 
@@ -79,20 +79,20 @@ class _AddLowRank(torch.autograd.Function):
         in_place: bool,
         offsets: Tensor,
         tail: bool,
-        counts: list[int] | None,
+        used: Used | None,
     ) -> Tensor:
-        Z = product(X, A, offsets, tail, counts).contiguous()
+        Z = product(X, A, offsets, tail, used).contiguous()
         if scaling != 1.0:
             Z *= scaling
         ctx.save_for_backward(X if ctx.needs_input_grad[2] else None, Z, A, B, offsets)
-        ctx.scaling, ctx.tail, ctx.counts = scaling, tail, counts
+        ctx.scaling, ctx.tail, ctx.used = scaling, tail, used
         if in_place:
             ctx.mark_dirty(y)
         if in_place and y.dtype == Z.dtype and _by_kernel(Z, offsets):
             from lightning_peft_kernels.experts_low_rank_triton import add_up
 
             return add_up(y, Z, B.contiguous(), offsets)
-        low = product(Z, B, offsets, tail, counts).to(y.dtype)
+        low = product(Z, B, offsets, tail, used).to(y.dtype)
         return y.add_(low) if in_place else y + low
 
     @staticmethod
@@ -102,10 +102,10 @@ class _AddLowRank(torch.autograd.Function):
         if recording():
 
             def product_of(X: Tensor, W: Tensor) -> Tensor:
-                return product(X, W, offsets, ctx.tail, ctx.counts)
+                return product(X, W, offsets, ctx.tail, ctx.used)
 
             return dY, *_again(product_of, ctx, dY, X, A, B), None, None, None, None, None
-        g, counts = dY.to(Z.dtype), ctx.counts
+        g, used = dY.to(Z.dtype), ctx.used
         dX = dA = dB = dZ = None
         if needs_B and (needs_X or needs_A) and _by_kernel(Z, offsets):
             from lightning_peft_kernels.experts_low_rank_triton import gradients
@@ -113,13 +113,13 @@ class _AddLowRank(torch.autograd.Function):
             dZ, dB = gradients(g.contiguous(), Z, B.contiguous(), offsets, ctx.scaling)
         else:
             if needs_X or needs_A:
-                dZ = product(g, B.mT, offsets, ctx.tail, counts)
+                dZ = product(g, B.mT, offsets, ctx.tail, used)
                 if ctx.scaling != 1.0:
                     dZ *= ctx.scaling
-            dB = gradient(g, Z, offsets, counts) if needs_B else None
+            dB = gradient(g, Z, offsets, used) if needs_B else None
         if dZ is not None:
-            dA = gradient(dZ, X, offsets, counts) if needs_A else None
-            dX = product(dZ, A.mT, offsets, ctx.tail, counts) if needs_X else None
+            dA = gradient(dZ, X, offsets, used) if needs_A else None
+            dX = product(dZ, A.mT, offsets, ctx.tail, used) if needs_X else None
         return dY, dX, dA, dB, None, None, None, None, None
 
 

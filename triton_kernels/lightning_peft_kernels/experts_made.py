@@ -238,12 +238,12 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
     width = weights.N if transposed else weights.K
     if not groups.on_host:
         return weights.on_device(X, groups, transposed=transposed)
-    wanted, counts = groups.used
+    used = groups.used
+    wanted = used.experts
     if not wanted:
         return X.new_zeros(X.shape[0], width)
     Y = X.new_empty(X.shape[0], width)
-    counts = [*counts, X.shape[0] - sum(counts)]
-    parts = zip(X.split(counts), Y.split(counts), strict=True)
+    parts = zip(used.split(X), used.split(Y), strict=True)
     weights.prepare(wanted)
     most = max(1, min(_BUFFER // (weights.N * weights.K), weights.experts // 4, len(wanted)))
     buffer = _buffer(X, (most, weights.N, weights.K))

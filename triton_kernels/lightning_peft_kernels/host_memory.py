@@ -6,9 +6,9 @@ next step maps and zeroes it anew, page by page, at ten times the cost of writin
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from functools import lru_cache
-
-import torch
 
 __all__ = ["keep_freed"]
 
@@ -22,7 +22,12 @@ def keep_freed() -> None:
 
     It learns from a freed block that was mapped by itself: blocks up to that size come from the
     heap then, and up to twice that size stays there (mallopt(3), *dynamic mmap threshold*; a limit
-    that the user set holds). Other allocators are left as they are. Not before training: while a
-    model is loaded and quantised, what is freed shall go back.
+    that the user set holds). The block is not touched, so it takes no memory. Not before training:
+    while a model is loaded and quantised, what is freed shall go back.
     """
-    torch.empty(_LARGEST, dtype=torch.uint8)
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    libc.free(libc.malloc(_LARGEST))
