@@ -22,13 +22,23 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
+    candidates: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, *, again: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of each call; the candidates take turns, the last of a turn first in the next."""
+    """Seconds of each call; the candidates take turns, the last of a turn first in the next.
+
+    Args:
+        candidates: By name.
+        repeats: Timed calls of each.
+        warmup: Turns before them.
+        again: Untimed calls before each timed one: a step of training follows a step of its own,
+            not what another candidate leaves of caches and of free memory.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates.items())
     for turn in range(repeats + warmup):
         for name, call in order[:: -1 if turn % 2 else 1]:
+            for _ in range(again):
+                call()
             start = time.perf_counter()
             call()
             if turn >= warmup:
