@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_peft_kernels.expert_slabs import Slabs, slabs_of
 from lightning_peft_kernels.host_memory import keep_freed
 
 __all__ = [
@@ -115,6 +116,7 @@ class Groups:
         self._counts: list[int] | None = None
         self._used: Used | None = None
         self._blocks: Blocks | None = None
+        self._slabs: dict[int, Slabs] = {}
 
     @classmethod
     def sorted(cls, expert: Tensor, experts: int, *, tail: bool = False) -> Groups:
@@ -176,6 +178,12 @@ class Groups:
         if self._used is None:
             self._used = Used.among(self.counts)
         return self._used
+
+    def slabs(self, most: int) -> Slabs:
+        """Experts that have rows, that many at once, on the host."""
+        if most not in self._slabs:
+            self._slabs[most] = slabs_of(*self.used, most)
+        return self._slabs[most]
 
     @property
     def counts(self) -> list[int]:

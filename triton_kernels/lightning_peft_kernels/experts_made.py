@@ -18,29 +18,32 @@ from lightning_peft_kernels.backend import choose, choose_experts
 from lightning_peft_kernels.calling import applied
 from lightning_peft_kernels.dynamic_map import dynamic_map
 from lightning_peft_kernels.expert_groups import Groups, library_product, outside
+from lightning_peft_kernels.expert_slabs import Slabs
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit
 from lightning_peft_kernels.workspace import thread_buffer
 
 __all__ = ["MadeByExpert"]
 
 #: Elements of the buffer that experts are made in on a CPU: small ones share the cost of a call and
-#: stay in the cache (twice as many took 1.01 to 1.06 of a step's time, a quarter 1.01 to 1.04).
-#: Never more than a quarter of the experts.
+#: stay in the cache (twice as many took 1.01 to 1.06 of a step's time, a quarter 1.01 to
+#: 1.04). Never more than a quarter of the experts.
 _BUFFER = 1 << 20
+#: By bytes an element: rows of a mean expert up to which batched products pay for their order.
+_FEW_ROWS = {2: 32, 4: 12, 8: 12}
 
 
 class _Wanted:
-    """Experts that are asked for, ascending."""
+    """Experts that are asked for."""
 
     def __init__(self, experts: Sequence[int], device: torch.device) -> None:
         self.experts = experts
         self.index = torch.tensor(experts, device=device)
 
     def of(self, t: Tensor, first: int, n: int) -> Tensor:
-        """t of n of them from the first-th on; a view where they are neighbours."""
-        low, high = self.experts[first], self.experts[first + n - 1]
-        if high - low + 1 == n:
-            return t[low : high + 1]
+        """T of n of them from the first-th on; a view where they are neighbours."""
+        low = self.experts[first]
+        if self.experts[first : first + n] == list(range(low, low + n)):
+            return t[low : low + n]
         return t.index_select(0, self.index[first : first + n])
 
 
@@ -235,27 +238,51 @@ torch.library.register_fake("lightning_peft::made_by_expert", _made_fake, lib=_l
 
 def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transposed: bool) -> Tensor:
     """X W[e]ᵀ, or X W[e], row by row of groups."""
-    width = weights.N if transposed else weights.K
     if not groups.on_host:
         return weights.on_device(X, groups, transposed=transposed)
     used = groups.used
-    wanted = used.experts
-    if not wanted:
-        return X.new_zeros(X.shape[0], width)
-    Y = X.new_empty(X.shape[0], width)
+    if not used.experts:
+        return X.new_zeros(X.shape[0], weights.N if transposed else weights.K)
+    most = max(1, min(_BUFFER // (weights.N * weights.K), weights.experts // 4))
+    few = groups.rows // len(used.experts) <= _FEW_ROWS[X.element_size()]
+    slabs = groups.slabs(most) if few else None
+    weights.prepare(slabs.experts if slabs else used.experts)
+    buffer = _buffer(X, (min(most, len(used.experts)), weights.N, weights.K))
+    made = buffer.mT if transposed else buffer
+    if slabs:
+        return _by_slabs(X, slabs, weights, buffer, made)
+    Y = X.new_empty(X.shape[0], made.shape[2])
     parts = zip(used.split(X), used.split(Y), strict=True)
-    weights.prepare(wanted)
-    most = max(1, min(_BUFFER // (weights.N * weights.K), weights.experts // 4, len(wanted)))
-    buffer = _buffer(X, (most, weights.N, weights.K))
-    made = (buffer.mT if transposed else buffer).unbind()
-    for first in range(0, len(wanted), most):
-        n = min(most, len(wanted) - first)
+    for first in range(0, len(used.experts), most):
+        n = min(most, len(used.experts) - first)
         weights.fill(buffer[:n], first)
         for W, (x, y) in zip(made[:n], parts, strict=False):
             torch.mm(x, W, out=y)
     for _, y in parts:  # the rows of nobody
         y.zero_()
     return Y
+
+
+def _by_slabs(
+    X: Tensor, slabs: Slabs, weights: _Cast | _Packed, buffer: Tensor, made: Tensor
+) -> Tensor:
+    """`made` is the buffer as the product reads it, [experts of a slab, ·, ·]."""
+    width = made.shape[2]
+    Xs = slabs.cut(X)
+    Ys = X.new_empty(Xs.shape[0], width)
+    first = start = 0
+    for slab in slabs.each:
+        n, end = len(slab.rows), start + sum(slab.rows)
+        weights.fill(buffer[:n], first)
+        x, y = Xs[start:end], Ys[start:end]
+        if slab.batched:
+            torch.bmm(x.view(n, -1, x.shape[1]), made[:n], out=y.view(n, -1, width))
+        else:
+            parts = zip(x.split(slab.rows), made, y.split(slab.rows), strict=False)
+            for rows, W, out in parts:
+                torch.mm(rows, W, out=out)
+        first, start = first + n, end
+    return slabs.joined(Ys, X.shape[0])
 
 
 def _buffer(X: Tensor, shape: tuple[int, int, int]) -> Tensor:
