@@ -14,6 +14,7 @@ from lightning_peft_kernels.experts import (
 )
 from lightning_peft_kernels.experts_low_rank import add_low_rank, add_low_rank_reference
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
+from torch.utils.checkpoint import checkpoint
 
 from tests.asserting import assert_close, assert_same_bits
 
@@ -49,9 +50,9 @@ def rows_for(counts, tail, dtype, K):
     )
 
 
-def packed_and_dense(N, K, kind, nested):
-    """Nine experts, packed one by one, and what they are dequantised to."""
-    W = torch.randn(9, N, K, generator=torch.Generator().manual_seed(1))
+def packed_and_dense(N, K, kind, nested, experts=9):
+    """Experts packed one by one, and what they are dequantised to."""
+    W = torch.randn(experts, N, K, generator=torch.Generator().manual_seed(1))
     one = [quantize_4bit(w, kind=kind, block_size=32, double_quant=nested) for w in W]
     q = Packed4bit(*(None if ts[0] is None else torch.stack([t.reshape(-1) for t in ts])
                      for ts in zip(*one, strict=True)))  # fmt: skip
@@ -135,15 +136,90 @@ def test_gradients_of_gradients_through_packed_experts():
     assert_close("ddX", *found)
 
 
-def test_a_frozen_weight_in_another_dtype(on_host):
-    X, expert, groups = rows_for(COUNTS["uneven"], 0, torch.bfloat16, 32)
-    W = torch.randn(9, 24, 32)
-    x = X.clone().requires_grad_()
-    y = grouped_linear(x, W, groups)
-    y.sum().backward()
-    want = grouped_linear_reference(X.double(), W.bfloat16().double(), expert)
-    assert_close("y", y, want)
-    assert x.grad.dtype == y.dtype == torch.bfloat16
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("weight", ["packed", "bf16", "fp32"])
+def test_under_a_checkpoint(weight, reentrant):
+    X, _, groups = rows_for(COUNTS["uneven"], 0, torch.float32, 32)
+    q, W = packed_and_dense(24, 32, "nf4", True)
+
+    def run(X):
+        if weight == "packed":
+            return nf4_grouped_linear(X, q, (24, 32), groups, block_size=32)
+        return grouped_linear(X, W.bfloat16() if weight == "bf16" else W, groups)
+
+    plain, under = (X.clone().requires_grad_() for _ in range(2))
+    run(plain).square().sum().backward()
+    checkpoint(run, under, use_reentrant=reentrant).square().sum().backward()
+    assert_same_bits("dX", under.grad, plain.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize(("N", "K"), [(24, 32), (5, 21)])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_rows_side_by_side(seed, N, K, tail, dtype):
+    """Experts taken in the order of their rows, several in one batched product."""
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 13, (24,), generator=g)
+    counts[torch.randperm(24, generator=g)[:6]] = 0
+    counts[3] = 40 * (seed % 2)  # too many rows for a batched product
+    X, expert, groups = rows_for(counts.tolist(), tail, dtype, K)
+    n = len(expert)
+    q, W = packed_and_dense(N, K, "nf4", True, experts=24)
+    dY = torch.randn(X.shape[0], N, generator=g, dtype=torch.float64).to(dtype)
+    x, same, x64 = (X.clone().to(d).requires_grad_() for d in (dtype, dtype, torch.float64))
+    y = nf4_grouped_linear(x, q, (N, K), groups, block_size=32)
+    y.backward(dY)
+    (slabs,) = groups._slabs.values()
+    assert any(slab.batched for slab in slabs.each)
+    assert sorted(slabs.experts) == counts.nonzero().view(-1).tolist()
+    want = grouped_linear_reference(x64[:n], W.to(dtype).double(), expert)
+    want.backward(dY[:n].double())
+    in_dtype = grouped_linear_reference(same[:n], W.to(dtype), expert)
+    in_dtype.backward(dY[:n])
+    floor = 8 * torch.finfo(dtype).eps
+    assert_close("y", y[:n], want, same_dtype=in_dtype, floor=floor)
+    assert_close("dX", x.grad[:n], x64.grad[:n], same_dtype=same.grad[:n], floor=floor)
+    assert not y[n:].any(), "rows of nobody"
+    assert not x.grad[n:].any(), "rows of nobody"
+
+
+@pytest.mark.parametrize("stored", ["[E, N, K]", "[E, K, N]"])
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize(
+    ("dtype", "of_weight"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_frozen_weight(counts, dtype, of_weight, tail, stored, on_host):
+    """In X's dtype or cast, expert by expert; stored either way."""
+    X, expert, groups = rows_for(COUNTS[counts], tail, dtype, 32)
+    n = len(expert)
+    g = torch.Generator().manual_seed(1)
+    W = torch.randn(9, 24, 32, generator=g).to(of_weight)
+    dY = torch.randn(X.shape[0], 24, generator=g).to(dtype)
+    given = W if stored == "[E, N, K]" else W.mT.contiguous().mT
+    x, same, x64 = (X.clone().to(d).requires_grad_() for d in (dtype, dtype, torch.float64))
+    y = grouped_linear(x, given, groups)
+    y.backward(dY)
+    assert x.grad is not None
+    assert x.grad.dtype == y.dtype == dtype
+    assert not y[n:].any(), "rows of nobody"
+    assert not x.grad[n:].any(), "rows of nobody"
+    if not n:
+        return
+    want = grouped_linear_reference(x64[:n], W.to(dtype).double(), expert)
+    want.backward(dY[:n].double())
+    in_dtype = grouped_linear_reference(same[:n], W.to(dtype), expert)
+    in_dtype.backward(dY[:n])
+    floor = 8 * torch.finfo(dtype).eps
+    assert_close("y", y[:n], want, same_dtype=in_dtype, floor=floor)
+    assert_close("dX", x.grad[:n], x64.grad[:n], same_dtype=same.grad[:n], floor=floor)
 
 
 def test_groups():
