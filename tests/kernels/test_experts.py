@@ -13,6 +13,7 @@ from lightning_peft_kernels.experts import (
     nf4_grouped_linear,
 )
 from lightning_peft_kernels.experts_low_rank import add_low_rank, add_low_rank_reference
+from lightning_peft_kernels.experts_made import _Wanted
 from lightning_peft_kernels.nf4 import Packed4bit, dequantize_4bit, quantize_4bit
 from torch.utils.checkpoint import checkpoint
 
@@ -220,6 +221,13 @@ def test_a_frozen_weight(counts, dtype, of_weight, tail, stored, on_host):
     floor = 8 * torch.finfo(dtype).eps
     assert_close("y", y[:n], want, same_dtype=in_dtype, floor=floor)
     assert_close("dX", x.grad[:n], x64.grad[:n], same_dtype=same.grad[:n], floor=floor)
+
+
+def test_neighbours_are_read_in_place():
+    t = torch.arange(12).view(6, 2)
+    wanted = _Wanted([1, 2, 3, 5], t.device)
+    assert wanted.of(t, 0, 3).data_ptr() == t[1].data_ptr()
+    assert_same_bits("others", wanted.of(t, 1, 3), t[[2, 3, 5]])
 
 
 def test_groups():
