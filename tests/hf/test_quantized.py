@@ -33,6 +33,8 @@ def in_4bit(model: nn.Module, kind: str, nested: bool) -> nn.Module:
                 module.weight.data.clone(), requires_grad=False, quant_type=kind,
                 compress_statistics=nested,
             )  # fmt: skip
+            # On a CPU with AVX512-BF16 it would compute in bf16 in eval: no reference for fp32.
+            layer.support_avx512bf16_for_cpu = False
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], layer.to("cpu"))
     return model.eval()

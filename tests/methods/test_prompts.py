@@ -548,6 +548,8 @@ def test_prefix_in_multihead_attention(kind: str, train: bool) -> None:
     ids, masks = torch.randint(0, 20, (3, 5)), masks_for(kind)
     with torch.no_grad():
         base = model(ids, **masks)
+        # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+        frozen = copy.deepcopy(model).requires_grad_(False)(ids, **masks)
     for name in ("a", "b"):
         lp.attach(model, PrefixTuning(n=2, target_modules=["self_attn"]), adapter_name=name)
         move(model)
@@ -567,7 +569,7 @@ def test_prefix_in_multihead_attention(kind: str, train: bool) -> None:
             off = model(ids, **masks)
             assert_close("off", off[keep], base[keep])
             if train:  # in eval the base takes a fused path, which adapters turn off
-                assert_same_bits("off", off, base)
+                assert_same_bits("off", off, frozen)
     lp.detach(model)
     with torch.no_grad():
         assert_same_bits("detached", model(ids, **masks), base)
@@ -627,6 +629,8 @@ def test_prompt_before_embeddings_of_the_users(kind: str, method: SequenceMethod
     ids, masks = torch.randint(0, 20, (3, 5)), masks_for(kind)
     with torch.no_grad():
         base = model(ids, **masks)
+        # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+        frozen = copy.deepcopy(model).requires_grad_(False)(ids, **masks)
     lp.attach(model, dataclasses.replace(method, target_modules=["embed"]))
     move(model)
     y = model(ids, **masks)
@@ -644,7 +648,7 @@ def test_prompt_before_embeddings_of_the_users(kind: str, method: SequenceMethod
         keep = ~masks_for("padding")["src_key_padding_mask"]
         assert_close("output", y.detach()[keep], want[keep])
         with lp.disable_adapters(model):
-            assert_same_bits("off", model(ids, **masks_for(kind)), base)
+            assert_same_bits("off", model(ids, **masks_for(kind)), frozen)
     twin = copy.deepcopy(model)
     move(twin)
     assert not torch.equal(twin(ids), model(ids))

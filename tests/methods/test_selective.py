@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,7 @@ def test_copies(name: str, model_name: str) -> None:
     before, flags = bits(model), {n: p.requires_grad for n, p in model.named_parameters()}
     with torch.no_grad():
         base = logits(model, x)
+    plain = copy.deepcopy(model)
     lacks = (model_name in ("llama", "t5") and name == "bitfit") or (
         model_name == "encoder layer" and name == "full of a part"
     )
@@ -58,8 +61,13 @@ def test_copies(name: str, model_name: str) -> None:
         assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
         return
     lp.attach(model, method)
+    # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+    chosen = {n.replace(".peft.default", "") for n in trained_tensors(model)}
+    for n, p in plain.named_parameters():
+        p.requires_grad_(n in chosen)
     with torch.no_grad():
-        assert_same_bits("start", logits(model, x), base)
+        assert_same_bits("start", logits(model, x), logits(plain, x))
+        frozen = logits(plain.requires_grad_(False), x)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all(".peft." in n for n in trained)
@@ -77,7 +85,7 @@ def test_copies(name: str, model_name: str) -> None:
     for key, value in before.items():
         assert_same_bits(key, after[key], value)
     with torch.no_grad(), lp.disable_adapters(model):
-        assert_same_bits("off", logits(model, x), base)
+        assert_same_bits("off", logits(model, x), frozen)
     lp.merge(model)
     with torch.no_grad():
         assert_close("merged", logits(model, x), y.detach())
