@@ -96,7 +96,7 @@ def test_adapter(case, layer):
     before = bits(base)
     attach(model, method_for(case), quantization=layer.quantization)
 
-    y = layer.run(model, x).detach()
+    y = y_start = layer.run(model, x).detach()
     if case.exact_start:
         edited = {
             f"{name}.{a.site.parameter}"
@@ -152,7 +152,7 @@ def test_adapter(case, layer):
     torch.manual_seed(1)
     attach(model, method_for(case), quantization=None)
     if case.exact_start:
-        assert_same_bits("output after attaching again", layer.run(model, x).detach(), y_base)
+        assert_same_bits("output after attaching again", layer.run(model, x).detach(), y_start)
 
 
 def trainable(base: nn.Module, names: set[str]) -> nn.Module:
