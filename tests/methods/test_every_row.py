@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
+from lightning_peft.adapter_state import trained_tensors
 from lightning_peft.methods import GatedLoRA, mam, unipelt
 from tests.asserting import assert_close, assert_same_bits
 from tests.cases import CASES
@@ -214,7 +215,15 @@ def test_cell(row_name: str, kind: str, storage: str, tmp_path: Path) -> None:
         # A position bias that takes a gradient has torch choose another attention kernel.
         assert_close("start", output(model, x).detach(), y_base)
     elif row.exact:
-        assert_same_bits("start", output(model, x).detach(), y_base)
+        # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+        chosen = {n.replace(".peft.default", "") for n in trained_tensors(model)}
+        twin, _ = build(MODELS[kind])
+        if quantization is None and chosen & set(dict(twin.named_parameters())):
+            for n, p in twin.named_parameters():
+                p.requires_grad_(n in chosen)
+            assert_same_bits("start", output(model, x).detach(), output(twin, x).detach())
+        else:
+            assert_same_bits("start", output(model, x).detach(), y_base)
     report = lp.parameter_report(model)
     assert 0 < report.trainable < report.total
 
