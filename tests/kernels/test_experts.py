@@ -122,6 +122,25 @@ def test_packed_is_dense_over_the_dequantised_weight(counts, N, K, tail, nested,
     assert_close("dX", found[0][1], found[1][1])
 
 
+def assert_product(y, x, W, expert, dY):
+    """Y and x.grad against the formula in fp64; zero in rows of nobody."""
+    n, dtype = len(expert), x.dtype
+    assert x.grad.dtype == y.dtype == dtype
+    assert not y[n:].any(), "rows of nobody"
+    assert not x.grad[n:].any(), "rows of nobody"
+    if not n:
+        return
+    want = []
+    for d in (torch.float64, dtype):
+        t = x.detach()[:n].to(d).requires_grad_()
+        product = grouped_linear_reference(t, W.to(d), expert)
+        product.backward(dY[:n].to(d))
+        want.append((product.detach(), t.grad))
+    floor = 8 * torch.finfo(dtype).eps
+    for name, got, exact, same in zip(("y", "dX"), (y, x.grad), *want, strict=True):
+        assert_close(name, got[:n], exact, same_dtype=same, floor=floor)
+
+
 def test_gradients_of_gradients_through_packed_experts():
     """What is recorded does not read the buffer that other experts are made in since."""
     X, _, groups = rows_for(COUNTS["uneven"], 0, torch.float32, 32)
@@ -165,24 +184,15 @@ def test_few_rows_side_by_side(seed, N, K, tail, dtype):
     counts[torch.randperm(24, generator=g)[:6]] = 0
     counts[3] = 40 * (seed % 2)  # too many rows for a batched product
     X, expert, groups = rows_for(counts.tolist(), tail, dtype, K)
-    n = len(expert)
     q, W = packed_and_dense(N, K, "nf4", True, experts=24)
     dY = torch.randn(X.shape[0], N, generator=g, dtype=torch.float64).to(dtype)
-    x, same, x64 = (X.clone().to(d).requires_grad_() for d in (dtype, dtype, torch.float64))
+    x = X.clone().requires_grad_()
     y = nf4_grouped_linear(x, q, (N, K), groups, block_size=32)
     y.backward(dY)
     (slabs,) = groups._slabs.values()
     assert any(slab.batched for slab in slabs.each)
     assert sorted(slabs.experts) == counts.nonzero().view(-1).tolist()
-    want = grouped_linear_reference(x64[:n], W.to(dtype).double(), expert)
-    want.backward(dY[:n].double())
-    in_dtype = grouped_linear_reference(same[:n], W.to(dtype), expert)
-    in_dtype.backward(dY[:n])
-    floor = 8 * torch.finfo(dtype).eps
-    assert_close("y", y[:n], want, same_dtype=in_dtype, floor=floor)
-    assert_close("dX", x.grad[:n], x64.grad[:n], same_dtype=same.grad[:n], floor=floor)
-    assert not y[n:].any(), "rows of nobody"
-    assert not x.grad[n:].any(), "rows of nobody"
+    assert_product(y, x, W.to(dtype), expert, dY)
 
 
 @pytest.mark.parametrize("stored", ["[E, N, K]", "[E, K, N]"])
@@ -200,27 +210,14 @@ def test_few_rows_side_by_side(seed, N, K, tail, dtype):
 def test_a_frozen_weight(counts, dtype, of_weight, tail, stored, on_host):
     """In X's dtype or cast, expert by expert; stored either way."""
     X, expert, groups = rows_for(COUNTS[counts], tail, dtype, 32)
-    n = len(expert)
     g = torch.Generator().manual_seed(1)
     W = torch.randn(9, 24, 32, generator=g).to(of_weight)
     dY = torch.randn(X.shape[0], 24, generator=g).to(dtype)
     given = W if stored == "[E, N, K]" else W.mT.contiguous().mT
-    x, same, x64 = (X.clone().to(d).requires_grad_() for d in (dtype, dtype, torch.float64))
+    x = X.clone().requires_grad_()
     y = grouped_linear(x, given, groups)
     y.backward(dY)
-    assert x.grad is not None
-    assert x.grad.dtype == y.dtype == dtype
-    assert not y[n:].any(), "rows of nobody"
-    assert not x.grad[n:].any(), "rows of nobody"
-    if not n:
-        return
-    want = grouped_linear_reference(x64[:n], W.to(dtype).double(), expert)
-    want.backward(dY[:n].double())
-    in_dtype = grouped_linear_reference(same[:n], W.to(dtype), expert)
-    in_dtype.backward(dY[:n])
-    floor = 8 * torch.finfo(dtype).eps
-    assert_close("y", y[:n], want, same_dtype=in_dtype, floor=floor)
-    assert_close("dX", x.grad[:n], x64.grad[:n], same_dtype=same.grad[:n], floor=floor)
+    assert_product(y, x, W.to(dtype), expert, dY)
 
 
 def test_neighbours_are_read_in_place():

@@ -215,7 +215,7 @@ def test_cell(row_name: str, kind: str, storage: str, tmp_path: Path) -> None:
         # A position bias that takes a gradient has torch choose another attention kernel.
         assert_close("start", output(model, x).detach(), y_base)
     elif row.exact:
-        # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+        # torch.matmul takes another routine for a frozen weight, on some CPUs with other last bits.
         chosen = {n.replace(".peft.default", "") for n in trained_tensors(model)}
         twin, _ = build(MODELS[kind])
         if quantization is None and chosen & set(dict(twin.named_parameters())):

@@ -548,7 +548,7 @@ def test_prefix_in_multihead_attention(kind: str, train: bool) -> None:
     ids, masks = torch.randint(0, 20, (3, 5)), masks_for(kind)
     with torch.no_grad():
         base = model(ids, **masks)
-        # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+        # torch.matmul takes another routine for a frozen weight, on some CPUs with other last bits.
         frozen = copy.deepcopy(model).requires_grad_(False)(ids, **masks)
     for name in ("a", "b"):
         lp.attach(model, PrefixTuning(n=2, target_modules=["self_attn"]), adapter_name=name)
@@ -629,7 +629,7 @@ def test_prompt_before_embeddings_of_the_users(kind: str, method: SequenceMethod
     ids, masks = torch.randint(0, 20, (3, 5)), masks_for(kind)
     with torch.no_grad():
         base = model(ids, **masks)
-        # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+        # torch.matmul takes another routine for a frozen weight, on some CPUs with other last bits.
         frozen = copy.deepcopy(model).requires_grad_(False)(ids, **masks)
     lp.attach(model, dataclasses.replace(method, target_modules=["embed"]))
     move(model)

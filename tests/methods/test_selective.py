@@ -61,7 +61,7 @@ def test_copies(name: str, model_name: str) -> None:
         assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
         return
     lp.attach(model, method)
-    # On some CPUs torch multiplies with a frozen weight by another routine: other last bits.
+    # torch.matmul takes another routine for a frozen weight, on some CPUs with other last bits.
     chosen = {n.replace(".peft.default", "") for n in trained_tensors(model)}
     for n, p in plain.named_parameters():
         p.requires_grad_(n in chosen)

@@ -43,7 +43,7 @@ class _Wanted:
         self.index = torch.tensor(experts, device=device)
 
     def of(self, t: Tensor, first: int, n: int) -> Tensor:
-        """T of n of them from the first-th on; a view where they are neighbours."""
+        """What t holds of n of them, from the first-th on; a view where they are neighbours."""
         low = self.experts[first]
         if self.experts[first : first + n] == list(range(low, low + n)):
             return t[low : low + n]
