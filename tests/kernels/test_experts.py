@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning_peft_kernels import expert_pairs
 from lightning_peft_kernels.expert_groups import Groups, count_on_host, library_product
 from lightning_peft_kernels.experts import (
     grouped_linear,
@@ -189,10 +190,36 @@ def test_few_rows_side_by_side(seed, N, K, tail, dtype):
     x = X.clone().requires_grad_()
     y = nf4_grouped_linear(x, q, (N, K), groups, block_size=32)
     y.backward(dY)
-    (slabs,) = groups._slabs.values()
+    (slabs,) = groups.used._slabs.values()
     assert any(slab.batched for slab in slabs.each)
     assert sorted(slabs.experts) == counts.nonzero().view(-1).tolist()
     assert_product(y, x, W.to(dtype), expert, dY)
+
+
+@pytest.mark.parametrize("stored", ["[E, N, K]", "[E, K, N]", "part of another"])
+@pytest.mark.parametrize("tail", [0, 5])
+@pytest.mark.parametrize(("N", "K"), [(24, 32), (5, 21)])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_rows_in_pairs(monkeypatch, seed, N, K, tail, stored):
+    """Dense experts read where they lie, two in one batched product."""
+    monkeypatch.setattr(expert_pairs, "_MANY_WEIGHTS", 0)
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 13, (25,), generator=g)
+    counts[torch.randperm(25, generator=g)[: 6 + seed]] = 0
+    counts[3] = 40 * (seed % 2)  # too many rows for a batched product
+    X, expert, groups = rows_for(counts.tolist(), tail, torch.float32, K)
+    whole = torch.randn(27, N + 3, K + 2, generator=g)
+    W = whole[1:26, 2 : N + 2, 1 : K + 1]
+    if stored != "part of another":
+        W = W.contiguous() if stored == "[E, N, K]" else W.mT.contiguous().mT
+    dY = torch.randn(X.shape[0], N, generator=g)
+    x = X.clone().requires_grad_()
+    y = grouped_linear(x, W, groups)
+    y.backward(dY)
+    (slabs,) = groups.used._slabs.values()
+    assert [len(slab.rows) for slab in slabs.each[:-1]] == [2] * (len(slabs.each) - 1)
+    assert any(slab.batched for slab in slabs.each)
+    assert_product(y, x, W, expert, dY)
 
 
 @pytest.mark.parametrize("stored", ["[E, N, K]", "[E, K, N]"])

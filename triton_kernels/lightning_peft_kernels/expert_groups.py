@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_peft_kernels.expert_pairs import in_pairs, pays_in_pairs
 from lightning_peft_kernels.expert_slabs import Slabs, slabs_of
 from lightning_peft_kernels.host_memory import keep_freed
 
@@ -82,17 +83,26 @@ class Blocks(NamedTuple):
         return total
 
 
-class Used(NamedTuple):
-    """Experts that have rows, ascending, and how many."""
+class Used:
+    """Experts that have rows, on the host.
 
-    experts: list[int]
-    counts: list[int]
+    Attributes:
+        experts: Their numbers, ascending.
+        counts: How many rows each has.
+    """
 
-    @classmethod
-    def among(cls, counts: Sequence[int]) -> Used:
+    def __init__(self, counts: Sequence[int]) -> None:
         """From the rows of every expert."""
         pairs = [(e, n) for e, n in enumerate(counts) if n]
-        return cls([e for e, _ in pairs], [n for _, n in pairs])
+        self.experts = [e for e, _ in pairs]
+        self.counts = [n for _, n in pairs]
+        self._slabs: dict[int, Slabs] = {}
+
+    def slabs(self, most: int) -> Slabs:
+        """That many at once."""
+        if most not in self._slabs:
+            self._slabs[most] = slabs_of(self.experts, self.counts, most)
+        return self._slabs[most]
 
     def split(self, X: Tensor) -> Sequence[Tensor]:
         """Rows of each [n, ·]; at the end those of nobody."""
@@ -116,7 +126,6 @@ class Groups:
         self._counts: list[int] | None = None
         self._used: Used | None = None
         self._blocks: Blocks | None = None
-        self._slabs: dict[int, Slabs] = {}
 
     @classmethod
     def sorted(cls, expert: Tensor, experts: int, *, tail: bool = False) -> Groups:
@@ -176,14 +185,8 @@ class Groups:
     def used(self) -> Used:
         """Experts that have rows, on the host."""
         if self._used is None:
-            self._used = Used.among(self.counts)
+            self._used = Used(self.counts)
         return self._used
-
-    def slabs(self, most: int) -> Slabs:
-        """Experts that have rows, that many at once, on the host."""
-        if most not in self._slabs:
-            self._slabs[most] = slabs_of(*self.used, most)
-        return self._slabs[most]
 
     @property
     def counts(self) -> list[int]:
@@ -212,12 +215,15 @@ def _blocks(n: Tensor, rows: int, rows_each: int) -> Blocks:
 
 
 def product(X: Tensor, W: Tensor, offsets: Tensor, tail: bool, used: Used | None) -> Tensor:
-    """X[rows of e] · W[e]ᵀ, W [E, N, K], by the library; expert by expert in what it does not take.
-    `used` is None where rows are not counted on the host.
+    """X[rows of e] · W[e]ᵀ, W [E, N, K]: on a CPU two experts at once where that is faster; else by
+    the library, expert by expert in what it does not take. `used` is None where rows are not
+    counted on the host.
     """
+    if used is not None and pays_in_pairs(X, W, len(used.experts)):
+        return in_pairs(X, W.mT, used.slabs(2))
     if X.dtype != torch.float64 and (used is None or not _unaligned(X, W)):
         return library_product(X, W, offsets, tail=tail)
-    used = used or Used.among(_read(offsets))
+    used = used or Used(_read(offsets))
     *rows, nobodys = used.split(X)
     parts = [torch.mm(x, W[e].mT) for e, x in zip(used.experts, rows, strict=True)]
     return torch.cat([*parts, X.new_zeros(len(nobodys), W.shape[1])])
@@ -229,7 +235,7 @@ def gradient(dY: Tensor, X: Tensor, offsets: Tensor, used: Used | None) -> Tenso
     whole = not (dY.shape[1] % unit or X.shape[1] % unit)
     if X.dtype != torch.float64 and (used is None or whole):
         return library_gradient(dY, X, offsets)
-    used = used or Used.among(_read(offsets))
+    used = used or Used(_read(offsets))
     pairs = zip(used.split(dY), used.split(X), strict=True)
     dW = {e: torch.mm(g.mT, x) for e, (g, x) in zip(used.experts, pairs, strict=False)}
     none = X.new_zeros(dY.shape[1], X.shape[1])

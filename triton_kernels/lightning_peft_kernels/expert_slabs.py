@@ -56,11 +56,11 @@ def slabs_of(experts: list[int], counts: list[int], most: int) -> Slabs:
         counts: How many rows; they lie one behind the other.
         most: Experts of a slab.
     """
-    order = sorted(range(len(counts)), key=counts.__getitem__)
-    each = [
-        _slab([counts[i] for i in order[first : first + most]])
-        for first in range(0, len(order), most)
-    ]
+    by_rows = sorted(range(len(counts)), key=counts.__getitem__)
+    # Ascending within a slab: neighbours stay neighbours.
+    ordered = [sorted(by_rows[first : first + most]) for first in range(0, len(by_rows), most)]
+    order = [i for together in ordered for i in together]
+    each = [_slab([counts[i] for i in together]) for together in ordered]
     heights = [height for slab in each for height in slab.rows]
     ends = list(itertools.accumulate(counts))
     shift = [0] * len(counts)
@@ -76,8 +76,8 @@ def slabs_of(experts: list[int], counts: list[int], most: int) -> Slabs:
 
 
 def _slab(rows: list[int]) -> Slab:
-    """From the rows of its experts, ascending."""
-    n, height = len(rows), rows[-1]
+    """From the rows of its experts."""
+    n, height = len(rows), max(rows)
     if n > 1 and height <= _HEIGHT and height * n <= 2 * sum(rows):
         return Slab([height] * n, batched=True)
     return Slab(rows, batched=False)

@@ -249,7 +249,7 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
     most = max(1, min(_BUFFER // (weights.N * weights.K), weights.experts // 4))
     few_rows = groups.rows <= len(used.experts) * _FEW_ROWS[X.element_size()]
     batched = few_rows and most >= _SIDE_BY_SIDE and X.device.type == "cpu"
-    slabs = groups.slabs(most) if batched else None
+    slabs = used.slabs(most) if batched else None
     weights.prepare(slabs.experts if slabs else used.experts)
     buffer = _buffer(X, (min(most, len(used.experts)), weights.N, weights.K))
     made = buffer.mT if transposed else buffer
