@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning_peft_kernels.adamw_8bit import pooled_8bit_step
+from lightning_peft_kernels.adamw_8bit import PooledStep, pooled_8bit_step
 from torch import Tensor
 
 from lightning_peft.optim.convert import pack
@@ -160,15 +160,19 @@ class PooledOptimizer(torch.optim.Optimizer):
         whole = [shard.detach().contiguous() for shard in shards]
         scale = getattr(self, "grad_scale", None)
         pooled_8bit_step(
-            whole,
-            [local(item.grad).contiguous() for item in items],
-            [pool.starts[item.param] for item in items],
-            self._hyper(pool, items),
-            *(pool.fields[name] for name in ("state1", "absmax1")),
-            *(pool.fields.get(name) for name in ("state2", "absmax2")),
-            grad_scale=None if scale is None else scale.to(found.device),
-            found_inf=found if found.device.type == "cuda" else None,
-            maximize=items[0].group["maximize"],
+            PooledStep(
+                whole,
+                [local(item.grad).contiguous() for item in items],
+                [pool.starts[item.param] for item in items],
+                self._hyper(pool, items),
+                code1=pool.fields["state1"],
+                absmax1=pool.fields["absmax1"],
+                code2=pool.fields.get("state2"),
+                absmax2=pool.fields.get("absmax2"),
+                grad_scale=None if scale is None else scale.to(found.device),
+                found_inf=found if found.device.type == "cuda" else None,
+                maximize=items[0].group["maximize"],
+            )
         )
         for shard, copy in zip(shards, whole, strict=True):
             if copy.data_ptr() != shard.data_ptr():

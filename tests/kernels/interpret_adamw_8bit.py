@@ -1,7 +1,7 @@
 """Run in its own process under TRITON_INTERPRET=1: the kernel against the torch reference."""
 
 import torch
-from lightning_peft_kernels.adamw_8bit import pooled_8bit_step_reference
+from lightning_peft_kernels.adamw_8bit import PooledStep, pooled_8bit_step_reference
 from lightning_peft_kernels.adamw_8bit_triton import step_triton
 
 
@@ -21,8 +21,8 @@ def main() -> None:
             grads = [torch.randn(s) * 4 for s in shapes]
             found = torch.tensor(float(turn == 1))
             more = (torch.tensor(4.0), found, True)
-            step_triton(ours[0], grads, starts, hyper, *ours[1], *more)
-            pooled_8bit_step_reference(told[0], grads, starts, hyper, *told[1], *more)
+            step_triton(PooledStep(ours[0], grads, starts, hyper, *ours[1], *more))
+            pooled_8bit_step_reference(PooledStep(told[0], grads, starts, hyper, *told[1], *more))
         for a, b in zip(*(x[0] for x in (ours, told)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         for a, b in zip(ours[1], told[1], strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning_peft_kernels.adamw_8bit import (
+    PooledStep,
     dequantize_blocks,
     pooled_8bit_step,
     pooled_8bit_step_reference,
@@ -67,12 +68,9 @@ def test_cpu_path_is_the_reference(dtype: torch.dtype, lion: bool, maximize: boo
         state += [torch.zeros(total, dtype=torch.uint8), torch.zeros(total // 256)]
     told, told_params = [s.clone() for s in state], [p.clone() for p in params]
     for own in grads:
-        scale = torch.tensor(2.0)
-        pooled_8bit_step(params, own, starts, hyper, *state, grad_scale=scale, maximize=maximize)
-        rest = told + [None] * (4 - len(told))
-        pooled_8bit_step_reference(
-            told_params, own, starts, hyper, *rest, grad_scale=scale, maximize=maximize
-        )
+        more = {"grad_scale": torch.tensor(2.0), "maximize": maximize}
+        pooled_8bit_step(PooledStep(params, own, starts, hyper, *state, **more))
+        pooled_8bit_step_reference(PooledStep(told_params, own, starts, hyper, *told, **more))
     spare = 1e-4 if dtype == torch.float32 else 2e-2
     for i, (a, b) in enumerate(zip(params, told_params, strict=True)):
         # A code that falls the other way at a tie moves its own element by more than rounding.
@@ -97,7 +95,7 @@ def test_op_checks() -> None:
 def test_unaligned_starts_are_refused() -> None:
     p = torch.zeros(4)
     with pytest.raises(ValueError, match="got \\[3\\]"):
-        pooled_8bit_step([p], [p], [3], torch.zeros(1, 7), p.byte(), p, p.byte(), p)
+        pooled_8bit_step(PooledStep([p], [p], [3], torch.zeros(1, 7), p.byte(), p, p.byte(), p))
 
 
 def test_kernel_in_the_interpreter() -> None:

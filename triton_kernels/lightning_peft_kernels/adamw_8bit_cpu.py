@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.dynamic_map import BLOCK, TINY, code_cells, code_pairs
+from lightning_peft_kernels.pooled_step import PooledStep
 
 __all__ = ["step_cpu"]
 
@@ -31,7 +32,7 @@ class _Piece(NamedTuple):
     at: int
 
 
-class _Work:
+class _Made:
     """Temporaries of one chunk, made once."""
 
     def __init__(self) -> None:
@@ -41,8 +42,8 @@ class _Work:
 
 
 @lru_cache(maxsize=1)
-def _work() -> _Work:
-    return _Work()
+def _made() -> _Made:
+    return _Made()
 
 
 def _chunks(
@@ -74,12 +75,12 @@ def _decode(codes: Tensor, absmax: Tensor, out: Tensor, half: Tensor, signed: bo
     out.view(-1, BLOCK).mul_(absmax[:, None])
 
 
-def _encode(values: Tensor, codes: Tensor, absmax: Tensor, work: _Work, signed: bool) -> None:
+def _encode(values: Tensor, codes: Tensor, absmax: Tensor, made: _Made, signed: bool) -> None:
     """Overwrites `values`."""
     n = values.numel()
-    rows, index, cell = values.view(-1, BLOCK), work.index[:n], work.cell[:n]
+    rows, index, cell = values.view(-1, BLOCK), made.index[:n], made.cell[:n]
     if signed:
-        torch.amax(torch.abs(values, out=work.x[:n]).view(-1, BLOCK), 1, out=absmax)
+        torch.amax(torch.abs(values, out=made.x[:n]).view(-1, BLOCK), 1, out=absmax)
     else:
         torch.amax(rows, 1, out=absmax)
     rows.mul_(absmax.clamp_min(TINY).reciprocal_()[:, None])
@@ -94,29 +95,22 @@ def _encode(values: Tensor, codes: Tensor, absmax: Tensor, work: _Work, signed: 
     codes.copy_(cell.add_(bits).bitwise_right_shift_(16))
 
 
-def step_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    starts: Sequence[int],
-    hyper: Tensor,
-    code1: Tensor,
-    absmax1: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    grad_scale: Tensor | None,
-    maximize: bool,
-) -> None:
-    """The step in place, a chunk of the pool at a time. Arguments as for `pooled_8bit_step`."""
-    work = _work()
-    scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
-    flat_p = [p.view(-1) for p in params]
-    flat_g = [g.reshape(-1) for g in grads]
-    rows = [tuple(row) for row in hyper.tolist()]
-    for begin, n, row, pieces in _chunks([p.numel() for p in flat_p], starts, rows):
+def step_cpu(work: PooledStep) -> None:
+    """The step in place, a chunk of the pool at a time."""
+    if work.found_inf is not None and float(work.found_inf) != 0.0:
+        return
+    made, scale = _made(), -1.0 if work.maximize else 1.0
+    if work.grad_scale is not None:
+        scale /= float(work.grad_scale)
+    code1, absmax1, code2, absmax2 = work.code1, work.absmax1, work.code2, work.absmax2
+    flat_p = [p.view(-1) for p in work.params]
+    flat_g = [g.reshape(-1) for g in work.grads]
+    rows = [tuple(row) for row in work.hyper.tolist()]
+    for begin, n, row, pieces in _chunks([p.numel() for p in flat_p], work.starts, rows):
         decay, step, eps, beta1, rest1, beta2, rest2 = row
         here, blocks = slice(begin, begin + n), slice(begin // BLOCK, (begin + n) // BLOCK)
-        m, v, x = work.m[:n], work.v[:n], work.x[:n]
-        _decode(code1[here], absmax1[blocks], m, work.half, True)
+        m, v, x = made.m[:n], made.v[:n], made.x[:n]
+        _decode(code1[here], absmax1[blocks], m, made.half, True)
         ps = [flat_p[i][a:b] for i, a, b, _ in pieces]
         gs = [flat_g[i][a:b] for i, a, b, _ in pieces]
         gs = [g if g.dtype == torch.float32 else g.float() for g in gs]
@@ -130,7 +124,7 @@ def step_cpu(
             for g, span in zip(gs, spans, strict=True):
                 m[span].add_(g, alpha=rest2 * scale)
         else:
-            _decode(code2[here], absmax2[blocks], v, work.half, False)
+            _decode(code2[here], absmax2[blocks], v, made.half, False)
             m.mul_(beta1)
             v.mul_(beta2)
             for g, span in zip(gs, spans, strict=True):
@@ -143,6 +137,6 @@ def step_cpu(
                 p.mul_(decay).add_(x[span], alpha=-step)
             else:
                 p.copy_(p.float().mul_(decay).add_(x[span], alpha=-step))
-        _encode(m, code1[here], absmax1[blocks], work, True)
+        _encode(m, code1[here], absmax1[blocks], made, True)
         if code2 is not None and absmax2 is not None:
-            _encode(v, code2[here], absmax2[blocks], work, False)
+            _encode(v, code2[here], absmax2[blocks], made, False)

@@ -3,7 +3,6 @@
 # mypy: ignore-errors
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_peft_kernels.dynamic_map import BLOCK, code_cells, dynamic_map
+from lightning_peft_kernels.pooled_step import PooledStep
 
 __all__ = ["aot_specs", "pooled_8bit_step_kernel", "step_triton"]
 
@@ -114,57 +114,45 @@ def _blocks(numels: tuple[int, ...], device: str) -> Tensor:
     return torch.stack([tensor, within], 1).to(torch.int32).to(device)
 
 
-def step_triton(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    starts: Sequence[int],
-    hyper: Tensor,
-    code1: Tensor,
-    absmax1: Tensor,
-    code2: Tensor | None,
-    absmax2: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    maximize: bool,
-) -> None:
-    """One launch for all tensors. Arguments as for `pooled_8bit_step`."""
+def step_triton(work: PooledStep) -> None:
+    """One launch for all tensors."""
     types: dict[torch.dtype, Any] = {
         torch.float32: tl.float32,
         torch.float16: tl.float16,
         torch.bfloat16: tl.bfloat16,
     }
-    device = str(code1.device)
-    grads = [g.contiguous() for g in grads]
-    numels = tuple(p.numel() for p in params)
+    device = str(work.code1.device)
+    grads = [g.contiguous() for g in work.grads]
+    numels = tuple(p.numel() for p in work.params)
     table = torch.tensor(
         [
             (p.data_ptr(), g.data_ptr(), n, s // BLOCK)
-            for p, g, n, s in zip(params, grads, numels, starts, strict=True)
+            for p, g, n, s in zip(work.params, grads, numels, work.starts, strict=True)
         ],
         dtype=torch.int64,
     )
     blocks = _blocks(numels, device)
-    lion = code2 is None or absmax2 is None
+    lion = work.code2 is None or work.absmax2 is None
     pooled_8bit_step_kernel[(blocks.shape[0],)](
         table.to(device, non_blocking=True),
         blocks,
-        hyper,
-        code1,
-        absmax1,
-        code1 if code2 is None else code2,
-        absmax1 if absmax2 is None else absmax2,
+        work.hyper,
+        work.code1,
+        work.absmax1,
+        work.code1 if work.code2 is None else work.code2,
+        work.absmax1 if work.absmax2 is None else work.absmax2,
         dynamic_map(True, device),
         dynamic_map(False, device),
         code_cells(True, device),
         code_cells(False, device),
-        hyper if grad_scale is None else grad_scale,
-        hyper if found_inf is None else found_inf,
-        P_TYPE=types[params[0].dtype],
+        work.hyper if work.grad_scale is None else work.grad_scale,
+        work.hyper if work.found_inf is None else work.found_inf,
+        P_TYPE=types[work.params[0].dtype],
         G_TYPE=types[grads[0].dtype],
         LION=lion,
-        MAXIMIZE=maximize,
-        SCALED=grad_scale is not None,
-        CHECKED=found_inf is not None,
+        MAXIMIZE=work.maximize,
+        SCALED=work.grad_scale is not None,
+        CHECKED=work.found_inf is not None,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
