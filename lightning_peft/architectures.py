@@ -43,6 +43,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "mpt": Family(("Wqkv",), ("Wqkv", "down_proj"), ("down_proj",)),
     "deepseek": Family(("q_a_proj", "q_b_proj", "q_proj", "kv_b_proj"), ("kv_b_proj",), ()),
+    "deepseek_v4": Family(
+        ("q_a_proj", "q_b_proj", "self_attn.kv_proj"), ("self_attn.kv_proj",), ()
+    ),
     # Values in two halves; keys that are values too; keys and values in one, queries in experts
     "zaya": Family(
         ("q_proj", "v_proj_current", "v_proj_delayed"),
@@ -89,6 +92,9 @@ FAMILIES: dict[str, Family] = {
     "rwkv": Family(("key", "value", "receptance"), ("key", "value"), ()),
     "xlstm": Family(("q", "v"), ("k", "v", "proj_down"), ("proj_down",)),
     "cpmant": Family(("project_q", "project_v"), ("project_k", "project_v", "w_out"), ("w_out",)),
+    "granitemoehybrid": Family(
+        ("q_proj", "v_proj", "in_proj"), ("k_proj", "v_proj", "in_proj"), ()
+    ),
     "lfm2": Family(("q_proj", "v_proj", "in_proj"), ("k_proj", "v_proj", "w2"), ("w2",)),
     "mobilevit": Family(("query", "value"), ("key", "value", "output.dense"), ("output.dense",)),
     "pvt_v2": Family(("query", "value"), ("key", "value", "dense2"), ("dense2",)),
@@ -123,7 +129,7 @@ _BY_FAMILY: dict[str, str] = {
     "mimo_v2_flash minimax_m2 minimax_m3_vl_text qwen3_5_moe qwen3_5_moe_text solar_open "
     "nemo_speechlm lfm2_moe "
     "aria deepseek_ocr2 deepseek_ocr2_text ernie4_5_vl_moe ernie4_5_vl_moe_text "
-    "glm4v_moe glm4v_moe_text granitemoehybrid inkling2 inkling_mm_model "
+    "glm4v_moe glm4v_moe_text inkling2 inkling_mm_model "
     "minimax_m3_vl muse_spark muse_spark_text openai_privacy_filter qwen3_omni_moe "
     "qwen3_omni_moe_talker_text qwen3_omni_moe_text qwen3_omni_moe_thinker "
     "qwen3_vl_moe qwen3_vl_moe_text qwen4_exp qwen4_exp_text unlimited_ocr "
@@ -139,9 +145,11 @@ _BY_FAMILY: dict[str, str] = {
     "gpt_neox": "gpt_neox gpt_neox_japanese bloom falcon persimmon fuyu",
     "mpt": "mpt",
     "deepseek": "deepseek_v2 deepseek_v3 minicpm3 glm4_moe_lite mistral4 hy_v4 "
-    "axk1 axk2 bailing_hybrid deepseek_v32 deepseek_v4 dots3_note dots3_note_text "
+    "axk1 axk2 bailing_hybrid deepseek_v32 dots3_note dots3_note_text "
     "glm5_next glm5_next_text glm_moe_dsa kimi_linear longcat_flash mistral_large4 "
     "mistral_large4_text",
+    "deepseek_v4": "deepseek_v4",
+    "granitemoehybrid": "granitemoehybrid",
     "nemotron_h": "nemotron_h",
     "zaya": "zaya",
     "jetmoe": "jetmoe",

@@ -159,8 +159,8 @@ def test_prompts_over_a_base_that_is_not_read_yet_are_refused(tmp_path: Path) ->
 
 @reads_into_shards
 def test_no_process_holds_the_dense_model(tmp_path: Path) -> None:
-    """309 MB in fp32 on disk: reading takes less than a quarter of it, training less than two
-    thirds (gathered blocks, gloo's buffers, what the allocator keeps).
+    """309 MB in fp32 on disk: reading takes less than a quarter of it, training less than a
+    third (gathered blocks and gloo's buffers).
     """
     job = Job("large", str(tmp_path), model="large", epochs=1, watch_memory=True, **FSDP)
     model = build(job)
@@ -175,4 +175,4 @@ def test_no_process_holds_the_dense_model(tmp_path: Path) -> None:
     megabytes = [[round(g / 1e6) for g in each] for each in (read, grown)]
     print(f"dense {dense / 1e6:.0f} MB; after reading, at the end: {megabytes} MB")
     assert max(read) < dense / 4, megabytes
-    assert max(grown) < dense * 2 / 3, megabytes
+    assert max(grown) < dense / 3, megabytes
