@@ -36,15 +36,15 @@ def in_pairs(X: Tensor, W: Tensor, slabs: Slabs) -> Tensor:
     apart, *strides = W.stride()
     Xs = slabs.cut(X)
     Ys = X.new_empty(Xs.shape[0], N)
-    sizes = [sum(slab.rows) for slab in slabs.each]
+    batches = [batch for slab in slabs.each for batch in slab]
+    sizes = [batch.experts * batch.height for batch in batches]
     experts = iter(slabs.experts)
-    for slab, x, y in zip(slabs.each, Xs.split(sizes), Ys.split(sizes), strict=True):
-        if slab.batched:
-            first, second = next(experts), next(experts)
-            stride, start = (second - first) * apart, W.storage_offset() + first * apart
+    for batch, x, y in zip(batches, Xs.split(sizes), Ys.split(sizes), strict=True):
+        first = next(experts)
+        if batch.experts == 2:
+            stride, start = (next(experts) - first) * apart, W.storage_offset() + first * apart
             both = W.as_strided((2, K, N), (stride, *strides), start)
             torch.bmm(x.view(2, -1, K), both, out=y.view(2, -1, N))
         else:
-            for rows, out in zip(x.split(slab.rows), y.split(slab.rows), strict=True):
-                torch.mm(rows, W[next(experts)], out=out)
+            torch.mm(x, W[first], out=y)
     return slabs.joined(Ys, X.shape[0])

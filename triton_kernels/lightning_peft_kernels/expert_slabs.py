@@ -1,8 +1,8 @@
 """Experts that are made side by side, and how their rows are multiplied with them.
 
 From weights that lie in the cache already, a call for each of a few rows takes longer than the
-arithmetic. Experts are taken in the order of their rows, so that those of a slab have about as
-many, and become one batched product.
+arithmetic, and keeps one thread busy. Experts are taken in the order of their rows, so that
+neighbours have about as many and can be one batched product.
 """
 
 from __future__ import annotations
@@ -13,26 +13,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Slab", "Slabs", "slabs_of"]
+__all__ = ["Batch", "Slabs", "slabs_of"]
 
-#: Rows of the fullest expert of a slab up to which a batched product is faster (2 threads,
-#: 256 × 256: in fp32 0.4 to 0.8 of the time of a call for each, in bf16 0.25 to 0.4).
+#: Rows of the fullest expert of a batched product up to which it is faster, and slots it may have
+#: for each row. 2 threads, 256 × 256: in fp32 0.4 to 0.8 of the time of a call for each, in bf16
+#: 0.25 to 0.4.
 _HEIGHT = 32
+_SLOTS = 2
 
 
-class Slab(NamedTuple):
-    """Some experts, and rows of each; the same for all in a batched product."""
+class Batch(NamedTuple):
+    """Experts of one batched product; one by itself where no other has about as many rows."""
 
-    rows: list[int]
-    batched: bool
+    experts: int
+    #: Rows of the fullest; the others are filled up.
+    height: int
 
 
 class Slabs(NamedTuple):
     """All experts that have rows."""
 
-    #: Their numbers, in the order in which they are made.
+    #: Their numbers, in the order in which they are made; ascending in a batched product.
     experts: list[int]
-    each: list[Slab]
+    #: Those that are made together.
+    each: list[list[Batch]]
     #: int64 [slots], the row that stands there, an expert's last again where it is filled up.
     row: Tensor
     #: int64 [used], where each row of an expert stands; those behind are nobody's.
@@ -57,27 +61,38 @@ def slabs_of(experts: list[int], counts: list[int], most: int) -> Slabs:
         most: Experts of a slab.
     """
     by_rows = sorted(range(len(counts)), key=counts.__getitem__)
-    # Ascending within a slab: neighbours stay neighbours.
-    ordered = [sorted(by_rows[first : first + most]) for first in range(0, len(by_rows), most)]
-    order = [i for together in ordered for i in together]
-    each = [_slab([counts[i] for i in together]) for together in ordered]
-    heights = [height for slab in each for height in slab.rows]
+    order: list[int] = []
+    each: list[list[Batch]] = []
+    for first in range(0, len(by_rows), most):
+        batches = _batches(by_rows[first : first + most], counts)
+        order += [i for batch in batches for i in batch]
+        each.append([Batch(len(batch), max(counts[i] for i in batch)) for batch in batches])
+    heights = [batch.height for slab in each for batch in slab for _ in range(batch.experts)]
     ends = list(itertools.accumulate(counts))
     shift = [0] * len(counts)
     for i, slot in zip(order, itertools.accumulate(heights, initial=0), strict=False):
         shift[i] = slot - (ends[i] - counts[i])
-    by_slab = torch.tensor([(shift[i], ends[i] - 1) for i in order])
+    by_slot = torch.tensor([(shift[i], ends[i] - 1) for i in order])
     slots = sum(heights)
-    moved, last = by_slab.repeat_interleave(torch.tensor(heights), 0, output_size=slots).unbind(1)
+    moved, last = by_slot.repeat_interleave(torch.tensor(heights), 0, output_size=slots).unbind(1)
     row = (torch.arange(slots) - moved).minimum(last)
     by_row = torch.tensor(shift).repeat_interleave(torch.tensor(counts), output_size=ends[-1])
     place = torch.arange(ends[-1]) + by_row
     return Slabs([experts[i] for i in order], each, row, place)
 
 
-def _slab(rows: list[int]) -> Slab:
-    """From the rows of its experts."""
-    n, height = len(rows), max(rows)
-    if n > 1 and height <= _HEIGHT and height * n <= 2 * sum(rows):
-        return Slab([height] * n, batched=True)
-    return Slab(rows, batched=False)
+def _batches(order: list[int], counts: list[int]) -> list[list[int]]:
+    """Runs of `order`, which has counts ascending, that fill a batched product well enough; each
+    ascending.
+    """
+    batches: list[list[int]] = []
+    rows = 0
+    for i in order:
+        height = counts[i]
+        slots = height * (len(batches[-1]) + 1) if batches else 0
+        if not batches or height > _HEIGHT or slots > _SLOTS * (rows + height):
+            batches.append([])
+            rows = 0
+        batches[-1].append(i)
+        rows += height
+    return [sorted(batch) for batch in batches]
