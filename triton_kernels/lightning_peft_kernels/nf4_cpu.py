@@ -36,7 +36,8 @@ _TINY = 1e-38
 _ROUND = 1.5 * 2**23 / NF4_CELLS  # v + _ROUND has steps of 1 / NF4_CELLS
 _FIRST_CELL = int(torch.tensor(_ROUND - 1.0, dtype=torch.float32).view(torch.int32))
 _SPLIT_BYTES = int.from_bytes([SPLIT_CELL] * 8, "little", signed=True)
-_HUGE_BYTES = 1 << 24  # results from here on ask for huge pages: first touch costs half
+# Results from here on ask for huge pages, half the cost of first touch: malloc maps each by itself.
+_HUGE_BYTES = 1 << 25
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
