@@ -27,7 +27,8 @@ def pays_in_pairs(X: Tensor, W: Tensor, used: int) -> bool:
     """
     if torch.is_grad_enabled() or X.dtype != torch.float32 or X.device.type != "cpu":
         return False
-    return X.shape[0] <= used * _FEW_ROWS and used * W[0].numel() >= _MANY_WEIGHTS
+    few_rows = X.shape[0] <= used * _FEW_ROWS
+    return used > 1 and few_rows and used * W[0].numel() >= _MANY_WEIGHTS
 
 
 def in_pairs(X: Tensor, W: Tensor, slabs: Slabs) -> Tensor:
