@@ -157,9 +157,12 @@ def _refuse(hf: Any, stack: Any, method: Any) -> None:
 
 
 def _input_embeddings(stack: Any) -> Any:
+    """None where there is not one: transformers asks its classes and has no query before."""
     try:
         return stack.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # how transformers says "no such table here"
+    # A class without one table raises the second, one whose own lookup expects other parts the
+    # first. The caller refuses the model by name.
+    except (AttributeError, NotImplementedError):
         return None
 
 

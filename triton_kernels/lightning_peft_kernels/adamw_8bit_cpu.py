@@ -32,7 +32,7 @@ class _Piece(NamedTuple):
     at: int
 
 
-class _Made:
+class _Scratch:
     """Temporaries of one chunk, made once."""
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class _Made:
 
 
 @lru_cache(maxsize=1)
-def _made() -> _Made:
-    return _Made()
+def _scratch() -> _Scratch:
+    return _Scratch()
 
 
 def _chunks(
@@ -75,12 +75,12 @@ def _decode(codes: Tensor, absmax: Tensor, out: Tensor, half: Tensor, signed: bo
     out.view(-1, BLOCK).mul_(absmax[:, None])
 
 
-def _encode(values: Tensor, codes: Tensor, absmax: Tensor, made: _Made, signed: bool) -> None:
+def _encode(values: Tensor, codes: Tensor, absmax: Tensor, scratch: _Scratch, signed: bool) -> None:
     """Overwrites `values`."""
     n = values.numel()
-    rows, index, cell = values.view(-1, BLOCK), made.index[:n], made.cell[:n]
+    rows, index, cell = values.view(-1, BLOCK), scratch.index[:n], scratch.cell[:n]
     if signed:
-        torch.amax(torch.abs(values, out=made.x[:n]).view(-1, BLOCK), 1, out=absmax)
+        torch.amax(torch.abs(values, out=scratch.x[:n]).view(-1, BLOCK), 1, out=absmax)
     else:
         torch.amax(rows, 1, out=absmax)
     rows.mul_(absmax.clamp_min(TINY).reciprocal_()[:, None])
@@ -99,7 +99,7 @@ def step_cpu(work: PooledStep) -> None:
     """The step in place, a chunk of the pool at a time."""
     if work.found_inf is not None and float(work.found_inf) != 0.0:
         return
-    made, scale = _made(), -1.0 if work.maximize else 1.0
+    scratch, scale = _scratch(), -1.0 if work.maximize else 1.0
     if work.grad_scale is not None:
         scale /= float(work.grad_scale)
     code1, absmax1, code2, absmax2 = work.code1, work.absmax1, work.code2, work.absmax2
@@ -109,8 +109,8 @@ def step_cpu(work: PooledStep) -> None:
     for begin, n, row, pieces in _chunks([p.numel() for p in flat_p], work.starts, rows):
         decay, step, eps, beta1, rest1, beta2, rest2 = row
         here, blocks = slice(begin, begin + n), slice(begin // BLOCK, (begin + n) // BLOCK)
-        m, v, x = made.m[:n], made.v[:n], made.x[:n]
-        _decode(code1[here], absmax1[blocks], m, made.half, True)
+        m, v, x = scratch.m[:n], scratch.v[:n], scratch.x[:n]
+        _decode(code1[here], absmax1[blocks], m, scratch.half, True)
         ps = [flat_p[i][a:b] for i, a, b, _ in pieces]
         gs = [flat_g[i][a:b] for i, a, b, _ in pieces]
         gs = [g if g.dtype == torch.float32 else g.float() for g in gs]
@@ -124,7 +124,7 @@ def step_cpu(work: PooledStep) -> None:
             for g, span in zip(gs, spans, strict=True):
                 m[span].add_(g, alpha=rest2 * scale)
         else:
-            _decode(code2[here], absmax2[blocks], v, made.half, False)
+            _decode(code2[here], absmax2[blocks], v, scratch.half, False)
             m.mul_(beta1)
             v.mul_(beta2)
             for g, span in zip(gs, spans, strict=True):
@@ -137,6 +137,6 @@ def step_cpu(work: PooledStep) -> None:
                 p.mul_(decay).add_(x[span], alpha=-step)
             else:
                 p.copy_(p.float().mul_(decay).add_(x[span], alpha=-step))
-        _encode(m, code1[here], absmax1[blocks], made, True)
+        _encode(m, code1[here], absmax1[blocks], scratch, True)
         if code2 is not None and absmax2 is not None:
-            _encode(v, code2[here], absmax2[blocks], made, False)
+            _encode(v, code2[here], absmax2[blocks], scratch, False)

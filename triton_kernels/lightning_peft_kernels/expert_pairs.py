@@ -7,6 +7,8 @@ copied.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,19 +35,16 @@ def pays_in_pairs(X: Tensor, W: Tensor, used: int) -> bool:
 
 def in_pairs(X: Tensor, W: Tensor, slabs: Slabs) -> Tensor:
     """X[rows of e] · W[e], W [E, K, N], by slabs of two; rows of nobody are zero."""
-    _, K, N = W.shape
+    return slabs.product(X, W.shape[2], _views(W, slabs))
+
+
+def _views(W: Tensor, slabs: Slabs) -> Iterator[Tensor]:
+    """W of one or two experts, in place."""
     apart, *strides = W.stride()
-    Xs = slabs.cut(X)
-    Ys = X.new_empty(Xs.shape[0], N)
-    batches = [batch for slab in slabs.each for batch in slab]
-    sizes = [batch.experts * batch.height for batch in batches]
     experts = iter(slabs.experts)
-    for batch, x, y in zip(batches, Xs.split(sizes), Ys.split(sizes), strict=True):
-        first = next(experts)
-        if batch.experts == 2:
-            stride, start = (next(experts) - first) * apart, W.storage_offset() + first * apart
-            both = W.as_strided((2, K, N), (stride, *strides), start)
-            torch.bmm(x.view(2, -1, K), both, out=y.view(2, -1, N))
-        else:
-            torch.mm(x, W[first], out=y)
-    return slabs.joined(Ys, X.shape[0])
+    for slab in slabs.each:
+        for n, _ in slab:
+            first = next(experts)
+            distance = next(experts) - first if n == 2 else 1
+            start = W.storage_offset() + first * apart
+            yield W.as_strided((n, *W.shape[1:]), (distance * apart, *strides), start)

@@ -1,13 +1,15 @@
-"""Experts that are made side by side, and how their rows are multiplied with them.
+"""Experts with few rows, in the order of their rows: several become one batched product.
 
-From weights that lie in the cache already, a call for each of a few rows takes longer than the
-arithmetic, and keeps one thread busy. Experts are taken in the order of their rows, so that
-neighbours have about as many and can be one batched product.
+A call for each of a few rows keeps one thread busy, and where the weights lie in the cache it takes
+longer than the arithmetic. In that order neighbours have about as many rows, so that a batched
+product is filled up little. Dense weights go two at once (`expert_pairs`), packed ones as they are
+made, a slab at a time (`experts_made`).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -42,14 +44,27 @@ class Slabs(NamedTuple):
     #: int64 [used], where each row of an expert stands; those behind are nobody's.
     place: Tensor
 
-    def cut(self, X: Tensor) -> Tensor:
-        """[S, K] as [slots, K]."""
-        return X.index_select(0, self.row)
+    def product(self, X: Tensor, width: int, weights: Iterable[Tensor]) -> Tensor:
+        """Y [S, width] of X [S, K]; rows of nobody are zero.
 
-    def joined(self, Y: Tensor, rows: int) -> Tensor:
-        """[slots, N] as [S, N]; rows of nobody are zero."""
-        joined, nobodys = Y.index_select(0, self.place), rows - len(self.place)
-        return torch.cat([joined, Y.new_zeros(nobodys, Y.shape[1])]) if nobodys else joined
+        Args:
+            X: Its rows lie expert by expert.
+            width: N.
+            weights: Of each batch in turn [experts, K, N], asked for when those before are done
+                with: they may share a buffer.
+        """
+        Xs = X.index_select(0, self.row)
+        Ys = X.new_empty(Xs.shape[0], width)
+        batches = [batch for slab in self.each for batch in slab]
+        sizes = [n * height for n, height in batches]
+        parts = zip(batches, weights, Xs.split(sizes), Ys.split(sizes), strict=True)
+        for (n, height), W, x, y in parts:
+            if n > 1:
+                torch.bmm(x.view(n, height, -1), W, out=y.view(n, height, width))
+            else:
+                torch.mm(x, W[0], out=y)
+        joined, nobodys = Ys.index_select(0, self.place), X.shape[0] - len(self.place)
+        return torch.cat([joined, X.new_zeros(nobodys, width)]) if nobodys else joined
 
 
 def slabs_of(experts: list[int], counts: list[int], most: int) -> Slabs:

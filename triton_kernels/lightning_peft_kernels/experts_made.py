@@ -8,7 +8,7 @@ many rows an expert those that are used are made in one buffer for all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -255,7 +255,7 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
     buffer = _buffer(X, (min(most, len(used.experts)), weights.N, weights.K))
     made = buffer.mT if transposed else buffer
     if slabs:
-        return _by_slabs(X, slabs, weights, buffer, made)
+        return slabs.product(X, made.shape[2], _made_by_slab(slabs, weights, buffer, made))
     Y = X.new_empty(X.shape[0], made.shape[2])
     parts = zip(used.split(X), used.split(Y), strict=True)
     for first in range(0, len(used.experts), most):
@@ -268,27 +268,17 @@ def _with_made(X: Tensor, groups: Groups, weights: _Cast | _Packed, *, transpose
     return Y
 
 
-def _by_slabs(
-    X: Tensor, slabs: Slabs, weights: _Cast | _Packed, buffer: Tensor, made: Tensor
-) -> Tensor:
-    """`made` is the buffer as the product reads it, [experts of a slab, ·, ·]."""
-    width = made.shape[2]
-    Xs = slabs.cut(X)
-    Ys = X.new_empty(Xs.shape[0], width)
-    sizes = [n * height for slab in slabs.each for n, height in slab]
-    parts = zip(Xs.split(sizes), Ys.split(sizes), strict=True)
+def _made_by_slab(
+    slabs: Slabs, weights: _Cast | _Packed, buffer: Tensor, made: Tensor
+) -> Iterator[Tensor]:
+    """The weights of each batch; `made` is the buffer as the product reads it."""
     first = 0
     for slab in slabs.each:
         ends = list(itertools.accumulate(n for n, _ in slab))
         weights.fill(buffer[: ends[-1]], first)
         first += ends[-1]
-        for (n, _), end, (x, y) in zip(slab, ends, parts, strict=False):
-            if n > 1:
-                W = made[end - n : end]
-                torch.bmm(x.view(n, -1, x.shape[1]), W, out=y.view(n, -1, width))
-            else:
-                torch.mm(x, made[end - 1], out=y)
-    return slabs.joined(Ys, X.shape[0])
+        for (n, _), end in zip(slab, ends, strict=True):
+            yield made[end - n : end]
 
 
 def _buffer(X: Tensor, shape: tuple[int, int, int]) -> Tensor:
