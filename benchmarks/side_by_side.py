@@ -8,22 +8,23 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+Name = TypeVar("Name", bound=Hashable)
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, *, again: int = 0
-) -> dict[str, list[float]]:
+    candidates: Mapping[Name, Callable[[], Any]], repeats: int, warmup: int = 2, *, again: int = 0
+) -> dict[Name, list[float]]:
     """Seconds of each call; the candidates take turns, the last of a turn first in the next.
 
     Args:
@@ -33,7 +34,7 @@ def interleaved(
         again: Untimed calls before each timed one: a step of training follows a step of its own,
             not what another candidate leaves of caches and of free memory.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds: dict[Name, list[float]] = {name: [] for name in candidates}
     order = list(candidates.items())
     for turn in range(repeats + warmup):
         for name, call in order[:: -1 if turn % 2 else 1]:
