@@ -67,12 +67,15 @@ class _ToSorted(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.shape = x.shape[0], token.shape[0] // max(1, x.shape[0]), x.shape[1]
-        return x[token]
+        return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         (inverse,) = ctx.saved_tensors
-        return dY[inverse].view(ctx.shape).sum(dim=1), None, None
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if len(dY) and dY.device.type == "cpu" and not traced:  # read and sum in one pass
+            return F.embedding_bag(inverse.view(ctx.shape[:2]), dY, mode="sum"), None, None
+        return dY.index_select(0, inverse).view(ctx.shape).sum(dim=1), None, None
 
 
 class _FromSorted(torch.autograd.Function):
@@ -81,12 +84,12 @@ class _FromSorted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order)
-        return h[inverse]
+        return h.index_select(0, inverse)
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
         (order,) = ctx.saved_tensors
-        return dY[order], None, None
+        return dY.index_select(0, order), None, None
 
 
 class _Presorted(_Routing):
