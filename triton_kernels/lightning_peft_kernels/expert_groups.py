@@ -230,14 +230,14 @@ def product(X: Tensor, W: Tensor, offsets: Tensor, tail: bool, used: Used | None
     if X.dtype != torch.float64 and aligned and not _mostly_idle(X, W.shape[0], used):
         return library_product(X, W, offsets, tail=tail)
     used = used or Used(_read(offsets))
-    *rows, nobodys = used.split(X)
+    (*rows, nobodys), across = used.split(X), W.mT
     if torch.is_grad_enabled():  # what is written into cannot be recorded
-        parts = [torch.mm(x, W[e].mT) for e, x in zip(used.experts, rows, strict=True)]
+        parts = [torch.mm(x, across[e]) for e, x in zip(used.experts, rows, strict=True)]
         return torch.cat([*parts, X.new_zeros(len(nobodys), W.shape[1])])
     Y = X.new_empty(X.shape[0], W.shape[1])
     *each, rest = used.split(Y)
     for e, x, y in zip(used.experts, rows, each, strict=True):
-        torch.mm(x, W[e].mT, out=y)
+        torch.mm(x, across[e], out=y)
     rest.zero_()
     return Y
 
