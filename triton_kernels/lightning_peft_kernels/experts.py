@@ -4,12 +4,12 @@
 
 Dense weights take `torch.nn.functional.grouped_mm`, which reads where groups end from a tensor: on
 CUDA nothing waits for the host. It wants rows of whole 16 bytes; others are padded there and
-multiplied one by one on a CPU, where few rows an expert go by `expert_pairs`. A weight in another
-dtype, or packed, is made expert by expert in a small buffer that is used again and again, in
-backward too, and only for experts that have rows: no tensor of E·N·K elements arises. Without host
-counts (on CUDA) a packed weight is decoded inside the product up to `backend.EXPERT_ROWS` rows an
-expert; above, the experts that have rows are made in a buffer of E·N·K for the duration of the
-product.
+multiplied one by one on a CPU, where few rows an expert go by `expert_pairs` and experts without
+rows are passed over where most have none. A weight in another dtype, or packed, is made expert by
+expert in a small buffer that is used again and again, in backward too, and only for experts that
+have rows: no tensor of E·N·K elements arises. Without host counts (on CUDA) a packed weight is
+decoded inside the product up to `backend.EXPERT_ROWS` rows an expert; above, the experts that have
+rows are made in a buffer of E·N·K for the duration of the product.
 
 Rows beyond the last group (expert-parallel sentinels) give zeros.
 """
