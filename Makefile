@@ -29,7 +29,7 @@ test-all: $(READY)  ## The slow sweeps too
 	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not gpu"
 
 invariants: $(READY)  ## What every method promises, on every kind of model and storage: the count
-	$(ONE_THREAD) $(PY) -m pytest -q -n 2 -m "not gpu" tests/methods/test_every_row.py tests/test_invariants.py
+	$(ONE_THREAD) $(PY) -m pytest -q -n 2 -m "not gpu" tests/methods/test_all_methods_all_models.py tests/test_invariants.py
 
 test-gpu: $(READY)  ## What needs an NVIDIA GPU
 	$(PY) -m pytest -m gpu
@@ -53,9 +53,9 @@ package: $(READY)  ## Wheel and sdist into dist/, installed and tried in a fresh
 	$(PY) -m pytest -q tests/test_packaging.py
 
 aot: $(READY)  ## Every Triton kernel compiled for four chips: registers, shared memory, spills
-	$(PY) -m lightning_peft_kernels.aot --csv benchmarks/results/aot.csv
+	$(PY) -m lightning_peft_kernels.tools.aot --csv benchmarks/results/aot.csv
 
 # SMOKE=1 runs all of it on tiny shapes, on a CPU too.
 bench-gpu: $(READY)  ## GPU benchmarks, tests first; tables go to benchmarks/results
 	$(PY) -m pytest -q -m gpu tests/kernels $(if $(SMOKE),|| test $$? -eq 5)
-	set -e; for script in benchmarks/gpu_*.py; do $(PY) $$script $(if $(SMOKE),--smoke); done
+	set -e; for script in benchmarks/gpu/*.py; do $(PY) $$script $(if $(SMOKE),--smoke); done

@@ -80,7 +80,7 @@ def planner() -> str:
 
 def guideline() -> str:
     """What the literature recommends, from the data that `recommend` filters."""
-    from lightning_peft.methods.guideline import GUIDELINE
+    from lightning_peft.guideline.guideline import GUIDELINE
 
     lines = [
         [
@@ -98,11 +98,11 @@ def guideline() -> str:
 
 def methods() -> str:
     """Every registered method and the first line of its docstring."""
-    from lightning_peft.methods import base
+    from lightning_peft.methods.registry import METHODS
 
     lines = [
         [f"`{name}`", (cls.__doc__ or "").strip().splitlines()[0]]
-        for name, cls in sorted((c.__name__, c) for c in base.METHODS.values())
+        for name, cls in sorted((c.__name__, c) for c in METHODS.values())
     ]
     return _table(["class", "what it is"], lines)
 

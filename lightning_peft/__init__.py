@@ -3,16 +3,16 @@
 Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
 """
 
-from lightning_peft.active import adapter_names, disable_adapters, set_adapter
-from lightning_peft.adapter_state import adapter_state_dict, load_adapter_state_dict
-from lightning_peft.attach import attach, detach, quantize, reset_adapters
+from lightning_peft.adapters.activation import adapter_names, disable_adapters, set_adapter
+from lightning_peft.adapters.attach import attach, detach, quantize, reset_adapters
+from lightning_peft.adapters.combine import combine
+from lightning_peft.adapters.hard_prompt import hard_prompt_ids
+from lightning_peft.adapters.merge import MergeReport, merge, unmerge
+from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from lightning_peft.callback import PEFT
-from lightning_peft.combine import combine
-from lightning_peft.extract.lora import ExtractReport, extract_lora
-from lightning_peft.extract.prune import PruneReport, prune_rank
+from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.hf.save import load_adapter, save_adapter
-from lightning_peft.loading import load_from_checkpoint
-from lightning_peft.merge import MergeReport, merge, unmerge
+from lightning_peft.initialization.data_driven import initialize_from_data
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
@@ -30,17 +30,17 @@ from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
-from lightning_peft.methods.ptuning import PTuning
 from lightning_peft.methods.quant_aware import QuantAwareLoRA
 from lightning_peft.methods.sparse_lora import SparseLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.planner.estimate import Plan, estimate_memory
-from lightning_peft.prompts import hard_prompt_ids
+from lightning_peft.recipes.extract_lora import ExtractReport, extract_lora
+from lightning_peft.recipes.prune_rank import PruneReport, prune_rank
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert
-from lightning_peft.starts.start import start_from_data
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
 
@@ -88,6 +88,7 @@ __all__ = [
     "estimate_memory",
     "extract_lora",
     "hard_prompt_ids",
+    "initialize_from_data",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
@@ -98,7 +99,6 @@ __all__ = [
     "reset_adapters",
     "save_adapter",
     "set_adapter",
-    "start_from_data",
     "tokens_per_expert",
     "unmerge",
 ]

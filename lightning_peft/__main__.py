@@ -1,5 +1,5 @@
 """Commands: `python -m lightning_peft plan …`."""
 
-from lightning_peft.planner.command import main
+from lightning_peft.planner.cli import main
 
 raise SystemExit(main())

@@ -43,7 +43,7 @@ def seeded() -> int:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many of the cells methods × models × storages held, and how many have no meaning."""
-    cells, stats = "tests/methods/test_every_row.py::test_cell", terminalreporter.stats
+    cells, stats = "tests/methods/test_all_methods_all_models.py::test_cell", terminalreporter.stats
     passed, skipped, failed = (
         sum(cells in getattr(report, "nodeid", "") for report in stats.get(outcome, ()))
         for outcome in ("passed", "skipped", "failed")

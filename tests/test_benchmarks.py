@@ -14,11 +14,11 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 ABOUT = ["device", "versions", "date", "command"]
 # Script → a column that is measured on a CPU in every row that names no reason.
 SCRIPTS = {
-    "gpu_kernels.py": "median_ms",
-    "gpu_optimizer.py": "median_ms",
-    "gpu_decode.py": "tokens_per_s",
-    "gpu_training.py": "tokens_per_s",
-    "gpu_experts.py": "median_ms",
+    "gpu/kernel_ops.py": "median_ms",
+    "gpu/optimizer.py": "median_ms",
+    "gpu/small_batch.py": "tokens_per_s",
+    "gpu/training.py": "tokens_per_s",
+    "gpu/experts.py": "median_ms",
 }
 
 
@@ -43,7 +43,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_gpu_benchmark_is_run_here() -> None:
-    assert {p.name for p in FOLDER.glob("gpu_*.py")} == set(SCRIPTS)
+    assert {f"gpu/{p.name}" for p in FOLDER.glob("gpu/*.py")} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -57,7 +57,7 @@ def test_smoke(script: str, tmp_path: Path) -> None:
     assert len(measured) >= len(found) / 2
     ours = [row for row in measured if "ours" in str(row.values())]
     assert ours, "our own rows are missing"
-    if script == "gpu_training.py":
+    if script == "gpu/training.py":
         # The same model and tokens: what differs is the storage's rounding and the compute's.
         losses = [float(row["loss_first"]) for row in measured]
         norms = [float(row["grad_norm_first"]) for row in measured]
@@ -65,11 +65,11 @@ def test_smoke(script: str, tmp_path: Path) -> None:
         assert max(norms) < 1.5 * min(norms)
 
 
-@pytest.mark.parametrize("script", ["gpu_kernels.py", "gpu_optimizer.py", "gpu_experts.py"])
+@pytest.mark.parametrize("script", ["gpu/kernel_ops.py", "gpu/optimizer.py", "gpu/experts.py"])
 def test_without_a_gpu_the_rows_say_so(script: str, tmp_path: Path) -> None:
     run(script, "--csv", str(tmp_path / "rows.csv"))
     assert all(row["median_ms"] == "not measured" for row in rows(tmp_path / "rows.csv"))
 
 
 def test_cpu_benchmark_of_4_bit_smoke() -> None:
-    assert "dequantize 64x128" in run("nf4_cpu.py", "--smoke")
+    assert "dequantize 64x128" in run("cpu/nf4.py", "--smoke")

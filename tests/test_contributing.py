@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.methods.base import METHODS
-from tests.cases import Case
-from tests.layers import LAYERS
+from lightning_peft.methods.registry import METHODS
+from tests.helpers.layer_cases import LAYERS
+from tests.helpers.method_cases import Case
 from tests.test_invariants import test_adapter as check_adapter
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()

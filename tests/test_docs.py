@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import lightning_peft
-from tests import docs_prelude
+from tests.helpers import docs_prelude
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "*Not run in the tests:"
@@ -115,7 +115,7 @@ def test_commands_exist(page: str, command: list[str]) -> None:
         targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(command[1:]) <= set(targets)
     elif command[:3] == ["python", "-m", "lightning_peft"]:
-        from lightning_peft.planner.command import _parser
+        from lightning_peft.planner.cli import _parser
 
         _parser().parse_args(command[3:])
     elif command[0] == "python":

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from tests.asserting import assert_same_bits
-from tests.callback.nets import Plain, loader, peft, trainer
-from tests.hf.exchange import build
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.nets import Plain, loader, peft, trainer
+from tests.helpers.peft_exchange import build
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Imports point down only.
+"""Imports point down only, and every module lies in a room.
 
-`ROOMS` lists the modules from the bottom up. A module imports from rooms below its own and from its
-own room; type-only imports (under `if TYPE_CHECKING`) are free. `THIRD_PARTY` says who may import
-what from outside; anything not listed there is the standard library and torch.
+`FLOORS` lists the folders of the package from the bottom up. A module imports from its own folder
+and from folders on lower floors; type-only imports (under `if TYPE_CHECKING`) are free.
+`THIRD_PARTY` says which folder may import which third-party package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -22,61 +21,43 @@ PACKAGES = {
     "lightning_peft_kernels": ROOT / "triton_kernels" / "lightning_peft_kernels",
 }
 
-# Bottom first. A name is a pattern for dotted module paths; "lightning_peft." is left out. Each
-# inner tuple is one room; rooms on one line stand side by side and may not import each other.
-ROOMS: list[list[tuple[str, ...]]] = [
-    [("lightning_peft_kernels", "lightning_peft_kernels.*")],
-    [("edit", "masked", "site", "swap")],
-    [("storage", "storage.*"), ("layers", "layers.*")],
-    [("methods", "methods.*")],
-    [("record", "batches", "fingerprint", "targets", "architectures", "blocks", "nearest")],
-    [("report", "report.*")],
-    [
-        (
-            *("active", "making", "placing", "placing.*", "quantizing", "adapter_state", "prompts"),
-            *("starts", "starts.*"),
-        ),
-    ],
-    [("attach",), ("merge", "merge_*"), ("liger",)],
-    [("combine",)],
-    [
-        ("checkpoint", "checkpoint.*"),
-        ("hf", "hf.*"),
-        ("planner", "planner.*", "__main__"),
-        ("optim", "optim.*"),
-    ],
-    [("extract", "extract.*", "recipes", "recipes.*")],
-    [("callback", "callback.*", "strategies", "strategies.*", "loading")],
-    [("",)],  # lightning_peft/__init__.py: public names only
+# The folders in floor order, bottom first. Rooms on one line are on one floor.
+FLOORS: list[tuple[str, ...]] = [
+    ("lightning_peft_kernels",),
+    ("guideline",),
+    ("core",),
+    ("storage", "methods", "layers"),
+    ("optim", "report", "models"),
+    ("initialization",),
+    ("adapters",),
+    ("planner", "checkpoint", "hf"),
+    ("strategies", "recipes"),
+    ("callback",),
 ]
+# The modules that may lie outside a folder; they stand above all rooms.
+ROOT_MODULES = ("__init__", "__main__", "extend")
 
 # Who may import what, besides the standard library, torch and our own packages.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
-    "lightning": ("callback", "callback.*", "strategies", "strategies.*", "loading"),
-    "triton": ("lightning_peft_kernels.*",),
-    "bitsandbytes": ("storage.bnb", "optim", "optim.*", "lightning_peft_kernels.nf4*"),
-    "transformers": (
-        "targets",
-        "layers",
-        "layers.*",
-        "hf",
-        "hf.*",
-        "planner.*",
-        "storage.stream",
-        "extract.*",
-    ),
-    "safetensors": (*("hf", "hf.*", "checkpoint", "checkpoint.*", "storage.stream", "extract.*"),),
-    "liger_kernel": ("liger",),
-    "rich": ("report", "report.*", "quantizing", "callback", "callback.*"),
+    "lightning": ("callback", "strategies"),
+    "triton": ("lightning_peft_kernels",),
+    "bitsandbytes": ("storage", "optim", "lightning_peft_kernels"),
+    "transformers": ("models", "layers", "hf", "planner", "storage", "recipes"),
+    "safetensors": ("hf", "checkpoint", "storage", "recipes"),
+    "liger_kernel": ("callback",),
+    "rich": ("report", "adapters", "callback"),
 }
 
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
 METHOD_IMPORTS = (
-    "lightning_peft.edit",
-    "lightning_peft.site",
+    "lightning_peft.core.edit",
+    "lightning_peft.core.protocols",
+    "lightning_peft.core.site",
     "lightning_peft.methods.base",
-    "lightning_peft.methods.hf_format",
-    "lightning_peft.methods.lora_hf",  # functions of LoRA's exchange table, and of its subtypes
+    "lightning_peft.methods.checks",
+    "lightning_peft.methods.exchange",
+    "lightning_peft.methods.lora_exchange",  # LoRA's exchange table
+    "lightning_peft.methods.registry",
 )
 
 
@@ -100,17 +81,14 @@ class Import:
         return self.target.partition(".")[0]
 
 
-def short(module: str) -> str:
-    """The name that the tables use."""
-    return module.removeprefix("lightning_peft").removeprefix(".") if is_main(module) else module
-
-
-def is_main(module: str) -> bool:
-    return module == "lightning_peft" or module.startswith("lightning_peft.")
-
-
-def fits(module: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(short(module), pattern) for pattern in patterns)
+def room(module: str) -> str:
+    """Name of the folder a module lies in; "" for the modules at the root of lightning_peft."""
+    package, _, inside = module.partition(".")
+    if package != "lightning_peft":
+        return package
+    return (
+        inside.partition(".")[0] if (PACKAGES[package] / inside.partition(".")[0]).is_dir() else ""
+    )
 
 
 def modules() -> dict[str, Path]:
@@ -162,13 +140,11 @@ IMPORTS = [found for name, path in MODULES.items() for found in imports_in(name,
 OURS = [i for i in IMPORTS if i.top in PACKAGES and not i.type_only]
 
 
-def room_of(module: str) -> tuple[int, int]:
-    """(floor, room on that floor); kernels' names are written out in full in the table."""
-    for level, side_by_side in enumerate(ROOMS):
-        for index, patterns in enumerate(side_by_side):
-            if fits(module, patterns):
-                return level, index
-    raise LookupError(module)
+def floor(name: str) -> int:
+    """Floor of a room; the modules at the root stand above all rooms."""
+    if not name:
+        return len(FLOORS)
+    return next(level for level, rooms in enumerate(FLOORS) if name in rooms)
 
 
 def check(broken: list[str]) -> None:
@@ -176,26 +152,30 @@ def check(broken: list[str]) -> None:
         pytest.fail("\n" + "\n".join(broken), pytrace=False)
 
 
-def test_every_module_has_a_room() -> None:
+def test_every_folder_has_a_floor_and_no_module_is_loose() -> None:
+    listed = {name for rooms in FLOORS for name in rooms}
     broken = []
     for module, path in MODULES.items():
-        try:
-            room_of(module)
-        except LookupError:
-            broken.append(f"{path.relative_to(ROOT)}: {module} is in no room; add it to ROOMS")
+        name = room(module)
+        if not name and path.stem not in ROOT_MODULES:
+            broken.append(f"{path.relative_to(ROOT)}: a loose module; move it into a folder")
+        elif name and name not in listed:
+            broken.append(f"{path.relative_to(ROOT)}: the folder {name!r} is not in FLOORS")
+    found = {room(module) for module in MODULES} - {""}
+    broken += [f"FLOORS: the folder {name!r} does not exist" for name in sorted(listed - found)]
     check(broken)
 
 
 def test_imports_point_down() -> None:
     broken = []
     for found in OURS:
-        here, there = room_of(found.module), room_of(found.target)
-        if there[0] < here[0] or there == here:
+        here, there = room(found.module), room(found.target)
+        if here == there or floor(there) < floor(here):
             continue
-        side = "beside" if there[0] == here[0] else "above"
+        where = "on the same floor" if floor(there) == floor(here) else "above it"
         broken.append(
-            f"{found.place}: {found.module} imports {found.target}, which stands {side} it; move "
-            "what is needed to a lower room"
+            f"{found.place}: {found.module} imports {found.target}, which is {where}; move what is "
+            "needed to a lower room"
         )
     check(broken)
 
@@ -231,7 +211,7 @@ def test_third_parties_stay_in_their_rooms() -> None:
         allowed = THIRD_PARTY.get(top)
         if allowed is None:
             broken.append(f"{found.place}: {found.module} imports {top}, which no room may")
-        elif not fits(found.module, allowed):
+        elif room(found.module) not in allowed:
             broken.append(
                 f"{found.place}: {found.module} imports {top}, which only {', '.join(allowed)} may"
             )
@@ -248,22 +228,19 @@ def bases_in(path: Path) -> set[str]:
     }
 
 
-# Files of methods/ that define no method: what all share, lists of methods, the guideline.
-NO_METHODS = (
-    *("methods.base", "methods.hybrid_mam", "methods.hybrid_unipelt"),
-    *("methods.guideline", "methods.measured"),
-)
+# Files of methods/ that define no method of their own.
+NO_METHODS = ("base", "checks", "exchange", "hybrids", "registry")
 
 
 def test_a_method_knows_only_edits() -> None:
-    """methods/x.py: `edit`, `site`, `methods.base`, and a method whose class it derives from."""
+    """A method imports METHOD_IMPORTS, and another method only to derive from its class."""
     broken = []
     for found in OURS:
-        if not fits(found.module, ("methods.*",)) or fits(found.module, NO_METHODS):
+        if room(found.module) != "methods" or found.module == "lightning_peft.methods":
             continue
-        if found.target in METHOD_IMPORTS:
+        if found.path.stem in NO_METHODS or found.target in METHOD_IMPORTS:
             continue
-        subtype = fits(found.target, ("methods.*",)) and bases_in(found.path) & set(found.names)
+        subtype = room(found.target) == "methods" and bases_in(found.path) & set(found.names)
         if not subtype:
             broken.append(
                 f"{found.place}: {found.module} imports {found.target}; a method imports "
@@ -275,15 +252,19 @@ def test_a_method_knows_only_edits() -> None:
 @pytest.mark.parametrize(
     ("source", "target", "type_only"),
     [
-        ("from lightning_peft.storage import bnb", "lightning_peft.storage.bnb", False),
+        (
+            "from lightning_peft.storage import bitsandbytes",
+            "lightning_peft.storage.bitsandbytes",
+            False,
+        ),
         ("from lightning_peft.storage import Quantization", "lightning_peft.storage", False),
-        ("def f():\n    from . import attach", "lightning_peft.attach", False),
-        ("from ..edit import Edit", "lightning_peft.edit", False),
+        ("def f():\n    from . import attach", "lightning_peft.adapters.attach", False),
+        ("from ..core.edit import Edit", "lightning_peft.core.edit", False),
         ("if TYPE_CHECKING:\n    import bitsandbytes.nn", "bitsandbytes.nn", True),
     ],
 )
 def test_the_reader_sees(source: str, target: str, type_only: bool, tmp_path: Path) -> None:
-    module = "lightning_peft.layers.probe" if ".." in source else "lightning_peft.probe"
+    module = "lightning_peft.layers.probe" if ".." in source else "lightning_peft.adapters.probe"
     path = tmp_path / "probe.py"
     path.write_text(source)
     (found,) = imports_in(module, path, MODULES)

@@ -25,10 +25,11 @@ from lightning_peft import (
     set_adapter,
     unmerge,
 )
+from lightning_peft.core.edit import apply_edits
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from tests.asserting import assert_close, assert_same_bits
-from tests.cases import CASES, Case
-from tests.layers import LAYERS, Layer
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.layer_cases import LAYERS, Layer
+from tests.helpers.method_cases import CASES, Case
 
 GRID = [pytest.param(c, y, id=f"{c.name}-{y.name}") for c in CASES for y in LAYERS]
 
@@ -157,7 +158,7 @@ def weights_that_change(model: nn.Module, base: nn.Module) -> set[str]:
         for name, module in adapted_modules(model)
         for a in adapters_of(module)
     ]
-    return {n for n, a in sites if n in dense and a.site.edited([a.edit()]).requires_grad}
+    return {n for n, a in sites if n in dense and apply_edits(a.site, [a.edit()]).requires_grad}
 
 
 def trainable(base: nn.Module, names: set[str]) -> nn.Module:

@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import lightning_peft
-from tests.packages import site_without
+from tests.helpers.site_packages import site_without
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -77,7 +77,12 @@ def test_without_triton_bitsandbytes_and_transformers(tmp_path: Path) -> None:
     site = site_without(tmp_path / "site", "triton", "bitsandbytes", "transformers", *others)
     path = os.pathsep.join(map(str, (site, ROOT, ROOT / "triton_kernels")))
     base = Path(sys.base_prefix) / "bin" / "python3"
-    ran = run(base, ROOT / "tests" / "without_extras.py", env={"PYTHONPATH": path}, cwd=tmp_path)
+    ran = run(
+        base,
+        ROOT / "tests" / "helpers" / "without_extras.py",
+        env={"PYTHONPATH": path},
+        cwd=tmp_path,
+    )
     assert ran.returncode == 0, ran.stderr
     answers = json.loads(ran.stderr.splitlines()[-1])
     assert answers["merge"] < 1e-5

@@ -18,16 +18,16 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from lightning_peft.callback.averaging import rebuild_averages
-from lightning_peft.checkpoint import file as checkpoint_file
+from lightning_peft.callback.weight_averaging import rebuild_averages
+from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import (
     complete_checkpoint,
     filter_checkpoint,
     is_attached,
     leaks,
 )
-from lightning_peft.starts.start import waiting_adapters
-from lightning_peft.strategies.pieces import is_folder, read_folder
+from lightning_peft.initialization.data_driven import waiting_adapters
+from lightning_peft.strategies.sharded_checkpoint import is_folder, read_folder
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
 
@@ -39,29 +39,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Write whole or not at all."""
-        if storage_options is not None or not checkpoint_file.is_local(path):
+        if storage_options is not None or not atomic_file.is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         if is_folder(path):  # the former one is in pieces
             target = Path(path)
             fresh = target.with_name(f".{target.name}.file")
-            checkpoint_file.write(checkpoint, fresh)
-            checkpoint_file.publish(fresh, target)
+            atomic_file.write(checkpoint, fresh)
+            atomic_file.publish(fresh, target)
             return
-        checkpoint_file.write(checkpoint, path)
+        atomic_file.write(checkpoint, path)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read plain data only, unless the caller asks for more; a folder of pieces as a whole."""
-        if checkpoint_file.is_local(path):
-            checkpoint_file.recover(path)
+        if atomic_file.is_local(path):
+            atomic_file.recover(path)
         if is_folder(path):
             return read_folder(Path(path))
-        if weights_only is False or not checkpoint_file.is_local(path):
+        if weights_only is False or not atomic_file.is_local(path):
             place = (lambda storage, _: storage) if map_location is None else map_location
             return super().load_checkpoint(path, place, weights_only is not False)
-        return checkpoint_file.read(path)
+        return atomic_file.read(path)
 
 
 class PEFTCheckpointIO(CheckpointIO):

@@ -8,38 +8,41 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning_peft_kernels.backend import prefer
+from lightning_peft_kernels.dispatch import prefer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.callback.alike import attached_alike, require_same_configuration
-from lightning_peft.callback.attaching import attach_once, find_root
-from lightning_peft.callback.averaging import rebuild_averages
+from lightning_peft.callback.attach import attach_once, find_root
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
-from lightning_peft.callback.gradients import (
-    let_inputs_require_grad,
+from lightning_peft.callback.compatibility import refuse_trainer, refuse_unfit
+from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
+from lightning_peft.callback.data_init import initialize_pending
+from lightning_peft.callback.gather_rng import gather_rng
+from lightning_peft.callback.gradient_checks import (
+    enable_input_require_grads,
     refuse_graphless,
-    thawed_base,
+    unfrozen_base_parameters,
     warn_dead,
 )
-from lightning_peft.callback.module_wrap import unwrap_configure_model, wrap_configure_model
-from lightning_peft.callback.optimizers import (
-    Schedules,
+from lightning_peft.callback.liger import apply_liger
+from lightning_peft.callback.memory_plan import make_plan
+from lightning_peft.callback.method_hooks import MethodHooks
+from lightning_peft.callback.optimizer_setup import (
     align_optimizer_states,
     finish_optimizers,
     install_optimizer_setup,
     layers_of,
     optimizer_names,
 )
-from lightning_peft.callback.planning import make_plan
-from lightning_peft.callback.random_states import gather_rng
-from lightning_peft.callback.refusing import refuse_trainer, refuse_unfit
-from lightning_peft.callback.showing import log_configuration, print_report, print_tokens
-from lightning_peft.callback.starting import start_waiting
-from lightning_peft.callback.stopping import StopSignal
+from lightning_peft.callback.rank_consistency import (
+    require_same_configuration,
+    verify_consistent_attach,
+)
+from lightning_peft.callback.reporting import log_configuration, print_report, print_tokens
+from lightning_peft.callback.sigterm import SigtermHandler
+from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import KEY, is_attached
-from lightning_peft.checkpoint.rng import restore_rng
-from lightning_peft.liger import apply_liger
+from lightning_peft.checkpoint.rng_state import restore_rng
 from lightning_peft.methods.base import Method
 from lightning_peft.planner.estimate import Plan
 from lightning_peft.report.summary import parameter_report
@@ -112,12 +115,12 @@ class PEFT(pl.Callback):
         self.memory_plan: Plan | None = None
         self._rng: list[dict[str, Any]] | None = None
         self._resumed: dict[str, Any] | None = None
-        self._schedules: Schedules | None = None
+        self._schedules: MethodHooks | None = None
         self._first_step = False
         self._notes: list[str] = []
         self._io: PEFTCheckpointIO | None = None
         self._layers: dict[str, list[Any]] = {}
-        self._stop = StopSignal()
+        self._stop = SigtermHandler()
 
     @property
     def names(self) -> list[str]:
@@ -141,7 +144,7 @@ class PEFT(pl.Callback):
         install_optimizer_setup(
             trainer.strategy,
             self,
-            start_waiting,
+            initialize_pending,
             lambda t: self._finish_optimizers(t, t.lightning_module),
         )
         wrap_configure_model(
@@ -158,7 +161,7 @@ class PEFT(pl.Callback):
             self._layers = layers_of(root, self.root or "")
         if self.liger and not is_attached(root):
             self._notes = apply_liger(root)
-        with attached_alike(module):
+        with verify_consistent_attach(module):
             io.lost += attach_once(
                 root,
                 self.adapters,
@@ -187,7 +190,7 @@ class PEFT(pl.Callback):
 
     def _finish_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         finish_optimizers(module, trainer.strategy, self._layers, self.optimizer)
-        self._schedules = Schedules(module)
+        self._schedules = MethodHooks(module)
         self._schedules.follow(trainer, trainer.strategy.optimizers)
 
     # ---- training
@@ -232,7 +235,7 @@ class PEFT(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have gradients reach checkpointed blocks, whoever turned checkpointing on and when."""
-        let_inputs_require_grad(pl_module)
+        enable_input_require_grads(pl_module)
         self._first_step = True
         self._stop.listen(trainer)
 
@@ -257,7 +260,7 @@ class PEFT(pl.Callback):
         Raises:
             RuntimeError: something unfroze it, by name.
         """
-        thawed = thawed_base(pl_module, [find_root(pl_module, self.root)])
+        thawed = unfrozen_base_parameters(pl_module, [find_root(pl_module, self.root)])
         if thawed:
             raise RuntimeError(
                 f"PEFT: expected a frozen base, found {len(thawed)} of its parameters unfrozen "
@@ -274,7 +277,7 @@ class PEFT(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Schedules of the methods; once a fit, whether every adapter got a gradient."""
+        """MethodHooks of the methods; once a fit, whether every adapter got a gradient."""
         if self._schedules is not None:
             self._schedules.before_step(trainer, optimizer)
         if self._first_step:

@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.adapter_state import check_state, trained_tensors
-from lightning_peft.fingerprint import buffer_hashes, fingerprint_differences
-from lightning_peft.methods.base import to_plain
-from lightning_peft.record import AdapterRecord, Record, records_in
-from lightning_peft.starts.restore import restore_starts, started_shapes
+from lightning_peft.adapters.state_dict import check_state, trained_tensors
+from lightning_peft.core.registry import AdapterEntry, AdapterRegistry, registries_in
+from lightning_peft.initialization.restore import initialized_shapes, restore_starts
+from lightning_peft.methods.registry import to_dict
+from lightning_peft.models.fingerprint import buffer_hashes, fingerprint_differences
 
 __all__ = [
     "FORMAT",
@@ -49,7 +49,7 @@ _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # judged 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether any adapter is attached below `model`."""
-    return any(record.adapters for _, _, record in records_in(model))
+    return any(record.adapters for _, _, record in registries_in(model))
 
 
 # ---- which tensors
@@ -73,7 +73,7 @@ def _plain(name: str) -> str:
 
 
 def _outside(model: nn.Module) -> dict[str, Tensor]:
-    prefixes = [prefix for prefix, _, record in records_in(model) if record.adapters]
+    prefixes = [prefix for prefix, _, record in registries_in(model) if record.adapters]
     if not prefixes or "" in prefixes:
         return {}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -93,7 +93,7 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _moved_buffers(model: nn.Module) -> dict[str, Tensor]:
     moved = {}
-    for prefix, root, record in records_in(model):
+    for prefix, root, record in registries_in(model):
         now = buffer_hashes(root)
         buffers = {_plain(n): b for n, b in _persistent_buffers(root).items()}
         for name, digest in record.buffers.items():
@@ -139,11 +139,11 @@ def complete_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Plain data about every adapter in `model`: what `torch.load(weights_only=True)` takes."""
-    roots = {_plain(p): _describe_root(r) for p, _, r in records_in(model) if r.adapters}
+    roots = {_plain(p): _describe_root(r) for p, _, r in registries_in(model) if r.adapters}
     return {"format": FORMAT, "versions": _versions(), "roots": roots}
 
 
-def _describe_root(record: Record) -> dict[str, Any]:
+def _describe_root(record: AdapterRegistry) -> dict[str, Any]:
     quantization = record.quantization
     return {
         "adapters": {name: _describe_adapter(entry) for name, entry in record.adapters.items()},
@@ -153,9 +153,9 @@ def _describe_root(record: Record) -> dict[str, Any]:
     }
 
 
-def _describe_adapter(entry: AdapterRecord) -> dict[str, Any]:
+def _describe_adapter(entry: AdapterEntry) -> dict[str, Any]:
     return {
-        "methods": [to_plain(m) for m in entry.methods],
+        "methods": [to_dict(m) for m in entry.methods],
         "modules_to_save": list(entry.modules_to_save),
         "sites": [[label, list(shape), method] for label, shape, method in entry.sites],
     }
@@ -291,7 +291,7 @@ def verify(
 def _expected(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the file must hold: buffers that moved before it was written may stand in it, or not."""
     buffers = {_plain(n): b for n, b in _persistent_buffers(model).items()}
-    required = {**trained_tensors(model), **started_shapes(model, state), **_outside(model)}
+    required = {**trained_tensors(model), **initialized_shapes(model, state), **_outside(model)}
     return {**{n: b for n, b in buffers.items() if n in state}, **required}
 
 

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from torch import nn
 
+from lightning_peft.core.class_swap import base_class
 from lightning_peft.methods import METHODS, Method
 from lightning_peft.methods.base import HFEntry, HFFormat
-from lightning_peft.swap import base_class
 
 __all__ = ["CONFIG", "base_config", "format_of", "method_class", "method_fields", "read_config"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.adapters.placement.weights import adaptable
+from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFEntry, HFFormat
-from lightning_peft.placing.weights import adaptable
-from lightning_peft.site import Site
+from lightning_peft.models.target_modules import bypassed
 from lightning_peft.storage import storage_of
-from lightning_peft.targets import bypassed
 
 __all__ = ["PREFIX", "Reading", "bias_key", "joined", "plain", "tensor_prefix"]
 

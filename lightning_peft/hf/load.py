@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.attach import Planned, attach, detach, plan_attach
+from lightning_peft.adapters.attach import Planned, attach, detach, plan_attach
+from lightning_peft.adapters.placement.weights import adaptable
 from lightning_peft.hf.config import CONFIG, method_fields
 from lightning_peft.hf.keys import PREFIX, Reading, bias_key, joined, read_keys, tensor_prefix
 from lightning_peft.hf.prompts import table_of
@@ -21,11 +22,10 @@ from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod, WeightMethod
-from lightning_peft.methods.saved import ModulesToSave, TrainedBias
-from lightning_peft.placing.weights import adaptable
+from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.models.target_modules import bypassed
 from lightning_peft.report.summary import Report
 from lightning_peft.storage import Quantization
-from lightning_peft.targets import bypassed
 
 __all__ = ["load_adapter"]
 
@@ -369,5 +369,5 @@ def _copy(
         for tensor, value in live:
             tensor.copy_(value)
         for adapter, table in tables:
-            adapter.method.load_table(adapter.block, table, adapter.site)
+            adapter.method.load_prompt_embeddings(adapter.block, table, adapter.site)
     return len(live) + len(tables)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.attach import Planned
+from lightning_peft.adapters.attach import Planned
 from lightning_peft.hf.keys import joined
 from lightning_peft.methods.base import HFFormat
 

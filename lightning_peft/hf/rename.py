@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.adapters.placement.weights import adaptable
 from lightning_peft.hf.keys import PREFIX
 from lightning_peft.hf.targets import compact_names, targeted
 from lightning_peft.methods.base import HFFormat
-from lightning_peft.placing.weights import adaptable
 
 __all__ = ["Renaming", "module_path", "renamed"]
 

@@ -13,18 +13,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.config import base_config
+from lightning_peft.hf.files import write_adapter
 from lightning_peft.hf.keys import bias_key, joined, plain, tensor_prefix
+from lightning_peft.hf.legacy_names import legacy_names
 from lightning_peft.hf.load import load_adapter
-from lightning_peft.hf.names import legacy_names
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.targets import compact, misread_names, model_root
-from lightning_peft.hf.tensors import write_adapter
-from lightning_peft.layers.adapted import Adapter, adapted_modules, adapters_of
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapter import Adapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method
-from lightning_peft.methods.saved import ModulesToSave, TrainedBias
-from lightning_peft.record import records_in
-from lightning_peft.swap import base_class
+from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -101,7 +102,7 @@ def save_adapter(
 
 
 def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
-    known = sorted({n for _, _, r in records_in(model) for n in r.adapters})
+    known = sorted({n for _, _, r in registries_in(model) for n in r.adapters})
     if adapter_name not in known:
         if any(adapters_of(m, adapter_name) for _, m in adapted_modules(model)):
             raise KeyError(
@@ -267,7 +268,7 @@ def _add_saved(
     ending.
     """
     names: list[str] = []
-    for at, _, record in records_in(model):
+    for at, _, record in registries_in(model):
         entry = record.adapters.get(adapter_name)
         for name in entry.modules_to_save if entry is not None else ():
             names.append(plain(joined(at, name))[len(prefix) :].removeprefix("."))

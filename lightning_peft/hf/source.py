@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.hf.config import CONFIG, format_of, method_class, read_config
-from lightning_peft.hf.experts import fused_experts
-from lightning_peft.hf.foreign import foreign_adapter
-from lightning_peft.hf.names import current_names
+from lightning_peft.hf.files import checked, read_file, read_tensors
+from lightning_peft.hf.import_lora import foreign_adapter
+from lightning_peft.hf.legacy_experts import fused_experts
+from lightning_peft.hf.legacy_names import current_names
+from lightning_peft.hf.recognise import named
 from lightning_peft.hf.targets import model_root
-from lightning_peft.hf.tensors import checked, read_file, read_tensors
-from lightning_peft.hf.unknown import named
 from lightning_peft.methods.base import HFFormat, Method
 
 __all__ = ["Source", "read_source"]

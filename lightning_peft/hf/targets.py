@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFFormat
-from lightning_peft.site import Site
 
 __all__ = [
     "compact",

@@ -6,17 +6,14 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.conv import ConvOps
 from lightning_peft.layers.embedding import EmbeddingOps
-from lightning_peft.layers.experts import ExpertsOps, is_experts
+from lightning_peft.layers.experts.ops import ExpertsOps, is_experts
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
-from lightning_peft.layers.matrix import MatrixOps
-from lightning_peft.layers.weights import (
-    MultiheadAttentionOps,
-    RecurrentOps,
-    RouterOps,
-    is_router,
-)
+from lightning_peft.layers.multihead_attention import MultiheadAttentionOps
+from lightning_peft.layers.recurrent import RecurrentOps
+from lightning_peft.layers.router import RouterOps, is_router
 
 __all__ = ["KINDS", "PLAIN", "STRUCTURAL", "ops_for"]
 

@@ -6,107 +6,29 @@ never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_peft.edit import Edit
-from lightning_peft.layers.rows import RowMix, current_rows, no_rows
-from lightning_peft.layers.sequence import run_with_positions
-from lightning_peft.site import LayerOps, Site
-from lightning_peft.swap import Swapped, swap_in, swap_out
+from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.block import apply_block
+from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch, without_mixed_batch
+from lightning_peft.layers.prompt.forward import forward_with_prompt
 
 __all__ = [
     "Adapted",
     "AdaptedState",
-    "Adapter",
-    "Rewrite",
-    "Tap",
     "adapt",
     "adapted_modules",
     "adapters_of",
     "refresh",
     "release",
 ]
-
-
-@dataclass
-class Rewrite:
-    """A base weight that an adapter's initialisation replaced (PiSSA's residual …).
-
-    Attributes:
-        original: Stored bits from before, on the CPU.
-        written: Stored bits after, on the CPU while the adapter is switched off.
-        active: Whether the replaced weight is in the module.
-    """
-
-    original: Any
-    written: Any = None
-    active: bool = True
-
-
-class Adapter(nn.Module):
-    """One method at one site: its tensors, and the way to its Edit.
-
-    Attributes:
-        method: The frozen dataclass.
-        site: Where it acts; not a submodule.
-        adapter_name: The name it was attached under.
-        shared: Tensors held by the root for all sites; not owned.
-        rewrite: What its initialisation did to the base weight, if anything.
-        paths: For trained copies: our parameter name → path of the parameter in the module.
-        tap: A hook on another module (`Tap`, `Widen`), None without one.
-        waiting: Whether it is to start from data and has not yet.
-    """
-
-    method: Any
-    site: Site
-    adapter_name: str
-    shared: Mapping[str, Tensor]
-    rewrite: Rewrite | None
-
-    def __init__(self, method: Any, site: Site, adapter_name: str) -> None:
-        super().__init__()
-        self.method = method
-        self.site = site
-        self.adapter_name = adapter_name
-        self.shared = {}
-        self.rewrite = None
-        self.paths: dict[str, str] = {}
-        self.tap: Any = None
-        self.waiting = bool(getattr(method, "needs_data", ""))
-
-    @property
-    def kind(self) -> str:
-        """``"weight"``, ``"block"``, ``"sequence"`` or ``"select"`` (a trained copy of
-        parameters).
-        """
-        kind: str = self.method.kind
-        return kind
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by the method's own names."""
-        return {**self.shared, **self._parameters, **self._buffers}  # type: ignore[dict-item]
-
-    def copies(self) -> dict[str, Tensor]:
-        """Trained copies by the path of what they stand for."""
-        return {path: self._parameters[name] for name, path in self.paths.items()}  # type: ignore[misc]
-
-    def edit(self) -> Edit:
-        """The change of the site's weight at this moment."""
-        edit: Edit = self.method.edit(self.tensors(), self.site)
-        return edit
-
-    def extra_repr(self) -> str:
-        """Method and tensor shapes, for print(model)."""
-        shapes = ", ".join(
-            f"{n} {list(t.shape)}" for n, t in self.tensors().items() if t is not None
-        )
-        return f"{self.method.label}: {shapes}"
 
 
 @dataclass
@@ -125,8 +47,8 @@ class AdaptedState:
         copies: The same, trained copies of the module's parameters.
         unmerged_bits: Stored bits by parameter from before a merge.
         ran: Whether forward was ever called (a bypassed module never runs).
-        put_before: (positions of prompts, length of the text) of the last forward.
-        shared: The group of layers over one input that this one belongs to (`SharedInput`).
+        prompt_lengths: (positions of prompts, length of the text) of the last forward.
+        shared: The group of layers over one input that this one belongs to (`ProjectionGroup`).
         tokens: Of experts: tokens that each was given in training so far, int32 [E].
         counts_tokens: Whether `tokens` still grows: until the report on them was made.
     """
@@ -141,7 +63,7 @@ class AdaptedState:
     copies: list[Adapter] = field(default_factory=list)
     unmerged_bits: dict[str, Any] = field(default_factory=dict)
     ran: bool = False
-    put_before: tuple[int, int] = (0, 0)
+    prompt_lengths: tuple[int, int] = (0, 0)
     shared: Any = None
     fast_path_guard: Any = None
     tokens: Tensor | None = None
@@ -161,7 +83,7 @@ class Adapted(Swapped):
         """
         state = self._peft
         state.ran = True
-        mix = current_rows()
+        mix = current_mixed_batch()
         if mix is not None:
             mix.through(state.names)
         run = super().forward  # type: ignore[misc]
@@ -191,7 +113,7 @@ def _forward(
 
 
 def _positioned(module: Any, state: AdaptedState, run: Any, *args: Any, **kwargs: Any) -> Any:
-    return run_with_positions(module, state.sequences, run, args, kwargs)
+    return forward_with_prompt(module, state.sequences, run, args, kwargs)
 
 
 def _again(
@@ -212,10 +134,10 @@ def _forward_with_copies(
     kwargs: dict[str, Any],
 ) -> Any:
     """Forward in which the module reads trained copies in place of its own parameters."""
-    mix = current_rows()
+    mix = current_mixed_batch()
     if mix is not None:
         return _forward_copies_by_row(module, state, run, mix, args, kwargs)
-    with state.ops.shadowed(module, {k: v for a in state.copies for k, v in a.copies().items()}):
+    with state.ops.substituted(module, {k: v for a in state.copies for k, v in a.copies().items()}):
         return _forward(module, state, run, state.edits, state.blocks, args, kwargs)
 
 
@@ -223,7 +145,7 @@ def _forward_copies_by_row(
     module: Any,
     state: AdaptedState,
     run: Callable[..., Any],
-    mix: RowMix,
+    mix: MixedBatch,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
@@ -237,75 +159,13 @@ def _forward_copies_by_row(
         }
         edits = [a for a in state.edits if a.adapter_name == name]
         blocks = [a for a in state.blocks if a.adapter_name == name]
-        with state.ops.shadowed(module, copies), no_rows():
+        with state.ops.substituted(module, copies), without_mixed_batch():
             part = _forward(module, state, run, edits, blocks, (x[rows], *args[1:]), kwargs)
         y = part.new_zeros((x.shape[0], *part.shape[1:])) if y is None else y
         y = y.index_copy(0, rows, part.to(y.dtype))
     if y is None:
         raise ValueError("adapter_names: expected at least one name, got an empty list")
     return y
-
-
-def apply_block(
-    adapter: Adapter, x: Any, y: Any, again: Callable[[Tensor], Any]
-) -> tuple[Any, Any]:
-    """Input and output of a layer with the added module's effect, on the rows that are under it.
-
-    A tuple output carries the hidden states first. `again` runs the layer on another input.
-    """
-    role = adapter.site.role  # type: ignore[attr-defined]
-    hidden = y[0] if isinstance(y, tuple) else y
-    if role == "beside":
-        read = x if adapter.tap is None else adapter.tap.take()
-        if read.shape[:-1] != hidden.shape[:-1]:  # a mixture of experts puts tokens in one row
-            read = read.reshape(*hidden.shape[:-1], read.shape[-1])
-    else:
-        read = hidden
-    mix = current_rows()
-    if mix is None:
-        change = adapter.method.change(adapter.block, read, adapter.site).to(hidden.dtype)
-    else:
-        rows = mix.index(adapter.adapter_name, hidden.shape[0], hidden.device)
-        part = adapter.method.change(adapter.block, read[rows], adapter.site)
-        change = torch.zeros_like(hidden).index_copy(0, rows, part.to(hidden.dtype))
-    if role == "norm":
-        x = x + change
-        return x, again(x)
-    out = hidden + change
-    return x, (out, *y[1:]) if isinstance(y, tuple) else out
-
-
-class Tap:
-    """Keeps the input of one module for an adapter on another, within one forward of a block.
-
-    Both run inside the same block, so that activation checkpointing repeats both.
-    """
-
-    def __init__(self, adapter: Adapter, module: nn.Module) -> None:
-        self.adapter = adapter
-        self.seen: Tensor | None = None
-        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook: keep the input while the adapter acts."""
-        state: Any = self.adapter.site.module._peft
-        if self.adapter in state.blocks:
-            self.seen = args[0] if args else next(iter(kwargs.values()))
-
-    def take(self) -> Tensor:
-        """The input that was kept, once.
-
-        Raises:
-            RuntimeError: the tapped module did not run before the adapter's.
-        """
-        x, self.seen = self.seen, None
-        if x is None:
-            raise RuntimeError(
-                f"{self.adapter.site.label}: expected the module that leads into the feed-forward "
-                "branch to run before it, found that it did not; name the modules in "
-                "target_modules"
-            )
-        return x
 
 
 def adapt(module: nn.Module, ops: LayerOps) -> Adapted:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.layers.matrix import MatrixOps
+from lightning_peft.layers.base import MatrixOps
 
 __all__ = ["ConvOps"]
 
@@ -32,15 +32,15 @@ class ConvOps(MatrixOps):
         channels: int = m.in_channels
         return channels
 
-    def to_matrix(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+    def to_canonical(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """Flatten the columns."""
         return W.flatten(1)
 
-    def from_matrix(self, m: Any, name: str, M: Tensor) -> Tensor:
+    def from_canonical(self, m: Any, name: str, M: Tensor) -> Tensor:
         """Columns back to [in/groups, *kernel]."""
         return M.reshape(M.shape[0], -1, *m.kernel_size)
 
-    def op(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def functional(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """The layer's own convolution with another weight."""
         y: Tensor = m._conv_forward(x, W, b)
         return y

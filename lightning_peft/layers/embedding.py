@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.layers.matrix import MatrixOps
+from lightning_peft.layers.base import MatrixOps
 
 __all__ = ["EmbeddingOps"]
 
@@ -19,21 +19,21 @@ class EmbeddingOps(MatrixOps):
     """`nn.Embedding` and subclasses that multiply their output by ``embed_scale`` (Gemma, BART)."""
 
     on_activations = frozenset({"out_scale"})
-    lookup = True
+    is_embedding = True
 
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
         """Canonical [dim, vocabulary]."""
         return torch.Size((natural[1], natural[0]))
 
-    def to_matrix(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+    def to_canonical(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """Transposed view."""
         return W.mT
 
-    def from_matrix(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
+    def from_canonical(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
         """Transposed view."""
         return M.mT
 
-    def op(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def functional(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Rows of another table."""
         y: Tensor = F.embedding(x, W, m.padding_idx) * _output_scale(m, W.dtype)
         return y

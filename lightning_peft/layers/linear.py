@@ -5,12 +5,12 @@ out].
 from __future__ import annotations
 
 import torch
-from lightning_peft_kernels.backend import choose
-from lightning_peft_kernels.output_scale import output_scale
+from lightning_peft_kernels.dispatch import choose
+from lightning_peft_kernels.scale.ops import output_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.layers.matrix import MatrixOps
+from lightning_peft.layers.base import MatrixOps
 
 __all__ = ["Conv1DOps", "LinearOps"]
 
@@ -36,14 +36,14 @@ class Conv1DOps(_FeaturesOps):
         """Canonical [out, in]."""
         return torch.Size((natural[1], natural[0]))
 
-    def to_matrix(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+    def to_canonical(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """[in, out] → [out, in], a view."""
         return W.mT
 
-    def from_matrix(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
+    def from_canonical(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
         """[out, in] → [in, out], a view."""
         return M.mT
 
-    def op(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def functional(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """X W + b."""
         return F.linear(x, W.mT, b)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from lightning_peft.methods.base import METHODS, Method
-from lightning_peft.methods.guideline import guideline_table, recommend
-from lightning_peft.methods.hybrid_mam import mam
-from lightning_peft.methods.hybrid_unipelt import unipelt
+from lightning_peft.guideline.guideline import guideline_table, recommend
+from lightning_peft.methods.base import Method
+from lightning_peft.methods.hybrids import mam, unipelt
+from lightning_peft.methods.registry import METHODS
 
 __all__ = ["METHODS", "Method", "guideline_table", "mam", "recommend", "unipelt"]
 

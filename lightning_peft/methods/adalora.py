@@ -11,17 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.edit import Edit, LowRank
-from lightning_peft.methods.base import (
-    Context,
-    HFEntry,
-    HFFormat,
-    WeightMethod,
-    empty_like_site,
-    register,
-    require,
-)
-from lightning_peft.site import Site
+from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFEntry, HFFormat, StepContext, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.registry import register
 
 __all__ = ["AdaLoRA"]
 
@@ -224,7 +218,7 @@ class AdaLoRA(WeightMethod):
         term = LowRank(p["E"].unsqueeze(-1) * p["A"], p["B"], self.alpha / (self.init_r + 1e-5))
         return Edit(terms=(term,), dropout=self.dropout)
 
-    def penalty(self, ctx: Context) -> Tensor | None:
+    def penalty(self, ctx: StepContext) -> Tensor | None:
         """λ/n Σ ‖P Pᵀ − I‖_F over A and Bᵀ of all layers."""
         if not self.orth_reg_weight:
             return None
@@ -247,7 +241,7 @@ class AdaLoRA(WeightMethod):
         left = 1 - (step - self.tinit) / (total - self.tfinal - self.tinit)
         return int((first - last) * left**3 + last)
 
-    def after_step(self, ctx: Context) -> None:
+    def after_step(self, ctx: StepContext) -> None:
         """Accumulate importance, mask by the schedule, keep masked triplets at zero."""
         total = self.total_step or ctx.total_steps
         if total is None:
@@ -287,7 +281,7 @@ class AdaLoRA(WeightMethod):
             1 - self.beta2,
         )
 
-    def _prune(self, ctx: Context, budget: int) -> None:
+    def _prune(self, ctx: StepContext, budget: int) -> None:
         scores = [self._score(p) for _, p in ctx.entries]
         out = sum(len(s) for s in scores) - budget
         threshold = None

@@ -7,44 +7,30 @@ packed bytes, the trainer or a strategy.
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from lightning_peft.edit import Edit
-from lightning_peft.methods.hf_format import HFEntry, HFFormat
-from lightning_peft.site import BlockSite, SequenceSite, Site
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.site import BlockSite, SequenceSite, Site
+from lightning_peft.methods.exchange import HFEntry, HFFormat
 
 __all__ = [
-    "METHODS",
     "BlockMethod",
-    "Context",
     "HFEntry",
     "HFFormat",
     "Method",
     "SelectMethod",
     "SequenceMethod",
+    "StepContext",
     "WeightMethod",
-    "empty_like_site",
-    "from_plain",
-    "match_pattern",
-    "match_site",
-    "register",
-    "require",
-    "require_ranks",
-    "to_plain",
 ]
-
-METHODS: dict[str, type[Method]] = {}
 
 
 @dataclass
-class Context:
+class StepContext:
     """What a schedule may see at a step.
 
     Attributes:
@@ -153,7 +139,7 @@ class WeightMethod(Targeted):
         return {}
 
     def from_data(
-        self, p: dict[str, Tensor], site: Site, found: Tensor, strengths: Tensor | None
+        self, p: dict[str, Tensor], site: Site, found: Tensor, singular_values: Tensor | None
     ) -> None:
         """Start values from data; values are replaced in place (``p["A"] = …``).
 
@@ -162,7 +148,7 @@ class WeightMethod(Targeted):
             site: The site.
             found: Principal directions of the inputs [k, in], or the mean gradient of the weight
                 [out, in]; fp32.
-            strengths: Singular values [k] of the directions.
+            singular_values: Singular values [k] of the directions.
         """
         raise TypeError(f"{self.label}: expected a method with `from_data`, found none")
 
@@ -183,7 +169,7 @@ class WeightMethod(Targeted):
         """The change of the weight."""
         raise TypeError(f"{self.label}: expected a method with `edit`, found none")
 
-    def trains_bias(self) -> str:
+    def trained_biases(self) -> str:
         """``"none"``, ``"all"`` or ``"adapted"``: biases trained beside the edit."""
         return "none"
 
@@ -191,14 +177,14 @@ class WeightMethod(Targeted):
         """Tensor → factor of the learning rate that the user's optimizer has for it."""
         return {}
 
-    def penalty(self, ctx: Context) -> Tensor | None:
+    def penalty(self, ctx: StepContext) -> Tensor | None:
         """A term added to the loss once per optimizer step, as a gradient before clipping."""
         return None
 
-    def after_backward(self, ctx: Context) -> None:
+    def after_backward(self, ctx: StepContext) -> None:
         """Called when gradients of a step are complete, before clipping."""
 
-    def after_step(self, ctx: Context) -> None:
+    def after_step(self, ctx: StepContext) -> None:
         """Called after the optimizer's step, gradients still there."""
 
 
@@ -250,7 +236,7 @@ class SequenceMethod(Targeted):
         """The positions: [n, width], or [n, Σ of the layers' keys and values]."""
         raise TypeError(f"{self.label}: expected a method with `table`, found none")
 
-    def load_table(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
+    def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Make `table` return this one.
 
         Raises:
@@ -273,94 +259,3 @@ class SelectMethod(Targeted):
     def choice(self, model: nn.Module) -> Callable[[str, nn.Parameter, nn.Module], bool]:
         """`selects`, for methods whose choice depends on the whole model."""
         return self.selects
-
-
-M = TypeVar("M", bound=type[Method])
-
-
-def register(cls: M) -> M:
-    """Make a method known by its class name: to checkpoints, Hugging Face exchange and the
-    generated table.
-    """
-    METHODS[cls.__name__] = cls
-    return cls
-
-
-def to_plain(method: Method) -> dict[str, Any]:
-    """A dict of plain data that `torch.load(weights_only=True)` takes; inverse of `from_plain`."""
-    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(cast(Targeted, method))}
-    return {"method": type(method).__name__, **fields}
-
-
-def from_plain(data: Mapping[str, Any]) -> Method:
-    """The method that `to_plain` described.
-
-    Raises:
-        ValueError: unknown method or field, with the known ones.
-    """
-    fields = dict(data)
-    name = fields.pop("method", None)
-    cls = METHODS.get(name) if isinstance(name, str) else None
-    if cls is None:
-        raise ValueError(
-            f"stored method: expected one of {sorted(METHODS)}, got {name!r}; import the module "
-            "that registers it"
-        )
-    known = {f.name for f in dataclasses.fields(cast("type[Targeted]", cls))}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise ValueError(
-            f"stored {name}: expected fields {sorted(known)}, got also {unknown}; the file was "
-            "written by a newer version"
-        )
-    return cls(**fields)
-
-
-def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Value of the first pattern that matches a layer's name, as peft does it:
-    ``(.*\\.)?PATTERN$``.
-    """
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def match_site(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
-    """Value of the first pattern that matches a weight by its layer's name, or by its own."""
-    for pattern, value in patterns.items():
-        if match_pattern({pattern: True}, site.name, False) or match_pattern(
-            {pattern: True}, f"{site.name}.{site.parameter}", False
-        ):
-            return value
-    return default
-
-
-def require_ranks(
-    label: str,
-    r: int,
-    rank_pattern: Mapping[str, int],
-    alpha: float,
-    alpha_pattern: Mapping[str, float],
-) -> None:
-    """Raise ValueError where a rank is below 1 or an alpha not above 0, patterns included."""
-    for where, rank in {"r": r, **rank_pattern}.items():
-        require(rank >= 1, f"{label}: expected a rank >= 1, got {where} = {rank}")
-    for where, scale in {"alpha": alpha, **alpha_pattern}.items():
-        require(scale > 0, f"{label}: expected alpha > 0, got {where} = {scale}")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError with `message` unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def empty_like_site(site: Site, *shape: int) -> Tensor:
-    """An fp32 tensor [*batch, *shape], on meta where the site's weight is, else on the CPU.
-
-    Adapters start on the CPU (their values then depend on the seed alone, not on the device) and
-    are moved by attach.
-    """
-    device = "meta" if site.device.type == "meta" else "cpu"
-    return torch.empty(*site.batch_shape, *shape, dtype=torch.float32, device=device)

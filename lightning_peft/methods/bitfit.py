@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft.methods.base import SelectMethod, register
+from lightning_peft.methods.base import SelectMethod
+from lightning_peft.methods.registry import register
 
 __all__ = ["BitFit"]
 

@@ -9,16 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.edit import Edit, Rotation
-from lightning_peft.methods.base import (
-    HFEntry,
-    HFFormat,
-    WeightMethod,
-    empty_like_site,
-    register,
-    require,
-)
-from lightning_peft.site import Site
+from lightning_peft.core.edit import Edit, Rotation
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.registry import register
 
 __all__ = ["BOFT", "butterfly"]
 
@@ -127,9 +122,9 @@ class BOFT(WeightMethod):
     def check(self, site: Site) -> None:
         """Blocks must tile the input, the butterfly must have two halves at each stage."""
         require(
-            not site.lookup and not site.batch_shape,
+            not site.is_embedding and not site.batch_shape,
             f"{self.label} on {site.label!r}: expected one matrix with features for input, got "
-            f"{'an embedding' if site.lookup else 'a stack of experts'}; exclude it",
+            f"{'an embedding' if site.is_embedding else 'a stack of experts'}; exclude it",
         )
         number, size = self.blocks(site)
         require(

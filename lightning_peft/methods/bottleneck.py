@@ -15,8 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.methods.base import BlockMethod, register, require
-from lightning_peft.site import BlockSite
+from lightning_peft.core.site import BlockSite
+from lightning_peft.methods.base import BlockMethod
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.registry import register
 
 __all__ = ["BottleneckAdapter"]
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.edit import Dense, Edit
-from lightning_peft.methods.base import Context, WeightMethod, empty_like_site, register, require
-from lightning_peft.site import Site
+from lightning_peft.core.edit import Dense, Edit
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import StepContext, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.registry import register
 
 __all__ = ["DiffPruning"]
 
@@ -101,7 +103,7 @@ class DiffPruning(WeightMethod):
         # No branch on a tensor: one graph under torch.compile.
         return torch.where(p["fixed"] > 0, p["mask"], z) if "mask" in p else z
 
-    def penalty(self, ctx: Context) -> Tensor | None:
+    def penalty(self, ctx: StepContext) -> Tensor | None:
         """λ · expected share of open gates, until the mask is fixed."""
         if self.l0 == 0:
             return None
@@ -116,7 +118,7 @@ class DiffPruning(WeightMethod):
             count += open_.numel()
         return self.l0 * total / max(1, count)
 
-    def after_step(self, ctx: Context) -> None:
+    def after_step(self, ctx: StepContext) -> None:
         """Lower the temperature; once, fix the mask to the largest changes of all layers."""
         if ctx.total_steps is None:
             return

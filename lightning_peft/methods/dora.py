@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.edit import Edit, LowRank
-from lightning_peft.methods.base import empty_like_site, register, require
+from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.site import Site
+from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.site import Site
+from lightning_peft.methods.registry import register
 
 __all__ = ["DoRA"]
 
@@ -69,7 +70,11 @@ class DoRA(LoRA):
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """LoRA's start, then magnitude = ‖W + s B A‖ of what the layer reads."""
         base = super().initialise(p, site, W) if self.rewrites_base else None
-        read = site.slabs(torch.float32) if base is None else [(slice(None), site.roundtrip(base))]
+        read = (
+            site.iter_expert_chunks(torch.float32)
+            if base is None
+            else [(slice(None), site.quantization_roundtrip(base))]
+        )
         p["magnitude"] = self._norm(p, site, read)
         return base
 
@@ -91,7 +96,7 @@ class DoRA(LoRA):
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """Rows of W + s B A scaled by magnitude / norm; the bias is not."""
         with torch.no_grad():
-            norm = self._norm(p, site, site.slabs(torch.float32))
+            norm = self._norm(p, site, site.iter_expert_chunks(torch.float32))
         scale = p["magnitude"] / norm.clamp_min(torch.finfo(torch.float32).tiny).to(
             p["magnitude"].dtype
         )

@@ -14,10 +14,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.edit import Edit, LowRank, NotMergeable, Term
-from lightning_peft.methods.base import HFFormat, empty_like_site, register, require
+from lightning_peft.core.edit import Edit, LowRank, NotMergeable, Term
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.site import LayerOps, Site
+from lightning_peft.methods.registry import register
 
 __all__ = ["Gated", "GatedLoRA"]
 
@@ -82,7 +85,7 @@ class GatedLoRA(LoRA):
         """A layer whose input ends in features."""
         super().check(site)
         require(
-            site.ops.supports("rotation") and not site.batch_shape,
+            site.ops.features_last and not site.batch_shape,
             f"{self.label} on {site.label!r}: expected a linear layer, got "
             f"{type(site.module).__name__}; exclude it or use LoRA there",
         )

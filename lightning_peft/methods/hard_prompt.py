@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.methods.base import register, require
+from lightning_peft.core.site import SequenceSite
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.prompt_tuning import PromptTuning
-from lightning_peft.site import SequenceSite
+from lightning_peft.methods.registry import register
 
 __all__ = ["HardPrompt"]
 

@@ -11,17 +11,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_peft.edit import Edit
-from lightning_peft.methods.base import (
-    HFEntry,
-    HFFormat,
-    Method,
-    WeightMethod,
-    empty_like_site,
-    register,
-    require,
-)
-from lightning_peft.site import Site
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.registry import register
 
 __all__ = ["IA3"]
 
@@ -112,12 +106,12 @@ class IA3(WeightMethod):
     def check(self, site: Site) -> None:
         """The input of an embedding is ids: nothing to scale."""
         require(
-            not (site.lookup and self.mode == "multiply" and self.scales_input(site)),
+            not (site.is_embedding and self.mode == "multiply" and self.scales_input(site)),
             f"{self.label} on {site.label!r}: expected a layer with features for input among "
             "feedforward_modules, got an embedding; take it off that list",
         )
         require(
-            not (self.mode == "add" and site.lookup),
+            not (self.mode == "add" and site.is_embedding),
             f"{self.label} on {site.label!r}: expected a layer that adds a bias for mode='add', "
             "got an embedding; exclude it",
         )

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft.methods.base import SelectMethod, register, require
+from lightning_peft.methods.base import SelectMethod
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.registry import register
 
 __all__ = ["LastLayers"]
 

@@ -10,17 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.edit import Dense, Edit, Kron
-from lightning_peft.methods.base import (
-    HFFormat,
-    WeightMethod,
-    empty_like_site,
-    match_site,
-    register,
-    require,
-    require_ranks,
-)
-from lightning_peft.site import Site
+from lightning_peft.core.edit import Dense, Edit, Kronecker
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
+from lightning_peft.methods.registry import register
 
 __all__ = ["LoKr", "factorization"]
 
@@ -190,7 +184,7 @@ class LoKr(WeightMethod):
             w2 = torch.einsum("ijk,jr,ip->prk", t2, p["w2_b"], p["w2_a"]).flatten(1)
         else:
             w2 = p["w2_a"] @ p["w2_b"]
-        term = Kron(w1, w2, self.scaling(site))
+        term = Kronecker(w1, w2, self.scaling(site))
         if not (training and self.rank_dropout):
             return Edit(terms=(term,))
         kept = (torch.rand(site.out_features, device=w1.device) > self.rank_dropout).to(w1.dtype)

@@ -12,18 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.edit import Edit, LowRank
-from lightning_peft.methods import lora_hf
-from lightning_peft.methods.base import (
-    HFFormat,
-    WeightMethod,
-    empty_like_site,
-    match_site,
-    register,
-    require,
-    require_ranks,
-)
-from lightning_peft.site import Site
+from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.site import Site
+from lightning_peft.methods import lora_exchange
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
+from lightning_peft.methods.registry import register
 
 __all__ = ["LoRA"]
 
@@ -60,7 +54,7 @@ class LoRA(WeightMethod):
             three take their part out of the base, so that the output is unchanged at the start;
             detaching puts the base's bits back. ``"eva"`` (arXiv:2410.07170) and ``"lora_ga"``
             (arXiv:2407.05000) start from the first batches: the callback does it, or
-            `start_from_data`; until then the start is the default one.
+            `initialize_from_data`; until then the start is the default one.
         init_options: Settings of ``"eva"`` (rho, tau, whiten, adjust_scaling_factors,
             use_label_mask, label_mask_value) and ``"lora_ga"`` (direction, scale, stable_gamma),
             named as in peft, and for both ``batches``: how many of them the callback takes.
@@ -113,11 +107,11 @@ class LoRA(WeightMethod):
             *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
             *("lora_ga_config", "megatron_core", "ensure_weight_tying", "qalora_group_size"),
         ),
-        pack=lora_hf.pack,
-        unpack=lora_hf.unpack,
-        to_config=lora_hf.to_config,
-        from_config=lora_hf.from_config,
-        uniform=lora_hf.uniform,
+        pack=lora_exchange.pack,
+        unpack=lora_exchange.unpack,
+        to_config=lora_exchange.to_config,
+        from_config=lora_exchange.from_config,
+        uniform=lora_exchange.uniform,
         defaults={
             "lora_dropout": 0.0,
             "use_rslora": False,
@@ -214,7 +208,7 @@ class LoRA(WeightMethod):
             f"{r}",
         )
         require(
-            not (site.lookup and self.rewrites_base),
+            not (site.is_embedding and self.rewrites_base),
             f"{self.label} on {site.label!r}: expected a layer with features for input with "
             f"init={self.init!r}, got an embedding; exclude it or use init='default'",
         )
@@ -225,7 +219,7 @@ class LoRA(WeightMethod):
             "lower r, or set it for this layer with rank_pattern, or exclude it",
         )
         require(
-            not self.needs_data or (site.ops.supports("rotation") and not site.batch_shape),
+            not self.needs_data or (site.ops.features_last and not site.batch_shape),
             f"{self.label} on {site.label!r}: expected a linear layer with init={self.init!r}, got "
             f"{type(site.module).__name__}; exclude it or use init='default'",
         )
@@ -236,7 +230,7 @@ class LoRA(WeightMethod):
             "init='default'",
         )
         require(
-            not (site.lookup and self.lora_bias),
+            not (site.is_embedding and self.lora_bias),
             f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got "
             "lora_bias=True",
         )
@@ -245,7 +239,7 @@ class LoRA(WeightMethod):
         """A and B (and bias_B) at their start."""
         r = self.rank(site)
         A, B = self._empty(site, r, site.in_features), self._empty(site, site.out_features, r)
-        if site.lookup:  # ids pick columns of A, so A is the one that starts at zero
+        if site.is_embedding:  # ids pick columns of A, so A is the one that starts at zero
             nn.init.zeros_(A)
             nn.init.normal_(B)
         else:
@@ -312,10 +306,10 @@ class LoRA(WeightMethod):
         loses.
         """
         base = W
-        A, B = _factor(W - site.roundtrip(base), r, s, None)
+        A, B = _factor(W - site.quantization_roundtrip(base), r, s, None)
         for _ in range(self.loftq_iter - 1):
             base = W - s * (B @ A)
-            A, B = _factor(W - site.roundtrip(base), r, s, None)
+            A, B = _factor(W - site.quantization_roundtrip(base), r, s, None)
         return A, B, base
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
@@ -331,7 +325,7 @@ class LoRA(WeightMethod):
         return Edit(terms=terms, bias=bias, dropout=self.dropout)
 
     def from_data(
-        self, p: dict[str, Tensor], site: Site, found: Tensor, strengths: Tensor | None
+        self, p: dict[str, Tensor], site: Site, found: Tensor, singular_values: Tensor | None
     ) -> None:
         """EVA: A is the inputs' principal directions, B zero. LoRA-GA: A and B are singular vectors
         of the gradient, of different triplets.
@@ -339,8 +333,8 @@ class LoRA(WeightMethod):
         if self.needs_data == "gradients":
             p["A"], p["B"] = p["A0"], p["B0"] = self._from_gradient(site, found)
             return
-        if self.data_options["whiten"] and strengths is not None:
-            found = found / strengths.sqrt().unsqueeze(-1)
+        if self.data_options["whiten"] and singular_values is not None:
+            found = found / singular_values.sqrt().unsqueeze(-1)
         p["A"] = found
         p["B"] = found.new_zeros(site.out_features, found.shape[0])
 
@@ -372,7 +366,7 @@ class LoRA(WeightMethod):
         A, B = p["A0"].to(W), p["B0"].to(W)
         return W - self.scaling(site, A.shape[-2]) * (B @ A)
 
-    def trains_bias(self) -> str:
+    def trained_biases(self) -> str:
         """Biases of the base trained beside the edit."""
         return {"none": "none", "all": "all", "lora_only": "adapted"}[self.bias]
 

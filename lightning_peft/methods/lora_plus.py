@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_peft.methods.base import register, require
+from lightning_peft.core.site import Site
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.site import Site
+from lightning_peft.methods.registry import register
 
 __all__ = ["LoRAPlus"]
 
@@ -41,4 +42,4 @@ class LoRAPlus(LoRA):
 
     def rates(self, site: Site) -> Mapping[str, float]:
         """The factor that starts at zero."""
-        return {"A" if site.lookup else "B": self.ratio, "bias_B": self.ratio}
+        return {"A" if site.is_embedding else "B": self.ratio, "bias_B": self.ratio}

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Dense, Edit, Grouped, Term, refuse_recording
-from lightning_peft.methods.base import (
-    HFEntry,
-    HFFormat,
-    WeightMethod,
-    empty_like_site,
-    register,
-    require,
-)
-from lightning_peft.site import LayerOps, Site
+from lightning_peft.core.edit import Dense, Edit, Grouped, Term, refuse_recording
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.registry import register
 
 __all__ = ["MiSS", "Tiled"]
 
@@ -41,18 +37,18 @@ class Tiled(Term):
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """(Σ_j x_j) D over stretches x_j of length r."""
-        if self.D.ndim > 2 or not ops.supports("rotation"):
+        if self.D.ndim > 2 or not ops.features_last:
             return Dense(self.matrix()).apply(ops, site, x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.D.dtype)
         y: Tensor = _stretches(x, self.D.shape[0]) @ self.D
         return y
 
-    def onto_experts(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
+    def add_grouped(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
         """Y + (Σ_j x_j) D[e]."""
         return y + grouped.product(_stretches(x, self.D.shape[-2]), self.D.mT).to(y.dtype)
 
-    def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Base and change in one function."""
         y: Tensor = _TiledLinear.apply(x, W, b, self.D)  # type: ignore[no-untyped-call]
         return y
@@ -115,7 +111,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
 
 
 def _refuse(method: Any, site: Site) -> str:
-    return "" if site.ops.supports("rotation") and not site.batch_shape else "peft: linear only"
+    return "" if site.ops.features_last and not site.batch_shape else "peft: linear only"
 
 
 @register

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, Rotation, transformed
-from lightning_peft.methods.base import (
-    HFEntry,
-    HFFormat,
-    WeightMethod,
-    empty_like_site,
-    register,
-    require,
-)
-from lightning_peft.site import Site
+from lightning_peft.core.edit import Edit, Rotation, transformed
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.registry import register
 
 __all__ = ["OFT", "cayley", "nearest_divisor", "skew"]
 
@@ -166,7 +161,7 @@ class OFT(WeightMethod):
     def check(self, site: Site) -> None:
         """A rotation of features: not of ids, not of a stack of matrices."""
         require(
-            not site.lookup,
+            not site.is_embedding,
             f"{self.label} on {site.label!r}: expected a layer with features for input, got an "
             "embedding; exclude it",
         )

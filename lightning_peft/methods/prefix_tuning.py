@@ -16,8 +16,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod, register, require
-from lightning_peft.site import SequenceSite
+from lightning_peft.core.site import SequenceSite
+from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.registry import register
 
 __all__ = ["PrefixTuning"]
 
@@ -184,7 +186,7 @@ class PrefixTuning(SequenceMethod):
         table: Tensor = made.network(made.E) if self.projection else made.P
         return table
 
-    def load_table(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
+    def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Copy into P.
 
         Raises:

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod, register, require
-from lightning_peft.site import SequenceSite
+from lightning_peft.core.site import SequenceSite
+from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.registry import register
 
 __all__ = ["PromptTuning"]
 
@@ -143,7 +145,7 @@ class PromptTuning(SequenceMethod):
         P: Any = module.P
         return P  # type: ignore[no-any-return]
 
-    def load_table(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
+    def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Copy into P."""
         P: Any = module.P
         P.data.copy_(table)

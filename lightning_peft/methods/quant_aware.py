@@ -18,10 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.edit import Dense, Edit, LowRank
-from lightning_peft.methods.base import Context, register, require
+from lightning_peft.core.edit import Dense, Edit, LowRank
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import StepContext
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.site import Site
+from lightning_peft.methods.registry import register
 
 __all__ = ["QuantAwareLoRA"]
 
@@ -82,10 +84,10 @@ class QuantAwareLoRA(LoRA):
             assert isinstance(term, LowRank)  # LoRA's, without a start from data
             W = site.weight(torch.float32)
             exact = W + term.matrix().float()
-            change = site.roundtrip(exact) - exact
+            change = site.quantization_roundtrip(exact) - exact
         return Edit(terms=(term, Dense(change)), bias=plain.bias)
 
-    def after_step(self, ctx: Context) -> None:
+    def after_step(self, ctx: StepContext) -> None:
         """Begin to round."""
         if ctx.total_steps is not None and ctx.step >= self.start * ctx.total_steps:
             for _, p in ctx.entries:

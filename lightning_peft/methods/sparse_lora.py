@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.edit import Dense, Edit
-from lightning_peft.methods.base import register, require
+from lightning_peft.core.edit import Dense, Edit
+from lightning_peft.core.site import Site
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.site import Site
+from lightning_peft.methods.registry import register
 
 __all__ = ["SparseLoRA"]
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.edit import Edit, LowRank, Term, refuse_recording
-from lightning_peft.methods.base import HFFormat, WeightMethod, empty_like_site, register, require
-from lightning_peft.site import LayerOps, Site
+from lightning_peft.core.edit import Edit, LowRank, Term, refuse_recording
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.registry import register
 
 __all__ = ["VeRA", "Vectors"]
 
@@ -29,19 +32,19 @@ class Vectors(Term):
     d: Tensor
     b: Tensor
 
-    def folded(self) -> LowRank:
+    def to_low_rank(self) -> LowRank:
         """The vectors multiplied into the thin factors."""
         return LowRank(self.d.unsqueeze(-1) * self.A, self.b.unsqueeze(-1) * self.B)
 
     def matrix(self) -> Tensor:
         """ΔW, formed."""
-        return self.folded().matrix()
+        return self.to_low_rank().matrix()
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """Two thin products."""
-        return self.folded().apply(ops, site, x)
+        return self.to_low_rank().apply(ops, site, x)
 
-    def on_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Base and change in one function."""
         y: Tensor = _VectorsLinear.apply(x, W, b, self.A, self.B, self.d, self.b)  # type: ignore[no-untyped-call]
         return y
@@ -169,4 +172,4 @@ class VeRA(WeightMethod):
             B = B.narrow(0, 0, out_features)
         A, B = A.to(d), B.to(b)
         term = Vectors(A, B, d, b)
-        return Edit(terms=(term.folded() if batch else term,), dropout=self.dropout)
+        return Edit(terms=(term.to_low_rank() if batch else term,), dropout=self.dropout)

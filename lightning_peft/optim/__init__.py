@@ -1,16 +1,16 @@
 """Optimizer state: pooled, 8-bit, paged; from the user's optimizer and back."""
 
-from lightning_peft.optim.convert import from_torch, join_shards, moments, shard, to_torch
-from lightning_peft.optim.groups import loraplus_groups, repair
-from lightning_peft.optim.named import in_live_order, names_of
-from lightning_peft.optim.pooled import (
+from lightning_peft.optim.optimizers import (
     AdamW8bit,
     Lion8bit,
     PagedAdamW8bit,
     PagedAdamW32bit,
     PooledOptimizer,
 )
-from lightning_peft.optim.swapping import OPTIMIZERS, swap
+from lightning_peft.optim.param_groups import loraplus_groups, repair
+from lightning_peft.optim.replace import OPTIMIZERS, replace_optimizer
+from lightning_peft.optim.state_conversion import from_torch, join_shards, moments, shard, to_torch
+from lightning_peft.optim.state_names import in_live_order, names_of
 
 __all__ = [
     "OPTIMIZERS",
@@ -26,7 +26,7 @@ __all__ = [
     "moments",
     "names_of",
     "repair",
+    "replace_optimizer",
     "shard",
-    "swap",
     "to_torch",
 ]

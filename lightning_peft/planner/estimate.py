@@ -10,11 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_peft.methods.base import Method
-from lightning_peft.planner.model import PRECISIONS, count, meta_model, prepare
+from lightning_peft.models.target_modules import output_head
+from lightning_peft.planner.activation_trace import UNTRACEABLE, NoInputs, Trace, trace
+from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
 from lightning_peft.planner.plan import OPTIMIZER_BYTES, Choice, Plan, Step
-from lightning_peft.planner.trace import UNTRACEABLE, NoInputs, Trace, trace
 from lightning_peft.storage import Quantization
-from lightning_peft.targets import output_head
 
 __all__ = ["Plan", "Step", "estimate_memory"]
 

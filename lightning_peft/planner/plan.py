@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.planner.model import Sizes
-from lightning_peft.planner.trace import (
+from lightning_peft.planner.activation_trace import (
     ACTIVATIONS,
     BACKWARD,
     GRADIENTS,
@@ -18,6 +17,7 @@ from lightning_peft.planner.trace import (
     NoInputs,
     Trace,
 )
+from lightning_peft.planner.meta_model import Sizes
 from lightning_peft.storage import Quantization
 
 __all__ = ["OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]

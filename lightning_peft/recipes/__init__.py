@@ -5,9 +5,9 @@ Distillation from the base that is there already, pruning, factorisation. Each i
 """
 
 from lightning_peft.recipes.distillation import distillation_loss, teaching
-from lightning_peft.recipes.factorisation import FactoriseReport, LowRankLinear, factorise
-from lightning_peft.recipes.neurons import NeuronReport, remove_neurons
-from lightning_peft.recipes.pruning import SparsityReport, prune_magnitude, sparsity
+from lightning_peft.recipes.factorise import FactoriseReport, LowRankLinear, factorise
+from lightning_peft.recipes.prune_magnitude import SparsityReport, prune_magnitude, sparsity
+from lightning_peft.recipes.prune_neurons import NeuronReport, remove_neurons
 
 __all__ = [
     "FactoriseReport",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.active import disable_adapters
+from lightning_peft.adapters.activation import disable_adapters
 
 __all__ = ["distillation_loss", "teaching"]
 

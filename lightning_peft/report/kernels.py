@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_peft_kernels.backend import choose
-from lightning_peft_kernels.fp8 import choose_fp8
+from lightning_peft_kernels.dispatch import choose
+from lightning_peft_kernels.fp8.linear import choose_fp8
 from torch import nn
 
-from lightning_peft.edit import Edit
-from lightning_peft.layers.adapted import Adapter, adapted_modules
-from lightning_peft.site import Reason, Site
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.protocols import Reason
+from lightning_peft.core.site import Site
+from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.layers.adapter import Adapter
 
 __all__ = ["KernelWords", "groups_over_one_input"]
 
@@ -47,9 +49,9 @@ def _why_not_fused(edit: Edit, site: Site) -> str:
         if site.has_bias:
             return "a bias that is not scaled: layer, edit and scale one after the other"
         form = _LOW_RANK
-    if edit.by_hand is not None and site.storage.label == "dense":
+    if edit.fused_linear_term is not None and site.storage.label == "dense":
         form = _LOW_RANK
-    found = site.storage.fused(form, site)
+    found = site.storage.fused(form, site.module, site.parameter)
     return str(found) if isinstance(found, Reason) else ""
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_peft.core.registry import registries_in
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.record import records_in
 from lightning_peft.report.kernels import KernelWords, groups_over_one_input
 from lightning_peft.storage import storage_of
 
@@ -86,7 +86,7 @@ class Report:
 def parameter_report(model: nn.Module) -> Report:
     """Count and describe; nothing is changed."""
     report = Report()
-    for _, _, record in records_in(model):
+    for _, _, record in registries_in(model):
         report.skipped += record.skipped
         report.dense += record.dense
         report.tied += record.tied

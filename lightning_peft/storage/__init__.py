@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.site import Storage
+from lightning_peft.core.protocols import Storage
 from lightning_peft.storage.config import Quantization
 from lightning_peft.storage.dense import DenseStorage
-from lightning_peft.storage.nf4_storage import NF4Storage
+from lightning_peft.storage.nf4.storage import FourBitStorage
 
 __all__ = ["Quantization", "storage_of"]
 
 _DENSE = DenseStorage()
-_FOUR_BIT: dict[str, Storage] = {"nf4": NF4Storage("nf4"), "fp4": NF4Storage("fp4")}
+_FOUR_BIT: dict[str, Storage] = {"nf4": FourBitStorage("nf4"), "fp4": FourBitStorage("fp4")}
 
 
 def storage_of(module: nn.Module, name: str = "weight") -> Storage:
@@ -31,13 +31,13 @@ def storage_of(module: nn.Module, name: str = "weight") -> Storage:
 
 
 def _bitsandbytes(class_name: str) -> Storage:
-    from lightning_peft.storage import bnb
+    from lightning_peft.storage import bitsandbytes
 
     storages: dict[str, Storage] = {
-        "Linear4bit": bnb.Bnb4bitStorage(),
-        "LinearNF4": bnb.Bnb4bitStorage(),
-        "LinearFP4": bnb.Bnb4bitStorage(),
-        "Linear8bitLt": bnb.Bnb8bitStorage(),
+        "Linear4bit": bitsandbytes.Bnb4bitStorage(),
+        "LinearNF4": bitsandbytes.Bnb4bitStorage(),
+        "LinearFP4": bitsandbytes.Bnb4bitStorage(),
+        "Linear8bitLt": bitsandbytes.Bnb8bitStorage(),
     }
     if class_name not in storages:
         raise ValueError(

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning_peft_kernels.lora_linear import lora_linear
+from lightning_peft_kernels.lora.linear import lora_linear
 from torch import Tensor, nn
 
-from lightning_peft.masked import held, mask_of, show_masked
-from lightning_peft.site import Reason, Site
-from lightning_peft.storage.shards import fill_rows, local
-from lightning_peft.swap import base_class
+from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.protocols import Reason
+from lightning_peft.core.pruning_masks import held, mask_of, show_masked
+from lightning_peft.storage.dtensor import fill_rows, local
 
 __all__ = ["DenseStorage"]
 
@@ -59,7 +59,7 @@ class DenseStorage:
             held(m, name).copy_(W)
             show_masked(m, name)
 
-    def roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+    def quantization_roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """Rounding to the parameter's dtype, and its mask where it has one."""
         mask = mask_of(m, name)
         W = W if mask is None else W * mask
@@ -75,22 +75,24 @@ class DenseStorage:
             fill_rows(held(m, name), bits)
             show_masked(m, name)
 
-    def densify(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
+    def to_dense(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
         """Already dense: write."""
         bits = self.snapshot(m, name)
         self.write(m, name, W)
         return lambda: self.restore(m, name, bits)
 
-    def fused(self, form: frozenset[str], site: Site) -> Callable[..., Tensor] | Reason:
+    def fused(
+        self, form: frozenset[str], m: nn.Module, name: str
+    ) -> Callable[..., Tensor] | Reason:
         """LoRA on a plain Linear in one autograd function."""
         if form - {"low_rank", "dropout"}:
             return Reason(f"dense: no fused kernel for {sorted(form)}")
-        forward = base_class(site.module).forward
+        forward = base_class(m).forward
         if forward is nn.Linear.forward:
             return _fused
-        if base_class(site.module).__name__ == "Conv1D":
+        if base_class(m).__name__ == "Conv1D":
             return _fused_transposed
-        return Reason(f"dense: {base_class(site.module).__name__} has a forward of its own")
+        return Reason(f"dense: {base_class(m).__name__} has a forward of its own")
 
 
 def _fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_peft.checkpoint.contents import is_attached, kept_tensors
 from lightning_peft.layers.adapted import adapted_modules
-from lightning_peft.strategies.guards import Guards
+from lightning_peft.strategies.fault_guards import Guards
 
 __all__ = ["PEFTDDPStrategy", "may_skip", "reentrant"]
 

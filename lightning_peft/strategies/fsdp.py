@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from lightning_peft.checkpoint import file as checkpoint_file
+from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import KEY, describe, is_attached, kept_tensors
-from lightning_peft.storage.shards import fill_rows
-from lightning_peft.strategies.agreeing import raise_together
+from lightning_peft.storage.dtensor import fill_rows
+from lightning_peft.strategies.collectives import raise_on_all_ranks
 from lightning_peft.strategies.ddp import may_skip
-from lightning_peft.strategies.guards import Guards
-from lightning_peft.strategies.pieces import (
-    cut_optimizer,
-    join_optimizers,
-    join_tensors,
-    optimizer_piece,
+from lightning_peft.strategies.fault_guards import Guards
+from lightning_peft.strategies.shard_units import Classes
+from lightning_peft.strategies.sharded_checkpoint import (
+    gather_optimizers,
+    gather_tensors,
+    optimizer_shard,
     prune,
-    tensor_pieces,
+    shard_optimizer_state,
+    tensor_shards,
 )
-from lightning_peft.strategies.plan import Classes
-from lightning_peft.strategies.reaching import Reached
 from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
+from lightning_peft.strategies.unused_experts import UsageTracker
 
 __all__ = ["PEFTFSDPStrategy"]
 
@@ -87,7 +87,7 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
         )
         self.options = Options(shard_classes, reshard_after_forward, cpu_offload, base_from)
         self.units: list[str] = []
-        self._reached: Reached | None = None
+        self._reached: UsageTracker | None = None
 
     # ---- setting up
 
@@ -113,7 +113,7 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
             options = replace(self.options, precision=self.precision_plugin.precision)
             mesh = self.device_mesh["data_parallel"]
             self.units = shard_model(module, mesh, self.root_device, options)
-            self._reached = Reached(module) if may_skip(module) == "experts" else None
+            self._reached = UsageTracker(module) if may_skip(module) == "experts" else None
         # FSDP2 cannot go on training parameters that an inference-mode forward gathered.
         for loop in (
             trainer.fit_loop.epoch_loop.val_loop,
@@ -161,35 +161,35 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
             return {}
         module = self.lightning_module
         assert module is not None
-        own = tensor_pieces(_kept_by_live_key(module))
+        own = tensor_shards(_kept_by_live_key(module))
         if self._save_distributed_checkpoint:
             return own
-        pieces = self._gather(own)
-        return join_tensors(pieces) if pieces else {}
+        shards = self._gather(own)
+        return gather_tensors(shards) if shards else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer's state."""
         if self.interrupted:
             return {}
         plain: Any = getattr(optimizer, "_optimizer", optimizer)
-        own = optimizer_piece(plain)
+        own = optimizer_shard(plain)
         if self._save_distributed_checkpoint:
             return own
-        pieces = self._gather(own)
-        return join_optimizers(pieces) if pieces else {}
+        shards = self._gather(own)
+        return gather_optimizers(shards) if shards else {}
 
     def _gather(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         """Every process's piece, on rank 0; nothing elsewhere."""
         if self.world_size == 1:
             return [own]
-        pieces: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
-        dist.gather_object(own, pieces)
-        return pieces or []
+        shards: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
+        dist.gather_object(own, shards)
+        return shards or []
 
     def write_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None
     ) -> None:
-        """One file by rank 0, or a folder of pieces."""
+        """One file by rank 0, or a folder of shards."""
         if self.interrupted:
             # Shards of the others are out of reach while they may be anywhere.
             pl.utilities.rank_zero_warn(f"{filepath}: not written: an exception is being handled")
@@ -208,16 +208,16 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
         piece = {k: v for k, v in checkpoint.items() if k in ("state_dict", "optimizer_states")}
         error: Exception | None = None
         try:
-            checkpoint_file.write(piece, temporary / f"piece-{self.global_rank}.pt")
+            atomic_file.write(piece, temporary / f"piece-{self.global_rank}.pt")
         except Exception as caught:
             error = caught
-        raise_together(error, f"saving {target}")
+        raise_on_all_ranks(error, f"saving {target}")
         if self.is_global_zero:
             whole[KEY] = {**describe(module), **(checkpoint.get(KEY) or {})}
-            whole["pieces"] = self.world_size
-            checkpoint_file.write(whole, temporary / "meta.pt")
+            whole["shards"] = self.world_size
+            atomic_file.write(whole, temporary / "meta.pt")
             prune(temporary, self.world_size)
-            checkpoint_file.publish(temporary, target)
+            atomic_file.publish(temporary, target)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
@@ -245,7 +245,7 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The same of the optimizers' states."""
         for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(cut_optimizer(optimizer, whole))
+            optimizer.load_state_dict(shard_optimizer_state(optimizer, whole))
 
     def teardown(self) -> None:
         """Lightning's, and the writer's."""

@@ -15,14 +15,14 @@ from lightning_peft.checkpoint.contents import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.storage import storage_of
-from lightning_peft.storage.stream import materialize, stream_base
-from lightning_peft.strategies.older_torch import (
+from lightning_peft.storage.streaming import materialize, stream_base
+from lightning_peft.strategies.fsdp_compat import (
     hold_bytes_as_floats,
-    reach_every_adapter,
     shards_bytes,
+    touch_every_adapter,
 )
-from lightning_peft.strategies.plan import Classes, shard_units
-from lightning_peft.strategies.starting import (
+from lightning_peft.strategies.shard_units import Classes, shard_units
+from lightning_peft.strategies.sharded_init import (
     of_rank_0,
     start_after_base,
     start_before_base,
@@ -118,7 +118,7 @@ def _for_older_torch(
             "outside of torch.device('meta')"
         )
     for _, unit in units:
-        reach_every_adapter(unit)
+        touch_every_adapter(unit)
     return hold_bytes_as_floats(module, precision)
 
 
@@ -137,7 +137,7 @@ def _refuse(module: nn.Module) -> None:
                     f"{adapter.method.label} on {name!r} with shared {trained}; use "
                     "strategy='peft_ddp'"
                 )
-            if _has_schedule(adapter.method):
+            if _has_step_hooks(adapter.method):
                 raise ValueError(
                     f"peft_fsdp: expected a method without a schedule, got {adapter.method.label} "
                     f"on {name!r}, whose penalty and budget need every tensor whole; use "
@@ -157,7 +157,7 @@ def _refuse(module: nn.Module) -> None:
         )
 
 
-def _has_schedule(method: Any) -> bool:
+def _has_step_hooks(method: Any) -> bool:
     hooks = ("penalty", "after_backward", "after_step")
     return isinstance(method, WeightMethod) and any(
         getattr(type(method), hook) is not getattr(WeightMethod, hook) for hook in hooks

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_peft import PEFT, DoRA
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from tests.callback.nets import Plain
+from tests.helpers.nets import Plain
 
 CONFIG = """
 seed_everything: 3

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_peft import PEFT, Quantization, attach, detach, set_adapter
 from lightning_peft.layers.adapted import adapted_modules
-from tests.callback.nets import (
+from tests.helpers.nets import (
     Configured,
     Plain,
     adapters_of,

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_peft import Quantization
-from tests.callback.nets import Plain, adapters_of, assert_same, base_of, peft, trainer
+from tests.helpers.nets import Plain, adapters_of, assert_same, base_of, peft, trainer
 
 EPOCHS = 8
 

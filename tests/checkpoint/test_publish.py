@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_peft.checkpoint import file as checkpoint_file
+from lightning_peft.checkpoint import atomic_file
 
 
 def make(path: Path, kind: str, text: str) -> None:
@@ -47,13 +47,11 @@ def publish_and_die(temporary: Path, target: Path, at: int, exchange: bool) -> b
             return call
 
         os.replace, os.rmdir, os.unlink = map(fatal, (os.replace, os.rmdir, os.unlink))  # type: ignore[assignment]
-        checkpoint_file._exchange = (
-            fatal(checkpoint_file._exchange) if exchange else lambda *_: False
-        )
-        checkpoint_file._sync_directory = fatal(checkpoint_file._sync_directory)
-        checkpoint_file._remove = fatal(checkpoint_file._remove)
+        atomic_file._exchange = fatal(atomic_file._exchange) if exchange else lambda *_: False
+        atomic_file._sync_directory = fatal(atomic_file._sync_directory)
+        atomic_file._remove = fatal(atomic_file._remove)
         try:
-            checkpoint_file.publish(temporary, target)
+            atomic_file.publish(temporary, target)
         finally:
             os._exit(0)
     _, status = os.waitpid(pid, 0)
@@ -73,14 +71,14 @@ def test_a_kill_at_any_moment_leaves_one_whole(
         make(target, old, "old")
         make(temporary, new, "new")
         ended = publish_and_die(temporary, target, at, exchange)
-        checkpoint_file.recover(target)
+        atomic_file.recover(target)
         assert text_of(target) in ("old", "new")
         if ended:
             break
         # the next save goes through, whatever was left
-        checkpoint_file._remove(temporary)
+        atomic_file._remove(temporary)
         make(temporary, new, "newer")
-        checkpoint_file.publish(temporary, target)
+        atomic_file.publish(temporary, target)
         assert text_of(target) == "newer"
         assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
     assert text_of(target) == "new"
@@ -92,17 +90,17 @@ def test_names_are_exchanged_in_one_call(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     make(a, "folder", "a")
     make(b, "file", "b")
-    if not checkpoint_file._exchange(a, b):
+    if not atomic_file._exchange(a, b):
         pytest.skip("this file system exchanges no names")
     assert text_of(a) == "b"
     assert text_of(b) == "a"
     with pytest.raises(OSError, match="No such file"):
-        checkpoint_file._exchange(a, tmp_path / "nowhere")
+        atomic_file._exchange(a, tmp_path / "nowhere")
 
 
 def test_a_checkpoint_that_stood_aside_is_found_when_it_is_read(tmp_path: Path) -> None:
     from lightning_peft.callback.checkpoint_io import AtomicCheckpointIO
 
-    checkpoint_file.write({"a": 1}, tmp_path / ".last.ckpt.former")
+    atomic_file.write({"a": 1}, tmp_path / ".last.ckpt.former")
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt") == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_peft import PEFT, Quantization
 from lightning_peft.checkpoint.contents import KEY
-from tests.callback.nets import (
+from tests.helpers.nets import (
     Plain,
     adapters_of,
     assert_same,

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_peft import PEFT, LoRA, Quantization, load_from_checkpoint
 from lightning_peft.checkpoint.contents import KEY, leaks
-from tests.callback.nets import (
+from tests.helpers.nets import (
     Configured,
     Plain,
     adapters_of,

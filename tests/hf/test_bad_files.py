@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from tests.hf.exchange import build, by_peft, run, trained
+from tests.helpers.peft_exchange import build, by_peft, run, trained
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

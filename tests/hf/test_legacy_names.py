@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from tests.asserting import assert_close, assert_same_bits
-from tests.hf.exchange import by_peft, loaded, trained
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import by_peft, loaded, trained
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SMALL: dict[str, Any] = {

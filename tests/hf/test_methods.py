@@ -14,8 +14,8 @@ import pytest
 
 import lightning_peft as lp
 from lightning_peft.methods.base import Method
-from tests.asserting import assert_close
-from tests.hf.exchange import build, by_peft, in_peft, loaded, run, trained
+from tests.helpers.compare import assert_close
+from tests.helpers.peft_exchange import build, by_peft, in_peft, loaded, run, trained
 
 FLOOR = 1e-4
 

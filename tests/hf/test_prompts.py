@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.methods import HardPrompt, PrefixTuning, PromptTuning, PTuning
 from lightning_peft.methods.base import SequenceMethod
-from tests.asserting import assert_close, assert_same_bits
-from tests.hf.exchange import build, in_peft, loaded, randomise, run
-from tests.tiny_models import BUILDERS, KINDS, example_inputs
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import build, in_peft, loaded, randomise, run
+from tests.helpers.tiny_models import BUILDERS, KINDS, example_inputs
 
 FLOOR = 1e-4
 N = 3

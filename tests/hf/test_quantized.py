@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import bitsandbytes as bnb
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules
-from tests.asserting import assert_close, assert_same_bits
-from tests.hf.exchange import build, in_peft, loaded, randomise, run
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import build, in_peft, loaded, randomise, run
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -24,12 +24,12 @@ def in_4bit(model: nn.Module, kind: str, nested: bool) -> nn.Module:
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            layer = bnb.nn.Linear4bit(
+            layer = bitsandbytes.nn.Linear4bit(
                 module.in_features, module.out_features, bias=module.bias is not None,
                 quant_type=kind, compress_statistics=nested, compute_dtype=torch.float32,
             )  # fmt: skip
             layer.load_state_dict({"weight": module.weight.data}, strict=False)
-            layer.weight = bnb.nn.Params4bit(
+            layer.weight = bitsandbytes.nn.Params4bit(
                 module.weight.data.clone(), requires_grad=False, quant_type=kind,
                 compress_statistics=nested,
             )  # fmt: skip

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lightning_peft as lp
-from tests.asserting import assert_close, assert_same_bits
-from tests.hf.exchange import ARCHITECTURES, build, by_peft, in_peft, loaded, run, trained
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import ARCHITECTURES, build, by_peft, in_peft, loaded, run, trained
 
 FLOOR = 1e-4  # fp32 logits, relative to the largest
 TARGETS = {"usual": None, "all-linear": "all-linear"}
@@ -234,7 +234,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     base, inputs = build("llama")
     model = trained(base, lp.LoRA(r=2))
     lp.attach(model, lp.LoRA(r=3, target_modules="all-linear"), adapter_name="second")
-    from tests.hf.exchange import randomise
+    from tests.helpers.peft_exchange import randomise
 
     randomise(model, seed=9)
     for name in ("default", "second"):
@@ -267,7 +267,7 @@ def test_a_module_that_holds_the_model(patterns: dict[str, int], tmp_path: Path)
     base, inputs = build("llama")
     holder = Holder(copy.deepcopy(base))
     lp.attach(holder, lp.LoRA(r=4, rank_pattern=patterns, target_modules=["q_proj", "v_proj"]))
-    from tests.hf.exchange import randomise
+    from tests.helpers.peft_exchange import randomise
 
     randomise(holder)
     lp.save_adapter(holder, tmp_path)

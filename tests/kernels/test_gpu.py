@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_peft_kernels import backend, workspace
-from lightning_peft_kernels.backend import CROSSINGS, architecture, choose, choose_product
-from lightning_peft_kernels.decode import nf4_decode_reference
-from lightning_peft_kernels.expert_groups import Groups
-from lightning_peft_kernels.experts import nf4_grouped_linear
-from lightning_peft_kernels.fp8 import (
+from lightning_peft_kernels import dispatch
+from lightning_peft_kernels.dispatch import CROSSINGS, architecture, choose, choose_product
+from lightning_peft_kernels.experts.grouped_linear import nf4_grouped_linear
+from lightning_peft_kernels.experts.groups import Groups
+from lightning_peft_kernels.fp8.linear import (
     choose_fp8,
     dequantize_e4m3,
     e4m3_scale,
@@ -17,17 +16,19 @@ from lightning_peft_kernels.fp8 import (
     quantize_rows_e4m3,
     scaled_mm,
 )
-from lightning_peft_kernels.nf4 import (
+from lightning_peft_kernels.lora.rank_gradients import rank_gradients
+from lightning_peft_kernels.nf4 import weight_buffers
+from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
+from lightning_peft_kernels.nf4.ops import (
     Packed4bit,
     dequantize_4bit,
     dequantize_4bit_reference,
     quantize_4bit,
 )
-from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
-from lightning_peft_kernels.output_scale import output_scale
-from lightning_peft_kernels.rank_gradients import rank_gradients
+from lightning_peft_kernels.nf4.small_batch import nf4_decode_reference
+from lightning_peft_kernels.scale.ops import output_scale
 
-from tests.asserting import FLOOR, assert_close, assert_same_bits
+from tests.helpers.compare import FLOOR, assert_close, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -37,7 +38,7 @@ SHAPES = [(64, 64), (33, 112), (7, 13), (50, 96), (128, 4096), (3, 5)]
 
 def decode(*arguments, **more):  # type: ignore[no-untyped-def]
     """Triton is imported only where a test runs."""
-    from lightning_peft_kernels.decode_triton import decode as kernel
+    from lightning_peft_kernels.nf4.small_batch_triton import decode as kernel
 
     return kernel(*arguments, **more)
 
@@ -167,14 +168,14 @@ def test_prefetch_on_a_second_stream_is_equal_bit_for_bit() -> None:
         return y
 
     want = run()
-    before = workspace.configure(prefetch=True)
+    before = weight_buffers.configure(prefetch=True)
     try:
         for _ in range(5):
             assert_same_bits("y", run(), want)
-        assert sum(p.hits for p in workspace._prefetchers.values()) > 4
+        assert sum(p.hits for p in weight_buffers._prefetchers.values()) > 4
     finally:
-        workspace.configure(prefetch=before.prefetch)
-        workspace.release()
+        weight_buffers.configure(prefetch=before.prefetch)
+        weight_buffers.release()
 
 
 def test_a_forward_can_be_captured() -> None:
@@ -217,7 +218,7 @@ def test_rank_gradients(M: int, N: int, R: int, dtype: torch.dtype) -> None:
 def test_packed_experts(
     counts: list[int], most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "EXPERT_ROWS", most)
+    monkeypatch.setattr(dispatch, "EXPERT_ROWS", most)
     N, K, tail = 192, 320, 5
     each = [quantize_4bit(torch.randn(N, K) / K**0.5) for _ in counts]
     W = torch.stack([dequantize_4bit(q, (N, K), torch.float32) for q in each]).double()

@@ -4,15 +4,15 @@ fp64.
 
 import pytest
 import torch
-from lightning_peft_kernels.expert_groups import Groups
-from lightning_peft_kernels.experts import grouped_linear, nf4_grouped_linear
-from lightning_peft_kernels.experts_low_rank import add_low_rank
-from lightning_peft_kernels.fp8 import e4m3_scale, fp8_lora_linear
-from lightning_peft_kernels.grouped import Projection, nf4_grouped_projections
-from lightning_peft_kernels.lora_linear import lora_linear
-from lightning_peft_kernels.nf4 import Packed4bit, quantize_4bit
-from lightning_peft_kernels.nf4_lora_linear import nf4_linear, nf4_lora_linear
-from lightning_peft_kernels.output_scale import dora_linear, ia3_linear
+from lightning_peft_kernels.experts.grouped_linear import grouped_linear, nf4_grouped_linear
+from lightning_peft_kernels.experts.groups import Groups
+from lightning_peft_kernels.experts.low_rank import add_low_rank
+from lightning_peft_kernels.fp8.linear import e4m3_scale, fp8_lora_linear
+from lightning_peft_kernels.lora.linear import lora_linear
+from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
+from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit
+from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
+from lightning_peft_kernels.scale.ops import dora_linear, ia3_linear
 
 K, N, R = 6, 4, 2
 ROWS = {"two axes": (3,), "three axes": (2, 2)}

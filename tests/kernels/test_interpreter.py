@@ -10,7 +10,11 @@ import pytest
 
 HERE = Path(__file__).parent
 #: Whose kernels loop up to a size.
-LOOPS = ("interpret_decode.py", "interpret_experts.py", "interpret_rank_gradients.py")
+LOOPS = (
+    "nf4/small_batch_interpreter_script.py",
+    "experts/interpreter_script.py",
+    "lora/interpreter_script.py",
+)
 
 
 def older(module, *version):
@@ -20,12 +24,12 @@ def older(module, *version):
 @pytest.mark.parametrize(
     "script",
     [
-        "interpret_nf4.py",
-        "interpret_decode.py",
-        "interpret_experts.py",
-        "interpret_output_scale.py",
-        "interpret_dropout.py",
-        "interpret_rank_gradients.py",
+        "nf4/interpreter_script.py",
+        "nf4/small_batch_interpreter_script.py",
+        "experts/interpreter_script.py",
+        "scale/interpreter_script.py",
+        "dropout/interpreter_script.py",
+        "lora/interpreter_script.py",
     ],
 )
 def test_interpreter(script):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.methods.base import Context
-from tests.asserting import assert_close
+from lightning_peft.methods.base import StepContext
+from tests.helpers.compare import assert_close
 
 STEPS = 20
 
@@ -64,7 +64,7 @@ def test_budget_and_masks_follow_pefts() -> None:
     for step in range(1, STEPS + 1):
         x, y = torch.randn(32, 12), torch.randn(32, 6)
         optimizers[0].zero_grad()
-        ctx = Context(step, STEPS, entries(ours))
+        ctx = StepContext(step, STEPS, entries(ours))
         (ours(x, y).loss + method.penalty(ctx)).backward()
         optimizers[0].step()
         with torch.no_grad():
@@ -105,7 +105,7 @@ def test_the_term_is_pefts() -> None:
             getattr(theirs.model, name).lora_A["default"].copy_(p["A"])
             getattr(theirs.model, name).lora_B["default"].copy_(p["B"])
     x, y = torch.randn(3, 12), torch.randn(3, 6)
-    penalty = method.penalty(Context(0, None, entries(ours)))
+    penalty = method.penalty(StepContext(0, None, entries(ours)))
     assert_close("term", penalty.detach(), _extra(theirs, x, y))
 
 
@@ -114,7 +114,7 @@ def test_a_run_without_an_end_is_refused() -> None:
     method = lp.AdaLoRA(init_r=4, target_r=2, target_modules=["one"])
     lp.attach(model, method)
     with pytest.raises(ValueError, match="set total_step"):
-        method.after_step(Context(1, None, entries(model)))
+        method.after_step(StepContext(1, None, entries(model)))
 
 
 def test_equal_ranks_prune_nothing() -> None:
@@ -123,5 +123,5 @@ def test_equal_ranks_prune_nothing() -> None:
     lp.attach(model, method)
     model(torch.randn(4, 12), torch.randn(4, 6)).loss.backward()
     with torch.no_grad():
-        method.after_step(Context(5, 5, entries(model)))
+        method.after_step(StepContext(5, 5, entries(model)))
     assert all(p["mask"].all() for _, p in entries(model))

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import lightning_peft as lp
 from lightning_peft.methods import BottleneckAdapter
-from tests.asserting import assert_close, assert_same_bits
-from tests.tiny_models import BUILDERS, KINDS, example_inputs, main_output
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.tiny_models import BUILDERS, KINDS, example_inputs, main_output
 
 STYLES = ["houlsby", "pfeiffer", "parallel"]
 QUICK = {"llama", "mixtral", "gpt2", "bert", "t5", "vit"}  # `-m slow` runs the others

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from lightning_peft_kernels.backend import prefer, preference
+from lightning_peft_kernels.dispatch import prefer, preference
 from torch import nn
 
 import lightning_peft as lp

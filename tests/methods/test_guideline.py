@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_peft.guideline.guideline import GUIDELINE, guideline_table
+from lightning_peft.guideline.measurements import MEASURED
 from lightning_peft.methods import recommend
-from lightning_peft.methods.base import METHODS
-from lightning_peft.methods.guideline import GUIDELINE, guideline_table
-from lightning_peft.methods.measured import MEASURED
+from lightning_peft.methods.registry import METHODS
 
 
 @pytest.mark.parametrize("row", GUIDELINE, ids=lambda row: row.method)

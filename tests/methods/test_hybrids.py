@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods import GatedLoRA, Method, mam, unipelt
-from tests.asserting import assert_close, assert_same_bits
-from tests.tiny_models import BUILDERS, example_inputs, main_output
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.tiny_models import BUILDERS, example_inputs, main_output
 
 HYBRIDS: dict[str, Any] = {
     "mam": lambda: mam(n=3, hidden=8),

@@ -11,9 +11,9 @@ import torch
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.adapted import adapters_of as of_module
-from tests.asserting import assert_close
-from tests.callback.nets import Plain, adapters_of, assert_same, trainer
-from tests.hf.exchange import build, in_peft, run, trained
+from tests.helpers.compare import assert_close
+from tests.helpers.nets import Plain, adapters_of, assert_same, trainer
+from tests.helpers.peft_exchange import build, in_peft, run, trained
 
 
 class Scheduled(Plain):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_peft as lp
-from lightning_peft.adapter_state import trained_tensors
+from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.methods import HardPrompt, PrefixTuning, PromptTuning, PTuning
 from lightning_peft.methods.base import SequenceMethod
-from tests.asserting import assert_close, assert_same_bits
-from tests.tiny_models import BUILDERS, KINDS, example_inputs, main_output
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.tiny_models import BUILDERS, KINDS, example_inputs, main_output
 
 METHODS: dict[str, SequenceMethod] = {
     "prompt": PromptTuning(n=3),

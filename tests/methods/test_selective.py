@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.adapter_state import trained_tensors
+from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.methods import BitFit, DiffPruning, Full, LastLayers, NormTuning
-from lightning_peft.methods.base import Context, SelectMethod
-from tests.asserting import assert_close, assert_same_bits
-from tests.tiny_models import BUILDERS, example_inputs, main_output
+from lightning_peft.methods.base import SelectMethod, StepContext
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.tiny_models import BUILDERS, example_inputs, main_output
 
 METHODS = {
     "bitfit": BitFit(),
@@ -226,11 +226,13 @@ def test_penalty_closes_gates() -> None:
     method = DiffPruning(target_modules=["0"], l0=1.0, alpha_init=2.0)
     lp.attach(model, method)
     (_, p) = entries(model)[0]
-    value = method.penalty(Context(0, 10, entries(model)))
+    value = method.penalty(StepContext(0, 10, entries(model)))
     shift = (2 / 3) * torch.log(torch.tensor(0.1 / 1.1))
     assert_close("penalty", value.detach(), torch.sigmoid(2.0 - shift))
     for step in range(200):
-        (g,) = torch.autograd.grad(method.penalty(Context(step, 200, entries(model))), [p["alpha"]])
+        (g,) = torch.autograd.grad(
+            method.penalty(StepContext(step, 200, entries(model))), [p["alpha"]]
+        )
         with torch.no_grad():
             p["alpha"] -= 50 * g
     assert float((p["alpha"] < -2).float().mean()) == 1.0
@@ -246,9 +248,9 @@ def test_mask_is_fixed_to_the_density() -> None:
         for _, p in entries(model):
             p["w"].normal_()
     with torch.no_grad():
-        method.after_step(Context(1, 8, entries(model)))
+        method.after_step(StepContext(1, 8, entries(model)))
         assert all(not bool(p["fixed"]) for _, p in entries(model))
-        method.after_step(Context(4, 8, entries(model)))
+        method.after_step(StepContext(4, 8, entries(model)))
     for _, p in entries(model):
         assert bool(p["fixed"])
         assert float(p["tau"]) == pytest.approx(0.5)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
-from tests.asserting import assert_same_bits
-from tests.tiny_models import BUILDERS, example_inputs, main_output
+from tests.helpers.compare import assert_same_bits
+from tests.helpers.tiny_models import BUILDERS, example_inputs, main_output
 
 METHODS: dict[str, tuple[str, Any]] = {
     "lstm": ("gpt2", lp.PTuning(n=2, encoder="lstm", hidden=4)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "adamw_8bit_quickstart.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "compare" / "adamw_8bit.py"
 
 
 def benchmark() -> Any:

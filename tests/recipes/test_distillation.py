@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.recipes import distillation_loss, teaching
-from tests.asserting import assert_close, assert_same_bits
-from tests.hf.exchange import build, run, trained
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import build, run, trained
 
 
-def by_hand(student: Tensor, teacher: Tensor, T: float) -> Tensor:
+def fused_linear_term(student: Tensor, teacher: Tensor, T: float) -> Tensor:
     """Σ p_t (log p_t − log p_s), fp64, a row at a time."""
     total = torch.zeros((), dtype=torch.float64)
     rows = list(zip(student.flatten(0, -2).double(), teacher.flatten(0, -2).double(), strict=True))
@@ -31,7 +31,7 @@ def test_loss_and_gradient(T: float) -> None:
     torch.manual_seed(0)
     s, t = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
     loss = distillation_loss(s, t, temperature=T)
-    want = by_hand(s, t.detach(), T)
+    want = fused_linear_term(s, t.detach(), T)
     assert_close("loss", loss.double(), want, floor=1e-5)
     (got,) = torch.autograd.grad(loss, s)
     (wanted,) = torch.autograd.grad(want, s)
@@ -44,7 +44,7 @@ def test_masked_rows_do_not_count() -> None:
     torch.manual_seed(0)
     s, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     mask = torch.tensor([[1, 1, 0], [0, 1, 0]])
-    want = by_hand(s[mask.bool()], t[mask.bool()], 2.0)
+    want = fused_linear_term(s[mask.bool()], t[mask.bool()], 2.0)
     t[0, 2] = 1e4
     assert_close("loss", distillation_loss(s, t, mask=mask).double(), want, floor=1e-5)
 
@@ -52,7 +52,7 @@ def test_masked_rows_do_not_count() -> None:
 def test_bf16_logits_are_compared_in_fp32() -> None:
     s, t = torch.randn(4, 50).bfloat16(), torch.randn(4, 50).bfloat16()
     assert distillation_loss(s, t).dtype == torch.float32
-    assert_close("loss", distillation_loss(s, t).double(), by_hand(s, t, 2.0), floor=1e-5)
+    assert_close("loss", distillation_loss(s, t).double(), fused_linear_term(s, t, 2.0), floor=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from lightning_peft.recipes import (
     remove_neurons,
     sparsity,
 )
-from tests.asserting import assert_close, assert_same_bits
-from tests.hf.exchange import build, randomise, run
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import build, randomise, run
 
 LAYERS = ["0", "2"]
 

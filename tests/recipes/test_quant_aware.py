@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
-from tests.asserting import assert_close, assert_same_bits
-from tests.hf.exchange import build, randomise, run
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import build, randomise, run
 
 STORAGES = {
     "nf4": lp.Quantization("nf4", double_quant=False),
@@ -53,7 +53,7 @@ def test_forward_is_the_quantised_weight_and_gradients_are_loras() -> None:
         kinds[kind] = model
     layer: Any = kinds["aware"].get_submodule("model.layers.0.self_attn.q_proj")
     site, A, B = layer.peft["default"].site, layer.peft["default"].A, layer.peft["default"].B
-    want = site.roundtrip(site.weight(torch.float32) + 4.0 * (B @ A).detach())
+    want = site.quantization_roundtrip(site.weight(torch.float32) + 4.0 * (B @ A).detach())
     x = torch.randn(3, 32)
     assert_close("y", layer(x).detach(), nn.functional.linear(x, want), floor=1e-5)
     g = torch.randn(3, 32)

@@ -15,10 +15,10 @@ from torch import nn
 from lightning_peft import PEFT, AdaLoRA, LoRA, PEFTDDPStrategy, PEFTFSDPStrategy, attach
 from lightning_peft.optim import AdamW8bit, join_shards, moments, shard
 from lightning_peft.strategies.ddp import may_skip, reentrant
-from lightning_peft.strategies.pieces import prune, read_folder
-from lightning_peft.strategies.plan import shard_units
-from tests.callback.nets import Plain, loader, peft, trainer
-from tests.tiny_models import BUILDERS
+from lightning_peft.strategies.shard_units import shard_units
+from lightning_peft.strategies.sharded_checkpoint import prune, read_folder
+from tests.helpers.nets import Plain, loader, peft, trainer
+from tests.helpers.tiny_models import BUILDERS
 
 
 def test_registered_by_name() -> None:
@@ -83,7 +83,7 @@ def test_tensor_parallelism_is_refused() -> None:
 
 
 def test_a_schedule_over_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.strategies.processes import free_port
+    from tests.helpers.distributed.processes import free_port
 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     method = AdaLoRA(init_r=2, target_r=1, target_modules="all-linear")
@@ -108,7 +108,7 @@ def test_a_schedule_over_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_process_works_too(
     strategy: Any, error: type[Exception] | None, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.strategies.processes import free_port
+    from tests.helpers.distributed.processes import free_port
 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     model = Plain()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategies.jobs import Job
-from tests.strategies.processes import Processes, difference, result_file, run
+from tests.helpers.distributed.jobs import Job
+from tests.helpers.distributed.processes import Processes, difference, result_file, run
 
 DDP: dict[str, Any] = {"devices": 2, "strategy": "peft_ddp"}
 FSDP: dict[str, Any] = {"devices": 2, "strategy": "peft_fsdp"}

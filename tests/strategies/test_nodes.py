@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.strategies.jobs import Job
-from tests.strategies.processes import ROOT, difference, environment, free_port, run
+from tests.helpers.distributed.jobs import Job
+from tests.helpers.distributed.processes import ROOT, difference, environment, free_port, run
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ def test_two_nodes_by_torchrun(tmp_path: Path) -> None:
     for node in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
         command += ["--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1"]
-        command += [f"--master-port={port}", "-m", "tests.strategies.jobs", str(listed)]
+        command += [f"--master-port={port}", "-m", "tests.helpers.distributed.jobs", str(listed)]
         with open(tmp_path / f"node-{node}.log", "w") as log:
             agents.append(
                 subprocess.Popen(

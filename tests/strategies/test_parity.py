@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategies.jobs import Job
-from tests.strategies.once import made_once
-from tests.strategies.processes import difference, result, run
+from tests.helpers.distributed.jobs import Job
+from tests.helpers.distributed.once import made_once
+from tests.helpers.distributed.processes import difference, result, run
 
 ONE: dict[str, Any] = {}
 DDP: dict[str, Any] = {"devices": 2, "strategy": "peft_ddp"}
@@ -211,10 +211,10 @@ def test_files_hold_adapters_and_state_alone(runs: dict[str, Job]) -> None:
         assert {tuple(s["exp_avg"].shape) for s in state.values()} == {
             tuple(t.shape) for t in trained.values()
         }
-    pieces = folder / "folder-step=2.ckpt"
-    assert {p.name for p in pieces.iterdir()} == {"piece-0.pt", "piece-1.pt", "meta.pt"}
+    shards = folder / "folder-step=2.ckpt"
+    assert {p.name for p in shards.iterdir()} == {"piece-0.pt", "piece-1.pt", "meta.pt"}
     for rank in (0, 1):
-        piece = torch.load(pieces / f"piece-{rank}.pt", weights_only=True)
+        piece = torch.load(shards / f"piece-{rank}.pt", weights_only=True)
         assert set(piece) == {"state_dict", "optimizer_states"}
         assert {k for k in piece["state_dict"] if ".peft." not in k} == set()
     assert not list(folder.glob(".*.tmp*"))

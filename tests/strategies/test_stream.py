@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_peft import LoRA, Quantization, attach, reset_adapters
-from lightning_peft.storage.stream import materialize, stream_base
-from tests.strategies.jobs import Job, build
-from tests.strategies.processes import Processes, difference, result, run
-from tests.tiny_models import BUILDERS, example_inputs, main_output
+from lightning_peft.storage.streaming import materialize, stream_base
+from tests.helpers.distributed.jobs import Job, build
+from tests.helpers.distributed.processes import Processes, difference, result, run
+from tests.helpers.tiny_models import BUILDERS, example_inputs, main_output
 
 FSDP: dict[str, Any] = {"devices": 2, "strategy": "peft_fsdp"}
 reads_into_shards = pytest.mark.skipif(

@@ -1,0 +1,1 @@
+"""The surgery, in place on any `nn.Module`: attach, activate, merge, combine and detach."""

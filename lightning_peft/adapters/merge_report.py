@@ -1,0 +1,76 @@
+"""What a merge did to the weights and to the output, and which base it should have been merged
+onto.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["MergeReport", "SiteError"]
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """What merging did to one weight; all relative, in the Frobenius norm.
+
+    Attributes:
+        name: The weight.
+        delta: ‖W' − W‖ / ‖W‖ with W as stored (dequantised): how much the adapter changes it.
+        error: ‖stored − W'‖ / ‖W'‖: what rounding or requantising lost.
+        base_delta: ‖stored − W₀‖ / ‖W₀‖ against the original base; None where none was given.
+    """
+
+    name: str
+    delta: float
+    error: float
+    base_delta: float | None = None
+
+
+@dataclass
+class MergeReport:
+    """Errors of a merge.
+
+    Attributes:
+        sites: One entry a weight.
+        untied: Parameters that were tied and got a tensor of their own.
+        output_error: ‖merged − attached‖ / ‖attached‖ of the output on the batch given; None
+            without one.
+        output_errors: The same by base: ``"dequantized"`` (the weights as stored) and
+            ``"original"`` (``base=``),
+            when both a batch and a base were given.
+        output_change: ‖attached − base‖ / ‖base‖ of the output: what the adapter is worth on that
+            batch.
+    """
+
+    sites: list[SiteError] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    output_error: float | None = None
+    output_errors: dict[str, float] = field(default_factory=dict)
+    output_change: float | None = None
+
+    @property
+    def worst(self) -> float:
+        """Largest relative error of a weight."""
+        return max((s.error for s in self.sites), default=0.0)
+
+    @property
+    def better_base(self) -> str | None:
+        """The base whose merge is nearer to the attached model; None where only one was tried."""
+        if not self.output_errors:
+            return None
+        return min(self.output_errors, key=lambda base: self.output_errors[base])
+
+    def __str__(self) -> str:
+        """Weights, then output."""
+        lines = [
+            f"merged {len(self.sites)} weights, largest relative error {self.worst:.2e}"
+            + (f"; untied {', '.join(self.untied)}" if self.untied else "")
+        ]
+        if self.output_error is not None:
+            lines.append(f"output on the batch differs by {self.output_error:.2e} (relative)")
+        if self.output_change is not None:
+            lines.append(f"the adapter itself changes it by {self.output_change:.2e}")
+        if self.output_errors:
+            tried = ", ".join(f"{e:.2e} onto the {b} base" for b, e in self.output_errors.items())
+            lines.append(f"output error {tried}: the {self.better_base} base is nearer")
+        return "\n".join(lines)

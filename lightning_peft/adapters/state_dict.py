@@ -1,0 +1,133 @@
+"""The tensors of the adapters as a state dict, out and in: strict, by structure, never by
+substring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.registry import registries_in
+from lightning_peft.initialization.restore import initialized_shapes, restore_starts
+from lightning_peft.layers.adapted import adapted_modules
+
+__all__ = ["adapter_state_dict", "check_state", "load_adapter_state_dict", "trained_tensors"]
+
+
+def trained_tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """Live adapter tensors (parameters and buffers) by canonical key, each tensor once.
+
+    A key is the module's first name in `named_modules()`, without torch.compile's ``_orig_mod``,
+    then ``peft.<adapter>.<tensor>``. Running statistics of normalisation layers, which training
+    moves although the base is frozen, come with the first adapter.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, module in adapted_modules(model):
+        for key, entry in module.peft.items():
+            if adapter_name is None or key == adapter_name:
+                _collect(tensors, entry, f"{name}.peft.{key}" if name else f"peft.{key}")
+    if tensors or any(True for _ in registries_in(model)):
+        tensors |= _running_statistics(model)
+    return {k.replace("_orig_mod.", ""): t for k, t in tensors.items()}
+
+
+def _collect(into: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
+    saved = module.state_dict(keep_vars=True)
+    for key, tensor in saved.items():
+        into[f"{prefix}.{key}"] = tensor
+
+
+def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            for key, buffer in module.named_buffers(recurse=False):
+                if key not in module._non_persistent_buffers_set:
+                    found[f"{name}.{key}" if name else key] = buffer
+    return found
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    """Detached tensors of one adapter, or of all.
+
+    Raises:
+        KeyError: no adapter of that name.
+    """
+    _require(model, adapter_name)
+    return {k: t.detach() for k, t in trained_tensors(model, adapter_name).items()}
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Any], *, strict: bool = True
+) -> None:
+    """Copy tensors in, after checking all of them; nothing is copied when one is wrong.
+
+    Args:
+        model: A model with the adapters attached.
+        state: Canonical keys, as `adapter_state_dict` gives them.
+        strict: Whether the key sets must be equal; unequal shapes and non-finite values raise
+            either way.
+
+    Raises:
+        ValueError: missing, extra, misshapen or non-finite tensors, with the list.
+    """
+    live = trained_tensors(model)
+    check_state({**live, **initialized_shapes(model, state)}, state, strict=strict)
+    restore_starts(model, state)
+    live = trained_tensors(model)
+    with torch.no_grad():
+        for key, tensor in live.items():
+            if key in state:
+                tensor.copy_(state[key])
+
+
+def check_state(
+    live: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    strict: bool,
+    source: str = "adapter state",
+) -> None:
+    """Raise with every difference between what is expected and what is there."""
+    problems: list[str] = []
+    if strict:
+        problems += [f"missing {k}" for k in live if k not in state]
+        problems += [f"extra {k}" for k in state if k not in live]
+    elif not any(k in live for k in state):
+        problems.append("no key matches")
+    for key, value in state.items():
+        if key not in live:
+            continue
+        if not isinstance(value, Tensor):
+            problems.append(f"{key}: expected a tensor, got {type(value).__name__}")
+        elif value.shape != live[key].shape:
+            problems.append(
+                f"{key}: expected shape {list(live[key].shape)}, got {list(value.shape)}"
+            )
+        elif (
+            value.is_floating_point()
+            and value.device.type != "meta"
+            and not torch.isfinite(value).all()
+        ):
+            problems.append(f"{key}: expected finite values, got NaN or infinity")
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (
+            f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        )
+        raise ValueError(
+            f"{source}: expected {len(live)} tensors that match the attached adapters, got "
+            f"{len(state)} with {len(problems)} differences; nothing was loaded. Attach with the "
+            f"configuration that was saved:\n  {shown}"
+        )
+
+
+def _require(model: nn.Module, adapter_name: str | None) -> None:
+    known = sorted({n for _, _, r in registries_in(model) for n in r.adapters})
+    if not known or (adapter_name is not None and adapter_name not in known):
+        raise KeyError(
+            f"adapter_state_dict: expected one of the attached adapters {known}, got "
+            f"{adapter_name!r}"
+        )

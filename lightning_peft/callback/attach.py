@@ -1,0 +1,129 @@
+"""Attaching from inside a run: idempotent, on the part of the module that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.adapters.activation import activate
+from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.core.registry import AdapterRegistry, forget, registry_of
+from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.methods.base import Method
+from lightning_peft.methods.registry import to_dict
+from lightning_peft.models.target_modules import classification_heads
+from lightning_peft.storage import Quantization
+
+__all__ = ["attach_once", "find_root"]
+
+
+def find_root(module: nn.Module, path: str | None) -> nn.Module:
+    """The submodule at a dotted path; the module itself for None.
+
+    Raises:
+        ValueError: no such submodule, with the ones there are.
+    """
+    if not path:
+        return module
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        known = [n for n, _ in module.named_modules() if n and n.count(".") <= path.count(".")]
+        raise ValueError(
+            f"PEFT root: expected the path of a submodule, got {path!r}; there are {known[:20]}"
+        ) from error
+
+
+def attach_once(
+    root: nn.Module,
+    adapters: Mapping[str, Sequence[Method]],
+    *,
+    quantization: Quantization | None,
+    modules_to_save: Sequence[str],
+    device: torch.device,
+    lost: bool,
+) -> list[str]:
+    """Attach every adapter that is not attached yet, and make all of them act, in the order named.
+
+    Args:
+        root: What to adapt.
+        adapters: Methods by adapter name.
+        quantization: How to store the base.
+        modules_to_save: Modules to train whole, besides a Hugging Face classification head.
+        device: Where to quantise.
+        lost: Whether the user's `configure_model` replaced adapted layers.
+
+    Returns:
+        Names of adapters whose layers were replaced, and which start again.
+
+    Raises:
+        RuntimeError: an adapter of that name is attached with another configuration.
+    """
+    record = registry_of(root)
+    gone = _lost_adapters(root, record, lost) if record is not None else []
+    new = False
+    for name, methods in adapters.items():
+        record = registry_of(root)
+        if record is not None and name in record.adapters:
+            _same(name, record, methods, quantization)
+            continue
+        first = record is None or record.fingerprint is None
+        if not first and record is not None and quantization not in (None, record.quantization):
+            raise RuntimeError(
+                f"PEFT adapter {name!r}: expected quantization={record.quantization}, as the base "
+                f"is stored already, got {quantization}; give every PEFT callback of one root the "
+                "same"
+            )
+        heads = [h for h in classification_heads(root) if not _covered(h, modules_to_save)]
+        attach(
+            root,
+            list(methods),
+            adapter_name=name,
+            quantization=quantization if first else None,
+            modules_to_save=[*modules_to_save, *heads],
+            device=device if first and quantization is not None else None,
+        )
+        new = True
+    record = registry_of(root)
+    if new and record is not None:
+        activate(root, record, list(record.adapters))
+    return gone
+
+
+def _covered(head: str, wanted: Sequence[str]) -> bool:
+    return any(head == w or head.endswith(f".{w}") or head.startswith(f"{w}.") for w in wanted)
+
+
+def _lost_adapters(root: nn.Module, record: AdapterRegistry, lost: bool) -> list[str]:
+    """Names whose layers the user's `configure_model` replaced; their record goes."""
+    live = {name for _, module in adapted_modules(root) for name in module.peft}
+    gone = [name for name in record.adapters if lost or name not in live]
+    if gone:
+        detach(root)
+        forget(root)  # a quantised base went with the old net
+    return gone
+
+
+def _same(
+    name: str, record: AdapterRegistry, methods: Sequence[Method], quantization: Quantization | None
+) -> None:
+    entry = record.adapters[name]
+    have, want = [to_dict(m) for m in entry.methods], [to_dict(m) for m in methods]
+    if have != want or (quantization is not None and quantization != record.quantization):
+        raise RuntimeError(
+            f"PEFT adapter {name!r}: expected the configuration that is attached already, "
+            f"{_short(have)} on {record.quantization}, got {_short(want)} on {quantization}; "
+            "detach(module) first, or use another adapter_name"
+        )
+
+
+def _short(methods: Sequence[Mapping[str, Any]]) -> str:
+    return " + ".join(f"{m['method']}({_fields(m)})" for m in methods)
+
+
+def _fields(method: Mapping[str, Any]) -> str:
+    said = {k: v for k, v in method.items() if k != "method" and v not in (None, {})}
+    return ", ".join(f"{k}={v!r}" for k, v in said.items())

@@ -1,0 +1,95 @@
+"""`load_from_checkpoint`: a LightningModule with its adapters, from a file of adapters alone."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_peft.adapters.activation import activate
+from lightning_peft.adapters.attach import attach
+from lightning_peft.checkpoint import atomic_file
+from lightning_peft.checkpoint.contents import KEY, complete_checkpoint
+from lightning_peft.core.registry import registry_of
+from lightning_peft.methods.registry import from_dict
+from lightning_peft.storage import Quantization
+
+__all__ = ["load_from_checkpoint"]
+
+M = TypeVar("M", bound=pl.LightningModule)
+
+
+def load_from_checkpoint(
+    module_class: type[M], path: str | os.PathLike[str], **init_args: Any
+) -> M:
+    """Build the module, attach what the file describes, and load it strictly.
+
+    Args:
+        module_class: The LightningModule's class; it brings the pretrained base itself.
+        path: A checkpoint written under the callback.
+        **init_args: Arguments of the class; they come before the stored hyper-parameters.
+
+    Returns:
+        The module on the CPU, in the mode that its constructor leaves it in.
+
+    Raises:
+        ValueError: no adapters in the file, another base, tensors that do not fit, or a net that
+            only `setup` builds.
+    """
+    checkpoint = atomic_file.read(path)
+    source = os.fspath(path)
+    stored = checkpoint.get(KEY)
+    if not isinstance(stored, dict) or not stored.get("roots"):
+        raise ValueError(
+            f"{source}: expected a checkpoint with adapters, got keys {sorted(checkpoint)}; load a "
+            f"full model with {module_class.__name__}.load_from_checkpoint"
+        )
+    hparams = _accepted(module_class, checkpoint.get("hyper_parameters") or {})
+    module = module_class(**{**hparams, **init_args})
+    if is_overridden("configure_model", module):
+        module.configure_model()
+    _require_net(module, source)
+    for prefix, root in stored["roots"].items():
+        _attach(module.get_submodule(prefix) if prefix else module, root)
+    module.on_load_checkpoint(checkpoint)
+    completed = complete_checkpoint(module, checkpoint, source, resuming=False)
+    module.load_state_dict(completed["state_dict"], strict=True)
+    return module
+
+
+def _accepted(cls: type, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(hparams)
+    names = {p.name for p in parameters}
+    return {k: v for k, v in hparams.items() if k in names}
+
+
+def _require_net(module: pl.LightningModule, source: str) -> None:
+    if next(module.parameters(), None) is None:
+        raise ValueError(
+            f"{source}: expected {type(module).__name__} to have parameters after __init__ and "
+            "configure_model, found none: a net built in setup() needs a run; use "
+            "trainer.test(module, ckpt_path=…) or build it earlier"
+        )
+
+
+def _attach(root: nn.Module, stored: Mapping[str, Any]) -> None:
+    quantization = stored["quantization"]
+    for name, adapter in stored["adapters"].items():
+        attach(
+            root,
+            [from_dict(m) for m in adapter["methods"]],
+            adapter_name=name,
+            quantization=None if quantization is None else Quantization(**quantization),
+            modules_to_save=adapter["modules_to_save"],
+        )
+        quantization = None
+    record = registry_of(root)
+    assert record is not None
+    activate(root, record, list(stored["active"]))

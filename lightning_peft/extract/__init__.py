@@ -1,1 +1,0 @@
-"""Low-rank adapters out of fine-tuned weights, and out of adapters of higher rank."""

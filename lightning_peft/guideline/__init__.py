@@ -1,0 +1,1 @@
+"""What the literature and our own measurements say about methods, as data."""

@@ -1,0 +1,267 @@
+"""LoRA files of other programs, Kohya's, diffusers' and loralib's, in peft's terms.
+
+What a file leaves open is asked for or refused by name, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.hf.import_names import PARSERS, Layer, kind_of, require_whole
+from lightning_peft.hf.import_places import places_of
+from lightning_peft.hf.keys import PREFIX, joined
+
+__all__ = ["Foreign", "foreign_adapter"]
+
+
+@dataclass
+class Foreign:
+    """A file in peft's terms, names relative to the caller's model.
+
+    Attributes:
+        config: As in adapter_config.json.
+        tensors: As in adapter_model.safetensors.
+        notes: What the file left to convention.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)
+
+
+def foreign_adapter(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    root: str | None,
+    alpha: float | None,
+    enable_lora: Sequence[bool] | None,
+    metadata: Mapping[str, str],
+) -> Foreign:
+    """A file of another program in peft's terms.
+
+    Args:
+        model: The module that is adapted.
+        tensors: As in the file.
+        source: Of the file, for messages.
+        root: Name of the module whose layer names the file uses.
+        alpha: loralib's lora_alpha, which its files do not hold.
+        enable_lora: loralib's argument of MergedLinear, which its files do not hold.
+        metadata: Of the safetensors file.
+
+    Raises:
+        ValueError: an unknown format, a tensor with no certain place, a scale that is not said.
+    """
+    kind = kind_of(list(tensors))
+    if not kind:
+        raise ValueError(
+            f"{source}: expected a LoRA file of peft, Kohya, diffusers or loralib, got tensors "
+            f"named as {sorted(tensors)[:3]}; nothing was loaded"
+        )
+    if kind != "loralib" and (alpha is not None or enable_lora is not None):
+        raise ValueError(
+            f"load_adapter: alpha, enable_lora: expected with a loralib file, got a {kind} one, "
+            "which says its own"
+        )
+    layers, other = PARSERS[kind](tensors, source)
+    require_whole(layers, source)
+    notes: list[str] = []
+    if kind == "loralib":
+        _loralib_scale(layers, alpha, source)
+    else:
+        if other:
+            raise ValueError(
+                f"{source}: expected LoRA tensors only, got also {sorted(other)[:5]}, of "
+                f"{len(other)}, whose place in a {kind} file is not certain; nothing was loaded"
+            )
+        _scale(kind, layers, metadata, source, notes)
+    places = places_of(model, root, layers, source)
+    return _in_peft(model, layers, places, other, enable_lora, source, notes)
+
+
+# ---- scales
+
+
+def _scale(
+    kind: str, layers: Sequence[Layer], metadata: Mapping[str, str], source: str, notes: list[str]
+) -> None:
+    """Kohya: alpha 0 or none means scale 1. diffusers: the same where all ranks are equal."""
+    if "lora_adapter_metadata" in metadata:
+        raise ValueError(
+            f"{source}: expected scales in the tensors, got lora_adapter_metadata in the header; "
+            "save the adapter from diffusers' model.save_lora_adapter as a peft directory instead"
+        )
+    silent = [e for e in layers if not e.alpha]
+    ranks = {e.factors()[0].shape[0] for e in layers}
+    if kind == "diffusers" and silent and len(ranks) > 1:
+        raise ValueError(
+            f"{source}: expected an alpha beside each layer, or one rank, got ranks "
+            f"{sorted(ranks)} and no alpha for {silent[0].label!r}: programs differ in the scale "
+            "they then take; nothing was loaded"
+        )
+    for e in silent:
+        e.alpha = float(e.factors()[0].shape[0])
+    if silent:
+        notes.append(f"{len(silent)} layers have no alpha in the file: scale 1, as {kind} reads it")
+
+
+def _loralib_scale(layers: Sequence[Layer], alpha: float | None, source: str) -> None:
+    if alpha is None or not alpha > 0:
+        raise ValueError(
+            f"{source}: expected alpha= (loralib's lora_alpha, above 0), which loralib's files do "
+            f"not hold, got {alpha}; take it from the run that made the adapter"
+        )
+    for e in layers:
+        e.alpha = alpha
+
+
+# ---- in peft's terms
+
+
+def _in_peft(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    places: Mapping[int, str],
+    other: Mapping[str, Tensor],
+    enable_lora: Sequence[bool] | None,
+    source: str,
+    notes: list[str],
+) -> Foreign:
+    modules = dict(model.named_modules())
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, tuple[int, float]] = {}
+    problems: list[str] = []
+    for e in layers:
+        name = places[id(e)]
+        try:
+            A, B, factor = _factors(e, modules[name], enable_lora)
+        except ValueError as error:
+            problems.append(f"{e.label}: {error}")
+            continue
+        embedding = isinstance(modules[name], nn.Embedding)
+        suffix = ("lora_embedding_A", "lora_embedding_B") if embedding else _SUFFIXES
+        tensors |= {PREFIX + joined(name, suffix[0]): A, PREFIX + joined(name, suffix[1]): B}
+        found[name] = (A.shape[0], (e.alpha or 0.0) * factor)
+    if problems:
+        raise ValueError(f"{source}: nothing was loaded:\n  " + "\n  ".join(problems[:20]))
+    r, alpha = Counter(found.values()).most_common(1)[0][0]
+    odd = sorted((n for n, v in found.items() if v != (r, alpha)), key=lambda n: (-len(n), n))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(n): found[n][0] for n in odd},
+        "alpha_pattern": {re.escape(n): found[n][1] for n in odd},
+        "target_modules": "|".join(re.escape(n) for n in sorted(found)),
+    }
+    config["bias"] = _biases(model, other, found, tensors, source)
+    return Foreign(config, tensors, notes)
+
+
+_SUFFIXES = ("lora_A.weight", "lora_B.weight")
+
+
+def _factors(
+    e: Layer, module: nn.Module, enable_lora: Sequence[bool] | None
+) -> tuple[Tensor, Tensor, float]:
+    """(A, B, factor of alpha) in the shapes that the layer's kind has in peft."""
+    A, B = e.factors()
+    kernel: tuple[int, ...] | None = (
+        getattr(module, "kernel_size", None)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        else None
+    )
+    if kernel is not None and A.ndim == 2:
+        if max(kernel) > 1:
+            raise ValueError(
+                "expected a linear layer or an embedding, got a convolution: loralib's factors of "
+                "its kernel have no low-rank form here; merge it with loralib"
+            )
+        A, B = (t.reshape(*t.shape, *kernel) for t in (A, B))
+    if kernel is None and A.ndim > 2:  # from a model whose projections are 1×1 convolutions
+        if A.shape[2:].numel() != 1 or B.shape[2:].numel() != 1:
+            raise ValueError(f"expected factors of a linear layer, got {list(A.shape)}")
+        A, B = A.flatten(1), B.flatten(1)
+    if A.shape[0] == B.shape[1]:
+        rows = _rows(module)
+        if rows is None or B.shape[0] == rows:
+            return A.contiguous(), B.contiguous(), 1.0
+    return _merged(A, B, module, enable_lora)
+
+
+def _rows(module: nn.Module) -> int | None:
+    for name in ("out_features", "nf"):  # a linear layer, transformers' Conv1D
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _merged(
+    A: Tensor, B: Tensor, module: nn.Module, enable_lora: Sequence[bool] | None
+) -> tuple[Tensor, Tensor, float]:
+    """loralib's MergedLinear: k of n equal parts of the output have factors of their own."""
+    rows, r = _rows(module), B.shape[1]
+    k = A.shape[0] // max(r, 1)
+    if rows is None or A.ndim != 2 or A.shape[0] != k * r or k < 1 or B.shape[0] % k:
+        raise ValueError(
+            f"expected factors [r, in] and [out, r] with out = {rows}, got {list(A.shape)} and "
+            f"{list(B.shape)}"
+        )
+    size = B.shape[0] // k
+    if rows % size:
+        raise ValueError(f"expected parts that divide the {rows} outputs, got parts of {size}")
+    n = rows // size
+    enabled = [True] * n if k == n else list(enable_lora or ())
+    if len(enabled) != n or sum(enabled) != k:
+        raise ValueError(
+            f"expected enable_lora= with {k} of {n} parts on (loralib's argument of MergedLinear, "
+            f"which its files do not hold), got {enable_lora}"
+        )
+    whole = B.new_zeros(rows, k * r)
+    for part, place in enumerate(i for i, on in enumerate(enabled) if on):
+        rows_of = slice(place * size, (place + 1) * size)
+        whole[rows_of, part * r : (part + 1) * r] = B[part * size : (part + 1) * size]
+    return A.contiguous(), whole, float(k)
+
+
+def _biases(
+    model: nn.Module,
+    other: Mapping[str, Tensor],
+    found: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    source: str,
+) -> str:
+    """loralib's further tensors: trained biases, or copies of the base, which reading compares."""
+    parameters = dict(model.named_parameters())
+    changed = {
+        k
+        for k, t in other.items()
+        if k.rpartition(".")[2] == "bias"
+        and k in parameters
+        and parameters[k].shape == t.shape
+        and not torch.equal(parameters[k].detach().cpu().to(t.dtype), t)
+    }
+    everywhere = {k for k in parameters if k.rpartition(".")[2] == "bias"}
+    adapted = {joined(n, "bias") for n in found} & everywhere
+    mode = "none" if not changed else "lora_only" if changed <= adapted else "all"
+    wanted = {"none": set(), "lora_only": adapted, "all": everywhere}[mode]
+    missing = sorted(wanted - set(other))
+    if missing:
+        raise ValueError(
+            f"{source}: expected trained biases of all layers or of all adapted ones, found none "
+            f"for {missing[:3]}; nothing was loaded"
+        )
+    for key, tensor in other.items():
+        path, _, leaf = key.rpartition(".")
+        inner = "base_layer" if key in wanted and path in found else ""
+        tensors[PREFIX + joined(path, inner, leaf)] = tensor
+    return mode

@@ -1,0 +1,1 @@
+"""Fused experts: 3-D weights that the module's own forward reads."""

@@ -1,0 +1,1 @@
+"""Layers that read the same input and run as one product."""

@@ -1,0 +1,1 @@
+"""Prompt learning: virtual tokens and prefixes around a model's forward."""

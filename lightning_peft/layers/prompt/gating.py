@@ -1,0 +1,118 @@
+"""Factors of a prefix's keys and values by layer, from what each attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.layers.mixed_batch import current_mixed_batch
+
+__all__ = ["PrefixGateHooks", "gated", "gated_attention", "refuse_rows"]
+
+
+def gated_attention(stack: nn.Module, layers: int) -> list[nn.Module]:
+    """The self-attention module of every layer.
+
+    Raises:
+        ValueError: they are not numbered as expected.
+    """
+    found: dict[int, nn.Module] = {}
+    for module in stack.modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and "attention" in type(module).__name__.lower():
+            found.setdefault(number, module)  # self-attention stands before cross-attention
+    if sorted(found) != list(range(layers)):
+        raise ValueError(
+            f"PrefixTuning with gating: expected {layers} attention modules with a layer_idx in "
+            f"{type(stack).__name__}, found those of layers {sorted(found)}; use gating=False"
+        )
+    return [found[i] for i in range(layers)]
+
+
+class PrefixGateHooks:
+    """Keeps each layer's factor [B, 1] within a forward; the hooks a gated prefix needs.
+
+    A prefix that stands in a growing cache already is multiplied there, once, when its layer runs
+    for the first time.
+
+    Attributes:
+        handle: Takes all of them off.
+    """
+
+    def __init__(self, adapter: Any, stack: nn.Module) -> None:
+        self.adapter = adapter
+        self.now: dict[int, Tensor] = {}
+        self.cached: Any = None  # the cache whose prefix is to be multiplied
+        self.span: tuple[int, int] = (0, 0)
+        modules = gated_attention(stack, len(adapter.site.layers))
+        self.handles = [
+            m.register_forward_pre_hook(partial(self.see, i), with_kwargs=True)
+            for i, m in enumerate(modules)
+        ]
+
+    @property
+    def handle(self) -> PrefixGateHooks:
+        """Itself: what detach calls `remove` on."""
+        return self
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def rest(self) -> None:
+        """Forget the forward that is over."""
+        self.now.clear()
+        self.cached = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "now": {}, "cached": None}
+
+    def see(
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The hook."""
+        adapter = self.adapter
+        if adapter not in adapter.site.module._peft.sequences:
+            return
+        x = args[0] if args else kwargs["hidden_states"]
+        self.now[layer] = adapter.method.gate(adapter.block, layer, x)
+        if self.cached is not None:
+            held, (start, end) = self.cached.layers[layer], self.span
+            factor = torch.ones_like(held.keys[:, :1, :, :1])
+            gate = self.now[layer][:, None, :, None].to(factor.dtype)
+            factor[:, :, start:end] = gate.expand(-1, -1, end - start, -1)
+            held.keys, held.values = held.keys * factor, held.values * factor
+
+
+def refuse_rows(adapters: Sequence[Any]) -> None:
+    """Raise ValueError where gates would have to differ by adapter within a batch."""
+    if current_mixed_batch() is not None and any(
+        getattr(a.method, "gating", False) for a in adapters
+    ):
+        raise ValueError(
+            "adapter_names: expected prefixes without gates, got PrefixTuning with gating=True; "
+            "run the adapters one after the other with set_adapter"
+        )
+
+
+def gated(adapters: Sequence[Any], layer: int, keys: Tensor) -> Tensor | None:
+    """Factors [B, 1, n, 1] of a layer's prefix; None where no adapter has gates.
+
+    Args:
+        adapters: In the order named; the last stands first.
+        layer: Number of the layer.
+        keys: The prefix's keys [B, heads, n, features].
+    """
+    if not any(a.method.gating for a in adapters):
+        return None
+    parts = []
+    for adapter in reversed(adapters):
+        one = keys.new_ones(keys.shape[0], 1)
+        gate = adapter.tap.now[layer].to(keys) if adapter.method.gating else one
+        parts.append(gate.expand(-1, adapter.method.n))
+    return torch.cat(parts, dim=1)[:, None, :, None]

@@ -1,0 +1,49 @@
+"""LSTM, GRU and RNN: edits on the matrices that the recurrent kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.layers.opaque import WeightsOps
+
+__all__ = ["RecurrentOps"]
+
+
+class RecurrentOps(WeightsOps):
+    """LSTM, GRU, RNN: every weight_ih and weight_hh (and weight_hr of a projected LSTM)."""
+
+    def parameters(self, m: nn.Module) -> Sequence[str]:
+        """All matrices, layer by layer."""
+        return tuple(
+            n for n, p in m._parameters.items() if n.startswith("weight_") and p is not None
+        )
+
+    def hf_refusal(self, m: nn.Module, name: str) -> str:
+        """None of them in peft."""
+        return f"peft adapts no {type(m).__name__}"
+
+    def bias(self, m: nn.Module, name: str) -> str | None:
+        """bias_ih for weight_ih and so on."""
+        path = name.replace("weight_", "bias_")
+        return path if m._parameters.get(path) is not None else None
+
+    @contextmanager
+    def substituted(self, m: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """As any module; the flat list that the kernels take is shadowed too.
+
+        Its weak references are blanked for the while: the module would find tensors that it has not
+        seen and make the list anew from its attributes.
+        """
+        with super().substituted(m, tensors):
+            attributes = vars(m)
+            before = {k: attributes[k] for k in ("_flat_weights", "_flat_weight_refs")}
+            attributes["_flat_weights"] = [getattr(m, n) for n in m._flat_weights_names]
+            attributes["_flat_weight_refs"] = [None] * len(m._flat_weights_names)
+            try:
+                yield
+            finally:
+                attributes.update(before)

@@ -1,0 +1,218 @@
+"""LoRA in Hugging Face's format: what a table cannot say. Ranks and scales per layer, plain form,
+padding.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.site import Site
+from lightning_peft.methods.checks import match_site
+from lightning_peft.methods.exchange import HFEntry
+
+__all__ = ["from_config", "pack", "to_config", "uniform", "unpack"]
+
+# Starts that leave the base alone: for a trained adapter they are history.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_BASE_STARTS = ("pissa", "olora")
+
+
+def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain form, of rank 1 at least: where the start took B₀A₀ out of the base, BA − B₀A₀ =
+    [B, −B₀] [A; A₀], rank 2r.
+    """
+    packed = {k: t for k, t in p.items() if k not in ("A0", "B0")}
+    if "A0" in p:
+        packed["A"] = torch.cat([p["A"], p["A0"]], dim=-2)
+        packed["B"] = torch.cat([p["B"], -p["B0"]], dim=-1)
+    if not packed["A"].shape[-2]:  # EVA left this layer out
+        A, B = packed["A"], packed["B"]
+        packed["A"] = A.new_zeros(*A.shape[:-2], 1, A.shape[-1])
+        packed["B"] = B.new_zeros(*B.shape[:-1], 1)
+    return packed
+
+
+def unpack(
+    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """As they are; a rank above min(out, in), which peft allows, is written with the rank it can
+    have.
+    """
+    tensors = dict(p)
+    if not {"A", "B"} <= set(p) or p["A"].shape[-2] <= method.rank(site):
+        return tensors
+    delta = p["B"].double() @ p["A"].double()
+    out, inner = delta.shape[-2:]
+    eye = torch.eye(min(out, inner)).expand(*delta.shape[:-2], -1, -1)
+    A, B = (delta, eye) if out <= inner else (eye, delta)
+    return {**tensors, "A": A.float().contiguous(), "B": B.float().contiguous()}
+
+
+def _alpha(s: float, r: int, rslora: bool) -> float:
+    return s * math.sqrt(r) if rslora else s * r
+
+
+def _scale(e: HFEntry) -> float:
+    """S of the adapter as it is trained: EVA moves ranks between layers, the plain form doubles
+    them.
+    """
+    moved = e.method.needs_data == "inputs"
+    r = e.tensors["A"].shape[-2] if moved else e.method.rank(e.site)
+    s: float = e.method.scaling(e.site, r)
+    return s
+
+
+def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    """r, lora_alpha and their patterns from the tensors; the user's own patterns where they say the
+    same.
+    """
+    rslora = bool(config["use_rslora"])
+    wanted: dict[str, tuple[int, float]] = {}
+    for e in entries:
+        r = e.site.ops.hf_rank(e.site.module, e.site.parameter, e.tensors["A"].shape[-2])
+        s = _scale(e)
+        found = (r, _number(_alpha(s, r, rslora)))
+        if wanted.setdefault(e.target, found) != found:
+            raise ValueError(
+                f"save_adapter: {e.path!r}: expected one rank for all weights of a module, got "
+                f"{wanted[e.target]} and {found}; peft's patterns know modules only"
+            )
+    config["lora_alpha"] = _number(config["lora_alpha"])
+    if all(_by_patterns(config, path) == want for path, want in wanted.items()):
+        return
+    config["r"], config["lora_alpha"] = Counter(wanted.values()).most_common(1)[0][0]
+    # Longest names first: a pattern also matches names that end in it.
+    odd = sorted(wanted.items(), key=lambda item: (-len(item[0]), item[0]))
+    r, alpha = config["r"], config["lora_alpha"]
+    config["rank_pattern"] = {k: v[0] for k, v in odd if v != (r, alpha)}
+    config["alpha_pattern"] = {k: v[1] for k, v in odd if v != (r, alpha)}
+    for path, want in odd:
+        if _by_patterns(config, path) != want:  # another layer's name ends like this one's
+            config["rank_pattern"] = _first(path, want[0], config["rank_pattern"])
+            config["alpha_pattern"] = _first(path, want[1], config["alpha_pattern"])
+
+
+def _first(key: str, value: Any, patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """The first match counts, so put this one in front."""
+    return {key: value, **{k: v for k, v in patterns.items() if k != key}}
+
+
+def _number(x: float) -> float:
+    """A whole number as int, as configs are written; 12 digits otherwise (√ and back leave a
+    trace).
+    """
+    x = float(f"{x:.12g}")
+    return int(x) if x == int(x) else x
+
+
+def _match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        try:
+            hit = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise ValueError(
+                "adapter_config.json: expected a regular expression as key of a pattern, got "
+                f"{pattern!r} ({error})"
+            ) from None
+        if hit:
+            return value
+    return default
+
+
+def _by_patterns(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    r = _match(config["rank_pattern"], name, config["r"])
+    return r, _match(config["alpha_pattern"], name, config["lora_alpha"])
+
+
+def uniform(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    """One rank everywhere, scale 1: A and B padded with zeros, each layer's scale in its B (and
+    bias).
+
+    Raises:
+        ValueError: a grouped convolution, whose rank in peft is a multiple.
+    """
+    most = max(e.tensors["A"].shape[-2] for e in entries)
+    for e in entries:
+        if e.site.ops.hf_rank(e.site.module, e.site.parameter, most) != most:
+            raise ValueError(
+                f"save_adapter(uniform=True): {e.path!r}: expected layers of one rank in peft, got "
+                "a grouped convolution, whose rank there is a multiple; export without uniform"
+            )
+        s = _scale(e)
+        A, B = e.tensors["A"], e.tensors["B"]
+        missing = most - A.shape[-2]
+        e.tensors["A"] = torch.cat([A, A.new_zeros(*A.shape[:-2], missing, A.shape[-1])], dim=-2)
+        e.tensors["B"] = torch.cat(
+            [s * B, B.new_zeros(*B.shape[:-1], missing)],
+            dim=-1,
+        )
+        if "bias_B" in e.tensors:
+            e.tensors["bias_B"] = s * e.tensors["bias_B"]
+    config.update(r=most, lora_alpha=most, rank_pattern={}, alpha_pattern={}, use_rslora=False)
+
+
+def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    """Patterns, checked against the tensors, with the layers whose rank is another in our terms."""
+    start = config.get("init_lora_weights", True)
+    if start not in (*_PLAIN_STARTS, *_BASE_STARTS):
+        raise ValueError(
+            "adapter_config.json: init_lora_weights: expected a start that can be repeated, got "
+            f"{start!r}: these tensors belong to a base that it changed at random; save them in "
+            "plain form (peft: path_initial_model_for_weight_conversion)"
+        )
+    settings = {
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "rank_pattern": _pattern(config, "rank_pattern", int),
+        "alpha_pattern": _pattern(config, "alpha_pattern", float),
+    }
+    rslora = config.get("use_rslora", False)
+    ranks, alphas = dict(settings["rank_pattern"]), dict(settings["alpha_pattern"])
+    for e in entries:
+        if "A" not in e.tensors:
+            continue  # reported as missing
+        site = e.site
+        r, alpha = _by_patterns(settings, e.target)
+        found = e.tensors["A"].shape[-2]
+        if site.ops.hf_rank(site.module, site.parameter, found) != r:
+            raise ValueError(
+                f"{e.path!r}: expected rank {r} by adapter_config.json, got {e.names_and_shapes()}"
+            )
+        s = alpha / math.sqrt(r) if rslora else alpha / r
+        ours = min(found, site.out_features, site.in_features)
+        want = (ours, alpha if ours == r else _alpha(s, ours, rslora))
+        have = {**settings, "rank_pattern": ranks, "alpha_pattern": alphas}
+        if (
+            match_site(have["rank_pattern"], site, have["r"]),
+            match_site(have["alpha_pattern"], site, have["lora_alpha"]),
+        ) != want:
+            key = f"{site.name}.{site.parameter}" if e.by_weight else site.name
+            ranks, alphas = _first(key, want[0], ranks), _first(key, want[1], alphas)
+    fields: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    if start in _BASE_STARTS:
+        fields["init"] = start
+    return fields
+
+
+def _pattern(config: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
+    value = config.get(key) or {}
+    number = (int,) if kind is int else (int, float)
+    if not isinstance(value, dict) or not all(
+        isinstance(k, str)
+        and isinstance(v, number)
+        and not isinstance(v, bool)
+        and 0 < v < math.inf
+        for k, v in value.items()
+    ):
+        raise ValueError(
+            f"adapter_config.json: {key}: expected names with positive {kind.__name__} values, got "
+            f"{value!r}"
+        )
+    return value

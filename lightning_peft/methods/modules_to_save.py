@@ -1,0 +1,51 @@
+"""ModulesToSave: whole modules (a classification head) trained beside an adapter, on a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.methods.base import SelectMethod
+from lightning_peft.methods.registry import register
+
+__all__ = ["ModulesToSave"]
+
+
+@register
+@dataclass(frozen=True)
+class ModulesToSave(SelectMethod):
+    """Every parameter of the named modules.
+
+    Attributes:
+        modules: Fully qualified names, relative to the model that attach was given.
+    """
+
+    modules: tuple[str, ...] | list[str] = ()
+
+    def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+        """Whether the parameter lies in one of the modules."""
+        return any(name.startswith(f"{m}.") for m in self.modules)
+
+
+@register
+@dataclass(frozen=True)
+class TrainedBias(SelectMethod):
+    """Biases trained beside an edit (LoRA's ``bias``).
+
+    A model without biases has none to train, which is no error: the edit is there all the same.
+
+    Attributes:
+        modules: Names of the modules whose bias is trained; None for all.
+    """
+
+    may_be_empty = True
+
+    modules: tuple[str, ...] | list[str] | None = None
+
+    def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+        """Whether the parameter is a bias in question."""
+        leaf = name.rpartition(".")[2]
+        if leaf != "bias" and not leaf.startswith("bias_") and not leaf.endswith("_bias"):
+            return False
+        return self.modules is None or any(name.startswith(f"{m}.") for m in self.modules)

@@ -1,0 +1,155 @@
+"""PTuning: a prompt made by a small network, P = head(E) with trained E.
+
+Source: Liu et al. 2021, "GPT Understands, Too", section 3.2; networks as in Hugging Face peft 0.21:
+mlp: d → h → h → d with ReLU; lstm: bidirectional, then 2h → 2h → d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.site import SequenceSite
+from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.registry import register
+
+__all__ = ["PTuning"]
+
+
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    site: Any = entries[0].site
+    method = entries[0].method
+    config.update(site.hf_config(site.width))
+    config.update(
+        encoder_reparameterization_type=(method.encoder or "mlp").upper(),
+        encoder_hidden_size=method.hidden or site.width,
+        encoder_num_layers=method.layers,
+        encoder_dropout=method.dropout,
+    )
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    """The network is not in the file: what it made is trained on."""
+    return {"encoder": None}
+
+
+def _unpack(
+    method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    rows = method.n * int(config.get("num_transformer_submodules") or site.hf_submodules)
+    P = tensors["P"]
+    require(
+        tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
+        f"prompt_embeddings: expected shape {[rows, site.width]}, got {list(P.shape)}",
+    )
+    return {"P": P[: method.n]}
+
+
+def _refuse(method: Any, site: Any) -> str:
+    return "" if site.embedding else "a transformer of your own has no equal there"
+
+
+@register
+@dataclass(frozen=True)
+class PTuning(SequenceMethod):
+    """Prompt through a network. Saving to Hugging Face peft keeps only the prompt; our checkpoints
+    keep the network too, so that training resumes.
+
+    Attributes:
+        n: Number of virtual tokens.
+        encoder: ``"mlp"``, ``"lstm"``, or None: the prompt itself is trained (a prompt that was
+            loaded from a file).
+        hidden: Width of the network; None: the embeddings' width.
+        layers: Layers of the LSTM.
+        dropout: Between the layers of the LSTM.
+    """
+
+    n: int = 20
+    encoder: Literal["mlp", "lstm"] | None = "mlp"
+    hidden: int | None = None
+    layers: int = 2
+    dropout: float = 0.0
+
+    hf: ClassVar[HFFormat | None] = HFFormat(
+        peft_type="P_TUNING",
+        tensors={},
+        prefix={"P": "prompt_embeddings"},
+        config={"n": "num_virtual_tokens"},
+        refuse=_refuse,
+        ignored=(
+            *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers"),
+            *("encoder_dropout", "token_dim", "num_layers", "num_attention_heads"),
+            "num_transformer_submodules",
+        ),
+        saved_prefix="base_model.",
+        unpack=_unpack,
+        to_config=_to_config,
+        from_config=_from_config,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
+        require(
+            self.encoder in ("mlp", "lstm", None),
+            f"{self.label}: expected encoder 'mlp', 'lstm' or None, got {self.encoder!r}",
+        )
+        require(
+            self.hidden is None or self.hidden >= 1,
+            f"{self.label}: expected hidden >= 1, got hidden = {self.hidden}",
+        )
+        require(self.layers >= 1, f"{self.label}: expected layers >= 1, got {self.layers}")
+        require(
+            0 <= self.dropout < 1,
+            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
+        )
+
+    def module(self, site: SequenceSite) -> nn.Module:
+        """E [n, width] and the network."""
+        d = site.width
+        h = self.hidden or d
+        made: Any = nn.Module()
+        made.E = nn.Parameter(torch.randn(self.n, d))
+        if self.encoder == "lstm":
+            made.lstm = nn.LSTM(
+                d,
+                h,
+                self.layers,
+                dropout=self.dropout if self.layers > 1 else 0.0,
+                bidirectional=True,
+                batch_first=True,
+            )
+            made.head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
+        elif self.encoder == "mlp":
+            made.head = nn.Sequential(
+                *(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
+            )
+        module: nn.Module = made
+        return module
+
+    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+        """head(lstm(E)), head(E) or E."""
+        made: Any = module
+        P: Tensor = made.E
+        if self.encoder == "lstm":
+            P = made.lstm(P.unsqueeze(0))[0][0]
+        return P if self.encoder is None else made.head(P)
+
+    def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
+        """Copy into E.
+
+        Raises:
+            ValueError: a network makes the prompt.
+        """
+        require(
+            self.encoder is None,
+            f"{self.label}: expected encoder=None for a prompt without its network, got "
+            f"{self.encoder!r}",
+        )
+        made: Any = module
+        made.E.data.copy_(table)

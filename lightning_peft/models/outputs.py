@@ -1,0 +1,46 @@
+"""A model run on one batch as a data loader gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["output_of", "relative_change", "run_on"]
+
+
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """The model's output: a mapping goes in by keyword, a tuple or list by position."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """‖new − old‖ / ‖old‖."""
+    return float((new - old).norm() / old.norm().clamp_min(1e-30))
+
+
+def output_of(model: nn.Module, batch: Any) -> Tensor:
+    """The model's main output in eval mode, without gradients, fp32."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return main_output(model, batch)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def main_output(model: nn.Module, batch: Any) -> Tensor:
+    """Run the model on a batch: its logits, last hidden states, or the first of a tuple, fp32."""
+    out = run_on(model, batch)
+    for attribute in ("logits", "last_hidden_state"):
+        if getattr(out, attribute, None) is not None:
+            out = getattr(out, attribute)
+            break
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor.float()

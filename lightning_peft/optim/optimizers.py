@@ -1,0 +1,308 @@
+"""The optimizers: pooled state, one launch a step, nothing changed by a non-finite gradient."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning_peft_kernels.optim.adamw_8bit import PooledStep, pooled_8bit_step
+from torch import Tensor
+
+from lightning_peft.optim.state_conversion import pack
+from lightning_peft.optim.state_pool import FIELDS_8BIT, Field, StatePool, local
+
+__all__ = ["AdamW8bit", "Lion8bit", "PagedAdamW8bit", "PagedAdamW32bit", "PooledOptimizer"]
+
+Group = dict[str, Any]
+
+
+class _Item(NamedTuple):
+    param: Tensor
+    grad: Tensor
+    group: Group
+
+
+class PooledOptimizer(torch.optim.Optimizer):
+    """State of all parameters in one buffer a device.
+
+    A step whose gradients are not all finite changes no parameter, no state and no step count, and
+    is counted in `skipped_steps`. Under GradScaler, `found_inf` and `grad_scale` are read as
+    torch's fused optimizers do. Where gradients are DTensors the processes of their mesh agree
+    first. Elsewhere gradients are taken to be reduced, so every process sees the same.
+
+    Group keys: lr, betas, eps, weight_decay, maximize.
+    """
+
+    FIELDS: ClassVar[Mapping[str, Field]] = FIELDS_8BIT
+    PAGED: ClassVar[bool] = False
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+        "maximize": False,
+    }
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Iterable[Any], **hyper: Any) -> None:
+        unknown = set(hyper) - set(self.DEFAULTS)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: expected {sorted(self.DEFAULTS)}, got {sorted(unknown)}"
+            )
+        super().__init__(params, {**self.DEFAULTS, **hyper})
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite."""
+        return int(sum(float(count) for count in vars(self).get("_skipped", {}).values()))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the pooled buffers."""
+        return sum(pool.buffer.numel() for pool in self._pools().values())
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; returns what `closure` returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        items = [
+            _Item(p, p.grad, group)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        if any(item.grad.is_sparse for item in items):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected dense gradients, got sparse; use sparse=False"
+            )
+        pools = self._pools()
+        by_device: dict[torch.device, list[_Item]] = defaultdict(list)
+        for item in items:
+            by_device[local(item.param).device].append(item)
+        founds = {device: self._found(part, device) for device, part in by_device.items()}
+        if len(founds) > 1:
+            together = float(sum(float(found) for found in founds.values()) > 0)
+            founds = {device: found.new_tensor(together) for device, found in founds.items()}
+        for device, part in by_device.items():
+            found, pool = founds[device], pools[device]
+            skipped = vars(self).setdefault("_skipped", {})
+            skipped[device] = skipped.get(device, 0) + found
+            rows = torch.tensor([pool.rows[item.param] for item in part], device=device)
+            pool.steps.index_add_(0, rows, (1 - found).expand(len(part)))
+            if device.type == "cpu" and float(found):
+                continue
+            pool.prefetch()
+            kinds: dict[tuple[Any, ...], list[_Item]] = defaultdict(list)
+            for item in part:
+                if local(item.param).numel():
+                    kinds[item.param.dtype, item.grad.dtype, item.group["maximize"]].append(item)
+            for same in kinds.values():
+                self._update(pool, same, found)
+
+    def _found(self, items: list[_Item], device: torch.device) -> Tensor:
+        """fp32 scalar on `device`: 1 where a gradient is not finite, else 0. No wait on CUDA."""
+        grads = [local(item.grad) for item in items]
+        scaler = getattr(self, "found_inf", None)
+        found = torch.zeros((), device=device)
+        if device.type == "cpu":
+            # A sum carries every NaN and Inf; that it overflows by itself is rare and looked into.
+            suspects = [g for g in grads if not g.sum().isfinite()]
+            if any(not bool(g.isfinite().all()) for g in suspects):
+                found.fill_(1)
+        else:
+            norms = torch._foreach_norm([g for g in grads if g.numel()] or [found], float("inf"))
+            found = (~torch.stack([n.float() for n in norms]).isfinite().all()).float()
+        if scaler is not None:
+            found = torch.maximum(found, (scaler.to(device) > 0).float().reshape(()))
+        meshes = {item.grad.device_mesh for item in items if hasattr(item.grad, "device_mesh")}
+        for mesh in meshes:
+            for axis in range(mesh.ndim):
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+        return found
+
+    def _hyper(self, pool: StatePool, items: list[_Item]) -> Tensor:
+        """Rows for `pooled_8bit_step`, in fp64 until the last."""
+        device = pool.steps.device
+        told = torch.tensor(
+            [
+                (float(g["lr"]), g["weight_decay"], g["eps"], *map(float, g["betas"]))
+                for _, _, g in items
+            ],
+            dtype=torch.float64,
+        ).to(device, non_blocking=True)
+        lr, decay, eps, beta1, beta2 = told.unbind(1)
+        rows = torch.tensor([pool.rows[item.param] for item in items], device=device)
+        step, eps = self._sizes(lr, eps, beta1, beta2, pool.steps[rows].double())
+        return torch.stack(
+            [1 - lr * decay, step, eps, beta1, 1 - beta1, beta2, 1 - beta2], 1
+        ).float()
+
+    def _sizes(
+        self, lr: Tensor, eps: Tensor, beta1: Tensor, beta2: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        second = (1 - beta2**steps).sqrt()
+        return lr * second / (1 - beta1**steps), eps * second
+
+    def _update(self, pool: StatePool, items: list[_Item], found: Tensor) -> None:
+        shards = [local(item.param) for item in items]
+        whole = [shard.detach().contiguous() for shard in shards]
+        scale = getattr(self, "grad_scale", None)
+        pooled_8bit_step(
+            PooledStep(
+                whole,
+                [local(item.grad).contiguous() for item in items],
+                [pool.starts[item.param] for item in items],
+                self._hyper(pool, items),
+                code1=pool.fields["state1"],
+                absmax1=pool.fields["absmax1"],
+                code2=pool.fields.get("state2"),
+                absmax2=pool.fields.get("absmax2"),
+                grad_scale=None if scale is None else scale.to(found.device),
+                found_inf=found if found.device.type == "cuda" else None,
+                maximize=items[0].group["maximize"],
+            )
+        )
+        for shard, copy in zip(shards, whole, strict=True):
+            if copy.data_ptr() != shard.data_ptr():
+                shard.copy_(copy)
+
+    def _pools(self) -> dict[torch.device, StatePool]:
+        """The pools, rebuilt when parameters came or moved, or states were put in."""
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        pools: dict[torch.device, StatePool] = vars(self).setdefault("_pool_by_device", {})
+        if all(
+            (pool := pools.get(local(p).device)) is not None
+            and p in pool.views
+            and self.state.get(p) is pool.views[p]
+            for p in params
+        ):
+            return pools
+        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for p in params:
+            by_device[local(p).device].append(p)
+        made = {
+            device: StatePool(own, self.FIELDS, self.PAGED) for device, own in by_device.items()
+        }
+        for pool in made.values():
+            for p, views in pool.views.items():
+                if self.state.get(p):
+                    pool.fill(p, pack(self.state[p], list(self.FIELDS)))
+                self.state[p] = views
+        vars(self)["_pool_by_device"] = made
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; each parameter's state is its own copy, without padding."""
+        saved = super().state_dict()
+        saved["state"] = {
+            key: {name: value.clone() for name, value in state.items()}
+            for key, state in saved["state"].items()
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take a state of this class, of torch.optim.AdamW or of bitsandbytes; paged again where
+        it was.
+
+        Raises:
+            ValueError: groups of another size, or a state of another number of elements.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        keys = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        if len(keys) != len(params):
+            raise ValueError(
+                f"optimizer state: expected {len(params)} parameters, got {len(keys)}; load it "
+                "into the optimizer it was saved from"
+            )
+        first = next(iter(self.FIELDS))
+        states = {}
+        for key, p in zip(keys, params, strict=True):
+            if key not in state_dict["state"]:
+                continue
+            states[p] = pack(state_dict["state"][key], list(self.FIELDS))
+            if states[p][first].numel() != local(p).numel():
+                raise ValueError(
+                    f"optimizer state {key}: expected {local(p).numel()} elements, got "
+                    f"{states[p][first].numel()}; cut it with lightning_peft.optim.shard"
+                )
+        groups = [
+            {**{k: v for k, v in own.items() if k != "params"}, **group}
+            for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ]
+        if len(groups) != len(state_dict["param_groups"]):
+            groups = list(state_dict["param_groups"])
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state.clear()
+        self.state.update(states)
+        vars(self).pop("_pool_by_device", None)
+        self._pools()
+
+
+class AdamW8bit(PooledOptimizer):
+    """AdamW (arXiv:1711.05101) with blockwise 8-bit moments, 2.03 bytes an element."""
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """`AdamW8bit` with its state in managed memory on CUDA."""
+
+    PAGED = True
+
+
+class Lion8bit(PooledOptimizer):
+    """Lion (arXiv:2302.06675) with a blockwise 8-bit momentum, 1.02 bytes an element."""
+
+    FIELDS = {name: FIELDS_8BIT[name] for name in ("state1", "absmax1")}
+
+    def _sizes(
+        self, lr: Tensor, eps: Tensor, beta1: Tensor, beta2: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return lr, eps
+
+
+class PagedAdamW32bit(PooledOptimizer):
+    """AdamW with fp32 moments in managed memory on CUDA; the update of torch.optim.AdamW."""
+
+    FIELDS = {name: Field(torch.float32, shaped=True) for name in ("exp_avg", "exp_avg_sq")}
+    PAGED = True
+
+    def _update(self, pool: StatePool, items: list[_Item], found: Tensor) -> None:
+        groups: dict[int, list[_Item]] = defaultdict(list)
+        for item in items:
+            groups[id(item.group)].append(item)
+        scale = getattr(self, "grad_scale", None)
+        for own in groups.values():
+            group, shards = own[0].group, [local(item.param) for item in own]
+            # torch's fused step wants one dtype; half precision goes by fp32 copies.
+            masters = [shard.detach().float() for shard in shards]
+            torch._fused_adamw_(
+                masters,
+                [local(item.grad).float() for item in own],
+                [pool.views[item.param]["exp_avg"] for item in own],
+                [pool.views[item.param]["exp_avg_sq"] for item in own],
+                [],
+                [pool.views[item.param]["step"] for item in own],
+                amsgrad=False,
+                lr=float(group["lr"]),
+                beta1=float(group["betas"][0]),
+                beta2=float(group["betas"][1]),
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                grad_scale=None if scale is None else scale.to(found.device),
+                found_inf=found if found.device.type == "cuda" else None,
+            )
+            for shard, master in zip(shards, masters, strict=True):
+                if master.data_ptr() != shard.data_ptr():
+                    shard.copy_(master)

@@ -1,0 +1,111 @@
+"""From the user's optimizer to one of ours: only its class changes."""
+
+from __future__ import annotations
+
+import weakref
+from functools import wraps
+from typing import Any
+
+import torch
+
+from lightning_peft.optim.optimizers import (
+    AdamW8bit,
+    Lion8bit,
+    PagedAdamW8bit,
+    PagedAdamW32bit,
+    PooledOptimizer,
+)
+from lightning_peft.optim.state_conversion import pack
+
+__all__ = ["OPTIMIZERS", "replace_optimizer"]
+
+OPTIMIZERS: dict[str, type[PooledOptimizer]] = {
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
+    "paged_adamw_32bit": PagedAdamW32bit,
+    "lion_8bit": Lion8bit,
+}
+
+
+def replace_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Make `optimizer` the one called `name`, in place.
+
+    Groups, hyper-parameters, hooks, schedulers and a state already there stay. AdamW and Adam of
+    torch and of bitsandbytes become any of them (Adam only without weight decay, which in torch's
+    Adam is an L2 term that these do not have); Lion of bitsandbytes becomes lion_8bit. An AdamW
+    made lion_8bit keeps its lr and betas, which Lion reads differently (usual: lr a third to a
+    tenth, betas 0.9 and 0.99): set them in configure_optimizers.
+
+    Raises:
+        ValueError: an unknown name, a group with amsgrad or differentiable, L2 weight decay.
+        TypeError: an optimizer of another family.
+    """
+    target = OPTIMIZERS.get(name)
+    if target is None:
+        raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)}, got {name!r}")
+    _check(optimizer, name)
+    states = {p: pack(s, list(target.FIELDS)) for p, s in optimizer.state.items() if s}
+    for group in optimizer.param_groups:
+        for key, value in target.DEFAULTS.items():
+            group.setdefault(key, value)
+    for key, value in target.DEFAULTS.items():
+        optimizer.defaults.setdefault(key, value)
+    scheduled = hasattr(vars(optimizer).pop("step", None), "_wrapped_by_lr_sched")
+    vars(optimizer).pop("_pool_by_device", None)
+    optimizer.state.clear()
+    optimizer.state.update(states)
+    optimizer.__class__ = target
+    optimizer._patch_step_function()  # else step hooks of the new class never fire
+    if scheduled:
+        _count_steps(optimizer)
+
+
+def _family(optimizer: torch.optim.Optimizer) -> str | None:
+    for cls in type(optimizer).__mro__:
+        name = cls.__name__.removeprefix("Paged")
+        package = cls.__module__.split(".")[0]
+        if package == "torch" and name in ("Adam", "AdamW"):
+            return name
+        # bitsandbytes' Adam decays weights apart from the gradient, as AdamW does
+        if package == "bitsandbytes" and name.startswith(("Adam", "Lion")):
+            return "Lion" if name.startswith("Lion") else "AdamW"
+        if package == "lightning_peft" and cls is not PooledOptimizer:
+            return "Lion" if cls is Lion8bit else "AdamW"
+    return None
+
+
+def _check(optimizer: torch.optim.Optimizer, name: str) -> None:
+    family, kind = _family(optimizer), type(optimizer).__name__
+    if family is None or (family == "Lion" and name != "lion_8bit"):
+        raise TypeError(
+            f"optimizer={name!r}: expected configure_optimizers to return "
+            f"{'AdamW, Adam or Lion' if name == 'lion_8bit' else 'AdamW or Adam'}, got {kind}; "
+            "return torch.optim.AdamW, or leave optimizer=None"
+        )
+    for i, group in enumerate(optimizer.param_groups):
+        for option in ("amsgrad", "differentiable"):
+            if group.get(option):
+                raise ValueError(
+                    f"optimizer={name!r}: expected {option}=False, got True in group {i}"
+                )
+        coupled = family == "Adam" and not group.get("decoupled_weight_decay", False)
+        if coupled and group.get("weight_decay", 0):
+            raise ValueError(
+                f"optimizer={name!r}: expected decoupled weight decay, got Adam's L2 term "
+                f"{group['weight_decay']} in group {i}; use torch.optim.AdamW"
+            )
+
+
+def _count_steps(optimizer: torch.optim.Optimizer) -> None:
+    """What a scheduler puts round `step` to know that it ran; it had wrapped the old class's."""
+    own = weakref.ref(optimizer)
+    function = type(optimizer).step
+
+    @wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        it: Any = own()
+        it._opt_called = True
+        return function(it, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]

@@ -1,0 +1,110 @@
+"""`python -m lightning_peft plan …`: the planner from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_peft.methods.registry import METHODS
+from lightning_peft.planner.estimate import estimate_memory
+from lightning_peft.planner.plan import size
+from lightning_peft.storage import Quantization
+
+__all__ = ["main", "parse_bytes"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan; 0, or 2 with one line on what is wrong."""
+    given = _parser().parse_args(arguments)
+    try:
+        quantization = None
+        if given.quantization is not None:
+            quantization = Quantization(given.quantization, double_quant=not given.no_double_quant)
+        plan = estimate_memory(
+            given.model,
+            _method(given),
+            quantization=quantization,
+            optimizer=given.optimizer,
+            precision=given.precision,
+            batch_size=given.batch_size,
+            sequence_length=given.sequence_length,
+            checkpointing=given.checkpointing,
+            strategy=given.strategy,
+            world_size=given.world_size,
+            liger=given.liger,
+            memory=None if given.memory is None else parse_bytes(given.memory),
+        )
+        print(plan)
+        if plan.budget is not None:
+            batch = plan.largest_batch(plan.budget)
+            print(f"largest batch in {size(plan.budget)}: {batch}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lightning_peft")
+    plan = parser.add_subparsers(required=True, dest="command").add_parser(
+        "plan", help="memory of a fine-tuning run, before anything is loaded"
+    )
+    plan.add_argument("model", help="config.json, or the directory of a model")
+    plan.add_argument("--method", default="lora", help="full, lora, dora, ia3 …")
+    plan.add_argument("--r", type=int, help="rank, where the method has one")
+    plan.add_argument("--target-modules", nargs="+", help="names, or all-linear")
+    plan.add_argument("--quantization", choices=("nf4", "fp4", "int8"))
+    plan.add_argument("--no-double-quant", action="store_true")
+    plan.add_argument("--optimizer")
+    plan.add_argument("--precision", default="bf16")
+    plan.add_argument("--batch-size", type=int, default=1)
+    plan.add_argument("--sequence-length", type=int, default=512)
+    plan.add_argument("--checkpointing", action="store_true")
+    plan.add_argument("--strategy", help="ddp or fsdp")
+    plan.add_argument("--world-size", type=int, default=1)
+    plan.add_argument("--liger", action="store_true")
+    plan.add_argument("--memory", help="what a rank has, for instance 24GB or 22.5GiB")
+    return parser
+
+
+def _method(given: Any) -> Any:
+    name = given.method.lower()
+    if name == "full":
+        return "full"
+    if name == "qlora":
+        given.quantization, name = given.quantization or "nf4", "lora"
+    known: dict[str, Any] = {cls.__name__.lower(): cls for cls in METHODS.values()}
+    if name not in known:
+        raise ValueError(f"--method: expected full or one of {sorted(known)}, got {given.method!r}")
+    fields = {f.name for f in dataclasses.fields(known[name])}
+    options: dict[str, Any] = {}
+    if given.r is not None:
+        if "r" not in fields:
+            raise ValueError(f"--r: expected a method with a rank, got {given.method!r}; leave it")
+        options["r"] = given.r
+    if given.target_modules is not None:
+        names = given.target_modules
+        options["target_modules"] = names[0] if names == ["all-linear"] else names
+    return known[name](**options)
+
+
+def parse_bytes(text: str) -> int:
+    """24GB is 24 · 10⁹ bytes, 24GiB is 24 · 2³⁰.
+
+    Raises:
+        ValueError: no such number.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if found is None:
+        raise ValueError(f"--memory: expected a size such as 24GB or 22.5GiB, got {text!r}")
+    number, unit, binary = found.groups()
+    factor = _UNITS[unit]
+    if binary:
+        factor = 1024 ** list(_UNITS).index(unit)
+    return int(float(number) * factor)

@@ -1,0 +1,283 @@
+"""The model that is planned for: from a configuration or a module to a copy on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.quantize import plan_quantization
+from lightning_peft.methods.base import Method
+from lightning_peft.storage import Quantization, storage_of
+
+__all__ = ["PRECISIONS", "Sizes", "count", "meta_model", "prepare"]
+
+# precision → (dtype of the base, None as the module has it; dtype of what is trained; autocast)
+PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype, torch.dtype | None]] = {
+    "bf16": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "16": (torch.float16, torch.float32, torch.float16),
+    "bf16-mixed": (None, torch.float32, torch.bfloat16),
+    "16-mixed": (None, torch.float32, torch.float16),
+    "bf16-true": (torch.bfloat16, torch.bfloat16, None),
+    "16-true": (torch.float16, torch.float16, None),
+    "32-true": (torch.float32, torch.float32, None),
+}
+
+_SIZES = ("hidden_size", "d_model", "n_embd", "dim", "hidden_sizes", "embed_dim")
+
+
+@dataclass
+class Sizes:
+    """Elements and bytes of one model as it would be trained.
+
+    Attributes:
+        base: Storage or dtype → (logical elements, bytes) of what is not trained.
+        adapters: Bytes of adapters and of everything else that is trained.
+        trainable: Trained elements.
+        total: Logical elements, adapters included.
+        dequantised: Elements of the largest packed weight.
+        units: Largest block: (bytes of its base, bytes of what it trains).
+        trained_bytes: Bytes of the trained tensors.
+    """
+
+    base: dict[str, tuple[int, int]] = field(default_factory=dict)
+    adapters: int = 0
+    trainable: int = 0
+    total: int = 0
+    dequantised: int = 0
+    units: tuple[int, int] = (0, 0)
+    trained_bytes: int = 0
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the frozen base."""
+        return sum(n for _, n in self.base.values())
+
+
+def meta_model(model_or_config: Any) -> nn.Module:
+    """A copy on the meta device that may be changed.
+
+    Args:
+        model_or_config: A module, a Hugging Face configuration, its dictionary, or the path of a
+            config.json or of the directory that holds it.
+
+    Raises:
+        ValueError: an unknown architecture, a configuration without sizes.
+    """
+    if isinstance(model_or_config, nn.Module):
+        return _to_meta(model_or_config)
+    config = model_or_config
+    if isinstance(config, str | Path):
+        config = _read(Path(config))
+    if isinstance(config, dict):
+        config = _config(config)
+    if not isinstance(getattr(config, "model_type", None), str):
+        raise ValueError(
+            "estimate_memory: expected a module, a Hugging Face configuration or the path of a "
+            f"config.json, got {type(model_or_config).__name__}; build the module under "
+            'torch.device("meta") and give it'
+        )
+    return _build(config)
+
+
+def _to_meta(model: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    trainer = vars(model).get("_trainer")
+    if trainer is not None:
+        memo[id(trainer)] = None
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = b.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"plan: expected a config.json or a directory with one, found none at {str(path)!r}; "
+            "give the path of a model saved with save_pretrained"
+        )
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON ({error}); give the model's config.json") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected an object of settings, got {type(found).__name__}")
+    return found
+
+
+def _config(data: dict[str, Any]) -> Any:
+    if find_spec("transformers") is None:
+        raise ValueError(
+            "plan: expected transformers to read a config.json with, found none; pip install "
+            "transformers, or give estimate_memory a module"
+        )
+    from transformers import CONFIG_MAPPING
+
+    kind = data.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type: expected an architecture that transformers knows, got {kind!r}; update "
+            'transformers, or build the module under torch.device("meta") and give it to '
+            "estimate_memory"
+        )
+    kinds = [data, *(v for v in data.values() if isinstance(v, dict))]
+    names = set(getattr(CONFIG_MAPPING[kind], "attribute_map", {}).values()) | set(_SIZES)
+    if not any(name in part for part in kinds for name in names):
+        raise ValueError(
+            f"config of {kind!r}: expected its sizes (hidden_size, num_hidden_layers …), found "
+            f"only {sorted(data)}; give the model's full config.json"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(data)
+    except Exception as error:  # huggingface_hub's own types for a field of a wrong kind
+        raise ValueError(
+            f"config of {kind!r}: {error}; give the model's full config.json"
+        ) from None
+
+
+def _build(config: Any) -> nn.Module:
+    import transformers
+
+    config = copy.deepcopy(config)
+    names = [n for n in getattr(config, "architectures", None) or () if hasattr(transformers, n)]
+    makers: list[Any] = [getattr(transformers, n) for n in names[:1]]
+    both = getattr(config, "is_encoder_decoder", False)
+    first = ("Seq2SeqLM", "SpeechSeq2Seq") if both else ("MaskedLM", "CausalLM")
+    for auto in (*first, "ImageClassification", ""):
+        cls = getattr(transformers, f"AutoModelFor{auto}" if auto else "AutoModel")
+        if type(config) in cls._model_mapping:
+            makers.append(cls.from_config)
+    if not makers:
+        raise ValueError(
+            f"model_type: expected an architecture that transformers can build, got "
+            f'{config.model_type!r}; build the module under torch.device("meta") and give it'
+        )
+    try:
+        with torch.device("meta"):
+            model: nn.Module = makers[0](config)
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"config of {config.model_type!r}: expected sizes that make a model, got an error "
+            f"({error}); give the model's full config.json"
+        ) from error
+    dtype = getattr(config, "dtype", None)
+    return model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32).train()
+
+
+def prepare(
+    model: nn.Module,
+    methods: Sequence[Method] | None,
+    quantization: Quantization | None,
+    precision: str,
+    modules_to_save: Sequence[str] = (),
+) -> dict[int, int]:
+    """Bring a meta model to what is trained, in place; `methods` None is plain full fine-tuning.
+
+    Returns:
+        Bytes by id of parameters that int8 would hold; they stay dense here.
+    """
+    base, trained, _ = PRECISIONS[precision]
+    int8: dict[int, int] = {}
+    if methods is None:
+        for p in model.parameters():
+            p.requires_grad_(p.is_floating_point())
+    if base is not None:
+        model.to(base)
+    if methods is not None:
+        packed = quantization is not None and quantization.kind != "int8"
+        if quantization is not None and not packed:
+            for _, module in plan_quantization(
+                model, quantization, keep=list(modules_to_save)
+            ).layers:
+                W = module.get_parameter("weight")
+                int8[id(W)] = W.numel() + 4 * W.shape[0]
+        attach(
+            model,
+            [_plain_start(m) for m in methods],
+            quantization=quantization if packed else None,
+            modules_to_save=modules_to_save,
+        )
+    for p in model.parameters():
+        if p.requires_grad and p.is_floating_point():
+            p.data = p.data.to(trained)
+    return int8
+
+
+def _plain_start(method: Method) -> Method:
+    """Start values do not matter here, and there are no weights to take them from."""
+    named = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    if getattr(method, "starts_from_weight", False) and "init" in named:
+        try:
+            return dataclasses.replace(method, init="default")  # type: ignore[type-var]
+        except ValueError:  # its starts have other names
+            return method
+    return method
+
+
+def count(model: nn.Module, int8: dict[int, int]) -> Sizes:
+    """Elements and bytes of a prepared model."""
+    sizes = Sizes()
+    base: Counter[str] = Counter()
+    logical: Counter[str] = Counter()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        inside = "peft" in name.split(".")
+        packed: dict[str, Any] = vars(module).get("_packed") or {}
+        scales = {f"{key}_{part}" for key in packed for part in ("absmax", "absmax2", "offset")}
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        for key, t in tensors:
+            if t is None or id(t) in seen:
+                continue
+            seen.add(id(t))
+            nbytes = t.numel() * t.element_size()
+            numel = t.numel() if isinstance(t, nn.Parameter) else 0
+            if t.requires_grad or inside:
+                sizes.adapters += nbytes
+                sizes.trained_bytes += nbytes if t.requires_grad else 0
+                sizes.trainable += numel if t.requires_grad else 0
+                sizes.total += numel
+                continue
+            label = str(t.dtype).removeprefix("torch.")
+            if key in scales:
+                label, numel = next(p.kind for p in packed.values()), 0
+            elif key in packed:
+                label, numel = packed[key].kind, storage_of(module, key).numel(module, key)
+                sizes.dequantised = max(sizes.dequantised, packed[key].shape[-2:].numel())
+            elif id(t) in int8:
+                label, nbytes = "int8", int8[id(t)]
+            base[label] += nbytes
+            logical[label] += numel
+            sizes.total += numel
+    sizes.base = {label: (logical[label], n) for label, n in base.items()}
+    sizes.units = _largest_unit(model)
+    return sizes
+
+
+def _largest_unit(model: nn.Module) -> tuple[int, int]:
+    """(all bytes, trained bytes) of the largest of: one repeated block, what lies outside them."""
+    whole = _bytes(model)
+    found = [
+        _bytes(b) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1 for b in m
+    ]
+    if not found:
+        return whole
+    rest = max(0, whole[0] - sum(n for n, _ in found)), 0
+    return max([*found, rest])
+
+
+def _bytes(module: nn.Module) -> tuple[int, int]:
+    pairs = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in pairs), sum(n for n, trained in pairs if trained)

@@ -1,0 +1,318 @@
+"""extract_lora: an adapter from a fully fine-tuned model, layer by layer.
+
+ΔW = W_tuned − W_base ≈ B A, the best approximation of rank r (Eckart–Young). One layer's weights
+are held at a time besides the factors. Example inputs, where given, fit the factors further.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_peft.adapters.attach import attach, detach, plan_attach
+from lightning_peft.core.site import Site
+from lightning_peft.hf.keys import joined
+from lightning_peft.hf.save import save_adapter
+from lightning_peft.hf.targets import exact_targets
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.models.outputs import output_of, relative_change
+from lightning_peft.recipes.fit_outputs import fit_outputs, goals_of
+from lightning_peft.recipes.svd import factors, kept_energy
+from lightning_peft.recipes.weight_source import Weight, opened, skeleton
+from lightning_peft.report.summary import Report
+
+__all__ = ["ExtractReport", "ExtractedLayer", "extract_lora"]
+
+
+@dataclass(frozen=True)
+class ExtractedLayer:
+    """One weight.
+
+    Attributes:
+        name: The weight.
+        rank: Of the factors.
+        energy: 1 − ‖ΔW − BA‖² / ‖ΔW‖², before factors are fitted to inputs.
+        change: ‖ΔW‖ / ‖W‖, how far fine-tuning moved it.
+    """
+
+    name: str
+    rank: int
+    energy: float
+    change: float
+
+
+@dataclass
+class ExtractReport:
+    """What was kept of fine-tuning, and what was not.
+
+    Attributes:
+        layers: One entry an extracted weight.
+        left_out: (parameter, ‖Δ‖ / ‖W‖) of everything else that fine-tuning moved, largest first.
+        output_error: ‖extracted − tuned‖ / ‖tuned‖ of the output on the batch given; None without
+            one.
+        fitted: The same over the inputs given, before and after fitting; None without any.
+        output_change: ‖base − tuned‖ / ‖tuned‖: what fine-tuning is worth on that batch.
+        attached: The report of attaching.
+    """
+
+    layers: list[ExtractedLayer] = field(default_factory=list)
+    left_out: list[tuple[str, float]] = field(default_factory=list)
+    output_error: float | None = None
+    output_change: float | None = None
+    fitted: tuple[float, float] | None = None
+    attached: Report | None = None
+
+    @property
+    def energy(self) -> float:
+        """Smallest share kept of a layer's change."""
+        return min((e.energy for e in self.layers), default=1.0)
+
+    def __str__(self) -> str:
+        """A line a layer, then what is missing."""
+        lines = [
+            f"{e.name:<48} rank {e.rank:<4} {e.energy:8.2%} of the energy of a change of "
+            f"{e.change:.2e}"
+            for e in self.layers
+        ]
+        if self.left_out:
+            most = ", ".join(f"{n} ({c:.1e})" for n, c in self.left_out[:5])
+            lines.append(
+                f"{len(self.left_out)} other parameters were changed and are left out: {most}"
+            )
+        if self.output_error is not None:
+            lines.append(
+                f"output on the batch differs from the tuned model's by {self.output_error:.2e}; "
+                f"the base's by {self.output_change:.2e}"
+            )
+        if self.fitted is not None:
+            lines.append("output on the inputs: {:.2e} off, fitted {:.2e}".format(*self.fitted))
+        return "\n".join(lines)
+
+
+def extract_lora(
+    base: nn.Module | str | Path,
+    tuned: nn.Module | str | Path,
+    r: int,
+    *,
+    target_modules: str | list[str] | None = "all-linear",
+    exclude_modules: str | list[str] | None = None,
+    modules_to_save: Sequence[str] = (),
+    bias: Literal["none", "all", "lora_only"] = "none",
+    adapter_name: str = "default",
+    directory: str | Path | None = None,
+    batch: Any = None,
+    inputs: Iterable[Any] | None = None,
+) -> ExtractReport:
+    """Attach to `base` the LoRA adapter that comes nearest to `tuned`, in place.
+
+    Args:
+        base: The model that fine-tuning started from. It may be quantised, then the adapter makes
+            up for that too. Or a directory of transformers' (config.json and .safetensors): nothing
+            is loaded then, and the adapter goes to `directory` alone.
+        tuned: The fine-tuned model, or a .safetensors file of its weights, or a directory with one
+            or several; names are those of `base`, apart from what stands before all of them.
+        r: Rank; layers that are smaller get the rank they can have.
+        target_modules: As in LoRA; ``"all-linear"`` leaves the output head out.
+        exclude_modules: As in LoRA.
+        modules_to_save: Modules copied whole (a classification head).
+        bias: Biases copied: of all layers, of the adapted ones, or none.
+        adapter_name: Name to attach under.
+        directory: Where to write a Hugging Face peft adapter too.
+        batch: An example input (tensor, tuple or dict) on which the output is compared with the
+            tuned model's.
+        inputs: Example inputs without labels, each like `batch`, all kept in memory with their
+            outputs: the factors, first those of the singular values, are fitted to the tuned
+            model's outputs on them, in four passes. Some hundred rows of the task bring the score
+            nearer; without them only the weights are looked at.
+
+    Returns:
+        Energy kept by layer, what was left out, and the error.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: r < 1, a pickle, a weight that is missing, misshapen or not finite; `base` is as
+            before.
+    """
+    if r < 1:
+        raise ValueError(f"extract_lora: expected a rank r >= 1, got {r}")
+    in_memory = isinstance(base, nn.Module)
+    runs = batch is not None or inputs is not None
+    if not in_memory and (directory is None or runs):
+        raise ValueError(
+            "extract_lora: expected directory= and no batch or inputs with a base that is not "
+            f"loaded, got directory = {directory} and {'something' if runs else 'nothing'} to run"
+        )
+    model = base if isinstance(base, nn.Module) else skeleton(Path(base))
+    method = LoRA(
+        r=1, alpha=1.0, bias=bias, target_modules=target_modules, exclude_modules=exclude_modules
+    )
+    planned, _, _ = plan_attach(model, [method], [])  # says where; changes nothing
+    sites = [p.site for m, _, p in planned if m is method]
+    with opened(base) as before, opened(tuned) as after:
+        wanted = [joined(s.name, s.parameter) for s in sites]
+        pair = _Pair(
+            before.under_names_of(model, wanted), after.under_names_of(model, wanted), in_memory
+        )
+        pair.require_shapes(sites, after.label)
+        runner = _runner(model, tuned, pair) if runs else model
+        outputs = None if batch is None else (output_of(model, batch), output_of(runner, batch))
+        goals = None if inputs is None else goals_of(runner, inputs)
+        report = ExtractReport()
+        found = {
+            (id(s.module), s.parameter): _factored(s, pair, min(r, *s.shape[-2:]), report)
+            for s in sites
+        }
+        ranks = {s.name: found[id(s.module), s.parameter][0].shape[-2] for s in sites}
+        report.attached = attach(
+            model,
+            dataclasses.replace(
+                method,
+                r=r,
+                alpha=float(r),
+                rank_pattern={re.escape(n): k for n, k in ranks.items() if k != r},
+                alpha_pattern={re.escape(n): float(k) for n, k in ranks.items() if k != r},
+                target_modules=exact_targets(model, sites),
+                exclude_modules=None,
+            ),
+            adapter_name=adapter_name,
+            modules_to_save=modules_to_save,
+        )
+        try:
+            covered = _fill(model, adapter_name, found, pair)
+        except ValueError:
+            detach(model, adapter_name)
+            raise
+        report.left_out = _left_out(pair, covered | set(wanted))
+    if goals is not None:
+        report.fitted = fit_outputs(model, _factors_in(model, adapter_name), goals)
+    if outputs is not None:
+        report.output_change = relative_change(*outputs)
+        report.output_error = relative_change(output_of(model, batch), outputs[1])
+    if directory is not None:
+        save_adapter(model, directory, adapter_name=adapter_name)
+    return report
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Weights of both models by the base's parameter names."""
+
+    base: Mapping[str, Weight]
+    tuned: Mapping[str, Weight]
+    in_memory: bool
+
+    def require_shapes(self, sites: Sequence[Site], label: str) -> None:
+        problems = []
+        for s in sites:
+            name = joined(s.name, s.parameter)
+            shape, got = s.storage.shape(s.module, s.parameter), self.tuned[name].shape
+            if tuple(shape) != got:
+                problems.append(f"{name}: expected shape {list(shape)}, got {list(got)}")
+        if problems:
+            raise ValueError(f"{label}: nothing was changed:\n  " + "\n  ".join(problems[:20]))
+
+    def matrices(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Canonical weights fp32, before and after."""
+        name = joined(site.name, site.parameter)
+
+        def canonical(W: Tensor) -> Tensor:
+            return site.ops.to_canonical(site.module, site.parameter, W.float())
+
+        W = site.weight(torch.float32) if self.in_memory else canonical(self.base[name].read())
+        return W, canonical(self.tuned[name].read()).to(W.device)
+
+
+def _factored(site: Site, pair: _Pair, r: int, report: ExtractReport) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        W, new = pair.matrices(site)
+        delta = new - W
+        if not delta.isfinite().all():
+            raise ValueError(
+                f"extract_lora: {site.label!r}: expected finite weights, got NaN or infinity"
+            )
+        A, B = factors(delta, r)
+        energy = kept_energy(delta, A, B)
+        change = relative_change(new, W)
+    report.layers.append(ExtractedLayer(site.label, A.shape[-2], energy, change))
+    return A.cpu(), B.cpu()
+
+
+def _fill(
+    model: nn.Module, adapter_name: str, found: Mapping[Any, tuple[Tensor, Tensor]], pair: _Pair
+) -> set[str]:
+    """Put factors and copies in; a model without memory gets tensors on the CPU."""
+    covered: set[str] = set()
+    for name, module in adapted_modules(model):
+        for adapter in adapters_of(module, adapter_name):
+            values: dict[str, Tensor] = {}
+            if adapter.kind == "weight":
+                A, B = found[id(module), adapter.site.parameter]
+                values = {"A": A, "B": B}
+            for key, path in adapter.paths.items():
+                full = joined(name, path)
+                if full not in pair.tuned:
+                    raise ValueError(
+                        f"extract_lora: {full!r}: expected a tensor of that name in the tuned "
+                        "model, found none; leave it out of modules_to_save"
+                    )
+                values[key] = pair.tuned[full].read()
+                covered.add(full)
+            with torch.no_grad():
+                for key, value in values.items():
+                    tensor = adapter.get_parameter(key)
+                    if tensor.device.type == "meta":
+                        adapter._parameters[key] = nn.Parameter(value.to(tensor.dtype).clone())
+                    else:
+                        tensor.copy_(value)
+    return covered
+
+
+def _left_out(pair: _Pair, covered: set[str]) -> list[tuple[str, float]]:
+    left: list[tuple[str, float]] = []
+    for name in sorted(set(pair.base) & set(pair.tuned) - covered):
+        old, new = pair.base[name].read().float(), pair.tuned[name].read().float()
+        if old.shape != new.shape:
+            left.append((name, float("inf")))
+        elif not torch.equal(old.cpu(), new.cpu()):
+            left.append((name, relative_change(new.cpu(), old.cpu())))
+    return sorted(left, key=lambda item: -item[1])
+
+
+class _Under(nn.Module):
+    """A model run under other weights, its own untouched."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.state = state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.model, self.state, args, kwargs)
+
+
+def _runner(model: nn.Module, tuned: nn.Module | str | Path, pair: _Pair) -> nn.Module:
+    """Something that runs the tuned model."""
+    if isinstance(tuned, nn.Module):
+        return tuned
+    own = dict(model.named_parameters())
+    packed = [n for n in pair.tuned if n in own and not own[n].is_floating_point()]
+    if packed:
+        raise ValueError(
+            f"extract_lora: expected a dense base to run the tuned weights in, got packed "
+            f"{packed[:2]}; give the tuned model itself, or neither batch nor inputs"
+        )
+    return _Under(model, {n: w.read().to(own[n]) for n, w in pair.tuned.items() if n in own})
+
+
+def _factors_in(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    adapters = [a for _, m in adapted_modules(model) for a in adapters_of(m, adapter_name)]
+    return [a.get_parameter(name) for a in adapters if a.kind == "weight" for name in ("A", "B")]

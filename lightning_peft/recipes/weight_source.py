@@ -1,0 +1,186 @@
+"""Weights of a model in memory or in safetensors files, read one at a time, by another's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.hf.keys import joined
+from lightning_peft.hf.legacy_names import namings
+from lightning_peft.hf.recognise import named
+from lightning_peft.hf.targets import model_root
+from lightning_peft.storage import storage_of
+
+__all__ = ["Weight", "Weights", "opened", "skeleton"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor: its natural shape, and how to read it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name.
+
+    Attributes:
+        label: For messages.
+        tensors: Everything there is.
+    """
+
+    label: str
+    tensors: Mapping[str, Weight]
+
+    def under_names_of(self, model: nn.Module, wanted: Sequence[str]) -> dict[str, Weight]:
+        """What there is, by the parameter names of `model`.
+
+        Names may differ in what stands before all of them, and may be those that transformers gave
+        the layers before release 5 (it still writes them).
+
+        Args:
+            model: Whose names are used.
+            wanted: Parameters that must be there.
+
+        Raises:
+            ValueError: one of them is not, under any naming.
+        """
+        tied_too = model.named_parameters(remove_duplicate=False)
+        parameters = {n for n, _ in tied_too if "peft" not in n.split(".")}
+        parameters |= set(wanted)
+        best: list[str] = list(wanted)
+        for naming in (dict[str, str](), *_old_parameters(model, parameters)):
+            for theirs in self._spellings(wanted, naming):
+                missing = [n for n in wanted if theirs(n) not in self.tensors]
+                if not missing:
+                    found = {n: self.tensors.get(theirs(n)) for n in parameters}
+                    return {n: t for n, t in found.items() if t is not None}
+                best = min(best, missing, key=len)
+        raise ValueError(
+            f"{self.label}: expected the weights of {type(model).__name__}, found none for "
+            f"{len(best)} of {len(wanted)}, as {best[:3]}; its own are named "
+            f"{list(self.tensors)[:3]}"
+        )
+
+    def _spellings(
+        self, wanted: Sequence[str], naming: Mapping[str, str]
+    ) -> Iterator[Callable[[str], str]]:
+        """Ways in which names may differ at their beginning, from the first one wanted."""
+        first = naming.get(wanted[0], wanted[0])
+        for key in self.tensors:
+            if key == first or key.endswith(f".{first}"):
+                more = key[: -len(first)]
+                yield lambda n, more=more: f"{more}{naming.get(n, n)}"  # type: ignore[misc]
+            elif first.endswith(f".{key}"):
+                less = first[: -len(key)]
+                yield lambda n, less=less: naming.get(n, n).removeprefix(less)  # type: ignore[misc]
+
+
+def _old_parameters(model: nn.Module, parameters: set[str]) -> Iterator[dict[str, str]]:
+    prefix, top = model_root(model)
+    for naming in namings(top):
+        names = {joined(prefix, n): joined(prefix, old) for n, old in naming.items()}
+        yield {
+            p: f"{names[p.rpartition('.')[0]]}.{p.rpartition('.')[2]}"
+            for p in parameters
+            if p.rpartition(".")[0] in names
+        }
+
+
+@contextmanager
+def opened(source: nn.Module | str | Path) -> Iterator[Weights]:
+    """A model's weights; files stay open inside the block.
+
+    Raises:
+        FileNotFoundError: no safetensors there.
+        ValueError: a pickle, or a file that is no whole model.
+    """
+    if isinstance(source, nn.Module):
+        yield Weights(type(source).__name__, dict(_in_memory(source)))
+        return
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(source)
+    with ExitStack() as stack:
+        tensors: dict[str, Weight] = {}
+        for file in _files(path):
+            try:
+                handle = stack.enter_context(safe_open(file, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{file}: expected a whole safetensors file, got one that does not read as one "
+                    f"({error}); copy it again"
+                ) from None
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                shape = tuple(handle.get_slice(name).get_shape())
+                tensors[name] = Weight(shape, _reader(handle, name))
+        yield Weights(str(path), tensors)
+
+
+def _reader(handle: object, name: str) -> Callable[[], Tensor]:
+    return lambda: handle.get_tensor(name)  # type: ignore[attr-defined,no-any-return]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.suffix == ".safetensors" and path.is_file():
+        return [path]
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if found and not any(f.name.startswith("adapter") for f in found):
+        return found
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a .safetensors file or a directory, found none")
+    raise ValueError(
+        f"{path}: expected the .safetensors files of a whole model, found "
+        f"{named(path) or ', '.join(p.name for p in found) or 'none'}; nothing was read"
+    )
+
+
+def _in_memory(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    for name, module in model.named_modules():
+        if "peft" in name.split("."):
+            continue
+        for leaf, p in module._parameters.items():
+            if p is None:
+                continue
+            if p.is_floating_point():
+                yield joined(name, leaf), Weight(tuple(p.shape), p.detach)
+            elif leaf == "weight":  # packed
+                storage = storage_of(module, leaf)
+                shape = tuple(storage.shape(module, leaf))
+                yield joined(name, leaf), Weight(shape, _packed(module, leaf))
+
+
+def _packed(module: nn.Module, leaf: str) -> Callable[[], Tensor]:
+    return lambda: storage_of(module, leaf).read(module, leaf, torch.float32)
+
+
+def skeleton(directory: Path) -> nn.Module:
+    """The model that a directory of transformers' describes, without memory.
+
+    Raises:
+        ValueError: no config.json that names a class of transformers.
+    """
+    import transformers
+
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory}: expected a directory with config.json, found none; give the base as a "
+            "module"
+        )
+    config = transformers.AutoConfig.from_pretrained(directory)
+    cls = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0], None)
+    if cls is None:
+        raise ValueError(
+            f"{directory}: expected an architecture of transformers, got {config.architectures}; "
+            "give the base as a module"
+        )
+    with torch.device("meta"):
+        model: nn.Module = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
+    return model

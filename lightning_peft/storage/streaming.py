@@ -1,0 +1,342 @@
+"""A base read from safetensors row by row into a model built on the meta device.
+
+Each process reads its own rows only, a few at a time, and quantises them on the way; no process
+ever holds more of the dense model than one chunk. Bytes are those of quantising the whole weight.
+A start that needs a weight whole (PiSSA, DoRA's norms) is given it right when its rows were read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit, quantize_scales
+from torch import Tensor, nn
+
+from lightning_peft.storage.dtensor import local, local_rows
+from lightning_peft.storage.nf4.packed_layer import QuantizedWeightSpec, copy_packed_
+
+__all__ = ["After", "materialize", "stream_base"]
+
+#: (module, name of the weight, how to read it whole) → the weight to store in its place, or None.
+After = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor | None]
+
+_CHUNK = 1 << 22  # elements read at once: 16 MB in fp32
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Give every meta tensor memory; buffers that no file holds get their values again.
+
+    Raises:
+        RuntimeError: a buffer whose value nobody can tell.
+    """
+    lost = [
+        (name, module)
+        for name, module in model.named_modules()
+        if "peft" not in name.split(".")
+        and any(b is not None and b.device.type == "meta" for b in module._buffers.values())
+    ]
+    tied = _ties(model)
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
+    for (first, key), *others in tied:
+        for module, name in others:
+            module._parameters[name] = first._parameters[key]
+    for name, module in lost:
+        if "_packed" in vars(module):
+            continue  # scales of scales: written with the weight
+        owner = _owner(model, name)
+        if owner is None or not hasattr(module, "original_inv_freq"):
+            raise RuntimeError(
+                f"{name!r}: expected its buffers {list(module._buffers)} to have values, found "
+                "them on the meta device; build the module that owns them outside of "
+                "torch.device('meta')"
+            )
+        owner._init_weights(module)
+
+
+def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Places that hold the same parameter: `_apply` makes each its own."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                places.setdefault(id(p), []).append((module, key))
+    return [held for held in places.values() if len(held) > 1]
+
+
+def _owner(model: nn.Module, name: str) -> Any:
+    """The innermost enclosing Hugging Face model."""
+    found = None
+    for path, module in model.named_modules():
+        encloses = not path or name.startswith(f"{path}.")
+        if encloses and hasattr(module, "_init_weights"):
+            found = module
+    return found
+
+
+def stream_base(
+    model: nn.Module, folder: Path, *, chunk: int = _CHUNK, after: After | None = None
+) -> None:
+    """Fill the base of `model` (adapters left out) from a folder of safetensors.
+
+    Args:
+        model: With memory for its own rows; sharded or not, packed or dense.
+        folder: Holds ``*.safetensors``; names are the model's, or those of one submodule.
+        chunk: Elements of a dense weight read at once.
+        after: Called when a weight's rows are in place, on every process in the same order; what
+            it returns is stored instead.
+
+    Raises:
+        FileNotFoundError: no safetensors there.
+        ValueError: tensors are missing or have another shape, with the list; nothing is read.
+    """
+    index = _Index(folder)
+    wanted = dict(_wanted(model))
+    prefix = _prefix(model, index.keys, wanted)
+    plan = {n: index.keys.get(n.removeprefix(prefix)) for n in wanted}
+    problems = [f"{n}: missing" for n, found in plan.items() if found is None]
+    for name, found in plan.items():
+        shape = list(_natural_shape(*wanted[name]))
+        if found is not None and list(found[1]) != shape:
+            problems.append(f"{name}: expected shape {shape}, got {list(found[1])}")
+    if problems:
+        raise ValueError(
+            f"{folder}: expected the {len(wanted)} tensors of this model's base, got "
+            f"{len(problems)} differences; nothing was read:\n  " + "\n  ".join(problems[:12])
+        )
+    with torch.no_grad():
+        for name, (module, key) in wanted.items():
+            with index.open(name.removeprefix(prefix)) as source:
+                _fill(module, key, source, chunk)
+                other = None if after is None else after(module, key, partial(_whole, source))
+            if other is not None:
+                _fill(module, key, other, chunk)
+
+
+def _fill(module: nn.Module, key: str, source: Any, chunk: int) -> None:
+    """`source` is sliced: a tensor in a file, or in memory."""
+    if key in vars(module).get("_packed", ()):
+        _stream_packed(module, key, source, chunk)
+    else:
+        _stream_dense(_stored(module, key), source, chunk)
+
+
+def _whole(source: Any) -> Tensor:
+    W: Tensor = source[...]
+    return W
+
+
+# ---- where what stands
+
+
+class _Index:
+    """Tensors of all files: name → (file, shape)."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.keys: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{folder}: expected *.safetensors, found none")
+        listed = folder / "model.safetensors.index.json"
+        if listed.exists():
+            told = set(json.loads(listed.read_text())["weight_map"].values())
+            files = [f for f in files if f.name in told]
+            absent = told - {f.name for f in files}
+            if absent:
+                raise FileNotFoundError(f"{folder}: expected {sorted(absent)}, found none")
+        for file in files:
+            with safe_open(str(file), framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118  it is no dict
+                    self.keys[key] = (file, tuple(handle.get_slice(key).get_shape()))
+
+    def open(self, key: str) -> _Source:
+        return _Source(self.keys[key][0], key)
+
+
+class _Source:
+    """Rows of one tensor; the file is mapped only while it is read."""
+
+    def __init__(self, file: Path, key: str) -> None:
+        self.file, self.key = file, key
+
+    def __enter__(self) -> Any:
+        from safetensors import safe_open
+
+        opened: Any = safe_open
+        self.handle = opened(str(self.file), framework="pt")
+        return self.handle.__enter__().get_slice(self.key)
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.__exit__(*error)
+
+
+def _wanted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Base parameters and persistent buffers, each tensor once; scales come with their weight."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if "peft" in name.split("."):
+            continue
+        packed = vars(module).get("_packed", {})
+        derived = {f"{k}_{part}" for k in packed for part in ("absmax", "absmax2", "offset")}
+        persistent = {
+            k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set
+        }
+        for key, t in {**module._parameters, **persistent}.items():
+            if t is not None and key not in derived and id(t) not in seen:
+                seen.add(id(t))
+                yield f"{name}.{key}" if name else key, (module, key)
+
+
+def _stored(module: nn.Module, key: str) -> Tensor:
+    t = module._parameters.get(key)
+    found = module._buffers[key] if t is None else t
+    assert found is not None  # listed by `_wanted`
+    return found
+
+
+def _natural_shape(module: nn.Module, key: str) -> torch.Size:
+    packing: QuantizedWeightSpec | None = vars(module).get("_packed", {}).get(key)
+    if packing is None:
+        return _stored(module, key).shape
+    lead, (rows, width) = packing.shape[:-2], packing.shape[-2:]
+    return torch.Size((*lead, width, rows) if packing.transposed else packing.shape)
+
+
+def _prefix(model: nn.Module, keys: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Of the submodule whose names the files use: the one with most hits."""
+    candidates = ["", *(f"{n}." for n, _ in model.named_modules() if n and n.count(".") < 3)]
+    hits = {c: sum(n.startswith(c) and n[len(c) :] in keys for n in wanted) for c in candidates}
+    return max(candidates, key=lambda c: hits[c])
+
+
+# ---- copying in
+
+
+def _stream_dense(t: Tensor, source: Any, chunk: int) -> None:
+    first, rows = local_rows(t)
+    own = local(t.detach())
+    if not t.ndim:
+        own.copy_(source[...])
+        return
+    step = max(1, chunk // max(1, t[:1].numel()))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        own[start:stop].copy_(source[first + start : first + stop])
+
+
+def _stream_packed(module: Any, name: str, source: Any, chunk: int) -> None:
+    p: QuantizedWeightSpec = module._packed[name]
+    weight = module._parameters[name]
+    width = p.shape[-1]
+    if len(p.shape) > 2 or width % p.block_size or width % 2:
+        _stream_whole(module, name, p, source)
+        return
+    first, rows = local_rows(weight)
+    own = local(weight.detach())
+    scales = torch.empty(rows * width // p.block_size, dtype=torch.float32, device=own.device)
+    step = max(1, chunk // width)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        if p.transposed:
+            W = source[:, first + start : first + stop].T.contiguous()
+        else:
+            W = source[first + start : first + stop]
+        bits = quantize_4bit(
+            W.to(own.device), kind=p.kind, block_size=p.block_size, double_quant=False
+        )
+        own[start:stop].copy_(bits.packed.view(stop - start, -1))
+        blocks = slice(start * width // p.block_size, stop * width // p.block_size)
+        scales[blocks] = bits.absmax
+    _place_scales(module, name, p, scales, weight)
+
+
+def _place_scales(
+    module: Any, name: str, p: QuantizedWeightSpec, scales: Tensor, weight: Tensor
+) -> None:
+    """Scales of these rows; those of double quantisation need the scales of all rows."""
+    own = local(module._parameters[f"{name}_absmax"].detach())
+    if not p.nested:
+        own.copy_(scales.view(torch.uint8).view(own.shape))
+        return
+    whole = _all_scales(scales, weight, p)
+    codes, absmax2, offset = quantize_scales(whole)
+    first, rows = local_rows(weight)
+    per_row = p.shape[-1] // p.block_size
+    own.copy_(codes[first * per_row : (first + rows) * per_row].view(own.shape))
+    for part, value in (("absmax2", absmax2), ("offset", offset)):
+        module._buffers[f"{name}_{part}"].copy_(value.view(torch.uint8))
+
+
+def _all_scales(scales: Tensor, weight: Tensor, p: QuantizedWeightSpec) -> Tensor:
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.size() == 1:
+        return scales
+    total = p.shape.numel() // p.block_size
+    largest = -(-p.shape[0] // mesh.size()) * (p.shape[-1] // p.block_size)
+    padded = torch.nn.functional.pad(scales, (0, largest - scales.numel()))
+    parts = [torch.empty_like(padded) for _ in range(mesh.size())]
+    dist.all_gather(parts, padded, group=mesh.get_group())
+    return torch.cat(parts)[:total]  # only the last parts are short
+
+
+def _stream_whole(module: Any, name: str, p: QuantizedWeightSpec, source: Any) -> None:
+    """Blocks cross rows, or experts lie one behind the other: one weight dense for a moment."""
+    weight = module._parameters[name]
+    device = local(weight).device
+    experts = len(p.shape) > 2
+    first, rows = local_rows(weight) if experts else (0, p.shape[0])
+    parts = []
+    for i in range(first, first + rows) if experts else (None,):
+        M = (source[...] if i is None else source[i]).to(device)
+        M = M.mT.contiguous() if p.transposed else M
+        parts.append(quantize_4bit(M, kind=p.kind, block_size=p.block_size, double_quant=p.nested))
+    if experts:
+        _place_experts(module, name, parts, first)
+        return
+    if not hasattr(weight, "to_local"):
+        copy_packed_(module, name, parts[0])
+        return
+    bits = parts[0]
+    for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
+        t = module._parameters[key]
+        start, count = local_rows(t)
+        flat = value.reshape(-1).view(torch.uint8).view(t.shape)
+        local(t.detach()).copy_(flat[start : start + count])
+    _place_second(module, name, bits, slice(None))
+
+
+def _place_experts(module: Any, name: str, parts: list[Packed4bit], first: int) -> None:
+    for i, bits in enumerate(parts):
+        for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
+            own = local(module._parameters[key].detach())
+            own[i].copy_(value.reshape(-1).view(torch.uint8).view(own.shape[1:]))
+    for i, bits in enumerate(parts):
+        _place_second(module, name, bits, slice(first + i, first + i + 1))
+    _gather_second(module, name, first, len(parts))
+
+
+def _gather_second(module: Any, name: str, first: int, count: int) -> None:
+    """Second-level scales are replicated: every process needs those of all experts."""
+    mesh = getattr(module._parameters[name], "device_mesh", None)
+    for part in ("absmax2", "offset"):
+        t = module._buffers.get(f"{name}_{part}")
+        if t is None or mesh is None or mesh.size() == 1:
+            continue
+        own = torch.zeros_like(t)
+        own[first : first + count] = t[first : first + count]
+        dist.all_reduce(own, group=mesh.get_group())  # bytes, zero where another process's are
+        t.copy_(own)
+
+
+def _place_second(module: Any, name: str, bits: Packed4bit, where: slice) -> None:
+    for part, value in (("absmax2", bits.absmax2), ("offset", bits.offset)):
+        if value is not None:
+            t = module._buffers[f"{name}_{part}"][where]
+            t.copy_(value.reshape(-1).view(torch.uint8).view(t.shape))

@@ -1,0 +1,53 @@
+"""Questions that all processes answer together, so that an error on one is an error on all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["check_same_on_all_ranks", "raise_on_all_ranks"]
+
+
+def _gathered(own: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [own]
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, own)
+    return answers
+
+
+def raise_on_all_ranks(error: Exception | None, what: str) -> None:
+    """Raise on every process where one had an error: its own there, a copy of the text elsewhere.
+
+    Raises:
+        RuntimeError: another process failed, with its rank and message.
+    """
+    answers = _gathered(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(answers):
+        if text is not None:
+            raise RuntimeError(f"{what}: expected no error on any process, rank {rank} got {text}")
+
+
+def check_same_on_all_ranks(own: Mapping[str, Any], what: str, advice: str) -> None:
+    """Compare plain data between all processes.
+
+    Raises:
+        RuntimeError: on every process, with the first entries that differ and who has what.
+    """
+    answers = _gathered(dict(own))
+    first, lines = answers[0], []
+    for rank, other in enumerate(answers[1:], 1):
+        for key in sorted(set(first) | set(other)):
+            here, there = first.get(key, "nothing"), other.get(key, "nothing")
+            if here != there:
+                lines.append(f"{key}: {here} on rank 0, {there} on rank {rank}")
+    if lines:
+        more = f"\n  … and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise RuntimeError(
+            f"{what}: expected the same on all {len(answers)} processes, got {len(lines)} "
+            f"differences; {advice}\n  " + "\n  ".join(lines[:8]) + more
+        )

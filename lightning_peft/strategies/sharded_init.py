@@ -1,0 +1,142 @@
+"""Adapters that were attached to a base without memory: their start values, while it is read.
+
+Most starts are drawn before the base is there. Those that need a weight (PiSSA, OLoRA, LoftQ, the
+norms of DoRA) are made on rank 0 from the whole of that one weight, right when its rows were read,
+and sent to the others; the residual takes the weight's place. Copies come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_peft.adapters.build import start_state, values_from_weight
+from lightning_peft.core.protocols import Storage
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapter import Adapter, BaseRewrite
+from lightning_peft.methods.base import WeightMethod
+from lightning_peft.storage.dtensor import fill_rows, local
+from lightning_peft.storage.streaming import After
+
+__all__ = ["of_rank_0", "start_after_base", "start_before_base", "starts_from_weights"]
+
+
+def of_rank_0(t: Tensor, device: torch.device) -> Tensor:
+    """Rank 0's values everywhere, in place: an unseeded process draws its own."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        moved = t.to(device)
+        dist.broadcast(moved, 0)
+        t.copy_(moved)
+    return t
+
+
+def start_before_base(module: nn.Module, device: torch.device) -> None:
+    """Start values that need no weight; tensors that sites share.
+
+    Raises:
+        RuntimeError: prompts, which start from the embeddings.
+    """
+    shared: dict[int, list[Adapter]] = {}
+    for name, adapted in adapted_modules(module):
+        for adapter in adapters_of(adapted):
+            if adapter.kind == "sequence":
+                raise RuntimeError(
+                    f"{name!r}: expected an adapter that can start before the base is read, got "
+                    f"{adapter.method.label}, which reads the embeddings; build the model outside "
+                    "of torch.device('meta')"
+                )
+            if adapter.shared:
+                shared.setdefault(id(adapter.shared), []).append(adapter)
+            if adapter.kind == "select":
+                continue
+            fresh = start_state(adapter, None)
+            for key, t in adapter.state_dict(keep_vars=True).items():
+                if key in fresh:
+                    fill_rows(t, of_rank_0(fresh[key].detach().clone(), device))
+    for adapters in shared.values():
+        made = adapters[0].method.shared([a.site for a in adapters])
+        for key, t in adapters[0].shared.items():
+            fill_rows(t, of_rank_0(made[key], device))
+
+
+def starts_from_weights(module: nn.Module, device: torch.device) -> After | None:
+    """What `stream_base` calls behind every weight; None where no adapter starts from one."""
+    waiting: dict[tuple[int, str], list[Adapter]] = {}
+    for _, adapted in adapted_modules(module):
+        for adapter in adapters_of(adapted):
+            method = adapter.method
+            if isinstance(method, WeightMethod) and method.starts_from_weight:
+                owner, _, leaf = adapter.site.parameter.rpartition(".")
+                key = id(adapter.site.module.get_submodule(owner)), leaf
+                waiting.setdefault(key, []).append(adapter)
+    if not waiting:
+        return None
+
+    def after(owner: nn.Module, name: str, read: Callable[[], Tensor]) -> Tensor | None:
+        base = None
+        for adapter in waiting.get((id(owner), name), ()):
+            base = _start(adapter, read, device)
+        return base
+
+    return after
+
+
+def _start(adapter: Adapter, read: Callable[[], Tensor], device: torch.device) -> Tensor | None:
+    """Values from the whole weight on rank 0, sent to all; returns the natural weight to store."""
+    site = adapter.site
+    values = {k: torch.empty(t.shape, dtype=t.dtype) for k, t in adapter.tensors().items()}
+    base: Tensor | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        natural = read().float()
+        whole = replace(site, storage=_InMemory(site.storage, natural))  # type: ignore[arg-type]
+        fresh = start_state(adapter, None)
+        found = {k: fresh[k].detach().clone() if k in fresh else v for k, v in values.items()}
+        M = site.ops.to_canonical(site.module, site.parameter, natural)
+        base = values_from_weight(adapter, found, whole, M)
+        for key, value in found.items():
+            values[key].copy_(value)
+    for key, t in adapter.tensors().items():
+        if key not in adapter.shared:
+            fill_rows(t, of_rank_0(values[key], device))
+    if not adapter.method.rewrites_base:
+        return None
+    adapter.rewrite = BaseRewrite(site.storage.snapshot(site.module, site.parameter))
+    kept = torch.empty(site.shape) if base is None else base.float().contiguous()
+    return site.ops.from_canonical(site.module, site.parameter, of_rank_0(kept, device))
+
+
+class _InMemory:
+    """A storage whose weight is read from one whole tensor, rounded as it is stored."""
+
+    def __init__(self, storage: Storage, W: Tensor) -> None:
+        self._storage = storage
+        self._W = W
+
+    def read(
+        self,
+        m: nn.Module,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
+        """What the stored weight reads as."""
+        W = self._storage.quantization_roundtrip(m, name, self._W)
+        W = W if part is None else W[part]
+        return W if dtype is None else W.to(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+def start_after_base(module: nn.Module) -> None:
+    """Trained copies start from the base that was just read; both are sharded alike."""
+    with torch.no_grad():
+        for _, adapted in adapted_modules(module):
+            for adapter in adapters_of(adapted):
+                for path, copied in adapter.copies().items():
+                    local(copied).copy_(local(adapted.get_parameter(path)))

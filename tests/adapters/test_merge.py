@@ -1,0 +1,111 @@
+"""merge's report and its choices, on packed bases and on tied weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_peft as lp
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import build, randomise, run
+
+NF4 = lp.Quantization("nf4", block_size=32)
+
+
+def qlora(name: str = "llama"):
+    base, inputs = build(name)
+    model = copy.deepcopy(base)
+    lp.attach(model, lp.LoRA(r=4, target_modules="all-linear"), quantization=NF4)
+    randomise(model, std=0.1)
+    return base, model, inputs
+
+
+def test_into_dense_says_what_it_changed() -> None:
+    _, model, inputs = qlora()
+    want = run(model, inputs)
+    report = lp.merge(model, batch=inputs)
+    assert_close("merged", run(model, inputs), want, floor=1e-5)
+    assert len(report.sites) == 14
+    assert report.worst < 1e-6
+    assert report.output_error < 1e-5
+    assert report.output_change > 0.01
+    assert all(0.01 < site.delta < 10 for site in report.sites)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert layer.weight.dtype == torch.float32
+    lp.unmerge(model)
+    assert layer.weight.dtype == torch.uint8
+    assert_same_bits("unmerged", run(model, inputs), want)
+    assert str(report).startswith("merged 14 weights")
+
+
+def test_into_storage_requantises_and_counts_the_loss() -> None:
+    _, model, inputs = qlora()
+    want, before = run(model, inputs), copy.deepcopy(model.state_dict())
+    report = lp.merge(model, into="storage", batch=inputs)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert layer.weight.dtype == torch.uint8
+    assert 0.01 < report.worst < 0.2  # NF4 loses about 9 % of random weights
+    got = run(model, inputs)
+    error = float((got - want).norm() / want.norm())
+    assert report.output_error == pytest.approx(error, rel=1e-3)
+    lp.unmerge(model)
+    for key, value in model.state_dict().items():
+        assert_same_bits(key, value, before[key])
+
+
+def test_onto_the_original_base_is_compared_with_the_dequantised() -> None:
+    base, model, inputs = qlora()
+    report = lp.merge(model, base=base.state_dict(), batch=inputs)
+    assert set(report.output_errors) == {"dequantized", "original"}
+    assert report.better_base == "dequantized"  # nothing was trained against the original
+    merged = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    original = base.get_submodule("model.layers.0.mlp.up_proj").weight
+    adapter = model.get_submodule("model.layers.0.mlp.up_proj").peft["default"]
+    delta = adapter.edit().terms[0].matrix()
+    assert_close("W0 + BA", merged.detach(), (original + delta).detach(), floor=1e-5)
+
+
+def test_tied_weights_are_untied_and_named() -> None:
+    base, inputs = build("gpt2")
+    assert base.lm_head.weight is base.transformer.wte.weight
+    lp.attach(base, lp.LoRA(r=4, target_modules=["wte", "c_attn"]))
+    randomise(base)
+    want = run(base, inputs)
+    report = lp.merge(base)
+    assert_close("merged", run(base, inputs), want, floor=1e-5)
+    assert report.untied
+    assert base.lm_head.weight is not base.transformer.wte.weight
+    lp.unmerge(base)
+    assert base.lm_head.weight is base.transformer.wte.weight
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_changes() -> None:
+    base, _ = build("llama")
+    lp.attach(base, lp.LoRA(r=4))
+    randomise(base)
+    with torch.no_grad():
+        base.get_submodule("model.layers.1.self_attn.v_proj").peft["default"].A[0, 0] = torch.nan
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.v_proj"):
+        lp.merge(base)
+    for key, value in base.state_dict().items():
+        if "peft" not in key:
+            assert_same_bits(key, value, before[key])
+    with pytest.raises(ValueError, match="'dense' or 'storage'"):
+        lp.merge(base, into="disk")
+    with pytest.raises(KeyError, match="other"):
+        lp.merge(base, "other")
+
+
+def test_half_precision_bases_are_rounded_once() -> None:
+    model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+    lp.attach(model, lp.LoRA(r=8, target_modules=["0"]))
+    randomise(model)
+    W = model[0].weight.double()
+    adapter = model[0].peft["default"]
+    want = W + adapter.B.double() @ adapter.A.double()
+    lp.merge(model)
+    assert torch.equal(model[0].weight, want.to(torch.bfloat16).detach())

@@ -1,0 +1,53 @@
+"""Triton kernels compiled for chips that are not here: no spill, shared memory fits, wgmma used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from lightning_peft_kernels.tools.aot import Row, broken
+
+
+def run(*arguments: str) -> list[str]:
+    """The command, in its own process: it forks one more for each compilation."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_peft_kernels.tools.aot", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    return done.stdout.splitlines()
+
+
+def test_one_configuration_of_each_kernel_for_hopper() -> None:
+    rows = run("--fast", "--targets", "sm_90")
+    assert rows[-1].endswith("0 broken")
+    assert len(rows) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_configuration(target: str) -> None:
+    assert run("--targets", target)[-1].endswith("0 broken")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("k", "sm_90", spills=8), "8 bytes spilled"),
+        (Row("k", "gfx942", shared=65_537), "65537 bytes of shared memory, 65536"),
+        (Row("k", "sm_90", gemm=True, matrix="mma"), "expected wgmma, got mma"),
+        (Row("k", "sm_80", gemm=True, matrix="mma"), ""),
+        (Row("k", "sm_90", outcome="the compiler ended its process"), "ended its process"),
+        (Row("k", "sm_90", outcome="skipped: no fp8"), ""),
+    ],
+)
+def test_rules(row: Row, message: str) -> None:
+    assert message in broken(row)
+    assert bool(broken(row)) == bool(message)

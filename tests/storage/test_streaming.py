@@ -1,0 +1,44 @@
+"""Quantising keeps one dense layer at a time, also where a start needs the dense weight."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_peft as lp
+from lightning_peft.adapters import quantize as quantizing
+
+WIDTH, LAYERS = 256, 6
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "loftq"])
+def test_no_more_than_two_dense_layers_live(init, monkeypatch) -> None:
+    """Counted where each layer is about to be packed: originals and copies of the layers before."""
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    seen: list[int] = []
+    pack, clone = quantizing.pack, torch.Tensor.clone
+
+    def tracked_clone(t: torch.Tensor, **kwargs) -> torch.Tensor:
+        out = clone(t, **kwargs)
+        if out.shape == (WIDTH, WIDTH):
+            alive.append(weakref.ref(out))
+        return out
+
+    def counting_pack(module, *args, **kwargs):
+        seen.append(sum(r() is not None for r in alive))
+        pack(module, *args, **kwargs)
+
+    monkeypatch.setattr(quantizing, "pack", counting_pack)
+    monkeypatch.setattr(torch.Tensor, "clone", tracked_clone)
+    lp.attach(
+        model,
+        lp.LoRA(r=4, init=init, target_modules=[str(i) for i in range(LAYERS)]),
+        quantization=lp.Quantization("nf4"),
+    )
+    assert len(seen) == LAYERS
+    assert max(seen) <= 2, seen
+    assert all(m.weight.dtype == torch.uint8 for m in model)

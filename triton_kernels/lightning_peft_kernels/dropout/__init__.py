@@ -1,0 +1,1 @@
+"""Dropout from a seed: backward computes the mask again, so none is kept."""

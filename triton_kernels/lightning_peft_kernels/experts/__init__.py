@@ -1,0 +1,1 @@
+"""Products grouped by expert: dense and packed weights, and their low-rank adapters."""

@@ -1,0 +1,150 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""The second product of an expert's low rank in place, and both gradients from one pass over dY.
+
+Rows are sorted by expert and where groups end is on the device alone. Forward: a program finds the
+expert of its tile. Backward: a program takes all rows of one expert × some columns, so that dB
+needs no partial sums and is zero for an expert without rows; dZ is summed over the column blocks
+in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_peft_kernels.experts.grouped_linear_triton import tile_of
+from lightning_peft_kernels.lora.rank_gradients_triton import BLOCK_N, WARPS, sum_parts
+from lightning_peft_kernels.tools.aot import spec
+
+__all__ = ["add_up", "aot_specs", "gradients"]
+
+_BLOCK_M, _UP_N = 64, 128
+
+
+@triton.jit
+def _add_up_kernel(
+    Z_ptr,
+    B_ptr,
+    ends_ptr,
+    y_ptr,
+    E,
+    N,
+    R,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y[m, n] += Σ_r Z[m, r] B[e, n, r] for one tile of rows; program (tile, n)."""
+    expert, first, end = tile_of(ends_ptr, tl.program_id(0), E, BLOCK_M, BLOCK_E)
+    if expert >= E:
+        return
+    m = first + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    z = tl.load(
+        Z_ptr + m[:, None].to(tl.int64) * R + r[None, :],
+        mask=(m < end)[:, None] & (r < R)[None, :],
+        other=0.0,
+    )
+    b = tl.load(
+        B_ptr + expert.to(tl.int64) * N * R + n[None, :] * R + r[:, None],
+        mask=(n < N)[None, :] & (r < R)[:, None],
+        other=0.0,
+    )
+    at = y_ptr + m[:, None].to(tl.int64) * N + n[None, :]
+    mask = (m < end)[:, None] & (n < N)[None, :]
+    y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.dot(z, b, y, input_precision="ieee")
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradients_kernel(
+    dY_ptr,
+    Z_ptr,
+    B_ptr,
+    ends_ptr,
+    dZ_ptr,
+    dB_ptr,
+    S,
+    N,
+    R,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dZ[column block, m, r] and dB[e, n, r]; program (column block, expert)."""
+    column, expert = tl.program_id(0), tl.program_id(1)
+    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends_ptr + expert)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    at_B = expert.to(tl.int64) * N * R + n[:, None] * R + r[None, :]
+    mask_B = (n < N)[:, None] & (r < R)[None, :]
+    b = tl.load(B_ptr + at_B, mask=mask_B, other=0.0)
+    dB = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for first in range(start, end, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        here = m < end
+        at = m[:, None].to(tl.int64) * N + n[None, :]
+        g = tl.load(dY_ptr + at, mask=here[:, None] & (n < N)[None, :], other=0.0)
+        mask_Z = here[:, None] & (r < R)[None, :]
+        at_Z = m[:, None].to(tl.int64) * R + r[None, :]
+        z = tl.load(Z_ptr + at_Z, mask=mask_Z, other=0.0)
+        dZ = tl.dot(g, b, input_precision="ieee")
+        tl.store(dZ_ptr + column.to(tl.int64) * S * R + at_Z, dZ, mask=mask_Z)
+        dB = tl.dot(tl.trans(g), z, dB, input_precision="ieee")
+    tl.store(dB_ptr + at_B, dB.to(dB_ptr.dtype.element_ty), mask=mask_B)
+
+
+def add_up(y: Tensor, Z: Tensor, B: Tensor, ends: Tensor) -> Tensor:
+    """Y [S, N] with Z B[e]ᵀ added in place; Z [S, R], B [E, N, R] contiguous, R ≤ 32."""
+    (S, R), (E, N) = Z.shape, B.shape[:2]
+    rows = max(16, min(_BLOCK_M, triton.next_power_of_2(2 * S // E)))
+    tiles = S // rows + min(E, S)
+    _add_up_kernel[(tiles, triton.cdiv(N, _UP_N))](
+        Z, B, ends, y, E, N, R, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=rows, BLOCK_N=_UP_N,
+        BLOCK_R=max(16, triton.next_power_of_2(R)), num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def gradients(
+    dY: Tensor, Z: Tensor, B: Tensor, ends: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(scaling · dY B[e] [S, R], dB [E, N, R]); rows of nobody in the first are not defined."""
+    (S, N), (E, R) = dY.shape, (B.shape[0], B.shape[2])
+    block_r = max(16, triton.next_power_of_2(R))
+    columns = triton.cdiv(N, BLOCK_N)
+    parts = torch.empty(columns, S, R, dtype=torch.float32, device=dY.device)
+    dB = torch.empty_like(B)
+    _gradients_kernel[(columns, E)](
+        dY, Z, B, ends, parts, dB, S, N, R,
+        BLOCK_M=_BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, num_warps=WARPS, num_stages=2,
+    )  # fmt: skip
+    return sum_parts(parts, dY.dtype, scaling), dB
+
+
+def aot_specs() -> list[dict[str, Any]]:
+    """What is compiled ahead of time."""
+    made = []
+    for R in (16, 32):
+        skip = {"gfx942": "spills: two products"} if R > 16 else {}
+        for rows in (16, 64):
+            tile = {"BLOCK_E": 128, "BLOCK_M": rows, "BLOCK_N": _UP_N, "BLOCK_R": R}
+            types = [*["*bf16"] * 2, "*i32", "*bf16", *["i32"] * 3]
+            name = f"experts low rank r {R} {rows} rows"
+            fast = R == rows == 16
+            made.append(spec(name, _add_up_kernel, types, tile, gemm=rows == 64, fast=fast))
+        tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_R": R}
+        types = [*["*bf16"] * 3, "*i32", "*fp32", "*bf16", *["i32"] * 3]
+        made.append(
+            spec(f"experts rank gradients r {R}", _gradients_kernel, types, tile, num_warps=WARPS,
+                 num_stages=2, gemm=True, skip=skip, fast=R == 16)
+        )  # fmt: skip
+    return made

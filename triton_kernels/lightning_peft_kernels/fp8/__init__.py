@@ -1,0 +1,1 @@
+"""Products in e4m3 with scales per row."""

@@ -1,0 +1,115 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""dS and dB of a low-rank branch from one pass over dY: a program takes some rows × 256 columns.
+
+Partial sums lie side by side in fp32 and are added in order, so that runs repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_peft_kernels.tools.aot import spec
+
+__all__ = ["BLOCK_N", "WARPS", "aot_specs", "gradients", "sum_parts"]
+
+_BLOCK_M = 64
+_ROWS = 1024  # of one program: fewer mean more parts of dB
+BLOCK_N, WARPS = 256, 8  # fewer columns mean more parts of dS
+_PROGRAMS = 264  # two a multiprocessor of 132: rows are cut further until there are that many
+
+
+@triton.jit
+def _gradients_kernel(
+    dY_ptr,
+    S_ptr,
+    B_ptr,
+    dS_ptr,
+    dB_ptr,
+    M,
+    N,
+    R,
+    rows,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dS[column block, m, r] and dB[part, n, r]; program (column block, part of the rows)."""
+    column, part = tl.program_id(0), tl.program_id(1)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    at_B = n[:, None] * R + r[None, :]
+    mask_B = (n < N)[:, None] & (r < R)[None, :]
+    b = tl.load(B_ptr + at_B, mask=mask_B, other=0.0)
+    dB = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for step in range(0, rows, BLOCK_M):
+        m = part * rows + step + tl.arange(0, BLOCK_M)
+        here = m < M
+        inside = here[:, None] & (n < N)[None, :]
+        at = m[:, None].to(tl.int64) * N + n[None, :]
+        g = tl.load(dY_ptr + at, mask=inside, other=0.0)
+        mask_S = here[:, None] & (r < R)[None, :]
+        at_S = m[:, None] * R + r[None, :]
+        s = tl.load(S_ptr + at_S, mask=mask_S, other=0.0)
+        dS = tl.dot(g, b, input_precision="ieee")
+        tl.store(dS_ptr + column.to(tl.int64) * M * R + at_S, dS, mask=mask_S)
+        dB = tl.dot(tl.trans(g), s, dB, input_precision="ieee")
+    tl.store(dB_ptr + part.to(tl.int64) * N * R + at_B, dB, mask=mask_B)
+
+
+@triton.jit
+def _sum_kernel(part_ptr, out_ptr, parts, size, scaling, BLOCK: tl.constexpr):
+    """out[i] = scaling · Σ_p part[p, i]."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    sum = tl.zeros((BLOCK,), tl.float32)
+    for p in range(parts):
+        sum += tl.load(part_ptr + p * size + i, mask=inside, other=0.0)
+    tl.store(out_ptr + i, (sum * scaling).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def gradients(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(scaling · dY B [M, R], dYᵀ S [N, R]) of contiguous dY [M, N], S [M, R], B [N, R]; R ≤ 32."""
+    (M, N), R = dY.shape, B.shape[1]
+    block_r = max(16, triton.next_power_of_2(R))
+    columns = triton.cdiv(N, BLOCK_N)
+    rows = max(_BLOCK_M, min(_ROWS, triton.cdiv(M * columns, _PROGRAMS)))
+    rows = triton.cdiv(rows, _BLOCK_M) * _BLOCK_M
+    parts = triton.cdiv(M, rows)
+    dS_parts = torch.empty(columns, M, R, dtype=torch.float32, device=dY.device)
+    dB_parts = torch.empty(parts, N, R, dtype=torch.float32, device=dY.device)
+    _gradients_kernel[(columns, parts)](
+        dY, S, B, dS_parts, dB_parts, M, N, R, rows,
+        BLOCK_M=_BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, num_warps=WARPS, num_stages=2,
+    )  # fmt: skip
+    return sum_parts(dS_parts, dY.dtype, scaling), sum_parts(dB_parts, dY.dtype, 1.0)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
+    """Scaling · Σ of the leading axis, in order."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    size = out.numel()
+    _sum_kernel[(triton.cdiv(size, 1024),)](
+        parts, out, len(parts), size, scaling, BLOCK=1024, num_warps=4
+    )
+    return out
+
+
+def aot_specs() -> list[dict[str, Any]]:
+    """What is compiled ahead of time."""
+    made = []
+    types = [*["*bf16"] * 3, *["*fp32"] * 2, *["i32"] * 4]
+    for R in (16, 32):
+        tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_R": R}
+        name, skip = f"rank gradients r {R}", {"gfx942": "spills: two products"} if R > 16 else {}
+        made.append(
+            spec(name, _gradients_kernel, types, tile, num_warps=WARPS, num_stages=2, gemm=True,
+                 skip=skip, fast=R == 16)
+        )  # fmt: skip
+    types = ["*fp32", "*bf16", "i32", "i32", "fp32"]
+    made.append(spec("rank gradients sum", _sum_kernel, types, {"BLOCK": 1024}, fast=True))
+    return made

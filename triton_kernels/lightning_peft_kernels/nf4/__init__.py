@@ -1,0 +1,1 @@
+"""Quantise and dequantise 4-bit weights; products with packed weights."""

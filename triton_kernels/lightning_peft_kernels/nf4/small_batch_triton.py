@@ -1,0 +1,322 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""Few rows times a packed weight, decoded in the product: two base kernels and one epilogue.
+
+Up to four rows a program keeps 16 rows of W × 64 words in registers (`_gemv_kernel`); above, W is
+the wide operand, so that few rows of x still fill `wgmma`, and even and odd columns are two
+products, which needs no interleaving (`_gemm_kernel`). Both cut K into parts, written side by side
+as fp32; the epilogue adds them in order (so runs repeat bit for bit), and the low-rank term and the
+bias with them.
+
+`SHUFFLE` takes table values from a neighbouring lane's register (`shfl.sync`): 4.4 instead of 6.7
+instructions a weight on sm_90, counted and not yet measured, so it is off.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
+from lightning_peft_kernels.codebooks.four_bit import code
+from lightning_peft_kernels.tools.aot import spec
+
+if TYPE_CHECKING:
+    from lightning_peft_kernels.nf4.ops import Packed4bit
+
+__all__ = ["GEMV_ROWS", "aot_specs", "block_scale", "decode"]
+
+GEMV_ROWS = 4  # rows of x up to which products and sums beat matrix instructions
+_ROWS, _WORDS = 16, 64
+_BLOCK_N, _BLOCK_K = 64, 128
+_PROGRAMS = 528  # four a multiprocessor of 132: K is cut until there are that many
+
+
+@triton.jit
+def _lane():
+    return tl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _dot8_shuffle(bits, held, x0, x1, x2, x3, x4, x5, x6, x7):
+    """Σ table[nibble j] · x_j over the eight nibbles of a word; lane l holds table[l % 16]."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 n; .reg .f32 v;
+        shr.u32 n, $1, 4;  shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff;  mul.f32 $0, v, $3;
+        shfl.sync.idx.b32 v, $2, $1, 0x100f, 0xffffffff;  fma.rn.f32 $0, v, $4, $0;
+        shr.u32 n, $1, 12; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $5, $0;
+        shr.u32 n, $1, 8;  shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $6, $0;
+        shr.u32 n, $1, 20; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $7, $0;
+        shr.u32 n, $1, 16; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $8, $0;
+        shr.u32 n, $1, 28; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $9, $0;
+        shr.u32 n, $1, 24; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff;
+        fma.rn.f32 $0, v, $10, $0;
+        }""",
+        "=&f,r,f,f,f,f,f,f,f,f,f",
+        [bits, held, x0, x1, x2, x3, x4, x5, x6, x7],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _value(table, nibble, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    flat = tl.reshape(nibble & 15, (ROWS * WORDS,))
+    return tl.reshape(tl.gather(table, flat, 0), (ROWS, WORDS))
+
+
+@triton.jit
+def _dot8_gather(
+    bits, table, x0, x1, x2, x3, x4, x5, x6, x7, ROWS: tl.constexpr, WORDS: tl.constexpr
+):
+    """The same in portable form; `table` [16]."""
+    sum = _value(table, bits >> 4, ROWS, WORDS) * x0
+    sum += _value(table, bits, ROWS, WORDS) * x1
+    sum += _value(table, bits >> 12, ROWS, WORDS) * x2
+    sum += _value(table, bits >> 8, ROWS, WORDS) * x3
+    sum += _value(table, bits >> 20, ROWS, WORDS) * x4
+    sum += _value(table, bits >> 16, ROWS, WORDS) * x5
+    sum += _value(table, bits >> 28, ROWS, WORDS) * x6
+    sum += _value(table, bits >> 24, ROWS, WORDS) * x7
+    return sum
+
+
+@triton.jit
+def block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED: tl.constexpr):
+    """Scales fp32 of these blocks; nested ones are decoded."""
+    if NESTED:
+        c = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        second = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
+        scale = tl.load(map_ptr + c) * second + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    return scale
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,
+    packed_ptr,
+    absmax_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    table_ptr,
+    map_ptr,
+    part_ptr,
+    M,
+    N,
+    K,
+    part_words,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """part[p, m, n] = Σ over the words of part p; program (n block, p, m)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part, m = tl.program_id(1), tl.program_id(2)
+    words = K // 8
+    first = tl.multiple_of(part * part_words, WORDS)
+    last = tl.minimum(first + part_words, words)
+    if SHUFFLE:
+        held = tl.load(table_ptr + (_lane() & 15))
+    else:
+        table = tl.load(table_ptr + tl.arange(0, 16))
+    sum = tl.zeros((ROWS, WORDS), tl.float32)
+    for start in range(first, last, WORDS):
+        word = start + tl.arange(0, WORDS)
+        here = word < last
+        inside = (row < N)[:, None] & here[None, :]
+        at = row[:, None].to(tl.int64) * words + word[None, :]
+        bits = tl.load(packed_ptr + at, mask=inside, other=0)
+        block = at // (BLOCK_SIZE // 8)
+        scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED)
+        x = x_ptr + m * K + word * 8
+        x0 = tl.load(x, mask=here, other=0.0).to(tl.float32)[None, :]
+        x1 = tl.load(x + 1, mask=here, other=0.0).to(tl.float32)[None, :]
+        x2 = tl.load(x + 2, mask=here, other=0.0).to(tl.float32)[None, :]
+        x3 = tl.load(x + 3, mask=here, other=0.0).to(tl.float32)[None, :]
+        x4 = tl.load(x + 4, mask=here, other=0.0).to(tl.float32)[None, :]
+        x5 = tl.load(x + 5, mask=here, other=0.0).to(tl.float32)[None, :]
+        x6 = tl.load(x + 6, mask=here, other=0.0).to(tl.float32)[None, :]
+        x7 = tl.load(x + 7, mask=here, other=0.0).to(tl.float32)[None, :]
+        if SHUFFLE:
+            sum += scale * _dot8_shuffle(bits, held, x0, x1, x2, x3, x4, x5, x6, x7)
+        else:
+            sum += scale * _dot8_gather(bits, table, x0, x1, x2, x3, x4, x5, x6, x7, ROWS, WORDS)
+    tl.store(part_ptr + (part * M + m) * N + row, tl.sum(sum, axis=1), mask=row < N)
+
+
+@triton.jit
+def _gemm_kernel(
+    x_ptr,
+    packed_ptr,
+    absmax_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    table_ptr,
+    map_ptr,
+    part_ptr,
+    M,
+    N,
+    K,
+    part_k,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """part[p, m, n] for all M ≤ BLOCK_M rows of x; a tile of W is the wide operand."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    byte = tl.arange(0, BLOCK_K // 2)
+    table = tl.load(table_ptr + tl.arange(0, 16))
+    first = tl.multiple_of(part * part_k, BLOCK_K)
+    last = tl.minimum(first + part_k, K)
+    sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_K // 2
+    for k in range(first, last, BLOCK_K):
+        column = k // 2 + byte
+        here = column < last // 2
+        inside = (n < N)[:, None] & here[None, :]
+        at = n[:, None].to(tl.int64) * (K // 2) + column[None, :]
+        bits = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
+        block = at // (BLOCK_SIZE // 2)
+        scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED)
+        x = x_ptr + m[None, :] * K + 2 * column[:, None]
+        taken = here[:, None] & (m < M)[None, :]
+        even = tl.load(x, mask=taken, other=0.0)
+        odd = tl.load(x + 1, mask=taken, other=0.0)
+        high = tl.gather(table, tl.reshape(bits >> 4, (SIZE,)), 0)
+        low = tl.gather(table, tl.reshape(bits & 15, (SIZE,)), 0)
+        high = (tl.reshape(high, (BLOCK_N, BLOCK_K // 2)) * scale).to(even.dtype)
+        low = (tl.reshape(low, (BLOCK_N, BLOCK_K // 2)) * scale).to(even.dtype)
+        sum = tl.dot(high, even, sum, input_precision="ieee")
+        sum = tl.dot(low, odd, sum, input_precision="ieee")
+    at = (part * M + m[None, :]) * N + n[:, None]
+    tl.store(part_ptr + at, sum, mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def _epilogue_kernel(
+    part_ptr,
+    S_ptr,
+    B_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    parts,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[m, n] = Σ_p part[p, m, n] + Σ_r S[m, r] B[n, r] + bias[n]; R = 0 without a low rank."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1)
+    inside = n < N
+    sum = tl.zeros((BLOCK_N,), tl.float32)
+    for p in range(parts):
+        sum += tl.load(part_ptr + (p * M + m) * N + n, mask=inside, other=0.0)
+    for start in tl.static_range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        s = tl.load(S_ptr + m * R + r, mask=r < R, other=0.0).to(tl.float32)
+        taken = inside[:, None] & (r < R)[None, :]
+        b = tl.load(B_ptr + n[:, None] * R + r[None, :], mask=taken, other=0.0).to(tl.float32)
+        sum += tl.sum(b * s[None, :], axis=1)
+    if HAS_BIAS:
+        sum += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * N + n, sum.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def decode(
+    x: Tensor,
+    q: Packed4bit,
+    N: int,
+    S: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    block_size: int,
+    *,
+    shuffle: bool = False,
+) -> Tensor:
+    """Y [M, N] of contiguous x [M, K], 1 ≤ M ≤ 64, K a multiple of eight; S [M, R] is scaled."""
+    M, K = x.shape
+    device, nested = str(x.device), q.absmax2 is not None
+    absmax = q.absmax.reshape(-1)
+    scales = (absmax, q.absmax2 if nested else absmax, q.offset if nested else absmax)
+    tables = (code(kind, device), dynamic_map(True, device))
+    what = {"BLOCK_SIZE": block_size, "NESTED": nested}
+    packed = q.packed.reshape(-1)
+    if M <= GEMV_ROWS:
+        columns, step = triton.cdiv(N, _ROWS), _WORDS
+        per_part, parts = _cut(K // 8, step, columns * M)
+        part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
+        _gemv_kernel[(columns, parts, M)](
+            x, packed.view(torch.int32), *scales, *tables, part, M, N, K, per_part, **what,
+            SHUFFLE=shuffle, ROWS=_ROWS, WORDS=_WORDS, num_warps=4,
+        )  # fmt: skip
+    else:
+        columns = triton.cdiv(N, _BLOCK_N)
+        per_part, parts = _cut(K, _BLOCK_K, columns)
+        part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
+        block_m = max(16, triton.next_power_of_2(M))
+        _gemm_kernel[(columns, parts)](
+            x, packed, *scales, *tables, part, M, N, K, per_part, **what,
+            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    R = 0 if S is None else S.shape[1]
+    _epilogue_kernel[(triton.cdiv(N, 128), M)](
+        part, part if S is None else S, part if B is None else B, part if bias is None else bias,
+        y, M, N, parts, R=R, BLOCK_R=16, HAS_BIAS=bias is not None, BLOCK_N=128, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def _cut(size: int, step: int, programs: int) -> tuple[int, int]:
+    """(length of a part, parts) of `size`, in multiples of `step`, at most eight parts."""
+    steps = -(-size // step)
+    parts = max(1, min(8, steps, _PROGRAMS // max(programs, 1)))
+    length = -(-steps // parts) * step
+    return length, -(-size // length)
+
+
+def aot_specs() -> list[dict[str, Any]]:
+    """What is compiled ahead of time."""
+    made = []
+    for nested in (True, False):
+        absmax = "*u8" if nested else "*fp32"
+        scales = [absmax, *["*fp32"] * 4, "*fp32", "i32", "i32", "i32", "i32"]
+        what = {"BLOCK_SIZE": 64, "NESTED": nested}
+        label = "nested" if nested else "plain"
+        for shuffle in (True, False):
+            tile = what | {"SHUFFLE": shuffle, "ROWS": _ROWS, "WORDS": _WORDS}
+            name = f"decode gemv {label} {'shuffle' if shuffle else 'gather'}"
+            skip = {"gfx942": "NVIDIA assembly"} if shuffle else {}
+            fast = nested and not shuffle
+            types = ["*bf16", "*i32", *scales]
+            made.append(spec(name, _gemv_kernel, types, tile, skip=skip, fast=fast))
+        for block_m in (16, 64):
+            tile = what | {"BLOCK_M": block_m, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
+            name = f"decode gemm {label} {block_m} rows"
+            fast = nested and block_m == 16
+            types = ["*bf16", "*u8", *scales]
+            made.append(spec(name, _gemm_kernel, types, tile, gemm=True, fast=fast))
+    types = ["*fp32", "*bf16", "*bf16", "*bf16", "*bf16", "i32", "i32", "i32"]
+    for R in (16, 256):
+        tile = {"R": R, "BLOCK_R": 16, "HAS_BIAS": True, "BLOCK_N": 128}
+        made.append(spec(f"decode epilogue r {R}", _epilogue_kernel, types, tile, fast=R == 16))
+    return made

@@ -1,0 +1,1 @@
+"""Scale per output channel, fused with its gradient."""
