@@ -12,7 +12,7 @@ from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_
 from lightning_peft.callback import PEFT
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.hf.save import load_adapter, save_adapter
-from lightning_peft.initialization.data_driven import initialize_from_data
+from lightning_peft.initialization.data_driven import start_from_data
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
@@ -88,7 +88,6 @@ __all__ = [
     "estimate_memory",
     "extract_lora",
     "hard_prompt_ids",
-    "initialize_from_data",
     "load_adapter",
     "load_adapter_state_dict",
     "load_from_checkpoint",
@@ -99,6 +98,7 @@ __all__ = [
     "reset_adapters",
     "save_adapter",
     "set_adapter",
+    "start_from_data",
     "tokens_per_expert",
     "unmerge",
 ]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.rng_state import restore_rng, rng_state
-from lightning_peft.initialization.data_driven import initialize_from_data, waiting_adapters
+from lightning_peft.initialization.data_driven import start_from_data, waiting_adapters
 
 __all__ = ["initialize_pending"]
 
@@ -36,7 +36,7 @@ def initialize_pending(trainer: pl.Trainer) -> None:
         trainer.fit_loop.setup_data()
         loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
         with _silent(module), _where_it_was(loader):
-            initialize_from_data(module, _batches(trainer, loader), _step(trainer, module))
+            start_from_data(module, _batches(trainer, loader), _step(trainer, module))
     finally:
         restore_rng(random, device)
     rebuild_averages(trainer, module)
@@ -53,7 +53,7 @@ def _refuse(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if reason:
         raise RuntimeError(
             f"PEFT: to start an adapter from data, expected {reason}; before fit, attach(module, "
-            "method) and initialize_from_data(module, batches, step) with the same batches "
+            "method) and start_from_data(module, batches, step) with the same batches "
             "everywhere"
         )
 

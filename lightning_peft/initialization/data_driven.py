@@ -22,7 +22,7 @@ from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.models.outputs import run_on
 
-__all__ = ["initialize_from_data", "waiting_adapters"]
+__all__ = ["start_from_data", "waiting_adapters"]
 
 Step = Callable[[Any], Any]
 Found = Iterator[tuple[Tensor, Tensor | None]]
@@ -34,9 +34,7 @@ def waiting_adapters(model: nn.Module) -> list[Adapter]:
     return [a for _, m in adapted_modules(model) for a in adapters_of(m) if a.waiting]
 
 
-def initialize_from_data(
-    model: nn.Module, batches: Iterable[Any], step: Step | None = None
-) -> None:
+def start_from_data(model: nn.Module, batches: Iterable[Any], step: Step | None = None) -> None:
     """Start every waiting adapter from batches; the output of the model does not change.
 
     Call it before the optimizer is made. The model runs in eval mode, as it is with its other
@@ -57,7 +55,7 @@ def initialize_from_data(
     most = max((int(a.method.data_options["batches"]) for a in waiting), default=0)
     taken = list(islice(batches, most)) if waiting else []
     if waiting and not taken:
-        raise ValueError("initialize_from_data: expected at least one batch, got none")
+        raise ValueError("start_from_data: expected at least one batch, got none")
     groups: dict[tuple[str, int], list[Adapter]] = {}
     for adapter in waiting:
         groups.setdefault((adapter.adapter_name, id(adapter.method)), []).append(adapter)

@@ -54,7 +54,7 @@ class LoRA(WeightMethod):
             three take their part out of the base, so that the output is unchanged at the start;
             detaching puts the base's bits back. ``"eva"`` (arXiv:2410.07170) and ``"lora_ga"``
             (arXiv:2407.05000) start from the first batches: the callback does it, or
-            `initialize_from_data`; until then the start is the default one.
+            `start_from_data`; until then the start is the default one.
         init_options: Settings of ``"eva"`` (rho, tau, whiten, adjust_scaling_factors,
             use_label_mask, label_mask_value) and ``"lora_ga"`` (direction, scale, stable_gamma),
             named as in peft, and for both ``batches``: how many of them the callback takes.

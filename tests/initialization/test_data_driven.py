@@ -23,11 +23,11 @@ from lightning_peft import (
     Quantization,
     attach,
     detach,
-    initialize_from_data,
     load_from_checkpoint,
     merge,
     reset_adapters,
     save_adapter,
+    start_from_data,
 )
 from lightning_peft.initialization.data_driven import waiting_adapters
 from tests.helpers.nets import Plain, adapters_of, assert_same, base_of, trainer
@@ -70,7 +70,7 @@ def started(net: nn.Module, batches: Any, **kwargs: Any) -> Any:
     attach(
         model, LoRA(**{"target_modules": TARGETS, "alpha": 8, **kwargs}), quantization=quantization
     )
-    initialize_from_data(model, batches)
+    start_from_data(model, batches)
     return model
 
 
@@ -222,7 +222,7 @@ def test_the_start_is_exact_and_leaves_no_trace(
     model.train()
     model.drop.eval()
     drawn = torch.get_rng_state()
-    initialize_from_data(model, batches)
+    start_from_data(model, batches)
     assert not waiting_adapters(model)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert model.training
@@ -370,5 +370,5 @@ class Manual(Plain):
 
 
 def test_manual_optimization_is_told_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"automatic optimization.*initialize_from_data\(module"):
+    with pytest.raises(RuntimeError, match=r"automatic optimization.*start_from_data\(module"):
         run(Manual(), 1, tmp_path, "eva")  # type: ignore[arg-type]
