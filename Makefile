@@ -8,6 +8,8 @@ READY  := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 export PYTHONPATH := triton_kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Tests run as two processes: one thread each, or they fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# T=tests/methods/test_lora.py chooses files, K=dora chooses tests by expression.
+SUITE := $(ONE_THREAD) $(PY) -m pytest $(if $(T),,-n 2 --dist worksteal) $(T) $(if $(K),-k "$(K)")
 
 .PHONY: help quickstart test test-all invariants test-gpu check fix docs package aot bench-gpu
 
@@ -22,11 +24,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: $(READY)  ## Install, then fine-tune a real model three ways on the CPU
 	OMP_WAIT_POLICY=passive $(PY) examples/quickstart.py
 
-test: $(READY)  ## The tests, without slow sweeps and GPU tests (under 10 minutes on 2 cores)
-	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow and not gpu"
+test: $(READY)  ## The tests without slow sweeps and GPU tests; T=path and K=expression choose some
+	$(SUITE) -m "not slow and not gpu"
 
-test-all: $(READY)  ## The slow sweeps too
-	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not gpu"
+test-all: $(READY)  ## The slow sweeps too; T and K as for test
+	$(SUITE) -m "not gpu"
 
 invariants: $(READY)  ## What every method promises, on every kind of model and storage: the count
 	$(ONE_THREAD) $(PY) -m pytest -q -n 2 -m "not gpu" tests/methods/test_all_methods_all_models.py tests/test_invariants.py

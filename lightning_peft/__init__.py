@@ -3,15 +3,19 @@
 Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
 """
 
+import contextlib
+from typing import TYPE_CHECKING, Any
+
 from lightning_peft.adapters.activation import adapter_names, disable_adapters, set_adapter
 from lightning_peft.adapters.attach import attach, detach, quantize, reset_adapters
 from lightning_peft.adapters.combine import combine
 from lightning_peft.adapters.hard_prompt import hard_prompt_ids
 from lightning_peft.adapters.merge import MergeReport, merge, unmerge
 from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_state_dict
-from lightning_peft.callback import PEFT
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
-from lightning_peft.hf.save import load_adapter, save_adapter
+from lightning_peft.checkpoint.loop import load_checkpoint, save_checkpoint
+from lightning_peft.hf.load import load_adapter
+from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
@@ -36,13 +40,41 @@ from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.quant_aware import QuantAwareLoRA
 from lightning_peft.methods.sparse_lora import SparseLoRA
 from lightning_peft.methods.vera import VeRA
+from lightning_peft.optim.method_hooks import MethodHooks
+from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
 from lightning_peft.recipes.extract_lora import ExtractReport, extract_lora
 from lightning_peft.recipes.prune_rank import PruneReport, prune_rank
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert
 from lightning_peft.storage import Quantization
-from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
+from lightning_peft.strategies import register_strategies
+from lightning_peft.trainers.callback_base import TrainerCallback
+from lightning_peft.trainers.packages import default_package
+
+if TYPE_CHECKING:
+    from lightning_peft.callback import PEFT
+    from lightning_peft.strategies.lightning import PEFTDDPStrategy, PEFTFSDPStrategy
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Look up the classes that depend on which Lightning packages are loaded by now."""
+        if name == "PEFT":
+            from lightning_peft.callback import PEFT
+
+            TrainerCallback.complete()
+            return PEFT
+        if name in ("PEFTDDPStrategy", "PEFTFSDPStrategy"):
+            import importlib
+
+            module = default_package().name.partition(".")[0]
+            return getattr(importlib.import_module(f"lightning_peft.strategies.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+with contextlib.suppress(ModuleNotFoundError):  # attach, merge and others need no Lightning
+    default_package()
+register_strategies()
 
 __version__ = "0.1.0"
 
@@ -65,6 +97,7 @@ __all__ = [
     "LoRA",
     "LoRAPlus",
     "MergeReport",
+    "MethodHooks",
     "MiSS",
     "NormTuning",
     "PEFTDDPStrategy",
@@ -83,6 +116,7 @@ __all__ = [
     "adapter_state_dict",
     "attach",
     "combine",
+    "convert_optimizer",
     "detach",
     "disable_adapters",
     "estimate_memory",
@@ -90,13 +124,16 @@ __all__ = [
     "hard_prompt_ids",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_checkpoint",
     "load_from_checkpoint",
     "merge",
     "parameter_report",
     "prune_rank",
     "quantize",
+    "register_strategies",
     "reset_adapters",
     "save_adapter",
+    "save_checkpoint",
     "set_adapter",
     "start_from_data",
     "tokens_per_expert",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 # Before huggingface_hub is imported by anything: no test may ask a server.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
@@ -11,6 +12,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_P
 import numpy as np
 import pytest
 import torch
+
+from tests.helpers.forks import server
+from tests.helpers.lightning_package import INSTALLED, use_package
+from tests.helpers.sweeps import mark_slow_cases
 
 SEED = 20
 
@@ -20,12 +25,46 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` reads the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow_cases(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what uses `lightning_package` under every installed package.
+
+    Tests marked `one_package` run under the others in the slow set only.
+    """
+    if "lightning_package" not in metafunc.fixturenames:
+        return
+    heavy = metafunc.definition.get_closest_marker("one_package") is not None
+    params = [
+        pytest.param(name, marks=[pytest.mark.slow] if heavy and name != INSTALLED[0] else [])
+        for name in INSTALLED
+    ]
+    metafunc.parametrize("lightning_package", params, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def lightning_package(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Import name of the Lightning package that the test runs under."""
+    with use_package(request.param):
+        yield request.param
+
+
+def pytest_collection_finish() -> None:
+    # Before the first test: what the server forks starts from imports alone.
+    server()
+
+
+def pytest_sessionfinish() -> None:
+    if server.cache_info().currsize:
+        server().close()
 
 
 def seed_all(seed: int) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.forks import run_script
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 ABOUT = ["device", "versions", "date", "command"]
@@ -22,21 +21,6 @@ SCRIPTS = {
 }
 
 
-def run(script: str, *arguments: str) -> str:
-    root = FOLDER.parent
-    path = os.pathsep.join([str(root / "triton_kernels"), str(root)])
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / script), *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
@@ -48,7 +32,7 @@ def test_every_gpu_benchmark_is_run_here() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_smoke(script: str, tmp_path: Path) -> None:
-    run(script, "--smoke", "--csv", str(tmp_path / "rows.csv"))
+    run_script(FOLDER / script, ["--smoke", "--csv", str(tmp_path / "rows.csv")], tmp_path)
     found = rows(tmp_path / "rows.csv")
     assert len(found) >= 4
     for row in found:
@@ -67,9 +51,9 @@ def test_smoke(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", ["gpu/kernel_ops.py", "gpu/optimizer.py", "gpu/experts.py"])
 def test_without_a_gpu_the_rows_say_so(script: str, tmp_path: Path) -> None:
-    run(script, "--csv", str(tmp_path / "rows.csv"))
+    run_script(FOLDER / script, ["--csv", str(tmp_path / "rows.csv")], tmp_path)
     assert all(row["median_ms"] == "not measured" for row in rows(tmp_path / "rows.csv"))
 
 
-def test_cpu_benchmark_of_4_bit_smoke() -> None:
-    assert "dequantize 64x128" in run("cpu/nf4.py", "--smoke")
+def test_cpu_benchmark_of_4_bit_smoke(tmp_path: Path) -> None:
+    assert "dequantize 64x128" in run_script(FOLDER / "cpu/nf4.py", ["--smoke"], tmp_path)

@@ -121,7 +121,8 @@ def test_commands_exist(page: str, command: list[str]) -> None:
     elif command[0] == "python":
         assert (ROOT / command[1]).is_file()
     else:
-        assert command == ["pip", "install", "lightning-peft"]
+        extras = ("lightning", "pytorch-lightning")
+        assert command in [["pip", "install", f"lightning-peft[{extra}]"] for extra in extras]
 
 
 def test_every_public_name_has_a_docstring() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft import methods
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.nets import Plain, loader, peft, trainer
 from tests.helpers.peft_exchange import build
@@ -32,8 +33,29 @@ from tests.helpers.peft_exchange import build
         (lambda: lp.AdaLoRA(init_r=4, target_r=8), "target_r"),
         (lambda: lp.VeRA(r=0), "r >= 1"),
         (lambda: lp.IA3(mode="divide"), "multiply"),
+        (lambda: methods.HRA(r=0), "r >= 1, got r = 0"),
+        (lambda: methods.RoAd("road_3"), "variant in .*got 'road_3'"),
+        (lambda: methods.RoAd(group_size=7), "even group_size >= 2, got 7"),
+        (lambda: methods.DeLoRA(strength=0.0), "strength > 0, got strength = 0.0"),
+        (lambda: methods.GraLoRA(r=3, k=2), "divides r, got r = 3, k = 2"),
+        (lambda: methods.SHiRA(seed="a"), "integer seed or None, got 'a'"),
+        (lambda: methods.SuperTuning(sparsity=1.0), "0 <= sparsity < 1, got 1.0"),
+        (lambda: methods.SuperTuning(r=2), "both of r and alpha or none, got r = 2"),
+        (lambda: methods.HiRA(dropout=1.0), "0 <= dropout < 1, got dropout = 1.0"),
+        (lambda: methods.PEANuT(depth=33), "0 <= depth <= 32, got 33"),
+        (lambda: methods.PEANuT(act_fn="step"), "act_fn in .*got 'step'"),
+        (lambda: methods.VBLoRA(topk=300), "topk <= num_vectors = 256, got 300"),
+        (lambda: methods.UniLoRA(length=0), "length >= 1, got 0"),
+        (lambda: methods.TinyLoRA(weight_tying=2.0), "0 <= weight_tying <= 1, got 2.0"),
+        (lambda: methods.RandLoRA(alpha=0.0), "alpha > 0, got 0.0"),
+        (lambda: methods.PVeRA(sample=False, sample_at_inference=True), "got sample=False"),
+        (lambda: methods.C3A(init="ones"), "init in .*got 'ones'"),
+        (lambda: methods.FourierFT(n_frequency=0), "n_frequency >= 1, got n_frequency = 0"),
+        (lambda: methods.WaveFT(family="haar"), "family in .*got 'haar'"),
+        (lambda: methods.KaSA(beta=-1.0), "beta >= 0 and gamma >= 0, got -1.0"),
+        (lambda: methods.BDLoRA(r=3, nblocks=2), "divides every rank, got nblocks = 2, r = 3"),
     ],
-    ids=range(13),
+    ids=range(34),
 )
 def test_values(make, match) -> None:
     with pytest.raises(ValueError, match=match):
@@ -160,13 +182,13 @@ def test_two_callbacks_of_one_name() -> None:
         trainer(peft(), peft(), max_epochs=1).fit(Plain(), loader())
 
 
-def test_a_trainer_of_the_other_package() -> None:
-    """`pytorch_lightning` and `lightning.pytorch` are two packages with the same classes."""
+def test_a_trainer_of_another_package() -> None:
+    """`pytorch_lightning` and `lightning` are served; nothing else is."""
 
     class Trainer:
-        __module__ = "pytorch_lightning.trainer.trainer"
+        __module__ = "somebody.trainer"
 
-    with pytest.raises(TypeError, match=r"lightning\.pytorch"):
+    with pytest.raises(TypeError, match=r"lightning or pytorch_lightning, got somebody"):
         peft().setup(Trainer(), Plain(), "fit")  # type: ignore[arg-type]
 
 

@@ -30,6 +30,8 @@ def examples() -> Iterator[None]:
 
 @pytest.fixture
 def example(examples: None, request: pytest.FixtureRequest) -> ModuleType:
+    if request.param == "fabric_litgpt":
+        pytest.importorskip("litgpt")
     if request.param == "vision":
         pytest.importorskip("sklearn")
     if request.param == "sentiment":
@@ -107,6 +109,13 @@ def test_two_processes(example: ModuleType) -> None:
     found = example.main(smoke=True, keep=False)
     assert found[2]["held"] == found[1]["held"] / 2
     assert found[2]["loss"] == pytest.approx(found[1]["loss"], abs=0.05)
+
+
+@named("fabric_litgpt")
+def test_fabric_litgpt(example: ModuleType) -> None:
+    """Runs where litgpt is installed; its pins exclude transformers 5."""
+    losses = example.main(steps=3)
+    assert losses["parts"] == losses["whole"]
 
 
 @pytest.mark.parametrize("name", STORIES)

@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 HEAVY = ("bitsandbytes", "transformers", "triton", "peft", "accelerate", "safetensors")
 
-LOADED = "import sys, json; {code}; print(json.dumps(sorted(sys.modules)))"
-
-# Who asked: lightning itself brings transformers (through torchmetrics) and triton.
-ASKED = """
-import builtins, json
+# In one interpreter: what lightning loads, what we load beyond it, and who imported what. Lightning
+# itself brings transformers (through torchmetrics) and triton.
+LOADED = """
+import builtins, json, sys
+import lightning.pytorch
+before = sorted(sys.modules)
 real, asked = builtins.__import__, set()
 def spy(name, globals=None, *rest, **named):
     importer = (globals or {}).get("__name__", "")
@@ -24,7 +26,7 @@ def spy(name, globals=None, *rest, **named):
     return real(name, globals, *rest, **named)
 builtins.__import__ = spy
 import lightning_peft
-print(json.dumps(sorted(asked)))
+print(json.dumps([{"before": before, "after": sorted(sys.modules), "asked": sorted(asked)}]))
 """
 
 # With compiled files in place, as in an installation; the first run of a machine makes them.
@@ -50,13 +52,21 @@ def printed(code: str) -> list[object]:
     return answer
 
 
-def packages_after(code: str) -> set[str]:
-    return {str(name).partition(".")[0] for name in printed(LOADED.format(code=code))}
+def packages(modules: list[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
 
 
-def test_nothing_beyond_lightning() -> None:
-    baseline = packages_after("import lightning.pytorch")
-    extra = packages_after("import lightning_peft") - baseline - sys.stdlib_module_names
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Any]:
+    (found,) = printed(LOADED)
+    assert isinstance(found, dict)
+    asked = found["asked"]
+    assert ["lightning_peft", "lightning_peft"] in asked, "the spy saw none of our imports"
+    return found
+
+
+def test_nothing_beyond_lightning(loaded: dict[str, Any]) -> None:
+    extra = packages(loaded["after"]) - packages(loaded["before"]) - sys.stdlib_module_names
     assert {name for name in extra if not name.startswith("_")} <= {
         "lightning_peft",
         "lightning_peft_kernels",
@@ -64,9 +74,8 @@ def test_nothing_beyond_lightning() -> None:
 
 
 @pytest.mark.parametrize("package", HEAVY)
-def test_we_do_not_ask_for(package: str, asked: list[object]) -> None:
-    askers = [pair[0] for pair in asked if isinstance(pair, list) and pair[1] == package]
-    assert askers == []
+def test_we_do_not_ask_for(package: str, loaded: dict[str, Any]) -> None:
+    assert [importer for importer, imported in loaded["asked"] if imported == package] == []
 
 
 @pytest.mark.slow
@@ -74,10 +83,3 @@ def test_within_five_percent_of_lightning() -> None:
     """Processor time of one process, lightning first and then what we add; the median of three."""
     shares = sorted(float(str(printed(COST)[0])) for _ in range(3))
     assert shares[1] < 0.05
-
-
-@pytest.fixture(scope="module")
-def asked() -> list[object]:
-    pairs = printed(ASKED)
-    assert ["lightning_peft", "lightning_peft"] in pairs, "the spy saw none of our imports"
-    return pairs

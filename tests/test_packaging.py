@@ -25,6 +25,7 @@ tomllib = pytest.importorskip("tomllib")  # Python 3.11
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 REQUIRED = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 PACKAGES = {"lightning_peft": "lightning_peft", "lightning_peft_kernels": "triton_kernels"}
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "vocab_size": 99},
@@ -51,7 +52,15 @@ def test_one_version() -> None:
     ("version", "taken"), [("2.6.2", False), ("2.6.3", False), ("2.6.4", True)]
 )
 def test_malicious_lightning_is_never_taken(version: str, taken: bool) -> None:
-    assert REQUIRED["lightning"].specifier.contains(version) is taken
+    extras = {r.name: r for n in EXTRAS for r in map(Requirement, EXTRAS[n])}
+    for package in ("lightning", "pytorch-lightning"):
+        assert extras[package].specifier.contains(version) is taken
+
+
+def test_either_lightning_package_suffices() -> None:
+    assert not {"lightning", "pytorch-lightning"} & REQUIRED.keys()
+    assert [Requirement(r).name for r in EXTRAS["lightning"]] == ["lightning"]
+    assert [Requirement(r).name for r in EXTRAS["pytorch-lightning"]] == ["pytorch-lightning"]
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])

@@ -91,10 +91,16 @@ def run(example: Any, optimizer: str | None, steps: int, train: Any, test: Any) 
     return {"losses": losses.seen, "held out": held_out, "bytes": nbytes, "elements": elements}
 
 
-def compare(steps: int) -> list[dict[str, Any]]:
-    """A row for each hundred steps, for all of them, for the held-out files and for the bytes."""
+def compare(steps: int, every: int = 1) -> list[dict[str, Any]]:
+    """Return a row per hundred steps, for all steps, for the held-out files and for the bytes.
+
+    Args:
+        steps: Training steps of each run.
+        every: Evaluate every n-th batch of the held-out files.
+    """
     example = quickstart()
     train, test = (example.passages(str(example.MINILM), held_out=h) for h in (False, True))
+    test = list(test)[::every]
     wide, small = (run(example, name, steps, train, test) for name in (None, "adamw_8bit"))
 
     def row(what: str, a: float, b: float) -> dict[str, Any]:

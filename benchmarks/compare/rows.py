@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning_peft as lp
 from lightning_peft.methods import GatedLoRA, mam, unipelt
-from lightning_peft.methods.base import Method, Targeted
+from lightning_peft.methods.base import Method, WeightMethod
 
 __all__ = ["ROWS", "Row", "methods_of"]
 
@@ -95,6 +95,6 @@ def _placed(method: Method, task: Any) -> Method:
         return method  # its paper's: keys, values and the way out of the feed-forward block
     if isinstance(method, GatedLoRA):
         return method  # its paper's: queries and values
-    if method.kind == "weight" and isinstance(method, Targeted):
+    if isinstance(method, WeightMethod):
         return replace(method, target_modules=list(task.targets))
     return method

@@ -13,7 +13,7 @@ from pathlib import Path
 import bitsandbytes
 import torch
 
-from lightning_peft.optim import replace_optimizer
+from lightning_peft.optim import convert_optimizer
 
 # Rank 16 over 56 layers of 4096, every fourth layer wide: 10.5 M elements.
 SHAPES = [shape for i in range(56) for shape in ((16, 4096), (11264 if i % 4 == 0 else 6912, 16))]
@@ -31,7 +31,7 @@ def optimizers(device: str) -> dict[str, torch.optim.Optimizer]:
     ours = {}
     for name in ("adamw_8bit", "lion_8bit"):
         ours[name] = torch.optim.AdamW(parameters(device), lr=1e-4)
-        replace_optimizer(ours[name], name)
+        convert_optimizer(ours[name], name)
     return {
         "lightning_peft adamw_8bit": ours["adamw_8bit"],
         "bitsandbytes AdamW8bit": bitsandbytes.optim.AdamW8bit(parameters(device), lr=1e-4),

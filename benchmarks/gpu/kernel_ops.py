@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning_peft_kernels.dispatch import choose_product
+from lightning_peft_kernels.dispatch import select_product
 from lightning_peft_kernels.lora.rank_gradients import rank_gradients, rank_gradients_reference
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
-from lightning_peft_kernels.nf4.small_batch import nf4_decode
+from lightning_peft_kernels.nf4.small_batch import nf4_small_batch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -107,7 +107,7 @@ def layers(chosen: Any) -> list[dict[str, Any]]:
                     )
                     path = "-"
                     if made:
-                        path = choose_product(chosen.device, torch.bfloat16, M, (N, K)).backend
+                        path = select_product(chosen.device, torch.bfloat16, M, (N, K)).backend
                     rows.append(
                         {"layer": layer, "N": N, "K": K, "tokens": M, "r": r, "mode": mode}
                         | {"candidate": name, **harness.spread(own)}
@@ -155,7 +155,7 @@ def bandwidth(chosen: Any) -> list[dict[str, Any]]:
     made: dict[str, Callable[[], Any]] = {
         "copy": lambda: other.copy_(W),
         "dequantize bf16": lambda: dequantize_4bit(q, (N, K), torch.bfloat16, out=other),
-        "decode 1 token": lambda: nf4_decode(x, q, (N, K)),
+        "decode 1 token": lambda: nf4_small_batch(x, q, (N, K)),
         RANK[0]: lambda: rank_gradients(dY, S, B, 0.5),
         RANK[1]: lambda: rank_gradients_reference(dY, S, B, 0.5),
     }

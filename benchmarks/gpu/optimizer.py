@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.lib import harness
-from lightning_peft.optim import replace_optimizer
+from lightning_peft.optim import convert_optimizer
 
 # (in, out) of the seven linear layers of a block.
 LAYERS = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336)]
@@ -31,7 +31,7 @@ def optimizers(chosen: Any) -> dict[str, torch.optim.Optimizer | None]:
     made: dict[str, torch.optim.Optimizer | None] = {}
     for name in ("adamw_8bit", "lion_8bit"):
         own = torch.optim.AdamW(parameters(chosen), lr=1e-4)
-        replace_optimizer(own, name)
+        convert_optimizer(own, name)
         made[f"ours {name}"] = own
     made["torch AdamW fused"] = torch.optim.AdamW(parameters(chosen), lr=1e-4, fused=True)
     made["torch AdamW foreach"] = torch.optim.AdamW(parameters(chosen), lr=1e-4, foreach=True)

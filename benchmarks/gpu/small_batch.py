@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning_peft_kernels import dispatch
+from lightning_peft_kernels import use_backend
 from torch import nn
 
 from benchmarks.lib import harness, llama
@@ -72,12 +72,13 @@ def main() -> None:
     rows, base = [], {}
     for name in CANDIDATES:
         model = model_of(name, chosen) if harness.runs(chosen) else None
-        dispatch.prefer("torch" if "dequantised" in name and model is not None else "auto")
         for batch in batches:
             times = None
             if model is not None:
                 run = stepper(model, batch, length)
-                times = harness.interleaved({name: run}, repeats=3 if chosen.smoke else 20)[name]
+                with use_backend("torch" if "dequantised" in name else "auto"):
+                    repeats = 3 if chosen.smoke else 20
+                    times = harness.interleaved({name: run}, repeats=repeats)[name]
                 base.setdefault(batch, times)
             spread = harness.spread(times)
             tokens = fraction = NOT_MEASURED
@@ -90,7 +91,6 @@ def main() -> None:
                 | {"tokens_per_s": tokens, "fraction_of_copy": fraction}
                 | {"ratio_to_peft": harness.ratio(base.get(batch), times)}
             )
-        dispatch.prefer("auto")
         del model
         gc.collect()
         if chosen.device.type == "cuda":

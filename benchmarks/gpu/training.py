@@ -13,14 +13,13 @@ from typing import Any
 
 import lightning
 import torch
-from lightning_peft_kernels.nf4 import weight_buffers
 from torch import nn
 
 from benchmarks.lib import harness, llama
 from benchmarks.lib.harness import NOT_MEASURED
 
 BASE = "peft + bitsandbytes"
-CANDIDATES = [BASE, "peft bf16", "ours", "ours + reuse", "ours + prefetch", "ours fp8"]
+CANDIDATES = [BASE, "peft bf16", "ours", "ours fp8"]
 
 
 class Module(lightning.LightningModule):
@@ -85,14 +84,9 @@ def measure(name: str, chosen: Any, rows: int, length: int, steps: int) -> dict[
         logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    before = weight_buffers.configure(reuse="reuse" in name, prefetch="prefetch" in name)
     if chosen.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    try:
-        trainer.fit(module, torch.utils.data.DataLoader(tokens, batch_size=None))
-    finally:
-        weight_buffers.configure(reuse=before.reuse, prefetch=before.prefetch)
-        weight_buffers.release()
+    trainer.fit(module, torch.utils.data.DataLoader(tokens, batch_size=None))
     timed = [s[0] for s in module.seen[len(module.seen) // 3 :]]
     cuda = chosen.device.type == "cuda"
     return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_peft_kernels.fp8.linear import choose_fp8, e4m3_scale, fp8_lora_linear
+from lightning_peft_kernels.fp8.linear import e4m3_scale, fp8_lora_linear, select_fp8
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def candidates(N: int, K: int, r: int, device: torch.device) -> dict[str, Candid
         lambda x: nf4_lora_linear(x, q, shape, None, A, B, s), [A, B], held=held
     )
     A2, B2 = factors()
-    decision = choose_fp8(shape, device)
+    decision = select_fp8(shape, device)
     if decision.backend == "dequantize":
         made["ours, fp8"] = decision.reason
     else:

@@ -1,6 +1,4 @@
-"""Which adapters act: switching, switching off for a while, rows of one batch under different
-adapters.
-"""
+"""Which adapters act: `set_adapter`, `disable_adapters`, and `adapter_names` for mixed batches."""
 
 from __future__ import annotations
 
@@ -13,47 +11,56 @@ from lightning_peft.core.registry import AdapterRegistry, registries_in
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.mixed_batch import mixed_batch
+from lightning_peft.layers.weight_adapter import WeightAdapter
 
 __all__ = ["activate", "adapter_names", "disable_adapters", "set_adapter"]
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
-    """Make these adapters act, in this order, and be trained; None switches all off.
+    """Activate these adapters, in this order, for forward and training; None activates none.
 
     Raises:
         KeyError: a name that is not attached.
         ValueError: two of them replace the same base weight or parameter.
     """
     wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
-    records = list(registries_in(model))
-    known = {n for _, _, r in records for n in r.adapters}
+    registries = list(registries_in(model))
+    known = {n for _, _, r in registries for n in r.adapters}
     for name in wanted:
         if name not in known:
             raise KeyError(
                 f"set_adapter: expected one of {sorted(known)}, got {name!r}; attach it first"
             )
-    for _, root, record in records:
-        activate(root, record, [n for n in wanted if n in record.adapters])
+    for _, root, registry in registries:
+        activate(root, registry, [n for n in wanted if n in registry.adapters])
 
 
-def activate(root: nn.Module, record: AdapterRegistry, names: list[str]) -> None:
-    """`set_adapter` for one root."""
-    for label, module in adapted_modules(root):
-        _refuse_conflict(label, [a for n in names for a in adapters_of(module, n)])
-    record.active = names
-    for _, module in adapted_modules(root):
-        state = module._peft
-        state.names = [n for n in names if n in module.peft]
+def activate(root: nn.Module, registry: AdapterRegistry, names: list[str]) -> None:
+    """`set_adapter` for one root.
+
+    Raises:
+        ValueError: two of the adapters replace the same base weight.
+    """
+    modules = list(adapted_modules(root))
+    for label, module in modules:
+        _check_one_base(label, [a for n in names for a in adapters_of(module, n)])
+    registry.active = names
+    for _, module in modules:
+        active = module._peft.active
+        active.names = [n for n in names if n in module.peft]
         for adapter in adapters_of(module):
-            acts = adapter.adapter_name in state.names
+            acts = adapter.adapter_name in active.names
             adapter.requires_grad_(acts)
-            _put_rewrite(adapter, acts)
+            adapter.switch_base(acts)
         refresh(module)
 
 
-def _refuse_conflict(label: str, adapters: list[Adapter]) -> None:
-    rewriting = {a.adapter_name for a in adapters if a.rewrite is not None}
-    if rewriting and len({a.adapter_name for a in adapters if a.kind == "weight"}) > 1:
+def _check_one_base(label: str, adapters: Sequence[Adapter]) -> None:
+    """Raise ValueError if an adapter that rewrote the base acts with another on one weight."""
+    edits = [a for a in adapters if isinstance(a, WeightAdapter)]
+    if not any(a.rewrite is not None for a in edits):
+        return
+    if len({a.adapter_name for a in edits}) > 1:
         raise ValueError(
             f"{label!r}: expected one adapter at a time where an initialisation changed the base, "
             f"got {sorted({a.adapter_name for a in adapters})}; activate one, or export it in "
@@ -61,25 +68,15 @@ def _refuse_conflict(label: str, adapters: list[Adapter]) -> None:
         )
 
 
-def _put_rewrite(adapter: Adapter, acts: bool) -> None:
-    """Have in the module the base that belongs to the adapter's state, bit for bit."""
-    rewrite, site = adapter.rewrite, adapter.site
-    if rewrite is None or rewrite.active == acts:
-        return
-    if acts:
-        site.storage.restore(site.module, site.parameter, rewrite.written)
-        rewrite.written = None
-    else:
-        rewrite.written = site.storage.snapshot(site.module, site.parameter)
-        site.storage.restore(site.module, site.parameter, rewrite.original)
-    rewrite.active = acts
-
-
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model, bit for bit, inside the block."""
+    """Run the base model, bit for bit, inside the block.
+
+    Raises:
+        RuntimeError: adapters are merged.
+    """
     modules = [m for _, m in adapted_modules(model)]
-    merged = next((m for m in modules if m._peft.merged), None)
+    merged = next((m for m in modules if m._peft.active.merged), None)
     if merged is not None:
         raise RuntimeError(
             "disable_adapters: expected unmerged adapters, found merged ones; call unmerge(model) "
@@ -87,25 +84,28 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         )
     try:
         for module in modules:
-            module._peft.disabled = True
+            module._peft.active.disabled = True
             for adapter in adapters_of(module):
-                _put_rewrite(adapter, False)
+                adapter.switch_base(False)
             refresh(module)
         yield
     finally:
         for module in modules:
-            module._peft.disabled = False
+            active = module._peft.active
+            active.disabled = False
             for adapter in adapters_of(module):
-                _put_rewrite(adapter, adapter.adapter_name in module._peft.names)
+                adapter.switch_base(adapter.adapter_name in active.names)
             refresh(module)
 
 
 def adapter_names(batch_names: Sequence[str]) -> AbstractContextManager[None]:
-    """Each row of the batch under the adapter named for it; ``"__base__"`` for none.
+    """Run each row of the batch under its own adapter; ``"__base__"`` means no adapter.
 
-    The adapters named must be active (`set_adapter(model, [...])`): one that is not, in any layer
-    that ran, raises ValueError at the end of the block. In training keep the backward pass inside
-    the block too: activation checkpointing runs forward again there.
+    The named adapters must be active (`set_adapter(model, [...])`). If one of them was active in no
+    layer that ran, the block raises ValueError at its end. Each thread and each asyncio task has
+    its own block. The backward pass may follow the block, with activation checkpointing too; only a
+    reentrant checkpoint inside another one needs it inside. `torch.compile(fullgraph=True)` is not
+    possible inside the block.
     """
     if isinstance(batch_names, str) or not batch_names:
         raise ValueError(

@@ -1,51 +1,43 @@
-"""Attach and detach: the surgery, in place, on any `nn.Module`.
+"""Attach and detach: changes any `nn.Module` in place.
 
-Everything that can be refused is refused before the first change. Base keys never change; adapters
-stand beside the weight as `<module>.peft.<adapter name>.<tensor>`.
+All checks run before the first change. Base keys never change; an adapter is stored as
+`<module>.peft.<adapter name>.<tensor>`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_peft.adapters.activation import activate, set_adapter
-from lightning_peft.adapters.build import (
-    AdapterBuilder,
-    Planned,
-    guard_fast_path,
-    start_state,
-)
-from lightning_peft.adapters.placement.weights import place, refuse_unfit
-from lightning_peft.adapters.quantize import plan_quantization, quantize_layers
-from lightning_peft.core.names import nearest_names
+from lightning_peft.adapters.activation import activate
+from lightning_peft.adapters.adoption import adopted_layers, release_adopted
+from lightning_peft.adapters.batch import observe_batch, stack_of
+from lightning_peft.adapters.build import AdapterBuilder, guard_fast_path
+from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.adapters.plan import plan_attach
+from lightning_peft.adapters.quantize import QuantizationPlan, plan_quantization, quantize_layers
+from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
 from lightning_peft.core.registry import (
     AdapterEntry,
     AdapterRegistry,
+    ensure_registry,
     forget,
     registries_in,
-    registry_of,
 )
-from lightning_peft.initialization.restore import needs_data
-from lightning_peft.layers.adapted import (
-    adapted_modules,
-    adapters_of,
-    refresh,
-    release,
-)
-from lightning_peft.layers.projection_groups.group import share_inputs
+from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, release
+from lightning_peft.layers.projection_group import share_inputs
+from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
 from lightning_peft.methods.base import Method, WeightMethod
-from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.models.fingerprint import buffer_hashes, fingerprint
+from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import StorageConfig
 
-__all__ = ["Planned", "attach", "detach", "plan_attach", "quantize", "reset_adapters"]
+__all__ = ["attach", "detach", "quantize", "reset_adapters"]
 
 
 def attach(
@@ -53,7 +45,7 @@ def attach(
     method: Method | Sequence[Method],
     *,
     adapter_name: str = "default",
-    quantization: Quantization | None = None,
+    quantization: StorageConfig | None = None,
     modules_to_save: Sequence[str] = (),
     device: torch.device | str | None = None,
 ) -> Report:
@@ -64,7 +56,7 @@ def attach(
         method: One method, or several as a hybrid under one name (applied in this order).
         adapter_name: Letters, digits, ``_`` and ``-``.
         quantization: Quantise the frozen linear layers, one at a time.
-        modules_to_save: Names or suffixes of modules to train whole.
+        modules_to_save: Names or suffixes of modules that are trained as a whole.
         device: Where to quantise; the weights stay there. None means where each weight is.
 
     Returns:
@@ -75,50 +67,39 @@ def attach(
             weights.
         RuntimeError: the name is taken, or adapters are merged.
     """
-    methods = [method] if isinstance(method, Method) else list(method)
-    _require_parameters(model)
+    methods = _checked_methods(model, method, modules_to_save)
     _check_name(model, adapter_name)
-    methods = [_resolved(m, model) for m in methods]
-    if not methods and not modules_to_save:
-        raise ValueError(
-            "attach: expected at least one method or modules_to_save, got none; everything would "
-            "be frozen"
+    with adopted_layers(model):
+        saved = _saved_modules(model, modules_to_save)
+        plan = plan_attach(model, methods, saved)
+        packing = (
+            None if quantization is None else plan_quantization(model, quantization, keep=saved)
         )
-    saved = _saved_modules(model, modules_to_save)
-    planned, skipped, tied = plan_attach(model, methods, saved)
-    packing = None if quantization is None else plan_quantization(model, quantization, keep=saved)
-    _refuse_packed_copies(planned, packing)
-    record = registry_of(model, create=True)
-    assert record is not None
-    if record.fingerprint is None:
-        record.fingerprint = fingerprint(model, _copied(planned))
-        record.buffers = buffer_hashes(model)
-    if not record.requires_grad:
-        record.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+        _check_copies_stay_dense(plan.adapters, packing)
+        readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
+        observed = [(m, stack_of(model, m)) for m in readers]
+    registry = ensure_registry(model)
+    _remember_base(model, registry, plan.adapters)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-
-    making = AdapterBuilder(planned, adapter_name)
+    builder = AdapterBuilder(plan.adapters, adapter_name)
     if packing is not None:
-        quantize_layers(model, packing, device, making.around_packing)
-        record.quantization = quantization
-        record.dense = packing.dense
-    making.finish()
+        quantize_layers(model, packing, device, builder.around_packing)
+        registry.quantization, registry.dense = quantization, packing.dense
+    builder.finish()
+    for reader, stack in observed:
+        observe_batch(model, reader, stack, adapter_name)
     guard_fast_path(model)
-    share_inputs(model)
-    entry = AdapterEntry(methods, tuple(saved))
-    entry.sites = [
-        (p.site.label, tuple(p.site.shape), m.label) for m, _, p in planned if not p.paths
-    ]
-    record.adapters[adapter_name] = entry
-    record.skipped, record.tied = skipped, tied
-    activate(model, record, [adapter_name])
+    share_inputs(model, children_sharing_input(model))
+    registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters)
+    registry.skipped, registry.tied = plan.skipped, plan.tied
+    activate(model, registry, [adapter_name])
     return parameter_report(model)
 
 
 def quantize(
     model: nn.Module,
-    quantization: Quantization,
+    quantization: StorageConfig,
     *,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -134,87 +115,129 @@ def quantize(
             "quantize: expected a model without adapters, found some; quantise first, or give "
             "attach() the quantization"
         )
-    packing = plan_quantization(model, quantization, keep=list(exclude))
-    record = registry_of(model, create=True)
-    assert record is not None
-    record.fingerprint, record.buffers = fingerprint(model), buffer_hashes(model)
+    with adopted_layers(model):
+        packing = plan_quantization(model, quantization, keep=list(exclude))
+    registry = ensure_registry(model)
+    registry.fingerprint, registry.buffers = fingerprint(model), buffer_hashes(model)
     quantize_layers(model, packing, device)
     guard_fast_path(model)
-    record.quantization, record.dense = quantization, packing.dense
+    registry.quantization, registry.dense = quantization, packing.dense
     return parameter_report(model)
 
 
 def detach(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Remove one adapter, or all: class, keys and bits of the base as before (a quantised base
-    stays quantised).
+    """Remove one adapter, or all: class, keys and bits of the base as before.
+
+    A base that `attach` or `quantize` quantised stays quantised. Layers that arrived quantised are
+    given back to the library that made them.
 
     Raises:
         KeyError: no adapter of that name.
         RuntimeError: the adapter is merged; unmerge first.
     """
-    for prefix, root, record in list(registries_in(model)):
-        names = list(record.adapters) if adapter_name is None else [adapter_name]
-        if adapter_name is not None and adapter_name not in record.adapters:
+    for _, root, registry in list(registries_in(model)):
+        if adapter_name is not None and adapter_name not in registry.adapters:
             raise KeyError(
-                f"detach: expected one of {sorted(record.adapters)}, got {adapter_name!r}"
+                f"detach: expected one of {sorted(registry.adapters)}, got {adapter_name!r}"
             )
-        _detach_from(root, record, names)
-        del prefix
+        names = list(registry.adapters) if adapter_name is None else [adapter_name]
+        _detach_from(root, registry, names)
 
 
-def _detach_from(root: nn.Module, record: AdapterRegistry, names: list[str]) -> None:
+def _detach_from(root: nn.Module, registry: AdapterRegistry, names: list[str]) -> None:
+    _check_unmerged(root, names)
+    activate(root, registry, [n for n in registry.active if n not in names])
+    _remove_adapters(root, names)
+    share_inputs(root, children_sharing_input(root))
+    for name in names:
+        del registry.adapters[name]
+    if not registry.adapters:
+        _restore_requires_grad(root, registry)
+        release_adopted(root, registry.adopted)
+        registry.adopted = []
+        if registry.quantization is None:
+            forget(root)
+
+
+def _check_unmerged(root: nn.Module, names: list[str]) -> None:
     for name, module in adapted_modules(root):
-        if set(module._peft.merged) & set(names):
+        merged = module._peft.active.merged
+        if set(merged) & set(names):
             raise RuntimeError(
-                f"{name!r}: expected unmerged adapters, found {module._peft.merged} merged; "
-                "unmerge first"
+                f"{name!r}: expected unmerged adapters, found {merged} merged; unmerge first"
             )
-    activate(root, record, [n for n in record.active if n not in names])
+
+
+def _remove_adapters(root: nn.Module, names: list[str]) -> None:
+    """Remove the adapters; modules without any left get their class back."""
     for _, module in list(adapted_modules(root)):
         for name in names:
             if name in module.peft:
                 for adapter in adapters_of(module, name):
-                    if adapter.tap is not None:
-                        adapter.tap.handle.remove()
+                    adapter.remove_hooks()
                 del module.peft[name]
         refresh(module)
         if not module.peft:
             release(module)
-    share_inputs(root)
-    for name in names:
-        del record.adapters[name]
-    if not record.adapters:
-        for name, parameter in root.named_parameters():
-            if record.requires_grad.get(name, False) and parameter.is_floating_point():
-                parameter.requires_grad_(True)
-        record.requires_grad = {}
-        if record.quantization is None:
-            forget(root)
+
+
+def _restore_requires_grad(root: nn.Module, registry: AdapterRegistry) -> None:
+    for name, parameter in root.named_parameters():
+        if registry.requires_grad.get(name, False) and parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    registry.requires_grad = {}
 
 
 def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
-    """Give every adapter its start values again, as attach would under this seed.
+    """Reset every adapter to the initial values that attach gives under this seed.
 
     Raises:
-        RuntimeError: an adapter rewrote the base when it was attached, or started from data; detach
-            and attach again.
+        RuntimeError: an adapter rewrote the base or was initialised from data; detach and attach
+            again.
     """
+    sharing: dict[int, list[WeightAdapter]] = {}
     for _, module in adapted_modules(model):
         for adapter in adapters_of(module):
-            from_data = needs_data(adapter) and not adapter.waiting
-            if adapter.rewrite is not None or from_data:
+            if not adapter.can_reset:
                 raise RuntimeError(
                     f"{adapter.site.label}: expected an adapter whose start leaves the base alone "
                     f"and needs no data, got {adapter.method.label}; detach and attach again"
                 )
-            fresh = start_state(adapter, seed)
+            fresh = adapter.initial_tensors(seed)
             with torch.no_grad():
                 for key, tensor in adapter.state_dict(keep_vars=True).items():
                     if key in fresh:
                         tensor.copy_(fresh[key])
+            if not isinstance(adapter, WeightAdapter):
+                continue
+            if adapter.method.starts_from_weight:
+                adapter.initialize_from_weight(None)
+            if adapter.shared_trained:
+                sharing.setdefault(id(adapter.shared_trained), []).append(adapter)
+    for adapters in sharing.values():
+        first = adapters[0]
+        sites = [a.site for a in adapters]
+        _, trained = initial_shared(first.method, sites, first.adapter_name, seed)
+        with torch.no_grad():
+            for key, tensor in first.shared_trained.items():
+                tensor.copy_(trained[key])
 
 
 # ---- before anything changes
+
+
+def _checked_methods(
+    model: nn.Module, method: Method | Sequence[Method], modules_to_save: Sequence[str]
+) -> list[Method]:
+    """The methods, with what they take from the model filled in."""
+    _require_parameters(model)
+    methods = [method] if isinstance(method, Method) else list(method)
+    if not methods and not modules_to_save:
+        raise ValueError(
+            "attach: expected at least one method or modules_to_save, got none; everything would "
+            "be frozen"
+        )
+    return [_resolved(m, model) for m in methods]
 
 
 def _resolved(method: Method, model: nn.Module) -> Method:
@@ -229,13 +252,13 @@ def _check_name(model: nn.Module, name: str) -> None:
             "adapter_name: expected letters, digits, '_' and '-', and not an attribute of "
             f"nn.ModuleDict, got {name!r}; choose another name"
         )
-    for _, _, record in registries_in(model):
-        if name in record.adapters:
+    for _, _, registry in registries_in(model):
+        if name in registry.adapters:
             raise RuntimeError(
                 f"adapter_name: expected a free name, got {name!r}, which is attached already; "
                 "detach it first or choose another name"
             )
-    if any(module._peft.merged for _, module in adapted_modules(model)):
+    if any(module._peft.active.merged for _, module in adapted_modules(model)):
         raise RuntimeError(
             "attach: expected unmerged adapters, found merged ones; call unmerge(model) first"
         )
@@ -252,11 +275,11 @@ def _require_parameters(model: nn.Module) -> None:
 
 
 def _saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """Fully qualified names; a suffix takes every module that ends in it, at a dot."""
-    names = [n for n, _ in model.named_modules() if n and "peft" not in n.split(".")]
+    """Fully qualified names of the modules; a suffix matches at a dot."""
+    names = [n for n, _ in model.named_modules() if n and not in_adapter(n)]
     found: list[str] = []
     for suffix in wanted:
-        hits = [n for n in names if n == suffix or n.endswith(f".{suffix}")]
+        hits = [n for n in names if matches_suffix(n, [suffix])]
         if not hits:
             raise ValueError(
                 f"modules_to_save: expected a module of this model, got {suffix!r}; nearest names: "
@@ -266,60 +289,43 @@ def _saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     return found
 
 
-def plan_attach(
-    model: nn.Module, methods: Sequence[Method], saved: Sequence[str]
-) -> tuple[list[Planned], list[tuple[str, str]], list[tuple[str, ...]]]:
-    """What `attach` would make, in order; (name, reason) of layers left out; tied groups. Changes
-    nothing.
-    """
-    planned: list[Planned] = []
-    skipped: list[tuple[str, str]] = []
-    tied: list[tuple[str, ...]] = []
-    for i, method in enumerate(methods):
-        placements, selection = place(model, method)
-        inside = [
-            p for p in placements if any(p.name == s or p.name.startswith(f"{s}.") for s in saved)
-        ]
-        placements = [p for p in placements if p not in inside]
-        skipped += [(p.name, "trained whole (modules_to_save)") for p in inside]
-        if selection is not None:
-            skipped += list(selection.skipped)
-            tied = list(selection.tied)
-        planned += [(method, str(i) if len(methods) > 1 else "", p) for p in placements]
-        which = method.trained_biases() if isinstance(method, WeightMethod) else "none"
-        if which != "none":
-            names = None if which == "all" else tuple(p.name for p in placements)
-            bias = TrainedBias(modules=names)
-            planned += [(bias, "biases", p) for p in place(model, bias)[0]]
-    if saved:
-        copies = ModulesToSave(modules=tuple(saved))
-        planned += [
-            (copies, "saved" if _overlaps(planned, saved) else "", p)
-            for p in place(model, copies)[0]
-        ]
-    for _, _, placement in planned:
-        refuse_unfit(placement)
-    return planned, skipped, tied
-
-
-def _refuse_packed_copies(planned: Sequence[Planned], packing: Any) -> None:
-    packed = set() if packing is None else {id(m) for _, m in packing.layers}
-    for method, _, placement in planned:
-        if id(placement.module) in packed and "weight" in placement.paths:
+def _check_copies_stay_dense(
+    planned: Sequence[PlannedAdapter], packing: QuantizationPlan | None
+) -> None:
+    """Raise ValueError if a weight that gets a trained copy is to be quantised."""
+    packed = {} if packing is None else {id(m): layout.names for _, m, layout in packing.layers}
+    for each in planned:
+        placement = each.placement
+        if set(packed.get(id(placement.module), ())) & set(placement.paths):
             raise ValueError(
-                f"{method.label} on {placement.name!r}: expected a dense weight to train a copy "
-                "of, got one that is to be quantised; exclude it from the quantization, or use an "
-                "adapter"
+                f"{each.method.label} on {placement.name!r}: expected a dense weight to train a "
+                "copy of, got one that is to be quantised; exclude it from the quantization, or "
+                "use an adapter"
             )
 
 
-def _copied(planned: Sequence[Planned]) -> set[str]:
-    """Names of the parameters of which a copy will be trained."""
-    return {f"{p.name}.{path}" if p.name else path for _, _, p in planned for path in p.paths}
+# ---- what the registry keeps
 
 
-def _overlaps(planned: Sequence[Planned], saved: Sequence[str]) -> bool:
-    return any(p.name.startswith(f"{s}.") or p.name == s for _, _, p in planned for s in saved)
+def _remember_base(
+    model: nn.Module, registry: AdapterRegistry, planned: Sequence[PlannedAdapter]
+) -> None:
+    """Store the base's fingerprint and gradient flags, unless an earlier attach did."""
+    if registry.fingerprint is None:
+        copied = {
+            f"{p.placement.name}.{path}" if p.placement.name else path
+            for p in planned
+            for path in p.placement.paths
+        }
+        registry.fingerprint = fingerprint(model, copied)
+        registry.buffers = buffer_hashes(model)
+    if not registry.requires_grad:
+        registry.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
 
 
-__all__ += ["set_adapter"]
+def _entry(
+    methods: list[Method], saved: list[str], planned: Sequence[PlannedAdapter]
+) -> AdapterEntry:
+    sites = [(p.placement.site, p.method.label) for p in planned if not p.placement.paths]
+    described = [(site.label, tuple(site.shape), label) for site, label in sites]
+    return AdapterEntry(methods, tuple(saved), described)

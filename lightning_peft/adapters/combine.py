@@ -1,4 +1,4 @@
-"""combine: one new LoRA adapter from several attached ones."""
+"""Combines several attached adapters into one new LoRA adapter."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.attach import attach
-from lightning_peft.core.edit import Edit, LowRank, as_low_rank
+from lightning_peft.core.edit import LowRank, as_low_rank
 from lightning_peft.core.registry import registry_of
+from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.report.summary import Report
 
 __all__ = ["How", "combine"]
 
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+
+
+_Key = tuple[int, str]  # (id of the module, path of the weight)
 
 
 @dataclass(frozen=True)
@@ -43,31 +49,31 @@ def combine(
     density: float | None = None,
     rank: int | None = None,
 ) -> Report:
-    """Attach a new adapter that combines others; those stay, and stay active as they are.
+    """Attach a new adapter that combines others. Which adapters are active does not change.
 
     Args:
         model: A model with the adapters attached.
         names: Adapters whose edits are low rank (LoRA, VeRA, AdaLoRA, LoHa where it runs as one).
-        weights: One each; negative ones subtract.
+        weights: One weight per adapter; negative weights subtract.
         into: Name of the new adapter.
-        how: ``"cat"``: ΔW = Σ wᵢ ΔWᵢ exactly, ranks added up. ``"svd"``: the same, cut to `rank`.
-            ``"linear"``: A = Σ ±√|wᵢsᵢ| Aᵢ, B = Σ √|wᵢsᵢ| Bᵢ, as Hugging Face peft means it: not
-            Σ wᵢ ΔWᵢ. ``"ties"`` (arXiv:2306.01708), ``"dare_linear"``, ``"dare_ties"``
-            (arXiv:2311.03099), ``"magnitude_prune"``: on A and on B, likewise.
-        density: Share of the values kept by ties, dare and magnitude_prune, in (0, 1].
-        rank: Of ``"svd"``; by default the largest of the parts.
+        how: ``"cat"``: ΔW = Σ wᵢ ΔWᵢ exactly; ranks add up. ``"svd"``: Σ wᵢ ΔWᵢ cut to `rank`.
+            ``"linear"``: A = Σ ±√|wᵢsᵢ| Aᵢ, B = Σ √|wᵢsᵢ| Bᵢ, as in Hugging Face peft, which is
+            not Σ wᵢ ΔWᵢ. ``"ties"`` (arXiv:2306.01708), ``"dare_linear"``, ``"dare_ties"``
+            (arXiv:2311.03099), ``"magnitude_prune"``: applied to A and to B.
+        density: Share of values kept by ties, dare and magnitude_prune, in (0, 1].
+        rank: Rank for ``"svd"``; None means the largest rank among the adapters.
 
     Returns:
         The report of the new adapter.
 
     Raises:
         KeyError: an adapter that is not attached.
-        ValueError: a number of weights that differs, unequal ranks where A and B are summed, an
-            adapter that is not low rank, a density that is missing or out of range.
+        ValueError: a number of weights other than that of adapters, unequal ranks where A and B
+            are summed, an adapter that is not low rank, a missing density or one out of range.
     """
     _check(names, weights, how, density)
     parts, sites = _collect(model, names, weights, how)
-    factors = {key: _combined(p, key, how, density, rank) for key, p in parts.items()}
+    factors = {key: _combined(p, how, density, rank) for key, p in parts.items()}
     ranks = {sites[key].name: A.shape[-2] for key, (A, _) in factors.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     odd = {name: r for name, r in ranks.items() if r != usual}
@@ -118,14 +124,14 @@ def _check(names: Sequence[str], weights: Sequence[float], how: str, density: fl
 
 def _collect(
     model: nn.Module, names: Sequence[str], weights: Sequence[float], how: str
-) -> tuple[dict[tuple[int, str], list[_Part]], dict[tuple[int, str], Any]]:
+) -> tuple[dict[_Key, list[_Part]], dict[_Key, Site]]:
     record = registry_of(model)
     known = sorted(record.adapters) if record is not None else []
     for name in names:
         if name not in known:
             raise KeyError(f"combine: expected adapters among {known}, got {name!r}")
-    parts: dict[tuple[int, str], list[_Part]] = {}
-    sites: dict[tuple[int, str], Any] = {}
+    parts: dict[_Key, list[_Part]] = {}
+    sites: dict[_Key, Site] = {}
     with torch.no_grad():
         for _, module in adapted_modules(model):
             for name, weight in zip(names, weights, strict=True):
@@ -139,9 +145,14 @@ def _collect(
     return parts, sites
 
 
-def _low_rank(adapter: Any) -> LowRank:
-    if adapter.kind == "weight":
-        edit: Edit = adapter.edit()
+def _low_rank(adapter: Adapter) -> LowRank:
+    """The one low-rank term of an adapter.
+
+    Raises:
+        ValueError: the adapter is no low-rank change, or it rewrote the base.
+    """
+    if isinstance(adapter, WeightAdapter):
+        edit = adapter.edit()
         if edit.only_low_rank and len(edit.terms) == 1 and adapter.rewrite is None:
             term = as_low_rank(edit.terms[0])
             assert term is not None
@@ -154,7 +165,7 @@ def _low_rank(adapter: Any) -> LowRank:
 
 
 def _combined(
-    parts: Sequence[_Part], key: Any, how: How, density: float | None, rank: int | None
+    parts: Sequence[_Part], how: How, density: float | None, rank: int | None
 ) -> tuple[Tensor, Tensor]:
     if how == "cat":
         A = torch.cat([p.A for p in parts], dim=-2)
@@ -186,7 +197,7 @@ def _truncated(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def mixed(
     tensors: Sequence[Tensor], weights: Sequence[float], how: str, density: float | None
 ) -> Tensor:
-    """Σ wᵢ tᵢ after sparsifying; ties: only values with the majority's sign, averaged."""
+    """Σ wᵢ tᵢ after sparsifying. TIES averages the values that have the majority's sign."""
     if density is not None and density < 1:
         tensors = [
             _random(t, density) if how.startswith("dare") else _largest(t, density) for t in tensors

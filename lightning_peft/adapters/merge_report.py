@@ -1,6 +1,4 @@
-"""What a merge did to the weights and to the output, and which base it should have been merged
-onto.
-"""
+"""Report of a merge: errors of weights and output, and the base that fits the adapter better."""
 
 from __future__ import annotations
 
@@ -11,13 +9,13 @@ __all__ = ["MergeReport", "SiteError"]
 
 @dataclass(frozen=True)
 class SiteError:
-    """What merging did to one weight; all relative, in the Frobenius norm.
+    """Effect of a merge on one weight; all numbers are relative, in the Frobenius norm.
 
     Attributes:
         name: The weight.
-        delta: ‖W' − W‖ / ‖W‖ with W as stored (dequantised): how much the adapter changes it.
-        error: ‖stored − W'‖ / ‖W'‖: what rounding or requantising lost.
-        base_delta: ‖stored − W₀‖ / ‖W₀‖ against the original base; None where none was given.
+        delta: Change by the adapter, ‖W' − W‖ / ‖W‖ with W as stored (dequantised).
+        error: Loss by rounding or requantising, ‖stored − W'‖ / ‖W'‖.
+        base_delta: Distance to the original base, ‖stored − W₀‖ / ‖W₀‖; None without one.
     """
 
     name: str
@@ -31,15 +29,14 @@ class MergeReport:
     """Errors of a merge.
 
     Attributes:
-        sites: One entry a weight.
+        sites: One entry per weight.
         untied: Parameters that were tied and got a tensor of their own.
-        output_error: ‖merged − attached‖ / ‖attached‖ of the output on the batch given; None
-            without one.
-        output_errors: The same by base: ``"dequantized"`` (the weights as stored) and
-            ``"original"`` (``base=``),
-            when both a batch and a base were given.
-        output_change: ‖attached − base‖ / ‖base‖ of the output: what the adapter is worth on that
-            batch.
+        output_error: Error of the output on the batch, ‖merged − attached‖ / ‖attached‖; None
+            without a batch.
+        output_errors: Output error by base: ``"dequantized"`` (the weights as stored) and
+            ``"original"`` (``base=``). Filled if both a batch and a base were given.
+        output_change: Effect of the adapter on the output, ‖attached − base‖ / ‖base‖; None
+            without a batch.
     """
 
     sites: list[SiteError] = field(default_factory=list)
@@ -55,13 +52,13 @@ class MergeReport:
 
     @property
     def better_base(self) -> str | None:
-        """The base whose merge is nearer to the attached model; None where only one was tried."""
+        """The base whose merge is nearer to the attached model; None if only one was tried."""
         if not self.output_errors:
             return None
         return min(self.output_errors, key=lambda base: self.output_errors[base])
 
     def __str__(self) -> str:
-        """Weights, then output."""
+        """Lines on the weights, then on the output."""
         lines = [
             f"merged {len(self.sites)} weights, largest relative error {self.worst:.2e}"
             + (f"; untied {', '.join(self.untied)}" if self.untied else "")

@@ -1,5 +1,6 @@
-"""The tensors of the adapters as a state dict, out and in: strict, by structure, never by
-substring.
+"""State dict of the adapters, written and loaded strictly.
+
+Keys come from the modules' structure, never from substrings of names.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import persistent_buffers
+from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
-from lightning_peft.initialization.restore import initialized_shapes, restore_starts
+from lightning_peft.initialization.restore import initialized_shapes, restore_initialized
 from lightning_peft.layers.adapted import adapted_modules
 
 __all__ = ["adapter_state_dict", "check_state", "load_adapter_state_dict", "trained_tensors"]
@@ -21,17 +24,17 @@ def trained_tensors(model: nn.Module, adapter_name: str | None = None) -> dict[s
     """Live adapter tensors (parameters and buffers) by canonical key, each tensor once.
 
     A key is the module's first name in `named_modules()`, without torch.compile's ``_orig_mod``,
-    then ``peft.<adapter>.<tensor>``. Running statistics of normalisation layers, which training
-    moves although the base is frozen, come with the first adapter.
+    followed by ``peft.<adapter>.<tensor>``. Running statistics of normalisation layers are
+    included, because training changes them although the base is frozen.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in adapted_modules(model):
         for key, entry in module.peft.items():
             if adapter_name is None or key == adapter_name:
-                _collect(tensors, entry, f"{name}.peft.{key}" if name else f"peft.{key}")
+                _collect(tensors, entry, join(name, "peft", key))
     if tensors or any(True for _ in registries_in(model)):
         tensors |= _running_statistics(model)
-    return {k.replace("_orig_mod.", ""): t for k, t in tensors.items()}
+    return {strip_compile(k): t for k, t in tensors.items()}
 
 
 def _collect(into: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
@@ -44,14 +47,13 @@ def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if getattr(module, "track_running_stats", False):
-            for key, buffer in module.named_buffers(recurse=False):
-                if key not in module._non_persistent_buffers_set:
-                    found[f"{name}.{key}" if name else key] = buffer
+            own = persistent_buffers(module, recurse=False)
+            found |= {join(name, key): buffer for key, buffer in own.items()}
     return found
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
-    """Detached tensors of one adapter, or of all.
+    """Detached tensors of one adapter, or of all adapters.
 
     Raises:
         KeyError: no adapter of that name.
@@ -63,20 +65,20 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
 def load_adapter_state_dict(
     model: nn.Module, state: Mapping[str, Any], *, strict: bool = True
 ) -> None:
-    """Copy tensors in, after checking all of them; nothing is copied when one is wrong.
+    """Copy tensors into the adapters. All are checked first; if one is wrong, none is copied.
 
     Args:
         model: A model with the adapters attached.
-        state: Canonical keys, as `adapter_state_dict` gives them.
-        strict: Whether the key sets must be equal; unequal shapes and non-finite values raise
-            either way.
+        state: Tensors by canonical key, as `adapter_state_dict` returns them.
+        strict: Whether the key sets must be equal. Unequal shapes and non-finite values always
+            raise.
 
     Raises:
         ValueError: missing, extra, misshapen or non-finite tensors, with the list.
     """
     live = trained_tensors(model)
     check_state({**live, **initialized_shapes(model, state)}, state, strict=strict)
-    restore_starts(model, state)
+    restore_initialized(model, state)
     live = trained_tensors(model)
     with torch.no_grad():
         for key, tensor in live.items():
@@ -91,7 +93,7 @@ def check_state(
     strict: bool,
     source: str = "adapter state",
 ) -> None:
-    """Raise with every difference between what is expected and what is there."""
+    """Raise ValueError with every difference between the expected tensors and `state`."""
     problems: list[str] = []
     if strict:
         problems += [f"missing {k}" for k in live if k not in state]

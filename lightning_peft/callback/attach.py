@@ -10,12 +10,13 @@ from torch import nn
 
 from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.registry import AdapterRegistry, forget, registry_of
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.registry import to_dict
-from lightning_peft.models.target_modules import classification_heads
-from lightning_peft.storage import Quantization
+from lightning_peft.models.modules import fresh_head_names
+from lightning_peft.storage import StorageConfig
 
 __all__ = ["attach_once", "find_root"]
 
@@ -41,7 +42,7 @@ def attach_once(
     root: nn.Module,
     adapters: Mapping[str, Sequence[Method]],
     *,
-    quantization: Quantization | None,
+    quantization: StorageConfig | None,
     modules_to_save: Sequence[str],
     device: torch.device,
     lost: bool,
@@ -77,7 +78,7 @@ def attach_once(
                 f"is stored already, got {quantization}; give every PEFT callback of one root the "
                 "same"
             )
-        heads = [h for h in classification_heads(root) if not _covered(h, modules_to_save)]
+        heads = [h for h in fresh_head_names(root) if not _covered(h, modules_to_save)]
         attach(
             root,
             list(methods),
@@ -94,7 +95,7 @@ def attach_once(
 
 
 def _covered(head: str, wanted: Sequence[str]) -> bool:
-    return any(head == w or head.endswith(f".{w}") or head.startswith(f"{w}.") for w in wanted)
+    return matches_suffix(head, wanted) or head.startswith(tuple(f"{w}." for w in wanted))
 
 
 def _lost_adapters(root: nn.Module, record: AdapterRegistry, lost: bool) -> list[str]:
@@ -108,7 +109,10 @@ def _lost_adapters(root: nn.Module, record: AdapterRegistry, lost: bool) -> list
 
 
 def _same(
-    name: str, record: AdapterRegistry, methods: Sequence[Method], quantization: Quantization | None
+    name: str,
+    record: AdapterRegistry,
+    methods: Sequence[Method],
+    quantization: StorageConfig | None,
 ) -> None:
     entry = record.adapters[name]
     have, want = [to_dict(m) for m in entry.methods], [to_dict(m) for m in methods]

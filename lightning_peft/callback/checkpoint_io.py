@@ -1,22 +1,18 @@
 """Two checkpoint plugins.
 
-The outermost filters what is written and completes what is read; the innermost writes atomically.
+The outermost filters the checkpoint that is written and completes the one that is read. The
+innermost writes atomically.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import Strategy
+from typing_extensions import override
 
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint import atomic_file
@@ -26,23 +22,41 @@ from lightning_peft.checkpoint.contents import (
     is_attached,
     leaks,
 )
+from lightning_peft.checkpoint.plain_data import fields_not_plain
+from lightning_peft.checkpoint.sharded import is_folder, read_folder
 from lightning_peft.initialization.data_driven import waiting_adapters
-from lightning_peft.strategies.sharded_checkpoint import is_folder, read_folder
+from lightning_peft.trainers.packages import is_instance_of, package_of
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.io import CheckpointIO
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import Strategy
+else:
+    CheckpointIO = object  # `install_checkpoint_io` registers the class of the Trainer's package
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's plain plugin with atomic writes and plain-data reads; fsspec has remote paths."""
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes local files atomically and reads plain data only.
 
+    Args:
+        remote: Lightning's plain plugin, which handles remote paths and storage options.
+    """
+
+    def __init__(self, remote: CheckpointIO) -> None:
+        super().__init__()
+        self.remote = remote
+
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write whole or not at all."""
+        """Write the complete file or leave the former one in place."""
         if storage_options is not None or not atomic_file.is_local(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+            self.remote.save_checkpoint(checkpoint, path, storage_options)
             return
-        if is_folder(path):  # the former one is in pieces
+        if is_folder(path):  # the former checkpoint is in shards
             target = Path(path)
             fresh = target.with_name(f".{target.name}.file")
             atomic_file.write(checkpoint, fresh)
@@ -50,31 +64,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         atomic_file.write(checkpoint, path)
 
+    @override
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read plain data only, unless the caller asks for more; a folder of pieces as a whole."""
+        """Read a file or a folder of shards; plain data only, unless the caller asks for more."""
         if atomic_file.is_local(path):
             atomic_file.recover(path)
         if is_folder(path):
             return read_folder(Path(path))
         if weights_only is False or not atomic_file.is_local(path):
             place = (lambda storage, _: storage) if map_location is None else map_location
-            return super().load_checkpoint(path, place, weights_only is not False)
+            return self.remote.load_checkpoint(path, place, weights_only is not False)
         return atomic_file.read(path)
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint as Lightning does."""
+        self.remote.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        """Called when the Trainer ends: tears down Lightning's plugin."""
+        self.remote.teardown()
 
 
 class PEFTCheckpointIO(CheckpointIO):
-    """Outermost plugin. It holds its own references: tuners save and load while no callback is
-    listed.
+    """The outermost plugin: writes adapters only and adds the base when it reads.
+
+    It keeps its own references because Lightning's tuners save and load while callbacks are
+    detached.
 
     Attributes:
-        lost: Adapters that start again because their layers were replaced; loading fills them.
         inner: The plugin that writes.
         module: Returns the live LightningModule.
-        resuming: Returns whether training goes on after loading.
-        started: Whether an adapter was attached since the strategy was made; before that nothing is
-            written.
+        resuming: Returns whether training continues after loading.
+        started: If True, an adapter was attached since the strategy was created. Before that,
+            nothing is written.
+        lost: Adapters that start again because their layers were replaced. Loading fills them.
     """
 
     def __init__(
@@ -91,10 +118,11 @@ class PEFTCheckpointIO(CheckpointIO):
         self.lost: list[str] = []
         self._hparams_checked = False
 
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write adapters and trainer state, never the base."""
+        """Write adapters and Trainer state, never the base."""
         module = self.module()
         attached = module is not None and is_attached(module)
         if not attached and not self.started:
@@ -111,7 +139,7 @@ class PEFTCheckpointIO(CheckpointIO):
             warnings.warn(f"{path}: {where} holds a tensor of the frozen base", stacklevel=3)
         if not self._hparams_checked:
             self._hparams_checked = True
-            for field, why in _not_plain(checkpoint.get("hyper_parameters") or {}):
+            for field, why in fields_not_plain(checkpoint.get("hyper_parameters") or {}):
                 warnings.warn(
                     f"{path}: hyper-parameter {field!r} is no plain data, so the file cannot be "
                     f"loaded with weights_only=True ({why}); leave it out: "
@@ -119,15 +147,19 @@ class PEFTCheckpointIO(CheckpointIO):
                     stacklevel=3,
                 )
 
+    @override
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read, check against the live model, and add the base."""
+        """Read the file, check it against the live model, and add the base."""
         given = {} if map_location is None else {"map_location": map_location}
         checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only, **given)
         module = self.module()
         if module is None or not is_attached(module):
             return checkpoint
+        package = package_of(module)
+        if package is not None:  # a file of `save_checkpoint` has none; Lightning requires one
+            checkpoint.setdefault("pytorch-lightning_version", package.version)
         self.lost = []
         waited, resuming = bool(waiting_adapters(module)), self.resuming()
         checkpoint = complete_checkpoint(module, checkpoint, os.fspath(path), resuming=resuming)
@@ -135,46 +167,39 @@ class PEFTCheckpointIO(CheckpointIO):
             rebuild_averages(module.trainer, module)  # the file's start may have other ranks
         return checkpoint
 
+    @override
     def remove_checkpoint(self, path: Any) -> None:
-        """Delegate."""
+        """Delete a checkpoint with the inner plugin."""
         self.inner.remove_checkpoint(path)
 
+    @override
     def teardown(self) -> None:
-        """Delegate: an asynchronous writer finishes here."""
+        """Called when the Trainer ends: lets an asynchronous writer finish."""
         self.inner.teardown()
 
 
 def install_checkpoint_io(strategy: Strategy, resuming: Callable[[], bool]) -> PEFTCheckpointIO:
-    """Put our plugin outside whatever the strategy has; once a strategy."""
-    found = strategy.checkpoint_io
+    """Wrap the strategy's plugin in ours, once per strategy."""
+    found: Any = strategy.checkpoint_io
     if isinstance(found, PEFTCheckpointIO):
         found.resuming = resuming
         return found
+    package = package_of(strategy)
+    if package is not None:
+        base = package.fabric_submodule("plugins.io").CheckpointIO
+        for cls in (AtomicCheckpointIO, PEFTCheckpointIO):
+            base.register(cls)
     ours = PEFTCheckpointIO(_atomic(found), lambda: strategy.lightning_module, resuming)
     strategy.checkpoint_io = ours
     return ours
 
 
-def _atomic(io: CheckpointIO) -> CheckpointIO:
-    """The atomic writer in place of Lightning's plain one; a user's own plugin stays."""
-    if type(io) is TorchCheckpointIO:
-        return AtomicCheckpointIO()
-    if isinstance(io, AsyncCheckpointIO) and type(io.checkpoint_io) is TorchCheckpointIO:
-        io._checkpoint_io = AtomicCheckpointIO()  # its setter keeps a plugin that is there
-    return io
-
-
-def _not_plain(hparams: dict[str, Any]) -> list[tuple[str, str]]:
-    """Fields that `torch.load(weights_only=True)` would refuse, with its reason."""
-    import io
-
-    refused = []
-    for field, value in hparams.items():
-        buffer = io.BytesIO()
-        try:
-            torch.save(value, buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, TypeError) as error:
-            refused.append((str(field), type(value).__name__ or str(error)))
-    return refused
+def _atomic(plugin: CheckpointIO) -> CheckpointIO:
+    """Replace Lightning's plain writer by the atomic one. A user's own plugin is kept."""
+    if type(plugin).__name__ == "TorchCheckpointIO" and is_instance_of(plugin, "TorchCheckpointIO"):
+        return AtomicCheckpointIO(plugin)
+    inner: Any = getattr(plugin, "_checkpoint_io", None)
+    if is_instance_of(plugin, "AsyncCheckpointIO") and type(inner).__name__ == "TorchCheckpointIO":
+        writer: Any = plugin
+        writer._checkpoint_io = AtomicCheckpointIO(inner)  # the setter would keep the former plugin
+    return plugin

@@ -1,104 +1,93 @@
-"""What cannot work beside the callback: said in `setup`, before anything is changed."""
+"""Checks for incompatible Trainer options. They run in `setup`, before the model is modified."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.plugins.precision import (
-    BitsandbytesPrecision,
-    DeepSpeedPrecision,
-    TransformerEnginePrecision,
-    XLAPrecision,
-)
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-)
+from lightning_peft.trainers.packages import is_instance_of, package_of
 
-__all__ = ["refuse_trainer", "refuse_unfit"]
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
-_PRECISIONS: dict[type[Any], str] = {
-    BitsandbytesPrecision: (
+    from lightning_peft.callback.peft import PEFT
+
+__all__ = ["check_compatible", "check_trainer"]
+
+# By class name: each package has its own class, and not every version has all of them.
+_PRECISIONS = {
+    "BitsandbytesPrecision": (
         "it quantises the same layers; leave the plugin out and give "
         "PEFT(quantization=Quantization('nf4'))"
     ),
-    TransformerEnginePrecision: (
+    "TransformerEnginePrecision": (
         "it replaces the layers that adapters sit in; use precision='bf16-true'"
     ),
-    DeepSpeedPrecision: "it is untested with adapters; use strategy='peft_ddp' or 'peft_fsdp'",
-    XLAPrecision: "it is untested with adapters; use a CPU or CUDA accelerator",
+    "DeepSpeedPrecision": "it is untested with adapters; use strategy='peft_ddp' or 'peft_fsdp'",
+    "XLAPrecision": "it is untested with adapters; use a CPU or CUDA accelerator",
 }
-_STRATEGIES: dict[type[Any], str] = {
-    DeepSpeedStrategy: "it is untested with adapters; use strategy='peft_ddp' or 'peft_fsdp'",
-    FSDPStrategy: (
-        "it needs one dtype and one requires_grad a unit, and writes the base; use "
+_STRATEGIES = {
+    "DeepSpeedStrategy": "it is untested with adapters; use strategy='peft_ddp' or 'peft_fsdp'",
+    "FSDPStrategy": (
+        "it needs one dtype and one requires_grad per unit, and writes the base; use "
         "strategy='peft_fsdp'"
     ),
-    ModelParallelStrategy: "it shards before adapters are there; use strategy='peft_fsdp'",
+    "ModelParallelStrategy": "it shards before adapters are there; use strategy='peft_fsdp'",
 }
 
 
-def refuse_trainer(trainer: Any) -> None:
-    """`pytorch_lightning` and `lightning` hold different classes; a mix runs, and does nothing.
+def check_trainer(trainer: object) -> None:
+    """Raise unless the Trainer is of `lightning` or `pytorch_lightning`.
 
     Raises:
-        TypeError: the trainer is of another package.
+        TypeError: the trainer is of neither package.
     """
-    if isinstance(trainer, pl.Trainer):
-        return
-    old = any(c.__module__.startswith("pytorch_lightning") for c in type(trainer).__mro__)
-    advice = (
-        "pytorch_lightning is another package with classes of its own: import lightning as L, and "
-        "take L.Trainer, L.LightningModule and L.Callback from there"
-        if old
-        else "give the callback to a lightning.pytorch.Trainer"
-    )
-    raise TypeError(
-        "PEFT: expected a lightning.pytorch.Trainer, got "
-        f"{type(trainer).__module__}.{type(trainer).__name__}; {advice}"
-    )
+    if package_of(trainer) is None:
+        raise TypeError(
+            "PEFT: expected a Trainer of lightning or pytorch_lightning, got "
+            f"{type(trainer).__module__}.{type(trainer).__name__}; give the callback to one of "
+            "these Trainers, or use attach(model, method) in a loop of your own"
+        )
 
 
-def refuse_unfit(trainer: pl.Trainer, peft: Any, peers: list[Any]) -> None:
-    """Raise where another part of the trainer works against adapters.
+def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> None:
+    """Raise if another part of the Trainer works against adapters.
 
     Args:
-        trainer: The trainer.
-        peft: The callback that asks.
-        peers: Every PEFT callback of the trainer, `peft` included.
+        trainer: The Trainer.
+        peft: The callback that checks.
+        peers: Every PEFT callback of the Trainer, `peft` included.
 
     Raises:
-        ValueError: with the part, the reason and what to do.
+        ValueError: with the part, the reason and what to use instead.
     """
-    _refuse_names(peft, peers)
-    _refuse_launcher(trainer.strategy)
-    for cls, why in _PRECISIONS.items():
-        if isinstance(trainer.precision_plugin, cls):
-            raise ValueError(f"PEFT: expected another precision plugin than {cls.__name__}: {why}")
-    for cls, why in _STRATEGIES.items():
-        if isinstance(trainer.strategy, cls) and not getattr(trainer.strategy, "knows_peft", False):
+    _check_names(peft, peers)
+    _check_backends(peers)
+    _check_launcher(trainer.strategy)
+    for name, why in _PRECISIONS.items():
+        if is_instance_of(trainer.precision_plugin, name):
+            raise ValueError(f"PEFT: expected another precision plugin than {name}: {why}")
+    if not getattr(trainer.strategy, "knows_peft", False):
+        for name, why in _STRATEGIES.items():
+            if is_instance_of(trainer.strategy, name):
+                strategy = type(trainer.strategy).__name__
+                raise ValueError(f"PEFT: expected another strategy than {strategy}: {why}")
+    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if is_instance_of(callback, "BaseFinetuning"):
             raise ValueError(
-                f"PEFT: expected another strategy than {type(trainer.strategy).__name__}: {why}"
-            )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BaseFinetuning):
-            raise ValueError(
-                f"PEFT: expected no {type(callback).__name__} beside it: it unfreezes layers of "
-                "the base, which adapters keep as it is; leave it out, or name the layers in "
-                "PEFT(modules_to_save=[…])"
+                f"PEFT: expected no {type(callback).__name__} in the same Trainer: it unfreezes "
+                "layers of the base, which adapters keep as it is; leave it out, or name the "
+                "layers in PEFT(modules_to_save=[…])"
             )
 
 
-def _refuse_names(peft: Any, peers: list[Any]) -> None:
+def _check_names(peft: PEFT, peers: Sequence[PEFT]) -> None:
     for other in peers:
         twice = sorted(set(peft.names) & set(other.names)) if other is not peft else []
         if twice:
             raise ValueError(
-                f"PEFT: expected one callback an adapter name, got two with {twice}; give one of "
+                f"PEFT: expected one callback per adapter name, got two with {twice}; give one of "
                 "them another adapter_name"
             )
         a, b = peft.root or "", other.root or ""
@@ -110,11 +99,19 @@ def _refuse_names(peft: Any, peers: list[Any]) -> None:
             )
 
 
-def _refuse_launcher(strategy: Strategy) -> None:
-    launcher = type(strategy.launcher)
-    if any(c.__name__ == "_MultiProcessingLauncher" for c in launcher.__mro__):
+def _check_backends(peers: Sequence[PEFT]) -> None:
+    requested = sorted({other.kernels for other in peers} - {"auto"})
+    if len(requested) > 1:
+        raise ValueError(
+            f"PEFT kernels: expected one backend for all callbacks of a Trainer, got {requested}; "
+            "give every callback the same, or leave it out"
+        )
+
+
+def _check_launcher(strategy: pl.strategies.Strategy) -> None:
+    if is_instance_of(strategy.launcher, "_MultiProcessingLauncher"):
         raise ValueError(
             "PEFT: expected processes that are started as scripts, got a strategy that spawns or "
-            f"forks them ({launcher.__name__}): the adapters stay in the workers and are lost when "
-            "they end; use strategy='ddp'"
+            f"forks them ({type(strategy.launcher).__name__}): the adapters stay in the workers "
+            "and are lost when they end; use strategy='ddp'"
         )

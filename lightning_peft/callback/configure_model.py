@@ -1,17 +1,18 @@
-"""A closure on one LightningModule's `configure_model`.
+"""Wraps `configure_model` of one LightningModule, so that adapters are attached after it.
 
-No callback hook lies between it and the loading of weights.
+No callback hook runs between `configure_model` and the loading of weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import lightning.pytorch as pl
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.checkpoint.contents import is_attached
 from lightning_peft.layers.adapted import adapted_modules
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["unwrap_configure_model", "wrap_configure_model"]
 
@@ -19,11 +20,10 @@ Attach = Callable[[bool], None]  # takes: whether the user's hook threw adapted 
 
 
 def wrap_configure_model(module: pl.LightningModule, owner: object, attach: Attach) -> None:
-    """Have `attach` called after the user's `configure_model`, when the Trainer calls that; once.
+    """Call `attach` once, after the Trainer has called the user's `configure_model`.
 
-    Several owners share one closure and attach in order. The closure is an instance attribute, and
-    not made with
-    `functools.wraps`: Lightning follows `__wrapped__` and would find that the hook is not
+    Several owners share one closure and attach in order. The closure is an instance attribute. It
+    does not use `functools.wraps`: Lightning follows `__wrapped__` and would treat the hook as not
     overridden.
     """
     current = vars(module).get("configure_model")
@@ -51,7 +51,7 @@ def wrap_configure_model(module: pl.LightningModule, owner: object, attach: Atta
 
 
 def unwrap_configure_model(module: pl.LightningModule) -> None:
-    """Take the closure off if it is still there (an exception came first)."""
+    """Remove the closure if an exception came before it ran."""
     closure: Any = vars(module).get("configure_model")
     if hasattr(closure, "peft_pending"):
         _remove(module, closure.peft_before)

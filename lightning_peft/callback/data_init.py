@@ -7,15 +7,16 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
-
-import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.rng_state import restore_rng, rng_state
 from lightning_peft.initialization.data_driven import start_from_data, waiting_adapters
+from lightning_peft.trainers.packages import is_fitting, package_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities import CombinedLoader
 
 __all__ = ["initialize_pending"]
 
@@ -27,14 +28,17 @@ def initialize_pending(trainer: pl.Trainer) -> None:
         RuntimeError: several processes, a strategy that shards, or manual optimization.
     """
     module = trainer.lightning_module
-    if trainer.state.fn != TrainerFn.FITTING or not waiting_adapters(module):
+    if not is_fitting(trainer) or not waiting_adapters(module):
         return
-    _refuse(trainer, module)
+    _check_run(trainer, module)
+    package = package_of(trainer)
+    assert package is not None  # `PEFT.setup` checked the Trainer
     device = trainer.strategy.root_device
     random = rng_state(device)
     try:
         trainer.fit_loop.setup_data()
-        loader = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+        combined = package.submodule("utilities").CombinedLoader
+        loader = combined(trainer.train_dataloader, "max_size_cycle")
         with _silent(module), _where_it_was(loader):
             start_from_data(module, _batches(trainer, loader), _step(trainer, module))
     finally:
@@ -42,7 +46,7 @@ def initialize_pending(trainer: pl.Trainer) -> None:
     rebuild_averages(trainer, module)
 
 
-def _refuse(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def _check_run(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     reason = ""
     if trainer.world_size > 1:
         reason = f"one process, got {trainer.world_size}"

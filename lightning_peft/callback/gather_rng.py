@@ -1,24 +1,22 @@
-"""The random states of all processes, for one file that one of them writes."""
+"""Gathers the random states of all ranks for the checkpoint that rank 0 writes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning_peft.checkpoint.rng_state import gather_rng_states, rng_state
+from lightning_peft.trainers.packages import is_interrupted
 
-from lightning_peft.checkpoint.rng_state import rng_state
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["gather_rng"]
 
 
 def gather_rng(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """One entry a rank. Every rank must call it, as every rank must call `save_checkpoint`."""
-    own = rng_state(trainer.strategy.root_device)
-    # While an exception is handled the others may be anywhere: no collective then.
-    if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
-        return [own]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, own)
-    return states
+    """Return one state per rank. Every rank must call it, as it must call `save_checkpoint`."""
+    device = trainer.strategy.root_device
+    # While an exception is handled, other ranks may be anywhere, so no collective can run.
+    if trainer.world_size == 1 or is_interrupted(trainer):
+        return [rng_state(device)]
+    return gather_rng_states(device)

@@ -7,15 +7,15 @@ import warnings
 from torch import Tensor, nn
 
 from lightning_peft.adapters.state_dict import trained_tensors
-from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapted import Adapted, adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.optim.state_pool import local
 from lightning_peft.report.tokens import tokens_of
 
 __all__ = [
+    "check_has_graph",
     "dead_gradients",
     "enable_input_require_grads",
-    "refuse_graphless",
     "unfrozen_base_parameters",
     "warn_dead",
 ]
@@ -43,8 +43,8 @@ def enable_input_require_grads(model: nn.Module) -> list[str]:
     return done
 
 
-def refuse_graphless(loss: Tensor) -> None:
-    """Raise before torch does, with the cause.
+def check_has_graph(loss: Tensor) -> None:
+    """Raise if the loss has no graph, before torch does and with the likely cause.
 
     Raises:
         RuntimeError: the loss depends on nothing that is trained.
@@ -65,7 +65,7 @@ def dead_gradients(model: nn.Module) -> list[str]:
     start LoRA's A has a zero gradient, because B is zero. Experts that had no token yet have a zero
     gradient too, and are no fault.
     """
-    idle = [name for name, module in adapted_modules(model) if not module._peft.ran]
+    idle = [n for n, module in adapted_modules(model) if not module._peft.telemetry.forward_ran]
     lines = [f"{name}: adapted, but its forward never ran" for name in idle]
     for name, module in adapted_modules(model):
         if name not in idle:
@@ -73,7 +73,7 @@ def dead_gradients(model: nn.Module) -> list[str]:
     return lines
 
 
-def _dead_adapters(module: nn.Module) -> list[str]:
+def _dead_adapters(module: Adapted) -> list[str]:
     lines = []
     for adapter in adapters_of(module):
         trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}

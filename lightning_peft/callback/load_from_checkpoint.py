@@ -1,14 +1,12 @@
-"""`load_from_checkpoint`: a LightningModule with its adapters, from a file of adapters alone."""
+"""`load_from_checkpoint`: builds a LightningModule with the adapters of a checkpoint."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
@@ -17,22 +15,26 @@ from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import KEY, complete_checkpoint
 from lightning_peft.core.registry import registry_of
 from lightning_peft.methods.registry import from_dict
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import config_from_dict
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["load_from_checkpoint"]
 
-M = TypeVar("M", bound=pl.LightningModule)
+M = TypeVar("M", bound="pl.LightningModule")
 
 
 def load_from_checkpoint(
     module_class: type[M], path: str | os.PathLike[str], **init_args: Any
 ) -> M:
-    """Build the module, attach what the file describes, and load it strictly.
+    """Build the module, attach the adapters that the file describes, and load them strictly.
 
     Args:
-        module_class: The LightningModule's class; it brings the pretrained base itself.
-        path: A checkpoint written under the callback.
-        **init_args: Arguments of the class; they come before the stored hyper-parameters.
+        module_class: A LightningModule class of `lightning` or `pytorch_lightning`. It builds
+            the pretrained base itself.
+        path: A checkpoint of the callback or of `save_checkpoint`.
+        **init_args: Arguments of the class. They override the stored hyper-parameters.
 
     Returns:
         The module on the CPU, in the mode that its constructor leaves it in.
@@ -51,8 +53,7 @@ def load_from_checkpoint(
         )
     hparams = _accepted(module_class, checkpoint.get("hyper_parameters") or {})
     module = module_class(**{**hparams, **init_args})
-    if is_overridden("configure_model", module):
-        module.configure_model()
+    module.configure_model()  # Lightning's own does nothing
     _require_net(module, source)
     for prefix, root in stored["roots"].items():
         _attach(module.get_submodule(prefix) if prefix else module, root)
@@ -80,13 +81,13 @@ def _require_net(module: pl.LightningModule, source: str) -> None:
 
 
 def _attach(root: nn.Module, stored: Mapping[str, Any]) -> None:
-    quantization = stored["quantization"]
+    quantization = config_from_dict(stored["quantization"])
     for name, adapter in stored["adapters"].items():
         attach(
             root,
             [from_dict(m) for m in adapter["methods"]],
             adapter_name=name,
-            quantization=None if quantization is None else Quantization(**quantization),
+            quantization=quantization,
             modules_to_save=adapter["modules_to_save"],
         )
         quantization = None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_peft.methods.base import Method
 from lightning_peft.planner.estimate import Plan, estimate_memory
 from lightning_peft.planner.meta_model import PRECISIONS
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import StorageConfig
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["make_plan"]
 
@@ -22,14 +24,15 @@ def make_plan(
     root: nn.Module,
     adapters: Mapping[str, Sequence[Method]],
     *,
-    quantization: Quantization | None,
+    quantization: StorageConfig | None,
     optimizer: str | None,
     liger: bool,
     modules_to_save: Sequence[str],
     given: Mapping[str, Any],
 ) -> Plan | None:
-    """Plan for this run; `given` overrides what the trainer says. None, with a warning, where it
-    cannot be made: a plan never stops a run.
+    """Return the plan of this run; None, with a warning, if it cannot be made.
+
+    Values in `given` override those of the Trainer. A plan never stops a run.
     """
     strategy = type(trainer.strategy).__name__.lower()
     precision = str(trainer.precision)
@@ -49,5 +52,6 @@ def make_plan(
         return estimate_memory(root, methods, **how)
     # A plan is advice: a model that it cannot count (fake tensors, no sizes) still trains.
     except (ValueError, TypeError, RuntimeError) as error:
-        rank_zero_warn(f"PEFT(plan=True): no plan could be made: {error}")
+        if trainer.is_global_zero:
+            warnings.warn(f"PEFT(plan=True): no plan could be made: {error}", stacklevel=2)
         return None

@@ -1,19 +1,21 @@
-"""After the user's `configure_optimizers`: swap, repair, check; schedules at each step."""
+"""Repairs, checks and converts optimizers after the user's `configure_optimizers`."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint.contents import KEY
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import WeightMethod
-from lightning_peft.optim import in_live_order, loraplus_groups, names_of, repair, replace_optimizer
+from lightning_peft.optim import convert_optimizer, in_live_order, loraplus_groups, names_of, repair
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import Strategy
 
 __all__ = [
     "align_optimizer_states",
@@ -23,18 +25,17 @@ __all__ = [
     "optimizer_names",
 ]
 
-Finish = Callable[[pl.Trainer], None]
+Finish = Callable[["pl.Trainer"], None]
 
 
 def install_optimizer_setup(
     strategy: Strategy, owner: object, begin: Finish, finish: Finish
 ) -> None:
-    """Have `begin` and `finish` called before and after the strategy makes its optimizers; every
-    fit, once an owner.
+    """Call `begin` before and `finish` after the strategy creates its optimizers, in every fit.
 
-    Lightning calls `setup_optimizers` before the precision plugin, the learning-rate finder and the
-    restoring of state
-    see them; `on_fit_start` would be too late.
+    Lightning calls `setup_optimizers` before the precision plugin, the learning-rate finder and
+    the restored state see the optimizers; `on_fit_start` would be too late. A second call for the
+    same owner replaces the first.
     """
     around: dict[int, tuple[Finish, Finish]] | None
     around = getattr(strategy.setup_optimizers, "peft_around", None)
@@ -104,7 +105,7 @@ def finish_optimizers(
                 optimizer._peft_rates = ratio  # type: ignore[attr-defined]
     if name is not None:
         for optimizer in optimizers:
-            replace_optimizer(optimizer, name)
+            convert_optimizer(optimizer, name)
     strategy.optimizers = optimizers  # makes Lightning's proxies again: they carry the class's name
 
 
@@ -146,7 +147,7 @@ def _rates(module: nn.Module) -> dict[float, set[int]]:
         for adapter in adapters_of(adapted):
             if isinstance(adapter.method, WeightMethod):
                 tensors = adapter.tensors()
-                for key, factor in adapter.method.rates(adapter.site).items():
+                for key, factor in adapter.method.lr_multipliers(adapter.site).items():
                     if key in tensors and factor != 1.0:
                         factors.setdefault(factor, set()).add(id(tensors[key]))
     return factors

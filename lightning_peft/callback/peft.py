@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning_peft_kernels.dispatch import prefer
+from lightning_peft_kernels.dispatch import Backend
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_peft.callback.attach import attach_once, find_root
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
-from lightning_peft.callback.compatibility import refuse_trainer, refuse_unfit
+from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
 from lightning_peft.callback.gather_rng import gather_rng
 from lightning_peft.callback.gradient_checks import (
+    check_has_graph,
     enable_input_require_grads,
-    refuse_graphless,
     unfrozen_base_parameters,
     warn_dead,
 )
 from lightning_peft.callback.liger import apply_liger
 from lightning_peft.callback.memory_plan import make_plan
-from lightning_peft.callback.method_hooks import MethodHooks
+from lightning_peft.callback.method_hooks import TrainerMethodHooks, grad_scale
 from lightning_peft.callback.optimizer_setup import (
     align_optimizer_states,
     finish_optimizers,
@@ -35,10 +34,11 @@ from lightning_peft.callback.optimizer_setup import (
     optimizer_names,
 )
 from lightning_peft.callback.rank_consistency import (
-    require_same_configuration,
+    check_same_configuration,
     verify_consistent_attach,
 )
 from lightning_peft.callback.reporting import log_configuration, print_report, print_tokens
+from lightning_peft.callback.run_backend import RunBackend
 from lightning_peft.callback.sigterm import SigtermHandler
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import KEY, is_attached
@@ -47,41 +47,58 @@ from lightning_peft.methods.base import Method
 from lightning_peft.planner.estimate import Plan
 from lightning_peft.report.summary import parameter_report
 from lightning_peft.report.tokens import stop_counting
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import Quantization, StorageConfig, as_config
+from lightning_peft.strategies import register_strategies
+from lightning_peft.trainers.callback_base import TrainerCallback
+from lightning_peft.trainers.packages import is_fitting
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["PEFT"]
 
+#: Attributes that are pickled. Libraries put callbacks into hyper-parameters and copy them.
+_CONFIGURATION = (
+    "adapters",
+    "quantization",
+    "optimizer",
+    "modules_to_save",
+    "root",
+    "kernels",
+    "liger",
+    "report",
+    "plan",
+)
 
-class PEFT(pl.Callback):
-    """Fine-tune with adapters: freezes the base, quantises it, attaches, writes and reads
-    adapter-only checkpoints.
 
-    The LightningModule knows nothing of it; its net may be built in ``__init__``, ``setup`` or
+class PEFT(TrainerCallback):
+    """Fine-tunes with adapters: freezes and quantises the base, attaches, saves adapters only.
+
+    The callback works under the Trainer of `lightning` and of `pytorch_lightning`. The
+    LightningModule needs no change. Its net may be built in ``__init__``, ``setup`` or
     ``configure_model``.
 
     Args:
-        method: One method, or a list of them: a hybrid under one adapter name.
-        adapters: Methods by adapter name, instead of `method`. All of them act and are trained, in
-            the order named; pick
-            by `set_adapter`, or by row of the batch with `adapter_names`.
-        quantization: How to store the frozen base: ``Quantization("nf4")``, or its kind alone.
-        optimizer: Name of the optimizer class to put in place of the user's, keeping groups and
-            schedulers.
-        adapter_name: Name of the adapter that `method` makes.
-        modules_to_save: Names or suffixes of modules trained whole (a fresh head); the
-            classification head of a Hugging
-            Face model is found by itself.
-        root: Dotted path of the submodule to adapt; default the whole module. What lies outside is
-            left to the user:
-            it is trained and saved if it requires gradients.
-        kernels: Which implementation ops run: ``"auto"``, ``"triton"`` or ``"torch"``.
-        liger: Put liger-kernel's fused layers into Hugging Face models that it knows, before
-            attaching.
-        report: Whether to print the report and log the configuration when training starts.
-        plan: Whether to print what memory the run takes when training starts; or what to plan with,
-            as `estimate_memory` takes it: ``{"batch_size": 4, "sequence_length": 2048}``.
+        method: One method, or a list of methods that form a hybrid under one adapter name.
+        adapters: Methods by adapter name, instead of `method`. All adapters are active and
+            trained, in the given order. Select some with `set_adapter`, or per sample with
+            `adapter_names`.
+        quantization: Storage of the frozen base: ``Quantization("nf4")``, its kind alone, or the
+            configuration of a registered storage.
+        optimizer: Name of an optimizer class that replaces the user's. Groups and schedulers stay.
+        adapter_name: Name of the adapter that `method` creates.
+        modules_to_save: Names or suffixes of modules trained in full, such as a fresh head. The
+            classification head of a Hugging Face model is found automatically.
+        root: Dotted path of the submodule to adapt. The default is the LightningModule. Parameters
+            outside the root are trained and saved if they require gradients.
+        kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
+        liger: If True, put liger-kernel's fused layers into the Hugging Face models it knows.
+        report: If True, print the report and log the configuration when training starts.
+        plan: If True, print the memory estimate when training starts. A dict holds arguments of
+            `estimate_memory`: ``{"batch_size": 4, "sequence_length": 2048}``.
 
     Raises:
+        ModuleNotFoundError: neither Lightning package is installed.
         ValueError: neither or both of `method` and `adapters`.
     """
 
@@ -90,21 +107,20 @@ class PEFT(pl.Callback):
         method: Method | list[Method] | None = None,
         *,
         adapters: dict[str, Method | list[Method]] | None = None,
-        quantization: Quantization | str | None = None,
+        quantization: Quantization | StorageConfig | str | None = None,
         optimizer: str | None = None,
         adapter_name: str = "default",
         modules_to_save: Sequence[str] = (),
         root: str | None = None,
-        kernels: Literal["auto", "triton", "torch"] = "auto",
+        kernels: Backend = "auto",
         liger: bool = False,
         report: bool = True,
         plan: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__()
+        register_strategies()
         self.adapters = _by_name(method, adapters, adapter_name, modules_to_save)
-        self.quantization = (
-            Quantization(quantization) if isinstance(quantization, str) else quantization  # type: ignore[arg-type]
-        )
+        self.quantization = as_config(quantization)
         self.optimizer = optimizer
         self.modules_to_save = tuple(modules_to_save)
         self.root = root
@@ -112,35 +128,52 @@ class PEFT(pl.Callback):
         self.liger = liger
         self.report = report
         self.plan = plan
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        """Set the attributes that hold the state of a run to their start values."""
         self.memory_plan: Plan | None = None
         self._rng: list[dict[str, Any]] | None = None
         self._resumed: dict[str, Any] | None = None
-        self._schedules: MethodHooks | None = None
+        self._step_hooks: TrainerMethodHooks | None = None
         self._first_step = False
         self._notes: list[str] = []
         self._io: PEFTCheckpointIO | None = None
         self._layers: dict[str, list[Any]] = {}
-        self._stop = SigtermHandler()
+        self._backend = RunBackend(self.kernels)
+        self._sigterm = SigtermHandler()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Called when the callback is pickled or copied: keeps the configuration only."""
+        return {name: getattr(self, name) for name in _CONFIGURATION}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called when the callback is unpickled or copied: starts without a run."""
+        super().__setstate__(state)
+        self._forget_run()
 
     @property
     def names(self) -> list[str]:
-        """Adapter names, in order."""
+        """Names of the adapters, in order."""
         return list(self.adapters)
 
     @property
+    @override
     def state_key(self) -> str:
-        """One a callback, so that several stand side by side."""
+        """Key of this callback in checkpoints; it differs between callbacks of one Trainer."""
         return f"PEFT[{','.join(self.names)}]"
 
-    # ---- before the net exists
+    # ---- before the net is built
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work; have attaching, saving and optimizers come through us."""
-        refuse_trainer(trainer)
+        """Called when a stage begins: checks the Trainer and hooks into attaching and saving."""
+        check_trainer(trainer)
         peers = [c for c in trainer.callbacks if isinstance(c, PEFT)]  # type: ignore[attr-defined]
-        refuse_unfit(trainer, self, peers)
-        require_same_configuration(self)
-        io = install_checkpoint_io(trainer.strategy, lambda: trainer.state.fn == TrainerFn.FITTING)
+        check_compatible(trainer, self, peers)
+        check_same_configuration(self, trainer)
+        self._backend.enter()
+        io = install_checkpoint_io(trainer.strategy, lambda: is_fitting(trainer))
         install_optimizer_setup(
             trainer.strategy,
             self,
@@ -155,7 +188,6 @@ class PEFT(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO, lost: bool
     ) -> None:
         root = find_root(module, self.root)
-        prefer(self.kernels)
         if not is_attached(root):
             self._make_plan(trainer, root)
             self._layers = layers_of(root, self.root or "")
@@ -170,12 +202,13 @@ class PEFT(pl.Callback):
                 device=trainer.strategy.root_device,
                 lost=lost,
             )
+        self._backend.keep(root)
         self._io, io.started = io, True
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             rebuild_averages(trainer, module)
 
     def _make_plan(self, trainer: pl.Trainer, root: nn.Module) -> None:
-        if self.plan is False or trainer.state.fn != TrainerFn.FITTING:
+        if self.plan is False or not is_fitting(trainer):
             return
         self.memory_plan = make_plan(
             trainer,
@@ -190,14 +223,14 @@ class PEFT(pl.Callback):
 
     def _finish_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         finish_optimizers(module, trainer.strategy, self._layers, self.optimizer)
-        self._schedules = MethodHooks(module)
-        self._schedules.follow(trainer, trainer.strategy.optimizers)
+        self._step_hooks = TrainerMethodHooks(trainer, trainer.strategy.optimizers)
 
     # ---- training
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report; go on with the random numbers where the checkpoint stopped."""
-        self._refuse_lost(pl_module)
+        """Called when fit begins: prints the report and restores random states."""
+        self._check_not_lost(pl_module)
         if self.memory_plan is not None and trainer.is_global_zero:
             print(self.memory_plan)
         if self.report:
@@ -210,13 +243,22 @@ class PEFT(pl.Callback):
             align_optimizer_states(trainer, self._resumed)
             self._resumed = None
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adapters must be the trained ones."""
-        self._refuse_lost(pl_module)
+        """Called when validation begins: raises if the trained adapters were lost."""
+        self._check_not_lost(pl_module)
 
-    on_test_start = on_predict_start = on_validation_start
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when testing begins: raises if the trained adapters were lost."""
+        self._check_not_lost(pl_module)
 
-    def _refuse_lost(self, module: pl.LightningModule) -> None:
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when prediction begins: raises if the trained adapters were lost."""
+        self._check_not_lost(pl_module)
+
+    def _check_not_lost(self, module: pl.LightningModule) -> None:
         if self._io is None or not self._io.lost:
             return
         lost, self._io.lost = self._io.lost, []
@@ -233,12 +275,14 @@ class PEFT(pl.Callback):
             print_report(report, f"PEFT {', '.join(self.names)}")
         log_configuration(trainer, self.adapters, self.quantization, self.modules_to_save, report)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Have gradients reach checkpointed blocks, whoever turned checkpointing on and when."""
+        """Called when training begins: lets gradients reach checkpointed blocks."""
         enable_input_require_grads(pl_module)
         self._first_step = True
-        self._stop.listen(trainer)
+        self._sigterm.install(trainer)
 
+    @override
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -247,18 +291,20 @@ class PEFT(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """On SIGTERM to any process: a checkpoint, then all end."""
-        self._stop.obey(trainer)
+        """Called when a batch ends: saves a checkpoint and stops if any rank got SIGTERM."""
+        self._sigterm.stop_if_requested(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signal back."""
-        self._stop.release()
+        """Called when training ends: restores the former SIGTERM handler."""
+        self._sigterm.restore()
 
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The base must stay frozen.
+        """Called when an epoch begins: checks that the base is still frozen.
 
         Raises:
-            RuntimeError: something unfroze it, by name.
+            RuntimeError: base parameters were unfrozen, with their names.
         """
         thawed = unfrozen_base_parameters(pl_module, [find_root(pl_module, self.root)])
         if thawed:
@@ -268,18 +314,20 @@ class PEFT(pl.Callback):
                 "modules_to_save to train a copy"
             )
 
+    @override
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Name the cause of a loss without a graph."""
-        refuse_graphless(loss)
+        """Called before backward: explains a loss that has no graph."""
+        check_has_graph(loss)
 
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """MethodHooks of the methods; once a fit, whether every adapter got a gradient."""
-        if self._schedules is not None:
-            self._schedules.before_step(trainer, optimizer)
+        """Called before a step: runs step hooks; in the first step, checks the gradients."""
+        if self._step_hooks is not None:
+            self._step_hooks.before_step(optimizer, grad_scale(trainer, optimizer))
         if self._first_step:
             self._first_step = False
             warn_dead(pl_module)
@@ -289,31 +337,36 @@ class PEFT(pl.Callback):
 
     # ---- checkpoints (weights and configuration go through the CheckpointIO)
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the random states of every process, and names to the optimizers' states."""
+        """Called when a checkpoint is saved: adds random states and optimizer names."""
         if KEY not in checkpoint:
             names = optimizer_names(trainer)
             checkpoint[KEY] = {"rng": gather_rng(trainer), "optimizers": names}
 
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep for `on_fit_start` what can be put back only then."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        """Called when a checkpoint is loaded: keeps the state that `on_fit_start` restores."""
+        if is_fitting(trainer):
             if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over
                 align_optimizer_states(trainer, checkpoint)
             else:
                 self._resumed = checkpoint
         states = (checkpoint.get(KEY) or {}).get("rng")
-        if states is None or trainer.state.fn != TrainerFn.FITTING:
+        if states is None or not is_fitting(trainer):
             return
         if len(states) != trainer.world_size:
-            rank_zero_warn(
-                f"PEFT: the checkpoint holds random states of {len(states)} processes, this run "
-                f"has {trainer.world_size}; dropout and data order go on from the seed instead"
-            )
+            if trainer.is_global_zero:
+                warnings.warn(
+                    f"PEFT: the checkpoint holds random states of {len(states)} processes, this "
+                    f"run has {trainer.world_size}; dropout and data order go on from the seed "
+                    "instead",
+                    stacklevel=2,
+                )
             return
         if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over
             restore_rng(states[trainer.global_rank], trainer.strategy.root_device)
@@ -322,17 +375,21 @@ class PEFT(pl.Callback):
 
     # ---- the end
 
+    @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave the user's module as it was found."""
+        """Called when a run raises: restores `configure_model` and the SIGTERM handler."""
         unwrap_configure_model(pl_module)
-        self._stop.release()
+        self._backend.leave(pl_module)
+        self._sigterm.restore()
         self._resumed = None
 
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The same."""
+        """Called when a stage ends: restores `configure_model` and withdraws the backend."""
         unwrap_configure_model(pl_module)
+        self._backend.leave(pl_module)
 
 
 def _by_name(

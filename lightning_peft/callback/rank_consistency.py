@@ -1,30 +1,35 @@
-"""Whether all processes train the same thing: asked before the first step, answered together."""
+"""Checks before the first step that all ranks train the same adapters over the same base."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
-import lightning
 import torch
 from torch import nn
 
-from lightning_peft.core.registry import registries_in
+from lightning_peft.core.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from lightning_peft.methods.registry import to_dict
-from lightning_peft.strategies.collectives import check_same_on_all_ranks, raise_on_all_ranks
+from lightning_peft.storage import config_to_dict
+from lightning_peft.strategies.rank_consistency import check_same_model
+from lightning_peft.trainers.packages import package_of
 
-__all__ = ["require_same_configuration", "verify_consistent_attach"]
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_peft.callback.peft import PEFT
+
+__all__ = ["check_same_configuration", "verify_consistent_attach"]
 
 
-def require_same_configuration(peft: Any) -> None:
-    """Compare what the callback was given, and versions.
+def check_same_configuration(peft: PEFT, trainer: pl.Trainer) -> None:
+    """Compare the arguments of the callback and the versions of packages between ranks.
 
     Raises:
-        RuntimeError: on every process, with what differs.
+        RuntimeError: on every rank, with the differences.
     """
-    quantization = peft.quantization
+    package = package_of(trainer)
     said = {
         f"adapter {name!r}, method {i}, {key}": str(value)
         for name, methods in peft.adapters.items()
@@ -32,12 +37,12 @@ def require_same_configuration(peft: Any) -> None:
         for key, value in to_dict(method).items()
     }
     said |= {
-        "quantization": str(None if quantization is None else dataclasses.asdict(quantization)),
+        "quantization": str(config_to_dict(peft.quantization)),
         "optimizer": str(peft.optimizer),
         "modules_to_save": str(peft.modules_to_save),
         "root": str(peft.root),
         "torch": torch.__version__,
-        "lightning": lightning.__version__,
+        "lightning": "" if package is None else f"{package.name} {package.version}",
     }
     check_same_on_all_ranks(
         said, "PEFT", "start every process from the same script and environment"
@@ -46,11 +51,10 @@ def require_same_configuration(peft: Any) -> None:
 
 @contextmanager
 def verify_consistent_attach(module: nn.Module) -> Iterator[None]:
-    """Round attaching: an error on one process is one on all; afterwards bases and adapters are
-    compared.
+    """Run the block on every rank; an error on one rank raises on all. Then compare the models.
 
     Raises:
-        RuntimeError: on every process, with the first tensors that differ.
+        RuntimeError: on every rank, with the first tensors that differ.
     """
     error: Exception | None = None
     try:
@@ -58,18 +62,4 @@ def verify_consistent_attach(module: nn.Module) -> Iterator[None]:
     except Exception as caught:
         error = caught
     raise_on_all_ranks(error, "PEFT attach")
-    seen: dict[str, Any] = {}
-    for prefix, _, record in registries_in(module):
-        base = (record.fingerprint or {}).get("tensors", {})
-        for name, (shape, dtype, content) in base.items():
-            at = f"{prefix}.{name}" if prefix else name
-            seen[f"base {at}"] = f"{shape} {dtype} content {content}"
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            seen[f"trained {name}"] = f"{list(p.shape)} {p.dtype}"
-    check_same_on_all_ranks(
-        seen,
-        "PEFT",
-        "load the same pretrained weights everywhere; a layer that is drawn afresh needs "
-        "seed_everything, or a place in modules_to_save",
-    )
+    check_same_model(module)

@@ -1,12 +1,10 @@
-"""The report as a table on rank 0, and the configuration in every logger."""
+"""Prints the report as a table on rank 0 and logs the configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 from lightning_peft_kernels.dispatch import triton_available
 from rich.console import Console
 from rich.table import Table
@@ -16,13 +14,16 @@ from lightning_peft.methods.base import Method
 from lightning_peft.methods.registry import to_dict
 from lightning_peft.report.summary import Report
 from lightning_peft.report.tokens import token_lines
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import StorageConfig, config_to_dict
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["log_configuration", "print_report", "print_tokens"]
 
 
 def print_report(report: Report, title: str) -> None:
-    """What matched, what it costs, what was left out and why."""
+    """Print adapted layers, their cost, and skipped layers with the reason."""
     table = Table(title=title, title_justify="left")
     for column in ("layers", "count", "method", "shape", "trained", "storage", "kernel"):
         table.add_column(column, justify="right" if column in ("count", "trained") else "left")
@@ -47,7 +48,7 @@ def print_report(report: Report, title: str) -> None:
 
 
 def print_tokens(model: nn.Module) -> None:
-    """Tokens per expert, after the first step of a model with experts."""
+    """Print tokens per expert after the first step of a model with experts."""
     lines = token_lines(model)
     if lines:
         Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
@@ -67,14 +68,14 @@ def _grouped(what: str, reasons: Sequence[tuple[str, str]]) -> list[str]:
 def log_configuration(
     trainer: pl.Trainer,
     adapters: Mapping[str, Sequence[Method]],
-    quantization: Quantization | None,
+    quantization: StorageConfig | None,
     modules_to_save: Sequence[str],
     report: Report,
 ) -> None:
-    """One hyper-parameter, plain data, beside the user's own."""
+    """Log adapters, quantisation and parameter counts as one hyper-parameter of plain data."""
     configuration: dict[str, Any] = {
         "adapters": {name: [to_dict(m) for m in methods] for name, methods in adapters.items()},
-        "quantization": None if quantization is None else asdict(quantization),
+        "quantization": config_to_dict(quantization),
         "modules_to_save": list(modules_to_save),
         "trainable": report.trainable,
         "total": report.total,

@@ -1,4 +1,4 @@
-"""SIGTERM: all processes agree at the end of a batch, save, and end."""
+"""Saves a checkpoint and stops all ranks at the end of a batch if one of them got SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,79 +6,85 @@ import logging
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_peft.trainers.packages import is_instance_of, package_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["FILE", "SigtermHandler"]
 
-#: Name of the checkpoint, beside those of the trainer's ModelCheckpoint.
+#: Name of the checkpoint. It is saved in the folder of the trainer's ModelCheckpoint.
 FILE = "sigterm.ckpt"
 
 _log = logging.getLogger(__name__)
 
 
 class SigtermHandler:
-    """A handler that sets a flag and nothing else: Lightning's own starts a collective inside the
-    handler, which hangs when it meets another.
+    """A signal handler that only sets a flag.
 
-    Not used under strategies that do not know adapters on several processes, nor under SLURM's
-    requeueing, which Lightning sees to.
+    Lightning's own handler starts a collective, which hangs when it interrupts another one. This
+    handler is not used on several processes under a strategy without adapter support, nor under
+    SLURM, whose requeueing Lightning handles.
     """
 
     def __init__(self) -> None:
         self.received = False
-        self._before: Any = None
-        self._listening = False
+        self._former: Any = None
+        self._installed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SigtermHandler:
         return SigtermHandler()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[SigtermHandler], tuple[()]]:
         return SigtermHandler, ()
 
-    def listen(self, trainer: pl.Trainer) -> None:
-        """Take the signal over, in the main thread only."""
-        alone = trainer.world_size == 1 or getattr(trainer.strategy, "knows_peft", False)
+    def install(self, trainer: pl.Trainer) -> None:
+        """Take over the signal; in the main thread only."""
+        supported = trainer.world_size == 1 or getattr(trainer.strategy, "knows_peft", False)
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        if not alone or isinstance(environment, SLURMEnvironment) or self._listening:
+        if not supported or is_instance_of(environment, "SLURMEnvironment") or self._installed:
             return
         if threading.current_thread() is not threading.main_thread():
             return
-        self.received, self._listening = False, True
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        self.received, self._installed = False, True
+        self._former = signal.signal(signal.SIGTERM, self._receive)
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
-    def release(self) -> None:
-        """Put back the handler that was there."""
-        if self._listening:
-            self._listening = False
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+    def restore(self) -> None:
+        """Restore the former handler."""
+        if self._installed:
+            self._installed = False
+            signal.signal(signal.SIGTERM, self._former or signal.SIG_DFL)
 
-    def obey(self, trainer: pl.Trainer) -> None:
-        """Save and end if any process was told to.
+    def stop_if_requested(self, trainer: pl.Trainer) -> None:
+        """Save a checkpoint and stop if any rank received SIGTERM.
 
         Raises:
-            SIGTERMException: on every process, with exit status 143.
+            SIGTERMException: on every rank, with exit status 143.
         """
-        if not self._listening:
+        if not self._installed:
             return
-        asked = self.received
+        requested = self.received
         if trainer.world_size > 1:
-            flag = torch.tensor(float(asked), device=trainer.strategy.root_device)
+            flag = torch.tensor(float(requested), device=trainer.strategy.root_device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            asked = bool(flag)
-        if not asked:
+            requested = bool(flag)
+        if not requested:
             return
         callback = trainer.checkpoint_callback
         folder = getattr(callback, "dirpath", None) or trainer.default_root_dir
         path = Path(trainer.strategy.broadcast(str(Path(folder) / FILE)))
         trainer.save_checkpoint(path)
         _log.info("SIGTERM: saved %s after step %d; ending", path, trainer.global_step)
-        raise SIGTERMException(128 + signal.SIGTERM)
+        package = package_of(trainer)
+        assert package is not None  # `PEFT.setup` checked the Trainer
+        exceptions = package.submodule("utilities.exceptions")
+        raise exceptions.SIGTERMException(128 + signal.SIGTERM)

@@ -1,35 +1,39 @@
-"""EMA and SWA beside adapters: their copy of the model is made again once the adapters are there.
+"""EMA and SWA support: rebuilds the averaged model after adapters are attached.
 
-Lightning's averaging callbacks copy the module in `setup`, before anything is attached. The copy
-made here shares the
-frozen base with the live model (no second base in memory) and averages only what is trained: an
-average over packed
-4-bit bytes would destroy them.
+Lightning's averaging callbacks copy the module in `setup`, before adapters exist. The copy made
+here shares the frozen base with the live model, so memory holds one base. It averages trained
+tensors only: an average over packed 4-bit bytes would destroy them.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
+
+from lightning_peft.trainers.packages import is_instance_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["AdapterAveragedModel", "rebuild_averages"]
 
 
 class AdapterAveragedModel(AveragedModel):
-    """torch's AveragedModel over what is trained."""
+    """torch's AveragedModel over trained tensors."""
 
     def __init__(self, copied: nn.Module, device: Any, use_buffers: bool, **kwargs: Any) -> None:
         super().__init__(nn.Identity(), device=device, use_buffers=use_buffers, **kwargs)
         self.module = copied
 
+    @override
     def update_parameters(self, model: nn.Module) -> None:
-        """One more sample of the average; buffers that are no numbers are taken as they are."""
+        """Add a sample to the average; buffers of integers are copied."""
         whole = self.module
         self.module = _trained_part(whole)
         try:
@@ -42,7 +46,7 @@ class AdapterAveragedModel(AveragedModel):
 
 
 def _trained_part(model: nn.Module) -> nn.Module:
-    """A module that holds the trained parameters and floating buffers of another, nothing else."""
+    """Return a module that holds only the trained parameters and floating buffers of another."""
     part = nn.Module()
     for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
         part.register_parameter(str(i), p)
@@ -52,13 +56,14 @@ def _trained_part(model: nn.Module) -> nn.Module:
 
 
 def rebuild_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Give every averaging callback a copy of the module as it is now.
+    """Give every averaging callback a copy of the module with its adapters.
 
     Raises:
         RuntimeError: Lightning no longer keeps the copy where it did.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
+    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if is_instance_of(callback, "WeightAveraging"):
             _require(callback, "_average_model", "_device", "_use_buffers", "_kwargs")
             callback._average_model = AdapterAveragedModel(
                 _sharing_copy(module),
@@ -66,7 +71,7 @@ def rebuild_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 callback._use_buffers,
                 **callback._kwargs,
             )
-        elif isinstance(callback, StochasticWeightAveraging):
+        elif is_instance_of(callback, "StochasticWeightAveraging"):
             _require(callback, "_average_model")
             callback._average_model = _sharing_copy(module)
 

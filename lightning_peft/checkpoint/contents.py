@@ -9,20 +9,24 @@ it is completed from the live model, so that every strict load downstream passes
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.state_dict import check_state, trained_tensors
+from lightning_peft.core.modules import persistent_buffers
+from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import AdapterEntry, AdapterRegistry, registries_in
-from lightning_peft.initialization.restore import initialized_shapes, restore_starts
-from lightning_peft.methods.registry import to_dict
+from lightning_peft.initialization.restore import initialized_shapes, restore_initialized
+from lightning_peft.methods.registry import from_dict, to_dict
 from lightning_peft.models.fingerprint import buffer_hashes, fingerprint_differences
+from lightning_peft.storage import config_to_dict
+from lightning_peft.storage.dtensor import fill_rows
 
 __all__ = [
     "FORMAT",
@@ -33,8 +37,10 @@ __all__ = [
     "filter_checkpoint",
     "filter_state",
     "is_attached",
+    "kept_by_live_key",
     "kept_tensors",
     "leaks",
+    "load_kept",
     "verify",
 ]
 
@@ -43,7 +49,14 @@ KEY = "lightning_peft"
 #: Version of that entry; a file with a larger one was written by newer code.
 FORMAT = 1
 
-_PACKAGES = ("lightning_peft", "lightning", "torch", "transformers", "bitsandbytes")
+_PACKAGES = (
+    "lightning_peft",
+    "lightning",
+    "pytorch-lightning",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+)
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # judged by the sites found
 
 
@@ -68,8 +81,15 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+def kept_by_live_key(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of `kept_tensors` under their first key in the live state dict."""
+    kept = {id(t) for t in kept_tensors(model).values()}
+    found: dict[str, Tensor] = {}
+    for key, t in _live(model).items():
+        if id(t) in kept:
+            kept.remove(id(t))
+            found[key] = t
+    return found
 
 
 def _outside(model: nn.Module) -> dict[str, Tensor]:
@@ -77,28 +97,19 @@ def _outside(model: nn.Module) -> dict[str, Tensor]:
     if not prefixes or "" in prefixes:
         return {}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found = {**trained, **_persistent_buffers(model)}
+    found = {**trained, **persistent_buffers(model)}
     inside = tuple(f"{prefix}." for prefix in prefixes)
-    return {_plain(n): t for n, t in found.items() if not n.startswith(inside)}
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    found = {}
-    for name, module in model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            if key not in module._non_persistent_buffers_set:
-                found[f"{name}.{key}" if name else key] = buffer
-    return found
+    return {strip_compile(n): t for n, t in found.items() if not n.startswith(inside)}
 
 
 def _moved_buffers(model: nn.Module) -> dict[str, Tensor]:
     moved = {}
     for prefix, root, record in registries_in(model):
         now = buffer_hashes(root)
-        buffers = {_plain(n): b for n, b in _persistent_buffers(root).items()}
+        buffers = {strip_compile(n): b for n, b in persistent_buffers(root).items()}
         for name, digest in record.buffers.items():
             if name in now and now[name] != digest:
-                moved[f"{_plain(prefix)}.{name}" if prefix else name] = buffers[name]
+                moved[join(strip_compile(prefix), name)] = buffers[name]
     return moved
 
 
@@ -128,10 +139,20 @@ def complete_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
     canonical = {id(t): key for key, t in kept_tensors(model).items()}
     full: dict[str, Any] = {}
     for key, tensor in _live(model).items():
-        name = canonical.get(id(tensor), _plain(key))
+        name = canonical.get(id(tensor), strip_compile(key))
         value = state.get(name, tensor)
         full[key] = value.detach() if isinstance(value, Tensor) else value
     return full
+
+
+def load_kept(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a file into the live model; under FSDP2, this rank's rows of them."""
+    canonical = {id(t): key for key, t in kept_tensors(model).items()}
+    with torch.no_grad():
+        for key, tensor in _live(model).items():
+            name = canonical.get(id(tensor), strip_compile(key))
+            if name in state:
+                fill_rows(tensor, state[name])
 
 
 # ---- the file as a whole
@@ -139,16 +160,15 @@ def complete_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Plain data about every adapter in `model`: what `torch.load(weights_only=True)` takes."""
-    roots = {_plain(p): _describe_root(r) for p, _, r in registries_in(model) if r.adapters}
+    roots = {strip_compile(p): _describe_root(r) for p, _, r in registries_in(model) if r.adapters}
     return {"format": FORMAT, "versions": _versions(), "roots": roots}
 
 
 def _describe_root(record: AdapterRegistry) -> dict[str, Any]:
-    quantization = record.quantization
     return {
         "adapters": {name: _describe_adapter(entry) for name, entry in record.adapters.items()},
         "active": list(record.active),
-        "quantization": None if quantization is None else dataclasses.asdict(quantization),
+        "quantization": config_to_dict(record.quantization),
         "fingerprint": record.fingerprint,
     }
 
@@ -200,7 +220,7 @@ def complete_checkpoint(
         return checkpoint
     verify(model, checkpoint, source, resuming=resuming)
     # Beside an average the weights themselves stand apart; the average only rounds the start.
-    restore_starts(model, checkpoint.get("current_model_state", checkpoint["state_dict"]))
+    restore_initialized(model, checkpoint.get("current_model_state", checkpoint["state_dict"]))
     return _each_state(dict(checkpoint), lambda state: complete_state(model, state))
 
 
@@ -290,7 +310,7 @@ def verify(
 
 def _expected(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the file must hold: buffers that moved before it was written may stand in it, or not."""
-    buffers = {_plain(n): b for n, b in _persistent_buffers(model).items()}
+    buffers = {strip_compile(n): b for n, b in persistent_buffers(model).items()}
     required = {**trained_tensors(model), **initialized_shapes(model, state), **_outside(model)}
     return {**{n: b for n, b in buffers.items() if n in state}, **required}
 
@@ -324,9 +344,15 @@ def _by_name(roots: Any, source: str) -> dict[tuple[str, str], dict[str, Any]]:
         ) from error
 
 
+def _with_defaults(method: dict[str, Any]) -> dict[str, Any]:
+    """The stored method with the fields that later versions added, at their defaults."""
+    return to_dict(from_dict(method))
+
+
 def _differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:
     lines = []
-    for want, have in zip(stored["methods"], live["methods"], strict=False):
+    methods = [_with_defaults(method) for method in stored["methods"]]
+    for want, have in zip(methods, live["methods"], strict=False):
         for key in sorted(set(want) | set(have)):
             if key not in _WHERE and want.get(key) != have.get(key):
                 lines.append(

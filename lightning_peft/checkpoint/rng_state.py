@@ -7,8 +7,9 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-__all__ = ["restore_rng", "rng_state"]
+__all__ = ["gather_rng_states", "restore_rng", "rng_state"]
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -20,6 +21,16 @@ def rng_state(device: torch.device | None = None) -> dict[str, Any]:
     if device is not None and device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def gather_rng_states(device: torch.device | None = None) -> list[dict[str, Any]]:
+    """Return the states of every rank, in order. Every rank must call it."""
+    own = rng_state(device)
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [own]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, own)
+    return states
 
 
 def restore_rng(state: dict[str, Any], device: torch.device | None = None) -> None:

@@ -8,19 +8,33 @@ nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
+# Imported for real: transformers resolves the annotations of every class made from a mixin.
+from lightning_peft_kernels.dispatch import Backend
 from torch import nn
 
-__all__ = ["Swapped", "base_class", "swap_in", "swap_out"]
+__all__ = ["PackedForward", "Swapped", "base_class", "swap_in", "swap_out"]
 
 
-class Swapped:
-    """Base of all mixins that `swap_in` combines with a module's class."""
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+class Swapped(_Module):
+    """Base of all mixins that `swap_in` combines with a module's class.
+
+    A mixin is a module only when combined; the type checker takes it for one always.
+    """
 
     _swap_base: type[nn.Module]
     _swap_mixin: type[Swapped]
     _swap_prefix: str = ""
+    #: Backend that the module requests for its kernels in a run; see `kernel_backend`.
+    _kernel_backend: Backend | None = None
 
     def _get_name(self) -> str:
         return f"{self._swap_prefix}{type(self).__name__}"
@@ -39,6 +53,10 @@ class Swapped:
         return _rebuild, (tuple(reversed(mixins)), cls), state
 
 
+class PackedForward(Swapped):
+    """Base of mixins whose forward computes from weights that a storage holds."""
+
+
 def _rebuild(mixins: tuple[type[Swapped], ...], base: type[nn.Module]) -> Any:
     cls: type[nn.Module] = base
     for mixin in mixins:
@@ -46,15 +64,15 @@ def _rebuild(mixins: tuple[type[Swapped], ...], base: type[nn.Module]) -> Any:
     return cls.__new__(cls)
 
 
-_MADE: dict[tuple[type, type], type[nn.Module]] = {}
+# A cache of the classes that are in use; a class without instances is collected.
+_MADE: WeakValueDictionary[tuple[type, type], type[nn.Module]] = WeakValueDictionary()
 
 
 def _mixed(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
-    """One class a pair, so that two adapted Linears have the same type."""
+    """Return one class per pair, so that two adapted Linears have the same type."""
     key = (mixin, base)
-    if key not in _MADE:
-        _MADE[key] = _make(mixin, base)
-    return _MADE[key]
+    made = _MADE.get(key)
+    return _MADE.setdefault(key, _make(mixin, base)) if made is None else made
 
 
 def _make(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
@@ -95,15 +113,10 @@ def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
     module.__class__ = cls._swap_base
 
 
-_BASES: dict[type, type[nn.Module]] = {}
-
-
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without any of our mixins."""
-    cls = type(module)
-    if cls not in _BASES:
-        # Also under FSDP2, whose made class inherits from ours.
-        _BASES[cls] = next(
-            c for c in cls.__mro__ if issubclass(c, nn.Module) and not issubclass(c, Swapped)
-        )
-    return _BASES[cls]
+    """Return the module's class without any of our mixins."""
+    # Also under FSDP2, whose made class inherits from ours.
+    for cls in type(module).__mro__:
+        if issubclass(cls, nn.Module) and not issubclass(cls, Swapped):
+            return cls
+    raise TypeError(f"{type(module).__name__}: expected an nn.Module; pass a module")

@@ -1,9 +1,9 @@
 """Edit: the normal form of every weight method.
 
-W' = diag(out_scale) · (W + Σ terms) · Rᵀ · diag(in_scale);   b' = (b + Δb) [· out_scale if
-scale_bias]
+W' = M · diag(out_scale) · (W + Σ terms) · Rᵀ · diag(in_scale);   b' = M · (b + Δb) [· out_scale
+if scale_bias]
 
-acting on x as   y = out_scale ∘ ((x ∘ in_scale) R (W + Σ terms)ᵀ) + b'.
+acting on x as   y = M (out_scale ∘ ((x ∘ in_scale) R (W + Σ terms)ᵀ)) + b', M the output map.
 
 A method lowers to an Edit; a layer applies it; a storage holds the W it is applied to. Composition
 is an onion: W_k = edit_k(W_{k−1}), so that forward, merge and rows under different adapters agree
@@ -14,34 +14,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from lightning_peft_kernels.autograd import refuse_recording, transformed
+from lightning_peft_kernels.autograd import in_functorch_transform
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from lightning_peft.core.protocols import LayerOps
     from lightning_peft.core.site import Site
 
 __all__ = [
+    "BlockRotation",
     "Dense",
     "Edit",
     "Folds",
+    "FrozenDown",
     "FusedLinearTerm",
     "Grouped",
     "GroupedTerm",
     "Kronecker",
     "LowRank",
     "NotMergeable",
+    "OutMap",
     "Rotation",
     "Term",
     "apply_edits",
     "as_low_rank",
     "concat_ranks",
     "low_rank_terms",
-    "refuse_recording",
-    "transformed",
 ]
 
 
@@ -147,14 +149,40 @@ class Dense:
 
     delta: Tensor
 
+    #: ΔW exists anyway: one product with W + ΔW is cheaper than one with each.
+    formed: ClassVar[bool] = True
+
     def matrix(self) -> Tensor:
         """ΔW."""
         return self.delta
+
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """x (W + ΔW)ᵀ + b: three products per step where base and change apart take five."""
+        return F.linear(x, W + self.delta, b)
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """The layer's own op with ΔW for a weight."""
         W = ops.from_canonical(site.module, site.parameter, self.delta)
         return ops.functional(site.module, _cast(x, self.delta), W, None)
+
+
+@dataclass(frozen=True)
+class FrozenDown:
+    """A LowRank whose A is frozen: its input is needed for no gradient and is not kept."""
+
+    low_rank: LowRank
+
+    def matrix(self) -> Tensor:
+        """ΔW, formed."""
+        return self.low_rank.matrix()
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """Two thin products; autograd keeps the thin activations alone."""
+        return self.low_rank.apply(ops, site, x)
+
+    def add_grouped(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
+        """Two thin products."""
+        return self.low_rank.add_grouped(y, x, grouped)
 
 
 @dataclass(frozen=True)
@@ -189,8 +217,28 @@ class Kronecker:
         return y + (self.scaling * change).to(y.dtype)
 
 
+class Rotation(Protocol):
+    """A linear map R of the input, orthogonal where the method makes it so."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x R over the last axis."""
+        ...
+
+    def matrix(self, W: Tensor) -> Tensor:
+        """W Rᵀ."""
+        ...
+
+
+class OutMap(Protocol):
+    """A linear map M of the output and its bias; on the weight it acts column by column."""
+
+    def apply(self, y: Tensor) -> Tensor:
+        """M y over the last axis."""
+        ...
+
+
 @dataclass(frozen=True)
-class Rotation:
+class BlockRotation:
     """R = R₁ R₂ … with R_i = Pᵢ · blockdiag(blocksᵢ) · Pᵢᵀ; orthogonal where the method makes it
     so.
 
@@ -216,7 +264,11 @@ class Rotation:
 
 def _block_product(x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Tensor:
     x = _cast(x, blocks)
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != blocks.dtype or transformed():
+    if (
+        torch.is_autocast_enabled(x.device.type)
+        or x.dtype != blocks.dtype
+        or in_functorch_transform()
+    ):
         return _block_product_by_torch(x, blocks, permutation)
     y: Tensor = _BlockProduct.apply(x, blocks, permutation)  # type: ignore[no-untyped-call]
     return y
@@ -277,6 +329,7 @@ class Edit:
         in_scale: [channels], multiplies the input.
         out_scale: [out], multiplies the output.
         rotation: Rotates the input.
+        out_map: Maps the output, after everything else.
         bias: Δb [out], added to the bias.
         scale_bias: Whether `out_scale` multiplies the bias too (IA3 does, DoRA does not).
         dropout: Probability of dropping an element of the input of `terms`, in training.
@@ -286,6 +339,7 @@ class Edit:
     in_scale: Tensor | None = None
     out_scale: Tensor | None = None
     rotation: Rotation | None = None
+    out_map: OutMap | None = None
     bias: Tensor | None = None
     scale_bias: bool = False
     dropout: float = 0.0
@@ -301,6 +355,8 @@ class Edit:
             W = ops.scale_in_matrix(site.module, W, self.in_scale)
         if self.out_scale is not None:
             W = self.out_scale.unsqueeze(-1) * W
+        if self.out_map is not None:
+            W = self.out_map.apply(W.mT).mT
         return W
 
     def edited_bias(self, b: Tensor | None) -> Tensor | None:
@@ -309,6 +365,8 @@ class Edit:
             b = self.bias if b is None else b + self.bias
         if b is not None and self.scale_bias and self.out_scale is not None:
             b = b * self.out_scale
+        if b is not None and self.out_map is not None:
+            b = self.out_map.apply(b)
         return b
 
     def form(self) -> frozenset[str]:
@@ -331,6 +389,7 @@ class Edit:
             self.in_scale is None
             and self.out_scale is None
             and self.rotation is None
+            and self.out_map is None
             and self.bias is None
         )
 
@@ -346,7 +405,8 @@ class Edit:
     @property
     def on_experts(self) -> bool:
         """Whether it acts on rows sorted by expert; else W' of all experts is formed."""
-        return self.rotation is None and all(hasattr(t, "add_grouped") for t in self.terms)
+        mapped = self.rotation is not None or self.out_map is not None
+        return not mapped and all(hasattr(t, "add_grouped") for t in self.terms)
 
     @property
     def _all_low_rank(self) -> bool:
@@ -355,7 +415,7 @@ class Edit:
         return all(isinstance(t, LowRank) or hasattr(t, "to_low_rank") for t in self.terms)
 
 
-_PARTS = ("in_scale", "out_scale", "rotation", "bias")
+_PARTS = ("in_scale", "out_scale", "rotation", "out_map", "bias")
 
 
 def concat_ranks(terms: Sequence[LowRank]) -> LowRank:

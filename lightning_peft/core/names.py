@@ -1,15 +1,35 @@
-"""Names that look like one that was not found, for messages."""
+"""Names of modules and parameters: joining, matching, and the nearest ones for messages."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["nearest_names"]
+__all__ = ["in_adapter", "join", "matches_suffix", "nearest_names", "strip_compile"]
+
+
+def join(*parts: str) -> str:
+    """Join names by dots; empty ones are left out."""
+    return ".".join(part for part in parts if part)
+
+
+def in_adapter(name: str) -> bool:
+    """True if a module or key of this name belongs to an adapter."""
+    return "peft" in name.split(".")
+
+
+def strip_compile(name: str) -> str:
+    """Return the name without torch.compile's ``_orig_mod``."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def matches_suffix(name: str, suffixes: Iterable[str]) -> bool:
+    """True if the name equals one of the suffixes or ends in one at a dot."""
+    return any(name == s or name.endswith(f".{s}") for s in suffixes)
 
 
 def nearest_names(wanted: str, names: Sequence[str], n: int = 5) -> list[str]:
-    """Names that look most like `wanted`, by their whole and by their last part."""
+    """Return the names most like `wanted`, compared as a whole and by their last part."""
     leaves = {name.rpartition(".")[2]: name for name in names}
     close = difflib.get_close_matches(wanted, list(names), n, 0.4)
     close += [leaves[m] for m in difflib.get_close_matches(wanted, list(leaves), n, 0.4)]

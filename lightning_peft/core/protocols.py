@@ -1,19 +1,19 @@
-"""Protocols that serve a site: how a layer kind applies an Edit, and where a weight is stored."""
+"""Protocols of a site: how a layer kind applies an Edit, and where a weight is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
+from lightning_peft.core.class_swap import PackedForward
 
-__all__ = ["LayerOps", "Reason", "Storage"]
+__all__ = ["LayerOps", "Reason", "Storage", "StoredTensor", "WeightLayout"]
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,143 @@ class Reason:
         return self.text
 
 
-class Storage(Protocol):
-    """Where the frozen weight lives: read, written, counted and fused, a layer at a time."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """One of the tensors that hold a weight.
 
-    label: str  # "dense", "nf4", "int8" …: the word the report prints
+    Attributes:
+        key: Name of the parameter or buffer in the module; None for a tensor that the module does
+            not register.
+        role: ``"codes"`` for the weight itself, else the name of a companion (``"scales"``).
+        tensor: The tensor as it is held.
+    """
+
+    key: str | None
+    role: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """The weights of a layer that a storage may quantise, described by its kind of layer.
+
+    Attributes:
+        names: Names of the weights, each [out, in] or a stack of experts [E, out, in].
+        transposed: Whether the weights are [*batch, in, out].
+        forward: Mixin that computes the layer from weights that a storage holds.
+        foreign_forward: Mixin for a layer of another library, whose own forward is replaced.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool
+    forward: type[PackedForward]
+    foreign_forward: type[PackedForward]
+
+
+class Storage(Protocol):
+    """How the bits of a frozen weight are held: read, written, counted and multiplied with.
+
+    `storage.quantized.QuantizedStorage` implements all members but a few for a new format.
+    """
+
+    @property
+    def label(self) -> str:
+        """Name of the format in reports and plans: "dense", "nf4", "int8"."""
+        ...
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is held in anything but one ordinary floating parameter."""
+        ...
+
+    @property
+    def lossless_write(self) -> bool:
+        """Whether `read` returns what `write` was given, up to the rounding of the dtype."""
+        ...
+
+    # ---- which weights
+
+    def weights(self, m: nn.Module) -> Sequence[str]:
+        """Names of the weights of `m` that this storage holds."""
+        ...
+
+    def owns(self, m: nn.Module, name: str) -> bool:
+        """Whether this storage holds the weight `name` of `m`."""
+        ...
+
+    def iter_tensors(self, m: nn.Module, name: str) -> Iterator[StoredTensor]:
+        """Yield every tensor that holds the weight: codes first, then its companions."""
+        ...
+
+    # ---- making it from dense weights
+
+    def accepts(self, config: Any) -> bool:
+        """Whether `quantize` takes this configuration; False for formats that only arrive."""
+        ...
+
+    def require_available(self) -> None:
+        """Raise ModuleNotFoundError if a package that `quantize` needs is missing."""
+        ...
+
+    @property
+    def quantizes_meta(self) -> bool:
+        """Whether `quantize` works on the meta device, so that the planner can trace the result."""
+        ...
+
+    def bits_per_weight(self, shape: torch.Size, config: Any) -> float:
+        """Bits per weight of a canonical shape [*batch, out, in] under `config`, with scales."""
+        ...
+
+    def dense_reason(self, m: nn.Module, layout: WeightLayout, config: Any) -> str:
+        """Why `quantize` leaves this layer dense; "" if it takes it.
+
+        Raises:
+            ValueError: the layer must be excluded by the user.
+        """
+        ...
+
+    def quantize(self, m: nn.Module, layout: WeightLayout, config: Any) -> None:
+        """Quantise the weights of a layer in place and swap its forward."""
+        ...
+
+    # ---- taking over layers that arrive quantised
+
+    def matches(self, m: nn.Module) -> bool:
+        """Whether `m` is of another library's class whose weights `adopt` takes over."""
+        ...
+
+    def adopt(self, m: nn.Module) -> None:
+        """Hold the weights of a matching layer; the caller swaps its forward.
+
+        Raises:
+            ValueError: tensors that the format does not allow; the layer is as before.
+        """
+        ...
+
+    def release(self, m: nn.Module) -> None:
+        """Undo `adopt`: tensors as the other library made them."""
+        ...
+
+    def export(self, m: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of `m` under the names and dtypes of the format's files."""
+        ...
+
+    # ---- one weight
 
     def shape(self, m: nn.Module, name: str) -> torch.Size:
         """Natural shape of the weight, never the packed one."""
         ...
 
     def numel(self, m: nn.Module, name: str) -> int:
-        """Logical number of parameters, never of packed elements."""
+        """Logical number of elements, never of packed ones."""
         ...
 
     def nbytes(self, m: nn.Module, name: str) -> int:
-        """Bytes held, scales included."""
+        """Bytes held, companions included."""
         ...
 
     def dtype(self, m: nn.Module, name: str) -> torch.dtype:
-        """Floating dtype that `read` returns when none is asked for."""
+        """Floating dtype that `read` returns by default."""
         ...
 
     def read(
@@ -54,21 +172,26 @@ class Storage(Protocol):
         dtype: torch.dtype | None = None,
         part: slice | None = None,
     ) -> Tensor:
-        """The weight in its natural shape, detached; dense storage returns it without a copy. With
-        `part` these of its leading axis alone: some experts of a stack.
+        """Return the weight in its natural shape, detached; dense storage does not copy it.
+
+        Args:
+            m: The module.
+            name: The weight.
+            dtype: Dtype of the result; None means the storage's own.
+            part: Entries of the leading axis to read: some experts of a stack.
         """
         ...
 
     def write(self, m: nn.Module, name: str, W: Tensor) -> None:
-        """Replace the weight (quantising it where the storage is quantised)."""
+        """Replace the weight, quantising it if the storage is quantised."""
         ...
 
     def quantization_roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
-        """What `read` would give after `write(W)`, without writing."""
+        """Return what `read` would give after `write(W)`, without writing."""
         ...
 
     def snapshot(self, m: nn.Module, name: str) -> Any:
-        """The stored bits, on the CPU."""
+        """Return the stored bits, on the CPU."""
         ...
 
     def restore(self, m: nn.Module, name: str, bits: Any) -> None:
@@ -76,7 +199,21 @@ class Storage(Protocol):
         ...
 
     def to_dense(self, m: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
-        """Make the weight an ordinary dense parameter with this value; returns how to undo it."""
+        """Make the weight an ordinary dense parameter with this value; returns the undo."""
+        ...
+
+    # ---- products
+
+    def linear(self, m: nn.Module, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + bias` with the canonical weight [out, in]; keeps no dense copy for backward."""
+        ...
+
+    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, groups: Any) -> Tensor:
+        """Multiply tokens [S, in], sorted by expert, with their experts' weights → [S, out]."""
+        ...
+
+    def product_kernel(self, m: nn.Module, name: str) -> str:
+        """Kernel that `linear` or `grouped_linear` runs, with its reason, for the report."""
         ...
 
     def fused(
@@ -85,46 +222,47 @@ class Storage(Protocol):
         """A kernel that runs base and edit of this form in one call, or why there is none."""
         ...
 
+    # ---- strategies
 
-class LayerOps(Protocol):
-    """How an Edit acts on one kind of layer. Canonical weight: M [*batch, out, in]."""
+    def can_shard(self, m: nn.Module) -> Literal[True] | Reason:
+        """True if FSDP2 may cut the tensors of `m` by rows, or why not."""
+        ...
 
+
+class LayerOps(ABC):
+    """Base of the layer kinds: how an Edit acts on one kind of layer.
+
+    The canonical weight is M [*batch, out, in]. A kind implements the eight abstract members; the
+    others have defaults that suit a layer known by its weight alone. A layer with one weight and
+    one input derives from `lightning_peft.layers.base.MatrixOps`, which implements all of them.
+    """
+
+    # ---- required
+    @abstractmethod
     def parameters(self, m: nn.Module) -> Sequence[str]:
         """Paths of the weights of `m` that may be edited."""
-        ...
 
+    @abstractmethod
+    def bias(self, m: nn.Module, name: str) -> str | None:
+        """Path of the bias that goes with this weight, None if there is none."""
+
+    @abstractmethod
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
         """Canonical shape [*batch, out, in]."""
-        ...
 
-    def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
-        """Length of an `in_scale`: input features, or channels of a convolution."""
-        ...
-
+    @abstractmethod
     def to_canonical(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
-        """Natural → canonical, a view where possible."""
-        ...
+        """Natural → canonical, a view if possible."""
 
+    @abstractmethod
     def from_canonical(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
-        """Canonical → natural, a view where possible."""
-        ...
+        """Canonical → natural, a view if possible."""
 
-    def bias(self, m: nn.Module, name: str) -> str | None:
-        """Path of the bias that goes with this weight, None where there is none."""
-        ...
-
+    @abstractmethod
     def functional(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """The layer's function with another (natural) weight and bias."""
-        ...
 
-    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
-        """scaling · B A acting on x, without forming B A."""
-        ...
-
-    def scale_in_matrix(self, m: nn.Module, M: Tensor, scale: Tensor) -> Tensor:
-        """M diag(scale), `scale` per channel."""
-        ...
-
+    @abstractmethod
     def forward(
         self,
         m: nn.Module,
@@ -134,53 +272,42 @@ class LayerOps(Protocol):
         kwargs: dict[str, Any],
     ) -> Any:
         """The adapted forward; `run` is the forward of the class underneath."""
-        ...
 
+    @abstractmethod
     def substituted(
         self, m: nn.Module, tensors: Mapping[str, Tensor]
     ) -> AbstractContextManager[None]:
-        """Within it, the module reads these tensors by path instead of its own parameters."""
-        ...
+        """Context in which the module reads these tensors, by path, as its parameters."""
+
+    # ---- with defaults
+    def weight_layout(self, m: nn.Module) -> WeightLayout | None:
+        """The weights that a storage may quantise; None if this kind of layer stays dense."""
+        return None
+
+    def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
+        """Length of an `in_scale`: input features, or channels of a convolution."""
+        return self.shape(m, name, natural)[-1]
+
+    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+        """Apply scaling · B A to x. The default forms B A; override it with a cheaper way."""
+        name = self.parameters(m)[0]
+        return self.functional(m, x, self.from_canonical(m, name, scaling * (B @ A)), None)
+
+    def scale_in_matrix(self, m: nn.Module, M: Tensor, scale: Tensor) -> Tensor:
+        """M diag(scale), `scale` per channel."""
+        return M * scale
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the input is ids rather than features."""
-        ...
+        """True if the input is ids rather than features."""
+        return False
 
     @property
     def features_last(self) -> bool:
-        """Whether inputs are [..., in_features], so that a rotation can act on them."""
-        ...
+        """True if inputs are [..., in_features], so that a rotation can act on them."""
+        return False
 
-    # ---- exchange with Hugging Face peft; see layers/hf_layout.py
-    def hf_refusal(self, m: nn.Module, name: str) -> str:
-        """Why an adapter of this weight cannot be exchanged; "" where it can."""
-        ...
-
-    def hf_places(self, m: nn.Module, adapted: Sequence[str]) -> dict[str, str]:
-        """Weight → path below the module under which its tensors stand in a file."""
-        ...
-
-    def hf_found(self, m: nn.Module, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
-        """Place → weight, from what a file holds below this module."""
-        ...
-
-    def hf_by_parameter(self, m: nn.Module, name: str) -> bool:
-        """Whether a config names this weight under ``target_parameters``."""
-        ...
-
-    def hf_swaps(self, m: nn.Module, name: str) -> bool:
-        """Whether peft takes the weight for its transpose."""
-        ...
-
-    def hf_rank(self, m: nn.Module, name: str, r: int) -> int:
-        """The rank that peft's config states for a canonical rank r."""
-        ...
-
-    def hf_pack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
-        """Canonical → peft's shape."""
-        ...
-
-    def hf_unpack(self, m: nn.Module, name: str, layout: str, t: Tensor) -> Tensor:
-        """peft's shape → canonical."""
-        ...
+    @property
+    def is_linear(self) -> bool:
+        """True if ``target_modules="all-linear"`` selects layers of this kind."""
+        return False

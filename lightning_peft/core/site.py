@@ -1,4 +1,4 @@
-"""A site: one weight that an Edit acts on, and the two protocols that serve it.
+"""Sites: the weights that an Edit acts on, and the places of added modules and prompts.
 
 A method sees a `Site` only: its canonical shape, its channels, its weight read through the storage.
 It never sees whether the weight is packed (`Storage`) nor whether the layer is a convolution
@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.protocols import LayerOps, Storage
 from lightning_peft.core.pruning_masks import held
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["BlockSite", "SequenceSite", "Site"]
 
@@ -143,12 +140,12 @@ class BlockSite(Site):
         width_in: Features that it reads.
         width_out: Features that it adds to.
         role: ``"output"``: y + u(y); ``"norm"``: a normalisation f(r) becomes f(r + u(f(r)));
-            ``"beside"``: y + u(x).
+            ``"parallel"``: y + u(x).
     """
 
     width_in: int = 0
     width_out: int = 0
-    role: str = "output"
+    role: Literal["output", "norm", "parallel"] = "output"
 
     @property
     def shape(self) -> torch.Size:
@@ -206,19 +203,3 @@ class SequenceSite(Site):
             found = embeddings(ids_there) if self.embedding else embeddings.weight[ids_there]
             rows: Tensor = found.float()
         return rows if rows.device.type == "meta" else rows.to(ids.device)
-
-    @property
-    def hf_submodules(self) -> int:
-        """What peft takes for the number of stacks where a file does not say."""
-        return 2 if self.task == "SEQ_2_SEQ_LM" else 1
-
-    def hf_config(self, token_dim: int) -> dict[str, Any]:
-        """What a config of peft says about the model."""
-        return {
-            "task_type": self.task,
-            "auto_mapping": None,
-            "token_dim": token_dim,
-            "num_layers": len(self.layers) or 1,
-            "num_attention_heads": 1,
-            "num_transformer_submodules": 1,
-        }

@@ -1,1 +1,1 @@
-"""Hugging Face peft directories, in and out, driven by the table that each method declares."""
+"""Hugging Face peft directories, read and written by the exchange table of each method."""

@@ -16,13 +16,21 @@ from lightning_peft.core.class_swap import base_class
 from lightning_peft.methods import METHODS, Method
 from lightning_peft.methods.base import HFEntry, HFFormat
 
-__all__ = ["CONFIG", "base_config", "format_of", "method_class", "method_fields", "read_config"]
+__all__ = [
+    "CONFIG",
+    "base_config",
+    "format_of",
+    "method_class",
+    "method_fields",
+    "missing_config",
+    "read_config",
+]
 
 CONFIG = "adapter_config.json"
 PEFT_VERSION = "0.21.2"  # the version whose files these are
 _MOST_BYTES = 16 << 20  # the largest seen (rank patterns of every layer) are below 1 MB
 
-# Keys that every type of adapter may have and that are handled or without meaning here.
+# Keys that every adapter type may have; each is handled, or has no meaning here.
 _COMMON = frozenset(
     [
         "peft_type",
@@ -44,7 +52,7 @@ _COMMON = frozenset(
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The config as a dict whose common fields have the right types.
+    """Return the config; its common fields have the right types.
 
     Raises:
         FileNotFoundError: no adapter_config.json.
@@ -52,10 +60,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory}: expected {CONFIG} of a Hugging Face peft adapter, found "
-            f"{_listing(directory)}"
-        )
+        raise missing_config(directory)
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(
             f"{path}: expected at most {_MOST_BYTES:,} bytes, got {path.stat().st_size:,}"
@@ -68,6 +73,14 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
     _check_common(path, config)
     return config
+
+
+def missing_config(directory: Path) -> FileNotFoundError:
+    """Return the error for a directory without adapter_config.json."""
+    return FileNotFoundError(
+        f"{directory}: expected {CONFIG} of a Hugging Face peft adapter, found "
+        f"{_listing(directory)}"
+    )
 
 
 def _listing(directory: Path) -> str:
@@ -121,21 +134,21 @@ def _compiles(path: Path, key: str, pattern: str) -> None:
         ) from None
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def method_class(config: Mapping[str, Any]) -> type[Method]:
-    """The method that a config describes.
+    """Return the method that a config describes.
 
     Raises:
         ValueError: a ``peft_type`` that no method here writes, or a variant of it.
@@ -152,7 +165,7 @@ def method_class(config: Mapping[str, Any]) -> type[Method]:
         for cls in METHODS.values()
         if cls.hf is not None
         and cls.hf.peft_type == peft_type
-        and all((config.get(k) or False) == v for k, v in cls.hf.when.items())
+        and all(_is(config.get(k), v) for k, v in cls.hf.when.items())
     ]
     if not found:
         keys = {
@@ -167,8 +180,13 @@ def method_class(config: Mapping[str, Any]) -> type[Method]:
     return found[0]
 
 
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a key is as a variant wants it; true and false ask whether it is set at all."""
+    return bool(value) == wanted if isinstance(wanted, bool) else bool(value == wanted)
+
+
 def format_of(cls: type[Method]) -> HFFormat:
-    """The method's exchange table."""
+    """Return the method's exchange table."""
     assert cls.hf is not None  # `method_class` chose it by the table
     return cls.hf
 
@@ -176,14 +194,14 @@ def format_of(cls: type[Method]) -> HFFormat:
 def method_fields(
     cls: type[Method], config: Mapping[str, Any], entries: Sequence[HFEntry]
 ) -> dict[str, Any]:
-    """Constructor fields of the method, checked.
+    """Return the constructor fields of the method, checked.
 
     Raises:
-        ValueError: a required key is absent, a value has another type, an option is on that is not
-            known here.
+        ValueError: a required key is absent, a value has another type, or an option of unknown
+            effect is on.
     """
     fmt = format_of(cls)
-    _refuse_unknown(fmt, config)
+    _check_known(fmt, config)
     fields: dict[str, Any] = {}
     for ours, theirs in fmt.config.items():
         if theirs not in config and theirs not in fmt.defaults:
@@ -200,7 +218,7 @@ def method_fields(
     return fields
 
 
-def _refuse_unknown(fmt: HFFormat, config: Mapping[str, Any]) -> None:
+def _check_known(fmt: HFFormat, config: Mapping[str, Any]) -> None:
     carried = {*fmt.config.values(), *fmt.defaults, *fmt.ignored, *fmt.when}
     for key, value in config.items():
         if key in _COMMON or key in carried:
@@ -215,7 +233,11 @@ def _refuse_unknown(fmt: HFFormat, config: Mapping[str, Any]) -> None:
 
 
 def _typed(cls: type[Method], ours: str, theirs: str, value: Any) -> Any:
-    """The value, if its type is that of the field's default."""
+    """Return the value if it has the type of the field's default.
+
+    Raises:
+        ValueError: the value has another type.
+    """
     described = {f.name: f for f in dataclasses.fields(cast(Any, cls))}[ours]
     default = (
         described.default_factory()
@@ -242,7 +264,7 @@ def _typed(cls: type[Method], ours: str, theirs: str, value: Any) -> Any:
 
 
 def base_config(root: nn.Module, fmt: HFFormat) -> dict[str, Any]:
-    """The fields that do not depend on the adapter's tensors."""
+    """Return the config fields that do not depend on the adapter's tensors."""
     config = dict(fmt.fixed)
     task = _task_type(root)
     cls = base_class(root)
@@ -267,9 +289,9 @@ def base_config(root: nn.Module, fmt: HFFormat) -> dict[str, Any]:
 
 
 def _task_type(root: nn.Module) -> str | None:
-    """Where the type changes only which wrapper of peft is made.
+    """Return the task type if it changes only the class of peft's wrapper.
 
-    For classification it would also make peft train a head that is not in the file, so it stays
+    For classification it would also make peft train a head that is not in the file, so the type is
     null there.
     """
     name = base_class(root).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,15 @@ from lightning_peft.hf.config import CONFIG
 __all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter"]
 
 TENSORS = "adapter_model.safetensors"
+_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)  # peft takes the smallest
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of the file, on the CPU.
+def read_tensors(directory: Path, integers: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return all tensors of the file, on the CPU.
+
+    Args:
+        directory: The adapter directory.
+        integers: Last parts of the keys whose tensors hold integers.
 
     Raises:
         FileNotFoundError: no adapter_model.safetensors.
@@ -36,11 +41,11 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                 "(safetensors.torch.save_file(torch.load(path, weights_only=True), ...))"
             )
         raise FileNotFoundError(f"{directory}: expected {TENSORS}, found none")
-    return read_file(path)[0]
+    return read_file(path, integers)[0]
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata.
+def read_file(path: Path, integers: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return all tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
         ValueError: a truncated or corrupt file, an integer or non-finite tensor.
@@ -56,20 +61,29 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do "
             f"not read as one ({error}); copy it again"
         ) from None
-    return checked(tensors, str(path)), metadata
+    return checked(tensors, str(path), integers), metadata
 
 
-def checked(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors, detached, on the CPU.
+def checked(
+    tensors: Mapping[str, Tensor], source: str, integers: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Return the tensors, detached, on the CPU.
 
     Raises:
-        ValueError: something else than a tensor, an integer or non-finite one.
+        ValueError: a value that is no tensor, an integer tensor, or a non-finite one.
     """
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{source}: {key}: expected a tensor, got {type(value).__name__}")
         tensor = value.detach().cpu()
+        if key.endswith(tuple(f".{name}" for name in integers)):
+            if tensor.dtype not in _INTEGERS:
+                raise ValueError(
+                    f"{source}: {key}: expected uint8, int16, int32 or int64, got {tensor.dtype}"
+                )
+            found[key] = tensor
+            continue
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: {key}: expected a floating dtype, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
@@ -85,7 +99,7 @@ def checked(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 def write_adapter(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str
 ) -> None:
-    """Write the three files, each whole or not at all; the config comes last."""
+    """Write the three files, each atomically; the config comes last."""
     from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)

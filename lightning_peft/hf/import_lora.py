@@ -1,6 +1,6 @@
-"""LoRA files of other programs, Kohya's, diffusers' and loralib's, in peft's terms.
+"""LoRA files of Kohya's scripts, diffusers and loralib, converted to peft's terms.
 
-What a file leaves open is asked for or refused by name, never guessed.
+Values that a file does not hold are arguments or are refused by name, never guessed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.hf.import_names import PARSERS, Layer, kind_of, require_whole
+from lightning_peft.core.names import join
+from lightning_peft.hf.import_names import PARSERS, Layer, check_complete, kind_of
 from lightning_peft.hf.import_places import places_of
-from lightning_peft.hf.keys import PREFIX, joined
+from lightning_peft.hf.keys import PREFIX
 
 __all__ = ["Foreign", "foreign_adapter"]
 
@@ -28,7 +29,7 @@ class Foreign:
     Attributes:
         config: As in adapter_config.json.
         tensors: As in adapter_model.safetensors.
-        notes: What the file left to convention.
+        notes: Values taken from convention because the file does not hold them.
     """
 
     config: dict[str, Any]
@@ -46,16 +47,16 @@ def foreign_adapter(
     enable_lora: Sequence[bool] | None,
     metadata: Mapping[str, str],
 ) -> Foreign:
-    """A file of another program in peft's terms.
+    """Convert a file of another program to peft's terms.
 
     Args:
-        model: The module that is adapted.
-        tensors: As in the file.
-        source: Of the file, for messages.
+        model: The module to adapt.
+        tensors: The file's tensors.
+        source: Name of the file, for messages.
         root: Name of the module whose layer names the file uses.
         alpha: loralib's lora_alpha, which its files do not hold.
         enable_lora: loralib's argument of MergedLinear, which its files do not hold.
-        metadata: Of the safetensors file.
+        metadata: Metadata of the safetensors file.
 
     Raises:
         ValueError: an unknown format, a tensor with no certain place, a scale that is not said.
@@ -72,7 +73,7 @@ def foreign_adapter(
             "which says its own"
         )
     layers, other = PARSERS[kind](tensors, source)
-    require_whole(layers, source)
+    check_complete(layers, source)
     notes: list[str] = []
     if kind == "loralib":
         _loralib_scale(layers, alpha, source)
@@ -93,7 +94,7 @@ def foreign_adapter(
 def _scale(
     kind: str, layers: Sequence[Layer], metadata: Mapping[str, str], source: str, notes: list[str]
 ) -> None:
-    """Kohya: alpha 0 or none means scale 1. diffusers: the same where all ranks are equal."""
+    """Set missing alphas: scale 1 for Kohya, and for diffusers if all ranks are equal."""
     if "lora_adapter_metadata" in metadata:
         raise ValueError(
             f"{source}: expected scales in the tensors, got lora_adapter_metadata in the header; "
@@ -148,7 +149,7 @@ def _in_peft(
             continue
         embedding = isinstance(modules[name], nn.Embedding)
         suffix = ("lora_embedding_A", "lora_embedding_B") if embedding else _SUFFIXES
-        tensors |= {PREFIX + joined(name, suffix[0]): A, PREFIX + joined(name, suffix[1]): B}
+        tensors |= {PREFIX + join(name, suffix[0]): A, PREFIX + join(name, suffix[1]): B}
         found[name] = (A.shape[0], (e.alpha or 0.0) * factor)
     if problems:
         raise ValueError(f"{source}: nothing was loaded:\n  " + "\n  ".join(problems[:20]))
@@ -172,7 +173,7 @@ _SUFFIXES = ("lora_A.weight", "lora_B.weight")
 def _factors(
     e: Layer, module: nn.Module, enable_lora: Sequence[bool] | None
 ) -> tuple[Tensor, Tensor, float]:
-    """(A, B, factor of alpha) in the shapes that the layer's kind has in peft."""
+    """Return (A, B, factor of alpha) in peft's shapes for this layer."""
     A, B = e.factors()
     kernel: tuple[int, ...] | None = (
         getattr(module, "kernel_size", None)
@@ -208,7 +209,7 @@ def _rows(module: nn.Module) -> int | None:
 def _merged(
     A: Tensor, B: Tensor, module: nn.Module, enable_lora: Sequence[bool] | None
 ) -> tuple[Tensor, Tensor, float]:
-    """loralib's MergedLinear: k of n equal parts of the output have factors of their own."""
+    """Merge the factors of loralib's MergedLinear, where k of n output parts have their own."""
     rows, r = _rows(module), B.shape[1]
     k = A.shape[0] // max(r, 1)
     if rows is None or A.ndim != 2 or A.shape[0] != k * r or k < 1 or B.shape[0] % k:
@@ -240,7 +241,10 @@ def _biases(
     tensors: dict[str, Tensor],
     source: str,
 ) -> str:
-    """loralib's further tensors: trained biases, or copies of the base, which reading compares."""
+    """Add loralib's other tensors and return peft's bias mode.
+
+    They are trained biases, or copies of the base, which loading compares.
+    """
     parameters = dict(model.named_parameters())
     changed = {
         k
@@ -251,7 +255,7 @@ def _biases(
         and not torch.equal(parameters[k].detach().cpu().to(t.dtype), t)
     }
     everywhere = {k for k in parameters if k.rpartition(".")[2] == "bias"}
-    adapted = {joined(n, "bias") for n in found} & everywhere
+    adapted = {join(n, "bias") for n in found} & everywhere
     mode = "none" if not changed else "lora_only" if changed <= adapted else "all"
     wanted = {"none": set(), "lora_only": adapted, "all": everywhere}[mode]
     missing = sorted(wanted - set(other))
@@ -263,5 +267,5 @@ def _biases(
     for key, tensor in other.items():
         path, _, leaf = key.rpartition(".")
         inner = "base_layer" if key in wanted and path in found else ""
-        tensors[PREFIX + joined(path, inner, leaf)] = tensor
+        tensors[PREFIX + join(path, inner, leaf)] = tensor
     return mode

@@ -1,4 +1,4 @@
-"""Names in LoRA files of Kohya, diffusers and loralib: which layer and which factor a tensor is.
+"""Tensor names in LoRA files of Kohya, diffusers and loralib: the layer and the factor.
 
 Kohya       lora_unet_<name with _ for .>.lora_down.weight [r, in], .lora_up.weight [out, r], .alpha
 diffusers   <unet|text_encoder|…>.<name>.lora.down.weight, .lora_linear_layer.down.weight,
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_peft.hf.keys import PREFIX, joined
+from lightning_peft.core.names import join
+from lightning_peft.hf.keys import PREFIX
 
-__all__ = ["COMPONENTS", "PARSERS", "Layer", "kind_of", "require_whole"]
+__all__ = ["COMPONENTS", "PARSERS", "Layer", "check_complete", "kind_of"]
 
 _KOHYA = re.compile(r"(lora_(?:unet|te\d?|transformer|prior))_(.+?)\.(.+)")
 _KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
@@ -42,7 +43,7 @@ COMPONENTS = {
 
 @dataclass
 class Layer:
-    """What a file holds for one layer; names as in the file."""
+    """The tensors of one layer in a file, by the file's names."""
 
     component: str
     name: str
@@ -53,17 +54,17 @@ class Layer:
     @property
     def label(self) -> str:
         """For messages."""
-        return joined(self.component, self.name)
+        return join(self.component, self.name)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B); only after `require_whole`."""
+        """(A, B); only after `check_complete`."""
         assert self.A is not None
         assert self.B is not None
         return self.A, self.B
 
 
 def kind_of(keys: Sequence[str]) -> str:
-    """``"kohya"``, ``"loralib"``, ``"diffusers"`` or "" by the names of a file's tensors."""
+    """Return ``"kohya"``, ``"loralib"``, ``"diffusers"`` or "" by the tensors' names."""
     if any(_KOHYA.fullmatch(k) for k in keys):
         return "kohya"
     if any(_LORALIB.fullmatch(k) for k in keys):
@@ -136,8 +137,12 @@ def _set(layer: Layer, part: str, tensor: Tensor) -> None:
     setattr(layer, part, float(tensor) if part == "alpha" else tensor)
 
 
-def require_whole(layers: Sequence[Layer], source: str) -> None:
-    """Raise ValueError with the list of layers that lack a factor or have one of another kind."""
+def check_complete(layers: Sequence[Layer], source: str) -> None:
+    """Check that every layer has both factors, of fitting shapes.
+
+    Raises:
+        ValueError: some layers do not, with the list.
+    """
     problems = []
     for e in layers:
         if e.A is None or e.B is None:

@@ -1,4 +1,4 @@
-"""Where in a model the layers of another program's file are."""
+"""Finds the layers of another program's file in a model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_peft.adapters.placement.weights import adaptable
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.names import in_adapter, join
 from lightning_peft.hf.import_names import COMPONENTS, Layer
-from lightning_peft.hf.keys import joined
 from lightning_peft.hf.legacy_names import namings
 from lightning_peft.hf.targets import model_root
+from lightning_peft.layers import adaptable
 
 __all__ = ["places_of"]
 
@@ -19,7 +19,11 @@ __all__ = ["places_of"]
 def places_of(
     model: nn.Module, root: str | None, layers: Sequence[Layer], source: str
 ) -> dict[int, str]:
-    """Layer → name in the caller's model."""
+    """Map each layer (by id) to its name in the caller's model.
+
+    Raises:
+        ValueError: a layer without a certain place.
+    """
     components = sorted({e.component for e in layers})
     places: dict[int, str] = {}
     for component in components:
@@ -34,7 +38,7 @@ def places_of(
                 if len(tried[-1]) == len(mine):
                     break
             if len(tried[-1]) == len(mine):
-                places |= {k: joined(head, v) for k, v in tried[-1].items()}
+                places |= {k: join(head, v) for k, v in tried[-1].items()}
                 break
         else:
             best = max(tried, key=len)
@@ -72,9 +76,9 @@ def _heads(
 
 
 def _tables(top: nn.Module, flat: bool) -> Iterator[dict[str, str]]:
-    """Name in the file → name in `top`: current names first, then those of older releases."""
+    """Yield maps from the file's names to names in `top`, those of the present release first."""
     current = {
-        n: n for n, m in top.named_modules() if n and adaptable(m) and "peft" not in n.split(".")
+        n: n for n, m in top.named_modules() if n and adaptable(m) and not in_adapter(n)
     } or {"": ""}
     for naming in (current, *namings(top)):
         table: dict[str, list[str]] = {}

@@ -1,61 +1,56 @@
-"""Keys of adapter_model.safetensors: from a place in the model to the file, and back."""
+"""Keys of adapter_model.safetensors: written for a place in the model, and read back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.placement.weights import adaptable
+from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
-from lightning_peft.layers import ops_for
+from lightning_peft.hf.layouts import layout_for
+from lightning_peft.layers import adaptable, ops_for
 from lightning_peft.methods.base import HFEntry, HFFormat
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.storage import storage_of
 
-__all__ = ["PREFIX", "Reading", "bias_key", "joined", "plain", "tensor_prefix"]
+__all__ = ["PREFIX", "Reading", "bias_key", "read_keys", "tensor_prefix"]
 
 PREFIX = "base_model.model."
 
 
-def joined(*parts: str) -> str:
-    """Names joined by dots; empty ones left out."""
-    return ".".join(part for part in parts if part)
-
-
-def plain(name: str) -> str:
-    """A module's name without the wrapper of torch.compile."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def tensor_prefix(path: str, place: str) -> str:
-    """What stands before a tensor's own name: the module, and where inside peft's wrapper."""
-    return PREFIX + joined(path, place)
+    """Return the part of a key before the tensor's own name.
+
+    Args:
+        path: Name of the module.
+        place: Path inside peft's wrapper, "" without one.
+    """
+    return PREFIX + join(path, place)
 
 
 def bias_key(module: nn.Module, path: str, bias: str, adapted: Iterable[str]) -> str:
-    """Key of a trained bias: behind ``base_layer`` where its weight is adapted."""
-    weights = list(adapted)
+    """Return the key of a trained bias: below ``base_layer`` if its weight is adapted."""
     ops = ops_for(module)
     if ops is not None:
-        places = ops.hf_places(module, weights)
+        places = layout_for(ops, module).nested_paths(list(adapted))
         for name, place in places.items():
             if ops.bias(module, name) == bias:
-                return PREFIX + joined(path, place, "base_layer", bias.rpartition(".")[2])
-    return PREFIX + joined(path, bias)
+                return PREFIX + join(path, place, "base_layer", bias.rpartition(".")[2])
+    return PREFIX + join(path, bias)
 
 
 @dataclass
 class Reading:
-    """The tensors of a file, sorted by what they are.
+    """The tensors of a file by kind.
 
     Attributes:
         entries: Adapted weights.
-        shared: Tensors that stand once for the model, by our names.
-        other: Everything else: trained copies, biases, copies of the base.
-        notes: What was left out, and why that is right.
+        shared: Tensors that occur once for the model, by our names.
+        other: All other tensors: trained copies, biases, copies of the base.
+        notes: The tensors left out, each with the reason.
     """
 
     entries: list[HFEntry] = field(default_factory=list)
@@ -112,15 +107,20 @@ def _groups(
     saved: tuple[str, ...],
     into: Reading,
 ) -> dict[str, dict[str, Tensor]]:
-    """Path in the file → tensors by their names; the rest goes to `into`."""
+    """Map each path in the file to its tensors by name; other tensors go to `into`."""
     suffixes = sorted({*fmt.tensors.values(), *fmt.lookup.values()}, key=len, reverse=True)
     whole = {theirs: ours for ours, theirs in fmt.prefix.items()}
     own = {n for n, _ in top.named_parameters()} if saved else set()
+    for ours, key in fmt.prefix.items():
+        if "{i}" in key:
+            tensors = _stacked(ours, key, tensors, into)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         rest = key.removeprefix(PREFIX)
         suffix = next((s for s in suffixes if rest.endswith(f".{s}") or rest == s), None)
-        if key in whole:
+        if any(f".{name}" in key for name in fmt.dropped):
+            into.notes.append(f"{key}: left out, it acts in training alone")
+        elif key in whole:
             into.shared[whole[key]] = tensor
         elif not key.startswith(PREFIX) or suffix is None or rest in own:
             into.other[key] = tensor
@@ -129,8 +129,26 @@ def _groups(
     return groups
 
 
+def _stacked(
+    ours: str, key: str, tensors: Mapping[str, Tensor], into: Reading
+) -> Mapping[str, Tensor]:
+    """Put the rows of a shared tensor, one entry each in the file, together; returns the rest."""
+    rows: list[Tensor] = []
+    while key.format(i=len(rows)) in tensors:
+        rows.append(tensors[key.format(i=len(rows))])
+    if len({row.shape for row in rows}) > 1:
+        raise ValueError(
+            f"adapter file: {key}: expected rows of one shape, got "
+            f"{sorted({tuple(row.shape) for row in rows})}; nothing was loaded"
+        )
+    if rows:
+        into.shared[ours] = torch.stack(rows)
+    read = {key.format(i=i) for i in range(len(rows))}
+    return {k: t for k, t in tensors.items() if k not in read}
+
+
 def _split(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """(module, place below it): a place starts with peft's ``base_layer``."""
+    """Split a path into the module's name and the path below it, from ``base_layer`` on."""
     if path in modules:
         return path, ""
     name, found, place = f".{path}".partition(".base_layer")
@@ -152,40 +170,43 @@ def _read_module(
             f"{name}: expected a layer whose weight can be adapted, got {type(module).__name__}"
         )
         return
+    layout = layout_for(ops, module)
     try:
-        weights = ops.hf_found(module, places)
+        weights = layout.weights_by_path(places)
     except ValueError as error:
         problems.append(f"{name}: {error}")
         return
     for place, found in places.items():
         parameter = weights[place]
-        site = Site(module, parameter, joined(prefix, name), ops, storage_of(module, parameter))
-        reason = ops.hf_refusal(module, parameter)
+        site = Site(module, parameter, join(prefix, name), ops, storage_of(module, parameter))
+        reason = layout.refusal(parameter)
         if reason:
             problems.append(f"{site.label}: {reason}; exclude the layer")
             continue
-        reading.entries.append(_entry(fmt, name, site, found, problems))
+        entry = HFEntry(name, site, layout, None, {})
+        _add_tensors(entry, fmt, found, problems)
+        reading.entries.append(entry)
 
 
 def _no_change(places: Mapping[str, Mapping[str, Tensor]]) -> bool:
     return all(any(not t.any() for t in found.values()) for found in places.values())
 
 
-def _entry(
-    fmt: HFFormat, path: str, site: Site, found: Mapping[str, Tensor], problems: list[str]
-) -> HFEntry:
-    ours = {fmt.name(site, name): name for name in fmt.tensors}
-    entry = HFEntry(path, site, None, {})
+def _add_tensors(
+    entry: HFEntry, fmt: HFFormat, found: Mapping[str, Tensor], problems: list[str]
+) -> None:
+    """Give the entry the file's tensors under our names, in canonical axes."""
+    ours = {fmt.name(entry.site, name): name for name in fmt.tensors}
     for theirs, tensor in found.items():
-        name: Any = ours.get(theirs)
+        name = ours.get(theirs)
         if name is None:
-            problems.append(f"{path}.{theirs}: no such tensor on {type(site.module).__name__}")
+            kind = type(entry.site.module).__name__
+            problems.append(f"{entry.path}.{theirs}: no such tensor on {kind}")
             continue
         entry.shapes[theirs] = tuple(tensor.shape)
+        axes = fmt.axes.get(name, "")
         try:
-            layout = fmt.layouts.get(name, "")
-            entry.tensors[name] = site.ops.hf_unpack(site.module, site.parameter, layout, tensor)
+            entry.tensors[name] = entry.layout.from_peft(entry.site.parameter, axes, tensor)
         except (ValueError, RuntimeError) as error:
-            problems.append(f"{path}.{theirs}: {error}")
-    entry.tensors = fmt.oriented(site, entry.tensors)
-    return entry
+            problems.append(f"{entry.path}.{theirs}: {error}")
+    entry.tensors = fmt.oriented(entry)

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.hf.config import CONFIG
-from lightning_peft.hf.keys import PREFIX, joined
+from lightning_peft.hf.keys import PREFIX
+from lightning_peft.hf.layouts import layout_for
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.experts.ops import is_experts
-from lightning_peft.layers.experts.structure import first_weight
+from lightning_peft.layers.experts.structure import expert_count, first_weight
 from lightning_peft.methods.checks import match_pattern
 
 __all__ = ["fused_experts"]
@@ -38,16 +40,20 @@ _KEY = re.compile(
 #: (expert, part, "A" or "B") → tensor, of one layer.
 _Layer = dict[tuple[int, str, str], Tensor]
 
+#: (A [E, r, in], B [E, out, r]).
+_Factors = tuple[Tensor, Tensor]
+
 
 def fused_experts(
     top: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """The adapter with every expert's tensors in those of the fused weights, and a note.
+    """Return the adapter with the experts' tensors fused, and a note.
 
-    Nothing is done where no key is an expert's, or the model's experts are layers of their own.
+    The adapter is returned as it is if no key is an expert's, or if the model's experts are
+    separate layers.
 
     Raises:
-        ValueError: tensors that do not make whole fused weights, with the first of them; ranks that
+        ValueError: tensors that do not complete a fused weight, with the first of them; ranks that
             differ between experts; DoRA.
     """
     modules = dict(top.named_modules())
@@ -63,43 +69,71 @@ def fused_experts(
     config = dict(config)
     ranks, alphas = dict(config.get("rank_pattern") or {}), dict(config.get("alpha_pattern") or {})
     parents: dict[str, str] = {}
-    targets: list[str] = []
+    targets: set[str] = set()
     for parent, layer in layers.items():
         path = _fused_path(modules, parent)
         parents[parent] = path.rpartition(".")[0]
         old = {
             part: f"{parent}.experts.0.{leaf}" for (p, part), leaf in leaves.items() if p == parent
         }
-        made = _weights(modules[path], path, layer)
-        ops = ops_for(modules[path])
-        assert ops is not None  # experts have ops
-        places = ops.hf_places(modules[path], list(made))
-        for weight, (A, B) in made.items():
-            r, alpha = _scale(config, old["down" if weight == "down_proj" else _any(old)])
-            if A.shape[-2] not in (r, 2 * r):
-                raise ValueError(
-                    f"{path}.{weight}: expected experts of rank {r} by {CONFIG}, got "
-                    f"{A.shape[-2] // (2 if 'up' in old and 'gate' in old else 1)}"
-                )
-            factor = A.shape[-2] // r
-            ranks[f"{path}.{weight}"] = A.shape[-2]
-            root = config.get("use_rslora")
-            alphas[f"{path}.{weight}"] = alpha * (math.sqrt(factor) if root else factor)
-            head = PREFIX + joined(path, places[weight])
-            rest[f"{head}.lora_A.weight"] = ops.hf_pack(modules[path], weight, "down", A)
-            rest[f"{head}.lora_B.weight"] = ops.hf_pack(modules[path], weight, "up", B)
-            targets.append(f"{path}.{weight}")
+        weights = _weights(modules[path], path, layer)
+        for weight, (A, _) in weights.items():
+            target = f"{path}.{weight}"
+            ranks[target], alphas[target] = _rank_and_alpha(config, target, A.shape[-2], old)
+            targets.add(target)
+        rest |= _fused_tensors(modules[path], path, weights)
     rest = {_moved(key, parents, modules): t for key, t in rest.items()}
     config.update(rank_pattern=ranks, alpha_pattern=alphas)
-    _name(config, rest, modules, set(targets))
+    _name(config, rest, modules, targets)
     note = f"experts of {len(layers)} layers were layers of their own: fused, rank by weight"
     return config, rest, note
+
+
+def _rank_and_alpha(
+    config: Mapping[str, Any], target: str, r: int, old: Mapping[str, str]
+) -> tuple[int, float]:
+    """Return the patterns' values for a fused weight of rank `r`, so that its scale stays.
+
+    Args:
+        config: The file's config.
+        target: Name of the fused weight.
+        r: Rank of its factors: twice the file's if gate and up were stacked.
+        old: Part → old name of the first expert's layer.
+
+    Raises:
+        ValueError: the file's factors have another rank than its config states.
+    """
+    part = "down" if target.endswith(".down_proj") else "gate" if "gate" in old else "up"
+    stated, alpha = _scale(config, old[part])
+    if r not in (stated, 2 * stated):
+        raise ValueError(
+            f"{target}: expected experts of rank {stated} by {CONFIG}, got "
+            f"{r // (2 if 'up' in old and 'gate' in old else 1)}"
+        )
+    factor = r // stated
+    return r, alpha * (math.sqrt(factor) if config.get("use_rslora") else factor)
+
+
+def _fused_tensors(
+    module: nn.Module, path: str, weights: Mapping[str, _Factors]
+) -> dict[str, Tensor]:
+    """Return the factors of a module's fused weights as peft stores them."""
+    ops = ops_for(module)
+    assert ops is not None  # experts have ops
+    layout = layout_for(ops, module)
+    places = layout.nested_paths(list(weights))
+    tensors = {}
+    for weight, (A, B) in weights.items():
+        head = PREFIX + join(path, places[weight])
+        tensors[f"{head}.lora_A.weight"] = layout.to_peft(weight, "down", A)
+        tensors[f"{head}.lora_B.weight"] = layout.to_peft(weight, "up", B)
+    return tensors
 
 
 def _by_layer(
     tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, _Layer], dict[tuple[str, str], str], dict[str, Tensor]]:
-    """(tensors of experts by the layer's old parent, old names by (parent, part), all others)."""
+    """Return the experts' tensors by old parent, their old names, and all other tensors."""
     layers: dict[str, _Layer] = {}
     leaves: dict[tuple[str, str], str] = {}
     rest: dict[str, Tensor] = {}
@@ -116,12 +150,8 @@ def _by_layer(
     return layers, leaves, rest
 
 
-def _any(old: Mapping[str, str]) -> str:
-    return "gate" if "gate" in old else "up"
-
-
 def _fused_path(modules: Mapping[str, nn.Module], parent: str) -> str:
-    """Of the fused experts in the block that `parent` was in."""
+    """Return the name of the fused experts in the block that `parent` was in."""
     block = parent.rpartition(".")[0]
     found = [n for n, m in modules.items() if n.startswith(f"{block}.") and is_experts(m)]
     if len(found) != 1:
@@ -132,9 +162,9 @@ def _fused_path(modules: Mapping[str, nn.Module], parent: str) -> str:
     return found[0]
 
 
-def _weights(m: Any, path: str, layer: _Layer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight → (A [E, r, in], B [E, out, r])."""
-    E = int(m.num_experts)
+def _weights(m: nn.Module, path: str, layer: _Layer) -> dict[str, _Factors]:
+    """Map each fused weight to its factors."""
+    E = expert_count(m)
     if not getattr(m, "is_concatenated", True):
         raise ValueError(
             f"adapter file: {path}: expected gate and up one behind the other, got them "
@@ -148,14 +178,21 @@ def _weights(m: Any, path: str, layer: _Layer) -> dict[str, tuple[Tensor, Tensor
             f"adapter file: {path}: expected A and B of {sorted(parts)} for each of {E} experts; "
             f"missing {missing[:4] or 'none'}, extra {extra[:4] or 'none'}; nothing was loaded"
         )
-    made = {part: tuple(_stacked(path, layer, E, part, w) for w in "AB") for part in sorted(parts)}
-    weights = {}
+    made = {
+        part: (_stacked(path, layer, E, part, "A"), _stacked(path, layer, E, part, "B"))
+        for part in sorted(parts)
+    }
+    weights: dict[str, _Factors] = {}
     if "down" in made:
         weights["down_proj"] = made["down"]
-    first = [made.get(part) for part in ("gate", "up")]
-    if any(first):
-        weights[first_weight(m)] = _both(first[0], first[1])  # type: ignore[arg-type]
-    return weights  # type: ignore[return-value]
+    gate, up = made.get("gate"), made.get("up")
+    if gate is not None and up is not None:
+        weights[first_weight(m)] = _both(gate, up)
+    elif gate is not None:
+        weights[first_weight(m)] = (gate[0], _with_zeros(gate[1], before=False))
+    elif up is not None:
+        weights[first_weight(m)] = (up[0], _with_zeros(up[1], before=True))
+    return weights
 
 
 def _stacked(path: str, layer: _Layer, E: int, part: str, which: str) -> Tensor:
@@ -169,14 +206,14 @@ def _stacked(path: str, layer: _Layer, E: int, part: str, which: str) -> Tensor:
     return torch.stack(each)
 
 
-def _both(
-    gate: tuple[Tensor, Tensor] | None, up: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """A below each other, B block-diagonal; zeros for a half that was not adapted."""
-    if gate is None or up is None:
-        A, B = gate or up  # type: ignore[misc]
-        none = torch.zeros_like(B)
-        return A, torch.cat([none, B] if gate is None else [B, none], dim=1)
+def _with_zeros(B: Tensor, *, before: bool) -> Tensor:
+    """Extend B by zeros for the half of the weight that was not adapted."""
+    none = torch.zeros_like(B)
+    return torch.cat([none, B] if before else [B, none], dim=1)
+
+
+def _both(gate: _Factors, up: _Factors) -> _Factors:
+    """Stack both A, and put both B on a block diagonal."""
     (A1, B1), (A2, B2) = gate, up
     B = torch.cat(
         [
@@ -189,13 +226,13 @@ def _both(
 
 
 def _scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """Rank and alpha that the file states for an old layer."""
+    """Return the rank and alpha that the file states for an old layer."""
     r = match_pattern(config.get("rank_pattern") or {}, name, config["r"])
     return r, match_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
 
 
 def _moved(key: str, parents: Mapping[str, str], modules: Mapping[str, nn.Module]) -> str:
-    """A router beside the experts, under the name that its parent has now."""
+    """Return the key of a router under the present name of its parent."""
     for old, now in parents.items():
         if old not in modules and key.startswith(f"{PREFIX}{old}."):
             return f"{PREFIX}{now}.{key[len(PREFIX) + len(old) + 1 :]}"
@@ -208,7 +245,7 @@ def _name(
     modules: Mapping[str, nn.Module],
     fused: set[str],
 ) -> None:
-    """`target_modules` and `target_parameters` of what is there now."""
+    """Set `target_modules` and `target_parameters` to the present layers and weights."""
     paths = {key[len(PREFIX) :].partition(".lora_")[0] for key in tensors if key.startswith(PREFIX)}
     paths = {p for p in paths if p in modules}
     layers, weights = set(), set(fused)
@@ -216,7 +253,7 @@ def _name(
         ops = ops_for(modules[path])
         if is_experts(modules[path]):
             continue
-        if ops is not None and ops.hf_by_parameter(modules[path], "weight"):
+        if ops is not None and layout_for(ops, modules[path]).is_target_parameter("weight"):
             weights.add(f"{path}.weight")
         else:
             layers.add(path)
@@ -224,7 +261,7 @@ def _name(
     if isinstance(named, list):
         # What is named and has no tensor is still missed: only the experts' names go.
         kept = [t for t in named if t not in _PARTS and t != "gate"]
-        layers -= {p for p in layers if any(p == t or p.endswith(f".{t}") for t in kept)}
+        layers -= {p for p in layers if matches_suffix(p, kept)}
         config["target_modules"] = [*kept, *sorted(layers)] or None
     else:
         config["target_modules"] = sorted(layers) or None

@@ -7,29 +7,50 @@ that the layer has now, so that a round trip cannot lose a layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lightning_peft.core.names import in_adapter
 from lightning_peft.hf.rename import Renaming, module_path, renamed
+from lightning_peft.hf.targets import is_transformers_model
 from lightning_peft.methods.base import HFFormat
 
 __all__ = ["current_names", "legacy_names", "namings"]
 
 
-def _no_rules() -> list[Any]:
+class _Rule(Protocol):
+    """A rule by which transformers renames, or splits, the tensors of old checkpoints."""
+
+    source_patterns: list[str]
+    target_patterns: list[str]
+    scope_prefix: str | None
+    base_model_prefix: str
+    compiled_sources: re.Pattern[str]
+
+    def rename_source_key(self, key: str) -> tuple[str, str | None]:
+        """Return the new key, and the pattern that matched (None for none)."""
+        ...
+
+    def reverse_transform(self) -> _Rule:
+        """Return the rule that leads back."""
+        ...
+
+
+def _no_rules() -> list[_Rule]:
     return []
 
 
-def _tower() -> list[Any]:
+def _tower() -> list[_Rule]:
     from transformers.core_model_loading import PrefixChange
 
     return [PrefixChange(prefix_to_remove="vision_model")]
 
 
 #: Class → rules that transformers 5.23 has not for it, in its own terms.
-_OURS: dict[str, Callable[[], list[Any]]] = {"MLCDVisionModel": _tower}
+_OURS: dict[str, Callable[[], list[_Rule]]] = {"MLCDVisionModel": _tower}
 
 #: Class → the part that rules are meant for which would fit others too.
 _SCOPES = {"AltCLIPModel": "text_model"}
@@ -59,9 +80,10 @@ Naming = dict[str, str]
 def current_names(
     top: nn.Module, fmt: HFFormat, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """The adapter in the names that the model has now, and a note on what was done.
+    """Return the adapter in the model's present names, and a note on the renaming.
 
-    Nothing is done where the names fit already, or where no naming fits: reading is strict.
+    The adapter is returned as it is if its names fit already, or if no naming fits: loading is
+    strict.
 
     Raises:
         ValueError: a layer that became several under a method that cannot be split.
@@ -83,13 +105,13 @@ def current_names(
 def legacy_names(
     top: nn.Module, fmt: HFFormat, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The adapter in the names of transformers 4.
+    """Return the adapter in the names of transformers 4.
 
     Raises:
         ValueError: the model is not one of transformers', or an adapted layer was part of a larger
             one, or no rule leads back from its old name.
     """
-    if not _is_transformers(top):
+    if not is_transformers_model(top):
         raise ValueError(
             f"save_adapter(names='legacy'): expected a model of transformers, got "
             f"{type(top).__name__}, whose old layer names are not known; write names='current'"
@@ -112,8 +134,8 @@ def legacy_names(
 
 
 def namings(top: nn.Module) -> Iterator[Naming]:
-    """Complete sets of names that the model's layers may have had, that of the last 4 first."""
-    if not _is_transformers(top):
+    """Yield the namings that the model's layers may have had, the last release 4's first."""
+    if not is_transformers_model(top):
         return
     seen: list[Naming] = []
     for transforms in _generations(top):
@@ -123,16 +145,12 @@ def namings(top: nn.Module) -> Iterator[Naming]:
             yield naming
 
 
-def _is_transformers(top: nn.Module) -> bool:
-    return any(c.__name__ == "PreTrainedModel" for c in type(top).__mro__)
-
-
 def _modules(top: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in top.named_modules() if n and "peft" not in n.split(".")}
+    return {n: m for n, m in top.named_modules() if n and not in_adapter(n)}
 
 
 def _parts(naming: Naming, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Old name → the layers it stands for, in order of definition."""
+    """Map each old name to the layers it became, in order of definition."""
     parts: dict[str, list[str]] = {}
     for name in modules:
         if name in naming:
@@ -140,8 +158,8 @@ def _parts(naming: Naming, modules: Mapping[str, nn.Module]) -> dict[str, list[s
     return parts
 
 
-def _generations(top: Any) -> Iterator[list[Any]]:
-    """Lists of transformers' rules, each as one release may have needed them, its last 4 first."""
+def _generations(top: nn.Module) -> Iterator[list[_Rule]]:
+    """Yield lists of transformers' rules, one per possible release, the last 4.x first."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
@@ -157,12 +175,13 @@ def _generations(top: Any) -> Iterator[list[Any]]:
     yield from (inner, rules) if regrouped else (rules, inner)
 
 
-def _is_tower(top: nn.Module, rule: Any) -> bool:
-    """Whether a rule that takes a tower's name out of itself (vision_model.vision_model) is meant
-    for the tower alone: only beside a language model it stood there twice.
+def _is_tower(top: nn.Module, rule: _Rule) -> bool:
+    """True if a rule that removes a tower's repeated name is meant for the tower alone.
+
+    The name was repeated (vision_model.vision_model) only in models with a language model too.
     """
     parent, _, name = (rule.scope_prefix or "").rpartition(".")
-    if not name or name != rule.prefix_to_remove:
+    if not name or name != getattr(rule, "prefix_to_remove", None):
         return False
     base = getattr(top, "base_model_prefix", "")
     for path in (f"{base}.{parent}".strip("."), parent):
@@ -174,20 +193,20 @@ def _is_tower(top: nn.Module, rule: Any) -> bool:
     return True
 
 
-def _anchored(rule: Any) -> bool:
+def _anchored(rule: _Rule) -> bool:
     return any(p.startswith("^") for p in rule.source_patterns)
 
 
-def _single(rule: Any) -> bool:
-    """Whether a rule renames, or splits a weight evenly along its output."""
+def _single(rule: _Rule) -> bool:
+    """True if a rule renames, or splits a weight evenly along its output."""
     operations = getattr(rule, "operations", None)
     if operations is None:
         return True
     return [type(o).__name__ for o in operations] == ["Chunk"] and operations[0].dim == 0
 
 
-def _reversed(modules: Mapping[str, nn.Module], rules: Sequence[Any]) -> Naming:
-    """What each layer was called, where the rules lead from there to the layer again."""
+def _reversed(modules: Mapping[str, nn.Module], rules: Sequence[_Rule]) -> Naming:
+    """Map each layer to its old name, if the rules lead from that name back to the layer."""
     renames = [r for r in rules if not hasattr(r, "operations")]
     splits = [r for r in rules if hasattr(r, "operations")]
     back = [r.reverse_transform() for r in reversed(splits)]
@@ -200,8 +219,8 @@ def _reversed(modules: Mapping[str, nn.Module], rules: Sequence[Any]) -> Naming:
     return naming
 
 
-def _through(rules: Sequence[Any], keys: list[str]) -> list[str]:
-    """Keys under all rules; one that splits a weight names all its parts."""
+def _through(rules: Sequence[_Rule], keys: list[str]) -> list[str]:
+    """Apply all rules to the keys; a rule that splits a weight yields a key per part."""
     for rule in rules:
         renamed_keys = []
         for key in keys:
@@ -215,7 +234,7 @@ def _through(rules: Sequence[Any], keys: list[str]) -> list[str]:
     return keys
 
 
-def _inside_a_name(rule: Any, key: str) -> bool:
-    """Whether a rule found its words in the middle of a longer one (layers in decoder_layers)."""
+def _inside_a_name(rule: _Rule, key: str) -> bool:
+    """True if a rule matched inside a longer word (layers in decoder_layers)."""
     found = rule.compiled_sources.search(key)
     return found is not None and found.start() > 0 and "." not in key[found.start() - 1 :][:2]

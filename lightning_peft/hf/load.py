@@ -1,36 +1,38 @@
-"""Reading a Hugging Face peft directory: everything is checked against the model before it is
-changed.
+"""Reading a Hugging Face peft directory.
+
+Every tensor and option is checked against the model before the model is changed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.attach import Planned, attach, detach, plan_attach
-from lightning_peft.adapters.placement.weights import adaptable
+from lightning_peft.adapters.adoption import adopted_layers
+from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.plan import plan_attach
+from lightning_peft.core.names import join
+from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
-from lightning_peft.hf.keys import PREFIX, Reading, bias_key, joined, read_keys, tensor_prefix
+from lightning_peft.hf.keys import PREFIX, Reading, read_keys
+from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.prompts import table_of
-from lightning_peft.hf.source import read_source
+from lightning_peft.hf.source import Source, read_source
 from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights
-from lightning_peft.layers import ops_for
+from lightning_peft.hf.values import COPY, ValueMatcher, Values, saved_modules
+from lightning_peft.layers import adaptable, ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod, WeightMethod
-from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.layers.prompt.adapter import PromptAdapter
+from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.report.summary import Report
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import StorageConfig, storage_of
 
 __all__ = ["load_adapter"]
-
-#: What is copied after attaching: (module, weight or path of the copy, our tensor name) → value.
-_Values = dict[tuple[int, str, str], Tensor]
 
 
 def load_adapter(
@@ -38,35 +40,35 @@ def load_adapter(
     directory: str | Path | Mapping[str, Tensor],
     *,
     adapter_name: str = "default",
-    quantization: Quantization | None = None,
+    quantization: StorageConfig | None = None,
     root: str | None = None,
     alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
-    Layer names from before transformers 5 are mapped to those that the model has now. LoRA files
-    of Kohya's scripts, diffusers and loralib are read where every tensor has a certain place and
-    scale, and refused by name otherwise. Nothing is ever unpickled.
+    Layer names from before transformers 5 are mapped to the model's present names. LoRA files of
+    Kohya's scripts, diffusers and loralib are read if every tensor has a certain place and scale,
+    and refused by name otherwise. Nothing is ever unpickled.
 
-    Strict where peft is lax: a missing, extra, misshapen or non-finite tensor raises, and so does
-    an option whose effect is not known. ``directory/<adapter_name>`` is taken where it exists, as
-    peft writes it.
+    Loading is strict: a missing, extra, misshapen or non-finite tensor raises, and so does an
+    option of unknown effect. ``directory/<adapter_name>`` is preferred if it exists, because peft
+    writes adapters there.
 
     Args:
         model: The base, or a module (a LightningModule) that holds it.
-        directory: With adapter_config.json and adapter_model.safetensors; or a .safetensors file
-            (or a directory with one) of Kohya, diffusers or loralib; or a state dict of theirs.
+        directory: A directory with adapter_config.json and adapter_model.safetensors; or a
+            .safetensors file of Kohya, diffusers or loralib, or a directory with one; or a state
+            dict of theirs.
         adapter_name: Name to attach under.
         quantization: Quantise the frozen base too.
-        root: Name of the module inside `model` whose layer names the file uses. None means the one
-            Hugging Face
-            model in it, or else `model`.
+        root: Name of the module inside `model` whose layer names the file uses. By default, the
+            one Hugging Face model inside `model`, or `model` itself.
         alpha: lora_alpha of a loralib file, which does not hold it.
-        enable_lora: What loralib's MergedLinear was made with, where some parts are off.
+        enable_lora: loralib's argument of MergedLinear, needed if some parts are off.
 
     Returns:
-        The report of what matched; its notes say how many tensors went into how many layers.
+        The report of attaching. Its notes count the tensors and layers loaded.
 
     Raises:
         FileNotFoundError: a file is absent.
@@ -74,26 +76,30 @@ def load_adapter(
         RuntimeError: the adapter's name is taken.
     """
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
-    config, fmt, prefix, top = source.config, source.format, source.prefix, source.top
-    reading = read_keys(fmt, source.tensors, top, prefix, config.get("modules_to_save") or ())
-    reading.notes += source.notes
-    _require_targets(config, fmt, top, reading)
-    fields = method_fields(source.method, config, reading.entries)
-    if reading.entries:
-        fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
-    method = source.method(**fields)
-    saved = _saved_modules(fmt, config, top, prefix, reading)
-    planned, _, _ = plan_attach(model, [method], [joined(prefix, name) for name in saved])
-    values = _values(method, fmt, config, planned, reading, prefix, saved)
+    with adopted_layers(model):  # a refusal gives them back
+        return _load(model, source, adapter_name, quantization)
+
+
+def _load(
+    model: nn.Module, source: Source, adapter_name: str, quantization: StorageConfig | None
+) -> Report:
+    reading = _read(source)
+    method = _method(model, source, reading)
+    saved = saved_modules(source, reading)
+    names = [join(source.prefix, name) for name in saved]
+    planned = plan_attach(model, [method], names).adapters
+    values = ValueMatcher(method, source, reading, saved).match(planned)
     if isinstance(method, SequenceMethod):
-        reading.shared = table_of(method, fmt, config, planned, reading.shared)
-    _require_base(top, reading, fmt.saved_prefix)
+        reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
+    else:
+        _check_shared(source.format, reading)
+    _check_base(source, reading)
     report = attach(
         model,
         method,
         adapter_name=adapter_name,
         quantization=quantization,
-        modules_to_save=[joined(prefix, name) for name in saved],
+        modules_to_save=names,
     )
     try:
         count = _copy(model, adapter_name, values, reading.shared)
@@ -108,20 +114,73 @@ def load_adapter(
     return report
 
 
-def _require_targets(
-    config: Mapping[str, Any], fmt: HFFormat, top: nn.Module, reading: Reading
-) -> None:
-    """Layers and weights by the config's rules = those with tensors; entries learn which it is."""
-    if not fmt.tensors:
+def _read(source: Source) -> Reading:
+    """Sort the file's tensors and compare the adapted layers with the config's targets."""
+    fmt, config = source.format, source.config
+    saved = config.get("modules_to_save") or ()
+    reading = read_keys(fmt, source.tensors, source.top, source.prefix, saved)
+    reading.notes += source.notes
+    _add_entries_by_config(source, reading)
+    if fmt.tensors:
+        _check_targets(source, reading)
+    return reading
+
+
+def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
+    """Build the method that the config describes, for exactly the layers of the file."""
+    fields = method_fields(source.method, source.config, reading.entries)
+    if reading.entries:
+        fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
+    return source.method(**fields)
+
+
+def _add_entries_by_config(source: Source, reading: Reading) -> None:
+    """Add an entry per target of the config, if the file has shared tensors only."""
+    fmt = source.format
+    if reading.entries or not reading.shared or set(fmt.tensors) - set(fmt.optional):
         return
-    wants, named = targeted(config, top), targeted_weights(config)
-    modules = dict(top.named_modules())
+    wants = targeted(source.config, source.top)
+    for name, module in source.top.named_modules():
+        ops = ops_for(module) if name and wants(name, module) and adaptable(module) else None
+        if ops is not None:
+            storage = storage_of(module, "weight")
+            site = Site(module, "weight", join(source.prefix, name), ops, storage)
+            layout = layout_for(ops, module)
+            reading.entries.append(HFEntry(name, site, layout, None, {}))
+
+
+# ---- checks
+
+
+def _check_shared(fmt: HFFormat, reading: Reading) -> None:
+    """Check that the file has every tensor that all layers share.
+
+    Raises:
+        ValueError: the keys that are missing.
+    """
+    missing = [k for n, k in fmt.prefix.items() if n not in (*reading.shared, *fmt.optional)]
+    if missing:
+        raise ValueError(
+            f"adapter file: expected {missing}, which all layers share, found none; nothing was "
+            "loaded"
+        )
+
+
+def _check_targets(source: Source, reading: Reading) -> None:
+    """Check that the config's targets are the layers with tensors; sets `HFEntry.by_weight`.
+
+    Raises:
+        ValueError: targets without tensors, tensors without target, or no tensors at all.
+    """
+    config = source.config
+    wants = targeted(config, source.top)
+    modules = dict(source.top.named_modules())
     for e in reading.entries:
         e.by_weight = not wants(e.path, modules[e.path])
     if not reading.entries:
         raise ValueError(
-            f"adapter file: expected tensors named as {list(fmt.tensors.values())} behind "
-            f"'{PREFIX}<layer>.', found none; nothing would be adapted"
+            f"adapter file: expected tensors named as {list(source.format.tensors.values())} "
+            f"behind '{PREFIX}<layer>.', found none; nothing would be adapted"
         )
     if config.get("target_modules") is None and not config.get("target_parameters"):
         if "target_modules" not in config:
@@ -130,18 +189,8 @@ def _require_targets(
             )
         return  # the architecture's usual choice when the file was made; the tensors say which
     unread = bypassed(list(modules.items()))
-    adapted = sorted(unread.keys() & {e.path for e in reading.entries})
-    if adapted:
-        raise ValueError(
-            f"adapter file: {adapted[0]}: expected a layer whose change acts on every machine, got "
-            f"one left out: {unread[adapted[0]]}; merge the adapter with the library it was made "
-            "with; nothing was loaded"
-        )
-    layers = {n: ops_for(m) for n, m in modules.items() if n and n not in unread and adaptable(m)}
-    expected = {n for n in layers if wants(n, modules[n])}
-    for name, ops in layers.items():
-        weights = () if ops is None or name in expected else ops.parameters(modules[name])
-        expected |= {f"{name}.{w}" for w in weights if named(f"{name}.{w}")}
+    _check_none_bypassed(reading, unread)
+    expected = set(_expected_targets(source, modules, unread))
     have = {e.target for e in reading.entries}
     missing = sorted(expected - have)
     extra = sorted(have - expected)
@@ -154,169 +203,42 @@ def _require_targets(
         )
 
 
-# ---- trained copies of whole modules
-
-
-def _saved_modules(
-    fmt: HFFormat, config: Mapping[str, Any], top: nn.Module, prefix: str, reading: Reading
-) -> dict[str, dict[str, Tensor]]:
-    """Module → its tensors in the file. Found by name and by tensors: the name alone matches by its
-    mere ending.
-    """
-    wanted = tuple(config.get("modules_to_save") or ())
-    adapted = {e.path for e in reading.entries}
-    saved: dict[str, dict[str, Tensor]] = {}
-    problems: list[str] = []
-    for name, module in top.named_modules():
-        if not wanted or not name or not name.endswith(wanted) or name in adapted:
-            continue
-        if any(name.startswith(f"{outer}.") for outer in saved):
-            continue
-        expected = {k: t for k, t in module.state_dict().items() if "peft" not in k.split(".")}
-        head = f"{fmt.saved_prefix}{name}."
-        found = {k[len(head) :]: t for k, t in reading.other.items() if k.startswith(head)}
-        parameters = {n for n, _ in module.named_parameters()}
-        problems += [f"missing {head}{k}" for k in expected if k not in found]
-        for key, tensor in found.items():
-            if key not in expected:
-                problems.append(f"extra {head}{key}")
-            elif tensor.shape != expected[key].shape:
-                problems.append(
-                    f"{head}{key}: expected shape {list(expected[key].shape)}, got "
-                    f"{list(tensor.shape)}"
-                )
-            elif key not in parameters and not torch.equal(tensor, expected[key].to(tensor)):
-                problems.append(f"{head}{key}: a buffer that differs from the base's")
-        saved[name] = {k: t for k, t in found.items() if k in parameters}
-        for key in found:
-            del reading.other[head + key]
-    if problems:
+def _check_none_bypassed(reading: Reading, unread: Mapping[str, str]) -> None:
+    """Check that no adapted layer is among those whose forward is not always called."""
+    adapted = sorted(unread.keys() & {e.path for e in reading.entries})
+    if adapted:
         raise ValueError(
-            "adapter file: modules_to_save: nothing was loaded:\n  " + "\n  ".join(problems[:20])
+            f"adapter file: {adapted[0]}: expected a layer whose change acts on every machine, got "
+            f"one left out: {unread[adapted[0]]}; merge the adapter with the library it was made "
+            "with; nothing was loaded"
         )
-    return {name: found for name, found in saved.items() if found}
 
 
-# ---- values
+def _expected_targets(
+    source: Source, modules: Mapping[str, nn.Module], unread: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the names of the layers, and of single weights, that the config targets."""
+    wants, named = targeted(source.config, source.top), targeted_weights(source.config)
+    for name, module in modules.items():
+        if not name or name in unread or not adaptable(module):
+            continue
+        if wants(name, module):
+            yield name
+            continue
+        ops = ops_for(module)
+        weights = () if ops is None else ops.parameters(module)
+        yield from (f"{name}.{w}" for w in weights if named(f"{name}.{w}"))
 
 
-def _values(
-    method: Method,
-    fmt: HFFormat,
-    config: Mapping[str, Any],
-    planned: list[Planned],
-    reading: Reading,
-    prefix: str,
-    saved: Mapping[str, Mapping[str, Tensor]],
-) -> _Values:
-    """What goes where, everything compared with what attaching will make."""
-    values: _Values = {}
-    problems: list[str] = []
-    entries = {(id(e.site.module), e.site.parameter): e for e in reading.entries}
-    adapted: dict[int, list[str]] = {}
-    for _, parameter in entries:
-        adapted.setdefault(_, []).append(parameter)
-    for which, _, placement in planned:
-        module = placement.module
-        path = placement.name[len(prefix) :].removeprefix(".") if prefix else placement.name
-        if isinstance(which, ModulesToSave):
-            owner = next(n for n in saved if path == n or path.startswith(f"{n}."))
-            for p in placement.paths:
-                values[id(module), p, "copy"] = saved[owner][joined(path, p)[len(owner) + 1 :]]
-        elif isinstance(which, TrainedBias):
-            for p in placement.paths:
-                key = bias_key(module, path, p, adapted.get(id(module), ()))
-                inside = [n for n in saved if path == n or path.startswith(f"{n}.")]
-                tensor = (
-                    saved[inside[0]].get(joined(path, p)[len(inside[0]) + 1 :])
-                    if inside  # it stands in the file once, with its module
-                    else reading.other.pop(key, None)
-                )
-                shape = module.get_parameter(p).shape
-                if tensor is None:
-                    problems.append(f"missing {key}")
-                elif tensor.shape != shape:
-                    problems.append(
-                        f"{key}: expected shape {list(shape)}, got {list(tensor.shape)}"
-                    )
-                else:
-                    values[id(module), p, "copy"] = tensor
-        elif fmt.tensors:
-            entry = entries.pop((id(module), placement.site.parameter), None)
-            if entry is None:
-                problems.append(
-                    f"missing {tensor_prefix(path, '')}: no tensors for {placement.site.label}"
-                )
-                continue
-            start = _start(which, placement)
-            for name, tensor in _unpacked(method, fmt, config, entry, start, problems).items():
-                values[id(module), entry.site.parameter, name] = tensor
-    problems += [
-        f"extra {e.path}: not among the layers that are attached" for e in entries.values()
-    ]
-    if problems:
-        raise ValueError(
-            f"adapter file: {len(problems)} differences; nothing was loaded:\n  "
-            + "\n  ".join(problems[:20])
-        )
-    return values
+def _check_base(source: Source, reading: Reading) -> None:
+    """Check that the remaining tensors equal the base (peft saves adapted embeddings too).
 
-
-def _start(method: Any, placement: Any) -> dict[str, Tensor]:
-    if placement.paths:
-        return {p.replace(".", "__"): placement.module.get_parameter(p) for p in placement.paths}
-    if isinstance(method, WeightMethod):
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return method.parameters(placement.site)
-    return {}
-
-
-def _unpacked(
-    method: Any,
-    fmt: HFFormat,
-    config: Mapping[str, Any],
-    entry: HFEntry,
-    start: Mapping[str, Tensor],
-    problems: list[str],
-) -> dict[str, Tensor]:
-    site = entry.site
-    try:
-        tensors = dict(entry.tensors)
-        if fmt.unpack is not None:
-            tensors = dict(fmt.unpack(method, site, tensors, config))
-    except (ValueError, KeyError, RuntimeError) as error:
-        problems.append(f"{entry.path}: {entry.names_and_shapes()}: {error}")
-        return {}
-    extra = (
-        set(tensors)
-        - set(start)
-        - set(method.buffers(site) if isinstance(method, WeightMethod) else ())
-    )
-    problems += [f"missing {entry.path}.{_named(fmt, site, k)}" for k in start if k not in tensors]
-    problems += [f"extra {entry.path}.{_named(fmt, site, k)}" for k in sorted(extra)]
-    for name, tensor in tensors.items():
-        if name in start and tensor.shape != start[name].shape:
-            packed = site.ops.hf_pack(
-                site.module, site.parameter, fmt.layouts.get(name, ""), start[name]
-            )
-            got = entry.shapes.get(_named(fmt, site, name), tuple(tensor.shape))
-            problems.append(
-                f"{entry.path}.{_named(fmt, site, name)}: expected shape {list(packed.shape)}, got "
-                f"{list(got)}"
-            )
-    return tensors
-
-
-def _named(fmt: HFFormat, site: Any, name: str) -> str:
-    return fmt.name(site, name) if name in fmt.tensors else name
-
-
-def _require_base(top: nn.Module, reading: Reading, saved_prefix: str) -> None:
-    """What is left must be copies of the base (peft saves embeddings beside their adapter): equal,
-    or it raises.
+    Raises:
+        ValueError: a tensor that differs from the base, or has no place in it.
     """
     problems = []
-    parameters = dict(top.named_parameters()) | dict(top.named_buffers())
+    saved_prefix = source.format.saved_prefix
+    parameters = dict(source.top.named_parameters()) | dict(source.top.named_buffers())
     for key, tensor in reading.other.items():
         head = PREFIX if key.startswith(PREFIX) else saved_prefix
         name = re.sub(r"(\.base_layer)+\.(?=[^.]+$)", ".", key.removeprefix(head))
@@ -339,20 +261,21 @@ def _require_base(top: nn.Module, reading: Reading, saved_prefix: str) -> None:
         )
 
 
-def _copy(
-    model: nn.Module, adapter_name: str, values: _Values, shared: Mapping[str, Tensor]
-) -> int:
-    """Copy into the attached tensors; shared ones are compared by shape first."""
+# ---- copying
+
+
+def _copy(model: nn.Module, adapter_name: str, values: Values, shared: Mapping[str, Tensor]) -> int:
+    """Copy into the attached tensors and return how many; shared ones are compared by shape."""
     live: list[tuple[Tensor, Tensor]] = []
-    tables: list[tuple[Any, Tensor]] = []
+    tables: list[tuple[PromptAdapter, Tensor]] = []
     missing = dict(shared)
     for _, module in adapted_modules(model):
         for adapter in adapters_of(module, adapter_name):
-            for name, path in adapter.paths.items():
-                key = (id(module), path, "copy")
+            for path, copied in adapter.copies().items():
+                key = (id(module), path, COPY)
                 if key in values:
-                    live.append((getattr(adapter, name), values[key]))
-            if adapter.kind == "sequence" and "P" in missing:
+                    live.append((copied, values[key]))
+            if isinstance(adapter, PromptAdapter) and "P" in missing:
                 tables.append((adapter, missing.pop("P")))
             for name, tensor in adapter.tensors().items():
                 value = values.get((id(module), adapter.site.parameter, name))

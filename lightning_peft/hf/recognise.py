@@ -1,4 +1,4 @@
-"""Directories and files of other programs, told by their names."""
+"""Recognises adapters and models written by other tools, by their file names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["named"]
 
 
 def named(path: Path) -> str:
-    """What a directory or file is, where it is something else than an adapter that is read."""
+    """Return a description of a directory or file of another tool, "" if it is none."""
     names = {path.name} if path.is_file() else {p.name for p in path.iterdir()}
     for pattern, label in _OTHERS:
         hit = next((n for n in sorted(names) if re.fullmatch(pattern, n)), None)

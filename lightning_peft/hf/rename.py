@@ -1,7 +1,7 @@
-"""An adapter's config and tensors under other layer names.
+"""Renames the layers in an adapter's config and tensors.
 
-Patterns are not rewritten as text: they are evaluated on the names they were written for, and what
-they mean is written down in the new names.
+Patterns are not rewritten as text. They are evaluated on the old names, and the layers they match
+are listed under the new names.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.adapters.placement.weights import adaptable
+from lightning_peft.core.names import matches_suffix
 from lightning_peft.hf.keys import PREFIX
 from lightning_peft.hf.targets import compact_names, targeted
+from lightning_peft.layers import adaptable
 from lightning_peft.methods.base import HFFormat
 
 __all__ = ["Renaming", "module_path", "renamed"]
@@ -26,11 +27,11 @@ _BY_OUTPUT = ("up", "out")
 
 @dataclass(frozen=True)
 class Renaming:
-    """From one set of layer names to another.
+    """A map from one set of layer names to another.
 
     Attributes:
         to: Name → names; several where one layer became several, the output split evenly, in order.
-        modules: Name → the module of the model it stands for (the first of several).
+        modules: Name → its module in the model (the first of several).
         names: All layer names after renaming.
     """
 
@@ -54,9 +55,9 @@ class Renaming:
 
 
 def module_path(fmt: HFFormat, key: str) -> tuple[str, str, str]:
-    """A tensor's key as (what stands before the module's path, the path, the rest).
+    """Split a tensor's key into the prefix, the module's path and the rest.
 
-    The path is empty where a tensor stands once for the whole model.
+    The path is empty for a tensor that occurs once per model.
     """
     if key in fmt.prefix.values():
         return key, "", ""
@@ -73,7 +74,7 @@ def module_path(fmt: HFFormat, key: str) -> tuple[str, str, str]:
 def renamed(
     fmt: HFFormat, config: Mapping[str, Any], tensors: Mapping[str, Tensor], names: Renaming
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same adapter under the new names.
+    """Return the adapter under the new names.
 
     Raises:
         ValueError: a layer that became several, under a method that cannot be split.
@@ -100,7 +101,7 @@ def _parts(
         return [tensor]
     if fmt.peft_type != "LORA":
         names.one(path)
-    layout = {f".{theirs}": fmt.layouts.get(ours, "") for ours, theirs in fmt.tensors.items()}
+    layout = {f".{theirs}": fmt.axes.get(ours, "") for ours, theirs in fmt.tensors.items()}
     if layout.get(tail, "out") in (*_BY_OUTPUT, "vector") or tail == ".lora_B.bias":
         if tensor.shape[0] % n:
             raise ValueError(
@@ -165,7 +166,7 @@ def _pattern(
 
 
 def _ending(names: Renaming, name: str) -> str:
-    found = [n for n in names.to if n == name or n.endswith(f".{name}")]
+    found = [n for n in names.to if matches_suffix(n, [name])]
     return found[0] if found else name
 
 

@@ -1,7 +1,6 @@
-"""Hugging Face peft directories, out and in: driven by the table that each method declares.
+"""Writing a Hugging Face peft directory, driven by the exchange table of each method.
 
-What peft reads differently from what it computes is refused with the reason. Nothing is changed on
-an error.
+Adapters that peft would compute differently are refused with the reason.
 """
 
 from __future__ import annotations
@@ -14,24 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.modules import is_conv1d
+from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.config import base_config
 from lightning_peft.hf.files import write_adapter
-from lightning_peft.hf.keys import bias_key, joined, plain, tensor_prefix
+from lightning_peft.hf.keys import bias_key, tensor_prefix
+from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
-from lightning_peft.hf.load import load_adapter
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.targets import compact, misread_names, model_root
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.prompt.adapter import PromptAdapter
+from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["save_adapter"]
 
-_Found = list[
-    tuple[str, Any, Adapter]
-]  # (name of the module in the exported model, module, adapter)
+#: (name of the module in the exported model, module, adapter)
+_Found = list[tuple[str, nn.Module, Adapter]]
 
 
 def save_adapter(
@@ -43,39 +45,58 @@ def save_adapter(
     uniform: bool = False,
     root: str | None = None,
 ) -> Path:
-    """Write an adapter as Hugging Face peft 0.21 does: adapter_config.json and
-    adapter_model.safetensors.
+    """Write an adapter as a Hugging Face peft 0.21 directory.
 
-    An adapter named "default" goes into `directory`, any other into ``directory/<name>``, as in
-    peft. Starts that took their part out of the base (PiSSA, OLoRA, LoftQ) are written in plain
-    form, for the original base.
+    The files are adapter_config.json and adapter_model.safetensors. An adapter named "default" goes
+    into `directory`, any other into ``directory/<name>``, as in peft. Initialisations that moved
+    part of the base into the adapter (PiSSA, OLoRA, LoftQ) are written in plain form, for the
+    original base.
 
     Args:
         model: A model with the adapter attached.
-        directory: Made if absent. Each file is replaced whole or not at all.
-        adapter_name: Which adapter.
-        names: ``"legacy"`` writes the layer names of transformers 4, where they differ, for those
-            who load the adapter there.
+        directory: Directory to write to, created if absent. Each file is replaced atomically.
+        adapter_name: Name of the adapter.
+        names: ``"legacy"`` writes the layer names of transformers 4 where they differ, so that the
+            adapter loads there.
         uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha
             patterns.
-        root: Name of the module inside `model` whose layer names the file uses. None means the one
-            Hugging Face
-            model in it, or else `model`.
+        root: Name of the module inside `model` whose layer names the file uses. By default, the
+            one Hugging Face model inside `model`, or `model` itself.
 
     Returns:
         The directory written to.
 
     Raises:
         KeyError: no adapter of that name.
-        ValueError: the method, or the method on one of the layers, has no equal in peft; layers
-            that have no name in transformers 4.
+        ValueError: peft has no equal of the method, or of the method on one of the layers; or a
+            layer has no name in transformers 4.
     """
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
     prefix, top = model_root(model, root)
-    found = _adapters(model, adapter_name, plain(prefix))
+    found = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)
     entries = _entries(found, method, fmt, misread_names(top, fmt))
+    config = _config(top, method, fmt, entries, uniform=uniform)
+    if fmt.tensors:
+        _name_targets(top, entries, config)
+    tensors = _file_tensors(fmt, entries)
+    _add_shared(found, fmt, tensors)
+    _add_biases(found, tensors)
+    _add_saved(model, top, found, fmt, adapter_name, strip_compile(prefix), config, tensors)
+    if not fmt.tensors:
+        add_heads(top, fmt, config, tensors)
+    if names == "legacy":
+        config, tensors = legacy_names(top, fmt, config, tensors)
+    target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
+    write_adapter(target, config, tensors, _readme(top, method, config))
+    return target
+
+
+def _config(
+    top: nn.Module, method: Method, fmt: HFFormat, entries: list[HFEntry], *, uniform: bool
+) -> dict[str, Any]:
+    """Return the config but for its targets; `uniform` pads the entries' tensors."""
     config = base_config(top, fmt)
     config.update({theirs: getattr(method, ours) for ours, theirs in fmt.config.items()})
     config.update(fmt.fixed)
@@ -86,19 +107,7 @@ def save_adapter(
     finish = fmt.uniform if uniform else fmt.to_config
     if finish is not None:
         finish(entries, config)
-    if fmt.tensors:
-        _name_targets(top, entries, config)
-    tensors = _file_tensors(fmt, entries)
-    _add_shared(found, fmt, tensors)
-    _add_biases(found, tensors)
-    _add_saved(model, top, found, fmt, adapter_name, plain(prefix), config, tensors)
-    if not fmt.tensors:
-        add_heads(top, fmt, config, tensors)
-    if names == "legacy":
-        config, tensors = legacy_names(top, fmt, config, tensors)
-    target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
-    write_adapter(target, config, tensors, _readme(top, method, config))
-    return target
+    return config
 
 
 def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
@@ -115,7 +124,7 @@ def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
         )
     found: _Found = []
     for name, module in adapted_modules(model):
-        path = plain(name)
+        path = strip_compile(name)
         inside = not prefix or path == prefix or path.startswith(f"{prefix}.")
         for adapter in adapters_of(module, adapter_name):
             if not inside:
@@ -156,19 +165,26 @@ def _entries(
         if adapter.method != method:
             continue
         site = adapter.site
-        reason = site.ops.hf_refusal(module, site.parameter) if adapter.kind == "weight" else ""
+        layout = layout_for(site.ops, module)
+        reason = layout.refusal(site.parameter) if isinstance(adapter, WeightAdapter) else ""
         reason = reason or (fmt.refuse(method, site) if fmt.refuse is not None else "")
         if reason:
             raise ValueError(
                 f"save_adapter: {method.label} on {site.label!r} has no equal in peft: {reason}; "
                 "exclude the layer, or keep the adapter with adapter_state_dict()"
             )
-        own = {k: t.detach().cpu() for k, t in adapter.tensors().items() if k not in fmt.prefix}
+        own = {
+            k: t.detach().cpu()
+            for k, t in adapter.tensors().items()
+            if k not in fmt.prefix and k not in fmt.unwritten
+        }
         packed = own if fmt.pack is None or not own else fmt.pack(method, site, own)
-        by_weight = site.ops.hf_by_parameter(module, site.parameter) or (
+        by_weight = layout.is_target_parameter(site.parameter) or (
             path.rpartition(".")[2] in misread and site.parameter == "weight"
         )
-        entries.append(HFEntry(path, site, method, dict(packed), own=own, by_weight=by_weight))
+        entries.append(
+            HFEntry(path, site, layout, method, dict(packed), own=own, by_weight=by_weight)
+        )
     return entries
 
 
@@ -181,19 +197,16 @@ def _name_targets(top: nn.Module, entries: list[HFEntry], config: dict[str, Any]
         config["target_modules"] = compact(top, modules) if modules else None
     if parameters:
         config["target_parameters"] = sorted(parameters)
-        _require_by_weight(config, sorted(parameters))
+        _check_target_parameters(config, sorted(parameters))
     if "fan_in_fan_out" in config:  # peft's word for GPT-2's [in, out] weights
-        config["fan_in_fan_out"] = any(
-            base_class(e.site.module).__name__ == "Conv1D" for e in entries
-        )
+        config["fan_in_fan_out"] = any(is_conv1d(e.site.module) for e in entries)
 
 
-def _require_by_weight(config: dict[str, Any], names: list[str]) -> None:
-    """What peft's wrapper of a single weight cannot do: raise, or leave out what is of training
-    only.
+def _check_target_parameters(config: dict[str, Any], names: list[str]) -> None:
+    """Check that peft's wrapper of a single weight can hold the adapter; drop the dropout.
 
     Raises:
-        ValueError: another method than LoRA, DoRA, or a bias beside B.
+        ValueError: the method is not LoRA, or it is DoRA, or B has a bias.
     """
     other = config["peft_type"] != "LORA"
     for key in ("use_dora", "lora_bias", *(["peft_type"] if other else [])):
@@ -209,12 +222,12 @@ def _require_by_weight(config: dict[str, Any], names: list[str]) -> None:
 
 
 def _places(entries: list[HFEntry]) -> dict[int, dict[str, str]]:
-    """Place of every weight, by module."""
+    """Return the path below the module of every weight, by the module's id."""
     adapted: dict[int, list[HFEntry]] = {}
     for e in entries:
         adapted.setdefault(id(e.site.module), []).append(e)
     return {
-        key: group[0].site.ops.hf_places(group[0].site.module, [e.site.parameter for e in group])
+        key: group[0].layout.nested_paths([e.site.parameter for e in group])
         for key, group in adapted.items()
     }
 
@@ -223,30 +236,33 @@ def _file_tensors(fmt: HFFormat, entries: list[HFEntry]) -> dict[str, Tensor]:
     places = _places(entries)
     tensors: dict[str, Tensor] = {}
     for e in entries:
-        m, parameter = e.site.module, e.site.parameter
-        head = tensor_prefix(e.path, places[id(m)].get(parameter, ""))
-        for name, tensor in fmt.oriented(e.site, e.tensors).items():
+        parameter = e.site.parameter
+        head = tensor_prefix(e.path, places[id(e.site.module)].get(parameter, ""))
+        for name, tensor in fmt.oriented(e).items():
             key = f"{head.removesuffix('.')}.{fmt.name(e.site, name)}"
-            tensors[key] = e.site.ops.hf_pack(m, parameter, fmt.layouts.get(name, ""), tensor)
+            tensors[key] = e.layout.to_peft(parameter, fmt.axes.get(name, ""), tensor)
     return tensors
 
 
 def _add_shared(found: _Found, fmt: HFFormat, tensors: dict[str, Tensor]) -> None:
     for _, _, adapter in found:
         own = adapter.tensors()
-        if adapter.kind == "sequence":
+        if isinstance(adapter, PromptAdapter):
             with torch.no_grad():
-                own = {"P": adapter.method.table(adapter.block, adapter.site).cpu()}
+                own = {"P": adapter.prompt_embeddings().cpu()}
             own = dict(fmt.pack(adapter.method, adapter.site, own)) if fmt.pack else own
         for name, tensor in own.items():
-            if name in fmt.prefix:
-                tensors[fmt.prefix[name]] = tensor
+            if name not in fmt.prefix:
+                continue
+            key = fmt.prefix[name]
+            rows = enumerate(tensor) if "{i}" in key else [(0, tensor)]
+            tensors |= {key.format(i=i): row.detach() for i, row in rows}
 
 
 def _add_biases(found: _Found, tensors: dict[str, Tensor]) -> None:
     adapted: dict[int, list[str]] = {}
     for _, module, adapter in found:
-        if adapter.kind == "weight":
+        if isinstance(adapter, WeightAdapter):
             adapted.setdefault(id(module), []).append(adapter.site.parameter)
     for path, module, adapter in found:
         if isinstance(adapter.method, TrainedBias):
@@ -264,28 +280,26 @@ def _add_saved(
     config: dict[str, Any],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Trained modules, and what peft takes for one of them: it matches their names by the mere
-    ending.
-    """
+    """Add trained modules, and those that peft takes for trained: it matches names by ending."""
     names: list[str] = []
     for at, _, record in registries_in(model):
         entry = record.adapters.get(adapter_name)
         for name in entry.modules_to_save if entry is not None else ():
-            names.append(plain(joined(at, name))[len(prefix) :].removeprefix("."))
+            names.append(strip_compile(join(at, name))[len(prefix) :].removeprefix("."))
     if not names:
         return
     config["modules_to_save"] = sorted(names)
     for name, module in top.named_modules():
-        inside = any(name.startswith(f"{n}.") for n in names) or "peft" in name.split(".")
+        inside = any(name.startswith(f"{n}.") for n in names) or in_adapter(name)
         if inside or not name.endswith(tuple(names)):
             continue
         for key, value in module.state_dict().items():
-            if value.is_floating_point() and "peft" not in key.split("."):
-                tensors[fmt.saved_prefix + joined(name, key)] = value
+            if value.is_floating_point() and not in_adapter(key):
+                tensors[fmt.saved_prefix + join(name, key)] = value
     for path, _, adapter in found:
         if isinstance(adapter.method, ModulesToSave):
             for parameter, value in adapter.copies().items():
-                tensors[fmt.saved_prefix + joined(path, parameter)] = value
+                tensors[fmt.saved_prefix + join(path, parameter)] = value
 
 
 def _readme(top: nn.Module, method: Method, config: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""What `load_adapter` is given: a peft directory, a file of another program, or a state dict.
+"""Sources of `load_adapter`: a peft directory, a file of another program, or a state dict.
 
-All of them end as one config and tensors in the names that the model has now; nothing is changed.
+Each is converted to one config, and tensors in the model's present names. The model is not changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.hf.config import CONFIG, format_of, method_class, read_config
+from lightning_peft.hf.config import CONFIG, format_of, method_class, missing_config, read_config
 from lightning_peft.hf.files import checked, read_file, read_tensors
 from lightning_peft.hf.import_lora import foreign_adapter
 from lightning_peft.hf.legacy_experts import fused_experts
@@ -34,7 +34,7 @@ class Source:
         method: The method that the config describes.
         prefix: Name in the caller's model of the module whose layer names are used.
         top: That module.
-        notes: What was understood without being said in the file.
+        notes: Conclusions that the file does not state.
     """
 
     config: dict[str, Any]
@@ -58,7 +58,7 @@ def read_source(
     alpha: float | None,
     enable_lora: Sequence[bool] | None,
 ) -> Source:
-    """Read and name everything.
+    """Read the source and convert it.
 
     Raises:
         FileNotFoundError: a file is absent.
@@ -96,15 +96,16 @@ def _peft(
         )
     config = read_config(folder)
     method = method_class(config)
-    _refuse_options(config)
-    tensors = read_tensors(folder)
+    _check_options(config)
+    fmt = format_of(method)
+    tensors = read_tensors(folder, [fmt.tensors[name] for name in fmt.integers])
     prefix, top = model_root(model, root)
     config, tensors, fused = fused_experts(top, config, tensors)
-    config, tensors, note = current_names(top, format_of(method), config, tensors)
+    config, tensors, note = current_names(top, fmt, config, tensors)
     return Source(config, tensors, method, prefix, top, [n for n in (fused, note) if n])
 
 
-def _refuse_options(config: Mapping[str, Any]) -> None:
+def _check_options(config: Mapping[str, Any]) -> None:
     tokens = config.get("trainable_token_indices")
     if tokens and config["peft_type"] != "TRAINABLE_TOKENS":
         raise ValueError(
@@ -114,11 +115,11 @@ def _refuse_options(config: Mapping[str, Any]) -> None:
 
 
 def _single_file(path: Path) -> Path:
-    """The safetensors file that `path` is, or the only one in it.
+    """Return the safetensors file at `path`, or the only one in it.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: another format, by its name where it is known.
+        FileNotFoundError: no file there.
+        ValueError: another format, by its name if it is known.
     """
     if path.suffix == ".safetensors" and path.is_file():
         return path
@@ -132,5 +133,4 @@ def _single_file(path: Path) -> Path:
             f"{path}: expected {CONFIG} of a Hugging Face peft adapter, or one .safetensors file "
             f"of Kohya, diffusers or loralib, found {got}; nothing was loaded"
         )
-    read_config(path)  # raises, with what is there
-    raise AssertionError
+    raise missing_config(path)

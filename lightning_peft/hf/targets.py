@@ -8,14 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.modules import is_conv1d
+from lightning_peft.core.names import in_adapter, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFFormat
+from lightning_peft.models.modules import output_embeddings
 
 __all__ = [
     "compact",
     "compact_names",
     "exact_targets",
+    "is_transformers_model",
     "misread_names",
     "model_root",
     "targeted",
@@ -44,31 +48,27 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{n}.") or not n for n, _ in found)
-        if not inside and any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__):
+        if not inside and is_transformers_model(module):
             found.append((name, module))
     return found[0] if len(found) == 1 else ("", model)
 
 
+def is_transformers_model(module: nn.Module) -> bool:
+    """True for a `PreTrainedModel`, by class name, so that transformers is not imported."""
+    return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
+
+
 def targeted(config: Mapping[str, Any], root: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Whether peft would adapt this module under this config (of a kind it can adapt)."""
+    """Return the rule by which peft adapts a module of this name under this config."""
     target = config.get("target_modules")
     if target == "all-linear":
-        head = _output_head(root)
-        linear = {"Linear", "Conv1D"}
+        head = output_embeddings(root)
         return lambda name, module: (
-            bool(linear & {c.__name__ for c in type(module).__mro__})
-            and name != head
+            (isinstance(module, nn.Linear) or is_conv1d(module))
+            and module is not head
             and not _excluded(config, name)
         )
     return lambda name, module: not _excluded(config, name) and _matches(config, name)
-
-
-def _output_head(root: nn.Module) -> str | None:
-    getter = getattr(root, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    return (
-        next((n for n, m in root.named_modules() if m is head), None) if head is not None else None
-    )
 
 
 def _excluded(config: Mapping[str, Any], name: str) -> bool:
@@ -76,16 +76,12 @@ def _excluded(config: Mapping[str, Any], name: str) -> bool:
     if isinstance(exclude, str) and exclude:
         if re.fullmatch(exclude, name):
             return True
-    elif exclude and _ends_in(name, exclude):
+    elif exclude and matches_suffix(name, exclude):
         return True
     return any(
         re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name)
         for m in config.get("modules_to_save") or ()
     )
-
-
-def _ends_in(name: str, items: Collection[str]) -> bool:
-    return name in items or any(name.endswith(f".{item}") for item in items)
 
 
 def _matches(config: Mapping[str, Any], name: str) -> bool:
@@ -96,7 +92,7 @@ def _matches(config: Mapping[str, Any], name: str) -> bool:
         return re.fullmatch(target, name) is not None
     if name in target:
         return True
-    return _ends_in(name, target) and _in_layers(config, name)
+    return matches_suffix(name, target) and _in_layers(config, name)
 
 
 def _in_layers(config: Mapping[str, Any], name: str) -> bool:
@@ -114,10 +110,12 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
 
 
 def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:
-    """The shortest `target_modules` that means exactly these modules: suffixes, full names, or a
-    regex. Weights of modules with several can be named too, so no suffix may mean one of them.
+    """Return the shortest `target_modules` that selects exactly these modules.
+
+    The result is suffixes, full names, or a regular expression. A weight of a module with several
+    weights can be a target too, so no suffix may match one.
     """
-    modules = {n: m for n, m in root.named_modules() if n and "peft" not in n.split(".")}
+    modules = {n: m for n, m in root.named_modules() if n and not in_adapter(n)}
     names = list(modules)
     for name, module in modules.items():
         ops = ops_for(module)
@@ -150,12 +148,13 @@ _OLD_EXPERTS = {
 def targeted_weights(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether peft would adapt this weight under this config's ``target_parameters``."""
     targets = config.get("target_parameters") or ()
-    return lambda name: any(name == t or name.endswith(f".{t}") for t in targets)
+    return lambda name: matches_suffix(name, targets)
 
 
 def exact_targets(model: nn.Module, sites: Sequence[Site]) -> list[str] | str:
-    """`target_modules` that means exactly these weights: modules, and single weights of those with
-    several.
+    """Return the `target_modules` that selects exactly these weights.
+
+    A module of which only some weights are adapted is named by these weights.
     """
     modules: dict[str, list[Site]] = {}
     for site in sites:
@@ -181,6 +180,6 @@ def compact_names(names: Collection[str], adapted: Collection[str]) -> list[str]
     for leaf in sorted({n.rpartition(".")[2] for n in wanted}):
         mine = by_leaf.get(leaf, set()) & wanted
         items += [leaf] if by_leaf.get(leaf) == mine else sorted(mine)
-    if {n for n in names if _ends_in(n, items)} == wanted:
+    if {n for n in names if matches_suffix(n, items)} == wanted:
         return items
     return "|".join(re.escape(n) for n in sorted(wanted))

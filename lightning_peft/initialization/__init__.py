@@ -1,1 +1,1 @@
-"""Starts that need data (EVA, LoRA-GA): statistics, factors, and their way back on resume."""
+"""Initialisation from data (EVA, LoRA-GA): statistics, factors, and their restoration on resume."""

@@ -1,42 +1,41 @@
-"""IncrementalPCA directions of a stream of rows, and how a budget of ranks is shared by them."""
+"""Incremental PCA of a stream of rows, and the distribution of a rank budget over layers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from lightning_peft.models.modules import fork_seeded_rng
+
 __all__ = ["IncrementalPCA", "seeded", "share_ranks"]
 
-_SEED = 42  # the factors of a randomised SVD are then the same in every run
+_SEED = 42  # randomised SVD gives the same factors in every run
 
 
-@contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """Within it torch draws from a fixed seed; outside it nothing has been drawn."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(_SEED)
-        yield
+def seeded(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which torch draws from a fixed seed; outside it, nothing was drawn."""
+    return fork_seeded_rng(_SEED, device)
 
 
 class IncrementalPCA:
-    """Incremental principal components (Ross et al. 2008): one batch of rows after the other.
+    """Principal components of batches of rows (Ross et al. 2008), one batch at a time.
 
-    The former components, weighted by their singular values, stand for all rows seen before; one
-    more row corrects for the shift of the mean.
+    The former components, weighted by their singular values, represent all earlier rows. One more
+    row corrects for the shift of the mean.
 
     Args:
         count: Components to keep.
-        threshold: Cosine to the former component from which one counts as settled.
+        threshold: Cosine to the former component above which a component counts as settled.
 
     Attributes:
         components: [count, features], None before the first batch.
         singular_values: Singular values [count].
-        shares: Part of the whole variance that each component explains [count].
-        settled: Which components stopped turning [count].
+        shares: Share of the total variance that each component explains [count].
+        settled: Whether each component stopped turning [count].
     """
 
     def __init__(self, count: int, threshold: float) -> None:
@@ -51,7 +50,7 @@ class IncrementalPCA:
         self._spread = torch.zeros(0)  # sum of squares around the mean, by feature
 
     def add(self, x: Tensor) -> None:
-        """Take in rows [n, features]; fewer rows than components are left out."""
+        """Add rows [n, features]; a batch with fewer rows than components is ignored."""
         if x.shape[0] < self.count:
             return
         x = x.detach().float()
@@ -78,6 +77,11 @@ class IncrementalPCA:
             cosine = torch.cosine_similarity(self.components, former.to(V.dtype))
             self.settled = (cosine >= self.threshold).cpu()
 
+    def leading(self, k: int) -> tuple[Tensor, Tensor]:
+        """The first k components [k, features] and their singular values [k]."""
+        assert self.components is not None  # at least one batch was added
+        return self.components[:k], self.singular_values[:k]
+
 
 def _signs(V: Tensor) -> Tensor:
     """Signs [k, 1] that make the largest entry of each column positive."""
@@ -91,11 +95,11 @@ def share_ranks(
     most: Mapping[str, int],
     budget: int,
 ) -> dict[str, int]:
-    """Layer → rank: the `budget` components that explain most of their own layer's variance.
+    """Layer → rank, from the `budget` components that explain most of their layer's variance.
 
     Args:
-        found: The components, by the layer that has them.
-        owner: Layer → the layer whose input it shares; itself where it has its own.
+        found: Components by the layer that owns them.
+        owner: Layer → the layer whose components it shares; an owner maps to itself.
         most: Layer → largest rank.
         budget: Sum of the ranks.
     """
@@ -106,7 +110,7 @@ def share_ranks(
     order = torch.cat(shares).argsort(descending=True)[:budget].tolist()
     counts = Counter(layers[i] for i in order)
     ranks = {name: counts.get(name, 0) for name in owner}
-    for name, own in owner.items():  # a tie may leave the owner with less; its list is the checked
+    for name, own in owner.items():  # a tie may give the owner less; only its list was checked
         if ranks[own] < ranks[name]:
             ranks[own], ranks[name] = ranks[name], ranks[own]
     return ranks

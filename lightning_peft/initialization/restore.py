@@ -1,4 +1,4 @@
-"""Starts from data that stand in a file: their shapes, and the base that belongs to them."""
+"""Restores adapters that were initialised from data: their shapes, and the base they belong to."""
 
 from __future__ import annotations
 
@@ -8,36 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.names import join, strip_compile
 from lightning_peft.layers.adapted import adapted_modules
-from lightning_peft.layers.adapter import Adapter, BaseRewrite
+from lightning_peft.layers.weight_adapter import BaseRewrite, WeightAdapter
+from lightning_peft.methods.base import InitData
 
-__all__ = ["initialized_shapes", "load_tensors", "needs_data", "restore_starts", "store_residual"]
-
-
-def needs_data(adapter: Adapter) -> str:
-    """`WeightMethod.needs_data`; ``""`` for the other kinds of method."""
-    method: Any = adapter.method
-    return str(method.needs_data) if adapter.kind == "weight" else ""
+__all__ = ["initialized_shapes", "load_tensors", "restore_initialized", "store_residual"]
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """(prefix of the canonical keys, adapter) of every adapter that starts from data."""
+def _adapters(model: nn.Module) -> Iterator[tuple[str, WeightAdapter]]:
+    """(prefix of the canonical keys, adapter) of every adapter whose method needs data."""
     for name, module in adapted_modules(model):
         for path, child in module.peft.named_modules():
-            if isinstance(child, Adapter) and needs_data(child):
-                prefix = f"{name}.peft.{path}." if name else f"peft.{path}."
-                yield prefix.replace("_orig_mod.", ""), child
+            if isinstance(child, WeightAdapter) and child.method.needs_data:
+                yield strip_compile(join(name, "peft", path)) + ".", child
 
 
 def initialized_shapes(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Key → meta tensor of the shape in `state`, where data chose another rank than the settings.
+    """Key → meta tensor of its shape in `state`, where data chose another rank than the settings.
 
-    Only what can be: A [k, in] and B [out, k] of one k.
+    Only pairs A [k, in] and B [out, k] of one k are returned.
     """
     found: dict[str, Tensor] = {}
     for prefix, adapter in _adapters(model):
         A, B = state.get(f"{prefix}A"), state.get(f"{prefix}B")
-        if adapter.method.needs_data != "inputs" or not (
+        if adapter.method.needs_data != InitData.INPUTS or not (
             isinstance(A, Tensor) and isinstance(B, Tensor) and A.ndim == B.ndim == 2
         ):
             continue
@@ -48,21 +43,21 @@ def initialized_shapes(model: nn.Module, state: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def restore_starts(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give the adapters that `state` holds the shapes and the base that they were trained with.
+def restore_initialized(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give the adapters in `state` the shapes and the base that they were trained with.
 
-    They start from data no more. Call it when the state was checked, before it is loaded.
+    They no longer wait for data. Call it after `state` was checked and before it is loaded.
     """
     for prefix, adapter in _adapters(model):
         tensors = {k: state[prefix + k] for k in adapter.tensors() if prefix + k in state}
         if tensors:
             load_tensors(adapter, tensors)
             store_residual(adapter)
-            adapter.waiting = False
+            adapter.awaits_data = False
 
 
-def load_tensors(adapter: Adapter, values: Mapping[str, Tensor]) -> None:
-    """Copy values in; a tensor of another shape takes the place of the one that is there."""
+def load_tensors(adapter: WeightAdapter, values: Mapping[str, Tensor]) -> None:
+    """Copy values in; a value of another shape replaces the parameter."""
     with torch.no_grad():
         for key, old in list(adapter.tensors().items()):
             if key not in values:
@@ -74,30 +69,25 @@ def load_tensors(adapter: Adapter, values: Mapping[str, Tensor]) -> None:
             adapter._parameters[key] = nn.Parameter(fresh, requires_grad=old.requires_grad)
 
 
-def store_residual(adapter: Adapter) -> None:
-    """Write the base that belongs to the start; its own bits are kept on the CPU.
+def store_residual(adapter: WeightAdapter) -> None:
+    """Write the base that belongs to the initialisation; the old bits are kept on the CPU.
 
     Raises:
         RuntimeError: the layer's adapters are merged.
     """
-    site = adapter.site
-    state: Any = site.module._peft
-    if adapter.method.needs_data != "gradients" or site.storage.label != "dense":
+    site, active = adapter.site, adapter.state.active
+    if adapter.method.needs_data != InitData.GRADIENTS or not site.storage.lossless_write:
         return
-    if state.merged:
+    if active.merged:
         raise RuntimeError(
-            f"{site.label}: expected unmerged adapters, found {state.merged} merged; unmerge first"
+            f"{site.label}: expected unmerged adapters, found {active.merged} merged; unmerge first"
         )
-    acts = adapter.adapter_name in state.names and not state.disabled
-    before = adapter.rewrite
-    if before is not None and before.active:
-        site.storage.restore(site.module, site.parameter, before.original)
+    adapter.switch_base(False)  # a residual from before
     original = site.storage.snapshot(site.module, site.parameter)
     with torch.no_grad():
         base = adapter.method.residual(adapter.tensors(), site, site.weight(torch.float32))
+        if base is None:
+            return
         site.write(base)
     adapter.rewrite = BaseRewrite(original)
-    if not acts:
-        adapter.rewrite.written = site.storage.snapshot(site.module, site.parameter)
-        site.storage.restore(site.module, site.parameter, original)
-        adapter.rewrite.active = False
+    adapter.switch_base(adapter.adapter_name in active.names and not active.disabled)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
+from torch.nn.utils import parametrize
 
+from lightning_peft.core.protocols import LayerOps
 from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.conv import ConvOps
 from lightning_peft.layers.embedding import EmbeddingOps
@@ -15,12 +17,12 @@ from lightning_peft.layers.multihead_attention import MultiheadAttentionOps
 from lightning_peft.layers.recurrent import RecurrentOps
 from lightning_peft.layers.router import RouterOps, is_router
 
-__all__ = ["KINDS", "PLAIN", "STRUCTURAL", "ops_for"]
+__all__ = ["PLAIN", "adaptable", "editable_ops", "ops_for", "register_layer"]
 
 _CONV, _RECURRENT = ConvOps(), RecurrentOps()
 
-#: Class → ops. By name, so that no optional package is imported to look one up.
-KINDS: dict[str, MatrixOps] = {
+#: Qualified class name → ops. By name, so that no optional package is imported to look one up.
+_BY_CLASS: dict[str, LayerOps] = {
     "torch.nn.modules.linear.Linear": LinearOps(),
     "transformers.pytorch_utils.Conv1D": Conv1DOps(),
     "torch.nn.modules.conv.Conv1d": _CONV,
@@ -33,8 +35,9 @@ KINDS: dict[str, MatrixOps] = {
     "torch.nn.modules.rnn.RNN": _RECURRENT,
 }
 
-#: Kinds known by what the instance has rather than by its class: (test, ops), tried after KINDS.
-STRUCTURAL: list[tuple[Callable[[nn.Module], bool], MatrixOps]] = [
+#: Kinds known by what the instance has rather than by its class: (test, ops), tried after
+#: `_BY_CLASS`.
+_BY_TEST: list[tuple[Callable[[nn.Module], bool], LayerOps]] = [
     (is_experts, ExpertsOps()),
     (is_router, RouterOps()),
 ]
@@ -43,10 +46,61 @@ STRUCTURAL: list[tuple[Callable[[nn.Module], bool], MatrixOps]] = [
 PLAIN = MatrixOps()
 
 
-def ops_for(module: nn.Module) -> MatrixOps | None:
-    """Ops of the module's kind, None where weights of such a module cannot be edited."""
+def register_layer(
+    kind: type[nn.Module] | str | Callable[[nn.Module], bool], ops: LayerOps
+) -> None:
+    """Add a layer kind, or replace the ops of one.
+
+    Methods can then be attached to such layers and merged. ``target_modules="all-linear"`` selects
+    them if ``ops.is_linear`` is true. Saving to Hugging Face peft's format refuses them.
+
+    Args:
+        kind: The module class; or its qualified name, which imports nothing; or a function that
+            tells from an instance. Classes are looked up first, the most derived one before its
+            bases. Functions come after them, the last one registered first.
+        ops: How an Edit acts on such a layer.
+
+    Raises:
+        TypeError: `kind` or `ops` is something else.
+    """
+    if not isinstance(ops, LayerOps):
+        raise TypeError(
+            f"register_layer: ops: expected an instance of a LayerOps class, got {ops!r}; derive "
+            "from MatrixOps and pass an instance"
+        )
+    if isinstance(kind, str):
+        _BY_CLASS[kind] = ops
+    elif isinstance(kind, type) and issubclass(kind, nn.Module):
+        _BY_CLASS[_qualified_name(kind)] = ops
+    elif callable(kind) and not isinstance(kind, type | nn.Module):
+        _BY_TEST.insert(0, (kind, ops))
+    else:
+        raise TypeError(
+            f"register_layer: kind: expected a module class, its qualified name or a function of a "
+            f"module, got {kind!r}; pass the class of the layer"
+        )
+
+
+def ops_for(module: nn.Module) -> LayerOps | None:
+    """Return the ops of the module's kind, None if weights of such a module cannot be edited."""
     for cls in type(module).__mro__:
-        ops = KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
+        ops = _BY_CLASS.get(_qualified_name(cls))
         if ops is not None:
             return ops
-    return next((ops for test, ops in STRUCTURAL if test(module)), None)
+    return next((ops for test, ops in _BY_TEST if test(module)), None)
+
+
+def editable_ops(module: nn.Module) -> LayerOps | None:
+    """Ops of a module whose weights can be edited in place, None for any other module."""
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return None  # MultiheadAttention's out_proj: its forward is never called
+    return None if parametrize.is_parametrized(module) else ops_for(module)
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether weights of this module can be edited in place."""
+    return editable_ops(module) is not None
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

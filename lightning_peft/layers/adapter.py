@@ -1,85 +1,79 @@
-"""One method at one site: its tensors, and what it rewrote in the base."""
+"""The base of all adapters. An adapter is one method at one site, with its tensors."""
 
 from __future__ import annotations
 
+import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.layers.adapted_state import ActiveAdapters, AdaptedState, state_of
 
-__all__ = ["Adapter", "BaseRewrite"]
+if TYPE_CHECKING:
+    from lightning_peft.methods.base import Method
 
-
-@dataclass
-class BaseRewrite:
-    """A base weight that an adapter's initialisation replaced (PiSSA's residual …).
-
-    Attributes:
-        original: Stored bits from before, on the CPU.
-        written: Stored bits after, on the CPU while the adapter is switched off.
-        active: Whether the replaced weight is in the module.
-    """
-
-    original: Any
-    written: Any = None
-    active: bool = True
+__all__ = ["Adapter", "ModuleAdapter", "SiteRNG"]
 
 
-class Adapter(nn.Module):
-    """One method at one site: its tensors, and the way to its Edit.
+class Adapter(nn.Module, ABC):
+    """One method at one site.
 
     Attributes:
-        method: The frozen dataclass.
-        site: Where it acts; not a submodule.
+        method: The method, a frozen dataclass.
+        site: The place it acts on; not a submodule.
         adapter_name: The name it was attached under.
-        shared: Tensors held by the root for all sites; not owned.
-        rewrite: What its initialisation did to the base weight, if anything.
-        paths: For trained copies: our parameter name → path of the parameter in the module.
-        tap: A hook on another module (`InputTap`, `EncoderMaskHook`), None without one.
-        waiting: Whether it is to start from data and has not yet.
     """
 
-    method: Any
+    method: Method
     site: Site
     adapter_name: str
-    shared: Mapping[str, Tensor]
-    rewrite: BaseRewrite | None
 
-    def __init__(self, method: Any, site: Site, adapter_name: str) -> None:
+    def __init__(self, method: Method, site: Site, adapter_name: str) -> None:
         super().__init__()
         self.method = method
         self.site = site
         self.adapter_name = adapter_name
-        self.shared = {}
-        self.rewrite = None
-        self.paths: dict[str, str] = {}
-        self.tap: Any = None
-        self.waiting = bool(getattr(method, "needs_data", ""))
 
     @property
-    def kind(self) -> str:
-        """``"weight"``, ``"block"``, ``"sequence"`` or ``"select"`` (a trained copy of
-        parameters).
-        """
-        kind: str = self.method.kind
-        return kind
+    def state(self) -> AdaptedState:
+        """State of the module that this adapter is attached to."""
+        return state_of(self.site.module)
+
+    @abstractmethod
+    def activate(self, active: ActiveAdapters) -> None:
+        """Enter the list of acting adapters of this kind."""
+
+    @abstractmethod
+    def initial_tensors(self, seed: int | None) -> Mapping[str, Tensor]:
+        """Initial values by key of the adapter's state dict; None takes torch's initial seed."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by the method's own names."""
-        return {**self.shared, **self._parameters, **self._buffers}  # type: ignore[dict-item]
+        own: dict[str, Any] = {**self._parameters, **self._buffers}
+        return own
 
     def copies(self) -> dict[str, Tensor]:
-        """Trained copies by the path of what they stand for."""
-        return {path: self._parameters[name] for name, path in self.paths.items()}  # type: ignore[misc]
+        """Trained copies by the path of the parameter that each one replaces."""
+        return {}
 
-    def edit(self) -> Edit:
-        """The change of the site's weight at this moment."""
-        edit: Edit = self.method.edit(self.tensors(), self.site)
-        return edit
+    def switch_base(self, acts: bool) -> None:
+        """Put the base weight that belongs to an acting or an idle adapter into the module."""
+
+    @property
+    def can_reset(self) -> bool:
+        """Whether `initial_tensors` gives all that attaching gave."""
+        return True
+
+    def why_not_mergeable(self) -> str:
+        """Reason why the adapter has no merged form; "" if it has one."""
+        return "" if self.method.mergeable else "it does not change weights"
+
+    def remove_hooks(self) -> None:
+        """Remove the adapter's hooks from other modules."""
 
     def extra_repr(self) -> str:
         """Method and tensor shapes, for print(model)."""
@@ -87,3 +81,48 @@ class Adapter(nn.Module):
             f"{n} {list(t.shape)}" for n, t in self.tensors().items() if t is not None
         )
         return f"{self.method.label}: {shapes}"
+
+
+class ModuleAdapter(Adapter):
+    """An adapter whose tensors are those of a module that the method builds.
+
+    Attributes:
+        block: The module.
+    """
+
+    block: nn.Module
+
+    def __init__(self, method: Method, site: Site, adapter_name: str) -> None:
+        super().__init__(method, site, adapter_name)
+        self.block = self._seeded_module(None)
+
+    @abstractmethod
+    def build_module(self) -> nn.Module:
+        """A new module with initial values."""
+
+    def _seeded_module(self, seed: int | None) -> nn.Module:
+        with SiteRNG(self.site, self.adapter_name, seed), torch.device("cpu"):
+            return self.build_module()
+
+    def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
+        """Tensors of a newly built module."""
+        new = self._seeded_module(seed).state_dict()
+        return {f"block.{key}": tensor for key, tensor in new.items()}
+
+
+class SiteRNG:
+    """Random stream of one adapter at one site; torch's own stream is left untouched.
+
+    The values depend on seed, adapter name and site, not on the order of drawing.
+    """
+
+    def __init__(self, site: Site, adapter_name: str, seed: int | None) -> None:
+        base = torch.initial_seed() if seed is None else seed
+        self.seed = zlib.crc32(f"{base}/{adapter_name}/{site.label}".encode())
+
+    def __enter__(self) -> None:
+        self.before = torch.random.get_rng_state()
+        torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        torch.random.set_rng_state(self.before)

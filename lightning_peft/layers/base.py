@@ -1,11 +1,9 @@
 """The adapted forward of a layer with one input and one weight: Linear, Conv1D, convolution,
 embedding.
 
-Composition is an onion with exactly one base call: the outermost edit maps the input first
-(`in_scale`, `rotation`), then the base runs, then each edit adds its terms and `out_scale`,
-innermost first. A part that the kind of layer
-cannot do on activations takes the weight path: W' is formed, used and dropped, and formed again in
-backward.
+Edits compose like nested functions around a single base call. Input maps (`in_scale`, `rotation`)
+run outermost first; terms and `out_scale` run innermost first. If a layer cannot apply an edit to
+activations, it materialises W', uses it and recomputes it in backward.
 """
 
 from __future__ import annotations
@@ -16,12 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning_peft_kernels.autograd import transformed
-from lightning_peft_kernels.dispatch import preference
+from lightning_peft_kernels.autograd import in_functorch_transform
+from lightning_peft_kernels.dispatch import checkpoint_contexts, current_backend
 from lightning_peft_kernels.dropout.ops import dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lightning_peft.core.edit import (
     Edit,
@@ -30,17 +28,20 @@ from lightning_peft.core.edit import (
     concat_ranks,
     low_rank_terms,
 )
-from lightning_peft.core.protocols import Reason
-from lightning_peft.layers.adapter import Adapter
-from lightning_peft.layers.hf_layout import HFLayout
-from lightning_peft.layers.mixed_batch import current_mixed_batch
-from lightning_peft.layers.projection_groups.group import output_of_group
+from lightning_peft.core.protocols import LayerOps, Reason
+from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch
+from lightning_peft.layers.projection_group import output_of_group
+from lightning_peft.layers.weight_adapter import WeightAdapter
 
 __all__ = ["MatrixOps"]
 
 
-class MatrixOps(HFLayout):
-    """Defaults for layers whose weight is [out, in] and whose input ends in `in`."""
+class MatrixOps(LayerOps):
+    """Base of layer kinds with one input.
+
+    The defaults are those of a weight [out, in] and an input [..., in]. A kind overrides the
+    members that differ.
+    """
 
     #: Parts of an Edit that act on activations here.
     on_activations: frozenset[str] = frozenset({"in_scale", "rotation", "out_scale"})
@@ -48,33 +49,36 @@ class MatrixOps(HFLayout):
     #: Whether the input is ids (embedding) rather than features.
     is_embedding: bool = False
 
+    #: Whether "all-linear" selects layers of this kind.
+    is_linear: bool = False
+
     # ---- geometry: identity for Linear, overridden by the other kinds
     def parameters(self, m: nn.Module) -> Sequence[str]:
-        """Paths of the weights that may be edited."""
+        """Return the paths of the weights that may be edited."""
         return ("weight",)
 
     def bias(self, m: nn.Module, name: str) -> str | None:
-        """Path of the bias, None where the layer has none."""
+        """Return the path of the bias; None for a layer without one."""
         return "bias" if getattr(m, "bias", None) is not None else None
 
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
-        """Canonical [out, in]."""
+        """Return the canonical shape [out, in]."""
         return natural
 
     def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
-        """Input features."""
+        """Return the number of input features."""
         return self.shape(m, name, natural)[-1]
 
     def to_canonical(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
-        """Natural → canonical."""
+        """Return the weight in canonical form."""
         return W
 
     def from_canonical(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
-        """Canonical → natural."""
+        """Return a canonical matrix in the weight's own form."""
         return M
 
     def supports(self, part: str) -> bool:
-        """Whether a part of an Edit acts on activations here."""
+        """Return whether a part of an Edit acts on activations here."""
         return part in self.on_activations
 
     @property
@@ -85,10 +89,10 @@ class MatrixOps(HFLayout):
     # ---- actions
     @contextmanager
     def substituted(self, m: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the module (or its children, for dotted paths) read these tensors as its parameters.
+        """Let the module, or its children for dotted paths, read these tensors as parameters.
 
-        An entry in the instance's `__dict__` is found before `nn.Module.__getattr__` looks for the
-        parameter.
+        Python finds an entry in the instance's `__dict__` before `nn.Module.__getattr__` looks for
+        the parameter.
         """
         undo: list[tuple[dict[str, Any], str]] = []
         try:
@@ -103,27 +107,29 @@ class MatrixOps(HFLayout):
                 attributes.pop(leaf, None)
 
     def functional(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """The layer with another weight and bias."""
+        """Return the layer's output with another weight and bias."""
         return F.linear(x, W, b)
 
-    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
-        """scaling · (x Aᵀ) Bᵀ; the scale goes to the thin side."""
+    def low_rank(
+        self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+    ) -> Tensor:
+        """Return `scaling · (x Aᵀ) Bᵀ`, with the scale on the thin side."""
         return F.linear(F.linear(x, A) * scaling, B)
 
     def scale_in(self, m: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
-        """X diag(scale)."""
+        """Return `x diag(scale)`."""
         return x * scale
 
     def scale_in_matrix(self, m: nn.Module, M: Tensor, scale: Tensor) -> Tensor:
-        """M diag(scale)."""
+        """Return `M diag(scale)`."""
         return M * scale
 
     def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
-        """[out] shaped so that it broadcasts against the layer's output."""
+        """Return a vector [out] in a shape that broadcasts against the layer's output."""
         return v
 
     def scale_out(self, m: nn.Module, y: Tensor, scale: Tensor) -> Tensor:
-        """diag(scale) y, `scale` [out]."""
+        """Return `diag(scale) y`, with `scale` [out]."""
         return y * self.per_output(m, scale).to(y.dtype)
 
     # ---- forward
@@ -131,72 +137,82 @@ class MatrixOps(HFLayout):
         self,
         m: nn.Module,
         run: Callable[..., Any],
-        adapters: Sequence[Adapter],
+        adapters: Sequence[WeightAdapter],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Adapted forward; see the module's docstring."""
+        """Return the layer's output under all edits; see the module's docstring."""
         x, args = (args[0], args[1:]) if args else (kwargs.pop(next(iter(kwargs))), ())
         if not torch.compiler.is_compiling():
             y = output_of_group(m, x)
             if y is not None:
                 return y
         edits = [a.edit() for a in adapters]
-        mixed = current_mixed_batch() is not None
-        fused_linear_term = edits[0].fused_linear_term if len(edits) == 1 and not mixed else None
-        if fused_linear_term is not None:
-            found = self._forward_fused_linear(m, adapters[0], fused_linear_term, x)
-            if found is not None:
-                return found
-        if not mixed and all(e.only_low_rank for e in edits):
-            fused = self._fused(m, adapters, edits, x)
-            if fused is not None:
-                return fused
+        mix = current_mixed_batch()
+        if mix is None:
+            y = self._forward_fused(m, adapters, edits, x)
+            if y is not None:
+                return y
         forms = [e.form() for e in edits]
-        if not mixed and len(edits) == 1 and forms[0] - {"dropout"} == _SCALED_LOW_RANK:
-            scaled = self._fused_then_scaled(m, adapters[0], edits[0], x)
-            if scaled is not None:
-                return scaled
-        if any(not self.supports(part) for form in forms for part in form & _WEIGHT_PARTS):
-            if mixed:
+        if not all(self.supports(part) for form in forms for part in form & _WEIGHT_PARTS):
+            if mix is not None:
                 raise ValueError(
                     f"{adapters[0].site.label}: expected edits that act on activations when rows "
                     f"of a batch are under different adapters, got {adapters[0].method.label} on "
                     f"{type(m).__name__}; run the adapters one after the other with set_adapter"
                 )
             return self._forward_materialized(m, adapters, edits, x)
-        if not mixed and len(edits) == 1 and forms[0] == _OUT_SCALE:
-            e = edits[0]
-            if e.scale_bias or self._bias(m) is None:
-                y = run(x, *args, **kwargs)
-                return self.scale_out(m, y, e.out_scale)  # type: ignore[arg-type]
-        return self._forward_composed(m, run, adapters, edits, x, args, kwargs)
+        if mix is None and len(edits) == 1 and forms[0] == _OUT_SCALE:
+            scale = edits[0].out_scale
+            if scale is not None and (edits[0].scale_bias or self._bias(m) is None):
+                return self.scale_out(m, run(x, *args, **kwargs), scale)
+        return self._forward_composed(m, lambda z: run(z, *args, **kwargs), adapters, edits, x, mix)
+
+    # ---- fused forms: one call for base and change
+    def _forward_fused(
+        self, m: nn.Module, adapters: Sequence[WeightAdapter], edits: Sequence[Edit], x: Tensor
+    ) -> Tensor | None:
+        """Return the output of a fused form of these edits; None if there is none."""
+        y: Tensor | None = None
+        alone = edits[0] if len(edits) == 1 else None
+        if alone is not None and alone.fused_linear_term is not None:
+            y = self._forward_fused_linear(m, adapters[0], alone.fused_linear_term, x)
+        if y is None and all(e.only_low_rank for e in edits):
+            y = self._forward_fused_low_rank(m, adapters, edits, x)
+        if y is None and alone is not None and alone.form() - {"dropout"} == _SCALED_LOW_RANK:
+            y = self._forward_fused_then_scaled(m, adapters[0], alone, x)
+        return y
 
     def _forward_fused_linear(
-        self, m: Any, adapter: Adapter, term: FusedLinearTerm, x: Tensor
+        self, m: nn.Module, adapter: WeightAdapter, term: FusedLinearTerm, x: Tensor
     ) -> Tensor | None:
-        """Base and change in one function; None unless the layer is a plain dense linear one, all
-        is of one dtype and torch's own formulas are not asked for.
+        """Return base and change from the term's own function.
+
+        None unless the layer is linear and dense, all tensors have one dtype, and the backend may
+        be another than torch.
         """
         site = adapter.site
+        formed = getattr(term, "formed", False)  # torch's own formula already
         if (
-            preference() == "torch"
-            or transformed()
-            or site.storage.label != "dense"
+            (not formed and (current_backend() == "torch" or in_functorch_transform()))
+            or site.storage.is_quantized
             or torch.is_autocast_enabled(x.device.type)
         ):
             return None
         if isinstance(site.storage.fused(_LOW_RANK, m, site.parameter), Reason):
             return None
-        W, b, dtype = self.to_canonical(m, site.parameter, m.weight), m.bias, x.dtype
+        W = self.to_canonical(m, site.parameter, getattr(m, site.parameter))
+        b, dtype = self._bias(m), x.dtype
         if W.requires_grad or (b is not None and b.requires_grad) or dtype.itemsize < 4:
             return None
-        if W.dtype != dtype or any(t.dtype != dtype for t in adapter.tensors().values()):
+        if W.dtype != dtype or any(
+            t.dtype != dtype for t in adapter.tensors().values() if t.is_floating_point()
+        ):
             return None
         return term.fused_linear(x, W, b)
 
-    def _fused(
-        self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
+    def _forward_fused_low_rank(
+        self, m: nn.Module, adapters: Sequence[WeightAdapter], edits: Sequence[Edit], x: Tensor
     ) -> Tensor | None:
         p = edits[0].dropout
         if len(edits) > 1 and any(e.dropout != p for e in edits):
@@ -208,19 +224,21 @@ class MatrixOps(HFLayout):
         term = concat_ranks(low_rank_terms(edits))
         return kernel(m, x, term.A, term.B, term.scaling, p if m.training else 0.0)
 
-    def _fused_then_scaled(
-        self, m: nn.Module, adapter: Adapter, edit: Edit, x: Tensor
+    def _forward_fused_then_scaled(
+        self, m: nn.Module, adapter: WeightAdapter, edit: Edit, x: Tensor
     ) -> Tensor | None:
-        """DoRA's form: the fused layer, then one pass for the scale. None with a bias, which is not
-        scaled: a fused one would be rounded into the sum before.
+        """Return DoRA's form: the fused layer, then one pass for the scale.
+
+        None with a bias. The scale leaves it alone, but the fused layer would round it into the
+        sum.
         """
         if self._bias(m) is not None or not self.supports("out_scale") or edit.out_scale is None:
             return None
-        u = self._fused(m, [adapter], [replace(edit, out_scale=None)], x)
+        u = self._forward_fused_low_rank(m, [adapter], [replace(edit, out_scale=None)], x)
         return None if u is None else self.scale_out(m, u, edit.out_scale)
 
     def _forward_materialized(
-        self, m: nn.Module, adapters: Sequence[Adapter], edits: Sequence[Edit], x: Tensor
+        self, m: nn.Module, adapters: Sequence[WeightAdapter], edits: Sequence[Edit], x: Tensor
     ) -> Tensor:
         site = adapters[0].site
 
@@ -241,67 +259,91 @@ class MatrixOps(HFLayout):
 
         if not torch.is_grad_enabled():
             return run(x)
-        y: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        compiling = torch.compiler.is_compiling()
+        y: Tensor = checkpoint(
+            run, x, use_reentrant=False, preserve_rng_state=False,
+            context_fn=noop_context_fn if compiling else checkpoint_contexts,
+        )  # fmt: skip
         return y
 
+    # ---- edits around one base call
     def _forward_composed(
         self,
         m: nn.Module,
-        run: Callable[..., Any],
-        adapters: Sequence[Adapter],
+        base: Callable[[Tensor], Tensor],
+        adapters: Sequence[WeightAdapter],
         edits: Sequence[Edit],
         x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        mix: MixedBatch | None,
     ) -> Tensor:
-        mix = current_mixed_batch()
+        """Map the input through every edit, call the base, map the output back."""
         rows = [
             None if mix is None else mix.index(a.adapter_name, x.shape[0], x.device)
             for a in adapters
         ]
+        x, inputs = self._map_inputs(m, edits, rows, x)
+        y = base(x)
+        # The bias inside y at each step: under a mix the rows of each adapter have their own.
+        names = [a.adapter_name if mix is not None else "" for a in adapters]
+        biases: dict[str, Tensor | None] = dict.fromkeys(names, self._bias(m))
+        last = len(edits) - 1
+        for i, (name, e) in enumerate(zip(names, edits, strict=True)):
+            v = self._add_terms(m, adapters[i], e, inputs[i], _pick(y, rows[i]))
+            y = _put(y, rows[i], self._scale_output(m, e, v, biases[name]))
+            if i < last:
+                biases[name] = e.edited_bias(biases[name])
+        return y
+
+    def _map_inputs(
+        self,
+        m: nn.Module,
+        edits: Sequence[Edit],
+        rows: Sequence[Tensor | None],
+        x: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return (the base's input, the input of each edit's terms); outermost edit first."""
         inputs: list[Tensor] = [x] * len(edits)
-        for i in reversed(range(len(edits))):  # the outermost edit maps the input first
+        for i in reversed(range(len(edits))):
             e = edits[i]
-            z = _pick(x, rows[i])
+            inputs[i] = z = _pick(x, rows[i])
             if e.in_scale is not None:
                 z = self.scale_in(m, z, e.in_scale.to(z.dtype))
             if e.rotation is not None:
                 z = e.rotation.apply(z).to(z.dtype)
-            if e.in_scale is not None or e.rotation is not None:
-                x = _put(x, rows[i], z)
-            inputs[i] = z
-        y: Tensor = run(x, *args, **kwargs)
-        # The bias that is in y at this moment, for edits that must not scale it; by adapter when
-        # rows differ.
-        biases: dict[str, Tensor | None] = {
-            a.adapter_name if mix else "": self._bias(m) for a in adapters
-        }
-        for adapter, e, z, r in zip(adapters, edits, inputs, rows, strict=True):
-            v, of = _pick(y, r), adapter.adapter_name if mix else ""
-            b = biases[of]
-            keep = (
-                None
-                if b is None or e.scale_bias or e.out_scale is None
-                else self.per_output(m, b).to(v.dtype)
-            )
-            for term in e.terms:
-                v = v + term.apply(self, adapter.site, _drop(z, e.dropout, m.training)).to(v.dtype)
-            if e.bias is not None and (e.scale_bias or e.out_scale is None):
-                v = v + self.per_output(m, e.bias).to(v.dtype)
-            if e.out_scale is not None:
-                if keep is None:
-                    v = self.scale_out(m, v, e.out_scale)
-                else:
-                    # The bias stays: (v - b) scale + b, so written that a scale of 1 changes no
-                    # bit.
-                    scale = self.per_output(m, e.out_scale).to(v.dtype)
-                    v = v + (v - keep) * (scale - 1)
-            if e.bias is not None and not (e.scale_bias or e.out_scale is None):
-                v = v + self.per_output(m, e.bias).to(v.dtype)
-            if adapter is not adapters[-1]:  # for those that follow
-                biases[of] = e.edited_bias(b)
-            y = _put(y, r, v)
+            if z is not inputs[i]:
+                inputs[i], x = z, _put(x, rows[i], z)
+        return x, inputs
+
+    def _add_terms(
+        self, m: nn.Module, adapter: WeightAdapter, edit: Edit, x: Tensor, y: Tensor
+    ) -> Tensor:
+        """Return y + Σ term(x), with the edit's dropout on x."""
+        for term in edit.terms:
+            y = y + term.apply(self, adapter.site, _drop(x, edit.dropout, m.training)).to(y.dtype)
         return y
+
+    def _scale_output(self, m: nn.Module, edit: Edit, y: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y with the edit's bias, `out_scale` and `out_map`.
+
+        Args:
+            m: The layer.
+            edit: The edit.
+            y: Output of the layer with the edit's terms.
+            bias: The bias inside y; `out_scale` leaves it alone unless `scale_bias` is set.
+        """
+        keeps_bias = edit.out_scale is not None and not edit.scale_bias
+        if edit.bias is not None and not keeps_bias:
+            y = y + self.per_output(m, edit.bias).to(y.dtype)
+        if edit.out_scale is not None:
+            if bias is None or not keeps_bias:
+                y = self.scale_out(m, y, edit.out_scale)
+            else:
+                # (y - b) scale + b, in a form in which a scale of 1 changes no bit
+                scale = self.per_output(m, edit.out_scale).to(y.dtype)
+                y = y + (y - self.per_output(m, bias).to(y.dtype)) * (scale - 1)
+        if edit.bias is not None and keeps_bias:
+            y = y + self.per_output(m, edit.bias).to(y.dtype)
+        return y if edit.out_map is None else edit.out_map.apply(y).to(y.dtype)
 
     def _bias(self, m: nn.Module) -> Tensor | None:
         path = self.bias(m, "weight")
@@ -312,7 +354,7 @@ _LOW_RANK = frozenset({"low_rank"})
 _DROPPED_LOW_RANK = frozenset({"low_rank", "dropout"})
 _OUT_SCALE = frozenset({"out_scale"})
 _SCALED_LOW_RANK = frozenset({"low_rank", "out_scale"})
-_WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale"})
+_WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale", "out_map"})
 
 
 def _pick(t: Tensor, rows: Tensor | None) -> Tensor:

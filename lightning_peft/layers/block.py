@@ -1,41 +1,74 @@
-"""Added modules: how a block's output joins the output of the module it is attached to."""
+"""Adapters that add a module: how its output joins the output of the layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.layers.adapter import Adapter
+from lightning_peft.core.modules import first_argument
+from lightning_peft.core.site import BlockSite
+from lightning_peft.layers.adapted_state import ActiveAdapters
+from lightning_peft.layers.adapter import ModuleAdapter
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 
-__all__ = ["InputTap"]
+if TYPE_CHECKING:
+    from lightning_peft.methods.base import BlockMethod
+
+__all__ = ["BlockAdapter", "InputTap", "apply_block"]
+
+
+class BlockAdapter(ModuleAdapter):
+    """Adds a small module after a layer or parallel to it.
+
+    Attributes:
+        tap: Hook on the module whose input is read; None if the layer's own input is read.
+    """
+
+    method: BlockMethod
+    site: BlockSite
+    tap: InputTap | None
+
+    def __init__(self, method: BlockMethod, site: BlockSite, adapter_name: str) -> None:
+        super().__init__(method, site, adapter_name)
+        self.tap = None
+
+    def build_module(self) -> nn.Module:
+        """The method's module at this site."""
+        return self.method.module(self.site)
+
+    def activate(self, active: ActiveAdapters) -> None:
+        """Act as an added module."""
+        active.blocks.append(self)
+
+    def why_not_mergeable(self) -> str:
+        """An added module has no equal weight."""
+        return "it adds modules, it does not change weights"
+
+    def remove_hooks(self) -> None:
+        """Remove the tap."""
+        if self.tap is not None:
+            self.tap.remove()
 
 
 def apply_block(
-    adapter: Adapter, x: Any, y: Any, again: Callable[[Tensor], Any]
-) -> tuple[Any, Any]:
-    """Input and output of a layer with the added module's effect, on the rows that are under it.
+    adapter: BlockAdapter, x: Tensor, y: Any, again: Callable[[Tensor], Any]
+) -> tuple[Tensor, Any]:
+    """Input and output of a layer with the effect of an added module.
 
-    A tuple output carries the hidden states first. `again` runs the layer on another input.
+    In a mixed batch only the rows of this adapter change.
+
+    Args:
+        adapter: The added module.
+        x: Input of the layer.
+        y: Output of the layer; a tuple carries the hidden states first.
+        again: Runs the layer on another input.
     """
-    role = adapter.site.role  # type: ignore[attr-defined]
-    hidden = y[0] if isinstance(y, tuple) else y
-    if role == "beside":
-        read = x if adapter.tap is None else adapter.tap.take()
-        if read.shape[:-1] != hidden.shape[:-1]:  # a mixture of experts puts tokens in one row
-            read = read.reshape(*hidden.shape[:-1], read.shape[-1])
-    else:
-        read = hidden
-    mix = current_mixed_batch()
-    if mix is None:
-        change = adapter.method.change(adapter.block, read, adapter.site).to(hidden.dtype)
-    else:
-        rows = mix.index(adapter.adapter_name, hidden.shape[0], hidden.device)
-        part = adapter.method.change(adapter.block, read[rows], adapter.site)
-        change = torch.zeros_like(hidden).index_copy(0, rows, part.to(hidden.dtype))
+    role = adapter.site.role
+    hidden: Tensor = y[0] if isinstance(y, tuple) else y
+    change = _change(adapter, _read(adapter, x, hidden), hidden)
     if role == "norm":
         x = x + change
         return x, again(x)
@@ -43,28 +76,46 @@ def apply_block(
     return x, (out, *y[1:]) if isinstance(y, tuple) else out
 
 
-class InputTap:
-    """Keeps the input of one module for an adapter on another, within one forward of a block.
+def _read(adapter: BlockAdapter, x: Tensor, hidden: Tensor) -> Tensor:
+    """The features that the added module reads."""
+    if adapter.site.role != "parallel":
+        return hidden
+    read = x if adapter.tap is None else adapter.tap.take()
+    if read.shape[:-1] != hidden.shape[:-1]:  # a mixture of experts flattens the tokens
+        read = read.reshape(*hidden.shape[:-1], read.shape[-1])
+    return read
 
-    Both run inside the same block, so that activation checkpointing repeats both.
+
+def _change(adapter: BlockAdapter, read: Tensor, hidden: Tensor) -> Tensor:
+    mix = current_mixed_batch()
+    if mix is None:
+        return adapter.method.change(adapter.block, read, adapter.site).to(hidden.dtype)
+    rows = mix.index(adapter.adapter_name, hidden.shape[0], hidden.device)
+    part = adapter.method.change(adapter.block, read[rows], adapter.site)
+    return torch.zeros_like(hidden).index_copy(0, rows, part.to(hidden.dtype))
+
+
+class InputTap:
+    """Hands the input of one module to an adapter on another, within one forward of a block.
+
+    Both modules run inside the same block, so activation checkpointing repeats both.
     """
 
-    def __init__(self, adapter: Adapter, module: nn.Module) -> None:
+    def __init__(self, adapter: BlockAdapter, module: nn.Module) -> None:
         self.adapter = adapter
         self.seen: Tensor | None = None
-        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hook: keep the input while the adapter acts."""
-        state: Any = self.adapter.site.module._peft
-        if self.adapter in state.blocks:
-            self.seen = args[0] if args else next(iter(kwargs.values()))
+        """Called before the tapped module's forward: keep the input while the adapter acts."""
+        if self.adapter in self.adapter.state.active.blocks:
+            self.seen = first_argument(args, kwargs)
 
     def take(self) -> Tensor:
-        """The input that was kept, once.
+        """The kept input, once.
 
         Raises:
-            RuntimeError: the tapped module did not run before the adapter's.
+            RuntimeError: the tapped module did not run before the adapter's module.
         """
         x, self.seen = self.seen, None
         if x is None:
@@ -74,3 +125,7 @@ class InputTap:
                 "target_modules"
             )
         return x
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_peft.layers.base import MatrixOps
 
@@ -27,31 +28,30 @@ class ConvOps(MatrixOps):
         """Canonical [out, in/groups · Π kernel]."""
         return torch.Size((natural[0], natural[1:].numel()))
 
-    def channels(self, m: Any, name: str, natural: torch.Size) -> int:
+    def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
         """Input channels, over all groups."""
-        channels: int = m.in_channels
-        return channels
+        return _conv(m).in_channels
 
     def to_canonical(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """Flatten the columns."""
         return W.flatten(1)
 
-    def from_canonical(self, m: Any, name: str, M: Tensor) -> Tensor:
+    def from_canonical(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
         """Columns back to [in/groups, *kernel]."""
-        return M.reshape(M.shape[0], -1, *m.kernel_size)
+        return M.reshape(M.shape[0], -1, *_conv(m).kernel_size)
 
-    def functional(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def functional(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """The layer's own convolution with another weight."""
-        y: Tensor = m._conv_forward(x, W, b)
-        return y
+        return _conv(m)._conv_forward(x, W, b)
 
-    def low_rank(self, m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
         """A as a convolution of the layer's own geometry to r channels a group, B as a 1×1
         convolution.
         """
-        r, groups, ones = A.shape[0], m.groups, (1,) * len(m.kernel_size)
-        down = A.reshape(r, -1, *m.kernel_size).repeat(groups, 1, *ones)
-        h = m._conv_forward(x, down, None) * scaling
+        conv = _conv(m)
+        r, groups, ones = A.shape[0], conv.groups, (1,) * len(conv.kernel_size)
+        down = A.reshape(r, -1, *conv.kernel_size).repeat(groups, 1, *ones)
+        h = conv._conv_forward(x, down, None) * scaling
         up = B.reshape(*B.shape, *ones)
         y: Tensor = _CONV[len(ones)](h, up, None, groups=groups)
         return y
@@ -60,73 +60,19 @@ class ConvOps(MatrixOps):
         """Each input channel times its scale."""
         return x * self.per_output(m, scale)
 
-    def scale_in_matrix(self, m: Any, M: Tensor, scale: Tensor) -> Tensor:
+    def scale_in_matrix(self, m: nn.Module, M: Tensor, scale: Tensor) -> Tensor:
         """The columns of a channel, in the rows of its group, times its scale."""
-        groups, out = m.groups, M.shape[0]
+        groups, out = _conv(m).groups, M.shape[0]
         per_group = scale.view(groups, 1, -1, 1)
         return (M.reshape(groups, out // groups, per_group.shape[2], -1) * per_group).reshape(
             out, -1
         )
 
-    def per_output(self, m: Any, v: Tensor) -> Tensor:
+    def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
         """[channels] → [channels, 1, …], which broadcasts with and without a batch axis."""
-        return v.view(-1, *(1,) * len(m.kernel_size))
+        return v.view(-1, *(1,) * len(_conv(m).kernel_size))
 
-    # ---- exchange: peft's A [R, in, *kernel] reads all channels, B [out, R/groups, 1 …] is grouped
-    def hf_refusal(self, m: Any, name: str) -> str:
-        """Geometries that peft's A does not share with the base."""
-        if m.padding_mode != "zeros":
-            return f"peft pads the adapter's input with zeros, the base with {m.padding_mode!r}"
-        if any(d != 1 for d in m.dilation):
-            return f"peft's A has no dilation, the base has {tuple(m.dilation)}"
-        return ""
 
-    def hf_rank(self, m: Any, name: str, r: int) -> int:
-        """A block of r rows in each group."""
-        rank: int = m.groups * r
-        return rank
-
-    def hf_pack(self, m: Any, name: str, layout: str, t: Tensor) -> Tensor:
-        """Natural axes; a rank that all groups share becomes a block of its own in each of them."""
-        ones = (1,) * len(m.kernel_size)
-        if layout == "up":
-            return t.reshape(*t.shape, *ones)
-        if layout in ("out", "in", "vector"):
-            return t.reshape(1, -1, *ones)
-        if layout != "down":
-            return t
-        r, per_group = t.shape[0], m.in_channels // m.groups
-        block = t.reshape(r, per_group, *m.kernel_size)
-        A = block.new_zeros(m.groups, r, m.groups, per_group, *m.kernel_size)
-        for g in range(m.groups):
-            A[g, :, g] = block
-        return A.reshape(m.groups * r, m.in_channels, *m.kernel_size)
-
-    def hf_unpack(self, m: Any, name: str, layout: str, t: Tensor) -> Tensor:
-        """Canonical axes; across groups only where the file's A keeps to its group."""
-        k = tuple(m.kernel_size)
-        if layout in ("out", "in", "vector", "up"):
-            vector = layout != "up"
-            if t.ndim != 2 + len(k) or t.shape[2:].numel() != 1 or (vector and t.shape[0] != 1):
-                raise ValueError(
-                    f"expected {2 + len(k)} axes, the last of length 1, got {list(t.shape)}"
-                )
-            return t.reshape(-1) if vector else t.flatten(1)
-        if layout != "down":
-            return t
-        if tuple(t.shape[1:]) != (m.in_channels, *k):
-            raise ValueError(
-                f"expected shape [r, {m.in_channels}, {', '.join(map(str, k))}], got "
-                f"{list(t.shape)}"
-            )
-        if m.groups == 1:
-            return t.flatten(1)
-        blocks = t.reshape(m.groups, -1, m.groups, m.in_channels // m.groups, *k)
-        own = torch.stack([blocks[g, :, g] for g in range(m.groups)])
-        if own.count_nonzero() != t.count_nonzero() or not torch.equal(own, own[:1].expand_as(own)):
-            raise ValueError(
-                f"expected an A that keeps to each of the {m.groups} groups alike, got one that "
-                "mixes channels: no weight of this grouped convolution equals it; exclude the "
-                "layer"
-            )
-        return own[0].flatten(1)
+def _conv(m: nn.Module) -> _ConvNd:
+    """The module as the convolution it is: ops are found by class."""
+    return cast(_ConvNd, m)

@@ -5,12 +5,14 @@ out].
 from __future__ import annotations
 
 import torch
-from lightning_peft_kernels.dispatch import choose
+from lightning_peft_kernels.dispatch import select
 from lightning_peft_kernels.scale.ops import output_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.core.protocols import WeightLayout
 from lightning_peft.layers.base import MatrixOps
+from lightning_peft.storage.packed_linear import AdoptedLinear, PackedLinear
 
 __all__ = ["Conv1DOps", "LinearOps"]
 
@@ -18,9 +20,12 @@ __all__ = ["Conv1DOps", "LinearOps"]
 class _FeaturesOps(MatrixOps):
     """Input [..., in], output [..., out]."""
 
+    is_linear = True
+    on_activations = MatrixOps.on_activations | {"out_map"}
+
     def scale_out(self, m: nn.Module, y: Tensor, scale: Tensor) -> Tensor:
         """Y diag(scale); one kernel each way where there is one, which saves passes in backward."""
-        if choose("output_scale", y.device, y.dtype).backend == "triton":
+        if select("output_scale", y.device, y.dtype).backend == "triton":
             return output_scale(y, scale.to(y.dtype))
         return super().scale_out(m, y, scale)
 
@@ -28,9 +33,17 @@ class _FeaturesOps(MatrixOps):
 class LinearOps(_FeaturesOps):
     """`nn.Linear`: weight [out, in], input [..., in]."""
 
+    def weight_layout(self, m: nn.Module) -> WeightLayout | None:
+        """One weight [out, in]."""
+        return WeightLayout(("weight",), False, PackedLinear, AdoptedLinear)
+
 
 class Conv1DOps(_FeaturesOps):
     """`transformers.pytorch_utils.Conv1D`: weight [in, out], input [..., in]."""
+
+    def weight_layout(self, m: nn.Module) -> WeightLayout | None:
+        """One weight [in, out]."""
+        return WeightLayout(("weight",), True, PackedLinear, AdoptedLinear)
 
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
         """Canonical [out, in]."""

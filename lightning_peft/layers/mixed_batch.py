@@ -1,37 +1,73 @@
-"""Rows of one batch under different adapters: which rows belong to which name, seen by every
-adapted layer.
+"""Mixed batches: every row of a batch runs under its own adapter.
+
+The mix in force belongs to a context (`contextvars`), so each thread and each asyncio task has its
+own. Backward is different: activation checkpointing repeats a forward there, possibly in one of
+autograd's threads and after the block has ended. A mixed batch therefore binds itself to the
+tensors that autograd saves inside its block. A checkpointed function reads its saved inputs before
+it is repeated, which puts the mix of the first run in force again, for the nodes of that run only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["BASE", "MixedBatch", "current_mixed_batch", "mixed_batch", "without_mixed_batch"]
+__all__ = [
+    "BASE",
+    "MixedBatch",
+    "current_mixed_batch",
+    "mixed_batch",
+    "saves_for_recomputation",
+    "without_mixed_batch",
+]
 
 BASE = "__base__"  # a row under no adapter, as Hugging Face peft spells it
 
+_Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
+
 
 class MixedBatch:
-    """One adapter name a sample; index tensors are made once per (batch size, device)."""
+    """The adapter name of every sample of a batch.
+
+    Attributes:
+        names: One adapter name per sample.
+        active: Adapters that were active in the layers that ran; None if no layer ran.
+        first_node: Sequence number of the first autograd node made in the block.
+        last_node: Sequence number behind the last one; None while the block is open.
+        backward: Id of the backward pass that entered the block, -1 outside backward.
+        outer_hooks: Hooks for saved tensors that were in force around the block.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.active: set[str] | None = None  # in the layers that ran; None: none ran
+        self.active: set[str] | None = None
+        self.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self.last_node: int | None = None
+        self.backward = _current_backward()
+        self.outer_hooks: _Hooks | None = None
         self._index: dict[tuple[str, int, torch.device], Tensor] = {}
 
-    def through(self, active: Iterable[str]) -> None:
-        """Note that an adapted layer runs, with these adapters active."""
+    def note_layer(self, active: Iterable[str]) -> None:
+        """Record that an adapted layer runs with these adapters active."""
         self.active = {*(self.active or ()), *active}
 
+    def contains_node(self, number: int) -> bool:
+        """Return whether an autograd node was made inside the block."""
+        return self.first_node <= number and (self.last_node is None or number < self.last_node)
+
     def check(self) -> None:
-        """After the last forward.
+        """Check the names after the last forward.
 
         Raises:
-            ValueError: rows named an adapter that no layer had active: they ran as the base.
+            ValueError: rows named an adapter that no layer had active, so they ran as the base.
         """
         if self.active is None:
             return
@@ -44,10 +80,10 @@ class MixedBatch:
             )
 
     def index(self, name: str, n_rows: int, device: torch.device) -> Tensor:
-        """Rows [k] int64 of `name` in a tensor with `n_rows` leading rows.
+        """Return the rows of `name`, [k] int64, in a tensor with `n_rows` leading rows.
 
         A layer may see each sample several times in a row: tokens flattened into the batch, beams.
-        Batch-major order is assumed, which is what Hugging Face models use.
+        Batch-major order is assumed, as in Hugging Face models.
 
         Raises:
             ValueError: `n_rows` is no multiple of the number of names.
@@ -68,32 +104,194 @@ class MixedBatch:
         return self._index[key]
 
 
-_current: list[MixedBatch | None] = [None]
+class _Recomputation(NamedTuple):
+    """The mixed batches whose saved tensors a backward pass has read.
+
+    Attributes:
+        backward: Id of the backward pass.
+        node: Sequence number of the last node that a recomputation made and that read; -1 before.
+        batches: Mixed batches, the one read last first.
+    """
+
+    backward: int
+    node: int
+    batches: tuple[weakref.ref[MixedBatch], ...]
+
+
+class _Saved(NamedTuple):
+    """A tensor that autograd saved inside a block.
+
+    Attributes:
+        value: The tensor, as the hooks around the block packed it.
+        version: The tensor's version; None if other hooks packed it.
+        batch: The mix in force when it was saved.
+        repeated: Whether a recomputation saved it, whose nodes are not numbered as the block's.
+    """
+
+    value: object
+    version: int | None
+    batch: MixedBatch | None
+    repeated: bool
+
+
+class _Scopes:
+    """The places, in all threads, where a layer may have to find a mixed batch.
+
+    These are open blocks, and backward passes that have read tensors saved in a block. A cache of
+    one answer: without any, layers need not look up the context. `torch.compile` guards on
+    `exist`, and cannot trace a context variable.
+    """
+
+    def __init__(self) -> None:
+        self.exist = False
+        self._open: set[object] = set()
+        self._lock = threading.RLock()  # garbage collection may close a scope while one opens
+
+    def open(self, batch: MixedBatch, scope: object) -> Callable[[], None]:
+        """Open a scope; return the function that closes it. It closes with its batch at last."""
+        with self._lock:
+            self._open.add(scope)
+            self.exist = True
+        close = weakref.finalize(batch, self._close, scope)
+        close.atexit = False
+        return close
+
+    def is_open(self, scope: object) -> bool:
+        """Return whether a scope is open."""
+        return scope in self._open
+
+    def _close(self, scope: object) -> None:
+        with self._lock:
+            self._open.discard(scope)
+            if not self._open:
+                self.exist = False
+
+
+_current: ContextVar[MixedBatch | None] = ContextVar("mixed_batch", default=None)
+_recomputation: ContextVar[_Recomputation | None] = ContextVar("recomputation", default=None)
+_scopes = _Scopes()
 
 
 def current_mixed_batch() -> MixedBatch | None:
-    """The mix in force, or None: all rows under the active adapters."""
-    return _current[0]
+    """Return the mix in force; None if all rows are under the active adapters."""
+    if not _scopes.exist:
+        return None
+    return _find_outside_graph() if torch.compiler.is_compiling() else _find()
+
+
+def _find() -> MixedBatch | None:
+    current, backward = _current.get(), _current_backward()
+    if backward < 0:
+        return current
+    node, read = _current_node(), _recomputation.get()
+    if read is not None and read.backward == backward:
+        for reference in read.batches:
+            batch = reference()
+            if batch is not None and (node == read.node >= 0 or batch.contains_node(node)):
+                return batch
+    if current is None or current.backward == backward or current.contains_node(node):
+        return current
+    return None  # repeats a forward from before the block
+
+
+_find_outside_graph: Callable[[], MixedBatch | None] = torch.compiler.disable(
+    _find, reason="a mixed batch belongs to a thread or task"
+)
+
+
+def _current_backward() -> int:
+    return torch._C._current_graph_task_id()
+
+
+def _current_node() -> int:
+    node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    return -1 if node is None else node._sequence_nr()
 
 
 @contextmanager
 def without_mixed_batch() -> Iterator[None]:
-    """Suspend the mix: the rows at hand are all under one name already."""
-    before = _current[0]
-    _current[0] = None
+    """Suspend the mix, for rows that are all under one name already."""
+    with _in_force(None):
+        yield
+
+
+@contextmanager
+def _in_force(batch: MixedBatch | None) -> Iterator[None]:
+    current, recomputation = _current.set(batch), _recomputation.set(None)
     try:
         yield
     finally:
-        _current[0] = before
+        _recomputation.reset(recomputation)
+        _current.reset(current)
 
 
 @contextmanager
 def mixed_batch(names: Sequence[str]) -> Iterator[None]:
-    """Put a mix in force; keep backward inside too when activations are recomputed."""
-    before, mix = _current[0], MixedBatch(names)
-    _current[0] = mix
-    try:
-        yield
-    finally:
-        _current[0] = before
-    mix.check()
+    """Put a mix in force in this thread or task, and for the backward of what runs inside."""
+    batch = MixedBatch(names)
+    batch.outer_hooks = _outer_hooks()
+    close = _scopes.open(batch, ("block", id(batch)))
+    with _in_force(batch), saved_tensors_hooks(_pack, _unpack):
+        try:
+            yield
+        finally:
+            batch.last_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+            close()
+    batch.check()
+
+
+# ---- tensors saved inside a block
+
+
+def saves_for_recomputation(hooks: _Hooks | None) -> bool:
+    """Return whether hooks for saved tensors are others than those of a mixed batch."""
+    return hooks is not None and hooks[0] is not _pack
+
+
+def _outer_hooks() -> _Hooks | None:
+    """Return the hooks in force; those around the enclosing block if there is one."""
+    hooks: _Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    if hooks is None or hooks[0] is not _pack:
+        return hooks
+    enclosing = _current.get()
+    return None if enclosing is None else enclosing.outer_hooks
+
+
+def _pack(tensor: Tensor) -> _Saved:
+    batch, repeated = _find(), _current_backward() >= 0
+    if batch is None or batch.outer_hooks is None:
+        return _Saved(tensor, tensor._version, batch, repeated)
+    return _Saved(batch.outer_hooks[0](tensor), None, batch, repeated)
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    value, version, batch, repeated = saved
+    if isinstance(value, Tensor) and version is not None and value._version != version:
+        raise RuntimeError(
+            f"backward: expected a tensor {list(value.shape)} at version {version}, got version "
+            f"{value._version}: an in-place operation modified it after autograd saved it; use the "
+            "operation out of place"
+        )
+    if batch is not None:
+        _note_read(batch, repeated)
+        if version is None and batch.outer_hooks is not None:
+            return batch.outer_hooks[1](value)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _note_read(batch: MixedBatch, repeated: bool) -> None:
+    """Put a batch in force for what its autograd nodes repeat."""
+    backward, read = _current_backward(), _recomputation.get()
+    if backward < 0:
+        return
+    others = () if read is None or read.backward != backward else read.batches
+    if others and others[0]() is batch and not repeated:
+        return  # the usual case, once per saved tensor
+    scope = ("backward", backward)
+    if not _scopes.is_open(scope):
+        close = _scopes.open(batch, scope)
+        torch.autograd.Variable._execution_engine.queue_callback(close)
+    kept = tuple(r for r in others if r() is not batch)
+    node = _current_node() if repeated else -1
+    _recomputation.set(_Recomputation(backward, node, (weakref.ref(batch), *kept)))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import apply_edits
-from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.mixed_batch import current_mixed_batch
+from lightning_peft.layers.weight_adapter import WeightAdapter
 
 __all__ = ["WeightsOps"]
 
@@ -30,7 +30,7 @@ class WeightsOps(MatrixOps):
         self,
         m: nn.Module,
         run: Callable[..., Any],
-        adapters: Sequence[Adapter],
+        adapters: Sequence[WeightAdapter],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -44,9 +44,9 @@ class WeightsOps(MatrixOps):
         with self.substituted(m, self.edited(m, adapters)):
             return run(*args, **kwargs)
 
-    def edited(self, m: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    def edited(self, m: nn.Module, adapters: Sequence[WeightAdapter]) -> dict[str, Tensor]:
         """W' (and b' where it differs) by path, in the dtype of the weights."""
-        by_weight: dict[str, list[Adapter]] = {}
+        by_weight: dict[str, list[WeightAdapter]] = {}
         for adapter in adapters:
             by_weight.setdefault(adapter.site.parameter, []).append(adapter)
         tensors: dict[str, Tensor] = {}

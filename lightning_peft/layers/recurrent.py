@@ -22,10 +22,6 @@ class RecurrentOps(WeightsOps):
             n for n, p in m._parameters.items() if n.startswith("weight_") and p is not None
         )
 
-    def hf_refusal(self, m: nn.Module, name: str) -> str:
-        """None of them in peft."""
-        return f"peft adapts no {type(m).__name__}"
-
     def bias(self, m: nn.Module, name: str) -> str | None:
         """bias_ih for weight_ih and so on."""
         path = name.replace("weight_", "bias_")

@@ -28,7 +28,3 @@ class RouterOps(WeightsOps):
     def bias(self, m: nn.Module, name: str) -> str | None:
         """The router's, where it has one."""
         return "bias" if m._parameters.get("bias") is not None else None
-
-    def hf_by_parameter(self, m: nn.Module, name: str) -> bool:
-        """Always: no layer that peft knows."""
-        return True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, StepContext, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
@@ -50,7 +51,7 @@ def _unpack(
 def _pattern(config: Mapping[str, Any], site: Site) -> Tensor | None:
     for key, kept in (config.get("rank_pattern") or {}).items():
         name = key.removesuffix(".lora_E")
-        if site.name == name or site.name.endswith(f".{name}"):
+        if matches_suffix(site.name, [name]):
             return torch.tensor(kept, dtype=torch.bool)
     return None
 
@@ -118,7 +119,7 @@ class AdaLoRA(WeightMethod):
     hf = HFFormat(
         peft_type="ADALORA",
         tensors={"A": "lora_A", "B": "lora_B", "E": "lora_E"},
-        layouts={"A": "down", "B": "up"},
+        axes={"A": "down", "B": "up"},
         config={
             "init_r": "init_r",
             "target_r": "target_r",

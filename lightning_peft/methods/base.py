@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -21,12 +22,34 @@ __all__ = [
     "BlockMethod",
     "HFEntry",
     "HFFormat",
+    "InitData",
     "Method",
     "SelectMethod",
     "SequenceMethod",
     "StepContext",
     "WeightMethod",
+    "overrides_step_hooks",
 ]
+
+
+class InitData(StrEnum):
+    """The data that a method's initialisation needs; NONE is falsy.
+
+    Attributes:
+        NONE: No data.
+        INPUTS: Inputs of the layer.
+        GRADIENTS: Gradients of the layer's weight.
+    """
+
+    NONE = ""
+    INPUTS = "inputs"
+    GRADIENTS = "gradients"
+
+
+def overrides_step_hooks(cls: type[Any], base: type[Any]) -> bool:
+    """Whether a class has a hook around the optimizer's step that its base has not."""
+    hooks = ("penalty", "after_backward", "after_step")
+    return any(getattr(cls, hook) is not getattr(base, hook) for hook in hooks)
 
 
 @dataclass
@@ -35,7 +58,7 @@ class StepContext:
 
     Attributes:
         step: Optimizer steps done so far.
-        total_steps: Optimizer steps of the whole run; None where it is unbounded.
+        total_steps: Optimizer steps of the run; None if it is unbounded.
         entries: (site, tensors) of every place where the method is attached; tensors include
             buffers.
         grad_scale: Factor that gradients carry at this moment (GradScaler's), 1.0 without one.
@@ -52,7 +75,6 @@ class Method:
     classes only.
     """
 
-    kind: ClassVar[str] = ""
     hf: ClassVar[HFFormat | None] = None
     mergeable: ClassVar[bool] = True
 
@@ -71,7 +93,7 @@ class Targeted(Method):
 
     Attributes:
         target_modules: ``"all-linear"`` (without the output head), suffixes, or a regular
-            expression of whole names; None means the architecture's usual choice.
+            expression of full names; None means the architecture's usual choice.
         exclude_modules: Suffixes or a regular expression.
         layers_to_transform: Numbers of the blocks; None means all.
     """
@@ -85,8 +107,6 @@ class Targeted(Method):
 class WeightMethod(Targeted):
     """Changes weights: lowers to an Edit at each site."""
 
-    kind: ClassVar[str] = "weight"
-
     def check(self, site: Site) -> None:
         """Raise ValueError where the method has no meaning at this site; nothing is changed yet."""
 
@@ -98,9 +118,20 @@ class WeightMethod(Targeted):
         """Tensors that are kept and saved but not trained (masks, averages)."""
         return {}
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Frozen tensors that all sites share; held once at the root."""
+    def shared_buffers(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Frozen tensors that all sites share; stored once, with the first adapter."""
         return {}
+
+    def shared_parameters(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Trained tensors that all sites share, at their start; held once, as `shared` is."""
+        return {}
+
+    def site_buffers(self, sites: Sequence[Site]) -> Sequence[Mapping[str, Tensor]]:
+        """Buffers of each site that depend on all sites: its number, a draw that runs over layers.
+
+        Sites come in the order of `named_modules()`. Kept and saved as `buffers` are.
+        """
+        return [{} for _ in sites]
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """Start values that need the weight.
@@ -127,21 +158,26 @@ class WeightMethod(Targeted):
         return self.rewrites_base
 
     @property
-    def needs_data(self) -> str:
-        """What a start that needs batches is made of: ``"inputs"`` of the layer (its tensors A
-        [k, in] and B [out, k] then change their k), ``"gradients"`` of its weight, or ``""``.
+    def needs_data(self) -> InitData:
+        """The data that the initialisation needs.
+
+        With `InitData.INPUTS` the tensors A [k, in] and B [out, k] may change their k.
         """
-        return ""
+        return InitData.NONE
+
+    def rank(self, site: Site) -> int:
+        """Rank of A and B at a site; an initialisation with `InitData.INPUTS` needs it."""
+        raise TypeError(f"{self.label}: expected a method with `rank`, found none")
 
     @property
     def data_options(self) -> Mapping[str, Any]:
-        """How a start from data is made, by the names of Hugging Face's settings."""
+        """Options of the initialisation from data, by the names of Hugging Face's settings."""
         return {}
 
     def from_data(
         self, p: dict[str, Tensor], site: Site, found: Tensor, singular_values: Tensor | None
     ) -> None:
-        """Start values from data; values are replaced in place (``p["A"] = …``).
+        """Set initial values from data; entries are replaced (``p["A"] = …``).
 
         Args:
             p: Tensors as attached.
@@ -153,7 +189,7 @@ class WeightMethod(Targeted):
         raise TypeError(f"{self.label}: expected a method with `from_data`, found none")
 
     def residual(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
-        """The weight that a dense base keeps beside a start from data; None leaves it."""
+        """The weight that a dense base keeps after an initialisation from data; None leaves it."""
         return None
 
     def resolved(self, feedforward: Sequence[str]) -> Method:
@@ -165,17 +201,36 @@ class WeightMethod(Targeted):
         """
         return self
 
+    @property
+    def reads_batch(self) -> bool:
+        """Whether `edit` reads facts about the batch beside the method's tensors."""
+        return False
+
+    def batch_facts(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Facts that `edit` finds among its tensors, [batch, …] each.
+
+        Args:
+            ids: Token ids [batch, positions] of this forward.
+            before: Facts of the forward that filled the cache; empty without one.
+        """
+        raise TypeError(f"{self.label}: expected a method with `batch_facts`, found none")
+
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """The change of the weight."""
         raise TypeError(f"{self.label}: expected a method with `edit`, found none")
 
     def trained_biases(self) -> str:
-        """``"none"``, ``"all"`` or ``"adapted"``: biases trained beside the edit."""
+        """``"none"``, ``"all"`` or ``"adapted"``: biases that are trained too."""
         return "none"
 
-    def rates(self, site: Site) -> Mapping[str, float]:
-        """Tensor → factor of the learning rate that the user's optimizer has for it."""
+    def lr_multipliers(self, site: Site) -> Mapping[str, float]:
+        """Tensor → factor on the learning rate of the user's optimizer."""
         return {}
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether `penalty`, `after_backward` or `after_step` do anything."""
+        return overrides_step_hooks(type(self), WeightMethod)
 
     def penalty(self, ctx: StepContext) -> Tensor | None:
         """A term added to the loss once per optimizer step, as a gradient before clipping."""
@@ -190,15 +245,16 @@ class WeightMethod(Targeted):
 
 @dataclass(frozen=True)
 class BlockMethod(Targeted):
-    """Adds a small module behind (or beside) a layer."""
+    """Adds a small module after a layer or parallel to it."""
 
-    kind: ClassVar[str] = "block"
     mergeable: ClassVar[bool] = False
 
     @property
-    def where(self) -> str:
-        """Places of a transformer block where none are named: ``"branches"``, ``"residual"`` or
-        ``"beside"`` the feed-forward branch.
+    def where(self) -> Literal["branches", "residual", "parallel"]:
+        """Places in a transformer block that ``target_modules=None`` means.
+
+        ``"branches"``: after attention and feed-forward; ``"residual"``: after the residual
+        addition; ``"parallel"``: parallel to the feed-forward branch.
         """
         return "branches"
 
@@ -207,7 +263,7 @@ class BlockMethod(Targeted):
         raise TypeError(f"{self.label}: expected a method with `module`, found none")
 
     def change(self, module: nn.Module, x: Tensor, site: BlockSite) -> Tensor:
-        """What is added to the output; x is that output, or the input (`BlockSite.role`)."""
+        """The addition to the output; x is the layer's output or input (see `BlockSite.role`)."""
         raise TypeError(f"{self.label}: expected a method with `change`, found none")
 
 
@@ -216,31 +272,30 @@ class SequenceMethod(Targeted):
     """Adds positions to the sequence, at the model's boundary or in its attention.
 
     Attributes:
-        acts: ``"prepend"``: embeddings before the text; ``"add"``: added to the text's embeddings;
-            ``"attention"``: keys and values before those of the text.
+        insertion: ``"prepend"``: embeddings before the text; ``"add"``: added to the text's
+            embeddings; ``"attention"``: keys and values before those of the text.
     """
 
-    kind: ClassVar[str] = "sequence"
     mergeable: ClassVar[bool] = False
 
     @property
-    def acts(self) -> str:
-        """How the positions enter."""
+    def insertion(self) -> Literal["prepend", "add", "attention"]:
+        """How the positions enter the model."""
         return "prepend"
 
     def module(self, site: SequenceSite) -> nn.Module:
         """The module that holds the trained tensors, initialised."""
         raise TypeError(f"{self.label}: expected a method with `module`, found none")
 
-    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
-        """The positions: [n, width], or [n, Σ of the layers' keys and values]."""
-        raise TypeError(f"{self.label}: expected a method with `table`, found none")
+    def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
+        """The positions: [n, width], or [n, keys and values of all layers]."""
+        raise TypeError(f"{self.label}: expected a method with `prompt_embeddings`, found none")
 
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
-        """Make `table` return this one.
+        """Make `prompt_embeddings` return `table`.
 
         Raises:
-            ValueError: another shape, or a module that computes its table.
+            ValueError: another shape, or a module that computes its embeddings.
         """
         raise ValueError(f"{self.label}: expected a method whose table can be set, found none")
 
@@ -249,7 +304,6 @@ class SequenceMethod(Targeted):
 class SelectMethod(Targeted):
     """Trains a subset of the model's own parameters (on a copy: the base keeps its bits)."""
 
-    kind: ClassVar[str] = "select"
     may_be_empty: ClassVar[bool] = False
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
@@ -257,5 +311,5 @@ class SelectMethod(Targeted):
         raise TypeError(f"{self.label}: expected a method with `selects`, found none")
 
     def choice(self, model: nn.Module) -> Callable[[str, nn.Parameter, nn.Module], bool]:
-        """`selects`, for methods whose choice depends on the whole model."""
+        """`selects`, for methods whose choice depends on the model."""
         return self.selects

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Edit, Rotation
+from lightning_peft.core.edit import BlockRotation, Edit
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
@@ -74,7 +74,7 @@ class BOFT(WeightMethod):
     hf = HFFormat(
         peft_type="BOFT",
         tensors={"R": "boft_R", "s": "boft_s"},
-        layouts={"s": "vector"},
+        axes={"s": "vector"},
         config={
             "block_size": "boft_block_size",
             "block_num": "boft_block_num",
@@ -163,7 +163,7 @@ class BOFT(WeightMethod):
             if i:
                 order = butterfly(site.in_features, number // 2**i, size).to(S.device)
             stages.append((order, blocks[i]))
-        return Edit(rotation=Rotation(tuple(stages)), out_scale=p["s"])
+        return Edit(rotation=BlockRotation(tuple(stages)), out_scale=p["s"])
 
     def _dropped(self, blocks: Tensor) -> Tensor:
         """Identity in place of a share of one stage's blocks."""

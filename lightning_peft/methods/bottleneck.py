@@ -36,7 +36,11 @@ _DEFAULTS: dict[str, tuple[float, str, float]] = {
     "pfeiffer": (16, "relu", 1.0),
     "parallel": (2, "relu", 4.0),
 }
-_WHERE = {"houlsby": "branches", "pfeiffer": "residual", "parallel": "beside"}
+_WHERE: dict[str, Literal["branches", "residual", "parallel"]] = {
+    "houlsby": "branches",
+    "pfeiffer": "residual",
+    "parallel": "parallel",
+}
 
 
 @register
@@ -111,8 +115,8 @@ class BottleneckAdapter(BlockMethod):
         )
 
     @property
-    def where(self) -> str:
-        """Which places of a block, where none are named."""
+    def where(self) -> Literal["branches", "residual", "parallel"]:
+        """Places in a transformer block that ``target_modules=None`` means."""
         return _WHERE[self.style]
 
     def module(self, site: BlockSite) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,19 @@ from torch import Tensor
 
 from lightning_peft.core.site import Site
 
-__all__ = ["empty_like_site", "match_pattern", "match_site", "require", "require_ranks"]
+__all__ = [
+    "empty_like_site",
+    "empty_shared",
+    "kaiming",
+    "match_pattern",
+    "match_site",
+    "require",
+    "require_dropout",
+    "require_features",
+    "require_matrix",
+    "require_places",
+    "require_ranks",
+]
 
 
 def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -52,6 +65,55 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_dropout(label: str, p: float) -> None:
+    """Raise ValueError where a probability of dropping is outside [0, 1)."""
+    require(0.0 <= p < 1.0, f"{label}: expected 0 <= dropout < 1, got dropout = {p}")
+
+
+def require_features(label: str, site: Site) -> None:
+    """Raise ValueError on an embedding."""
+    require(
+        not site.is_embedding,
+        f"{label} on {site.label!r}: expected a layer with features for input, got an embedding; "
+        "exclude it",
+    )
+
+
+def require_matrix(label: str, site: Site) -> None:
+    """Raise ValueError on a stack of experts."""
+    require(
+        not site.batch_shape,
+        f"{label} on {site.label!r}: expected one matrix, got a stack of experts; exclude it or "
+        "use LoRA there",
+    )
+
+
+def require_places(places: Tensor, size: int) -> None:
+    """Raise ValueError where flat places in a weight of `size` elements leave it or repeat."""
+    low, high = int(places.min()), int(places.max())
+    require(
+        low >= 0 and high < size,
+        f"expected places from 0 to {size - 1}, got {low} to {high}",
+    )
+    distinct = len(places.unique())
+    require(
+        distinct == len(places),
+        f"expected places that differ, got {len(places)} of which {distinct} differ",
+    )
+
+
+def kaiming(t: Tensor) -> Tensor:
+    """Kaiming-uniform with a = √5 over rows of length in, in place: U(−1/√in, 1/√in)."""
+    bound = 1 / math.sqrt(t.shape[-1])
+    return torch.nn.init.uniform_(t, -bound, bound)
+
+
+def empty_shared(sites: Sequence[Site], *shape: int) -> Tensor:
+    """An fp32 tensor that sites share, on meta where their weights are, else on the CPU."""
+    device = "meta" if sites[0].device.type == "meta" else "cpu"
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def empty_like_site(site: Site, *shape: int) -> Tensor:

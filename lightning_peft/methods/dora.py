@@ -40,10 +40,10 @@ class DoRA(LoRA):
     """
 
     hf = dataclasses.replace(
-        LoRA.hf,  # type: ignore[type-var]
-        tensors={**LoRA.hf.tensors, "magnitude": "lora_magnitude_vector"},  # type: ignore[union-attr]
-        layouts={**LoRA.hf.layouts, "magnitude": "out"},  # type: ignore[union-attr]
-        fixed={**LoRA.hf.fixed, "use_dora": True},  # type: ignore[union-attr]
+        LoRA.hf,
+        tensors={**LoRA.hf.tensors, "magnitude": "lora_magnitude_vector"},
+        axes={**LoRA.hf.axes, "magnitude": "out"},
+        fixed={**LoRA.hf.fixed, "use_dora": True},
         when={"use_dora": True},
         uniform=None,
     )
@@ -69,7 +69,7 @@ class DoRA(LoRA):
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """LoRA's start, then magnitude = ‖W + s B A‖ of what the layer reads."""
-        base = super().initialise(p, site, W) if self.rewrites_base else None
+        base = super().initialise(p, site, W) if super().starts_from_weight else None
         read = (
             site.iter_expert_chunks(torch.float32)
             if base is None

@@ -1,44 +1,90 @@
-"""How a method is written in a Hugging Face peft directory: a table, and functions beside it.
+"""A method's form in a Hugging Face peft directory: a table, and functions for the rest.
 
-Three layers share the work, so that n methods and m kinds of layer cost n + m entries:
+Three parts share the work, so that n methods and m layer kinds cost n + m entries:
 
-1. the method's `pack` turns its tensors into peft's, still canonical ([r, in], [out, r], [out] …);
-2. `layouts` names the axes of each tensor, and the layer kind's `hf_pack` gives them peft's shape
-   there (a convolution's ``down`` [r, in · Π kernel] becomes [r, in, *kernel]);
-3. `tensors` (`lookup` on an embedding) gives the name behind the module's path.
+1. The method's `pack` turns its tensors into peft's, still canonical ([r, in], [out, r], [out] …).
+2. `axes` names the axes of each tensor, and the layer kind's layout gives the tensor peft's shape
+   there (a convolution's ``down`` [r, in · Π kernel] becomes [r, in, *kernel]).
+3. `tensors` (`lookup` on an embedding) gives the name after the module's path.
 
-Reading goes the same way back.
+Reading takes the same steps in reverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lightning_peft.core.site import Site
 
-__all__ = ["HFEntry", "HFFormat"]
+__all__ = [
+    "HFEntry",
+    "HFFormat",
+    "LayerLayout",
+    "refuse_all_but_features",
+    "refuse_all_but_linear",
+]
+
+
+class LayerLayout(Protocol):
+    """Peft's layout of one module; `lightning_peft.hf.layouts` has one per layer kind."""
+
+    def nested_paths(self, adapted: Sequence[str]) -> dict[str, str]:
+        """Map each weight to the path below the module that its tensors have in a file."""
+        ...
+
+    def swaps_factors(self, name: str) -> bool:
+        """True if peft reads the weight as its transpose, so that ΔW = B A is (Bᵀ)(Aᵀ) there."""
+        ...
+
+    def config_rank(self, name: str, r: int) -> int:
+        """The rank that peft's config states for a canonical rank r."""
+        ...
+
+    def to_peft(self, name: str, axes: str, t: Tensor) -> Tensor:
+        """Convert a tensor from canonical axes to peft's shape."""
+        ...
+
+    def from_peft(self, name: str, axes: str, t: Tensor) -> Tensor:
+        """Convert a tensor from peft's shape to canonical axes."""
+        ...
+
+
+def refuse_all_but_features(method: Any, site: Site) -> str:
+    """Why a type of peft that knows linear layers and GPT-2's `Conv1D` cannot take this weight."""
+    if site.batch_shape or not site.ops.features_last:
+        return "peft adapts linear layers only"
+    return ""
+
+
+def refuse_all_but_linear(method: Any, site: Site) -> str:
+    """Why a type of peft that knows `nn.Linear` only cannot take this weight."""
+    if type(site.module).__name__.endswith("Conv1D") and hasattr(site.module, "nf"):
+        return "peft adapts nn.Linear only, not GPT-2's Conv1D"
+    return refuse_all_but_features(method, site)
 
 
 @dataclass
 class HFEntry:
-    """One adapted weight, on its way out or in.
+    """One adapted weight on its way into or out of a file.
 
     Attributes:
         path: Name of the module in the exported model.
         site: The weight.
+        layout: Peft's layout of the module.
         method: The method; None while reading, before it is known.
         tensors: By our names, in peft's content (after `pack`) and canonical axes.
-        shapes: While reading: shapes as they are in the file, by our names.
+        shapes: While reading: shapes in the file, by peft's names.
         own: While writing: our tensors, before `pack`.
-        by_weight: Whether the config names the weight (``target_parameters``), not the module.
+        by_weight: If True, the config names the weight (``target_parameters``), not the module.
     """
 
     path: str
     site: Site
+    layout: LayerLayout
     method: Any
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -47,8 +93,12 @@ class HFEntry:
 
     @property
     def target(self) -> str:
-        """What the config's targets and patterns are matched with."""
+        """Name that the config's targets and patterns are matched with."""
         return f"{self.path}.{self.site.parameter}" if self.by_weight else self.path
+
+    def config_rank(self, r: int) -> int:
+        """The rank that peft's config states for a canonical rank r."""
+        return self.layout.config_rank(self.site.parameter, r)
 
     def names_and_shapes(self) -> str:
         """The file's shapes, for messages."""
@@ -71,7 +121,7 @@ class HFFormat:
 
     Attributes:
         peft_type: Value of ``peft_type`` in adapter_config.json.
-        tensors: Our tensor name → theirs, as it stands after the module's path
+        tensors: Our tensor name → theirs, after the module's path
             (``"A": "lora_A.weight"``). Names that only `pack` makes are listed too; which of them a
             site has follows from what `pack` returns there.
         config: Our field → their config key, for fields that carry over unchanged. Types are
@@ -84,16 +134,23 @@ class HFFormat:
         when: Config keys that tell methods of one ``peft_type`` apart; a key absent from a file
             counts as false.
         ignored: Config keys that say nothing about the tensors or the forward (initialisation).
-        prefix: Tensors that stand once for the whole model, our name → their full key
+        prefix: Tensors that occur once per model, our name → their full key
             (``"P": "prompt_embeddings"``).
-        optional: Names in `prefix` that a file may leave out.
+            A key with ``{i}`` has one entry per row of the tensor.
+        optional: Names in `prefix` and `tensors` that a file may leave out. Where all are, layers
+            follow from the config's targets.
+        unwritten: Our tensors that the file leaves out: they are made again from the config or the
+            weight.
+        dropped: Names of peft's tensors, behind the module's path, that act in training alone.
+        integers: Names in `tensors` whose values are integers in the file.
         lookup: Names on an embedding where they differ (``"A": "lora_embedding_A"``).
-        layouts: Our tensor name → what its axes are, for the layer kind: ``"down"`` [r, in],
-            ``"up"`` [out, r], ``"out"`` [out], ``"in"`` [channels]; absent: alike in every kind.
-        saved_prefix: What precedes the path of a module in ``modules_to_save``.
+        axes: Our tensor name → meaning of its axes, for the layer kind: ``"down"`` [r, in],
+            ``"up"`` [out, r], ``"out"`` [out], ``"in"`` [channels], ``"vector"`` [out, 1] or [1,
+            channels]. Absent: alike in every kind.
+        saved_prefix: Prefix of a module's path in ``modules_to_save``.
         pack: Our tensors → peft's content.
         unpack: The way back.
-        to_config: What of the config depends on the tensors.
+        to_config: Sets the config entries that depend on the tensors.
         from_config: Fields that do not carry over by name.
         uniform: Change entries and config to what servers take that know no patterns; None where
             there are none.
@@ -109,8 +166,11 @@ class HFFormat:
     ignored: Sequence[str] = ()
     prefix: Mapping[str, str] = field(default_factory=dict)
     optional: Sequence[str] = ()
+    unwritten: Sequence[str] = ()
+    dropped: Sequence[str] = ()
+    integers: Sequence[str] = ()
     lookup: Mapping[str, str] = field(default_factory=dict)
-    layouts: Mapping[str, str] = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
     saved_prefix: str = "base_model.model."
     pack: Pack | None = None
     unpack: Unpack | None = None
@@ -119,17 +179,19 @@ class HFFormat:
     uniform: ToConfig | None = None
     refuse: Callable[[Any, Site], str] | None = None
 
-    def oriented(self, site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Thin factors as peft has them at this site, canonical axes; its own inverse.
+    def oriented(self, entry: HFEntry) -> dict[str, Tensor]:
+        """Return the entry's tensors with thin factors as peft has them; its own inverse.
 
-        Where peft takes a weight for its transpose, "down" and "up" change places, transposed.
+        If peft reads the weight as its transpose, "down" and "up" change places, transposed. Axes
+        stay canonical.
         """
-        oriented = dict(tensors)
-        if site.ops.hf_swaps(site.module, site.parameter):
-            thin = {self.layouts.get(name, ""): name for name in tensors}
-            down, up = thin.get("down"), thin.get("up")
-            if down is not None and up is not None:
-                oriented[down], oriented[up] = tensors[up].mT, tensors[down].mT
+        oriented = dict(entry.tensors)
+        if not entry.layout.swaps_factors(entry.site.parameter):
+            return oriented
+        thin = {self.axes.get(name, ""): name for name in oriented}
+        down, up = thin.get("down"), thin.get("up")
+        if down is not None and up is not None:
+            oriented[down], oriented[up] = oriented[up].mT, oriented[down].mT
         return oriented
 
     def name(self, site: Site, tensor: str) -> str:

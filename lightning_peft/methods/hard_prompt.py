@@ -56,7 +56,7 @@ class HardPrompt(PromptTuning):
                 ids = torch.where(better, index + start, ids)
         return ids
 
-    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+    def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """Embeddings of the nearest tokens; the gradient goes to P."""
         P: Any = module.P
         rows = site.embed(self.token_ids(module, site)).to(P)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
@@ -72,7 +73,7 @@ class IA3(WeightMethod):
     hf = HFFormat(
         peft_type="IA3",
         tensors={"scale": "ia3_l"},
-        layouts={"scale": "vector"},
+        axes={"scale": "vector"},
         config={},
         defaults={"feedforward_modules": None},
         fixed={"fan_in_fan_out": False, "init_ia3_weights": True},
@@ -101,7 +102,7 @@ class IA3(WeightMethod):
         """Whether this layer is a feed-forward one."""
         names = self.feedforward_modules or []
         names = [names] if isinstance(names, str) else names
-        return any(site.name == n or site.name.endswith(f".{n}") for n in names)
+        return matches_suffix(site.name, names)
 
     def check(self, site: Site) -> None:
         """The input of an embedding is ids: nothing to scale."""

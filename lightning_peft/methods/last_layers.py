@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_peft.core.names import in_adapter
 from lightning_peft.methods.base import SelectMethod
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.registry import register
@@ -63,6 +64,6 @@ def _outermost(
     found: list[tuple[str, int]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{n}." if n else "") for n, _ in found)
-        if isinstance(module, kind) and not inside and "peft" not in name.split("."):
+        if isinstance(module, kind) and not inside and not in_adapter(name):
             found.append((name, len(module)))
     return found

@@ -7,21 +7,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit, FrozenDown, LowRank
 from lightning_peft.core.site import Site
 from lightning_peft.methods import lora_exchange
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import (
+    HFFormat,
+    InitData,
+    StepContext,
+    WeightMethod,
+    overrides_step_hooks,
+)
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
+from lightning_peft.methods.lora_gradients import precondition, project_frozen_down
 from lightning_peft.methods.registry import register
 
 __all__ = ["LoRA"]
 
-_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga")
+_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga", "mica")
 _OPTIONS: dict[str, dict[str, Any]] = {
     "eva": {
         "rho": 2.0,
@@ -54,7 +61,9 @@ class LoRA(WeightMethod):
             three take their part out of the base, so that the output is unchanged at the start;
             detaching puts the base's bits back. ``"eva"`` (arXiv:2410.07170) and ``"lora_ga"``
             (arXiv:2407.05000) start from the first batches: the callback does it, or
-            `start_from_data`; until then the start is the default one.
+            `start_from_data`; until then the start is the default one. ``"mica"``
+            (arXiv:2604.01694): B is the r *minor* left singular vectors of the weight, frozen, and
+            A starts at zero; the base stays.
         init_options: Settings of ``"eva"`` (rho, tau, whiten, adjust_scaling_factors,
             use_label_mask, label_mask_value) and ``"lora_ga"`` (direction, scale, stable_gamma),
             named as in peft, and for both ``batches``: how many of them the callback takes.
@@ -68,9 +77,15 @@ class LoRA(WeightMethod):
         experts: On fused experts: ``"each"`` expert gets A and B of its own, all of a layer have
             them ``"shared"``, or None leaves experts alone. peft knows the first; the second is
             written there as copies.
+        freeze_A: LoRA-FA (arXiv:2308.03303): A keeps its start and B alone is trained. The input
+            is not kept for the backward; the callback projects the gradient of B, so that the step
+            of ΔW is nearest to that of full fine-tuning.
+        precondition: Riemannian preconditioning (arXiv:2402.02347): the callback multiplies the
+            gradient of each factor by the other's inverse Gram matrix before the step.
 
     Raises:
-        ValueError: r < 1, alpha ≤ 0, dropout outside [0, 1), an unknown init.
+        ValueError: r < 1, alpha ≤ 0, dropout outside [0, 1), an unknown init, an init whose A or B
+            is trained by definition with `freeze_A`.
     """
 
     r: int = 8
@@ -85,12 +100,14 @@ class LoRA(WeightMethod):
     loftq_iter: int = 1
     init_options: dict[str, Any] = field(default_factory=dict)
     experts: Literal["each", "shared"] | None = "each"
+    freeze_A: bool = False
+    precondition: bool = False
 
-    hf = HFFormat(
+    hf: ClassVar[HFFormat] = HFFormat(
         peft_type="LORA",
         tensors={"A": "lora_A.weight", "B": "lora_B.weight", "bias_B": "lora_B.bias"},
         lookup={"A": "lora_embedding_A", "B": "lora_embedding_B"},
-        layouts={"A": "down", "B": "up"},
+        axes={"A": "down", "B": "up"},
         config={
             "r": "r",
             "alpha": "lora_alpha",
@@ -102,11 +119,24 @@ class LoRA(WeightMethod):
             "alpha_pattern": "alpha_pattern",
         },
         fixed={"use_dora": False, "init_lora_weights": True, "fan_in_fan_out": False},
-        when={"use_dora": False},
+        when={
+            "use_dora": False,
+            "alora_invocation_tokens": False,
+            "kasa_config": False,
+            "use_bdlora": False,
+        },
         ignored=(
             *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
-            *("lora_ga_config", "megatron_core", "ensure_weight_tying", "qalora_group_size"),
+            *(
+                "velora_config",
+                "monteclora_config",
+                "lora_ga_config",
+                "megatron_core",
+                "ensure_weight_tying",
+                "qalora_group_size",
+            ),
         ),
+        dropped=("lora_velora_embed", "lora_monteclora_sampler"),
         pack=lora_exchange.pack,
         unpack=lora_exchange.unpack,
         to_config=lora_exchange.to_config,
@@ -143,6 +173,15 @@ class LoRA(WeightMethod):
             f"{self.label}: expected experts in ('each', 'shared', None), got {self.experts!r}",
         )
         self._check_options()
+        require(
+            not self.freeze_A or not (self.needs_data or self.init == "mica" or self.precondition),
+            f"{self.label}: expected freeze_A without precondition and with a start that trains B "
+            f"alone, got init={self.init!r}, precondition={self.precondition}",
+        )
+        require(
+            not self.precondition or self.init != "mica",
+            f"{self.label}: expected precondition with two trained factors, got init='mica'",
+        )
 
     def _check_options(self) -> None:
         known = _OPTIONS.get(self.init, {})
@@ -167,9 +206,10 @@ class LoRA(WeightMethod):
             )
 
     @property
-    def needs_data(self) -> str:
-        """EVA starts from the layers' inputs, LoRA-GA from gradients of the weight."""
-        return {"eva": "inputs", "lora_ga": "gradients"}.get(self.init, "")
+    def needs_data(self) -> InitData:
+        """EVA needs the layers' inputs, LoRA-GA gradients of the weight."""
+        by_name = {"eva": InitData.INPUTS, "lora_ga": InitData.GRADIENTS}
+        return by_name.get(self.init, InitData.NONE)
 
     @property
     def data_options(self) -> Mapping[str, Any]:
@@ -213,7 +253,7 @@ class LoRA(WeightMethod):
             f"init={self.init!r}, got an embedding; exclude it or use init='default'",
         )
         require(
-            self.needs_data != "gradients" or 2 * r <= most,
+            self.needs_data != InitData.GRADIENTS or 2 * r <= most,
             f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 = "
             f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; "
             "lower r, or set it for this layer with rank_pattern, or exclude it",
@@ -230,13 +270,27 @@ class LoRA(WeightMethod):
             "init='default'",
         )
         require(
+            not (site.is_embedding and (self.freeze_A or self.init == "mica")),
+            f"{self.label} on {site.label!r}: expected a layer with features for input with "
+            "freeze_A or init='mica', got an embedding, whose A starts at zero and is what is "
+            "trained; exclude it",
+        )
+        require(
             not (site.is_embedding and self.lora_bias),
             f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got "
             "lora_bias=True",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
-        """A and B (and bias_B) at their start."""
+        """A and B (and bias_B) at their start, without the one that is frozen."""
+        p = self._factors(site)
+        return {k: t for k, t in p.items() if k != self._frozen}
+
+    @property
+    def _frozen(self) -> str:
+        return "A" if self.freeze_A else "B" if self.init == "mica" else ""
+
+    def _factors(self, site: Site) -> dict[str, Tensor]:
         r = self.rank(site)
         A, B = self._empty(site, r, site.in_features), self._empty(site, site.out_features, r)
         if site.is_embedding:  # ids pick columns of A, so A is the one that starts at zero
@@ -272,20 +326,32 @@ class LoRA(WeightMethod):
         return self.init in ("olora", "loftq") or self.init.startswith("pissa")
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
-        """A and B as they started, which the plain form for exchange needs: B A − B₀ A₀ is the
-        change.
+        """The frozen factor; A and B as they started, which the plain form for exchange needs:
+        B A − B₀ A₀ is the change.
         """
-        if not self.rewrites_base and self.needs_data != "gradients":
-            return {}
+        name = self._frozen
+        frozen = {name: self._factors(site)[name]} if name else {}
+        if not self.rewrites_base and self.needs_data != InitData.GRADIENTS:
+            return frozen
         r = self.rank(site)
         return {
+            **frozen,
             "A0": nn.init.zeros_(empty_like_site(site, r, site.in_features)),
             "B0": nn.init.zeros_(empty_like_site(site, site.out_features, r)),
         }
 
+    @property
+    def starts_from_weight(self) -> bool:
+        """Those, and MiCA, which leaves the base alone."""
+        return self.rewrites_base or self.init == "mica"
+
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """A and B from W [*batch, out, in] fp32; returns the residual that the base keeps."""
         r = p["A"].shape[-2]
+        if self.init == "mica":
+            p["A"] = torch.zeros_like(p["A"])
+            p["B"] = torch.linalg.svd(W, full_matrices=False)[0][..., -r:].contiguous()
+            return None
         s = self.scaling(site, r)
         if self.init == "loftq":
             A, B, base = self._loftq(site, W, r, s)
@@ -319,8 +385,11 @@ class LoRA(WeightMethod):
         A = p["A"]
         s = self.scaling(site, A.shape[-2])
         bias = s * p["bias_B"] if self.lora_bias else None
+        if self.freeze_A:
+            down = FrozenDown(LowRank(A, p["B"], s))
+            return Edit(terms=(down,), bias=bias, dropout=self.dropout)
         terms: tuple[LowRank, ...] = (LowRank(A, p["B"], s),)
-        if self.needs_data == "gradients" and site.storage.label != "dense":
+        if self.needs_data == InitData.GRADIENTS and not site.storage.lossless_write:
             terms += (LowRank(p["A0"], p["B0"], -s),)
         return Edit(terms=terms, bias=bias, dropout=self.dropout)
 
@@ -330,7 +399,7 @@ class LoRA(WeightMethod):
         """EVA: A is the inputs' principal directions, B zero. LoRA-GA: A and B are singular vectors
         of the gradient, of different triplets.
         """
-        if self.needs_data == "gradients":
+        if self.needs_data == InitData.GRADIENTS:
             p["A"], p["B"] = p["A0"], p["B0"] = self._from_gradient(site, found)
             return
         if self.data_options["whiten"] and singular_values is not None:
@@ -361,10 +430,24 @@ class LoRA(WeightMethod):
 
     def residual(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """W − s B₀A₀ for LoRA-GA."""
-        if self.needs_data != "gradients":
+        if self.needs_data != InitData.GRADIENTS:
             return None
         A, B = p["A0"].to(W), p["B0"].to(W)
         return W - self.scaling(site, A.shape[-2]) * (B @ A)
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Gradients are changed before the step only where that was asked for."""
+        asked = self.freeze_A or self.precondition
+        return asked or overrides_step_hooks(type(self), LoRA)
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Project or precondition the gradients; both are linear in them."""
+        for site, p in ctx.entries:
+            if self.freeze_A:
+                project_frozen_down(p, self.scaling(site, p["A"].shape[-2]))
+            elif self.precondition:
+                precondition(p)
 
     def trained_biases(self) -> str:
         """Biases of the base trained beside the edit."""

@@ -1,6 +1,4 @@
-"""LoRA in Hugging Face's format: what a table cannot say. Ranks and scales per layer, plain form,
-padding.
-"""
+"""LoRA in Hugging Face's format beyond the table: ranks and scales per layer, padding."""
 
 from __future__ import annotations
 
@@ -14,19 +12,21 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.site import Site
+from lightning_peft.methods.base import InitData
 from lightning_peft.methods.checks import match_site
 from lightning_peft.methods.exchange import HFEntry
 
 __all__ = ["from_config", "pack", "to_config", "uniform", "unpack"]
 
 # Starts that leave the base alone: for a trained adapter they are history.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _BASE_STARTS = ("pissa", "olora")
 
 
 def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain form, of rank 1 at least: where the start took B₀A₀ out of the base, BA − B₀A₀ =
-    [B, −B₀] [A; A₀], rank 2r.
+    """Return A and B in plain form, of rank 1 at least.
+
+    If the initialisation took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀] has rank 2r.
     """
     packed = {k: t for k, t in p.items() if k not in ("A0", "B0")}
     if "A0" in p:
@@ -42,9 +42,7 @@ def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unpack(
     method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """As they are; a rank above min(out, in), which peft allows, is written with the rank it can
-    have.
-    """
+    """Return A and B, with a rank above min(out, in), which peft allows, reduced to it."""
     tensors = dict(p)
     if not {"A", "B"} <= set(p) or p["A"].shape[-2] <= method.rank(site):
         return tensors
@@ -60,23 +58,25 @@ def _alpha(s: float, r: int, rslora: bool) -> float:
 
 
 def _scale(e: HFEntry) -> float:
-    """S of the adapter as it is trained: EVA moves ranks between layers, the plain form doubles
-    them.
+    """Return the scale used in training.
+
+    EVA moves ranks between layers, and the plain form doubles them.
     """
-    moved = e.method.needs_data == "inputs"
+    moved = e.method.needs_data == InitData.INPUTS
     r = e.tensors["A"].shape[-2] if moved else e.method.rank(e.site)
     s: float = e.method.scaling(e.site, r)
     return s
 
 
 def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    """r, lora_alpha and their patterns from the tensors; the user's own patterns where they say the
-    same.
+    """Set r, lora_alpha and their patterns from the tensors.
+
+    The user's own patterns stay if they describe the same ranks.
     """
     rslora = bool(config["use_rslora"])
     wanted: dict[str, tuple[int, float]] = {}
     for e in entries:
-        r = e.site.ops.hf_rank(e.site.module, e.site.parameter, e.tensors["A"].shape[-2])
+        r = e.config_rank(e.tensors["A"].shape[-2])
         s = _scale(e)
         found = (r, _number(_alpha(s, r, rslora)))
         if wanted.setdefault(e.target, found) != found:
@@ -99,15 +99,13 @@ def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
             config["alpha_pattern"] = _first(path, want[1], config["alpha_pattern"])
 
 
-def _first(key: str, value: Any, patterns: Mapping[str, Any]) -> dict[str, Any]:
+def _first(key: str, value: object, patterns: Mapping[str, Any]) -> dict[str, Any]:
     """The first match counts, so put this one in front."""
     return {key: value, **{k: v for k, v in patterns.items() if k != key}}
 
 
 def _number(x: float) -> float:
-    """A whole number as int, as configs are written; 12 digits otherwise (√ and back leave a
-    trace).
-    """
+    """Round to 12 digits, against the error of √ and back; integral values become int."""
     x = float(f"{x:.12g}")
     return int(x) if x == int(x) else x
 
@@ -132,15 +130,16 @@ def _by_patterns(config: Mapping[str, Any], name: str) -> tuple[int, float]:
 
 
 def uniform(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    """One rank everywhere, scale 1: A and B padded with zeros, each layer's scale in its B (and
-    bias).
+    """Give all layers one rank and scale 1.
+
+    A and B are padded with zeros. Each layer's scale moves into its B (and bias).
 
     Raises:
         ValueError: a grouped convolution, whose rank in peft is a multiple.
     """
     most = max(e.tensors["A"].shape[-2] for e in entries)
     for e in entries:
-        if e.site.ops.hf_rank(e.site.module, e.site.parameter, most) != most:
+        if e.config_rank(most) != most:
             raise ValueError(
                 f"save_adapter(uniform=True): {e.path!r}: expected layers of one rank in peft, got "
                 "a grouped convolution, whose rank there is a multiple; export without uniform"
@@ -159,7 +158,7 @@ def uniform(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
 
 
 def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    """Patterns, checked against the tensors, with the layers whose rank is another in our terms."""
+    """Return the patterns, checked against the tensors and extended where our rank differs."""
     start = config.get("init_lora_weights", True)
     if start not in (*_PLAIN_STARTS, *_BASE_STARTS):
         raise ValueError(
@@ -181,7 +180,7 @@ def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[s
         site = e.site
         r, alpha = _by_patterns(settings, e.target)
         found = e.tensors["A"].shape[-2]
-        if site.ops.hf_rank(site.module, site.parameter, found) != r:
+        if e.config_rank(found) != r:
             raise ValueError(
                 f"{e.path!r}: expected rank {r} by adapter_config.json, got {e.names_and_shapes()}"
             )

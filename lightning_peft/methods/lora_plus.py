@@ -33,13 +33,13 @@ class LoRAPlus(LoRA):
     ratio: float = 16.0
 
     #: Written as LoRA; never chosen when a file is read.
-    hf = dataclasses.replace(LoRA.hf, when={**LoRA.hf.when, "is_lora_plus": True})  # type: ignore[type-var, union-attr]
+    hf = dataclasses.replace(LoRA.hf, when={**LoRA.hf.when, "is_lora_plus": True})
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         require(self.ratio > 0, f"{self.label}: expected ratio > 0, got {self.ratio}")
 
-    def rates(self, site: Site) -> Mapping[str, float]:
+    def lr_multipliers(self, site: Site) -> Mapping[str, float]:
         """The factor that starts at zero."""
         return {"A" if site.is_embedding else "B": self.ratio, "bias_B": self.ratio}

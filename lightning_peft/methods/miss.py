@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning_peft_kernels.autograd import check_no_double_backward
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Dense, Edit, Grouped, Term, refuse_recording
+from lightning_peft.core.edit import Dense, Edit, Grouped, Term
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
@@ -81,7 +82,7 @@ class _TiledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        refuse_recording("MiSS", 'its input is not kept: use kernels="torch"')
+        check_no_double_backward("MiSS", 'its input is not kept: use kernels="torch"')
         W, D, S = ctx.saved_tensors
         dY2 = dY.reshape(-1, dY.shape[-1])
         dX = None

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_peft_kernels.autograd import in_functorch_transform
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Edit, Rotation, transformed
+from lightning_peft.core.edit import BlockRotation, Edit
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
@@ -34,7 +35,7 @@ def nearest_divisor(n: int, wanted: int) -> int:
 
 def skew(triangle: Tensor, size: int) -> Tensor:
     """Rows of the strict upper triangle [n, size(size − 1)/2] → skew [n, size, size]."""
-    if transformed():
+    if in_functorch_transform():
         return _skew(triangle, size)
     Q: Tensor = _Skew.apply(triangle, size)  # type: ignore[no-untyped-call]
     return Q
@@ -203,7 +204,7 @@ class OFT(WeightMethod):
         R = self._neumann(Q) if self.cayley_neumann else cayley(Q)
         if self.block_share:
             R = R.expand(site.in_features // b, b, b)
-        return Edit(rotation=Rotation(((None, R),)))
+        return Edit(rotation=BlockRotation(((None, R),)))
 
     def _near(self, Q: Tensor) -> Tensor:
         eps = self.eps / len(Q) ** 0.5

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.prompt_exchange import model_config, submodule_count
 from lightning_peft.methods.registry import register
 
 __all__ = ["PTuning"]
@@ -24,7 +25,7 @@ __all__ = ["PTuning"]
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     site: Any = entries[0].site
     method = entries[0].method
-    config.update(site.hf_config(site.width))
+    config.update(model_config(site, site.width))
     config.update(
         encoder_reparameterization_type=(method.encoder or "mlp").upper(),
         encoder_hidden_size=method.hidden or site.width,
@@ -41,7 +42,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
 def _unpack(
     method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    rows = method.n * int(config.get("num_transformer_submodules") or site.hf_submodules)
+    rows = method.n * int(config.get("num_transformer_submodules") or submodule_count(site))
     P = tensors["P"]
     require(
         tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
@@ -132,7 +133,7 @@ class PTuning(SequenceMethod):
         module: nn.Module = made
         return module
 
-    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+    def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """head(lstm(E)), head(E) or E."""
         made: Any = module
         P: Tensor = made.E

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.prompt_exchange import model_config, submodule_count
 from lightning_peft.methods.registry import register
 
 __all__ = ["PrefixTuning"]
@@ -27,8 +28,8 @@ __all__ = ["PrefixTuning"]
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     site: Any = entries[0].site
     heads, features = site.layers[0]
-    config.update(site.hf_config(heads * features), num_attention_heads=heads)
-    config.update(num_transformer_submodules=site.hf_submodules)
+    config.update(model_config(site, heads * features), num_attention_heads=heads)
+    config.update(num_transformer_submodules=submodule_count(site))
     config.update(prefix_projection=False, encoder_hidden_size=heads * features)
 
 
@@ -46,7 +47,7 @@ def _unpack(
         tuple(P.shape) == expected,
         f"prompt_embeddings: expected shape {list(expected)}, got {list(P.shape)}",
     )
-    submodules = int(config.get("num_transformer_submodules") or site.hf_submodules)
+    submodules = int(config.get("num_transformer_submodules") or submodule_count(site))
     if submodules == 2:
         parts = P.view(method.n, 2 * len(site.layers), -1)
         P = parts[:, _peft_rows(len(site.layers))].reshape(expected)
@@ -55,7 +56,7 @@ def _unpack(
 
 def _pack(method: Any, site: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     P = tensors["P"]
-    if site.hf_submodules == 1:
+    if submodule_count(site) == 1:
         return {"P": P}
     parts = P.view(P.shape[0], 2 * len(site.layers), -1)
     rows = _peft_rows(len(site.layers))
@@ -142,7 +143,7 @@ class PrefixTuning(SequenceMethod):
         )
 
     @property
-    def acts(self) -> str:
+    def insertion(self) -> Literal["attention"]:
         """In attention."""
         return "attention"
 
@@ -180,7 +181,7 @@ class PrefixTuning(SequenceMethod):
         gate = torch.sigmoid(x.to(w.dtype) @ w + c)
         return gate.mean(dim=1, keepdim=True)
 
-    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+    def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """[n, columns]."""
         made: Any = module
         table: Tensor = made.network(made.E) if self.projection else made.P

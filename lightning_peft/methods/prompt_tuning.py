@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.prompt_exchange import model_config, submodule_count
 from lightning_peft.methods.registry import register
 
 __all__ = ["PromptTuning"]
@@ -23,14 +24,14 @@ __all__ = ["PromptTuning"]
 
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     site: Any = entries[0].site
-    config.update(site.hf_config(site.width))
+    config.update(model_config(site, site.width))
 
 
 def _unpack(
     method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """peft holds 2n rows for encoder-decoders and uses the first n."""
-    rows = method.n * int(config.get("num_transformer_submodules") or site.hf_submodules)
+    rows = method.n * int(config.get("num_transformer_submodules") or submodule_count(site))
     P = tensors["P"]
     require(
         tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
@@ -109,7 +110,7 @@ class PromptTuning(SequenceMethod):
         return cls(init="text", init_ids=ids, **{"n": len(ids), **fields})
 
     @property
-    def acts(self) -> str:
+    def insertion(self) -> Literal["prepend", "add"]:
         """Before the text, or on it."""
         return self.mode
 
@@ -140,7 +141,7 @@ class PromptTuning(SequenceMethod):
         )
         return site.embed(ids.repeat(-(-self.n // len(ids)))[: self.n])
 
-    def table(self, module: nn.Module, site: SequenceSite) -> Tensor:
+    def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """P."""
         P: Any = module.P
         return P  # type: ignore[no-any-return]

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_peft_kernels.autograd import check_no_double_backward
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Edit, LowRank, Term, refuse_recording
+from lightning_peft.core.edit import Edit, LowRank, Term
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat, WeightMethod
@@ -77,7 +78,7 @@ class _VectorsLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        refuse_recording("VeRA", 'its input is not kept: use kernels="torch"')
+        check_no_double_backward("VeRA", 'its input is not kept: use kernels="torch"')
         W, A, B, d, b, U, V = ctx.saved_tensors
         dY2, U, V = (t.reshape(-1, t.shape[-1]) for t in (dY, U, V))
         db = torch.linalg.vecdot(dY2, V, dim=0)
@@ -116,7 +117,7 @@ class VeRA(WeightMethod):
         tensors={"b": "vera_lambda_b", "d": "vera_lambda_d"},
         prefix={"A": "base_model.vera_A", "B": "base_model.vera_B"},
         optional=("A", "B"),
-        layouts={"b": ""},
+        axes={"b": ""},
         config={
             "r": "r",
             "d_initial": "d_initial",
@@ -141,7 +142,7 @@ class VeRA(WeightMethod):
             f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
         )
 
-    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def shared_buffers(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """A [r, largest in], B [largest out, r], frozen."""
         device = "meta" if sites[0].device.type == "meta" else "cpu"
         generator = torch.Generator("cpu").manual_seed(self.seed)

@@ -1,1 +1,1 @@
-"""What a model looks like: its usual target layers, its blocks, its outputs, its fingerprint."""
+"""Facts about a model: its usual target layers, its blocks, its outputs, its fingerprint."""

@@ -1,4 +1,4 @@
-"""Where the parts of a transformer block are, by architecture, as data: names in transformers 5.
+"""Names of the parts of a transformer block, by architecture (transformers 5).
 
 Bottleneck adapters act on a block's two branches and on the stream between them, which no single
 suffix names.

@@ -1,6 +1,4 @@
-"""A fingerprint of the base: names, shapes, dtypes and a sampled hash of the content. Never a
-path.
-"""
+"""Fingerprint of the base: names, shapes, dtypes and a sampled hash of the content."""
 
 from __future__ import annotations
 
@@ -11,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import persistent_buffers
+from lightning_peft.core.names import strip_compile
+
 __all__ = ["buffer_hashes", "fingerprint", "fingerprint_differences"]
 
-_SAMPLES = 64  # elements a tensor: 290 tensors of a 7 B model are sampled in a few milliseconds
+_HASHED_WHOLE = 1 << 16  # elements up to which a buffer is hashed completely
+_SAMPLES = 64  # elements per tensor: 290 tensors of a 7 B model are sampled in a few milliseconds
 
 
 def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, Any]:
@@ -31,25 +33,24 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
     tensors: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
         content = "" if name in trained else _sample(parameter.detach())
-        plain = name.replace("_orig_mod.", "")
+        plain = strip_compile(name)
         tensors[plain] = [list(parameter.shape), str(parameter.dtype), content]
     return {"tensors": tensors}
 
 
 def buffer_hashes(model: nn.Module) -> dict[str, str]:
-    """Hash of every persistent buffer: whole up to 64 Ki elements, sampled above (a base held in
-    buffers).
+    """Return the hash of every persistent buffer.
+
+    Buffers of up to 64 Ki elements are hashed completely. Larger ones (a base held in buffers) are
+    sampled.
     """
-    found = {}
-    for name, module in model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            if key not in module._non_persistent_buffers_set:
-                full = f"{name}.{key}" if name else key
-                whole = buffer.numel() <= 1 << 16
-                found[full.replace("_orig_mod.", "")] = _sample(
-                    buffer.detach(), max(1, buffer.numel()) if whole else _SAMPLES
-                )
-    return found
+    return {
+        strip_compile(name): _sample(
+            buffer.detach(),
+            max(1, buffer.numel()) if buffer.numel() <= _HASHED_WHOLE else _SAMPLES,
+        )
+        for name, buffer in persistent_buffers(model).items()
+    }
 
 
 def _sample(t: Tensor, samples: int = _SAMPLES) -> str:
@@ -62,7 +63,7 @@ def _sample(t: Tensor, samples: int = _SAMPLES) -> str:
 
 
 def fingerprint_differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:
-    """One line per tensor that differs: name, expected, found. Empty where the bases are the same.
+    """Return one line per tensor that differs: name, expected, found.
 
     A dtype or a sampled hash is compared only where shapes agree; meta tensors compare by shape
     alone.

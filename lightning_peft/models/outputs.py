@@ -1,4 +1,4 @@
-"""A model run on one batch as a data loader gives it."""
+"""Outputs of a model on one batch of a data loader."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_peft.models.modules import evaluating
 
 __all__ = ["output_of", "relative_change", "run_on"]
 
@@ -25,14 +27,8 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 
 def output_of(model: nn.Module, batch: Any) -> Tensor:
     """The model's main output in eval mode, without gradients, fp32."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return main_output(model, batch)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        return main_output(model, batch)
 
 
 def main_output(model: nn.Module, batch: Any) -> Tensor:

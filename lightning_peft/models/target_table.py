@@ -1,4 +1,4 @@
-"""The usual choice of layers by architecture, as data: suffixes in transformers 5's module names.
+"""Usual target layers by architecture: suffixes of transformers 5's module names.
 
 A family is (LoRA's layers, IA3's layers, IA3's feed-forward layers). LoRA's are query and value, or
 the fused projection, as Hugging Face peft's table has them where it has the type; IA3's are key,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["FAMILIES", "MODEL_TYPES", "Family"]
+__all__ = ["FAMILIES", "MODEL_TYPES", "SHARED_INPUTS", "Family", "SharedInput"]
 
 
 class Family(NamedTuple):
@@ -24,6 +24,20 @@ class Family(NamedTuple):
     lora: tuple[str, ...]
     ia3: tuple[str, ...]
     feedforward: tuple[str, ...]
+
+
+class SharedInput(NamedTuple):
+    """Children of one module that its forward calls with one tensor.
+
+    Attributes:
+        children: Names of the children, the one that is called first in front. A module may lack
+            some of them.
+        inside: Name of a module that must enclose them; "" for any place. In cross-attention the
+            query reads another tensor than key and value.
+    """
+
+    children: tuple[str, ...]
+    inside: str = ""
 
 
 FAMILIES: dict[str, Family] = {
@@ -204,4 +218,86 @@ MODEL_TYPES: dict[str, Family] = {
     model_type: FAMILIES[family]
     for family, types in _BY_FAMILY.items()
     for model_type in types.split()
+}
+
+
+def _shared(*lines: str) -> tuple[SharedInput, ...]:
+    """Read lines such as ``"k_proj v_proj in cross_attn"``."""
+    return tuple(
+        SharedInput(tuple(children.split()), inside)
+        for children, _, inside in (line.partition(" in ") for line in lines)
+    )
+
+
+_GATED = "gate_proj up_proj"
+_QKV = "q_proj k_proj v_proj gate_proj g_proj r_proj"
+_CROSS = "k_proj v_proj in cross_attn"
+_ENCODER = "k_proj v_proj in encoder_attn"
+_DELTA = "in_proj_qkv in_proj_z in_proj_b in_proj_a"
+
+# Family → children that read one tensor; a child belongs to the first line that has it. Types that
+# differ from their family follow.
+_SHARED_BY_FAMILY: dict[str, tuple[SharedInput, ...]] = {
+    "llama": _shared(_CROSS, _QKV, _GATED, _DELTA, "linear_y linear_x"),
+    "moe": _shared(
+        _CROSS, _QKV, _GATED, _DELTA, "in_proj_qkvz in_proj_ba", "w1 w3", "qkv_proj output_gate"
+    ),
+    "opt": _shared(_ENCODER, _QKV),
+    "deepseek": _shared("q_a_proj kv_a_proj_with_mqa g_proj", _QKV, _GATED),
+    "deepseek_v4": _shared("q_a_proj kv_proj", "kv_proj gate_proj", _GATED),
+    "zaya": _shared("q_proj k_proj v_proj_current"),
+    "diffusion_gemma": _shared("q_proj k_proj", _GATED),
+    "bert": _shared("key value in crossattention", "query key value conv_out_layer"),
+    "mpnet": _shared("q k v"),
+    "distilbert": _shared("q_lin k_lin v_lin"),
+    "deberta-v2": _shared("key_proj value_proj"),
+    "t5": _shared(
+        "k v in EncDecAttention",
+        "q k v",
+        "key value in encoder_decoder_attention",
+        "query key value",
+        "wi_0 wi_1",
+    ),
+    "bart": _shared(
+        _ENCODER,
+        "k_proj v_proj in cross_attention",
+        _QKV,
+        "query key value",
+        "linear_q linear_k",
+        _GATED,
+    ),
+    "led": _shared(_ENCODER, _QKV, "query key value"),
+    "prophetnet": _shared("key_proj value_proj in cross_attn", "query_proj key_proj value_proj"),
+    "xlstm": _shared("q k v ogate_preact igate_preact fgate_preact", "proj_up_gate proj_up"),
+    "cpmant": _shared("project_k project_v", "w_0 w_1"),
+    "lfm2": _shared(_QKV, "w1 w3"),
+    "pvt_v2": _shared("key value"),
+    "blip": _shared("key value in crossattention", "query key value"),
+    "blip-2": _shared("key value in crossattention", "query key value"),
+    "phi": _shared(_QKV),
+    "phi3": _shared(_QKV),
+    "starcoder2": _shared(_QKV),
+    "gptj": _shared(_QKV),
+    "gpt_neo": _shared(_QKV),
+    "granitemoehybrid": _shared(_QKV),
+    "nemotron_h": _shared(_QKV),
+    "modernbert-decoder": _shared(_QKV),
+    "wav2vec2": _shared(_QKV),
+    "albert": _shared("query key value"),
+    "longformer": _shared("query key value"),
+    "mobilevit": _shared("query key value"),
+}
+
+#: model_type of a transformers config → children that read one tensor.
+SHARED_INPUTS: dict[str, tuple[SharedInput, ...]] = {
+    **{
+        model_type: _SHARED_BY_FAMILY.get(family, ())
+        for family, types in _BY_FAMILY.items()
+        for model_type in types.split()
+    },
+    "falcon_h1": _shared(_QKV, "up_proj gate_proj"),  # its forward calls up_proj first
+    "idefics2_perceiver": _shared("k_proj v_proj", _GATED),
+    "canine": _shared("key value"),  # local attention: queries read other characters
+    "pvt": _shared("key value"),
+    "detr": _shared("q_proj k_proj in self_attn"),  # positions are added for queries and keys
 }

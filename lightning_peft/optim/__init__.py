@@ -1,5 +1,6 @@
 """Optimizer state: pooled, 8-bit, paged; from the user's optimizer and back."""
 
+from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.optimizers import (
     AdamW8bit,
     Lion8bit,
@@ -8,17 +9,22 @@ from lightning_peft.optim.optimizers import (
     PooledOptimizer,
 )
 from lightning_peft.optim.param_groups import loraplus_groups, repair
-from lightning_peft.optim.replace import OPTIMIZERS, replace_optimizer
+from lightning_peft.optim.replace import OPTIMIZERS, convert_optimizer
 from lightning_peft.optim.state_conversion import from_torch, join_shards, moments, shard, to_torch
 from lightning_peft.optim.state_names import in_live_order, names_of
+
+#: The former name of `convert_optimizer`.
+swap = convert_optimizer
 
 __all__ = [
     "OPTIMIZERS",
     "AdamW8bit",
     "Lion8bit",
+    "MethodHooks",
     "PagedAdamW8bit",
     "PagedAdamW32bit",
     "PooledOptimizer",
+    "convert_optimizer",
     "from_torch",
     "in_live_order",
     "join_shards",
@@ -26,7 +32,7 @@ __all__ = [
     "moments",
     "names_of",
     "repair",
-    "replace_optimizer",
     "shard",
+    "swap",
     "to_torch",
 ]

@@ -16,8 +16,9 @@ from lightning_peft.optim.optimizers import (
     PooledOptimizer,
 )
 from lightning_peft.optim.state_conversion import pack
+from lightning_peft.optim.wrappers import unwrap_optimizer
 
-__all__ = ["OPTIMIZERS", "replace_optimizer"]
+__all__ = ["OPTIMIZERS", "convert_optimizer"]
 
 OPTIMIZERS: dict[str, type[PooledOptimizer]] = {
     "adamw_8bit": AdamW8bit,
@@ -27,19 +28,24 @@ OPTIMIZERS: dict[str, type[PooledOptimizer]] = {
 }
 
 
-def replace_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Make `optimizer` the one called `name`, in place.
+def convert_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Change the class of an optimizer in place: 8-bit or paged state, the same groups.
 
-    Groups, hyper-parameters, hooks, schedulers and a state already there stay. AdamW and Adam of
-    torch and of bitsandbytes become any of them (Adam only without weight decay, which in torch's
-    Adam is an L2 term that these do not have); Lion of bitsandbytes becomes lion_8bit. An AdamW
-    made lion_8bit keeps its lr and betas, which Lion reads differently (usual: lr a third to a
-    tenth, betas 0.9 and 0.99): set them in configure_optimizers.
+    Groups, hyper-parameters, hooks, schedulers and existing state are kept. Wrappers of Fabric and
+    accelerate are accepted. AdamW and Adam of torch and of bitsandbytes become any of the four;
+    torch's Adam only without weight decay, which is an L2 term there. Lion of bitsandbytes becomes
+    lion_8bit. An AdamW converted to lion_8bit keeps its lr and betas, which Lion reads differently:
+    set an lr of a third to a tenth, and betas 0.9 and 0.99.
+
+    Args:
+        optimizer: The optimizer to convert.
+        name: ``"adamw_8bit"``, ``"paged_adamw_8bit"``, ``"paged_adamw_32bit"`` or ``"lion_8bit"``.
 
     Raises:
         ValueError: an unknown name, a group with amsgrad or differentiable, L2 weight decay.
         TypeError: an optimizer of another family.
     """
+    optimizer = unwrap_optimizer(optimizer)
     target = OPTIMIZERS.get(name)
     if target is None:
         raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)}, got {name!r}")

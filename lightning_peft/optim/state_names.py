@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.core.names import strip_compile
+
 __all__ = ["Names", "in_live_order", "names_of"]
 
 #: Names of an optimizer's parameters, by group.
@@ -16,7 +18,7 @@ Names = list[list[str]]
 
 def names_of(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> Names:
     """By group; a parameter of no name in `named` is told by its place."""
-    found = {id(p): name.replace("_orig_mod.", "") for name, p in named.items()}
+    found = {id(p): strip_compile(name) for name, p in named.items()}
     return [
         [found.get(id(p), f"unnamed {i}.{j}") for j, p in enumerate(group["params"])]
         for i, group in enumerate(optimizer.param_groups)

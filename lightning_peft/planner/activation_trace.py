@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from lightning_peft.models.target_modules import hf_models, output_head
+from lightning_peft.models.modules import head_names, hf_models
 
 __all__ = [
     "ACTIVATIONS",
@@ -359,7 +359,7 @@ def _checkpointed(net: Any, wanted: bool) -> Iterator[None]:
 @contextmanager
 def _labels(net: nn.Module, meter: Meter) -> Iterator[None]:
     """Labels change where the output head begins, and where its gradient has come through."""
-    heads = output_head(net)
+    heads = head_names(net)
     first = next((m for n, m in net.named_modules() if n in heads), None)
 
     def backward(_: Tensor) -> None:

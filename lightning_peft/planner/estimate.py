@@ -10,11 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_peft.methods.base import Method
-from lightning_peft.models.target_modules import output_head
+from lightning_peft.models.modules import head_names
 from lightning_peft.planner.activation_trace import UNTRACEABLE, NoInputs, Trace, trace
 from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
 from lightning_peft.planner.plan import OPTIMIZER_BYTES, Choice, Plan, Step
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import StorageConfig, as_config, storage_for
 
 __all__ = ["Plan", "Step", "estimate_memory"]
 
@@ -32,7 +32,7 @@ def estimate_memory(
     model_or_config: Any,
     method: Method | Sequence[Method] | Literal["full"] | None,
     *,
-    quantization: Quantization | str | None = None,
+    quantization: StorageConfig | str | None = None,
     optimizer: str | None = None,
     precision: str = "bf16",
     batch_size: int = 1,
@@ -77,13 +77,13 @@ def estimate_memory(
     ):
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"{name}: expected a whole number >= 1, got {n!r}")
-    if isinstance(quantization, str):
-        quantization = Quantization(quantization)  # type: ignore[arg-type]
+    quantization = as_config(quantization)
     methods = _methods(method, modules_to_save)
     if methods is None and quantization is not None:
         raise ValueError(
-            f"quantization: expected none with method='full', got {quantization.kind!r}; packed "
-            "weights cannot be trained: choose an adapter, for instance LoRA()"
+            "quantization: expected none with method='full', got "
+            f"{storage_for(quantization).label!r}; packed weights cannot be trained: choose an "
+            "adapter, for instance LoRA()"
         )
     choice = Choice(
         method=methods,
@@ -110,7 +110,7 @@ def _plan(
     """Plan for a pristine meta model, which stays as it is; `traces` are shared with others."""
     model = copy.deepcopy(source)
     heads = _head(model)
-    int8 = prepare(
+    unmade = prepare(
         model, choice.method, choice.quantization, choice.precision, choice.modules_to_save
     )
     fused_loss = None
@@ -150,7 +150,7 @@ def _plan(
 
     return Plan(
         choice,
-        count(model, int8),
+        count(model, unmade),
         memory,
         _tracer=traced,
         _again=lambda changed: _plan(source, changed, memory, traces),
@@ -160,7 +160,7 @@ def _plan(
 
 def _head(model: nn.Module) -> tuple[int, int] | None:
     """(hidden size, vocabulary) of the output head."""
-    for name in sorted(output_head(model)):
+    for name in sorted(head_names(model)):
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             return module.in_features, module.out_features

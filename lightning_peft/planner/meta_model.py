@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach import attach
 from lightning_peft.adapters.quantize import plan_quantization
+from lightning_peft.core.names import in_adapter
 from lightning_peft.methods.base import Method
-from lightning_peft.storage import Quantization, storage_of
+from lightning_peft.storage import StorageConfig, held_tensors, storage_for
 
-__all__ = ["PRECISIONS", "Sizes", "count", "meta_model", "prepare"]
+__all__ = ["PRECISIONS", "Sizes", "Unmade", "count", "meta_model", "prepare"]
 
 # precision → (dtype of the base, None as the module has it; dtype of what is trained; autocast)
 PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype, torch.dtype | None]] = {
@@ -62,6 +64,19 @@ class Sizes:
     def base_bytes(self) -> int:
         """Bytes of the frozen base."""
         return sum(n for _, n in self.base.values())
+
+
+@dataclass(frozen=True)
+class Unmade:
+    """Weights that a storage would hold, were there values to quantise.
+
+    Attributes:
+        label: The storage's label.
+        nbytes: Bytes by id of the dense parameter.
+    """
+
+    label: str = ""
+    nbytes: dict[int, int] = field(default_factory=dict)
 
 
 def meta_model(model_or_config: Any) -> nn.Module:
@@ -180,40 +195,62 @@ def _build(config: Any) -> nn.Module:
 def prepare(
     model: nn.Module,
     methods: Sequence[Method] | None,
-    quantization: Quantization | None,
+    quantization: StorageConfig | None,
     precision: str,
     modules_to_save: Sequence[str] = (),
-) -> dict[int, int]:
+) -> Unmade:
     """Bring a meta model to what is trained, in place; `methods` None is plain full fine-tuning.
 
     Returns:
-        Bytes by id of parameters that int8 would hold; they stay dense here.
+        What a storage that quantises values only would hold; its weights stay dense here.
     """
     base, trained, _ = PRECISIONS[precision]
-    int8: dict[int, int] = {}
+    with adopted_layers(model):  # before a cast would reach their scales
+        return _prepare(model, methods, quantization, base, trained, modules_to_save)
+
+
+def _prepare(
+    model: nn.Module,
+    methods: Sequence[Method] | None,
+    quantization: StorageConfig | None,
+    base: torch.dtype | None,
+    trained: torch.dtype,
+    modules_to_save: Sequence[str],
+) -> Unmade:
+    unmade = Unmade()
     if methods is None:
         for p in model.parameters():
             p.requires_grad_(p.is_floating_point())
     if base is not None:
         model.to(base)
     if methods is not None:
-        packed = quantization is not None and quantization.kind != "int8"
-        if quantization is not None and not packed:
-            for _, module in plan_quantization(
-                model, quantization, keep=list(modules_to_save)
-            ).layers:
-                W = module.get_parameter("weight")
-                int8[id(W)] = W.numel() + 4 * W.shape[0]
+        if quantization is not None and not storage_for(quantization).quantizes_meta:
+            unmade = _unmade(model, quantization, modules_to_save)
+            quantization = None
         attach(
             model,
             [_plain_start(m) for m in methods],
-            quantization=quantization if packed else None,
+            quantization=quantization,
             modules_to_save=modules_to_save,
         )
     for p in model.parameters():
         if p.requires_grad and p.is_floating_point():
             p.data = p.data.to(trained)
-    return int8
+    return unmade
+
+
+def _unmade(
+    model: nn.Module, quantization: StorageConfig, modules_to_save: Sequence[str]
+) -> Unmade:
+    plan = plan_quantization(model, quantization, keep=list(modules_to_save))
+    nbytes = {}
+    for _, module, layout in plan.layers:
+        for name in layout.names:
+            W = module.get_parameter(name)
+            shape = W.mT.shape if layout.transposed else W.shape
+            bits = plan.storage.bits_per_weight(shape, quantization)
+            nbytes[id(W)] = round(W.numel() * bits / 8)
+    return Unmade(plan.storage.label, nbytes)
 
 
 def _plain_start(method: Method) -> Method:
@@ -227,16 +264,15 @@ def _plain_start(method: Method) -> Method:
     return method
 
 
-def count(model: nn.Module, int8: dict[int, int]) -> Sizes:
+def count(model: nn.Module, unmade: Unmade) -> Sizes:
     """Elements and bytes of a prepared model."""
     sizes = Sizes()
     base: Counter[str] = Counter()
     logical: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in model.named_modules():
-        inside = "peft" in name.split(".")
-        packed: dict[str, Any] = vars(module).get("_packed") or {}
-        scales = {f"{key}_{part}" for key in packed for part in ("absmax", "absmax2", "offset")}
+        inside = in_adapter(name)
+        quantized = held_tensors(module)
         tensors = [*module._parameters.items(), *module._buffers.items()]
         for key, t in tensors:
             if t is None or id(t) in seen:
@@ -251,13 +287,15 @@ def count(model: nn.Module, int8: dict[int, int]) -> Sizes:
                 sizes.total += numel
                 continue
             label = str(t.dtype).removeprefix("torch.")
-            if key in scales:
-                label, numel = next(p.kind for p in packed.values()), 0
-            elif key in packed:
-                label, numel = packed[key].kind, storage_of(module, key).numel(module, key)
-                sizes.dequantised = max(sizes.dequantised, packed[key].shape[-2:].numel())
-            elif id(t) in int8:
-                label, nbytes = "int8", int8[id(t)]
+            held = quantized.get(key)
+            if held is not None:
+                label, numel = held.storage.label, 0
+                if key == held.weight:
+                    shape = held.storage.shape(module, key)
+                    numel = shape.numel()
+                    sizes.dequantised = max(sizes.dequantised, shape[-2:].numel())
+            elif id(t) in unmade.nbytes:
+                label, nbytes = unmade.label, unmade.nbytes[id(t)]
             base[label] += nbytes
             logical[label] += numel
             sizes.total += numel

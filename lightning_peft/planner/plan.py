@@ -18,7 +18,7 @@ from lightning_peft.planner.activation_trace import (
     Trace,
 )
 from lightning_peft.planner.meta_model import Sizes
-from lightning_peft.storage import Quantization
+from lightning_peft.storage import Quantization, StorageConfig, storage_for
 
 __all__ = ["OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]
 
@@ -44,7 +44,7 @@ class Choice:
     """What was asked for; see `estimate_memory`."""
 
     method: tuple[Any, ...] | None  # None is plain full fine-tuning
-    quantization: Quantization | None
+    quantization: StorageConfig | None
     optimizer: str
     precision: str
     batch_size: int
@@ -61,7 +61,11 @@ class Choice:
         if self.method is None:
             return "full fine-tuning"
         names = " + ".join(m.label for m in self.method)
-        return names if self.quantization is None else f"{names} on {self.quantization.kind}"
+        return (
+            names
+            if self.quantization is None
+            else f"{names} on {storage_for(self.quantization).label}"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.adapters.activation import disable_adapters
+from lightning_peft.models.modules import evaluating
 
 __all__ = ["distillation_loss", "teaching"]
 
@@ -36,14 +37,8 @@ def teaching(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: adapters are merged, so that there is no base.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    with disable_adapters(model), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with disable_adapters(model), torch.no_grad(), evaluating(model):
+        yield
 
 
 def distillation_loss(

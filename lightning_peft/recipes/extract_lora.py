@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_peft.adapters.attach import attach, detach, plan_attach
+from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.plan import plan_attach
+from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
-from lightning_peft.hf.keys import joined
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.hf.targets import exact_targets
-from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
+from lightning_peft.layers.copy_adapter import CopyAdapter
+from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.models.outputs import output_of, relative_change
-from lightning_peft.recipes.fit_outputs import fit_outputs, goals_of
+from lightning_peft.recipes.fit_outputs import Goal, fit_outputs, goals_of
 from lightning_peft.recipes.svd import factors, kept_energy
 from lightning_peft.recipes.weight_source import Weight, opened, skeleton
 from lightning_peft.report.summary import Report
@@ -142,47 +145,30 @@ def extract_lora(
         ValueError: r < 1, a pickle, a weight that is missing, misshapen or not finite; `base` is as
             before.
     """
-    if r < 1:
-        raise ValueError(f"extract_lora: expected a rank r >= 1, got {r}")
-    in_memory = isinstance(base, nn.Module)
-    runs = batch is not None or inputs is not None
-    if not in_memory and (directory is None or runs):
-        raise ValueError(
-            "extract_lora: expected directory= and no batch or inputs with a base that is not "
-            f"loaded, got directory = {directory} and {'something' if runs else 'nothing'} to run"
-        )
+    _check_arguments(base, r, directory, runs=batch is not None or inputs is not None)
     model = base if isinstance(base, nn.Module) else skeleton(Path(base))
     method = LoRA(
         r=1, alpha=1.0, bias=bias, target_modules=target_modules, exclude_modules=exclude_modules
     )
-    planned, _, _ = plan_attach(model, [method], [])  # says where; changes nothing
-    sites = [p.site for m, _, p in planned if m is method]
+    planned = plan_attach(model, [method], []).adapters  # finds the sites; changes nothing
+    sites = [p.placement.site for p in planned if p.method is method]
+    report = ExtractReport()
     with opened(base) as before, opened(tuned) as after:
-        wanted = [joined(s.name, s.parameter) for s in sites]
+        wanted = [join(s.name, s.parameter) for s in sites]
         pair = _Pair(
-            before.under_names_of(model, wanted), after.under_names_of(model, wanted), in_memory
+            before.under_names_of(model, wanted),
+            after.under_names_of(model, wanted),
+            isinstance(base, nn.Module),
         )
-        pair.require_shapes(sites, after.label)
-        runner = _runner(model, tuned, pair) if runs else model
-        outputs = None if batch is None else (output_of(model, batch), output_of(runner, batch))
-        goals = None if inputs is None else goals_of(runner, inputs)
-        report = ExtractReport()
+        pair.check_shapes(sites, after.label)
+        goals = _Goals.of(model, tuned, pair, batch, inputs)
         found = {
             (id(s.module), s.parameter): _factored(s, pair, min(r, *s.shape[-2:]), report)
             for s in sites
         }
-        ranks = {s.name: found[id(s.module), s.parameter][0].shape[-2] for s in sites}
         report.attached = attach(
             model,
-            dataclasses.replace(
-                method,
-                r=r,
-                alpha=float(r),
-                rank_pattern={re.escape(n): k for n, k in ranks.items() if k != r},
-                alpha_pattern={re.escape(n): float(k) for n, k in ranks.items() if k != r},
-                target_modules=exact_targets(model, sites),
-                exclude_modules=None,
-            ),
+            _with_ranks(method, model, r, sites, found),
             adapter_name=adapter_name,
             modules_to_save=modules_to_save,
         )
@@ -192,14 +178,86 @@ def extract_lora(
             detach(model, adapter_name)
             raise
         report.left_out = _left_out(pair, covered | set(wanted))
-    if goals is not None:
-        report.fitted = fit_outputs(model, _factors_in(model, adapter_name), goals)
-    if outputs is not None:
-        report.output_change = relative_change(*outputs)
-        report.output_error = relative_change(output_of(model, batch), outputs[1])
+    goals.reach(model, adapter_name, report)
     if directory is not None:
         save_adapter(model, directory, adapter_name=adapter_name)
     return report
+
+
+def _check_arguments(
+    base: nn.Module | str | Path, r: int, directory: str | Path | None, *, runs: bool
+) -> None:
+    """Check the rank, and that a base that is not loaded need not run.
+
+    Raises:
+        ValueError: r < 1; a directory as base without `directory`, or with something to run.
+    """
+    if r < 1:
+        raise ValueError(f"extract_lora: expected a rank r >= 1, got {r}")
+    if not isinstance(base, nn.Module) and (directory is None or runs):
+        raise ValueError(
+            "extract_lora: expected directory= and no batch or inputs with a base that is not "
+            f"loaded, got directory = {directory} and {'something' if runs else 'nothing'} to run"
+        )
+
+
+#: (id of the module, weight) → (A, B).
+_Found = Mapping[tuple[int, str], tuple[Tensor, Tensor]]
+
+
+def _with_ranks(
+    method: LoRA, model: nn.Module, r: int, sites: Sequence[Site], found: _Found
+) -> LoRA:
+    """Return the method for exactly these sites, with each layer's rank and scale 1."""
+    ranks = {s.name: found[id(s.module), s.parameter][0].shape[-2] for s in sites}
+    return dataclasses.replace(
+        method,
+        r=r,
+        alpha=float(r),
+        rank_pattern={re.escape(n): k for n, k in ranks.items() if k != r},
+        alpha_pattern={re.escape(n): float(k) for n, k in ranks.items() if k != r},
+        target_modules=exact_targets(model, sites),
+        exclude_modules=None,
+    )
+
+
+@dataclass(frozen=True)
+class _Goals:
+    """Outputs of both models from before the adapter is attached.
+
+    Attributes:
+        batch: The example input to compare on, None without one.
+        outputs: The base's and the tuned model's output on the batch.
+        fitted: The tuned model's outputs on the inputs to fit to.
+    """
+
+    batch: Any
+    outputs: tuple[Tensor, Tensor] | None
+    fitted: Sequence[Goal] | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        tuned: nn.Module | str | Path,
+        pair: _Pair,
+        batch: Any,
+        inputs: Iterable[Any] | None,
+    ) -> _Goals:
+        """Run both models on the batch, and the tuned one on the inputs."""
+        if batch is None and inputs is None:
+            return cls(None, None, None)
+        runner = _runner(model, tuned, pair)
+        outputs = None if batch is None else (output_of(model, batch), output_of(runner, batch))
+        return cls(batch, outputs, None if inputs is None else goals_of(runner, inputs))
+
+    def reach(self, model: nn.Module, adapter_name: str, report: ExtractReport) -> None:
+        """Fit the factors to the inputs, and report the error on the batch."""
+        if self.fitted is not None:
+            report.fitted = fit_outputs(model, _factors_in(model, adapter_name), self.fitted)
+        if self.outputs is not None:
+            report.output_change = relative_change(*self.outputs)
+            report.output_error = relative_change(output_of(model, self.batch), self.outputs[1])
 
 
 @dataclass(frozen=True)
@@ -210,10 +268,10 @@ class _Pair:
     tuned: Mapping[str, Weight]
     in_memory: bool
 
-    def require_shapes(self, sites: Sequence[Site], label: str) -> None:
+    def check_shapes(self, sites: Sequence[Site], label: str) -> None:
         problems = []
         for s in sites:
-            name = joined(s.name, s.parameter)
+            name = join(s.name, s.parameter)
             shape, got = s.storage.shape(s.module, s.parameter), self.tuned[name].shape
             if tuple(shape) != got:
                 problems.append(f"{name}: expected shape {list(shape)}, got {list(got)}")
@@ -222,7 +280,7 @@ class _Pair:
 
     def matrices(self, site: Site) -> tuple[Tensor, Tensor]:
         """Canonical weights fp32, before and after."""
-        name = joined(site.name, site.parameter)
+        name = join(site.name, site.parameter)
 
         def canonical(W: Tensor) -> Tensor:
             return site.ops.to_canonical(site.module, site.parameter, W.float())
@@ -246,19 +304,17 @@ def _factored(site: Site, pair: _Pair, r: int, report: ExtractReport) -> tuple[T
     return A.cpu(), B.cpu()
 
 
-def _fill(
-    model: nn.Module, adapter_name: str, found: Mapping[Any, tuple[Tensor, Tensor]], pair: _Pair
-) -> set[str]:
+def _fill(model: nn.Module, adapter_name: str, found: _Found, pair: _Pair) -> set[str]:
     """Put factors and copies in; a model without memory gets tensors on the CPU."""
     covered: set[str] = set()
     for name, module in adapted_modules(model):
         for adapter in adapters_of(module, adapter_name):
             values: dict[str, Tensor] = {}
-            if adapter.kind == "weight":
+            if isinstance(adapter, WeightAdapter):
                 A, B = found[id(module), adapter.site.parameter]
                 values = {"A": A, "B": B}
-            for key, path in adapter.paths.items():
-                full = joined(name, path)
+            for key, path in adapter.paths.items() if isinstance(adapter, CopyAdapter) else ():
+                full = join(name, path)
                 if full not in pair.tuned:
                     raise ValueError(
                         f"extract_lora: {full!r}: expected a tensor of that name in the tuned "
@@ -314,5 +370,5 @@ def _runner(model: nn.Module, tuned: nn.Module | str | Path, pair: _Pair) -> nn.
 
 
 def _factors_in(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    adapters = [a for _, m in adapted_modules(model) for a in adapters_of(m, adapter_name)]
-    return [a.get_parameter(name) for a in adapters if a.kind == "weight" for name in ("A", "B")]
+    adapters = [a for _, m in adapted_modules(model) for a in weight_adapters_of(m, adapter_name)]
+    return [a.get_parameter(name) for a in adapters for name in ("A", "B")]

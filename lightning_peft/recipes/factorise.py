@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.placement.weights import adaptable
+from lightning_peft.core.names import join
+from lightning_peft.layers import adaptable
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.models.outputs import output_of, relative_change
 from lightning_peft.models.target_modules import select
@@ -153,7 +154,7 @@ def _replaceable(module: nn.Module) -> bool:
 def _children_of_fused_layers(model: nn.Module) -> set[str]:
     """`nn.TransformerEncoderLayer` reads its layers' weights itself in eval mode."""
     return {
-        f"{name}.{child}" if name else child
+        join(name, child)
         for name, m in model.named_modules()
         if isinstance(m, nn.TransformerEncoderLayer)
         for child, _ in m.named_modules()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.models.modules import evaluating
 from lightning_peft.models.outputs import main_output, output_of
 
 __all__ = ["Goal", "fit_outputs", "goals_of"]
@@ -59,21 +60,18 @@ def fit_outputs(
     optimizer = torch.optim.Adam(groups)
     steps = _PASSES * len(goals)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / steps)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        for batch, wanted in [*goals] * _PASSES:
-            loss = _squares(main_output(model, batch), batch, wanted) * (len(goals) / norm)
-            gradients = torch.autograd.grad(loss, factors, allow_unused=True)
-            for p, g in zip(factors, gradients, strict=True):
-                p.grad = g
-            optimizer.step()
-            schedule.step()
+        with evaluating(model):
+            for batch, wanted in [*goals] * _PASSES:
+                loss = _squares(main_output(model, batch), batch, wanted) * (len(goals) / norm)
+                gradients = torch.autograd.grad(loss, factors, allow_unused=True)
+                for p, g in zip(factors, gradients, strict=True):
+                    p.grad = g
+                optimizer.step()
+                schedule.step()
     finally:
         for p in factors:
             p.grad = None
-        for module, training in modes:
-            module.training = training
     after = _error(model, goals, norm)
     if after < before:
         return before, after

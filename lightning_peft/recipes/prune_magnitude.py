@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.placement.weights import adaptable
+from lightning_peft.core.names import join
 from lightning_peft.core.pruning_masks import held, mask_of, show_masked
-from lightning_peft.layers import ops_for
+from lightning_peft.layers import adaptable, ops_for
 from lightning_peft.models.target_modules import select
 from lightning_peft.storage import storage_of
 
@@ -86,7 +86,7 @@ def prune_magnitude(
         raise ValueError(f"prune_magnitude: scope: expected 'global' or 'layer', got {scope!r}")
     found = list(_weights(model, target_modules))
     for label, module, name in found:
-        if storage_of(module, name).label != "dense":
+        if storage_of(module, name).is_quantized:
             raise ValueError(
                 f"prune_magnitude: {label!r}: expected a dense weight, got a packed one; prune "
                 "before quantising"
@@ -123,4 +123,4 @@ def _weights(
         ops = ops_for(module)
         assert ops is not None  # `adaptable` said so
         for name in ops.parameters(module):
-            yield f"{label}.{name}" if label else name, module, name
+            yield join(label, name), module, name

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.names import matches_suffix
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.models.outputs import output_of, relative_change
 
@@ -131,7 +132,7 @@ def _found(model: nn.Module) -> Iterator[tuple[list[str], str]]:
     for ins, out in _BLOCKS:
         for name in sorted(plain):
             head = name[: -len(out)]
-            if name in taken or not (name == out or name.endswith(f".{out}")):
+            if name in taken or not matches_suffix(name, [out]):
                 continue
             layers = [head + i for i in ins]
             if all(i in plain and i not in taken for i in layers):

@@ -17,6 +17,7 @@ from lightning_peft.core.registry import AdapterRegistry, registries_in, registr
 from lightning_peft.core.site import Site
 from lightning_peft.hf.targets import exact_targets
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.models.outputs import output_of, relative_change
@@ -169,10 +170,10 @@ def _adapter(model: nn.Module, name: str) -> tuple[nn.Module, AdapterRegistry, L
             f"{[m.label for m in methods]}, whose change has no rank to prune"
         )
     for label, module in adapted_modules(root):
-        if module._peft.merged:
+        merged = module._peft.active.merged
+        if merged:
             raise RuntimeError(
-                f"prune_rank {label!r}: expected unmerged adapters, found {module._peft.merged}; "
-                "unmerge first"
+                f"prune_rank {label!r}: expected unmerged adapters, found {merged}; unmerge first"
             )
     return root, record, methods[0]
 
@@ -198,7 +199,7 @@ def _cuts(
             for adapter in adapters_of(module, name):
                 for path, value in adapter.copies().items():
                     copies[id(module), path] = value.detach().cpu().clone()
-                if adapter.kind == "weight":
+                if isinstance(adapter, WeightAdapter):
                     weights.append((adapter, _decomposed(adapter)))
             # A pattern knows modules only: all weights of one have one rank.
             kept = max((_kept(S, energy, rank) for _, (_, S, _) in weights), default=0)
@@ -211,10 +212,16 @@ def _cuts(
 _Spectrum = tuple[Tensor, Tensor, Tensor]  # U [*, out, k], S [*, k], Vh [*, k, in]
 
 
-def _decomposed(adapter: Any) -> _Spectrum:
-    own = adapter.tensors()
-    s = adapter.method.scaling(adapter.site, own["A"].shape[-2])
-    plain = lora_exchange.pack(adapter.method, adapter.site, own)
+def _lora(adapter: WeightAdapter) -> LoRA:
+    """The adapter's method; `_adapter` refused all others."""
+    assert isinstance(adapter.method, LoRA)
+    return adapter.method
+
+
+def _decomposed(adapter: WeightAdapter) -> _Spectrum:
+    own, method = adapter.tensors(), _lora(adapter)
+    s = method.scaling(adapter.site, own["A"].shape[-2])
+    plain = lora_exchange.pack(method, adapter.site, own)
     return thin_svd(plain["A"].double(), s * plain["B"].double())
 
 
@@ -223,7 +230,7 @@ def _kept(S: Tensor, energy: float | None, rank: int | None) -> int:
     return most if rank is None else min(most, rank)
 
 
-def _cut(adapter: Any, spectrum: _Spectrum, k: int, report: PruneReport) -> _Cut:
+def _cut(adapter: WeightAdapter, spectrum: _Spectrum, k: int, report: PruneReport) -> _Cut:
     own, site = adapter.tensors(), adapter.site
     U, S, Vh = spectrum
     squares = S.square()
@@ -233,7 +240,7 @@ def _cut(adapter: Any, spectrum: _Spectrum, k: int, report: PruneReport) -> _Cut
     others = {n: t.detach().cpu().clone() for n, t in own.items() if n not in _FACTORS}
     r = own["A"].shape[-2]
     if "bias_B" in others:
-        others["bias_B"] = adapter.method.scaling(site, r) * others["bias_B"]
+        others["bias_B"] = _lora(adapter).scaling(site, r) * others["bias_B"]
     report.layers.append(PrunedLayer(site.label, r, k, share))
     return _Cut(site, A.float().cpu(), B.float().cpu(), others)
 
@@ -270,7 +277,7 @@ def _restore(
             for adapter in adapters_of(module, name):
                 for path, value in adapter.copies().items():
                     value.copy_(copies[id(module), path])
-                if adapter.kind == "weight":
+                if isinstance(adapter, WeightAdapter):
                     cut = cuts[id(module), adapter.site.parameter]
                     for key, tensor in adapter.tensors().items():
                         tensor.copy_({"A": cut.A, "B": cut.B, **cut.others}[key])

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.hf.keys import joined
+from lightning_peft.core.names import in_adapter, join
 from lightning_peft.hf.legacy_names import namings
 from lightning_peft.hf.recognise import named
 from lightning_peft.hf.targets import model_root
-from lightning_peft.storage import storage_of
+from lightning_peft.storage import held_tensors, storage_of
 
 __all__ = ["Weight", "Weights", "opened", "skeleton"]
 
@@ -53,7 +53,7 @@ class Weights:
             ValueError: one of them is not, under any naming.
         """
         tied_too = model.named_parameters(remove_duplicate=False)
-        parameters = {n for n, _ in tied_too if "peft" not in n.split(".")}
+        parameters = {n for n, _ in tied_too if not in_adapter(n)}
         parameters |= set(wanted)
         best: list[str] = list(wanted)
         for naming in (dict[str, str](), *_old_parameters(model, parameters)):
@@ -86,7 +86,7 @@ class Weights:
 def _old_parameters(model: nn.Module, parameters: set[str]) -> Iterator[dict[str, str]]:
     prefix, top = model_root(model)
     for naming in namings(top):
-        names = {joined(prefix, n): joined(prefix, old) for n, old in naming.items()}
+        names = {join(prefix, n): join(prefix, old) for n, old in naming.items()}
         yield {
             p: f"{names[p.rpartition('.')[0]]}.{p.rpartition('.')[2]}"
             for p in parameters
@@ -144,20 +144,21 @@ def _files(path: Path) -> list[Path]:
 
 def _in_memory(model: nn.Module) -> Iterator[tuple[str, Weight]]:
     for name, module in model.named_modules():
-        if "peft" in name.split("."):
+        if in_adapter(name):
             continue
+        quantized = held_tensors(module)
         for leaf, p in module._parameters.items():
             if p is None:
                 continue
-            if p.is_floating_point():
-                yield joined(name, leaf), Weight(tuple(p.shape), p.detach)
-            elif leaf == "weight":  # packed
-                storage = storage_of(module, leaf)
-                shape = tuple(storage.shape(module, leaf))
-                yield joined(name, leaf), Weight(shape, _packed(module, leaf))
+            if leaf not in quantized:
+                if p.is_floating_point():
+                    yield join(name, leaf), Weight(tuple(p.shape), p.detach)
+            elif leaf == quantized[leaf].weight:
+                shape = tuple(quantized[leaf].storage.shape(module, leaf))
+                yield join(name, leaf), Weight(shape, _dequantized(module, leaf))
 
 
-def _packed(module: nn.Module, leaf: str) -> Callable[[], Tensor]:
+def _dequantized(module: nn.Module, leaf: str) -> Callable[[], Tensor]:
     return lambda: storage_of(module, leaf).read(module, leaf, torch.float32)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_peft_kernels.dispatch import choose
-from lightning_peft_kernels.fp8.linear import choose_fp8
 from torch import nn
 
 from lightning_peft.core.edit import Edit
@@ -14,6 +12,8 @@ from lightning_peft.core.protocols import Reason
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.weight_adapter import WeightAdapter
+from lightning_peft.storage import held_tensors
 
 __all__ = ["KernelWords", "groups_over_one_input"]
 
@@ -28,7 +28,7 @@ class KernelWords:
 
     def of(self, adapter: Adapter) -> str:
         """ "fused" and who dequantises; or why no fused kernel runs. "" for what is no edit."""
-        if adapter.kind != "weight":
+        if not isinstance(adapter, WeightAdapter):
             return ""
         site = adapter.site
         if site.device.type == "meta":
@@ -40,7 +40,7 @@ class KernelWords:
         if site.batch_shape:
             return _on_experts(self._edits[key], site)
         why = _why_not_fused(self._edits[key], site)
-        return why or "; ".join(filter(None, ("fused", _products(site))))
+        return why or "; ".join(filter(None, ("fused", _product_kernel(site))))
 
 
 def _why_not_fused(edit: Edit, site: Site) -> str:
@@ -49,7 +49,7 @@ def _why_not_fused(edit: Edit, site: Site) -> str:
         if site.has_bias:
             return "a bias that is not scaled: layer, edit and scale one after the other"
         form = _LOW_RANK
-    if edit.fused_linear_term is not None and site.storage.label == "dense":
+    if edit.fused_linear_term is not None and not site.storage.is_quantized:
         form = _LOW_RANK
     found = site.storage.fused(form, site.module, site.parameter)
     return str(found) if isinstance(found, Reason) else ""
@@ -59,37 +59,25 @@ def _on_experts(edit: Edit, site: Site) -> str:
     if not edit.on_experts:
         size = site.shape.numel() * site.dtype.itemsize
         return f"W' of all experts formed in every forward: {size:,} bytes"
-    if site.parameter not in vars(site.module).get("_packed", {}):
-        return "grouped products"
-    decision = choose("nf4_grouped_linear", site.device, site.dtype)
-    return f"grouped products; {decision.backend}: {decision.reason}"
+    return "; ".join(filter(None, ("grouped products", _product_kernel(site))))
 
 
-def _products(site: Site) -> str:
-    """How a packed weight meets its input."""
-    packing = vars(site.module).get("_packed", {}).get(site.parameter)
-    if packing is None:
-        return ""
-    if packing.compute == "fp8":
-        decision = choose_fp8(packing.shape, site.device)
-        if decision.backend != "dequantize":
-            return f"fp8: {decision.reason}"
-        return f"no fp8: {decision.reason}"
-    decision = choose("dequantize_4bit", site.device, site.dtype)
-    return f"{decision.backend}: {decision.reason}"
+def _product_kernel(site: Site) -> str:
+    """How a quantised weight meets its input."""
+    return site.storage.product_kernel(site.module, site.parameter)
 
 
 def groups_over_one_input(model: nn.Module) -> list[str]:
     """A line for each kind of group of packed layers that are called with one tensor."""
     lines: dict[str, None] = {}
     for _, module in adapted_modules(model):
-        shared = module._peft.shared
-        if shared is None or not shared.members or shared.members[0] is not module:
+        group = module._peft.projection_group
+        if group is None or not group.members or group.members[0] is not module:
             continue
-        if "_packed" not in vars(module):
+        if not held_tensors(module):
             continue
-        names = _names(model, shared.members)
-        why = shared.why_apart()
+        names = _names(model, group.members)
+        why = group.reason_apart()
         how = f"one by one ({why})" if why else "one dequantisation and one product"
         lines[f"{', '.join(names)} read one input: {how}"] = None
     return list(lines)

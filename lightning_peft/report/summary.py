@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_peft.core.names import in_adapter
 from lightning_peft.core.registry import registries_in
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.report.kernels import KernelWords, groups_over_one_input
-from lightning_peft.storage import storage_of
+from lightning_peft.storage import held_tensors
 
 __all__ = ["Group", "Report", "parameter_report"]
 
@@ -98,7 +101,7 @@ def parameter_report(model: nn.Module) -> Report:
             key = (
                 name.rpartition(".")[2] or type(module).__name__,
                 adapter.method.label,
-                "×".join(map(str, adapter.site.shape)) if adapter.kind == "weight" else "",
+                _shape(adapter),
                 adapter.site.storage.label,
                 words.of(adapter),
             )
@@ -111,12 +114,17 @@ def parameter_report(model: nn.Module) -> Report:
     return report
 
 
+def _shape(adapter: Adapter) -> str:
+    """Shape of the changed weight; "" for adapters that change none."""
+    return "×".join(map(str, adapter.site.shape)) if isinstance(adapter, WeightAdapter) else ""
+
+
 def _count(model: nn.Module, report: Report) -> None:
     nbytes: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in model.named_modules():
-        inside = "peft" in name.split(".")
-        scales = _scale_names(module)
+        inside = in_adapter(name)
+        quantized = held_tensors(module)
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
@@ -127,19 +135,14 @@ def _count(model: nn.Module, report: Report) -> None:
             if inside:
                 nbytes["adapters"] += size
                 report.total += parameter.numel()
-            elif key in scales:
+            elif key in quantized:
                 nbytes["quantised base"] += size
+                held = quantized[key]
+                if key == held.weight:
+                    report.total += held.storage.numel(module, key)
             else:
-                storage = storage_of(module, key)
-                packed = key == "weight" or key in (vars(module).get("_packed") or {})
-                dense = storage.label == "dense" or not packed
-                nbytes["base" if dense else "quantised base"] += size
-                report.total += parameter.numel() if dense else storage.numel(module, key)
+                nbytes["base"] += size
+                report.total += parameter.numel()
         if not module.training:
             report.eval_modules += 1
     report.nbytes = dict(nbytes)
-
-
-def _scale_names(module: nn.Module) -> set[str]:
-    packed = vars(module).get("_packed") or {}
-    return {f"{name}_absmax" for name in packed}

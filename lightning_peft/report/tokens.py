@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.layers.adapted import Adapted, adapted_modules
 
 __all__ = ["stop_counting", "token_lines", "tokens_of", "tokens_per_expert"]
 
 
-def tokens_of(module: Any) -> list[int] | None:
+def tokens_of(module: Adapted) -> list[int] | None:
     """Tokens of each expert of an adapted module in training so far; None where it counts none."""
-    tokens = module._peft.tokens
+    tokens = module._peft.telemetry.expert_tokens
     return None if tokens is None else tokens.tolist()
 
 
@@ -29,7 +27,7 @@ def tokens_per_expert(model: nn.Module) -> dict[str, list[int]]:
 def stop_counting(model: nn.Module) -> None:
     """Keep what was counted, and count no more."""
     for _, module in adapted_modules(model):
-        module._peft.counts_tokens = False
+        module._peft.telemetry.counts_tokens = False
 
 
 def token_lines(model: nn.Module) -> list[str]:

@@ -1,35 +1,121 @@
-"""bitsandbytes' own layers, as found in a model that was loaded quantised: Linear4bit and
+"""Layers of bitsandbytes, as found in a model that was loaded quantised: Linear4bit and
 Linear8bitLt.
 
-Nothing here is imported before such a layer is met (or `Quantization("int8")` is asked for).
+bitsandbytes itself is imported when such a layer is written, or made by `Quantization("int8")`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
+from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_peft.core.protocols import Reason
+from lightning_peft.core.protocols import Reason, StoredTensor, WeightLayout
+from lightning_peft.storage.base import BaseStorage
+from lightning_peft.storage.config import Quantization
+from lightning_peft.storage.linear_forward import recomputed
+from lightning_peft.storage.registry import register_storage
 
 __all__ = ["Bnb4bitStorage", "Bnb8bitStorage", "to_int8"]
 
+_FOUR_BIT = ("Linear4bit", "LinearNF4", "LinearFP4")
+_EIGHT_BIT = ("Linear8bitLt",)
 
-class Bnb4bitStorage:
+
+_CLASS_NAMES: dict[type[nn.Module], str] = {}
+
+
+def _class_name(cls: type[nn.Module]) -> str:
+    """Name of the class of bitsandbytes that `cls` is or derives from; "" if there is none."""
+    if cls not in _CLASS_NAMES:
+        _CLASS_NAMES[cls] = _found_class_name(cls)
+    return _CLASS_NAMES[cls]
+
+
+def _found_class_name(cls: type[nn.Module]) -> str:
+    for base in cls.__mro__:
+        if base.__module__.startswith("bitsandbytes."):
+            if base.__name__ not in (*_FOUR_BIT, *_EIGHT_BIT):
+                raise ValueError(
+                    f"bitsandbytes.{base.__name__}: expected one of "
+                    f"{sorted((*_FOUR_BIT, *_EIGHT_BIT))}; exclude the layer with exclude_modules"
+                )
+            return base.__name__
+    return ""
+
+
+class _BnbStorage(BaseStorage):
+    """What layers of bitsandbytes have in common: one weight, and scales outside the module."""
+
+    is_quantized = True
+    lossless_write = False
+    classes: tuple[str, ...] = ()
+
+    def weights(self, m: nn.Module) -> Sequence[str]:
+        """``weight`` of this storage's classes."""
+        return ("weight",) if _class_name(type(m)) in self.classes else ()
+
+    def shape(self, m: nn.Module, name: str) -> torch.Size:
+        """[out, in]."""
+        raise NotImplementedError
+
+    def numel(self, m: nn.Module, name: str) -> int:
+        """Logical elements."""
+        return self.shape(m, name).numel()
+
+    def read(
+        self,
+        m: Any,
+        name: str,
+        dtype: torch.dtype | None = None,
+        part: slice | None = None,
+    ) -> Tensor:
+        """Dequantised."""
+        raise NotImplementedError
+
+    def linear(self, m: nn.Module, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the dequantised weight, which backward dequantises again."""
+        return recomputed(lambda x: F.linear(x, self.read(m, name, x.dtype), bias), x)
+
+    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, groups: Groups) -> Tensor:
+        """Layers of bitsandbytes hold one matrix, never experts."""
+        return grouped_linear(X, self.read(m, name, X.dtype), groups)
+
+    def can_shard(self, m: nn.Module) -> Literal[True] | Reason:
+        """No: the scales are outside the module's parameters."""
+        return Reason(
+            "bitsandbytes holds scales that FSDP2 cannot see; load the base dense, or use "
+            "strategy='peft_ddp'"
+        )
+
+
+@register_storage()
+class Bnb4bitStorage(_BnbStorage):
     """`bitsandbytes.nn.Linear4bit` (and LinearNF4, LinearFP4)."""
 
     label = "bitsandbytes 4-bit"
+    classes = _FOUR_BIT
+
+    def iter_tensors(self, m: Any, name: str) -> Iterator[StoredTensor]:
+        """The packed parameter, and the scales in its quantisation state."""
+        yield StoredTensor(name, "codes", m.weight)
+        state = getattr(m.weight, "quant_state", None)
+        if state is None:
+            return
+        yield StoredTensor(None, "absmax", state.absmax)
+        if state.nested:
+            yield StoredTensor(None, "absmax2", state.state2.absmax)
+            yield StoredTensor(None, "offset", state.offset)
 
     def shape(self, m: Any, name: str) -> torch.Size:
         """[out, in]."""
         return torch.Size((m.out_features, m.in_features))
-
-    def numel(self, m: Any, name: str) -> int:
-        """Logical elements."""
-        return self.shape(m, name).numel()
 
     def nbytes(self, m: Any, name: str) -> int:
         """Packed bytes and scales."""
@@ -167,19 +253,54 @@ def _plain_linear(m: Any, W: Tensor) -> Callable[[], None]:
     return undo
 
 
-class Bnb8bitStorage:
+@register_storage(Quantization)
+class Bnb8bitStorage(_BnbStorage):
     """`bitsandbytes.nn.Linear8bitLt`: int8 rows with one scale each, W = CB · SCB / 127."""
 
     label = "int8"
+    classes = _EIGHT_BIT
+    quantizes_meta = False  # bitsandbytes quantises values
+
+    def iter_tensors(self, m: Any, name: str) -> Iterator[StoredTensor]:
+        """The int8 parameter and its row scales."""
+        yield StoredTensor(name, "codes", m.weight)
+        if m.weight.dtype == torch.int8:
+            yield StoredTensor(None, "scales", _scale(m))
+
+    def accepts(self, config: Any) -> bool:
+        """`Quantization("int8")`."""
+        kind: str = config.kind
+        return kind == "int8"
+
+    def require_available(self) -> None:
+        """Raise without bitsandbytes."""
+        if find_spec("bitsandbytes") is None:
+            raise ModuleNotFoundError(
+                "quantization='int8': expected bitsandbytes, found none; pip install bitsandbytes, "
+                "or use 'nf4', which needs nothing"
+            )
+
+    def bits_per_weight(self, shape: torch.Size, config: Any) -> float:
+        """8 bits, and an fp32 scale per row."""
+        return 8.0 + 32.0 / shape[-1]
+
+    def dense_reason(self, m: nn.Module, layout: WeightLayout, config: Any) -> str:
+        """Linear8bitLt stands for `nn.Linear` alone."""
+        if m.get_parameter(layout.names[0]).ndim > 2:
+            raise ValueError(
+                "expected linear layers for kind='int8', got fused experts, which hold most of the "
+                "weights; use kind='nf4', or name them in exclude_modules to leave them dense"
+            )
+        return "bitsandbytes' int8 needs an nn.Linear; use nf4" if layout.transposed else ""
+
+    def quantize(self, m: nn.Module, layout: WeightLayout, config: Any) -> None:
+        """Turn the layer into Linear8bitLt."""
+        to_int8(m)
 
     def shape(self, m: Any, name: str) -> torch.Size:
         """[out, in]."""
         shape: torch.Size = m.weight.shape
         return shape
-
-    def numel(self, m: Any, name: str) -> int:
-        """Elements."""
-        return self.shape(m, name).numel()
 
     def nbytes(self, m: Any, name: str) -> int:
         """Bytes and scales."""

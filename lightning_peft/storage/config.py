@@ -1,30 +1,38 @@
-"""What the user says about the frozen base's storage."""
+"""Configurations of the frozen base's storage, and their form as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Quantization"]
+__all__ = ["Quantization", "StorageConfig"]
+
+
+class StorageConfig:
+    """Base of all storage configurations; a subclass is a frozen dataclass of plain values.
+
+    Attributes:
+        exclude_modules: Suffixes of layers that stay dense, in addition to the output head.
+    """
+
+    exclude_modules: list[str] | None = None
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the frozen base is stored.
+class Quantization(StorageConfig):
+    """How the frozen base is stored, in one of the formats that come with the package.
 
     Attributes:
-        kind: ``"nf4"`` or ``"fp4"`` (4 bit, ours, byte-compatible with bitsandbytes) or ``"int8"``
-            (bitsandbytes'
-            Linear8bitLt).
+        kind: ``"nf4"`` or ``"fp4"`` (4 bit, byte-compatible with bitsandbytes), or ``"int8"``
+            (Linear8bitLt of bitsandbytes).
         block_size: Elements that share one scale; a power of two from 32 to 4096. 4 bit only.
-        double_quant: Whether the scales are quantised too: 0.516 instead of 0.5625 bytes a weight
-            at 64. 4 bit only.
+        double_quant: Whether the scales are quantised too: 0.516 instead of 0.5625 bytes per
+            weight at 64. 4 bit only.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: dtype that weights are
-            dequantised to; None
-            means the dtype they had.
-        compute: ``"auto"``, or ``"fp8"`` for e4m3 products with the frozen base where the chip has
-            them.
-        exclude_modules: Suffixes of linear layers that stay dense, besides the output head.
+            dequantised to; None means the dtype they had.
+        compute: ``"auto"``, or ``"fp8"`` for e4m3 products with the frozen base on chips that
+            have them.
+        exclude_modules: Suffixes of layers that stay dense, in addition to the output head.
 
     Raises:
         ValueError: an unknown kind, block size or dtype.

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from lightning_peft_kernels.lora.linear import lora_linear
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_peft.core.class_swap import base_class
-from lightning_peft.core.protocols import Reason
+from lightning_peft.core.protocols import Reason, StoredTensor
 from lightning_peft.core.pruning_masks import held, mask_of, show_masked
+from lightning_peft.storage.base import BaseStorage
 from lightning_peft.storage.dtensor import fill_rows, local
+from lightning_peft.storage.linear_forward import plain_forward
 
 __all__ = ["DenseStorage"]
 
 
-class DenseStorage:
-    """The weight as it is."""
+class DenseStorage(BaseStorage):
+    """The weight as it is: the storage of every weight that no other one holds."""
 
     label = "dense"
+    is_quantized = False
+    lossless_write = True
+
+    def owns(self, m: nn.Module, name: str) -> bool:
+        """Any weight; other storages are asked first."""
+        return True
+
+    def iter_tensors(self, m: nn.Module, name: str) -> Iterator[StoredTensor]:
+        """The parameter."""
+        yield StoredTensor(name, "codes", held(m, name))
 
     def shape(self, m: nn.Module, name: str) -> torch.Size:
         """Natural shape."""
@@ -81,6 +95,15 @@ class DenseStorage:
         self.write(m, name, W)
         return lambda: self.restore(m, name, bits)
 
+    def linear(self, m: nn.Module, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with the parameter."""
+        W = self.read(m, name)
+        return F.linear(x, W.mT if base_class(m).__name__ == "Conv1D" else W, bias)
+
+    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, groups: Groups) -> Tensor:
+        """Grouped products with a stack that is held as [E, out, in]."""
+        return grouped_linear(X, self.read(m, name), groups)
+
     def fused(
         self, form: frozenset[str], m: nn.Module, name: str
     ) -> Callable[..., Tensor] | Reason:
@@ -90,7 +113,7 @@ class DenseStorage:
         forward = base_class(m).forward
         if forward is nn.Linear.forward:
             return _fused
-        if base_class(m).__name__ == "Conv1D":
+        if plain_forward(m):  # transformers' Conv1D
             return _fused_transposed
         return Reason(f"dense: {base_class(m).__name__} has a forward of its own")
 

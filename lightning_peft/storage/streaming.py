@@ -18,8 +18,13 @@ import torch.distributed as dist
 from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit, quantize_scales
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import persistent_buffers, tied_parameters
+from lightning_peft.core.names import in_adapter, join
 from lightning_peft.storage.dtensor import local, local_rows
-from lightning_peft.storage.nf4.packed_layer import QuantizedWeightSpec, copy_packed_
+from lightning_peft.storage.nf4.packed_layer import FourBitSpec, copy_packed_
+from lightning_peft.storage.nf4.storage import FourBitStorage
+from lightning_peft.storage.packed import packed_tensors, specs_of
+from lightning_peft.storage.registry import held_tensors, storage_of
 
 __all__ = ["After", "materialize", "stream_base"]
 
@@ -38,17 +43,17 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     lost = [
         (name, module)
         for name, module in model.named_modules()
-        if "peft" not in name.split(".")
+        if not in_adapter(name)
         and any(b is not None and b.device.type == "meta" for b in module._buffers.values())
     ]
-    tied = _ties(model)
+    tied = tied_parameters(model)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
-    for (first, key), *others in tied:
-        for module, name in others:
-            module._parameters[name] = first._parameters[key]
+    for first, *others in tied:
+        for place in others:
+            place.module._parameters[place.key] = first.module._parameters[first.key]
     for name, module in lost:
-        if "_packed" in vars(module):
-            continue  # scales of scales: written with the weight
+        if held_tensors(module):
+            continue  # companions of a weight: written with it
         owner = _owner(model, name)
         if owner is None or not hasattr(module, "original_inv_freq"):
             raise RuntimeError(
@@ -57,16 +62,6 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 "torch.device('meta')"
             )
         owner._init_weights(module)
-
-
-def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Places that hold the same parameter: `_apply` makes each its own."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for key, p in module._parameters.items():
-            if p is not None:
-                places.setdefault(id(p), []).append((module, key))
-    return [held for held in places.values() if len(held) > 1]
 
 
 def _owner(model: nn.Module, name: str) -> Any:
@@ -119,9 +114,12 @@ def stream_base(
 
 
 def _fill(module: nn.Module, key: str, source: Any, chunk: int) -> None:
-    """`source` is sliced: a tensor in a file, or in memory."""
-    if key in vars(module).get("_packed", ()):
+    """Write one weight from `source`, a tensor in a file or in memory, which is sliced."""
+    storage = storage_of(module, key)
+    if isinstance(storage, FourBitStorage):
         _stream_packed(module, key, source, chunk)
+    elif storage.is_quantized:
+        storage.write(module, key, source[...])
     else:
         _stream_dense(_stored(module, key), source, chunk)
 
@@ -178,20 +176,19 @@ class _Source:
 
 
 def _wanted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Base parameters and persistent buffers, each tensor once; scales come with their weight."""
+    """Base parameters and persistent buffers, each tensor once; companions of a quantised weight
+    are left out.
+    """
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if "peft" in name.split("."):
+        if in_adapter(name):
             continue
-        packed = vars(module).get("_packed", {})
-        derived = {f"{k}_{part}" for k in packed for part in ("absmax", "absmax2", "offset")}
-        persistent = {
-            k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set
-        }
-        for key, t in {**module._parameters, **persistent}.items():
+        derived = {k for k, held in held_tensors(module).items() if k != held.weight}
+        own = {**module._parameters, **persistent_buffers(module, recurse=False)}
+        for key, t in own.items():
             if t is not None and key not in derived and id(t) not in seen:
                 seen.add(id(t))
-                yield f"{name}.{key}" if name else key, (module, key)
+                yield join(name, key), (module, key)
 
 
 def _stored(module: nn.Module, key: str) -> Tensor:
@@ -202,11 +199,8 @@ def _stored(module: nn.Module, key: str) -> Tensor:
 
 
 def _natural_shape(module: nn.Module, key: str) -> torch.Size:
-    packing: QuantizedWeightSpec | None = vars(module).get("_packed", {}).get(key)
-    if packing is None:
-        return _stored(module, key).shape
-    lead, (rows, width) = packing.shape[:-2], packing.shape[-2:]
-    return torch.Size((*lead, width, rows) if packing.transposed else packing.shape)
+    storage = storage_of(module, key)
+    return storage.shape(module, key) if storage.is_quantized else _stored(module, key).shape
 
 
 def _prefix(model: nn.Module, keys: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -232,7 +226,7 @@ def _stream_dense(t: Tensor, source: Any, chunk: int) -> None:
 
 
 def _stream_packed(module: Any, name: str, source: Any, chunk: int) -> None:
-    p: QuantizedWeightSpec = module._packed[name]
+    p: FourBitSpec = specs_of(module)[name]
     weight = module._parameters[name]
     width = p.shape[-1]
     if len(p.shape) > 2 or width % p.block_size or width % 2:
@@ -257,9 +251,7 @@ def _stream_packed(module: Any, name: str, source: Any, chunk: int) -> None:
     _place_scales(module, name, p, scales, weight)
 
 
-def _place_scales(
-    module: Any, name: str, p: QuantizedWeightSpec, scales: Tensor, weight: Tensor
-) -> None:
+def _place_scales(module: Any, name: str, p: FourBitSpec, scales: Tensor, weight: Tensor) -> None:
     """Scales of these rows; those of double quantisation need the scales of all rows."""
     own = local(module._parameters[f"{name}_absmax"].detach())
     if not p.nested:
@@ -274,7 +266,7 @@ def _place_scales(
         module._buffers[f"{name}_{part}"].copy_(value.view(torch.uint8))
 
 
-def _all_scales(scales: Tensor, weight: Tensor, p: QuantizedWeightSpec) -> Tensor:
+def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None or mesh.size() == 1:
         return scales
@@ -286,7 +278,7 @@ def _all_scales(scales: Tensor, weight: Tensor, p: QuantizedWeightSpec) -> Tenso
     return torch.cat(parts)[:total]  # only the last parts are short
 
 
-def _stream_whole(module: Any, name: str, p: QuantizedWeightSpec, source: Any) -> None:
+def _stream_whole(module: Any, name: str, p: FourBitSpec, source: Any) -> None:
     """Blocks cross rows, or experts lie one behind the other: one weight dense for a moment."""
     weight = module._parameters[name]
     device = local(weight).device
@@ -301,7 +293,7 @@ def _stream_whole(module: Any, name: str, p: QuantizedWeightSpec, source: Any) -
         _place_experts(module, name, parts, first)
         return
     if not hasattr(weight, "to_local"):
-        copy_packed_(module, name, parts[0])
+        copy_packed_(packed_tensors(module, name), parts[0])
         return
     bits = parts[0]
     for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):

@@ -1,18 +1,9 @@
-"""Strategies that know adapters: `Trainer(strategy="peft_ddp")` and `strategy="peft_fsdp"`.
+"""Strategies for adapters: `strategy="peft_ddp"` and `strategy="peft_fsdp"`.
 
-Both are registered when this package is imported, which `import lightning_peft` does.
+The classes for each package are in `lightning`, `pytorch_lightning`, `fabric` and
+`lightning_fabric`. Only the modules of loaded packages are imported.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning_peft.strategies.registration import register_strategies
 
-from lightning_peft.strategies.ddp import PEFTDDPStrategy
-from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
-
-__all__ = ["PEFTDDPStrategy", "PEFTFSDPStrategy"]
-
-for _strategy, _description in (
-    (PEFTDDPStrategy, "DDP over what is trained; the frozen base is never sent"),
-    (PEFTFSDPStrategy, "FSDP2 with the packed base sharded by rows"),
-):
-    if _strategy.strategy_name not in StrategyRegistry:
-        StrategyRegistry.register(_strategy.strategy_name, _strategy, description=_description)
+__all__ = ["register_strategies"]

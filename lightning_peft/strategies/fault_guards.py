@@ -1,99 +1,140 @@
-"""What both strategies do about faults: non-finite gradients, failed saves, exceptions."""
+"""Fault handling of both strategies: non-finite gradients, failed saves, exceptions."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerStatus
 from torch.optim import Optimizer
+from typing_extensions import override
 
+from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.optim.state_pool import local
-from lightning_peft.strategies.collectives import raise_on_all_ranks
+from lightning_peft.trainers.packages import is_interrupted
 
-__all__ = ["Guards"]
+if TYPE_CHECKING:
+    from lightning.fabric.strategies.parallel import ParallelStrategy as FabricStrategy
+    from lightning.pytorch.strategies import ParallelStrategy
+else:
+    FabricStrategy = ParallelStrategy = object
+
+__all__ = ["FabricGuards", "GradientGuard", "TrainerGuards"]
 
 
-class Guards(ParallelStrategy):
-    """Mixin, before the Lightning strategy among the bases.
+class GradientGuard:
+    """Skips a step on all ranks if a gradient is not finite on one of them.
 
     Attributes:
-        skipped_steps: Optimizer steps left out because a gradient was not finite on some process.
-        max_skips: That many in a row stop the run, on every process.
+        skipped_steps: Number of skipped optimizer steps.
+        max_skips: Number of consecutive skips that stops the run on every rank.
     """
 
-    knows_peft = True
     max_skips = 10
     skipped_steps = 0
-    _skips_in_a_row = 0
+    _consecutive_skips = 0
 
-    # ---- gradients
+    def drop_nonfinite(self, optimizer: Optimizer, device: torch.device) -> None:
+        """Set all gradients to None if one is NaN or infinite, so that no state changes.
 
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
-        """A step that all processes take or none: after backward they agree on finiteness.
-
-        With a GradScaler, which skips by itself, nothing is added.
+        Raises:
+            RuntimeError: `max_skips` steps in a row were skipped.
         """
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
-
-        def checked() -> Any:
-            result = closure()
-            self._drop_nonfinite(optimizer)
-            return result
-
-        return super().optimizer_step(optimizer, checked, model, **kwargs)
-
-    def _drop_nonfinite(self, optimizer: Optimizer) -> None:
-        """Set all gradients to None where one is NaN or infinite: no state is touched then."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [local(p.grad) for p in params if p.grad is not None]
-        bad = torch.zeros((), device=self.root_device)
+        bad = torch.zeros((), device=device)
         sizes = torch._foreach_norm([g for g in grads if g.numel()], float("inf")) if grads else ()
         if sizes:
-            peaks = torch.stack([n.float() for n in sizes]).to(self.root_device)
+            peaks = torch.stack([n.float() for n in sizes]).to(device)
             bad = (~peaks.isfinite().all()).float()
         if dist.is_initialized():
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if not bool(bad):
-            self._skips_in_a_row = 0
+            self._consecutive_skips = 0
             return
         for p in params:
             p.grad = None
         self.skipped_steps += 1
-        self._skips_in_a_row += 1
-        if self._skips_in_a_row >= self.max_skips:
+        self._consecutive_skips += 1
+        if self._consecutive_skips >= self.max_skips:
             raise RuntimeError(
-                f"gradients: expected finite ones, got NaN or infinity in {self._skips_in_a_row} "
-                "steps in a row; the adapters are as they were before: lower the learning rate, "
-                "or look for a batch with bad values"
+                f"gradients: expected finite ones, got NaN or infinity in "
+                f"{self._consecutive_skips} steps in a row; the adapters are as they were before: "
+                "lower the learning rate, or look for a batch with bad values"
             )
-        if self.is_global_zero:
+        if not dist.is_initialized() or dist.get_rank() == 0:
             warnings.warn(
                 f"a gradient is NaN or infinite; step left out on every process "
                 f"({self.skipped_steps} so far)",
                 stacklevel=2,
             )
 
+
+class FabricGuards(GradientGuard, FabricStrategy):
+    """Fault handling of a Fabric strategy. It comes before Fabric's class in the bases."""
+
+    @override
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """Step on all ranks or on none: ranks agree on whether the gradients are finite.
+
+        A GradScaler skips steps by itself, so nothing is added to it.
+        """
+        if getattr(self.precision, "scaler", None) is not None:
+            return super().optimizer_step(optimizer, **kwargs)
+        closure: Callable[[], Any] | None = kwargs.pop("closure", None)
+        if closure is None:
+            self.drop_nonfinite(optimizer, self.root_device)
+            return super().optimizer_step(optimizer, **kwargs)
+
+        def checked() -> Any:
+            result = closure()
+            self.drop_nonfinite(optimizer, self.root_device)
+            return result
+
+        return super().optimizer_step(optimizer, closure=checked, **kwargs)
+
+
+class TrainerGuards(GradientGuard, ParallelStrategy):
+    """Fault handling of a Trainer strategy. It comes before Lightning's class in the bases."""
+
+    knows_peft = True
+
+    # ---- gradients
+
+    @override
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        """Step on all ranks or on none: ranks agree on whether the gradients are finite.
+
+        A GradScaler skips steps by itself, so nothing is added to it.
+        """
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def checked() -> Any:
+            result = closure()
+            self.drop_nonfinite(optimizer, self.root_device)
+            return result
+
+        return super().optimizer_step(optimizer, checked, model, **kwargs)
+
     # ---- saving
 
     @property
     def interrupted(self) -> bool:
-        """Whether an exception is being handled: other processes may be anywhere."""
+        """Whether the Trainer handles an exception, so that other ranks may be anywhere."""
         module = self.lightning_module
         trainer = None if module is None else module._trainer
-        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+        return trainer is not None and is_interrupted(trainer)
 
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Write; where one process cannot, all raise.
+        """Write the checkpoint; if one rank cannot, all ranks raise.
 
         Raises:
             OSError: the disk is full.
@@ -111,11 +152,12 @@ class Guards(ParallelStrategy):
     def write_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None
     ) -> None:
-        """This process's part of saving."""
+        """Write this rank's part of the checkpoint."""
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
+    @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's, but none while an exception is handled: nobody might come."""
+        """Wait for all ranks, except while an exception is handled, when none may come."""
         if not self.interrupted:
             super().barrier(*args, **kwargs)  # type: ignore[safe-super]

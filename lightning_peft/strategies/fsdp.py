@@ -1,61 +1,69 @@
-"""FSDP2 over adapters: the packed base sharded by rows, one unit a block."""
+"""FSDP2 over adapters for a Trainer: the packed base sharded by rows, one unit per block."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
-import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+import torch
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_peft.checkpoint import atomic_file
-from lightning_peft.checkpoint.contents import KEY, describe, is_attached, kept_tensors
-from lightning_peft.storage.dtensor import fill_rows
-from lightning_peft.strategies.collectives import raise_on_all_ranks
-from lightning_peft.strategies.ddp import may_skip
-from lightning_peft.strategies.fault_guards import Guards
-from lightning_peft.strategies.shard_units import Classes
-from lightning_peft.strategies.sharded_checkpoint import (
+from lightning_peft.checkpoint.contents import KEY, describe, is_attached, kept_by_live_key
+from lightning_peft.checkpoint.sharded import (
     gather_optimizers,
+    gather_shards,
     gather_tensors,
     optimizer_shard,
     prune,
     shard_optimizer_state,
     tensor_shards,
 )
+from lightning_peft.core.collectives import raise_on_all_ranks
+from lightning_peft.optim.wrappers import unwrap_optimizer
+from lightning_peft.storage.dtensor import fill_rows
+from lightning_peft.strategies.ddp import may_skip
+from lightning_peft.strategies.fault_guards import TrainerGuards
+from lightning_peft.strategies.shard_units import Classes
 from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
 from lightning_peft.strategies.unused_experts import UsageTracker
+from lightning_peft.trainers.packages import is_instance_of
 
-__all__ = ["PEFTFSDPStrategy"]
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import ModelParallelStrategy
+else:
+    ModelParallelStrategy = object
+
+__all__ = ["TrainerFSDP"]
 
 
-class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
-    """Each process keeps a part of the packed base, of the adapters and of the optimizer's state.
+class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
+    """FSDP2: each rank holds a shard of the packed base, the adapters and the optimizer state.
 
-    The LightningModule needs no code for it. Checkpoints hold adapters and state only, and are read
-    by every strategy on any number of processes.
+    The LightningModule needs no code for it. Checkpoints hold adapters and state only. Every
+    strategy reads them, on any number of ranks.
 
     Args:
         data_parallel_size: ``"auto"`` or the number of processes.
-        tensor_parallel_size: 1: a packed layer cannot be split along its inputs.
-        save_distributed_checkpoint: Whether each process writes its piece into a folder, instead of
-            one file by rank 0.
+        tensor_parallel_size: Must be 1: a packed layer cannot be split along its inputs.
+        save_distributed_checkpoint: If True, each rank writes its shard into a folder; otherwise
+            rank 0 writes one file.
         process_group_backend: As in Lightning.
         timeout: As in Lightning.
-        shard_classes: Classes (or their names) that become one unit each; default the model's own
-            no-split list, or its largest list of equal blocks.
-        reshard_after_forward: Whether blocks are given up between forward and backward; False
-            saves the second all-gather for memory.
-        cpu_offload: Whether shards rest in host memory.
-        base_from: Folder of safetensors from which a base built on the meta device is read, row by
-            row, and quantised on the way.
+        shard_classes: Classes (or their names) that become one unit each. The default is the
+            model's no-split list, or its largest list of equal blocks.
+        reshard_after_forward: If False, blocks stay gathered between forward and backward: more
+            memory, one all-gather less.
+        cpu_offload: If True, shards are kept in host memory.
+        base_from: Folder of safetensors with the weights of a base built on the meta device. They
+            are read and quantised row by row.
 
     Raises:
         ValueError: tensor parallelism is asked for.
@@ -91,8 +99,9 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
 
     # ---- setting up
 
+    @override
     def setup_environment(self) -> None:
-        """All processes are data-parallel."""
+        """Create the device mesh; all ranks are data-parallel."""
         world = self.num_nodes * self.num_processes
         if self._data_parallel_size not in ("auto", world):
             raise ValueError(
@@ -102,11 +111,12 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
         self._data_parallel_size = world
         super().setup_environment()
 
+    @override
     def setup(self, trainer: pl.Trainer) -> None:
-        """Shard what was attached, then let Lightning make optimizers over the shards."""
+        """Shard the adapted module, then let Lightning create optimizers over the shards."""
         module = self.lightning_module
         assert module is not None
-        _refuse(trainer, self)
+        _check_run(trainer, self)
         if not is_sharded(module):
             # FSDP2 notes dtypes when it first gathers: Lightning's own cast would come too late.
             self.precision_plugin.convert_module(module)
@@ -131,8 +141,9 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
             if not own:
                 vars(module).pop("configure_model", None)
 
+    @override
     def model_to_device(self) -> None:
-        """Offloaded shards stay in host memory; buffers move."""
+        """Move the model; offloaded shards stay in host memory."""
         if not self.options.cpu_offload:
             super().model_to_device()
             return
@@ -142,57 +153,56 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.root_device)
 
-    def _drop_nonfinite(self, optimizer: Optimizer) -> None:
-        """The same, and experts that no process reached."""
-        super()._drop_nonfinite(optimizer)
+    @override
+    def drop_nonfinite(self, optimizer: Optimizer, device: torch.device) -> None:
+        """Drop non-finite gradients, and those of experts that no rank used."""
+        super().drop_nonfinite(optimizer, device)
         if self._reached is not None:
-            self._reached.leave_out(optimizer, self.root_device)
+            self._reached.leave_out(optimizer, device)
 
     # ---- checkpoints
 
     @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning calls `load_optimizer_state_dict`."""
+        """Whether Lightning calls `load_optimizer_state_dict`."""
         return True
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, under its key in the module: whole on rank 0, or this process's rows."""
+        """Return trained tensors by module key: full on rank 0, or this rank's shards."""
         if self.interrupted:
             return {}
         module = self.lightning_module
         assert module is not None
-        own = tensor_shards(_kept_by_live_key(module))
+        own = tensor_shards(kept_by_live_key(module))
         if self._save_distributed_checkpoint:
             return own
-        shards = self._gather(own)
+        shards = gather_shards(own)
         return gather_tensors(shards) if shards else {}
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The same of an optimizer's state."""
+        """Return an optimizer's state: full on rank 0, or this rank's shards."""
         if self.interrupted:
             return {}
-        plain: Any = getattr(optimizer, "_optimizer", optimizer)
-        own = optimizer_shard(plain)
+        own = optimizer_shard(unwrap_optimizer(optimizer))
         if self._save_distributed_checkpoint:
             return own
-        shards = self._gather(own)
+        shards = gather_shards(own)
         return gather_optimizers(shards) if shards else {}
 
-    def _gather(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every process's piece, on rank 0; nothing elsewhere."""
-        if self.world_size == 1:
-            return [own]
-        shards: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
-        dist.gather_object(own, shards)
-        return shards or []
-
+    @override
     def write_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None
     ) -> None:
-        """One file by rank 0, or a folder of shards."""
+        """Write one file on rank 0, or a folder of shards."""
         if self.interrupted:
-            # Shards of the others are out of reach while they may be anywhere.
-            pl.utilities.rank_zero_warn(f"{filepath}: not written: an exception is being handled")
+            # Other ranks may be anywhere, so their shards are out of reach.
+            if self.is_global_zero:
+                warnings.warn(
+                    f"{filepath}: not written: an exception is being handled", stacklevel=2
+                )
             return
         if not self._save_distributed_checkpoint:
             super().write_checkpoint(checkpoint, filepath, storage_options)
@@ -200,7 +210,7 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
         self._write_folder(checkpoint, Path(self.broadcast(filepath)))
 
     def _write_folder(self, checkpoint: dict[str, Any], target: Path) -> None:
-        """Pieces into a temporary folder; renamed when every process has written its own."""
+        """Write shards into a temporary folder; rename it when every rank has written its shard."""
         module = self.lightning_module
         assert module is not None
         temporary = target.with_name(f".{target.name}.tmp")
@@ -219,52 +229,46 @@ class PEFTFSDPStrategy(Guards, ModelParallelStrategy):
             prune(temporary, self.world_size)
             atomic_file.publish(temporary, target)
 
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """As the guards have it; Lightning's own form would hold the base."""
-        Guards.save_checkpoint(self, checkpoint, filepath, storage_options)
+        """Write adapters only; Lightning's ModelParallelStrategy would write the base too."""
+        TrainerGuards.save_checkpoint(self, checkpoint, filepath, storage_options)
 
+    @override
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The whole checkpoint; every process reads it and keeps its rows."""
+        """Read the full checkpoint on every rank; each keeps its rows."""
         found: dict[str, Any] = self.checkpoint_io.load_checkpoint(
             checkpoint_path, weights_only=weights_only
         )
         return found
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy in this process's rows; the checkpoint was checked as a whole when it was read."""
+        """Copy this rank's rows; the checkpoint was checked when it was read."""
         module = self.lightning_module
         assert module is not None
-        for key, t in _kept_by_live_key(module).items():
+        for key, t in kept_by_live_key(module).items():
             if key in checkpoint["state_dict"]:
                 fill_rows(t, checkpoint["state_dict"][key])
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """The same of the optimizers' states."""
+        """Copy this rank's part of the optimizer states."""
         for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(shard_optimizer_state(optimizer, whole))
 
+    @override
     def teardown(self) -> None:
-        """Lightning's, and the writer's."""
+        """Called when a stage ends: tears down the strategy and the writer."""
         super().teardown()
         self.checkpoint_io.teardown()
 
 
-def _kept_by_live_key(module: nn.Module) -> dict[str, Tensor]:
-    kept = {id(t) for t in kept_tensors(module).values()}
-    live: dict[str, Tensor] = nn.Module.state_dict(module, keep_vars=True)
-    found: dict[str, Tensor] = {}
-    for key, t in live.items():
-        if id(t) in kept:
-            kept.remove(id(t))
-            found[key] = t
-    return found
-
-
-def _refuse(trainer: pl.Trainer, strategy: PEFTFSDPStrategy) -> None:
+def _check_run(trainer: pl.Trainer, strategy: TrainerFSDP) -> None:
     module = strategy.lightning_module
     assert module is not None
     if not is_attached(module):
@@ -278,10 +282,12 @@ def _refuse(trainer: pl.Trainer, strategy: PEFTFSDPStrategy) -> None:
             "peft_fsdp: expected 32-true, bf16-mixed, bf16-true or 16-true, got precision "
             "'16-mixed'; use 'bf16-mixed'"
         )
-    averaging = ("WeightAveraging", "StochasticWeightAveraging")
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
-        if any(c.__name__ in averaging for c in type(callback).__mro__):
+        if any(
+            is_instance_of(callback, name)
+            for name in ("WeightAveraging", "StochasticWeightAveraging")
+        ):
             raise ValueError(
                 f"peft_fsdp: expected no {type(callback).__name__}: it averages a copy that was "
                 "made before sharding; use strategy='peft_ddp'"

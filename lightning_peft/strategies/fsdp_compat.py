@@ -1,7 +1,7 @@
 """FSDP2 before torch 2.13, which shards floating parameters only and reduces what has a gradient.
 
 Packed bytes are held as a parameter of the compute's own 16-bit type (a view: no bit changes, and
-no cast is made where the types agree), which `storage.nf4` views as bytes again. A tensor whose
+no cast is made where the types agree), which the storage views as bytes again. A tensor whose
 rows are an odd number of bytes is left whole on every process. And every adapter of a block gets a
 zero gradient where a process did not reach it: else FSDP2 would add gradients of different
 parameters to each other.
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_peft.storage import held_tensors
 
 __all__ = ["hold_bytes_as_floats", "shards_bytes", "touch_every_adapter"]
 
@@ -39,9 +41,10 @@ def hold_bytes_as_floats(module: nn.Module, precision: str) -> set[nn.Parameter]
     dtype = torch.float16 if precision == "16-true" else torch.bfloat16
     whole: set[nn.Parameter] = set()
     for owner in module.modules():
-        for key in [k for n in vars(owner).get("_packed", ()) for k in (n, f"{n}_absmax")]:
-            p = owner._parameters[key]
-            assert p is not None  # a packed weight has both
+        for key in held_tensors(owner):
+            p = owner._parameters.get(key)
+            if p is None:
+                continue  # a buffer: not sharded
             if p.shape[-1] % dtype.itemsize:
                 whole.add(p)
             else:

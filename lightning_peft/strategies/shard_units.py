@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from lightning_peft.core.names import join
+
 __all__ = ["shard_units"]
 
 Classes = Sequence[str | type[nn.Module]]
@@ -54,7 +56,7 @@ def _largest_repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
         by_class: dict[type[nn.Module], list[tuple[str, nn.Module]]] = {}
         for key, child in module.named_children():
             if any(True for _ in child.parameters()):
-                label = f"{name}.{key}" if name else key
+                label = join(name, key)
                 by_class.setdefault(type(child), []).append((label, child))
         for same in by_class.values():
             held = sum(p.numel() for _, m in same for p in m.parameters())

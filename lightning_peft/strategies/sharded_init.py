@@ -7,7 +7,7 @@ and sent to the others; the residual takes the weight's place. Copies come last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_peft.adapters.build import start_state, values_from_weight
 from lightning_peft.core.protocols import Storage
-from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.layers.adapter import Adapter, BaseRewrite
-from lightning_peft.methods.base import WeightMethod
+from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
+from lightning_peft.layers.copy_adapter import CopyAdapter
+from lightning_peft.layers.prompt.adapter import PromptAdapter
+from lightning_peft.layers.weight_adapter import BaseRewrite, WeightAdapter, initial_shared
 from lightning_peft.storage.dtensor import fill_rows, local
 from lightning_peft.storage.streaming import After
 
@@ -41,36 +41,46 @@ def start_before_base(module: nn.Module, device: torch.device) -> None:
     Raises:
         RuntimeError: prompts, which start from the embeddings.
     """
-    shared: dict[int, list[Adapter]] = {}
+    shared: dict[tuple[str, int], list[WeightAdapter]] = {}
     for name, adapted in adapted_modules(module):
         for adapter in adapters_of(adapted):
-            if adapter.kind == "sequence":
+            if isinstance(adapter, PromptAdapter):
                 raise RuntimeError(
                     f"{name!r}: expected an adapter that can start before the base is read, got "
                     f"{adapter.method.label}, which reads the embeddings; build the model outside "
                     "of torch.device('meta')"
                 )
-            if adapter.shared:
-                shared.setdefault(id(adapter.shared), []).append(adapter)
-            if adapter.kind == "select":
+            if isinstance(adapter, WeightAdapter):
+                own = adapter.adapter_name, id(adapter.method)
+                shared.setdefault(own, []).append(adapter)
+            if isinstance(adapter, CopyAdapter):
                 continue
-            fresh = start_state(adapter, None)
+            fresh = adapter.initial_tensors(None)
             for key, t in adapter.state_dict(keep_vars=True).items():
                 if key in fresh:
                     fill_rows(t, of_rank_0(fresh[key].detach().clone(), device))
     for adapters in shared.values():
-        made = adapters[0].method.shared([a.site for a in adapters])
-        for key, t in adapters[0].shared.items():
-            fill_rows(t, of_rank_0(made[key], device))
+        _start_shared(adapters, device)
+
+
+def _start_shared(adapters: Sequence[WeightAdapter], device: torch.device) -> None:
+    """Fill the tensors that the sites of one method share, and buffers that depend on all sites."""
+    first, sites = adapters[0], [a.site for a in adapters]
+    frozen, trained = initial_shared(first.method, sites, first.adapter_name, None)
+    for live, initial in ((first.shared_buffers, frozen), (first.shared_trained, trained)):
+        for name, t in live.items():
+            fill_rows(t, of_rank_0(initial[name].detach().clone(), device))
+    for adapter, buffers in zip(adapters, first.method.site_buffers(sites), strict=True):
+        for name, buffer in buffers.items():
+            fill_rows(adapter.get_buffer(name), of_rank_0(buffer.clone(), device))
 
 
 def starts_from_weights(module: nn.Module, device: torch.device) -> After | None:
     """What `stream_base` calls behind every weight; None where no adapter starts from one."""
-    waiting: dict[tuple[int, str], list[Adapter]] = {}
+    waiting: dict[tuple[int, str], list[WeightAdapter]] = {}
     for _, adapted in adapted_modules(module):
-        for adapter in adapters_of(adapted):
-            method = adapter.method
-            if isinstance(method, WeightMethod) and method.starts_from_weight:
+        for adapter in weight_adapters_of(adapted):
+            if adapter.method.starts_from_weight:
                 owner, _, leaf = adapter.site.parameter.rpartition(".")
                 key = id(adapter.site.module.get_submodule(owner)), leaf
                 waiting.setdefault(key, []).append(adapter)
@@ -86,7 +96,9 @@ def starts_from_weights(module: nn.Module, device: torch.device) -> After | None
     return after
 
 
-def _start(adapter: Adapter, read: Callable[[], Tensor], device: torch.device) -> Tensor | None:
+def _start(
+    adapter: WeightAdapter, read: Callable[[], Tensor], device: torch.device
+) -> Tensor | None:
     """Values from the whole weight on rank 0, sent to all; returns the natural weight to store."""
     site = adapter.site
     values = {k: torch.empty(t.shape, dtype=t.dtype) for k, t in adapter.tensors().items()}
@@ -94,14 +106,14 @@ def _start(adapter: Adapter, read: Callable[[], Tensor], device: torch.device) -
     if not dist.is_initialized() or dist.get_rank() == 0:
         natural = read().float()
         whole = replace(site, storage=_InMemory(site.storage, natural))  # type: ignore[arg-type]
-        fresh = start_state(adapter, None)
+        fresh = adapter.initial_tensors(None)
         found = {k: fresh[k].detach().clone() if k in fresh else v for k, v in values.items()}
         M = site.ops.to_canonical(site.module, site.parameter, natural)
-        base = values_from_weight(adapter, found, whole, M)
+        base = adapter.values_from_weight(found, whole, M)
         for key, value in found.items():
             values[key].copy_(value)
     for key, t in adapter.tensors().items():
-        if key not in adapter.shared:
+        if key not in adapter.shared_buffers:
             fill_rows(t, of_rank_0(values[key], device))
     if not adapter.method.rewrites_base:
         return None

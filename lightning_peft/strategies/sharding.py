@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_peft.checkpoint.contents import kept_tensors
+from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.methods.base import WeightMethod
-from lightning_peft.storage import storage_of
+from lightning_peft.layers.weight_adapter import WeightAdapter
+from lightning_peft.optim.method_hooks import has_step_hooks
+from lightning_peft.storage import held_tensors, storage_of
 from lightning_peft.storage.streaming import materialize, stream_base
 from lightning_peft.strategies.fsdp_compat import (
     hold_bytes_as_floats,
@@ -70,7 +72,7 @@ def shard_model(
         register_fsdp_forward_method,
     )
 
-    _refuse(module)
+    _check_adapters(module)
     empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
     if empty and options.base_from is None:
         raise RuntimeError(
@@ -92,7 +94,8 @@ def shard_model(
         fully_shard(unit, **kwargs)
     fully_shard(module, **kwargs)
     for step in _STEPS:
-        register_fsdp_forward_method(module, step)
+        if hasattr(module, step):
+            register_fsdp_forward_method(module, step)
     if newer:
         # Ranks may reach different adapters (experts); else their gradients would be mixed.
         module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
@@ -127,41 +130,36 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _refuse(module: nn.Module) -> None:
+def _check_adapters(module: nn.Module) -> None:
     for name, adapted in adapted_modules(module):
         for adapter in adapters_of(adapted):
-            trained = [k for k, t in adapter.shared.items() if t.requires_grad]
+            trained = list(adapter.shared_trained) if isinstance(adapter, WeightAdapter) else []
             if trained:
                 raise ValueError(
                     f"peft_fsdp: expected adapters that own what they train, got "
                     f"{adapter.method.label} on {name!r} with shared {trained}; use "
                     "strategy='peft_ddp'"
                 )
-            if _has_step_hooks(adapter.method):
+            if has_step_hooks(adapter.method):
                 raise ValueError(
                     f"peft_fsdp: expected a method without a schedule, got {adapter.method.label} "
                     f"on {name!r}, whose penalty and budget need every tensor whole; use "
                     "strategy='peft_ddp'"
                 )
-        if type(storage_of(adapted)).__name__.startswith("Bnb"):
-            raise ValueError(
-                f"peft_fsdp: expected a dense base or one packed by PEFT(quantization='nf4'), got "
-                f"bitsandbytes' layer {name!r}, whose scales FSDP2 cannot see; load the base "
-                "dense, or use strategy='peft_ddp'"
-            )
+    for name, layer in module.named_modules():
+        for held in held_tensors(layer).values():
+            found = held.storage.can_shard(layer)
+            if isinstance(found, Reason):
+                raise ValueError(
+                    f"peft_fsdp: expected a base that is dense or can be sharded, got {name!r} in "
+                    f"{held.storage.label}: {found}"
+                )
     trained_dtypes = {p.dtype for p in module.parameters() if p.requires_grad}
     if len(trained_dtypes) > 1:
         raise ValueError(
             f"peft_fsdp: expected one dtype for everything trained, got "
             f"{sorted(map(str, trained_dtypes))}; cast the module before fitting"
         )
-
-
-def _has_step_hooks(method: Any) -> bool:
-    hooks = ("penalty", "after_backward", "after_step")
-    return isinstance(method, WeightMethod) and any(
-        getattr(type(method), hook) is not getattr(WeightMethod, hook) for hook in hooks
-    )
 
 
 # ---- whether what comes back is what went in

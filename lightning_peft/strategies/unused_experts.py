@@ -7,8 +7,6 @@ would decay the weight and the moments of an expert that saw no token.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,7 +26,7 @@ class UsageTracker:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers: list[Any] = [m for _, m in adapted_modules(module)]
+        self.layers = [m for _, m in adapted_modules(module)]
         self.ran = [False] * len(self.layers)
         for i, layer in enumerate(self.layers):
             layer.register_forward_hook(lambda *_, i=i: self._note(i))

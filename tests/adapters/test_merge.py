@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -109,3 +110,25 @@ def test_half_precision_bases_are_rounded_once() -> None:
     want = W + adapter.B.double() @ adapter.A.double()
     lp.merge(model)
     assert torch.equal(model[0].weight, want.to(torch.bfloat16).detach())
+
+
+@pytest.mark.parametrize("into", ["storage", "dense"])
+def test_a_copy_of_a_merged_model_is_unmerged_on_its_own(into: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
+    model[1].weight = model[0].weight  # tied
+    lp.attach(model, lp.LoRA(r=2, target_modules=["0"]), adapter_name="a")
+    lp.attach(model, lp.BitFit(), adapter_name="b")
+    lp.set_adapter(model, ["a", "b"])
+    randomise(model)
+    x = torch.randn(3, 8)
+    attached = model(x)
+    lp.merge(model, into=into)
+    merged = model(x)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    lp.unmerge(copied)
+    assert_same_bits("the copy", copied(x), attached)
+    assert copied[1].weight is copied[0].weight
+    assert_same_bits("the model", model(x), merged)
+    assert_close("merged", merged, attached, floor=1e-6)
+    lp.unmerge(model)
+    assert_same_bits("the model", model(x), attached)

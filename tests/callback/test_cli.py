@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.cli import LightningCLI
 
 from lightning_peft import PEFT, DoRA
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from tests.helpers.lightning_package import in_package, pl
 from tests.helpers.nets import Plain
+
+pytestmark = pytest.mark.usefixtures("lightning_package")
 
 CONFIG = """
 seed_everything: 3
@@ -41,7 +43,9 @@ model:
 def test_from_yaml(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG)
-    cli = LightningCLI(Plain, args=["fit", "--config", str(path)], save_config_callback=None)
+    cli = pl.cli.LightningCLI(
+        in_package(Plain), args=["fit", "--config", str(path)], save_config_callback=None
+    )
     assert any(isinstance(c, PEFT) for c in cli.trainer.callbacks)
     adapters = [a for _, m in adapted_modules(cli.model) for a in adapters_of(m)]
     want = DoRA(r=2, target_modules="all-linear", rank_pattern={"0": 3})
@@ -53,5 +57,7 @@ def test_bad_values_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("r: 2", "r: 0"))
     with pytest.raises((SystemExit, ValueError)) as caught:
-        LightningCLI(Plain, args=["fit", "--config", str(path)], save_config_callback=None)
+        pl.cli.LightningCLI(
+            in_package(Plain), args=["fit", "--config", str(path)], save_config_callback=None
+        )
     assert "rank >= 1" in capsys.readouterr().err + str(caught.value)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_peft import PEFT, Quantization, attach, detach, set_adapter
 from lightning_peft.layers.adapted import adapted_modules
+from tests.helpers.lightning_package import pl
 from tests.helpers.nets import (
     Configured,
     Plain,
@@ -26,6 +24,8 @@ from tests.helpers.nets import (
     peft,
     trainer,
 )
+
+pytestmark = pytest.mark.usefixtures("lightning_package")
 
 PLACES = ("init", "setup", "configure_model")
 
@@ -197,7 +197,7 @@ def test_quantised_bytes_survive_every_precision() -> None:
 def test_learning_rate_finders_put_the_adapters_back(where: str, tmp_path: Path) -> None:
     model = module(where)
     run = trainer(peft(), default_root_dir=tmp_path, enable_checkpointing=True)
-    Tuner(run).lr_find(model, num_training=4, update_attr=True)
+    pl.tuner.Tuner(run).lr_find(model, num_training=4, update_attr=True)
     assert all(v.abs().sum() == 0 for k, v in adapters_of(model).items() if k.endswith(".B"))
     assert_same(base_of(model), pretrained())
     run.fit(model)
@@ -207,7 +207,7 @@ def test_learning_rate_finders_put_the_adapters_back(where: str, tmp_path: Path)
 def test_batch_size_scaling_puts_the_adapters_back(tmp_path: Path) -> None:
     model = Plain()
     run = trainer(peft(), default_root_dir=tmp_path, enable_checkpointing=True)
-    Tuner(run).scale_batch_size(model, max_trials=2, init_val=4, steps_per_trial=1)
+    pl.tuner.Tuner(run).scale_batch_size(model, max_trials=2, init_val=4, steps_per_trial=1)
     assert all(v.abs().sum() == 0 for k, v in adapters_of(model).items() if k.endswith(".B"))
     assert_same(base_of(model), pretrained())
     run.fit(model)
@@ -217,8 +217,8 @@ def test_batch_size_scaling_puts_the_adapters_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "finder",
     [
-        lambda: LearningRateFinder(num_training_steps=4),
-        lambda: BatchSizeFinder(max_trials=2, init_val=4, steps_per_trial=1),
+        lambda: pl.callbacks.LearningRateFinder(num_training_steps=4),
+        lambda: pl.callbacks.BatchSizeFinder(max_trials=2, init_val=4, steps_per_trial=1),
     ],
     ids=["LearningRateFinder", "BatchSizeFinder"],
 )
@@ -242,6 +242,7 @@ class Compiled(Plain):
         return self.fast(x) if self.how == "copy" else self.net(x)
 
 
+@pytest.mark.one_package
 @pytest.mark.parametrize("how", ["copy", "in place"])
 def test_compiled_nets_train_as_plain_ones(how: str) -> None:
     results = []
@@ -282,11 +283,11 @@ def test_several_adapters_act_and_train_in_the_order_named() -> None:
     both = PEFT(adapters={"first": lora(), "second": [lora(r=1)]}, report=False)
     trainer(both, max_epochs=1).fit(model)
     adapted = model.get_submodule("net.0")
-    assert adapted._peft.names == ["first", "second"]
+    assert adapted._peft.active.names == ["first", "second"]
     for name in ("first", "second"):
         assert adapters_of(model)[f"net.0.peft.{name}.B"].abs().sum() > 0
     set_adapter(model, "second")
-    assert adapted._peft.names == ["second"]
+    assert adapted._peft.active.names == ["second"]
 
 
 def test_two_callbacks_on_one_module() -> None:

@@ -14,18 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_peft import Quantization
+from tests.helpers.lightning_package import InPackage, pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, base_of, peft, trainer
 
 EPOCHS = 8
 
 
-class Blow(pl.Callback):
+class Blow(InPackage):
     """kill -9 to the own process at the n-th event."""
+
+    lightning_base = "Callback"
 
     def __init__(self, n: int) -> None:
         self.left = n
@@ -55,10 +56,10 @@ class Blow(pl.Callback):
         self.event("batch-end")
 
 
-def fit(folder: Path, *callbacks: pl.Callback) -> Plain:
+def fit(folder: Path, *callbacks: Any) -> Plain:
     """To the end, from the newest checkpoint if there is one."""
     newest = folder / "last.ckpt"
-    saver = ModelCheckpoint(
+    saver = pl.callbacks.ModelCheckpoint(
         folder, save_last=True, save_top_k=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
     )  # fmt: skip
@@ -69,7 +70,8 @@ def fit(folder: Path, *callbacks: pl.Callback) -> Plain:
     return module
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def main(place: str, kills: int, seed: int) -> None:
+    folder = Path(place)
     torch.set_num_threads(1)
     draw = random.Random(seed)
     killed = 0
@@ -97,4 +99,4 @@ def main(folder: Path, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.rng_state import restore_rng, rng_state
+from tests.helpers.forks import run_function
 from tests.helpers.nets import Plain, peft, trainer
 
 DATA: dict[str, Any] = {"state_dict": {"a": torch.arange(1000.0)}, "epoch": 3}
@@ -47,31 +50,24 @@ def test_a_failed_write_keeps_the_former_file(
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
-FULL = """
-import resource, signal, sys, torch
-from lightning_peft.checkpoint import atomic_file
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-atomic_file.write({"state_dict": {"a": torch.zeros(10)}}, sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    atomic_file.write({"state_dict": {"a": torch.zeros(100_000)}}, sys.argv[1])
-except (OSError, RuntimeError) as error:
-    print("failed:", type(error).__name__)
-"""
+def write_beyond_the_limit(path: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    atomic_file.write({"state_dict": {"a": torch.zeros(10)}}, path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        atomic_file.write({"state_dict": {"a": torch.zeros(100_000)}}, path)
+    except (OSError, RuntimeError) as error:
+        print("failed:", type(error).__name__)
 
 
 def test_a_write_that_the_system_cuts_off(tmp_path: Path) -> None:
     """A real short write, by a file-size limit, in a process of its own."""
-    run = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path / "a.ckpt")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert "failed:" in run.stdout, run.stderr
-    assert atomic_file.read(tmp_path / "a.ckpt")["state_dict"]["a"].numel() == 10
-    assert os.listdir(tmp_path) == ["a.ckpt"]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    target = f"{__name__}:write_beyond_the_limit"
+    assert "failed:" in run_function(target, [str(folder / "a.ckpt")], tmp_path)
+    assert atomic_file.read(folder / "a.ckpt")["state_dict"]["a"].numel() == 10
+    assert os.listdir(folder) == ["a.ckpt"]
 
 
 def test_temporary_files_of_dead_processes_are_removed(tmp_path: Path) -> None:

@@ -4,39 +4,26 @@ run.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.forks import run_function
+from tests.helpers.lightning_package import current
+
+pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(7, 0), *(pytest.param(20, s, marks=pytest.mark.slow) for s in (1, 2, 3))]
+    ("kills", "seed"), [(6, 0), *(pytest.param(20, s, marks=pytest.mark.slow) for s in (1, 2, 3))]
 )
 def test_killed_runs_end_equal(kills: int, seed: int, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.checkpoint.kill_job",
-        str(tmp_path),
-        str(kills),
-        str(seed),
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        out, _ = process.communicate(timeout=280)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, out[-3000:]
+    out = run_function(
+        "tests.checkpoint.kill_job:main",
+        [str(tmp_path), kills, seed],
+        tmp_path,
+        environment={"LIGHTNING_PACKAGE": current()},
+    )
     assert out.strip().endswith("equal"), out[-3000:]
     kills_seen = [line.split() for line in out.splitlines() if line.startswith("killed at")]
     assert len(kills_seen) == kills

@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
 from lightning_peft import PEFT, Quantization
 from lightning_peft.checkpoint.contents import KEY
+from tests.helpers.lightning_package import pl
 from tests.helpers.nets import (
     Plain,
     adapters_of,
@@ -30,6 +23,8 @@ from tests.helpers.nets import (
     peft,
     trainer,
 )
+
+pytestmark = pytest.mark.usefixtures("lightning_package")
 
 PLACES = ("init", "setup", "configure_model")
 
@@ -65,12 +60,16 @@ def test_resume_is_uninterrupted(
     assert any(not torch.equal(v, adapters_of(first)[k]) for k, v in adapters_of(whole).items())
 
 
+@pytest.mark.one_package
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize(
     "averaging",
     [
-        lambda: EMAWeightAveraging(decay=0.9),
-        lambda: WeightAveraging(),
-        lambda: StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=1),
+        lambda: pl.callbacks.EMAWeightAveraging(decay=0.9),
+        lambda: pl.callbacks.WeightAveraging(),
+        lambda: pl.callbacks.StochasticWeightAveraging(
+            swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=1
+        ),
     ],
     ids=["EMA", "WeightAveraging", "SWA"],
 )
@@ -119,7 +118,9 @@ def test_resume_mid_epoch_with_a_stateful_loader(tmp_path: Path) -> None:
     def once(folder: Path, ckpt: Path | None, seed: int) -> Plain:
         model = Plain()
         pl.seed_everything(seed, verbose=False)
-        each = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        each = pl.callbacks.ModelCheckpoint(
+            folder, filename="{step}", every_n_train_steps=3, save_top_k=-1
+        )
         trainer(peft(), each, max_epochs=2).fit(model, Loader(), ckpt_path=ckpt)
         return model
 
@@ -167,7 +168,9 @@ def test_every_stage_reads_the_file(where: str, weights_only: bool, tmp_path: Pa
 
 def test_best_and_last(tmp_path: Path) -> None:
     model = Plain()
-    best = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True, filename="{epoch}")
+    best = pl.callbacks.ModelCheckpoint(
+        tmp_path, monitor="val_loss", save_last=True, filename="{epoch}"
+    )
     it = trainer(peft(), best, max_epochs=3)
     it.fit(model)
     it.test(model, ckpt_path="best", verbose=False)
@@ -258,7 +261,7 @@ def test_buffers_that_training_moves_are_written(tmp_path: Path) -> None:
 
 def test_asynchronous_writing_holds_the_adapters_alone(tmp_path: Path) -> None:
     model = Plain()
-    it = trainer(peft(), max_epochs=2, folder=tmp_path, plugins=[AsyncCheckpointIO()])
+    it = trainer(peft(), max_epochs=2, folder=tmp_path, plugins=[pl.plugins.io.AsyncCheckpointIO()])
     it.fit(model)
     it.strategy.checkpoint_io.teardown()
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
@@ -307,7 +310,7 @@ def test_after_detaching_the_whole_model_is_written(tmp_path: Path) -> None:
     merge(model, keep_base=False)
     for _, adapted in list(model.named_modules()):
         if hasattr(adapted, "_peft"):
-            adapted._peft.merged = []  # keep the merged weights, drop the adapters
+            adapted._peft.active.merged = []  # keep the merged weights, drop the adapters
     detach(model)
     it.save_checkpoint(tmp_path / "full.ckpt", weights_only=True)
     stored = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]

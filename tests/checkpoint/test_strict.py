@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_peft import PEFT, LoRA, Quantization, load_from_checkpoint
 from lightning_peft.checkpoint.contents import KEY, leaks
+from tests.helpers.lightning_package import pl
 from tests.helpers.nets import (
     Configured,
     Plain,
@@ -25,12 +24,14 @@ from tests.helpers.nets import (
     trainer,
 )
 
+pytestmark = pytest.mark.usefixtures("lightning_package")
+
 A = "net.0.peft.default.A"
 Change = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(lightning_package: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pl.seed_everything(1, verbose=False)
     path = tmp_path_factory.mktemp("written") / "a.ckpt"
     it = trainer(peft(modules_to_save=["5"]), max_epochs=1)
@@ -164,7 +165,7 @@ def test_nothing_is_written_before_anything_is_attached(tmp_path: Path) -> None:
 
     good = tmp_path / "on_exception.ckpt"
     good.write_bytes(b"the former file")
-    saving = OnExceptionCheckpoint(tmp_path, filename="on_exception")
+    saving = pl.callbacks.OnExceptionCheckpoint(tmp_path, filename="on_exception")
     run = trainer(peft(), saving, enable_checkpointing=True)
     with pytest.warns(UserWarning, match="no adapter is attached"), pytest.raises(RuntimeError):
         run.fit(Late())
@@ -233,7 +234,7 @@ def test_load_from_checkpoint_restores_the_active_names(tmp_path: Path) -> None:
     it.fit(Plain())
     it.save_checkpoint(tmp_path / "a.ckpt")
     loaded = load_from_checkpoint(Plain, tmp_path / "a.ckpt")
-    assert loaded.net[0]._peft.names == ["a", "b"]
+    assert loaded.net[0]._peft.active.names == ["a", "b"]
 
 
 def test_load_from_checkpoint_names_a_net_built_in_setup(tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_load_from_checkpoint_refuses_a_full_model(tmp_path: Path) -> None:
 
 
 def test_save_weights_only_checkpoints_say_so_on_fit(tmp_path: Path) -> None:
-    saving = ModelCheckpoint(tmp_path, filename="w", save_weights_only=True)
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="w", save_weights_only=True)
     trainer(peft(), saving, max_epochs=1).fit(Plain())
     with pytest.raises(KeyError, match="contains only the model"):
         trainer(peft(), max_epochs=2).fit(Plain(), ckpt_path=tmp_path / "w.ckpt")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import PEFT, LoRA
+from tests.helpers.lightning_package import InPackage, pl
 
 ROWS, FEATURES, HIDDEN, CLASSES = 32, 8, 16, 3
 
@@ -32,7 +31,7 @@ def build() -> nn.Sequential:
     return net
 
 
-class Plain(pl.LightningModule):
+class Plain(InPackage):
     """Knows nothing of PEFT; the net is built in `where`."""
 
     def __init__(self, where: str = "init", lr: float = 1e-2, batch_size: int = 8) -> None:
@@ -108,7 +107,7 @@ def peft(**kwargs: Any) -> PEFT:
     return PEFT(lora(), **{"report": False, **kwargs})
 
 
-def trainer(*callbacks: pl.Callback, folder: Path | None = None, **kwargs: Any) -> pl.Trainer:
+def trainer(*callbacks: Any, folder: Path | None = None, **kwargs: Any) -> Any:
     """Quiet, on the CPU; with `folder`, a checkpoint at the end of every epoch, and `last.ckpt`."""
     saving = [] if folder is None else [saver(folder)]
     quiet: dict[str, Any] = {
@@ -117,14 +116,14 @@ def trainer(*callbacks: pl.Callback, folder: Path | None = None, **kwargs: Any) 
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": bool(saving)
-        or any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        or any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
         "max_epochs": 2,
     }
     return pl.Trainer(callbacks=[*callbacks, *saving], **{**quiet, **kwargs})
 
 
-def saver(folder: Path, **kwargs: Any) -> ModelCheckpoint:
-    return ModelCheckpoint(
+def saver(folder: Path, **kwargs: Any) -> Any:
+    return pl.callbacks.ModelCheckpoint(
         folder,
         filename="{epoch}",
         save_last=True,

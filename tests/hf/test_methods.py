@@ -4,7 +4,7 @@ ways.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import peft
 import pytest
 
 import lightning_peft as lp
+from lightning_peft import methods
 from lightning_peft.methods.base import Method
 from tests.helpers.compare import assert_close
 from tests.helpers.peft_exchange import build, by_peft, in_peft, loaded, run, trained
@@ -22,15 +23,23 @@ FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class Row:
-    """One method: ours, peft's configuration of the same, and where peft cannot."""
+    """One method: ours, peft's configuration of the same, where peft cannot, and on which
+    architectures it is not marked slow.
+    """
 
     ours: type[Method]
     arguments: Mapping[str, Any]
     config: type[Any]
     theirs: Mapping[str, Any]
     skip: Mapping[str, str] = field(default_factory=dict)
+    quick: Sequence[str] | None = None
 
 
+BLOCKS = {
+    "blocks_a": ["down_proj", "dense", "wo"],
+    "blocks_b": ["q_proj", "v_proj", "query", "q", "v"],
+}
+LLAMA, BERT = ("llama",), ("bert",)
 NO_CONV1D = {"gpt2": "peft refuses GPT-2's Conv1D"}
 ROWS = {
     "dora": Row(
@@ -104,6 +113,179 @@ ROWS = {
         {"r": 4, "init_weights": "bat"},
         NO_CONV1D,
     ),
+    "kasa": Row(
+        methods.KaSA,
+        {"r": 4},
+        peft.LoraConfig,
+        {"r": 4, "lora_alpha": 8, "kasa_config": peft.tuners.lora.config.KasaConfig()},
+        NO_CONV1D,
+        LLAMA,
+    ),
+    "bd-lora": Row(
+        methods.BDLoRA,
+        {"r": 4, "nblocks": 2, **BLOCKS},
+        peft.LoraConfig,
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "use_bdlora": {
+                "target_modules_bd_a": BLOCKS["blocks_a"],
+                "target_modules_bd_b": BLOCKS["blocks_b"],
+                "nblocks": 2,
+            },
+        },
+        NO_CONV1D,
+        LLAMA,
+    ),
+    "hra": Row(methods.HRA, {"r": 4}, peft.HRAConfig, {"r": 4}, NO_CONV1D, LLAMA),
+    "hra gs": Row(
+        methods.HRA,
+        {"r": 3, "apply_gs": True},
+        peft.HRAConfig,
+        {"r": 3, "apply_GS": True},
+        NO_CONV1D,
+        LLAMA,
+    ),
+    **{
+        variant: Row(
+            methods.RoAd,
+            {"variant": variant, "group_size": 8},
+            peft.RoadConfig,
+            {"variant": variant, "group_size": 8},
+            NO_CONV1D,
+            BERT,
+        )
+        for variant in ("road_1", "road_2", "road_4")
+    },
+    "delora": Row(
+        methods.DeLoRA,
+        {"r": 3, "strength_pattern": {"v_proj": 3.0}},
+        peft.DeloraConfig,
+        {"r": 3, "lambda_pattern": {"v_proj": 3.0}},
+        NO_CONV1D,
+        LLAMA,
+    ),
+    "gralora": Row(
+        methods.GraLoRA,
+        {"r": 4, "hybrid_r": 2},
+        peft.GraloraConfig,
+        {"r": 4, "hybrid_r": 2},
+        quick=("llama", "gpt2"),
+    ),
+    "shira": Row(
+        methods.SHiRA,
+        {"r": 2, "seed": 5},
+        peft.ShiraConfig,
+        {"r": 2, "random_seed": 5},
+        NO_CONV1D,
+        LLAMA,
+    ),
+    "super-tuning": Row(
+        methods.SuperTuning,
+        {"sparsity": 0.9},
+        peft.SupertuningConfig,
+        {"sparsity": 0.9},
+        NO_CONV1D,
+        BERT,
+    ),
+    "supra": Row(
+        methods.SuperTuning,
+        {"sparsity": 0.9, "r": 2, "alpha": 4.0},
+        peft.SupertuningConfig,
+        {"sparsity": 0.9, "r": 2, "lora_alpha": 4},
+        NO_CONV1D,
+        LLAMA,
+    ),
+    "hira": Row(methods.HiRA, {"r": 4}, peft.HiraConfig, {"r": 4}, quick=("llama", "gpt2")),
+    "peanut": Row(
+        methods.PEANuT,
+        {"r": 4, "depth": 2, "act_fn": "gelu"},
+        peft.PeanutConfig,
+        {"r": 4, "depth": 2, "act_fn": "gelu"},
+        NO_CONV1D,
+        LLAMA,
+    ),
+    "vblora": Row(
+        methods.VBLoRA,
+        {"r": 2, "num_vectors": 12, "vector_length": 8},
+        peft.VBLoRAConfig,
+        {"r": 2, "num_vectors": 12, "vector_length": 8},
+        quick=LLAMA,
+    ),
+    "unilora": Row(
+        methods.UniLoRA,
+        {"r": 2, "length": 32, "seed": 3},
+        peft.UniLoraConfig,
+        {"r": 2, "theta_d_length": 32, "proj_seed": 3},
+        quick=BERT,
+    ),
+    "unilora indices": Row(
+        methods.UniLoRA,
+        {"r": 2, "length": 32},
+        peft.UniLoraConfig,
+        {"r": 2, "theta_d_length": 32, "save_indices": True},
+        quick=LLAMA,
+    ),
+    "tinylora": Row(
+        methods.TinyLoRA,
+        {"r": 2, "u": 5, "weight_tying": 0.5},
+        peft.TinyLoraConfig,
+        {"r": 2, "u": 5, "weight_tying": 0.5},
+        quick=("llama", "gpt2"),
+    ),
+    "randlora": Row(
+        methods.RandLoRA,
+        {"r": 6, "alpha": 3.0},
+        peft.RandLoraConfig,
+        {"r": 6, "randlora_alpha": 3},
+        quick=LLAMA,
+    ),
+    "randlora sparse": Row(
+        methods.RandLoRA,
+        {"r": 6, "alpha": 3.0, "sparse": True},
+        peft.RandLoraConfig,
+        {"r": 6, "randlora_alpha": 3, "sparse": True, "save_projection": False},
+        quick=BERT,
+    ),
+    "pvera": Row(
+        methods.PVeRA,
+        {"r": 8, "seed": 3},
+        peft.PveraConfig,
+        {"r": 8, "projection_prng_key": 3},
+        quick=LLAMA,
+    ),
+    "c3a": Row(
+        methods.C3A,
+        {"block_size": 8},
+        peft.C3AConfig,
+        {"block_size": 8},
+        NO_CONV1D,
+        LLAMA,
+    ),
+    "fourierft": Row(
+        methods.FourierFT,
+        {"n_frequency": 40, "n_frequency_pattern": {"v_proj": 30}},
+        peft.FourierFTConfig,
+        {"n_frequency": 40, "n_frequency_pattern": {"v_proj": 30}},
+        quick=LLAMA,
+    ),
+    "waveft": Row(
+        methods.WaveFT, {"n_frequency": 40}, peft.WaveFTConfig, {"n_frequency": 40}, quick=LLAMA
+    ),
+    "waveft db3": Row(
+        methods.WaveFT,
+        {"n_frequency": 40, "family": "db3"},
+        peft.WaveFTConfig,
+        {"n_frequency": 40, "wavelet_family": "db3", "proportional_parameters": True},
+        quick=BERT,
+    ),
+    "waveft entries": Row(
+        methods.WaveFT,
+        {"n_frequency": 40, "use_idwt": False},
+        peft.WaveFTConfig,
+        {"n_frequency": 40, "use_idwt": False},
+        quick=(),
+    ),
 }
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -112,10 +294,20 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "vit": ["q_proj", "v_proj"],
 }
-CASES = [(name, architecture) for name in ROWS for architecture in TARGETS]
+CASES = [
+    pytest.param(
+        name,
+        architecture,
+        id=f"{name}-{architecture}",
+        marks=() if row.quick is None or architecture in row.quick else pytest.mark.slow,
+    )
+    for name, row in ROWS.items()
+    for architecture in TARGETS
+]
 
 
-@pytest.mark.parametrize(("name", "architecture"), CASES, ids=lambda x: str(x))
+@pytest.mark.sweep(0.45)
+@pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_both_ways(name: str, architecture: str, tmp_path: Path) -> None:
     row, targets = ROWS[name], TARGETS[architecture]
     if architecture in row.skip:

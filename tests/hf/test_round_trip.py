@@ -23,6 +23,7 @@ FLOOR = 1e-4  # fp32 logits, relative to the largest
 TARGETS = {"usual": None, "all-linear": "all-linear"}
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_ours_in_peft(name: str, targets: str, tmp_path: Path) -> None:
@@ -40,6 +41,7 @@ def test_ours_in_peft(name: str, targets: str, tmp_path: Path) -> None:
     assert_same_bits("logits after unmerge", run(again, inputs), want)
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "resnet"])
 def test_peft_in_ours(name: str, targets: str, tmp_path: Path) -> None:

@@ -8,34 +8,27 @@ from lightning_peft_kernels import dispatch
 from lightning_peft_kernels.dispatch import (
     CROSSINGS,
     EXPERT_ROWS,
-    choose,
-    choose_experts,
-    choose_one_pass,
-    choose_product,
     crossing,
-    prefer,
+    select,
+    select_experts,
+    select_one_pass,
+    select_product,
+    use_backend,
 )
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _auto():  # type: ignore[no-untyped-def]
-    yield
-    prefer("auto")
-
-
 def test_cpu_tensors_run_in_torch_and_say_why() -> None:
-    assert choose("dequantize_4bit", CPU, torch.bfloat16).reason == "cpu tensors"
-    decision = choose_product(CPU, torch.bfloat16, 1, (4096, 4096))
+    assert select("dequantize_4bit", CPU, torch.bfloat16).reason == "cpu tensors"
+    decision = select_product(CPU, torch.bfloat16, 1, (4096, 4096))
     assert (decision.backend, decision.reason) == ("dequantize", "cpu tensors")
-    prefer("torch")
-    assert choose("dequantize_4bit", CPU, torch.bfloat16).reason == "asked for"
-    prefer("triton")
-    with pytest.raises(RuntimeError, match="got cpu tensors"):
-        choose("dequantize_4bit", CPU, torch.bfloat16)
+    with use_backend("torch"):
+        assert select("dequantize_4bit", CPU, torch.bfloat16).reason == "requested"
+    with use_backend("triton"), pytest.raises(RuntimeError, match="got cpu tensors"):
+        select("dequantize_4bit", CPU, torch.bfloat16)
     with pytest.raises(ValueError, match="'cuda'"):
-        prefer("cuda")  # type: ignore[arg-type]
+        use_backend("cuda")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -68,16 +61,16 @@ def test_tables_are_complete() -> None:
 def test_product_by_tokens(tokens: int, backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_why_not_triton", lambda device, dtype: None)
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
-    decision = choose_product(CPU, torch.bfloat16, tokens, (14336, 4096))
+    decision = select_product(CPU, torch.bfloat16, tokens, (14336, 4096))
     assert decision.backend == backend_name
     assert f"{tokens} tokens" in decision.reason
 
 
 def test_experts_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(rows: int, shape: tuple[int, int] = (768, 2048)) -> str:
-        return choose_experts(CPU, torch.bfloat16, rows, 128, shape).backend
+        return select_experts(CPU, torch.bfloat16, rows, 128, shape).backend
 
-    assert choose_experts(CPU, torch.bfloat16, 1, 128, (768, 2048)).reason == "cpu tensors"
+    assert select_experts(CPU, torch.bfloat16, 1, 128, (768, 2048)).reason == "cpu tensors"
     monkeypatch.setattr(dispatch, "_why_not_triton", lambda device, dtype: None)
     assert of(0) == of(8 * 64) == of(128 * EXPERT_ROWS) == "fused"
     assert of(128 * EXPERT_ROWS + 1) == of(8, (768, 21)) == "dequantize"
@@ -87,7 +80,7 @@ def test_fp32_takes_no_tiles_of_two_bytes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dispatch, "_why_not_triton", lambda device, dtype: None)
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     wide = CPU, torch.float32
-    found = [choose_product(*wide, tokens, (28672, 4096)).backend for tokens in (1, 4, 5)]
+    found = [select_product(*wide, tokens, (28672, 4096)).backend for tokens in (1, 4, 5)]
     assert found == ["fused", "fused", "dequantize"]
-    assert choose_experts(*wide, 8, 8, (768, 2048)).backend == "dequantize"
-    assert choose_one_pass(*wide, 8).backend == "torch"
+    assert select_experts(*wide, 8, 8, (768, 2048)).backend == "dequantize"
+    assert select_one_pass(*wide, 8).backend == "torch"

@@ -12,7 +12,7 @@ from lightning_peft_kernels.lora.linear import lora_linear
 from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit
 from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
-from lightning_peft_kernels.scale.ops import dora_linear, ia3_linear
+from lightning_peft_kernels.scale.ops import output_scale
 
 K, N, R = 6, 4, 2
 ROWS = {"two axes": (3,), "three axes": (2, 2)}
@@ -67,10 +67,10 @@ def test_output_scales(rows):
     W = leaf(N, K).detach()
 
     def ia3(x, scale, bias):
-        return ia3_linear(x, W, (N, K), scale, bias)
+        return output_scale(x @ W.T, scale, bias)
 
     def dora(x, A, B, scale, bias):
-        return dora_linear(x, W, (N, K), A, B, 0.7, scale, bias)
+        return output_scale(lora_linear(x, W, None, A, B, 0.7), scale, bias)
 
     x, scale, bias = leaf(*ROWS[rows], K), leaf(N), leaf(N)
     # Sums over rows are made in fp32 at least; u itself is fp64, so they are here.

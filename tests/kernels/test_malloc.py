@@ -12,17 +12,18 @@ import pytest
 STEP = """
 import resource, sys
 import torch
-from lightning_peft_kernels.experts import groups as expert_groups
+from lightning_peft_kernels.experts import row_blocks
+from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.experts.low_rank import add_low_rank
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 if sys.argv[1] == "not kept":
-    expert_groups.keep_freed = lambda: None
+    row_blocks.keep_freed = lambda: None
 
 def made(experts, layers):
-    groups = expert_groups.Groups.counted([2] * experts, 2 * experts, torch.device("cpu"))
+    groups = Groups.counted([2] * experts, 2 * experts, torch.device("cpu"))
     x = torch.randn(2 * experts, 256, requires_grad=True)
     shapes = [(experts, 8, 256), (experts, 256, 8)]
     factors = [[torch.randn(s, requires_grad=True) for s in shapes] for _ in range(layers)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning_peft_kernels.dispatch import prefer_groups
 from lightning_peft_kernels.nf4 import projections
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,9 +29,11 @@ from lightning_peft import (
     set_adapter,
     unmerge,
 )
-from lightning_peft.layers.projection_groups import group
-from lightning_peft.layers.projection_groups.analysis import children_sharing_input
+from lightning_peft.layers import projection_group
+from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.methods.base import Method
+from lightning_peft.models.shared_inputs import children_sharing_input
+from tests.helpers.dispatch import group_projections
 from tests.helpers.tiny_models import BUILDERS, example_inputs, main_output
 
 K = 32
@@ -42,6 +45,7 @@ class Attention(nn.Module):
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
+        self.config = SimpleNamespace(model_type="mpnet")  # which declares q, k and v
         for name, n in (("q", 48), ("k", 16), ("v", 16)):
             self.add_module(name, nn.Linear(K, n, bias=bias))
         self.o = nn.Linear(80, K)
@@ -55,7 +59,11 @@ class Attention(nn.Module):
 
 
 class Cross(Attention):
-    """k and v read another tensor where there is one."""
+    """Its k and v read another tensor if there is one."""
+
+    def __init__(self, model_type: str = "mpnet") -> None:
+        super().__init__()
+        self.config.model_type = model_type
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:  # type: ignore[override]
         y = x if other is None else other
@@ -88,10 +96,9 @@ def build(cls: type[Attention] = Attention, method: Method | None = None, **kwar
 
 @pytest.fixture(autouse=True)
 def _as_found() -> Iterator[None]:
-    before = prefer_groups(None)
     yield
-    prefer_groups(before)
-    group._waiting.parts = None
+    group_projections(None)
+    projection_group._thread.pending = None
 
 
 @pytest.fixture
@@ -109,7 +116,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def results(model: Any, *inputs: Tensor, together: bool, seed: int = 5) -> dict[str, Tensor]:
-    prefer_groups(together)
+    group_projections(together)
     model.zero_grad()
     given = [x.clone().requires_grad_() for x in inputs]
     torch.manual_seed(seed)
@@ -168,17 +175,45 @@ def test_under_activation_checkpointing(reentrant: bool, calls: list[int]) -> No
 
 
 def test_another_tensor_runs_alone(calls: list[int]) -> None:
+    """The table declares one tensor for q, k and v; the calls decide."""
     x, other = torch.randn(2, 4, K)
     same(build(Cross), x)
     same(build(Cross), x, other)
-    assert calls == [2, 2]  # k and v, which the source calls with one name
+    assert calls == [3, 3]  # k and v did not take the second
+
+
+def test_cross_attention_groups_key_and_value_alone(calls: list[int]) -> None:
+    x, other = torch.randn(2, 4, K)
+    torch.manual_seed(3)
+    model = nn.Module()
+    model.EncDecAttention = Cross("t5")
+    attach(model, LoRA(r=4, target_modules="all-linear"), quantization=NF4)
+    same(model.EncDecAttention, x, other)
+    assert calls == [2]
+
+
+def test_a_model_that_the_table_does_not_know_runs_one_by_one() -> None:
+    model = Cross("my_own_model")
+    attach(model, LoRA(r=4, target_modules="all-linear"), quantization=NF4)
+    assert model.q._peft.projection_group is None  # type: ignore[union-attr]
+    del model.config
+    assert list(children_sharing_input(model)) == []
+
+
+def test_another_config_inside_decides_for_its_part() -> None:
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="llama")  # type: ignore[assignment]
+    model.own, model.unknown = Attention(), Cross("my_own_model")
+    model.unknown.q_proj, model.unknown.k_proj = nn.Linear(K, K), nn.Linear(K, K)
+    found = {(type(m).__name__, names) for m, names in children_sharing_input(model)}
+    assert found == {("Attention", ("q", "k", "v")), ("Cross", ("q_proj", "k_proj"))}
 
 
 def test_a_tensor_that_was_written_over_is_another(calls: list[int]) -> None:
     model, x = build(InPlace), torch.randn(4, K)
     found = []
     for together in (False, True):
-        prefer_groups(together)
+        group_projections(together)
         with torch.no_grad():
             found.append(model(x))
     torch.testing.assert_close(*found)
@@ -188,9 +223,9 @@ def test_a_tensor_that_was_written_over_is_another(calls: list[int]) -> None:
 def test_one_layer_alone_and_out_of_order(calls: list[int]) -> None:
     model = build()
     x = torch.randn(4, K)
-    prefer_groups(False)
+    group_projections(False)
     want = {n: getattr(model, n)(x) for n in "qkv"}
-    prefer_groups(True)
+    group_projections(True)
     for order in ("k", "vk", "q", "qv", "qqk", "kq"):
         for name in order:
             torch.testing.assert_close(getattr(model, name)(x), want[name])
@@ -214,13 +249,13 @@ def test_states_of_adapters(calls: list[int]) -> None:
         if names == ["default"] or names == ["default", "other"]:
             same(model, x)
         else:
-            prefer_groups(True)
+            group_projections(True)
             together = model(x)
-            prefer_groups(False)
+            group_projections(False)
             torch.testing.assert_close(together, model(x))
     assert calls == [3, 3]
     set_adapter(model, ["default", "other"])
-    prefer_groups(True)
+    group_projections(True)
     with adapter_names(["default", "other", "default", "__base__"]):
         mixed = model(x)
     with disable_adapters(model):
@@ -242,7 +277,7 @@ def test_a_member_in_another_mode_or_merged_keeps_all_apart(calls: list[int]) ->
     same(model, x)
     model.train()
     merge(model)
-    prefer_groups(True)
+    group_projections(True)
     model(x)
     unmerge(model)
     assert calls == []
@@ -263,9 +298,9 @@ def test_other_forms_and_dense_weights_run_alone(calls: list[int]) -> None:
 def test_without_gradients(context: Any, calls: list[int]) -> None:
     model = build().eval()
     x = torch.randn(3, K)
-    prefer_groups(False)
+    group_projections(False)
     want = model(x)
-    prefer_groups(True)
+    group_projections(True)
     with context():
         torch.testing.assert_close(model(x + 0), want)
     assert calls == ([3] if context is torch.no_grad else [])
@@ -274,7 +309,7 @@ def test_without_gradients(context: Any, calls: list[int]) -> None:
 def test_autocast_that_changes_between_calls(calls: list[int]) -> None:
     model = build()
     x = torch.randn(3, K)
-    prefer_groups(True)
+    group_projections(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         q = model.q(x)
     assert q.dtype == torch.bfloat16
@@ -283,26 +318,53 @@ def test_autocast_that_changes_between_calls(calls: list[int]) -> None:
         assert {getattr(model, n)(x).dtype for n in "qkv"} == {torch.bfloat16}
 
 
+def test_threads_do_not_take_each_other_s_outputs(calls: list[int]) -> None:
+    """A group hands outputs on within one thread."""
+    model = build().eval()
+    inputs = [torch.randn(3, K) for _ in range(4)]
+    group_projections(False)
+    with torch.no_grad():
+        wanted = [model(x) for x in inputs]
+    group_projections(True)
+    start, wrong = threading.Barrier(4), []
+
+    def serve(i: int) -> None:
+        start.wait()
+        for _ in range(10):
+            with torch.no_grad():
+                y = model(inputs[i])
+            if not torch.allclose(y, wanted[i], rtol=1e-5, atol=1e-5):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [3] * 40
+    assert wrong == []
+
+
 def test_nothing_is_kept() -> None:
     model = build()
-    prefer_groups(True)
+    group_projections(True)
     x = torch.randn(3, K)
     seen = weakref.ref(x)
     model(x)
-    assert group._waiting.parts is None
+    assert projection_group._thread.pending is None
     del x
     gc.collect()
     assert seen() is None
     model.q(torch.randn(3, K))  # a forward that ends early
-    assert group._waiting.parts is not None
+    assert projection_group._thread.pending is not None
     model.o(torch.randn(3, 80))  # the next adapted layer anywhere
-    assert group._waiting.parts is None
+    assert projection_group._thread.pending is None
 
 
 def test_copies_and_pickles_run_alone_and_hold_no_other_layer(calls: list[int]) -> None:
     model = build()
     x = torch.randn(3, K)
-    prefer_groups(True)
+    group_projections(True)
     want = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(x), want)
@@ -321,7 +383,7 @@ def test_detaching_and_attaching_again(calls: list[int]) -> None:
 
 def test_compiles_without_a_graph_break(calls: list[int]) -> None:
     model = build()
-    prefer_groups(True)
+    group_projections(True)
     x = torch.randn(3, K)
     made = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-5)
@@ -333,54 +395,91 @@ def test_models(name: str, calls: list[int]) -> None:
     model = BUILDERS[name]()
     attach(model, LoRA(r=2, target_modules="all-linear"), quantization=NF4)
     inputs = example_inputs(name)
-    prefer_groups(False)
+    group_projections(False)
     want = main_output(model(**inputs))
-    prefer_groups(True)
+    group_projections(True)
     torch.testing.assert_close(main_output(model(**inputs)), want, rtol=1e-4, atol=1e-4)
     assert calls
 
 
-# ---- what the source tells
+# ---- the table
+
+QKV = ("q_proj", "k_proj", "v_proj")
+LLAMA = {QKV, ("gate_proj", "up_proj")}
+BART = {QKV, ("k_proj", "v_proj")}
+GROUPS: dict[str, set[tuple[str, ...]]] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma": LLAMA,
+    "gemma2": LLAMA,
+    "phi": {QKV},
+    "olmo2": LLAMA,
+    "granite": LLAMA,
+    "opt": {QKV},
+    "mixtral": {QKV},
+    "qwen3_moe": {QKV},
+    "deepseek_v3": {("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj")},
+    "qwen2_moe": LLAMA,
+    "olmoe": {QKV},
+    "granitemoe": {QKV},
+    "llama4_text": LLAMA,
+    "gpt_oss": {QKV},
+    "bert": {("query", "key", "value")},
+    "roberta": {("query", "key", "value")},
+    "distilbert": {("q_lin", "k_lin", "v_lin")},
+    "t5": {("q", "k", "v"), ("k", "v")},
+    "flan_t5": {("q", "k", "v"), ("k", "v"), ("wi_0", "wi_1")},
+    "bart": BART,
+    "whisper": BART,
+    "vit": {QKV},
+    "clip": {QKV},
+}
 
 
-class Shapes(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name in "abcdefgh":
-            self.add_module(name, nn.Linear(2, 2))
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_declared_layers_read_one_tensor(name: str) -> None:
+    """Every module's forward calls the declared children with one tensor, the first in front."""
+    model: Any = BUILDERS[name]()
+    declared = list(children_sharing_input(model))
+    assert {names for _, names in declared} == GROUPS.get(name, set())
+    calls: dict[int, list[tuple[str, Tensor]]] = {}
+    for i, (module, names) in enumerate(declared):
+        for child in names:
 
-    def forward(self, x: Tensor, y: Tensor, flag: bool) -> Any:
-        first = self.a(x), self.b(x)
-        x = self.c(x)
-        second = self.d(x) if flag else self.e(x)
-        for _ in range(2):
-            y = self.f(y)
-        if flag:
-            return self.g(x), self.h(y)
-        return first, second, self.g(x)
+            def note(m: nn.Module, args: Any, i: int = i, child: str = child) -> None:
+                calls.setdefault(i, []).append((child, args[0]))
 
-
-class Kept(Shapes):
-    def forward(self, x: Tensor, y: Tensor, flag: bool) -> Any:
-        a = self.a(x)
-        if flag:
-            b, c = self.b(y), self.c(y)
-        else:
-            b, c = y, y
-        return a, self.d(x), self.e(input=x), self.f(x + 1), b, c
+            module.get_submodule(child).register_forward_pre_hook(note)
+    model(**example_inputs(name))
+    assert calls or not declared
+    for i, seen in calls.items():
+        names = declared[i][1]
+        assert seen[0][0] == names[0]
+        assert sorted(child for child, _ in seen) == sorted(names)
+        assert len({id(x) for _, x in seen}) == 1
 
 
-def test_what_can_be_read_from_a_forward() -> None:
-    assert children_sharing_input(Shapes()) == (("a", "b", "c"),)
-    assert children_sharing_input(Kept()) == (("a", "d"), ("b", "c"))
-    assert children_sharing_input(nn.Linear(2, 2)) == ()
-    assert children_sharing_input(nn.Sequential(nn.Linear(2, 2))) == ()
+def test_the_group_of_every_adapted_model_is_the_declared_one() -> None:
+    model: Any = BUILDERS["t5"]()
+    attach(model, LoRA(r=2, target_modules="all-linear"), quantization=NF4)
+    names = {id(m): n for n, m in model.named_modules()}
+    found = {
+        tuple(names[id(member)] for member in m._peft.projection_group.members)
+        for _, m in adapted_modules(model)
+        if m._peft.projection_group is not None
+    }
+    assert len(found) == 6  # self-attention twice in both stacks, cross-attention twice
+    for group in found:
+        leaves = tuple(n.rpartition(".")[2] for n in group)
+        assert leaves == (("k", "v") if "EncDecAttention" in group[0] else ("q", "k", "v"))
 
 
 def test_on_a_cpu_they_run_apart_and_the_group_says_why() -> None:
     model = build()
-    shared = model.q._peft.shared
+    shared = model.q._peft.projection_group
     assert shared.members == (model.q, model.k, model.v)
-    assert shared.why_apart() == "cpu: no faster as one product"
-    prefer_groups(True)
-    assert shared.why_apart() == ""
+    assert shared.reason_apart() == "cpu: no faster as one product"
+    group_projections(True)
+    assert shared.reason_apart() == ""

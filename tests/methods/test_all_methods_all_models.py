@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import lightning_peft as lp
 from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.methods import GatedLoRA, mam, unipelt
+from lightning_peft.methods.base import BlockMethod, SelectMethod, WeightMethod
 from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.method_cases import CASES
 from tests.helpers.tiny_models import BUILDERS, example_inputs
@@ -147,14 +148,14 @@ def placed(method: Any, kind: str) -> Any:
     if isinstance(method, list):
         return [placed(m, kind) for m in method]
     model = MODELS[kind]
-    if method.kind == "weight":
+    if isinstance(method, WeightMethod):
         targets = list(model.linears)
-    elif kind != "plain" or method.kind == "select":
+    elif kind != "plain" or isinstance(method, SelectMethod):
         return method
-    elif method.kind == "block":
+    elif isinstance(method, BlockMethod):
         targets = ["linear2"]
     else:
-        targets = list(model.attention) if method.acts == "attention" else ["embed"]
+        targets = list(model.attention) if method.insertion == "attention" else ["embed"]
     return dataclasses.replace(method, target_modules=targets)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from lightning_peft_kernels.dispatch import prefer, preference
+from lightning_peft_kernels import use_backend
 from torch import nn
 
 import lightning_peft as lp
@@ -28,10 +28,8 @@ KEEPS_NO_INPUT = {"VeRA", "MiSS"}
 @pytest.fixture
 def formulas():
     """torch's own formulas, as `kernels="torch"` asks for."""
-    before = preference()
-    prefer("torch")
-    yield
-    prefer(before)
+    with use_backend("torch"):
+        yield
 
 
 def adapted(method, quantization=None):

@@ -1,9 +1,8 @@
-"""Prompts and prefixes: start to detach, padding, generation, checkpointing, rows, state."""
+"""Prompts and prefixes in whole transformers: start to detach, padding, training, copies."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 from typing import Any
 
@@ -13,56 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_peft as lp
-from lightning_peft.adapters.state_dict import trained_tensors
-from lightning_peft.methods import HardPrompt, PrefixTuning, PromptTuning, PTuning
+from lightning_peft.methods import PrefixTuning, PromptTuning, PTuning
 from lightning_peft.methods.base import SequenceMethod
 from tests.helpers.compare import assert_close, assert_same_bits
-from tests.helpers.tiny_models import BUILDERS, KINDS, example_inputs, main_output
-
-METHODS: dict[str, SequenceMethod] = {
-    "prompt": PromptTuning(n=3),
-    "random": PromptTuning(n=3, init="random"),
-    "text": PromptTuning(n=5, init="text", init_ids=[7, 8, 9]),
-    "add": PromptTuning(n=3, mode="add"),
-    "hard": HardPrompt(n=3),
-    "mlp": PTuning(n=3, hidden=16),
-    "lstm": PTuning(n=3, encoder="lstm", hidden=8),
-    "prefix": PrefixTuning(n=3),
-    "projection": PrefixTuning(n=3, projection=True, hidden=8),
-}
-FEW = ["prompt", "add", "mlp", "prefix", "projection"]
-# By default a few of each kind; `-m slow` runs the others.
-QUICK = {"llama", "gpt_neox", "bert", "t5", "mamba", "vit", "clip", "whisper", "deepseek_v3"}
-MODELS = ["llama", "gpt2", "gemma2", "opt", "bloom", "bert", "roberta", "t5", "bart"]
-NO_PREFIX = {"mamba", "modernbert", "distilbert", "deepseek_v3"}
-
-
-def some(names: list[str], *more: str) -> list[Any]:
-    quick = QUICK | set(more)
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
-def built(name: str, **changes: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    torch.manual_seed(3)
-    return BUILDERS[name]().requires_grad_(False), example_inputs(name, **changes)
-
-
-def logits(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
-    return main_output(model(**x))
-
-
-def move(model: nn.Module, std: float = 0.2) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(std * torch.randn_like(p))
-
-
-def attached(name: str, method: SequenceMethod, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
-    model, x = built(name, **changes)
-    lp.attach(model, method)
-    move(model)
-    return model, x
+from tests.helpers.prompt_cases import (
+    FEW,
+    METHODS,
+    MODELS,
+    NO_PREFIX,
+    attached,
+    built,
+    logits,
+    move,
+    some,
+)
+from tests.helpers.tiny_models import BUILDERS, KINDS, main_output
 
 
 @pytest.mark.parametrize("method_name", METHODS)
@@ -180,93 +144,6 @@ def test_classifier_of_a_decoder_pools_the_text() -> None:
         assert_close("padded", model(input_ids=padded, attention_mask=mask).logits, want)
 
 
-# ---- generation
-
-
-DECODERS = ["llama", "gpt2", "gemma2", "opt", "bloom", "t5", "bart"]
-
-
-def prompt_of(name: str) -> dict[str, Tensor]:
-    ids = torch.randint(3, 99, (2, 5))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def stepwise(model: Any, x: dict[str, Tensor], sequences: Tensor, steps: int) -> Tensor:
-    """Logits of every generated token by one full forward, without a cache."""
-    if model.config.is_encoder_decoder:
-        y = model(**x, decoder_input_ids=sequences[:, :-1], use_cache=False).logits
-        return y[:, -steps:]
-    mask = torch.ones_like(sequences)
-    y = model(input_ids=sequences, attention_mask=mask, use_cache=False).logits
-    return y[:, -steps - 1 : -1]
-
-
-@pytest.mark.parametrize("method_name", FEW)
-@pytest.mark.parametrize("name", some(DECODERS, "bart"))
-def test_generate_greedy_and_sampled(name: str, method_name: str) -> None:
-    model, _ = attached(name, METHODS[method_name])
-    x = prompt_of(name)
-    for sample in (False, True):
-        out = model.generate(
-            **x,
-            do_sample=sample,
-            max_new_tokens=6,
-            min_new_tokens=6,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        got = torch.stack(out.logits, dim=1)
-        with torch.no_grad():
-            want = stepwise(model, x, out.sequences, got.shape[1])
-        assert_close("logits", got, want)
-
-
-@pytest.mark.parametrize("method_name", ["prompt", "add", "prefix"])
-@pytest.mark.parametrize("name", some(DECODERS, "bart"))
-def test_generate_beams(name: str, method_name: str) -> None:
-    model, _ = attached(name, METHODS[method_name])
-    x = prompt_of(name)
-    found = []
-    for cache in (True, False):
-        found.append(
-            model.generate(
-                **x,
-                num_beams=3,
-                do_sample=False,
-                use_cache=cache,
-                max_new_tokens=5,
-                output_scores=True,
-                return_dict_in_generate=True,
-            )
-        )
-    assert torch.equal(found[0].sequences, found[1].sequences)
-    assert_close("scores", found[0].sequences_scores, found[1].sequences_scores)
-
-
-@pytest.mark.parametrize("method_name", ["prompt", "add", "prefix"])
-@pytest.mark.parametrize("name", some(["llama", "gpt2", "opt", "bloom"], "bloom"))
-def test_generate_with_left_padding(name: str, method_name: str) -> None:
-    model, _ = attached(name, METHODS[method_name])
-    ids = torch.randint(3, 99, (1, 4))
-    padded = torch.cat([F.pad(ids, (3, 0)), torch.randint(3, 99, (1, 7))])
-    mask = torch.ones_like(padded)
-    mask[0, :3] = 0
-    options: Any = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    both = model.generate(input_ids=padded, attention_mask=mask, **options)
-    assert torch.equal(both[0, 7:], alone[0, 4:])
-
-
-def test_masks_of_four_axes_are_refused() -> None:
-    model, _ = attached("llama", PromptTuning(n=3))
-    x = prompt_of("llama")
-    with pytest.raises(ValueError, match="dynamic cache"):
-        model.generate(**x, cache_implementation="static", max_new_tokens=3)
-
-
-# ---- training
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("method_name", ["prompt", "lstm", "prefix", "projection"])
 @pytest.mark.parametrize("name", some(["llama", "gpt2", "gemma2", "bert", "t5", "bart"], "gpt2"))
@@ -323,91 +200,6 @@ def test_quantised_and_half_precision(method_name: str) -> None:
     assert_close("bf16", logits(model, x).detach().float(), y, floor=0.08)
 
 
-# ---- several adapters
-
-
-def alone_and_mixed(
-    name: str, methods: dict[str, SequenceMethod], rows: list[str]
-) -> tuple[Tensor, Tensor]:
-    model, x = built(name, batch=len(rows))
-    for adapter, method in methods.items():
-        lp.attach(model, method, adapter_name=adapter)
-        move(model)
-    alone = []
-    with torch.no_grad():
-        for i, row in enumerate(rows):
-            lp.set_adapter(model, None if row == "__base__" else row)
-            alone.append(logits(model, x)[i])
-        lp.set_adapter(model, list(methods))
-        with lp.adapter_names(rows):
-            mixed = logits(model, x)
-    return torch.stack(alone), mixed
-
-
-@pytest.mark.parametrize("method_name", ["prompt", "add", "mlp", "prefix"])
-@pytest.mark.parametrize("name", some(["llama", "gpt2", "bloom", "t5"], "bloom"))
-def test_rows(name: str, method_name: str) -> None:
-    method = METHODS[method_name]
-    alone, mixed = alone_and_mixed(name, {"a": method, "b": method}, ["b", "__base__", "a"])
-    if name == "t5" and method_name == "prefix":
-        assert_close("rows", mixed, alone, floor=1e-4)
-    else:
-        assert_close("rows", mixed, alone)
-
-
-def test_rows_of_different_length_and_kind() -> None:
-    methods: dict[str, SequenceMethod] = {
-        "short": PromptTuning(n=2),
-        "long": PromptTuning(n=5),
-        "prefix": PrefixTuning(n=3),
-    }
-    for name in ("llama", "gpt2"):
-        alone, mixed = alone_and_mixed(name, methods, ["long", "prefix", "short", "__base__"])
-        assert_close(name, mixed, alone)
-
-
-def test_rows_in_an_encoder() -> None:
-    method = PromptTuning(n=3)
-    alone, mixed = alone_and_mixed("bert", {"a": method, "b": method}, ["b", "a", "b"])
-    assert_close("rows", mixed, alone)
-    with pytest.raises(ValueError, match="one after the other"):
-        alone_and_mixed("bert", {"a": method}, ["a", "__base__"])
-
-
-def test_rows_while_generating() -> None:
-    model, _ = built("llama")
-    for adapter, n in (("a", 2), ("b", 4)):
-        lp.attach(model, PromptTuning(n=n), adapter_name=adapter)
-        move(model)
-    x = prompt_of("llama")
-    options: Any = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    alone = []
-    for i, adapter in enumerate(("a", None)):
-        lp.set_adapter(model, adapter)
-        alone.append(model.generate(**x, **options)[i])
-    lp.set_adapter(model, ["a", "b"])
-    with lp.adapter_names(["a", "__base__"]):
-        both = model.generate(**x, **options)
-    assert torch.equal(both, torch.stack(alone))
-
-
-def test_two_prompts_stand_in_the_order_named() -> None:
-    """The adapter named last stands outermost, as every other kind does."""
-    model, x = built("gpt2")
-    for adapter in ("a", "b"):
-        lp.attach(model, PromptTuning(n=2), adapter_name=adapter)
-        move(model)
-    tensors = trained_tensors(model)
-    parts = [next(t for k, t in tensors.items() if f"peft.{a}." in k) for a in ("b", "a")]
-    lp.set_adapter(model, ["a", "b"])
-    y = logits(model, x).detach()
-    one, _ = built("gpt2")
-    lp.attach(one, PromptTuning(n=4))
-    with torch.no_grad():
-        next(p for p in one.parameters() if p.requires_grad).copy_(torch.cat(parts))
-    assert_close("one long prompt", logits(one, x).detach(), y)
-
-
 def test_hybrid_and_state() -> None:
     methods = [PrefixTuning(n=3, projection=True), PTuning(n=2), lp.LoRA(r=2)]
     model, x = built("llama")
@@ -432,230 +224,6 @@ def test_inside_a_module_that_holds_the_model() -> None:
     lp.attach(holder, PromptTuning(n=3))
     assert all(k.startswith("net.encoder.peft.") for k in lp.adapter_state_dict(holder))
     assert not torch.equal(logits(model, x), logits(base, x))
-
-
-# ---- starts, tokens, values
-
-
-def test_starts() -> None:
-    model, _ = built("gemma2")  # its embeddings are scaled behind the table
-    embed = model.get_input_embeddings()
-    report = lp.attach(model, PromptTuning(n=5, init="text", init_ids=[7, 8, 9]))
-    (P,) = trained_tensors(model).values()
-    assert report.trainable == P.numel()
-    with torch.no_grad():
-        assert_same_bits("text", P.detach(), embed(torch.tensor([7, 8, 9, 7, 8])))
-    lp.detach(model)
-    lp.attach(model, PromptTuning(n=4))
-    (P,) = trained_tensors(model).values()
-    with torch.no_grad():
-        rows = embed(torch.arange(99))
-        assert all((rows == p).all(dim=1).any() for p in P)
-    start = P.detach().clone()
-    with torch.no_grad():
-        P.zero_()
-    lp.reset_adapters(model)
-    assert_same_bits("reset", P.detach(), start)
-
-    def tokenizer(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [len(word) for word in text.split()]}
-
-    assert PromptTuning.from_text("a bc def", tokenizer).init_ids == [1, 2, 3]
-    assert PromptTuning.from_text("a bc def", tokenizer, n=8).n == 8
-
-
-def test_hard_prompt_is_made_of_tokens() -> None:
-    model, x = attached("gpt2", HardPrompt(n=3))
-    ids = lp.hard_prompt_ids(model)
-    tokens = torch.tensor([ids, ids])
-    base, _ = built("gpt2")
-    mask = torch.ones_like(x["attention_mask"])
-    with torch.no_grad():
-        want = base(input_ids=torch.cat([tokens, x["input_ids"]], dim=1)).logits[:, 3:]
-        got = model(input_ids=x["input_ids"], attention_mask=mask).logits
-    assert_close("as if the tokens were given", got, want)
-    with pytest.raises(KeyError, match="found none"):
-        lp.hard_prompt_ids(base)
-
-
-@pytest.mark.parametrize(
-    ("cls", "fields"),
-    [
-        (PromptTuning, {"n": 0}),
-        (PromptTuning, {"mode": "behind"}),
-        (PromptTuning, {"init": "text"}),
-        (PromptTuning, {"init_ids": [1]}),
-        (HardPrompt, {"mode": "add"}),
-        (PTuning, {"encoder": "gru"}),
-        (PTuning, {"hidden": 0}),
-        (PTuning, {"dropout": 1.0}),
-        (PrefixTuning, {"n": 0}),
-        (PrefixTuning, {"init": "ones"}),
-    ],
-    ids=str,
-)
-def test_bad_values(cls: Any, fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        cls(**fields)
-
-
-def test_ids_beyond_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match="vocabulary's size 99"):
-        lp.attach(built("gpt2")[0], PromptTuning(init="text", init_ids=[99]))
-
-
-def test_a_transformer_that_is_not_known() -> None:
-    with pytest.raises(ValueError, match="one Hugging Face transformer"):
-        lp.attach(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), PromptTuning())
-    two = nn.ModuleList([built("gpt2")[0], built("bert")[0]])
-    with pytest.raises(ValueError, match="GPT2LMHeadModel"):
-        lp.attach(two, PromptTuning())
-
-
-# ---- a transformer of the user's own
-
-
-class Own(nn.Module):
-    def __init__(self, batch_first: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.embed = nn.Embedding(20, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def forward(self, ids: Tensor, **masks: Any) -> Tensor:
-        y: Tensor = self.layers(self.embed(ids), **masks)
-        return y
-
-
-def masks_for(kind: str) -> dict[str, Tensor | bool]:
-    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    padding = torch.zeros(3, 5, dtype=torch.bool)
-    padding[0, 3:] = True
-    return {
-        "none": {},
-        "causal": {"mask": causal, "is_causal": True},
-        "padding": {"src_key_padding_mask": padding},
-        "both": {"mask": causal, "src_key_padding_mask": padding},
-    }[kind]
-
-
-@pytest.mark.parametrize("kind", ["none", "causal", "padding", "both"])
-@pytest.mark.parametrize("train", [True, False])
-def test_prefix_in_multihead_attention(kind: str, train: bool) -> None:
-    """Against attention by hand; no prefix and a masked row give the plain module's output."""
-    model = Own().train(train)
-    ids, masks = torch.randint(0, 20, (3, 5)), masks_for(kind)
-    with torch.no_grad():
-        base = model(ids, **masks)
-        # torch.matmul takes another routine for a frozen weight, on some CPUs with other last bits.
-        frozen = copy.deepcopy(model).requires_grad_(False)(ids, **masks)
-    for name in ("a", "b"):
-        lp.attach(model, PrefixTuning(n=2, target_modules=["self_attn"]), adapter_name=name)
-        move(model)
-    lp.set_adapter(model, "a")
-    y = model(ids, **masks)
-    y.sum().backward()
-    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
-    keep = ~masks.get("src_key_padding_mask", torch.zeros(3, 5, dtype=torch.bool))
-    lp.set_adapter(model, ["a", "b"])
-    with torch.no_grad():
-        with lp.adapter_names(["a", "__base__", "a"]):
-            mixed = model(ids, **masks)
-        assert_close("base row", mixed[1], base[1])
-        assert_close("row 0", mixed[0][keep[0]], y[0][keep[0]].detach())
-        assert_close("row 2", mixed[2], y[2].detach())
-        with lp.disable_adapters(model):
-            off = model(ids, **masks)
-            assert_close("off", off[keep], base[keep])
-            if train:  # in eval the base takes a fused path, which adapters turn off
-                assert_same_bits("off", off, frozen)
-    lp.detach(model)
-    with torch.no_grad():
-        assert_same_bits("detached", model(ids, **masks), base)
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_prefix_formula_in_multihead_attention(batch_first: bool) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=batch_first))
-    lp.attach(model, PrefixTuning(n=3, target_modules=["0"]))
-    (P,) = trained_tensors(model).values()
-    x = torch.randn(2, 4, 8)
-    q, k, v = F.linear(x, model[0].in_proj_weight, model[0].in_proj_bias).chunk(3, dim=-1)
-    k = torch.cat([P[:, :8].expand(2, -1, -1), k], dim=1)
-    v = torch.cat([P[:, 8:].expand(2, -1, -1), v], dim=1)
-    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
-    want = model[0].out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-    z = x if batch_first else x.transpose(0, 1)
-    for need_weights in (True, False):
-        y, weights = model[0](z, z, z, need_weights=need_weights)
-        assert_close("output", y if batch_first else y.transpose(0, 1), want)
-        assert (weights is None) != need_weights
-    assert weights is None or weights.shape == (2, 4, 4)
-
-
-def test_prefix_beside_lora_in_one_module() -> None:
-    model, ids = Own().eval(), torch.randint(0, 20, (3, 5))
-    lp.attach(
-        model,
-        [
-            PrefixTuning(n=2, target_modules=["self_attn"]),
-            lp.LoRA(r=2, target_modules=["self_attn"]),
-        ],
-    )
-    with torch.no_grad():
-        prefix = model(ids)
-        move(model)
-        assert not torch.allclose(model(ids), prefix)
-    model(ids).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_where_a_prefix_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="type Linear"):
-        lp.attach(Own(), PrefixTuning(target_modules=["linear1"]))
-    with pytest.raises(ValueError, match="one module that gives"):
-        lp.attach(Own(), PromptTuning(target_modules=["linear1"]))
-    with pytest.raises(ValueError, match="use init='random'"):
-        lp.attach(Own(), PromptTuning(target_modules=["layers.layers.0.norm1"]))
-
-
-@pytest.mark.parametrize("kind", ["none", "causal", "padding", "both"])
-@pytest.mark.parametrize("method", [PromptTuning(n=2), PTuning(n=2)], ids=["prompt", "mlp"])
-def test_prompt_before_embeddings_of_the_users(kind: str, method: SequenceMethod) -> None:
-    """Equal to the plain model on embeddings and masks that are put together by hand."""
-    model, plain = Own(), Own()
-    ids, masks = torch.randint(0, 20, (3, 5)), masks_for(kind)
-    with torch.no_grad():
-        base = model(ids, **masks)
-        # torch.matmul takes another routine for a frozen weight, on some CPUs with other last bits.
-        frozen = copy.deepcopy(model).requires_grad_(False)(ids, **masks)
-    lp.attach(model, dataclasses.replace(method, target_modules=["embed"]))
-    move(model)
-    y = model(ids, **masks)
-    assert y.shape == base.shape
-    y.sum().backward()
-    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
-    with torch.no_grad():
-        x = model.embed(ids)
-        if "mask" in masks:
-            masks["mask"] = torch.ones(7, 7, dtype=torch.bool).triu(1)
-            masks["mask"][:2, :2] = False
-        if "src_key_padding_mask" in masks:
-            masks["src_key_padding_mask"] = F.pad(masks["src_key_padding_mask"], (2, 0))
-        want = plain.layers(x, **{**masks, "is_causal": False} if masks else {})[:, 2:]
-        keep = ~masks_for("padding")["src_key_padding_mask"]
-        assert_close("output", y.detach()[keep], want[keep])
-        with lp.disable_adapters(model):
-            assert_same_bits("off", model(ids, **masks_for(kind)), frozen)
-    twin = copy.deepcopy(model)
-    move(twin)
-    assert not torch.equal(twin(ids), model(ids))
-    lp.detach(model)
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    with torch.no_grad():
-        assert_same_bits("detached", model(ids, **masks_for(kind)), base)
 
 
 @pytest.mark.parametrize("method_name", ["prompt", "prefix"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft.adapters.placement.weights import adaptable
+from lightning_peft.layers import adaptable
 from lightning_peft.models.target_modules import select
 from lightning_peft.models.target_table import FAMILIES, MODEL_TYPES
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_peft.optim import OPTIMIZERS, join_shards, replace_optimizer, shard, to_torch
+from lightning_peft.optim import OPTIMIZERS, convert_optimizer, join_shards, shard, to_torch
 
 SHAPES = [(8, 300), (300, 8), (77,), (16, 600)]
 
@@ -36,7 +36,7 @@ def _train(opt: torch.optim.Optimizer, turns: range) -> None:
 def test_tracks_adamw(name: str) -> None:
     ours, theirs = _params(), _params()
     a, b = _adamw(ours), _adamw(theirs)
-    replace_optimizer(a, name)
+    convert_optimizer(a, name)
     _train(a, range(20))
     _train(b, range(20))
     for p, q, start in zip(ours, theirs, _params(), strict=True):
@@ -54,7 +54,7 @@ def test_loss_follows_adamw_over_300_steps() -> None:
         net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 32))
         opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
         if name:
-            replace_optimizer(opt, name)
+            convert_optimizer(opt, name)
         for _ in range(300):
             loss = (net(x) - x @ target / 8).square().mean()
             opt.zero_grad()
@@ -72,7 +72,7 @@ def test_matches_bitsandbytes_within_its_rounding() -> None:
     a, b = torch.optim.AdamW([ours], lr=1e-2), bnb.optim.AdamW8bit([theirs], lr=1e-2)
     b.param_groups[0]["weight_decay"] = 1e-2
     c = torch.optim.AdamW([exact], lr=1e-2)
-    replace_optimizer(a, "adamw_8bit")
+    convert_optimizer(a, "adamw_8bit")
     for opt in (a, b, c):
         _train(opt, range(10))
     error = (theirs - exact).norm()
@@ -85,7 +85,7 @@ def test_resume_is_exact(name: str) -> None:
     whole, first, second = _params(), _params(), _params()
     a, b, c = _adamw(whole), _adamw(first), _adamw(second)
     for opt in (a, b, c):
-        replace_optimizer(opt, name)
+        convert_optimizer(opt, name)
     _train(a, range(8))
     _train(b, range(4))
     file = io.BytesIO()
@@ -103,7 +103,7 @@ def test_resume_is_exact(name: str) -> None:
 
 def test_bytes_an_element() -> None:
     opt = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(64, 1024))])
-    replace_optimizer(opt, "adamw_8bit")
+    convert_optimizer(opt, "adamw_8bit")
     assert opt.state_bytes / (64 * 1024) <= 2.1  # type: ignore[attr-defined]
     _train(opt, range(1))
     kept = sum(t.nbytes for s in opt.state_dict()["state"].values() for t in s.values())
@@ -115,7 +115,7 @@ def test_bytes_an_element() -> None:
 def test_a_bad_gradient_changes_nothing(name: str, bad: float) -> None:
     params = _params()
     opt = _adamw(params)
-    replace_optimizer(opt, name)
+    convert_optimizer(opt, name)
     _train(opt, range(2))
     before, state = [p.detach().clone() for p in params], opt.state_dict()["state"]
     params[1].grad[0, 0] = bad  # type: ignore[index]
@@ -132,8 +132,8 @@ def test_a_bad_gradient_changes_nothing(name: str, bad: float) -> None:
 def test_grad_scaler_attributes_and_parameters_without_gradient() -> None:
     ours, theirs = _params(), _params()
     a, b = _adamw(ours), _adamw(theirs)
-    replace_optimizer(a, "adamw_8bit")
-    replace_optimizer(b, "adamw_8bit")
+    convert_optimizer(a, "adamw_8bit")
+    convert_optimizer(b, "adamw_8bit")
     for p, q in zip(ours[:2], theirs[:2], strict=True):
         q.grad = torch.ones_like(q)
         p.grad = q.grad * 8
@@ -157,14 +157,14 @@ def test_states_convert() -> None:
     _train(source, range(3))
     ours = [torch.nn.Parameter(theirs[0].detach().clone())]
     opt = _adamw(ours)
-    replace_optimizer(opt, "adamw_8bit")
+    convert_optimizer(opt, "adamw_8bit")
     opt.load_state_dict(source.state_dict())
     assert torch.equal(opt.state[ours[0]]["state1"], source.state[theirs[0]]["state1"].view(-1))
     assert float(opt.state[ours[0]]["step"]) == 3
     plain = _adamw([torch.nn.Parameter(ours[0].detach().clone())])
     plain.load_state_dict(to_torch(opt.state_dict(), {0: ours[0].shape}))
     back = _adamw(ours)
-    replace_optimizer(back, "adamw_8bit")
+    convert_optimizer(back, "adamw_8bit")
     back.load_state_dict(plain.state_dict())
     # Requantising what was dequantised gives the codes again.
     assert torch.equal(back.state[ours[0]]["state2"], opt.state[ours[0]]["state2"])
@@ -174,7 +174,7 @@ def test_states_convert() -> None:
 def test_states_cut_and_join(cut: int, exact: bool) -> None:
     p = torch.nn.Parameter(torch.randn(1000))
     opt = _adamw([p])
-    replace_optimizer(opt, "adamw_8bit")
+    convert_optimizer(opt, "adamw_8bit")
     _train(opt, range(2))
     state = opt.state_dict()["state"][0]
     joined = join_shards([shard(state, 0, cut), shard(state, cut, 1000 - cut)])
@@ -186,7 +186,7 @@ def test_scheduler_hooks_and_closure_stay() -> None:
     params = _params()
     opt = _adamw(params)
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 1 / (n + 1))
-    replace_optimizer(opt, "adamw_8bit")
+    convert_optimizer(opt, "adamw_8bit")
     calls: list[str] = []
     opt.register_step_post_hook(lambda *_: calls.append("hook"))
 
@@ -215,7 +215,7 @@ def test_scheduler_hooks_and_closure_stay() -> None:
 )
 def test_what_is_refused(make: Any, name: str, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        replace_optimizer(make(_params()), name)
+        convert_optimizer(make(_params()), name)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
@@ -225,7 +225,7 @@ def test_under_a_grad_scaler(name: str) -> None:
     scaled, plain = _params(), _params()
     a, b = _adamw(scaled), _adamw(plain)
     for opt in (a, b):
-        replace_optimizer(opt, name)
+        convert_optimizer(opt, name)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for turn in range(4):
         overflows = turn == 2
@@ -251,4 +251,4 @@ def test_under_a_grad_scaler(name: str) -> None:
 @pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.SGD, torch.optim.SparseAdam])
 def test_optimizers_of_another_family_are_refused(make: Any) -> None:
     with pytest.raises(TypeError, match=f"AdamW or Adam, got {make.__name__}"):
-        replace_optimizer(make(_params()), "adamw_8bit")
+        convert_optimizer(make(_params()), "adamw_8bit")

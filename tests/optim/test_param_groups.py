@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_peft.optim import loraplus_groups, repair, replace_optimizer
+from lightning_peft.optim import convert_optimizer, loraplus_groups, repair
 
 
 def _net() -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
@@ -50,7 +50,7 @@ def test_loraplus_keeps_schedulers(early: bool) -> None:
     made = [] if early else [torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 0.5**n)]
     loraplus_groups(opt, trained.items(), 16, made)
     made = made or [torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 0.5**n)]
-    replace_optimizer(opt, "adamw_8bit")
+    convert_optimizer(opt, "adamw_8bit")
     assert [g["lr"] for g in opt.param_groups] == pytest.approx([1e-2, 0.16])
     for p in trained.values():
         p.grad = torch.ones_like(p)

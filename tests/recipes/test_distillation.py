@@ -109,7 +109,7 @@ def test_modes_come_back_one_by_one_also_after_an_error() -> None:
     with pytest.raises(KeyError), teaching(model):
         raise KeyError
     assert [m.training for m in (model, model[0], model[1])] == [True, True, False]
-    assert not model[0]._peft.disabled  # type: ignore[union-attr]
+    assert not model[0]._peft.active.disabled  # type: ignore[union-attr]
 
 
 def test_another_model_as_teacher() -> None:

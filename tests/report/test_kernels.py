@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_peft_kernels.dispatch import prefer, prefer_groups
+from lightning_peft_kernels import use_backend
 from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.methods.base import Method
+from tests.helpers.dispatch import group_projections
 from tests.helpers.peft_exchange import build
 from tests.helpers.tiny_models import BUILDERS
 
@@ -71,28 +72,25 @@ def test_a_bias_that_dora_does_not_scale() -> None:
 
 
 def test_a_preference_is_told() -> None:
-    prefer("torch")
-    try:
-        assert words(BUILDERS["llama"](), lp.LoRA(r=2), NF4) == {"fused; torch: asked for"}
-    finally:
-        prefer("auto")
+    with use_backend("torch"):
+        assert words(BUILDERS["llama"](), lp.LoRA(r=2), NF4) == {"fused; torch: requested"}
 
 
 @pytest.mark.parametrize(
     ("preference", "how"),
     [
         (None, "one by one (cpu: no faster as one product)"),
-        (False, "one by one (asked for)"),
+        (False, "one by one (forced by a test)"),
         (True, "one dequantisation and one product"),
     ],
 )
 def test_layers_over_one_input(preference: bool | None, how: str) -> None:
-    before = prefer_groups(preference)
+    group_projections(preference)
     try:
         every = lp.LoRA(r=2, target_modules="all-linear")
         report = lp.attach(BUILDERS["llama"](), every, quantization=NF4)
     finally:
-        prefer_groups(before)
+        group_projections(None)
     groups = [n for n in report.notes if "read one input" in n]
     assert f"q_proj, k_proj, v_proj read one input: {how}" in groups
     assert how in str(report)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft.adapters import quantize as quantizing
+from lightning_peft.storage.nf4.storage import NF4Storage
 
 WIDTH, LAYERS = 256, 6
 
@@ -20,7 +20,7 @@ def test_no_more_than_two_dense_layers_live(init, monkeypatch) -> None:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     alive: list[weakref.ref[torch.Tensor]] = []
     seen: list[int] = []
-    pack, clone = quantizing.pack, torch.Tensor.clone
+    quantize, clone = NF4Storage.quantize, torch.Tensor.clone
 
     def tracked_clone(t: torch.Tensor, **kwargs) -> torch.Tensor:
         out = clone(t, **kwargs)
@@ -28,11 +28,11 @@ def test_no_more_than_two_dense_layers_live(init, monkeypatch) -> None:
             alive.append(weakref.ref(out))
         return out
 
-    def counting_pack(module, *args, **kwargs):
+    def counting_quantize(storage, module, *args):
         seen.append(sum(r() is not None for r in alive))
-        pack(module, *args, **kwargs)
+        quantize(storage, module, *args)
 
-    monkeypatch.setattr(quantizing, "pack", counting_pack)
+    monkeypatch.setattr(NF4Storage, "quantize", counting_quantize)
     monkeypatch.setattr(torch.Tensor, "clone", tracked_clone)
     lp.attach(
         model,

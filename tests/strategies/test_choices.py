@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from functools import partial
+import importlib
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from lightning_peft import PEFT, AdaLoRA, LoRA, PEFTDDPStrategy, PEFTFSDPStrategy, attach
+from lightning_peft import PEFT, AdaLoRA, LoRA, attach, register_strategies
+from lightning_peft.checkpoint.sharded import prune, read_folder
 from lightning_peft.optim import AdamW8bit, join_shards, moments, shard
 from lightning_peft.strategies.ddp import may_skip, reentrant
 from lightning_peft.strategies.shard_units import shard_units
-from lightning_peft.strategies.sharded_checkpoint import prune, read_folder
+from tests.helpers.lightning_package import current, fabric, pl
 from tests.helpers.nets import Plain, loader, peft, trainer
 from tests.helpers.tiny_models import BUILDERS
 
+both = pytest.mark.usefixtures("lightning_package")
 
+
+def strategies() -> Any:
+    """The module with the strategies of the current package."""
+    return importlib.import_module(f"lightning_peft.strategies.{current().partition('.')[0]}")
+
+
+@both
 def test_registered_by_name() -> None:
-    for name, cls in (("peft_ddp", PEFTDDPStrategy), ("peft_fsdp", PEFTFSDPStrategy)):
-        assert StrategyRegistry[name]["strategy"] is cls
+    register_strategies()
+    for name, cls in (
+        ("peft_ddp", strategies().PEFTDDPStrategy),
+        ("peft_fsdp", strategies().PEFTFSDPStrategy),
+    ):
+        assert pl.strategies.StrategyRegistry[name]["strategy"] is cls
         made = pl.Trainer(accelerator="cpu", devices=2, strategy=name, logger=False)
         assert type(made.strategy) is cls
+
+
+@both
+def test_registered_with_fabric() -> None:
+    register_strategies()
+    for name in ("peft_ddp", "peft_fsdp"):
+        made = fabric().Fabric(accelerator="cpu", devices=2, strategy=name)
+        assert made._strategy.strategy_name == name
+        assert isinstance(made._strategy, fabric().strategies.ParallelStrategy)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +97,13 @@ def test_reentrant_checkpointing_is_seen() -> None:
         assert bool(reentrant(model)) is value
 
 
+@both
 def test_tensor_parallelism_is_refused() -> None:
     with pytest.raises(ValueError, match="expected tensor_parallel_size=1, got 2"):
-        PEFTFSDPStrategy(tensor_parallel_size=2)
+        strategies().PEFTFSDPStrategy(tensor_parallel_size=2)
 
 
+@both
 def test_a_schedule_over_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.helpers.distributed.processes import free_port
 
@@ -96,23 +118,29 @@ def test_a_schedule_over_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
             torch.distributed.destroy_process_group()
 
 
+@both
 @pytest.mark.parametrize(
-    ("strategy", "error", "text"),
+    ("name", "options", "error", "text"),
     [
-        (PEFTDDPStrategy, None, ""),
-        (PEFTFSDPStrategy, None, ""),
-        (partial(PEFTFSDPStrategy, data_parallel_size=2), ValueError, "'auto' or 1"),
-        (partial(PEFTFSDPStrategy, shard_classes=["No"]), ValueError, "got \\['No'\\]"),
+        ("PEFTDDPStrategy", {}, None, ""),
+        ("PEFTFSDPStrategy", {}, None, ""),
+        ("PEFTFSDPStrategy", {"data_parallel_size": 2}, ValueError, "'auto' or 1"),
+        ("PEFTFSDPStrategy", {"shard_classes": ["No"]}, ValueError, "got \\['No'\\]"),
     ],
 )
 def test_one_process_works_too(
-    strategy: Any, error: type[Exception] | None, text: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    options: dict[str, Any],
+    error: type[Exception] | None,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tests.helpers.distributed.processes import free_port
 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     model = Plain()
-    run = trainer(peft(), max_epochs=1, strategy=strategy(), devices=1)
+    strategy = getattr(strategies(), name)(**options)
+    run = trainer(peft(), max_epochs=1, strategy=strategy, devices=1)
     try:
         if error is None:
             run.fit(model, loader())
@@ -152,6 +180,7 @@ def test_shards_of_any_size_come_back_byte_for_byte() -> None:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: joined}})
 
 
+@both
 def test_bytes_are_adapters_and_state(tmp_path: Path) -> None:
     """1 M adapter elements: fp32 weights, and two fp32 moments each."""
 

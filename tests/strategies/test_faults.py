@@ -16,6 +16,8 @@ import torch
 from tests.helpers.distributed.jobs import Job
 from tests.helpers.distributed.processes import Processes, difference, result_file, run
 
+pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
+
 DDP: dict[str, Any] = {"devices": 2, "strategy": "peft_ddp"}
 FSDP: dict[str, Any] = {"devices": 2, "strategy": "peft_fsdp"}
 FOLDER: dict[str, Any] = {**FSDP, "strategy_options": {"save_distributed_checkpoint": True}}

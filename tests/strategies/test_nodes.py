@@ -17,6 +17,7 @@ from tests.helpers.distributed.jobs import Job
 from tests.helpers.distributed.processes import ROOT, difference, environment, free_port, run
 
 
+@pytest.mark.usefixtures("lightning_package")
 @pytest.mark.slow
 def test_two_nodes_by_torchrun(tmp_path: Path) -> None:
     nodes = [

@@ -13,6 +13,8 @@ from tests.helpers.distributed.jobs import Job
 from tests.helpers.distributed.once import made_once
 from tests.helpers.distributed.processes import difference, result, run
 
+pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
+
 ONE: dict[str, Any] = {}
 DDP: dict[str, Any] = {"devices": 2, "strategy": "peft_ddp"}
 FSDP: dict[str, Any] = {"devices": 2, "strategy": "peft_fsdp"}
@@ -21,7 +23,7 @@ EIGHT: dict[str, Any] = {"optimizer": "adamw_8bit"}
 
 
 def jobs(folder: Path) -> dict[str, Job]:
-    """By name; the four rounds run one after the other."""
+    """Every job by name; a job stands after those it resumes from."""
 
     def job(name: str, where: dict[str, Any], source: str = "", **more: Any) -> Job:
         ckpt = str(folder / f"{source}-step=2.ckpt") if source else None
@@ -93,8 +95,38 @@ def jobs(folder: Path) -> dict[str, Job]:
     return {j.name: j for j in listed}
 
 
-def make(folder: Path) -> None:
-    every = list(jobs(folder).values())
+# `make test` runs the strategies, the file forms and each kind of parameter once; `make test-all`
+# adds these.
+SWEEP = {
+    "one AdaLoRA",
+    "one DoRA",
+    "one mixed",
+    "ddp AdaLoRA",
+    "ddp DoRA",
+    "ddp VeRA",
+    "ddp clipped",
+    "ddp dense",
+    "ddp mixed",
+    "ddp wide blocks",
+    "fsdp DoRA",
+    "fsdp VeRA",
+    "fsdp bf16",
+    "fsdp clipped",
+    "fsdp dense",
+    "fsdp mixed",
+    "fsdp offloaded",
+    "fsdp wide blocks",
+    "ddp from one",
+    "ddp from fsdp",
+    "ddp reversed from fsdp",
+    "ddp 8bit from fsdp 8bit",
+    "fsdp from one",
+    "one from ddp",
+    "one 8bit from fsdp 8bit",
+}
+
+
+def make(every: list[Job], folder: Path) -> None:
     first = [j for j in every if j.devices == 1 and j.ckpt is None]
     last = [j for j in every if j.devices == 1 and j.ckpt is not None]
     run(1, first, folder)
@@ -103,13 +135,38 @@ def make(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    return jobs(made_once(tmp_path_factory, "parity", make))
+def runs(lightning_package: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """The jobs by name; those outside the sweep have run."""
+
+    def quick(folder: Path) -> None:
+        make([j for name, j in jobs(folder).items() if name not in SWEEP], folder)
+
+    return jobs(made_once(tmp_path_factory, f"parity-{lightning_package}", quick))
+
+
+@pytest.fixture(scope="module")
+def sweep(
+    runs: dict[str, Job], lightning_package: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The jobs of the sweep have run too; they resume from files of the others."""
+    listed = [runs[name] for name in runs if name in SWEEP]
+    made_once(
+        tmp_path_factory,
+        f"sweep-{lightning_package}",
+        lambda _: make(listed, Path(listed[0].folder)),
+    )
+
+
+def compared(*pairs: tuple[str, str, float]) -> list[Any]:
+    return [
+        pytest.param(a, b, limit, marks=[pytest.mark.slow] if {a, b} & SWEEP else [])
+        for a, b, limit in pairs
+    ]
 
 
 @pytest.mark.parametrize(
     ("a", "b", "limit"),
-    [
+    compared(
         ("one", "ddp", 1e-5),
         ("one", "fsdp", 1e-5),
         ("ddp", "fsdp", 1e-6),
@@ -150,9 +207,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         # 256-blocks of a shard are not those of the whole: a code's error, a step of 1e-2
         ("fsdp 8bit", "ddp 8bit from fsdp 8bit", 1e-2),
         ("fsdp 8bit", "one 8bit from fsdp 8bit", 1e-2),
-    ],
+    ),
 )
-def test_same_adapters(runs: dict[str, Job], a: str, b: str, limit: float) -> None:
+def test_same_adapters(
+    runs: dict[str, Job], a: str, b: str, limit: float, request: pytest.FixtureRequest
+) -> None:
+    if {a, b} & SWEEP:
+        request.getfixturevalue("sweep")
     assert difference(runs[a], runs[b]) <= limit
 
 

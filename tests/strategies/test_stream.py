@@ -19,6 +19,8 @@ from tests.helpers.distributed.jobs import Job, build
 from tests.helpers.distributed.processes import Processes, difference, result, run
 from tests.helpers.tiny_models import BUILDERS, example_inputs, main_output
 
+pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
+
 FSDP: dict[str, Any] = {"devices": 2, "strategy": "peft_fsdp"}
 reads_into_shards = pytest.mark.skipif(
     torch.__version__ < "2.13",

@@ -1,82 +1,99 @@
-"""What the autograd functions share: how they are called, gradients of their gradients, rows of the
-last axis in and out, sums in place, autocast off around them.
+"""Shared parts of the autograd functions: calling them, double backward, rows, sums in place.
 
-Backward by hand reads what forward kept; to autograd that is constant. So a backward that is itself
-recorded (`create_graph`, for a gradient penalty or a product with the Hessian) does not run by
-hand: it takes the gradients of the formula in torch's own operations, from the inputs.
+A hand-written backward reads tensors that forward saved. Autograd sees those as constants, so a
+double backward (`create_graph`, for gradient penalties or Hessian products) cannot go through it.
+Such a backward differentiates the formula in torch's own operations instead, from the inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Grads",
+    "KernelFunction",
+    "add_maybe_inplace",
     "add_product",
-    "added",
-    "applied",
+    "apply_or_forward",
     "autocast_off",
-    "flat",
+    "check_no_double_backward",
+    "flatten_rows",
     "gradients_of",
-    "recording",
-    "refuse_recording",
-    "transformed",
-    "unflat",
+    "in_functorch_transform",
+    "is_double_backward",
+    "unflatten_rows",
 ]
+
+#: Return type of a backward: one entry per argument of forward.
+Grads = tuple[Tensor | None, ...]
+
+if TYPE_CHECKING:
+
+    class KernelFunction(torch.autograd.Function):
+        """`torch.autograd.Function` whose methods may declare their own arguments."""
+
+        forward: ClassVar[Callable[..., Any]]
+        backward: ClassVar[Callable[..., Any]]
+        apply: ClassVar[Callable[..., Any]]
+
+else:
+    KernelFunction = torch.autograd.Function
 
 
 class _NoGraph:
-    """Stands for an autograd function's context where nothing will run backward."""
+    """Replaces the context of an autograd function if no backward follows."""
 
     def __init__(self, inputs: int) -> None:
         self.needs_input_grad = (False,) * inputs
 
-    def save_for_backward(self, *_: Tensor | None) -> None:
-        """Nothing to do."""
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Save nothing: no backward reads it."""
 
-    def mark_dirty(self, *_: Tensor) -> None:
-        """Nothing to do."""
+    def mark_dirty(self, *tensors: Tensor) -> None:
+        """Mark nothing: there is no graph to check."""
 
 
-def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``; without gradients the forward alone.
+def apply_or_forward(function: type[KernelFunction], *args: Any) -> Any:
+    """Return ``function.apply(*args)``; without gradients, only run its forward.
 
-    Its bookkeeping, a tenth of a step of generation from a small model, is for a graph.
+    The bookkeeping of `apply` takes a tenth of a generation step of a small model.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function.apply(*args)  # type: ignore[no-untyped-call]
+        return function.apply(*args)
     return function.forward(_NoGraph(len(args)), *args)
 
 
-def transformed() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, jacrev) runs: it takes torch's operations
-    alone.
+def in_functorch_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jacrev) is active.
+
+    Transforms accept torch's own operations only.
     """
     return bool(torch._C._are_functorch_transforms_active())  # type: ignore[attr-defined]
 
 
-def recording() -> bool:
-    """In a backward: whether it is recorded itself. (A compiled backward never is.)"""
+def is_double_backward() -> bool:
+    """Inside a backward: whether autograd records it. A compiled backward is never recorded."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def gradients_of(
-    formula: Callable[..., Any],
+    formula: Callable[..., Tensor | Sequence[Tensor]],
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
     dY: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again; None for inputs that need none.
+    """Return differentiable gradients; None for inputs that need none.
 
     Args:
-        formula: In torch's own operations: what the function computes of `inputs`.
-        inputs: As they were given to the function, and saved.
-        needs: Whether each needs its gradient.
-        dY: Of the formula's result, or of its results.
+        formula: Computes the function's result from `inputs` in torch's own operations.
+        inputs: Tensors as given to the function, saved by forward.
+        needs: If True, the input at this position needs its gradient.
+        dY: Gradient of the formula's result, or of each result.
     """
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     if not wanted:
@@ -85,48 +102,55 @@ def gradients_of(
     return [next(found) if need else None for need in needs]
 
 
-def refuse_recording(what: str, instead: str) -> None:
-    """For a function that keeps less than its inputs.
+def check_no_double_backward(name: str, remedy: str) -> None:
+    """Check that autograd does not record this backward, for functions that drop their inputs.
+
+    Args:
+        name: Function, for the message.
+        remedy: What the user should do instead.
 
     Raises:
-        RuntimeError: this backward is recorded.
+        RuntimeError: Autograd records this backward.
     """
-    if recording():
+    if is_double_backward():
         raise RuntimeError(
-            f"{what}: expected a backward that is not differentiated again, got create_graph=True; "
-            f"{instead}"
+            f"{name}: expected a backward that is not differentiated again, got create_graph=True; "
+            f"{remedy}"
         )
 
 
 def autocast_off(device: str) -> AbstractContextManager[None]:
-    """What was cast before stays so; costs nothing where autocast is off already."""
+    """Return a context without autocast on `device`; free if autocast is off already."""
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
-def flat(x: Tensor) -> Tensor:
-    """Rows of the last axis: [..., K] → [M, K]."""
+def flatten_rows(x: Tensor) -> Tensor:
+    """Reshape [..., K] to rows [M, K]."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def unflat(y: Tensor, like: Tensor) -> Tensor:
-    """[M, N] → [..., N] with the leading axes of `like`; no view: the caller may go on in place."""
+def unflatten_rows(y: Tensor, like: Tensor) -> Tensor:
+    """Reshape rows [M, N] to [..., N] with the leading axes of `like`.
+
+    The result is no view for autograd, so the caller may change it in place.
+    """
     if like.ndim == 2:
         return y
     unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*like.shape[:-1], y.shape[-1]))
     return unviewed
 
 
-def added(y: Tensor, other: Tensor) -> Tensor:
-    """Y + other, in place.
+def add_maybe_inplace(y: Tensor, other: Tensor) -> Tensor:
+    """Return ``y + other``, in place except while compiling.
 
-    Not while compiling: under torch 2.11 a traced function that returns what it changed in place
-    gives no gradients, without a word.
+    In torch 2.11 a traced function that returns a tensor changed in place silently loses its
+    gradients.
     """
     return y + other if torch.compiler.is_compiling() else y.add_(other)
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Y + a b, in place but while compiling (see `added`)."""
+    """Return ``y + a b``, in place except while compiling (see `add_maybe_inplace`)."""
     return y.addmm(a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)

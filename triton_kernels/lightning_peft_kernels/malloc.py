@@ -1,7 +1,7 @@
-"""Memory of one step that the next step finds again.
+"""Keeps freed memory in malloc, so the next step does not page-fault it again.
 
-Gradients are made and freed in every step. Where malloc gives freed memory back to the system, the
-next step maps and zeroes it anew, page by page, at ten times the cost of writing it.
+Every step allocates and frees its gradients. If malloc returns freed memory to the system, the next
+step maps and zeroes it again page by page, at ten times the cost of writing it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from functools import lru_cache
 
 __all__ = ["keep_freed"]
 
-#: Bytes, just below the largest block from which glibc's malloc learns.
+# Bytes, just below the largest block that raises the threshold.
 _LARGEST = 31 << 20
 
 
 @lru_cache(maxsize=1)
 def keep_freed() -> None:
-    """Have glibc's malloc keep up to twice 31 MiB of what is freed at the end of its heap.
+    """Make glibc's malloc keep up to 62 MiB of freed memory at the end of its heap.
 
-    It learns from a freed block that was mapped by itself: blocks up to that size come from the
-    heap then, and up to twice that size stays there (mallopt(3), *dynamic mmap threshold*; a limit
-    that the user set holds). The block is not touched, so it takes no memory. Not before training:
-    while a model is loaded and quantised, what is freed shall go back.
+    Freeing a separately mapped block raises malloc's threshold: blocks up to that size then come
+    from the heap, and up to twice that size stays there (mallopt(3), *dynamic mmap threshold*). A
+    limit set by the user keeps its effect. The block is not touched, so it takes no memory. Call
+    this in training only: memory freed while a model is loaded and quantised should return to the
+    system.
     """
     if sys.platform != "linux":
         return

@@ -1,1 +1,1 @@
-"""Where a method goes in a model: weights, blocks, sequences."""
+"""Places where a method's adapters go: weights, blocks, prompts, trained copies."""

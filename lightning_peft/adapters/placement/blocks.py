@@ -1,35 +1,64 @@
-"""Places of added modules: the branches of every transformer block, or modules that are named."""
+"""Placements of added modules: branches of every transformer block, or named modules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from lightning_peft.adapters.placement.inside import inside_targets
+from lightning_peft.adapters.placement.placement import BlockPlacement
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.names import in_adapter, join, matches_suffix
 from lightning_peft.core.site import BlockSite
 from lightning_peft.layers import PLAIN, ops_for
+from lightning_peft.methods.base import BlockMethod
 from lightning_peft.models.block_table import BLOCKS, Block
-from lightning_peft.models.target_modules import hf_models, name_rule
+from lightning_peft.models.modules import hf_models
+from lightning_peft.models.target_modules import Selection, name_rule, select
 from lightning_peft.storage import storage_of
 
-__all__ = ["block_site", "block_width", "find_block_placements"]
+__all__ = ["block_width", "find_block_placements"]
+
+_Role = Literal["output", "norm", "parallel"]
 
 #: (name of the module whose output changes, role, name of the module whose input is read or "").
-_Place = tuple[str, str, str]
+_Place = tuple[str, _Role, str]
 
 
 def find_block_placements(
-    model: nn.Module, method: Any
-) -> list[tuple[BlockSite, nn.Module | None]]:
-    """(site, module whose input is read instead of the site's own) of the usual places.
+    method: BlockMethod, model: nn.Module
+) -> tuple[list[BlockPlacement], Selection | None]:
+    """A placement per added module, in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: an architecture that the table does not have.
+        ValueError: an architecture outside the table, or a layer of unknown width.
+    """
+    if method.target_modules is None:
+        inside = inside_targets(method, model)
+        return [p for p in _usual_placements(method, model) if inside(p.name)], None
+    selection = select(
+        model,
+        method.target_modules,
+        exclude_modules=method.exclude_modules,
+        layers_to_transform=method.layers_to_transform,
+        adaptable=lambda module: bool(block_width(module)),
+        kind_hint=method.default_targets,
+    )
+    role: _Role = "parallel" if method.where == "parallel" else "output"
+    sites = [_block_site(n, model.get_submodule(n), role) for n in selection.names]
+    return [BlockPlacement(site) for site in sites], selection
+
+
+def _usual_placements(method: BlockMethod, model: nn.Module) -> list[BlockPlacement]:
+    """The places that the table of architectures has for the method.
+
+    Raises:
+        ValueError: an architecture outside the table.
     """
     excluded = name_rule(method.exclude_modules)
-    found: list[tuple[BlockSite, nn.Module | None]] = []
+    found: list[BlockPlacement] = []
     types: list[str] = []
     for prefix, hf in hf_models(model):
         types.append(hf.config.model_type)
@@ -37,34 +66,35 @@ def find_block_placements(
         if block is None:
             continue
         for name, role, tap in _places(hf, block, method.where):
-            full = f"{prefix}.{name}" if prefix else name
+            full = join(prefix, name)
             if not excluded(full):
-                site = block_site(full, hf.get_submodule(name), role, _width(hf, name))
+                site = _block_site(full, hf.get_submodule(name), role, _width(hf, name))
                 if tap:
                     site.width_in = site.width_out
-                found.append((site, hf.get_submodule(tap) if tap else None))
+                found.append(BlockPlacement(site, tap=hf.get_submodule(tap) if tap else None))
     if not found:
         raise ValueError(
             f"{method.label}: expected a Hugging Face transformer of the table to choose places "
-            f"by, got {types or type(model).__name__}; name the modules behind (or, for "
-            f"style='parallel', beside) which to act in target_modules; known: {sorted(BLOCKS)}"
+            f"by, got {types or type(model).__name__}; name the modules that get a "
+            "bottleneck after them (style='parallel': next to them) in target_modules; known: "
+            f"{sorted(BLOCKS)}"
         )
     return found
 
 
 def _places(hf: nn.Module, block: Block, where: str) -> Iterator[_Place]:
     """In the order of `named_modules`."""
-    modules = {n: m for n, m in hf.named_modules() if "peft" not in n.split(".")}
+    modules = {n: m for n, m in hf.named_modules() if not in_adapter(n)}
     for name in modules:
-        attention = _ends(name, block.attention)
-        feedforward = not attention and _ends(name, block.feedforward)
+        attention = matches_suffix(name, block.attention)
+        feedforward = not attention and matches_suffix(name, block.feedforward)
         if where == "branches" and (attention or feedforward):
             yield name, "output", ""
         elif where == "residual" and feedforward:
             norm = _upwards(modules, name, block.norm) if block.norm else ""
             yield (norm, "norm", "") if norm else (_item(modules, name), "output", "")
-        elif where == "beside" and feedforward:
-            yield name, "beside", _stream(modules, name, block)
+        elif where == "parallel" and feedforward:
+            yield name, "parallel", _stream(modules, name, block)
 
 
 def _stream(modules: dict[str, nn.Module], name: str, block: Block) -> str:
@@ -77,10 +107,6 @@ def _stream(modules: dict[str, nn.Module], name: str, block: Block) -> str:
         "stream that enters the feed-forward branch, found none; name feed-forward modules in "
         "target_modules"
     )
-
-
-def _ends(name: str, suffixes: tuple[str, ...]) -> bool:
-    return any(name == s or name.endswith(f".{s}") for s in suffixes)
 
 
 def _upwards(modules: dict[str, nn.Module], name: str, wanted: str) -> str:
@@ -103,7 +129,7 @@ def _item(modules: dict[str, nn.Module], name: str) -> str:
 
 
 def _width(hf: Any, name: str) -> int:
-    """Features of the stream that a module inside a block writes to."""
+    """Features of the residual stream that a module inside a block writes to."""
     own = block_width(hf.get_submodule(name))
     if own:
         return own
@@ -119,25 +145,25 @@ def _width(hf: Any, name: str) -> int:
 
 
 def block_width(module: nn.Module) -> int:
-    """Features of the module's output; 0 where its class does not say."""
+    """Features of the module's output; 0 if its class does not tell."""
     if isinstance(module, nn.MultiheadAttention):
         return int(module.embed_dim)
     if isinstance(module, nn.Embedding):
         return int(module.embedding_dim)
-    ops, weight = ops_for(module), module._parameters.get("weight")
-    if weight is None:
+    if module._parameters.get("weight") is None:
         return 0
+    ops = ops_for(module)
     natural = storage_of(module, "weight").shape(module, "weight")
     if ops is None:
         return natural[0] if len(natural) == 1 else 0  # a normalisation
     return ops.shape(module, "weight", natural)[-2] if ops.features_last else 0
 
 
-def block_site(name: str, module: nn.Module, role: str, width: int = 0) -> BlockSite:
-    """A site of an added module.
+def _block_site(name: str, module: nn.Module, role: _Role, width: int = 0) -> BlockSite:
+    """The site of an added module; `width` 0 takes the width of the module's output.
 
     Raises:
-        ValueError: the width of the module's output is not known, or its features are not last.
+        ValueError: the width of the module's output is unknown, or its features are not last.
     """
     width = width or block_width(module)
     if not width:
@@ -149,11 +175,8 @@ def block_site(name: str, module: nn.Module, role: str, width: int = 0) -> Block
     parameter = next((n for n, _ in module.named_parameters()), "weight")
     owner = module.get_submodule(parameter.rpartition(".")[0])
     storage = storage_of(owner, parameter.rpartition(".")[2])
-    linear = isinstance(module, nn.Linear) or base_class(module).__name__ == "Conv1D"
+    ops = ops_for(module) or PLAIN
     width_in = width
-    if linear and role == "beside":
-        ops = ops_for(module) or PLAIN
+    if ops.is_linear and role == "parallel":
         width_in = ops.shape(module, "weight", storage.shape(module, "weight"))[-1]
-    return BlockSite(
-        module, parameter, name, ops_for(module) or PLAIN, storage, width_in, width, role
-    )
+    return BlockSite(module, parameter, name, ops, storage, width_in, width, role)

@@ -1,21 +1,30 @@
-"""Where further positions enter: the stack of a Hugging Face model that consumes embeddings."""
+"""Placements of prompts: the stack of a model that consumes embeddings, or its attention."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lightning_peft.adapters.placement.blocks import block_width
+from lightning_peft.adapters.placement.placement import PromptPlacement
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.names import in_adapter
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.layers import PLAIN, ops_for
+from lightning_peft.layers.prompt.adapter import PromptAdapter, PromptHooks
+from lightning_peft.layers.prompt.custom_model import CustomModelHooks
+from lightning_peft.layers.prompt.encoder_mask import EncoderMaskHook
 from lightning_peft.layers.prompt.forward import forward_names
-from lightning_peft.layers.prompt.gating import gated_attention
-from lightning_peft.models.target_modules import hf_models, name_rule
+from lightning_peft.layers.prompt.gating import PrefixGateHooks, gated_attention
+from lightning_peft.layers.prompt.multihead_attention import refusal
+from lightning_peft.methods.base import SequenceMethod
+from lightning_peft.models.modules import hf_models
+from lightning_peft.models.target_modules import Selection, name_rule, select
 from lightning_peft.storage import storage_of
 
-__all__ = ["attention_site", "find_custom_prompt_placement", "find_prompt_placements"]
+__all__ = ["find_prompt_placements"]
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -27,14 +36,65 @@ _TASKS = {
 }
 
 
-def find_prompt_placements(model: nn.Module, method: Any) -> tuple[SequenceSite, nn.Module | None]:
-    """The site, and the module that gets hooks: the decoder whose mask over the encoder's output
-    becomes longer, or the stack whose attention gates a prefix.
+def find_prompt_placements(
+    method: SequenceMethod, model: nn.Module
+) -> tuple[list[PromptPlacement], Selection | None]:
+    """The Hugging Face model, or the modules that the method's targets name.
 
     Raises:
-        ValueError: no model, or several, or one that cannot take further positions; with the
-            reason.
+        ValueError: no model or several models, or one that cannot take further positions.
     """
+    if method.target_modules is None:
+        return [_hf_placement(method, model)], None
+    if method.insertion != "attention":
+        return [_custom_placement(method, model)], None
+    selection = select(
+        model,
+        method.target_modules,
+        exclude_modules=method.exclude_modules,
+        layers_to_transform=method.layers_to_transform,
+        adaptable=lambda module: not refusal(module),
+    )
+    sites = [_attention_site(n, model.get_submodule(n)) for n in selection.names]
+    return [PromptPlacement(site) for site in sites], selection
+
+
+def _hf_placement(method: SequenceMethod, model: nn.Module) -> PromptPlacement:
+    """The stack of the one Hugging Face model that consumes embeddings.
+
+    Raises:
+        ValueError: no model or several models, or one that cannot take further positions.
+    """
+    prefix, hf = _the_hf_model(method, model)
+    stack = _stack(hf, method)
+    _check_takes_positions(hf, stack, method)
+    name = next(n for n, m in hf.named_modules() if m is stack)
+    site = _hf_site(method, hf, stack, ".".join(part for part in (prefix, name) if part))
+    if getattr(method, "gating", False):
+        site.hidden = int(hf.config.get_text_config(decoder=True).hidden_size)
+        gated_attention(stack, len(site.layers))
+        return PromptPlacement(site, hook=partial(_gate_hooks, stack))
+    if method.insertion == "prepend" and hf.config.is_encoder_decoder:
+        return PromptPlacement(site, hook=partial(_mask_hook, hf.get_decoder()))
+    return PromptPlacement(site)
+
+
+def _gate_hooks(stack: nn.Module, adapter: PromptAdapter) -> PromptHooks:
+    """Hooks on the attention that gates a prefix."""
+    return PrefixGateHooks(adapter, stack)
+
+
+def _mask_hook(decoder: nn.Module, adapter: PromptAdapter) -> PromptHooks:
+    """Hook on the decoder, whose mask over the encoder's output becomes longer."""
+    return EncoderMaskHook(adapter, decoder)
+
+
+def _model_hooks(model: nn.Module, adapter: PromptAdapter) -> PromptHooks:
+    """Hooks on a custom model, whose masks and output become longer."""
+    return CustomModelHooks(adapter, model)
+
+
+def _the_hf_model(method: SequenceMethod, model: nn.Module) -> tuple[str, Any]:
     found = list(hf_models(model))
     if len(found) != 1:
         raise ValueError(
@@ -44,36 +104,29 @@ def find_prompt_placements(model: nn.Module, method: Any) -> tuple[SequenceSite,
             "PrefixTuning the nn.MultiheadAttention modules) in target_modules, use an adapter of "
             "layers, or attach to the model itself"
         )
-    prefix, hf = found[0]
-    stack = _stack(hf, method)
-    _refuse(hf, stack, method)
-    name = next(n for n, m in hf.named_modules() if m is stack)
-    name = ".".join(part for part in (prefix, name) if part)
+    return found[0]
+
+
+def _hf_site(method: SequenceMethod, hf: Any, stack: Any, name: str) -> SequenceSite:
     embeddings = stack.get_input_embeddings()
     path = next(n for n, m in stack.named_modules() if m is embeddings)
     weight = f"{path}.weight"
-    site = SequenceSite(
+    return SequenceSite(
         stack,
         weight,
         name,
         PLAIN,
         storage_of(stack, weight),
         width=int(embeddings.weight.shape[-1]),
-        layers=_attention_layers(hf, method) if method.acts == "attention" else (),
+        layers=_attention_layers(hf, method) if method.insertion == "attention" else (),
         strip=_strips(hf),
         embedding=path,
         task=_task(hf),
     )
-    if getattr(method, "gating", False):
-        site.hidden = int(hf.config.get_text_config(decoder=True).hidden_size)
-        gated_attention(stack, len(site.layers))
-        return site, stack
-    crosses = method.acts == "prepend" and hf.config.is_encoder_decoder
-    return site, hf.get_decoder() if crosses else None
 
 
-def attention_site(name: str, module: Any) -> SequenceSite:
-    """One `nn.MultiheadAttention` of a transformer of the user's own."""
+def _attention_site(name: str, module: Any) -> SequenceSite:
+    """The site of one `nn.MultiheadAttention` of a custom transformer."""
     weight = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
     return SequenceSite(
         module,
@@ -87,19 +140,19 @@ def attention_site(name: str, module: Any) -> SequenceSite:
     )
 
 
-def find_custom_prompt_placement(model: nn.Module, method: Any) -> SequenceSite:
-    """The one module of the user's that gives embeddings.
+def _custom_placement(method: SequenceMethod, model: nn.Module) -> PromptPlacement:
+    """The one module of a custom model that gives embeddings.
 
     Raises:
-        ValueError: none or several, a width that is not known, or prompts that are added.
+        ValueError: no module or several modules, an unknown width, or prompts that are added.
     """
     rule = name_rule(method.target_modules)
-    found = [(n, m) for n, m in model.named_modules() if n and rule(n) and "peft" not in n]
-    if len(found) != 1 or method.acts != "prepend":
+    found = [(n, m) for n, m in model.named_modules() if n and rule(n) and not in_adapter(n)]
+    if len(found) != 1 or method.insertion != "prepend":
         raise ValueError(
             f"{method.label}: expected target_modules to name the one module that gives "
-            f"embeddings, for a prompt that stands before them, got "
-            f"{[n for n, _ in found] or 'none'} and {method.acts!r}"
+            f"embeddings, for a prompt that is prepended to them, got "
+            f"{[n for n, _ in found] or 'none'} and {method.insertion!r}"
         )
     name, module = found[0]
     attention = (m.embed_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention))
@@ -111,15 +164,16 @@ def find_custom_prompt_placement(model: nn.Module, method: Any) -> SequenceSite:
             f"is known (Embedding, Linear, a normalisation), got {type(module).__name__}; name "
             "such a module"
         )
-    return SequenceSite(
+    site = SequenceSite(
         module, weight, name, PLAIN, storage_of(module, weight), width=width, strip=True
     )
+    return PromptPlacement(site, hook=partial(_model_hooks, model))
 
 
-def _stack(hf: Any, method: Any) -> Any:
+def _stack(hf: Any, method: SequenceMethod) -> Any:
     """The part of the model that consumes embeddings."""
     if hf.config.is_encoder_decoder:
-        return hf.get_decoder() if method.acts == "attention" else hf.get_encoder()
+        return hf.get_decoder() if method.insertion == "attention" else hf.get_encoder()
     embeddings = _input_embeddings(hf)
     stack = hf
     while embeddings is not None:  # the innermost model around them: heads may call it directly
@@ -135,7 +189,7 @@ def _stack(hf: Any, method: Any) -> Any:
     return stack
 
 
-def _refuse(hf: Any, stack: Any, method: Any) -> None:
+def _check_takes_positions(hf: Any, stack: Any, method: SequenceMethod) -> None:
     kind = base_class(hf).__name__
     names = forward_names(base_class(stack))
     reason = ""
@@ -144,12 +198,12 @@ def _refuse(hf: Any, stack: Any, method: Any) -> None:
         reason = f"its input is {hf.main_input_name}, not tokens"
     elif not isinstance(embeddings, nn.Module) or getattr(embeddings, "weight", None) is None:
         reason = f"{base_class(stack).__name__} has no single input embedding (two towers?)"
-    elif method.acts == "attention" and "past_key_values" not in names:
+    elif method.insertion == "attention" and "past_key_values" not in names:
         reason = f"{base_class(stack).__name__} takes no past_key_values to put a prefix in"
-    elif method.acts != "attention" and "inputs_embeds" not in names:
+    elif method.insertion != "attention" and "inputs_embeds" not in names:
         reason = f"{base_class(stack).__name__} takes no inputs_embeds"
     if reason:
-        other = "PromptTuning, or " if method.acts == "attention" else ""
+        other = "PromptTuning, or " if method.insertion == "attention" else ""
         raise ValueError(
             f"{method.label}: expected a transformer that takes further positions, got {kind}: "
             f"{reason}; use {other}an adapter of layers"
@@ -157,16 +211,16 @@ def _refuse(hf: Any, stack: Any, method: Any) -> None:
 
 
 def _input_embeddings(stack: Any) -> Any:
-    """None where there is not one: transformers asks its classes and has no query before."""
+    """The table of embeddings; None if the class has no single one."""
     try:
         return stack.get_input_embeddings()
-    # A class without one table raises the second, one whose own lookup expects other parts the
-    # first. The caller refuses the model by name.
+    # transformers offers no query. A class without a single table raises NotImplementedError, one
+    # whose lookup expects other parts AttributeError. The caller refuses the model by name.
     except (AttributeError, NotImplementedError):
         return None
 
 
-def _attention_layers(hf: Any, method: Any) -> tuple[tuple[int, int], ...]:
+def _attention_layers(hf: Any, method: SequenceMethod) -> tuple[tuple[int, int], ...]:
     """(heads, features) of the cached keys of every layer, as the config says."""
     config = hf.config.get_text_config(decoder=True)
 
@@ -195,8 +249,10 @@ def _attention_layers(hf: Any, method: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _strips(hf: Any) -> bool:
-    """Whether the prompt's positions come off: not under a head that reads the first position, and
-    not in an encoder whose output is attended to.
+    """Whether the prompt's positions are removed from the output.
+
+    They stay under a head that reads the first position, and in an encoder whose output is
+    attended to.
     """
     config = hf.config
     if config.is_encoder_decoder:

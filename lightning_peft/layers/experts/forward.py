@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning_peft_kernels.autograd import applied
+from lightning_peft_kernels.autograd import KernelFunction, apply_or_forward
 from lightning_peft_kernels.dropout.ops import dropout
 from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from lightning_peft_kernels.experts.low_rank import add_low_rank
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.core.edit import Edit, apply_edits
-from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.adapted import is_adapted
 from lightning_peft.layers.experts.structure import (
     first_weight,
     form_of,
@@ -27,7 +27,9 @@ from lightning_peft.layers.experts.structure import (
     is_presorted,
     is_transposed,
 )
-from lightning_peft.layers.mixed_batch import current_mixed_batch
+from lightning_peft.layers.mixed_batch import current_mixed_batch, saves_for_recomputation
+from lightning_peft.layers.weight_adapter import WeightAdapter
+from lightning_peft.storage import storage_of
 
 __all__ = ["run_experts"]
 
@@ -41,7 +43,7 @@ class _Routing:
         groups: Pairs of each expert.
         order: [S] which pair stands there.
         inverse: [S] where each pair stands.
-        nobodys: [S, 1] whether its expert is a sentinel; None where there are none.
+        unassigned: [S, 1] whether its expert is a sentinel; None where there are none.
     """
 
     def __init__(self, m: Any, index: Tensor) -> None:
@@ -49,16 +51,16 @@ class _Routing:
         E = m.num_experts
         # Pairs of experts that other processes hold are numbered E: they sort to the end. A module
         # without the decorator does not say whether there are such.
-        tail = bool(getattr(m, "_is_expert_parallel", not hasattr(m, "has_gate")))
+        has_unassigned = bool(getattr(m, "_is_expert_parallel", not hasattr(m, "has_gate")))
         self.token = self.order // index.shape[-1]
-        self.groups = Groups.sorted(expert, E, tail=tail)
-        self.expert = expert.clamp(max=E - 1) if tail else expert
+        self.groups = Groups.sorted(expert, E, has_unassigned_rows=has_unassigned)
+        self.expert = expert.clamp(max=E - 1) if has_unassigned else expert
         self.inverse = torch.empty_like(self.order)
         self.inverse[self.order] = torch.arange(self.order.numel(), device=index.device)
-        self.nobodys = expert.unsqueeze(-1) >= E if tail else None
+        self.unassigned = expert.unsqueeze(-1) >= E if has_unassigned else None
 
 
-class _ToSorted(torch.autograd.Function):
+class _ToSorted(KernelFunction):
     """x [T, d] to sorted pairs [S, d]. Backward reads too, as `_FromSorted`'s: adding to indices
     that repeat takes a walk one by one on a CPU, a sort on CUDA.
     """
@@ -70,7 +72,7 @@ class _ToSorted(torch.autograd.Function):
         return x.index_select(0, token)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Any:
         (inverse,) = ctx.saved_tensors
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if len(dY) and dY.device.type == "cpu" and not traced:  # read and sum in one pass
@@ -78,7 +80,7 @@ class _ToSorted(torch.autograd.Function):
         return dY.index_select(0, inverse).view(ctx.shape).sum(dim=1), None, None
 
 
-class _FromSorted(torch.autograd.Function):
+class _FromSorted(KernelFunction):
     """h [S, d] of sorted pairs in the order of the input."""
 
     @staticmethod
@@ -87,7 +89,7 @@ class _FromSorted(torch.autograd.Function):
         return h.index_select(0, inverse)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Any:
         (order,) = ctx.saved_tensors
         return dY.index_select(0, order), None, None
 
@@ -101,10 +103,10 @@ class _Presorted(_Routing):
         ends = torch.arange(1, E + 1, device=device, dtype=torch.int32) * each
         self.groups = Groups(ends, rows)
         self.expert = torch.arange(rows, device=device) // each
-        self.nobodys = None
+        self.unassigned = None
 
 
-def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) -> Tensor:
+def run_experts(m: Any, adapters: Sequence[WeightAdapter], inputs: tuple[Any, ...]) -> Tensor:
     """Forward of a fused experts module.
 
     Args:
@@ -113,7 +115,7 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
         inputs: (hidden states [T, d], expert indices [T, k], routing weights [T, k]); hidden states
             alone where they come sorted.
     """
-    by_weight: dict[str, list[Adapter]] = {}
+    by_weight: dict[str, list[WeightAdapter]] = {}
     for adapter in adapters:
         by_weight.setdefault(adapter.site.parameter, []).append(adapter)
     if is_presorted(m):
@@ -124,21 +126,21 @@ def run_experts(m: Any, adapters: Sequence[Adapter], inputs: tuple[Any, ...]) ->
     rows = _mask_of_rows(adapters, x.shape[0], routing)
     first, form = first_weight(m), form_of(m)
     assert form is not None  # `is_experts` said so
-    h = applied(_ToSorted, x, routing.token, routing.inverse)
+    h = apply_or_forward(_ToSorted, x, routing.token, routing.inverse)
     h = _product(m, first, h, routing, by_weight.get(first, ()), rows)
     h = m._apply_gate(h) if form.has_gate else m.act_fn(h)
     h = _product(m, "down_proj", h, routing, by_weight.get("down_proj", ()), rows)
-    if routing.nobodys is not None:
-        h = h.masked_fill(routing.nobodys, 0.0)
+    if routing.unassigned is not None:
+        h = h.masked_fill(routing.unassigned, 0.0)
     if form.has_norm:
         h = m.post_expert_norm(h)
-    h = applied(_FromSorted, h, routing.order, routing.inverse)
+    h = apply_or_forward(_FromSorted, h, routing.order, routing.inverse)
     h = h.view(*index.shape, h.shape[-1]) * weights.reshape(*index.shape, 1)
     y: Tensor = h.sum(dim=1).to(x.dtype)
     return y
 
 
-def _run_presorted(m: Any, by_weight: Mapping[str, Sequence[Adapter]], x: Tensor) -> Tensor:
+def _run_presorted(m: Any, by_weight: Mapping[str, Sequence[WeightAdapter]], x: Tensor) -> Tensor:
     h = x.reshape(-1, x.shape[-1])
     routing = _Presorted(m, h.shape[0])
     if by_weight and current_mixed_batch() is not None:
@@ -161,16 +163,19 @@ def _note(m: Any, groups: Groups) -> None:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    state = vars(m).get("_peft")
-    if state is None or not state.counts_tokens:
+    telemetry = m._peft.telemetry if is_adapted(m) else None
+    if telemetry is None or not telemetry.counts_tokens:
         return
     in_backward = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if not in_backward or hooks is None:
-        state.tokens = groups.sizes if state.tokens is None else state.tokens + groups.sizes
+    if not in_backward or not saves_for_recomputation(hooks):
+        seen = telemetry.expert_tokens
+        telemetry.expert_tokens = groups.sizes if seen is None else seen + groups.sizes
 
 
-def _mask_of_rows(adapters: Sequence[Adapter], tokens: int, routing: _Routing) -> dict[str, Tensor]:
+def _mask_of_rows(
+    adapters: Sequence[WeightAdapter], tokens: int, routing: _Routing
+) -> dict[str, Tensor]:
     """Adapter name → [S, 1] whether a pair's token is under it; empty where all rows are alike."""
     mix = current_mixed_batch()
     if mix is None:
@@ -188,7 +193,7 @@ def _product(
     name: str,
     x: Tensor,
     routing: _Routing,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[WeightAdapter],
     rows: Mapping[str, Tensor],
 ) -> Tensor:
     """One grouped linear layer with its edits: an onion around one base product."""
@@ -243,10 +248,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _base(m: Any, name: str, x: Tensor, routing: _Routing) -> Tensor:
     (x,) = _autocast(x)
-    packing = (vars(m).get("_packed") or {}).get(name)
-    if packing is not None:
-        y: Tensor = packing.grouped_linear(m, name, x, routing.groups)
-        return y
+    storage = storage_of(m, name)
+    if storage.is_quantized:
+        return storage.grouped_linear(m, name, x, routing.groups)
     W = getattr(m, name)
     return grouped_linear(x, W.mT if is_transposed(m) else W, routing.groups)
 
@@ -279,7 +283,7 @@ def _forward_materialized(
     name: str,
     x: Tensor,
     routing: _Routing,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[WeightAdapter],
     edits: Sequence[Edit],
     bias: Tensor | None,
     rows: Mapping[str, Tensor],

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.class_swap import Swapped, base_class
-from lightning_peft.layers.adapter import Adapter
+from lightning_peft.core.class_swap import PackedForward, base_class
+from lightning_peft.core.kernel_backend import backend_scope
+from lightning_peft.core.protocols import WeightLayout
+from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.experts.forward import run_experts
 from lightning_peft.layers.experts.structure import (
-    ExpertsLayout,
     first_weight,
     form_of,
     has_bias,
     is_transposed,
 )
+from lightning_peft.layers.weight_adapter import WeightAdapter
+from lightning_peft.storage import held_tensors
 
 __all__ = [
     "ExpertsOps",
@@ -61,14 +64,11 @@ def experts_refusal(module: nn.Module) -> str:
     named = "expert" in cls.__name__.lower() and not isinstance(module, nn.Linear)
     if form is None and not (named and any(p.dim() > 1 for p in own.values())):
         return ""
-    mine = vars(module).get("_packed") or {}
-    scales = {f"{n}_absmax" for n in mine}
+    held = held_tensors(module)
     foreign = [
         f"{n} in {str(p.dtype).removeprefix('torch.')}"
         for n, p in own.items()
-        if n not in mine
-        and n not in scales
-        and (p.element_size() == 1 or not p.is_floating_point())
+        if n not in held and (p.element_size() == 1 or not p.is_floating_point())
     ]
     if foreign:
         return (
@@ -81,7 +81,7 @@ def experts_refusal(module: nn.Module) -> str:
         shapes = ", ".join(f"{n} {list(p.shape)}" for n, p in list(own.items())[:4])
         return f"experts in a form that is not known ({cls.__name__}: {shapes}); {leave}"
     weights = {"gate_up_proj" if form.has_gate else "up_proj", "down_proj"}
-    known = weights | scales | ({f"{n}_bias" for n in weights} if form.has_bias else set())
+    known = weights | set(held) | ({f"{n}_bias" for n in weights} if form.has_bias else set())
     extra = sorted(set(own) - known)
     if extra:
         return (
@@ -91,13 +91,20 @@ def experts_refusal(module: nn.Module) -> str:
     return ""
 
 
-class ExpertsOps(ExpertsLayout):
+class ExpertsOps(MatrixOps):
     """Canonical weights [E, out, in] of gate_up_proj (or up_proj) and down_proj."""
+
+    is_linear = True
 
     def parameters(self, m: nn.Module) -> Sequence[str]:
         """In the order in which the module defines them."""
         wanted = {first_weight(m), "down_proj"}
         return tuple(n for n in m._parameters if n in wanted)
+
+    def weight_layout(self, m: nn.Module) -> WeightLayout | None:
+        """Two stacks of one orientation."""
+        names = tuple(self.parameters(m))
+        return WeightLayout(names, is_transposed(m), QuantizedExperts, QuantizedExperts)
 
     def bias(self, m: Any, name: str) -> str | None:
         """[E, out], where there is one."""
@@ -123,7 +130,7 @@ class ExpertsOps(ExpertsLayout):
         self,
         m: nn.Module,
         run: Callable[..., Any],
-        adapters: Sequence[Adapter],
+        adapters: Sequence[WeightAdapter],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -131,15 +138,16 @@ class ExpertsOps(ExpertsLayout):
         return run_experts(m, adapters, _inputs(m, args, kwargs))
 
 
-class QuantizedExperts(Swapped):
-    """Mixin: fused experts whose weights are packed, expert by expert."""
+class QuantizedExperts(PackedForward):
+    """Mixin: fused experts over any storage, and over those of another library."""
 
-    _swap_prefix = "NF4"
+    _swap_prefix = "Quantized"
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The experts' function over packed weights."""
+        """Run the experts on packed weights."""
         module: Any = self
-        return run_experts(module, (), _inputs(module, args, kwargs))
+        with backend_scope(self):
+            return run_experts(module, (), _inputs(module, args, kwargs))
 
 
 def _inputs(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

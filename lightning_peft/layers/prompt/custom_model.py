@@ -7,42 +7,36 @@ taken off the model's output.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from lightning_peft.layers.prompt.adapter import PromptAdapter
+
 __all__ = ["CustomModelHooks"]
 
 
 class CustomModelHooks:
-    """The hooks that a prompt needs outside its own module.
+    """Hooks that a prompt needs outside its own module."""
 
-    Attributes:
-        handle: Takes all of them off.
-    """
-
-    def __init__(self, adapter: Any, root: nn.Module) -> None:
+    def __init__(self, adapter: PromptAdapter, root: nn.Module) -> None:
         self.adapter = adapter
         self.handles = [root.register_forward_hook(self.strip)]
         for module in root.modules():
             if isinstance(module, nn.MultiheadAttention):
                 self.handles.append(module.register_forward_pre_hook(widen, with_kwargs=True))
 
-    @property
-    def handle(self) -> CustomModelHooks:
-        """Itself: what detach calls `remove` on."""
-        return self
-
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove all hooks."""
         for handle in self.handles:
             handle.remove()
 
     def strip(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Take the prompt's positions off the first tensor of the output, where it has them."""
-        state: Any = self.adapter.site.module._peft
+        state = self.adapter.state
         n, length = state.prompt_lengths
         state.prompt_lengths = (0, 0)  # another prompt's hook comes behind this one
         first = output[0] if isinstance(output, tuple) else output

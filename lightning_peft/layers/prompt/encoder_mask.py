@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lightning_peft.layers.prompt.forward import prompt_of, require_flat
+from lightning_peft.layers.prompt.forward import require_flat
+from lightning_peft.layers.prompt.prompt import prompt_of
+
+if TYPE_CHECKING:
+    from lightning_peft.layers.prompt.adapter import PromptAdapter
 
 __all__ = ["EncoderMaskHook"]
 
@@ -15,9 +19,9 @@ __all__ = ["EncoderMaskHook"]
 class EncoderMaskHook:
     """A decoder's mask over an encoder's output that has become longer by a prompt."""
 
-    def __init__(self, adapter: Any, decoder: nn.Module) -> None:
+    def __init__(self, adapter: PromptAdapter, decoder: nn.Module) -> None:
         self.adapter = adapter
-        self.handle = decoder.register_forward_pre_hook(self, with_kwargs=True)
+        self._handle = decoder.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -26,8 +30,8 @@ class EncoderMaskHook:
         hidden, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if hidden is None:
             return None
-        sequences = self.adapter.site.module._peft.sequences
-        prompts = [a for a in sequences if a.method.acts == "prepend"]
+        active = self.adapter.state.active
+        prompts = [a for a in active.prompts if a.method.insertion == "prepend"]
         front = prompt_of(prompts, hidden.shape[0], hidden.device)
         if front is None or (mask is None and front.mask is None):
             return None
@@ -38,3 +42,7 @@ class EncoderMaskHook:
             return None  # an encoder's output of before, or one that another hook has seen to
         wide = torch.cat([front.ones(mask), mask], dim=1)
         return args, {**kwargs, "encoder_attention_mask": wide}
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()

@@ -38,9 +38,6 @@ class PrefixGateHooks:
 
     A prefix that stands in a growing cache already is multiplied there, once, when its layer runs
     for the first time.
-
-    Attributes:
-        handle: Takes all of them off.
     """
 
     def __init__(self, adapter: Any, stack: nn.Module) -> None:
@@ -54,13 +51,8 @@ class PrefixGateHooks:
             for i, m in enumerate(modules)
         ]
 
-    @property
-    def handle(self) -> PrefixGateHooks:
-        """Itself: what detach calls `remove` on."""
-        return self
-
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove all hooks."""
         for handle in self.handles:
             handle.remove()
 
@@ -77,7 +69,7 @@ class PrefixGateHooks:
     ) -> None:
         """The hook."""
         adapter = self.adapter
-        if adapter not in adapter.site.module._peft.sequences:
+        if adapter not in adapter.state.active.prompts:
             return
         x = args[0] if args else kwargs["hidden_states"]
         self.now[layer] = adapter.method.gate(adapter.block, layer, x)
@@ -113,6 +105,6 @@ def gated(adapters: Sequence[Any], layer: int, keys: Tensor) -> Tensor | None:
     parts = []
     for adapter in reversed(adapters):
         one = keys.new_ones(keys.shape[0], 1)
-        gate = adapter.tap.now[layer].to(keys) if adapter.method.gating else one
+        gate = adapter.hooks.now[layer].to(keys) if adapter.method.gating else one
         parts.append(gate.expand(-1, adapter.method.n))
     return torch.cat(parts, dim=1)[:, None, :, None]

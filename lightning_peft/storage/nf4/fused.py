@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning_peft_kernels.dispatch import choose_group
+from lightning_peft_kernels.dispatch import select_group
 from lightning_peft_kernels.fp8.linear import fp8_lora_linear
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
@@ -15,25 +15,25 @@ from torch import Tensor
 from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.protocols import Reason
 from lightning_peft.storage.linear_forward import plain_forward, require_floating
-from lightning_peft.storage.nf4.packed_layer import QuantizedWeightSpec, packed
+from lightning_peft.storage.nf4.packed_layer import FourBitSpec, packed_view
 
-__all__ = ["fused", "together"]
+__all__ = ["fused", "fused_group"]
 
 
 def fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
     """The adapted layer on x; `dropout` is 0 in evaluation."""
-    p: QuantizedWeightSpec = m._packed["weight"]
+    p: FourBitSpec = m._packed["weight"]
     require_floating(m, x)
-    q = packed(m, "weight")
+    q = packed_view(m, "weight")
     how: dict[str, Any] = {
-        "kind": p.kind, "block_size": p.block_size, "dropout_p": dropout, "training": True,
+        "kind": p.kind, "block_size": p.block_size, "dropout_p": dropout,
     }  # fmt: skip
     if p.uses_fp8(x.device):
         return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), m.bias, A, B, scaling, **how)
     return nf4_lora_linear(x, q, p.shape, m.bias, A, B, scaling, **how)
 
 
-def together(
+def fused_group(
     modules: Sequence[Any], x: Tensor | None, factors: Sequence[tuple[Any, float]]
 ) -> list[Tensor] | Reason:
     """Outputs of every module on x.
@@ -43,12 +43,12 @@ def together(
         x: Their input; None to ask for the decision alone.
         factors: (LowRank, dropout) of each.
     """
-    first: QuantizedWeightSpec = modules[0]._packed["weight"]
+    first: FourBitSpec = modules[0]._packed["weight"]
     weights = [m._parameters["weight"] for m in modules]
     device, dtype = (weights[0].device, first.dtype) if x is None else (x.device, x.dtype)
     tokens = None if x is None else x.numel() // max(1, x.shape[-1])
     shapes = [tuple(m._packed["weight"].shape) for m in modules]
-    decision = choose_group(device, dtype, tokens, shapes)
+    decision = select_group(device, dtype, tokens, shapes)
     if decision.backend == "apart":
         return Reason(decision.reason)
     why = _different(modules, weights, device, first)
@@ -59,7 +59,7 @@ def together(
     if len({t.dtype for term, _ in factors for t in (term.A, term.B)}) > 1:
         return Reason("adapters of several dtypes")
     layers = [
-        Projection(packed(m, "weight"), shape, m.bias, t.A, t.B, t.scaling, dropout)  # type: ignore[arg-type]
+        Projection(packed_view(m, "weight"), shape, m.bias, t.A, t.B, t.scaling, dropout)  # type: ignore[arg-type]
         for m, shape, (t, dropout) in zip(modules, shapes, factors, strict=True)
     ]
     return nf4_grouped_projections(x, layers, kind=first.kind, block_size=first.block_size)
@@ -69,11 +69,11 @@ def _different(
     modules: Sequence[Any],
     weights: Sequence[Tensor],
     device: torch.device,
-    first: QuantizedWeightSpec,
+    first: FourBitSpec,
 ) -> str:
     """What keeps the layers apart; "" where nothing does."""
     for m, weight in zip(modules, weights, strict=True):
-        p: QuantizedWeightSpec = m._packed["weight"]
+        p: FourBitSpec = m._packed["weight"]
         if hasattr(weight, "to_local") or weight.device != device:
             return "a weight is elsewhere until its own layer runs"
         if p.uses_fp8(device):

@@ -9,65 +9,60 @@ bitsandbytes' own, for the weight [out, in] flattened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning_peft_kernels.experts.grouped_linear import Groups, nf4_grouped_linear
-from lightning_peft_kernels.fp8.linear import choose_fp8, e4m3_scale, fp8_lora_linear
+from lightning_peft_kernels.fp8.linear import e4m3_scale, fp8_lora_linear, select_fp8
 from lightning_peft_kernels.nf4.linear import nf4_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
-from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
+from lightning_peft.core.class_swap import PackedForward
+from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.storage.config import Quantization
-from lightning_peft.storage.linear_forward import plain_forward, require_floating
+from lightning_peft.storage.linear_forward import (
+    plain_forward,
+    require_floating,
+    weight_in_place,
+)
+from lightning_peft.storage.packed import QuantizedWeightSpec, as_bytes
 
 __all__ = [
+    "FourBitSpec",
     "Packed4bitModule",
-    "QuantizedWeightSpec",
-    "as_bytes",
+    "assign_packed",
     "copy_packed_",
     "dequantize_matrix",
-    "pack",
-    "packed",
+    "packed_view",
     "quantize_matrix",
     "read_natural",
-    "stored",
-    "unpack",
+    "spec_for",
 ]
 
 
 @dataclass
-class QuantizedWeightSpec:
-    """What the bytes of one weight mean.
+class FourBitSpec(QuantizedWeightSpec):
+    """Meaning of the bytes of one NF4 or FP4 weight.
 
     Attributes:
-        kind: ``"nf4"`` or ``"fp4"``.
-        block_size: Elements a scale.
+        block_size: Elements per scale.
         nested: Whether scales are quantised.
-        shape: Canonical [*batch, out, in].
-        transposed: Whether the natural weight is [*batch, in, out] (Conv1D).
-        dtype: Dtype the weight had, or the compute dtype that was asked for.
         compute: ``"auto"`` or ``"fp8"``.
     """
 
-    kind: str
-    block_size: int
-    nested: bool
-    shape: torch.Size
-    transposed: bool
-    dtype: torch.dtype
+    block_size: int = 64
+    nested: bool = True
     compute: str = "auto"
     _e4m3: tuple[Any, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def uses_fp8(self, device: torch.device) -> bool:
-        """Whether products with this weight are made in e4m3 on a device."""
-        return self.compute == "fp8" and choose_fp8(self.shape, device).backend != "dequantize"
+        """Whether products with this weight run in e4m3 on a device."""
+        return self.compute == "fp8" and select_fp8(self.shape, device).backend != "dequantize"
 
     def e4m3_scale(self, q: Packed4bit) -> Tensor:
-        """Scale fp32 [1] of the weight in e4m3; made anew when the bytes are written over."""
+        """Scale fp32 [1] of the weight in e4m3; computed again after the bytes change."""
         if torch.compiler.is_compiling() or q.absmax.is_inference():
             return e4m3_scale(q)
         key = (q.absmax.data_ptr(), q.absmax._version, q.absmax.device)
@@ -75,130 +70,51 @@ class QuantizedWeightSpec:
             self._e4m3 = (key, e4m3_scale(q))
         return self._e4m3[1]
 
-    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, groups: Groups) -> Tensor:
-        """X [S, in], sorted by expert → [S, out]."""
-        shape = (self.shape[-2], self.shape[-1])
-        return nf4_grouped_linear(
-            X, packed(m, name), shape, groups, kind=self.kind, block_size=self.block_size
-        )
 
-
-class Packed4bitModule(Swapped):
+class Packed4bitModule(PackedForward):
     """Mixin: a linear layer whose weight is packed."""
 
     _swap_prefix = "NF4"
-    _packed: dict[str, QuantizedWeightSpec]
+    _packed: dict[str, FourBitSpec]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """X Wᵀ + b with W dequantised for the product and dropped."""
+        """Compute ``x Wᵀ + b``; W is dequantised for the product and dropped."""
+        with backend_scope(self):
+            return self._forward_packed(x, *args, **kwargs)
+
+    def _forward_packed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module: Any = self
         require_floating(module, x)
         p = module._packed["weight"]
         if plain_forward(module):
-            q = packed(module, "weight")
+            q = packed_view(module, "weight")
             packing: dict[str, Any] = {"kind": p.kind, "block_size": p.block_size}
             if p.uses_fp8(x.device):
                 return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), module.bias, **packing)
             return nf4_linear(x, q, p.shape, module.bias, **packing)
-        # A subclass with a forward of its own: it reads `weight`, so let it find the dequantised
-        # one.
-        vars(module)["weight"] = read_natural(module, "weight", x.dtype)
-        try:
+        # A subclass with a forward of its own reads `weight`.
+        with weight_in_place(module, read_natural(module, "weight", x.dtype)):
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return y
-        finally:
-            vars(module).pop("weight", None)
+        return y
 
 
-def pack(
-    module: nn.Module,
-    quantization: Quantization,
-    *,
-    transposed: bool,
-    names: Sequence[str] = ("weight",),
-    mixin: type[Swapped] = Packed4bitModule,
-) -> None:
-    """Quantise weights of a module, one after the other, and swap its class.
-
-    Args:
-        module: A module with floating weights.
-        quantization: Kind, block size, double quantisation.
-        transposed: Whether the weights are [*batch, in, out].
-        names: The weights; each [out, in] or, for experts, [E, out, in], quantised expert by
-            expert.
-        mixin: The class whose forward reads packed weights.
-
-    Raises:
-        ValueError: a weight has a NaN or an infinity; nothing is changed.
-    """
-    done = []
-    for name in names:
-        W = module.get_parameter(name).detach()
-        dtype = (
-            W.dtype
-            if quantization.compute_dtype is None
-            else getattr(torch, quantization.compute_dtype)
-        )
-        M = W.mT if transposed else W
-        packing = QuantizedWeightSpec(
-            kind=quantization.kind,
-            block_size=quantization.block_size,
-            nested=quantization.double_quant,
-            shape=M.shape,
-            transposed=transposed,
-            dtype=dtype,
-            compute=quantization.compute,
-        )
-        done.append((name, packing, quantize_matrix(M, packing)))
-    swap_in(module, mixin)
-    module._packed = {name: packing for name, packing, _ in done}  # type: ignore[assignment]
-    for name, packing, bits in done:
-        place(module, name, bits, packing)
+def spec_for(M: Tensor, transposed: bool, config: Quantization) -> FourBitSpec:
+    """Specification of a canonical weight under a configuration."""
+    dtype = config.compute_dtype
+    return FourBitSpec(
+        kind=config.kind,
+        shape=M.shape,
+        transposed=transposed,
+        dtype=M.dtype if dtype is None else getattr(torch, dtype),
+        block_size=config.block_size,
+        nested=config.double_quant,
+        compute=config.compute,
+    )
 
 
-def unpack(module: nn.Module, name: str, W: Tensor) -> Callable[[], None]:
-    """Hold the natural weight W densely; the class goes back when nothing is packed any more.
-
-    Returns:
-        How to pack the same bytes again.
-    """
-    holder: Any = module
-    packing: QuantizedWeightSpec = holder._packed[name]
-    kept = dict(stored(holder, name))
-    mixin = vars(type(module))["_swap_mixin"]
-    del holder._packed[name]
-    emptied = not holder._packed
-    if emptied:
-        swap_out(module, mixin)
-        del holder._packed
-    del module._parameters[f"{name}_absmax"]
-    for part in ("absmax2", "offset"):
-        module._buffers.pop(f"{name}_{part}", None)
-    module._parameters[name] = nn.Parameter(W.to(packing.dtype).contiguous(), requires_grad=False)
-
-    def pack_again() -> None:
-        if emptied:
-            swap_in(module, mixin)
-            holder._packed = {}
-        holder._packed[name] = packing
-        module._parameters[name] = kept[name]  # type: ignore[assignment]
-        module._parameters[f"{name}_absmax"] = kept["absmax"]  # type: ignore[assignment]
-        for part in ("absmax2", "offset"):
-            if part in kept:
-                module.register_buffer(f"{name}_{part}", kept[part])
-
-    return pack_again
-
-
-def as_bytes(t: Any) -> Tensor:
-    """Packed bytes as uint8: a strategy may hold them as a floating parameter."""
-    held: Tensor = t
-    return held if held.dtype == torch.uint8 else held.view(torch.uint8)
-
-
-def packed(module: Any, name: str) -> Packed4bit:
+def packed_view(module: Any, name: str) -> Packed4bit:
     """Views of the stored bytes in the form that kernels take; experts keep their leading axis."""
-    p: QuantizedWeightSpec = module._packed[name]
+    p: FourBitSpec = module._packed[name]
     parameters, buffers = module._parameters, module._buffers
     weight, absmax = as_bytes(parameters[name]), as_bytes(parameters[f"{name}_absmax"])
     lead = tuple(p.shape[:-2])
@@ -212,7 +128,7 @@ def packed(module: Any, name: str) -> Packed4bit:
     )
 
 
-def quantize_matrix(M: Tensor, p: QuantizedWeightSpec) -> Packed4bit:
+def quantize_matrix(M: Tensor, p: FourBitSpec) -> Packed4bit:
     """Bytes of a canonical weight [*batch, out, in]; without values on the meta device."""
     if M.device.type == "meta":
         return _meta(p)
@@ -239,7 +155,7 @@ def _present(t: Tensor | None) -> Tensor:
     return t
 
 
-def dequantize_matrix(q: Packed4bit, p: QuantizedWeightSpec, dtype: torch.dtype) -> Tensor:
+def dequantize_matrix(q: Packed4bit, p: FourBitSpec, dtype: torch.dtype) -> Tensor:
     """The canonical weight; of as many experts as there are bytes of."""
     if len(p.shape) == 2:
         return dequantize_4bit(q, p.shape, dtype, kind=p.kind, block_size=p.block_size)
@@ -258,7 +174,7 @@ def dequantize_matrix(q: Packed4bit, p: QuantizedWeightSpec, dtype: torch.dtype)
     )
 
 
-def _meta(p: QuantizedWeightSpec) -> Packed4bit:
+def _meta(p: FourBitSpec) -> Packed4bit:
     lead, n = tuple(p.shape[:-2]), p.shape[-2:].numel()
     blocks = -(-n // p.block_size)
 
@@ -273,10 +189,8 @@ def _meta(p: QuantizedWeightSpec) -> Packed4bit:
     )
 
 
-def place(module: nn.Module, name: str, bits: Packed4bit, p: QuantizedWeightSpec) -> None:
-    """Hold these bytes as the module's parameters and buffers, by rows where rows and blocks
-    agree.
-    """
+def assign_packed(module: nn.Module, name: str, bits: Packed4bit, p: FourBitSpec) -> None:
+    """Hold these bytes as parameters and buffers, by rows if blocks do not cross rows."""
     lead, rows, width = tuple(p.shape[:-2]), tuple(p.shape[:-1]), p.shape[-1]
     by_row = width % 2 == 0
     weight = bits.packed.reshape(*rows, width // 2) if by_row else bits.packed.reshape(*lead, -1, 1)
@@ -285,18 +199,20 @@ def place(module: nn.Module, name: str, bits: Packed4bit, p: QuantizedWeightSpec
     absmax = absmax.reshape(*rows, -1) if by_block else absmax.reshape(*lead, -1, 1)
     module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     module._parameters[f"{name}_absmax"] = nn.Parameter(absmax, requires_grad=False)
+    p.keys = {"codes": name, "absmax": f"{name}_absmax"}
     if bits.absmax2 is not None and bits.offset is not None:
         module.register_buffer(f"{name}_absmax2", bits.absmax2.contiguous().view(torch.uint8))
         offset = bits.offset.reshape(*lead, 1).contiguous()
         module.register_buffer(f"{name}_offset", offset.view(torch.uint8))
+        p.keys |= {"absmax2": f"{name}_absmax2", "offset": f"{name}_offset"}
 
 
 def read_natural(
     module: Any, name: str, dtype: torch.dtype | None, part: slice | None = None
 ) -> Tensor:
     """The natural weight, dequantised; with `part` these of its leading axis."""
-    p: QuantizedWeightSpec = module._packed[name]
-    q, by_expert = packed(module, name), len(p.shape) > 2
+    p: FourBitSpec = module._packed[name]
+    q, by_expert = packed_view(module, name), len(p.shape) > 2
     if part is not None and by_expert:
         q = Packed4bit(*(None if t is None else t[part] for t in q))  # type: ignore[arg-type]
     M = dequantize_matrix(q, p, dtype or p.dtype)
@@ -304,26 +220,16 @@ def read_natural(
     return W if part is None or by_expert else W[part]
 
 
-def stored(m: Any, name: str) -> dict[str, Tensor]:
-    """Parameters and buffers that hold one weight."""
-    stored = {name: as_bytes(m._parameters[name])}
-    stored["absmax"] = as_bytes(m._parameters[f"{name}_absmax"])
-    for k in ("absmax2", "offset"):
-        if m._buffers.get(f"{name}_{k}") is not None:
-            stored[k] = m._buffers[f"{name}_{k}"]
-    return stored
-
-
-def copy_packed_(m: Any, name: str, bits: Packed4bit) -> None:
-    """Copy new bytes over the old ones, bit for bit."""
+def copy_packed_(held: dict[str, Tensor], bits: Packed4bit) -> None:
+    """Copy new bytes over the held ones, by role, bit for bit."""
     fresh = {
-        name: bits.packed,
+        "codes": bits.packed,
         "absmax": bits.absmax,
         "absmax2": bits.absmax2,
         "offset": bits.offset,
     }
     with torch.no_grad():
-        for k, t in stored(m, name).items():
-            value = fresh[k]
-            assert value is not None  # same packing, so the same parts
+        for role, t in held.items():
+            value = fresh[role]
+            assert value is not None  # same specification, so the same parts
             t.copy_(value.reshape(-1).view(torch.uint8).reshape(t.shape))

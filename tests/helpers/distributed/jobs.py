@@ -6,29 +6,40 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_peft
-from lightning_peft import PEFT, Quantization
+from lightning_peft import (
+    PEFT,
+    MethodHooks,
+    Quantization,
+    attach,
+    convert_optimizer,
+    load_checkpoint,
+    save_checkpoint,
+)
 from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.optim.state_pool import local
-from lightning_peft.storage.nf4.packed_layer import as_bytes
+from lightning_peft.storage import held_tensors
+from lightning_peft.storage.packed import as_bytes
+from tests.helpers.lightning_package import InPackage, current, fabric, pl, use_package
 from tests.helpers.tiny_models import BUILDERS, VOCAB
 
 SAMPLES, LENGTH, BATCH = 8, 9, 4
@@ -41,17 +52,20 @@ class Job:
     Attributes:
         name: Of the result file, ``<folder>/<name>-<rank>.pt``.
         folder: Where checkpoints and results go.
+        package: The Lightning package of the run.
         ckpt: Resume from here.
         fault: What goes wrong, on `fault_rank`, in step `fault_step`.
         base_seed: Seed of the base, by rank; one value for all.
         lora_r: LoRA's r, by rank.
         method_options: Further settings of the method.
         reverse: Whether the optimizer gets its parameters in reverse order.
+        fabric: Whether a loop under Fabric trains, instead of a Trainer.
         mixed: Whether each sample is under one of two adapters.
     """
 
     name: str
     folder: str
+    package: str = field(default_factory=current)
     strategy: str = "auto"
     strategy_options: dict[str, Any] = field(default_factory=dict)
     devices: int = 1
@@ -80,6 +94,7 @@ class Job:
     callbacks: list[str] = field(default_factory=list)
     validate: bool = False
     step_seconds: float = 0.0
+    fabric: bool = False
     meta_from: str | None = None
     watch_memory: bool = False
 
@@ -157,7 +172,7 @@ class Routed(torch.nn.Module):
 OWN: dict[str, Any] = {"large": large, "routed": Routed}
 
 
-class Net(pl.LightningModule):
+class Net(InPackage):
     """Knows nothing of adapters or strategies."""
 
     def __init__(self, job: Job) -> None:
@@ -228,19 +243,8 @@ def loader(trainer: pl.Trainer) -> DataLoader[Any]:
 
 
 def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
-    quantization = None
-    if job.quantization is not None:
-        quantization = Quantization(
-            job.quantization,  # type: ignore[arg-type]
-            block_size=job.block_size,
-            double_quant=job.double_quant,
-        )
-    kind = getattr(lightning_peft, job.method)
-    options = {"target_modules": "all-linear", **job.method_options}
-    if "r" in kind.__dataclass_fields__:
-        options = {"r": of_rank(job.lora_r), **options}
-    method = kind(**options)
-    adapters = {"a": method, "b": kind(**{**options, "alpha": 2.0})} if job.mixed else None
+    method, quantization = method_of(job), quantization_of(job)
+    adapters = {"a": method, "b": replace(method, alpha=2.0)} if job.mixed else None
     peft = PEFT(
         None if job.mixed else method,
         adapters=adapters,
@@ -249,7 +253,7 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
         optimizer=job.optimizer,
         report=False,
     )
-    saving = ModelCheckpoint(
+    saving = pl.callbacks.ModelCheckpoint(
         job.folder,
         filename=f"{job.name}-{{step}}",
         save_top_k=-1,
@@ -258,15 +262,11 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
         save_on_train_epoch_end=None if job.every_n_steps else True,
     )
     saving.CHECKPOINT_NAME_LAST = f"{job.name}-last"
-    more: list[pl.Callback] = []
+    more: list[Any] = []
     if "on_exception" in job.callbacks:
-        from lightning.pytorch.callbacks import OnExceptionCheckpoint
-
-        more.append(OnExceptionCheckpoint(job.folder))
+        more.append(pl.callbacks.OnExceptionCheckpoint(job.folder))
     if "ema" in job.callbacks:
-        from lightning.pytorch.callbacks import EMAWeightAveraging
-
-        more.append(EMAWeightAveraging())
+        more.append(pl.callbacks.EMAWeightAveraging())
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=job.devices,
@@ -288,11 +288,28 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
     return Net(job), trainer, peft
 
 
+def quantization_of(job: Job) -> Quantization | None:
+    if job.quantization is None:
+        return None
+    return Quantization(
+        job.quantization,  # type: ignore[arg-type]
+        block_size=job.block_size,
+        double_quant=job.double_quant,
+    )
+
+
+def method_of(job: Job) -> Any:
+    kind = getattr(lightning_peft, job.method)
+    options = {"target_modules": "all-linear", **job.method_options}
+    if "r" in kind.__dataclass_fields__:
+        options = {"r": of_rank(job.lora_r), **options}
+    return kind(**options)
+
+
 def strategy_of(job: Job) -> Any:
-    classes = {
-        "peft_ddp": lightning_peft.PEFTDDPStrategy,
-        "peft_fsdp": lightning_peft.PEFTFSDPStrategy,
-    }
+    package = job.package.partition(".")[0]
+    ours = importlib.import_module(f"lightning_peft.strategies.{package}")
+    classes = {"peft_ddp": ours.PEFTDDPStrategy, "peft_fsdp": ours.PEFTFSDPStrategy}
     options = dict(job.strategy_options)
     if job.meta_from is not None:
         options["base_from"] = job.meta_from
@@ -360,13 +377,61 @@ def run(job: Job) -> None:
     torch.save(result, Path(job.folder) / f"{job.name}-{trainer.global_rank}.pt")
 
 
+class Holder(torch.nn.Module):
+    """Names as in the LightningModule: start values are drawn by name."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.net(input_ids=ids, labels=ids)
+
+
+def run_loop(job: Job) -> None:
+    """The same fit as a loop under Fabric; saved after every epoch."""
+    loop = fabric().Fabric(accelerator="cpu", devices=job.devices, strategy=job.strategy)
+    loop.launch()
+    loop.seed_everything(1, verbose=False)
+    net = Holder(build(job))
+    attach(net, method_of(job), quantization=quantization_of(job))
+    model = loop.setup_module(net)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = loop.setup_optimizers(
+        torch.optim.AdamW(trained[::-1] if job.reverse else trained, lr=1e-2)
+    )
+    if job.optimizer is not None:
+        convert_optimizer(optimizer, job.optimizer)
+    hooks = MethodHooks(model, optimizer, total_steps=job.epochs * SAMPLES // BATCH)
+    first, last = 0, Path(job.folder) / f"{job.name}-last.ckpt"
+    if job.ckpt is not None:
+        first = load_checkpoint(model, job.ckpt, optimizer=optimizer, hooks=hooks)["epoch"] + 1
+    for epoch in range(first, job.epochs):
+        for batch in loader(loop):
+            loop.backward(model(batch).loss)
+            hooks.before_step(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        if job.fault == "kill in save" and rank() == job.fault_rank and epoch:
+            os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        save_checkpoint(model, last, optimizer=optimizer, hooks=hooks, epoch=epoch)
+        if loop.is_global_zero:
+            shutil.copy(last, Path(job.folder) / f"{job.name}-{epoch=}.ckpt")
+    result = {
+        "step": hooks.step,
+        "adapters": {k: whole(t) for k, t in trained_tensors(net).items()},
+        "packed": {n: whole(p) for n, p in packed_bytes(net).items()},
+    }
+    torch.save(result, Path(job.folder) / f"{job.name}-{loop.global_rank}.pt")
+
+
 def held_bytes(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     """Packed weights and scales, by name, as they are held."""
     return [
         (f"{path}.{key}", module._parameters[key])  # type: ignore[misc]
         for path, module in model.named_modules()
-        for name in vars(module).get("_packed", ())
-        for key in (name, f"{name}_absmax")
+        for key in held_tensors(module)
+        if key in module._parameters
     ]
 
 
@@ -380,10 +445,18 @@ def whole(t: Tensor) -> Tensor:
     return gathered.clone()
 
 
+def warm_up() -> None:
+    """Run a small fit, so that processes forked afterwards find all late imports done."""
+    with tempfile.TemporaryDirectory() as folder:
+        run(Job("warm", folder, epochs=1, optimizer="adamw_8bit"))
+
+
 def main(listed: str) -> None:
     torch.set_num_threads(1)
     for fields in json.loads(Path(listed).read_text()):
-        run(Job(**fields))
+        job = Job(**fields)
+        with use_package(job.package):
+            (run_loop if job.fabric else run)(job)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.helpers.distributed.jobs import Job
+from tests.helpers.forks import server
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -37,40 +33,6 @@ def free_port() -> int:
         return port
 
 
-class Zygote:
-    """The forking process; one for this test process."""
-
-    def __init__(self) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the process
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.distributed.zygote"],
-            env=environment(),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-        atexit.register(self.process.kill)
-
-    def ask(self, request: dict[str, Any]) -> list[Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            raise RuntimeError(f"the forking process ended\n{self.errors.read()[-4000:]}")
-        answer: list[Any] = json.loads(line)
-        return answer
-
-
-@lru_cache(maxsize=1)
-def zygote() -> Zygote:
-    return Zygote()
-
-
 class Processes:
     """`count` ranks of one run over the same jobs."""
 
@@ -80,26 +42,26 @@ class Processes:
         listed.write_text(json.dumps([asdict(j) for j in jobs]))
         self.logs = [listed.with_suffix(f".{rank}.log") for rank in range(count)]
         port = str(free_port())
-        request = {
-            "jobs": str(listed),
-            "logs": [str(log) for log in self.logs],
-            "environments": [
-                {
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                    "LOCAL_RANK": str(rank),
-                    "NODE_RANK": "0",
-                }
-                if count > 1
-                else {}
-                for rank in range(count)
-            ],
-        }
-        self.pids: list[int] = zygote().ask(request)
+        server().prepare("tests.helpers.distributed.jobs:warm_up")
+        self.pids: list[int] = []
+        for rank, log in enumerate(self.logs):
+            environment = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "LOCAL_RANK": str(rank),
+                "NODE_RANK": "0",
+            }
+            pid = server().start(
+                "tests.helpers.distributed.jobs:main",
+                [str(listed)],
+                log,
+                environment if count > 1 else {},
+            )
+            self.pids.append(pid)
 
     def poll(self) -> list[int | None]:
         """Exit statuses; None where one still runs."""
-        return zygote().ask({"poll": self.pids})
+        return server().poll(self.pids)
 
     def wait(self, timeout: float = 120) -> list[int]:
         """Exit statuses.

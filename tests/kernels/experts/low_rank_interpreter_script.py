@@ -5,7 +5,7 @@ one pass over dY, and the function as a GPU runs it; fp64 truth.
 import torch
 from lightning_peft_kernels import dispatch
 from lightning_peft_kernels.experts import low_rank_triton as kernels
-from lightning_peft_kernels.experts.groups import Groups, count_on_host
+from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.experts.low_rank import add_low_rank, add_low_rank_reference
 
 # Rows of each expert, rows of nobody, N, R.
@@ -43,11 +43,11 @@ def functions() -> int:
             used, what = len(expert), (counts, N, R, dtype)
             want = y.double()
             want[:used] += torch.einsum("sr,snr->sn", Z[:used].double(), B[expert].double())
-            kernels.add_up(y, Z, B, groups.offsets)
+            kernels.add_low_rank_product_(y, Z, B, groups.offsets)
             close(y, want, floor, what)
             for _ in range(4):  # freed NaN memory shows what is left unwritten
                 torch.full((B.numel(),), torch.nan, dtype=dtype)
-            dZ, dB = kernels.gradients(dY, Z, B, groups.offsets, 0.5)
+            dZ, dB = kernels.expert_low_rank_gradients(dY, Z, B, groups.offsets, 0.5)
             by_row = torch.einsum("sn,sr->snr", dY[:used].double(), Z[:used].double())
             close(dB, torch.zeros(B.shape).double().index_add(0, expert, by_row), floor, what)
             want = 0.5 * torch.einsum("sn,snr->sr", dY[:used].double(), B[expert].double())
@@ -59,7 +59,7 @@ def functions() -> int:
 def layer() -> int:
     n = 0
     dispatch._why_not_triton = lambda device, dtype: None
-    count_on_host(False)
+    Groups.on_host = property(lambda self: False)
     for (counts, tail, N, R), in_place in [(c, p) for c in CASES for p in (True, False)]:
         K = 24
         groups, expert, y, dY, _, B = given(counts, tail, N, R, torch.float16)

@@ -7,18 +7,20 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning_peft_kernels.experts import cpu_pairs
+from lightning_peft_kernels.experts.frozen_weights import _Selected
 from lightning_peft_kernels.experts.grouped_linear import (
     grouped_linear,
     grouped_linear_reference,
     nf4_grouped_linear,
 )
-from lightning_peft_kernels.experts.groups import Groups, count_on_host, library_product
+from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.experts.low_rank import add_low_rank, add_low_rank_reference
-from lightning_peft_kernels.experts.on_the_fly_weights import _Wanted
+from lightning_peft_kernels.experts.products import library_product
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.dispatch import count_on_host
 
 COUNTS = {
     "even": [4] * 9,
@@ -33,10 +35,9 @@ SHAPES = {"aligned": (24, 32), "rank": (3, 32), "odd": (13, 21)}
 
 
 @pytest.fixture(params=[True, False], ids=["host", "device path"])
-def on_host(request):
-    before = count_on_host(request.param)
-    yield request.param
-    count_on_host(before)
+def on_host(request, monkeypatch):
+    count_on_host(monkeypatch, request.param)
+    return request.param
 
 
 def rows_for(counts, tail, dtype, K):
@@ -48,7 +49,9 @@ def rows_for(counts, tail, dtype, K):
         X,
         expert,
         Groups.sorted(
-            torch.cat([expert, torch.full((tail,), len(counts))]), len(counts), tail=tail > 0
+            torch.cat([expert, torch.full((tail,), len(counts))]),
+            len(counts),
+            has_unassigned_rows=tail > 0,
         ),
     )
 
@@ -63,6 +66,7 @@ def packed_and_dense(N, K, kind, nested, experts=9):
     return q, torch.stack([dequantize_4bit(p, (N, K), W.dtype, **how) for p in one])
 
 
+@pytest.mark.sweep(0.4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tail", [0, 5])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,6 +103,7 @@ def test_dense(counts, shape, tail, dtype, on_host):
         assert bool(got[2][e].any()) == bool(count)
 
 
+@pytest.mark.sweep(0.25)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("tail", [0, 5])
@@ -191,9 +196,9 @@ def test_few_rows_side_by_side(seed, N, K, tail, dtype):
     x = X.clone().requires_grad_()
     y = nf4_grouped_linear(x, q, (N, K), groups, block_size=32)
     y.backward(dY)
-    (slabs,) = groups.used._slabs.values()
-    assert any(n > 1 for slab in slabs.each for n, _ in slab)
-    assert sorted(slabs.experts) == counts.nonzero().view(-1).tolist()
+    (batches,) = groups.active._batches.values()
+    assert any(n > 1 for slab in batches.slabs for n, _ in slab)
+    assert sorted(batches.experts) == counts.nonzero().view(-1).tolist()
     assert_product(y, x, W.to(dtype), expert, dY)
 
 
@@ -217,12 +222,13 @@ def test_few_rows_in_pairs(monkeypatch, seed, N, K, tail, stored):
     x = X.clone().requires_grad_()
     y = grouped_linear(x, W, groups)
     y.backward(dY)
-    (slabs,) = groups.used._slabs.values()
-    assert {sum(n for n, _ in slab) for slab in slabs.each[:-1]} == {2}
-    assert any(n == 2 for slab in slabs.each for n, _ in slab)
+    (batches,) = groups.active._batches.values()
+    assert {sum(n for n, _ in slab) for slab in batches.slabs[:-1]} == {2}
+    assert any(n == 2 for slab in batches.slabs for n, _ in slab)
     assert_product(y, x, W, expert, dY)
 
 
+@pytest.mark.sweep(0.4)
 @pytest.mark.parametrize("stored", ["[E, N, K]", "[E, K, N]"])
 @pytest.mark.parametrize("tail", [0, 5])
 @pytest.mark.parametrize(
@@ -250,14 +256,14 @@ def test_a_frozen_weight(counts, dtype, of_weight, tail, stored, on_host):
 
 def test_neighbours_are_read_in_place():
     t = torch.arange(12).view(6, 2)
-    wanted = _Wanted([1, 2, 3, 5], t.device)
-    assert wanted.of(t, 0, 3).data_ptr() == t[1].data_ptr()
-    assert_same_bits("others", wanted.of(t, 1, 3), t[[2, 3, 5]])
+    wanted = _Selected([1, 2, 3, 5], t.device)
+    assert wanted.take(t, 0, 3).data_ptr() == t[1].data_ptr()
+    assert_same_bits("others", wanted.take(t, 1, 3), t[[2, 3, 5]])
 
 
 def test_groups():
     expert = torch.tensor([0, 0, 2, 5, 5, 5])
-    groups = Groups.sorted(expert, 5, tail=True)
+    groups = Groups.sorted(expert, 5, has_unassigned_rows=True)
     assert groups.counts == [2, 0, 1, 0, 0]
     assert groups.sizes.tolist() == groups.counts
     assert_same_bits("counted", Groups.counted([2, 0, 1, 0, 0], 6, torch.device("cpu")).offsets,
@@ -277,15 +283,18 @@ def test_ops_for_compilers():
     torch.library.opcheck(torch.ops.lightning_peft.grouped_mm, args, test_utils=tests)
     for transposed, x in ((True, X), (False, torch.randn(X.shape[0], 24))):
         args = (x, groups.offsets, False, [W], [24, 32], "", 0, transposed)
-        torch.library.opcheck(torch.ops.lightning_peft.made_by_expert, args, test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.lightning_peft.on_the_fly_grouped_linear, args, test_utils=tests
+        )
     whole = torch.compile(library_product, backend="aot_eager", fullgraph=True)
     assert_same_bits(
         "compiled",
-        whole(X, W, groups.offsets, tail=False),
-        library_product(X, W, groups.offsets, tail=False),
+        whole(X, W, groups.offsets, has_unassigned_rows=False),
+        library_product(X, W, groups.offsets, has_unassigned_rows=False),
     )
 
 
+@pytest.mark.sweep(0.25)
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tail", [0, 5])
@@ -364,7 +373,7 @@ def test_blocks_hold_every_row_once(counts):
     assert_same_bits("there and back", blocks.joined(blocks.cut(X)), X)
     rows = blocks.row.view(-1, blocks.height)
     assert bool((expert[rows] == blocks.expert[:, None]).all()), "fillers of another expert"
-    assert int((~blocks.filler).sum()) == len(expert)
+    assert int((~blocks.padding).sum()) == len(expert)
 
 
 def test_blocks_are_for_few_rows_and_small_factors():

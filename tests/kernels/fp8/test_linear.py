@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning_peft_kernels.fp8.linear import (
-    choose_fp8,
     dequantize_e4m3,
     e4m3_scale,
     fp8_lora_linear,
     quantize_rows_e4m3,
     scaled_mm,
+    select_fp8,
 )
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
@@ -149,7 +149,7 @@ def test_the_chip_s_recipe_on_the_cpu_is_the_emulation() -> None:
     x8, sx = quantize_rows_e4m3(torch.randn(5, 64))
     W8 = dequantize_e4m3(q, (32, 64), scale)
     assert W8.t().stride(0) == 1, "the second operand has to be column-major"
-    emulated = scaled_mm(x8, sx, W8, scale, torch.bfloat16, choose_fp8((32, 64), CPU), fast=True)
+    emulated = scaled_mm(x8, sx, W8, scale, torch.bfloat16, select_fp8((32, 64), CPU), fast=True)
     try:
         recipe = torch._scaled_mm(
             x8, W8.t(), scale_a=sx, scale_b=scale.reshape(1, 1).expand(1, 32).contiguous(),
@@ -174,6 +174,6 @@ def test_opcheck() -> None:
 
 def test_ragged_bases_are_refused_with_the_reason() -> None:
     q = quantize_4bit(torch.randn(33, 64))
-    assert choose_fp8((33, 64), CPU).backend == "dequantize"
+    assert select_fp8((33, 64), CPU).backend == "dequantize"
     with pytest.raises(ValueError, match=r"got \(33, 64\)"):
         fp8_lora_linear(torch.randn(2, 64), q, (33, 64), e4m3_scale(q), None)

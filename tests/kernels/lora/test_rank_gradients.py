@@ -47,7 +47,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 def test_one_pass_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert dispatch.choose_one_pass(cpu, torch.bfloat16, 8).reason == "cpu tensors"
+    assert dispatch.select_one_pass(cpu, torch.bfloat16, 8).reason == "cpu tensors"
     monkeypatch.setattr(dispatch, "_why_not_triton", lambda device, dtype: None)
-    found = [dispatch.choose_one_pass(cpu, torch.bfloat16, r).backend for r in (1, 32, 33)]
+    found = [dispatch.select_one_pass(cpu, torch.bfloat16, r).backend for r in (1, 32, 33)]
     assert found == ["triton", "triton", "torch"]

@@ -1,16 +1,13 @@
-"""Output scale, IA³ and DoRA ops against fp64, forward and every gradient."""
+"""Output scale over the base of IA³ and of DoRA against fp64, forward and every gradient."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from lightning_peft_kernels.lora.linear import lora_linear
+from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
-from lightning_peft_kernels.scale.ops import (
-    dora_linear,
-    ia3_linear,
-    output_scale,
-    output_scale_reference,
-)
+from lightning_peft_kernels.scale.ops import output_scale, output_scale_reference
 
 from tests.helpers.compare import FLOOR, assert_close
 
@@ -33,7 +30,6 @@ def test_against_fp64(
     W = torch.randn(N, K) / K**0.5
     q = quantize_4bit(W)
     dense = (dequantize_4bit(q, (N, K), dtype) if packed else W.to(dtype)).double()
-    base = q if packed else W.to(dtype)
     names = ["x", "scale", "bias", "A", "B"]
     ts = leaves((M, K), (N,), (N,), (R, K), (N, R), dtype=dtype)
     with torch.no_grad():
@@ -41,8 +37,12 @@ def test_against_fp64(
 
     def run(x, g, b, A, B):  # type: ignore[no-untyped-def]
         if op == "ia3":
-            return ia3_linear(x, base, (N, K), g, b)
-        return dora_linear(x, base, (N, K), A, B, 0.5, g, b)
+            u = nf4_linear(x, q, (N, K), None) if packed else x @ W.to(dtype).T
+        elif packed:
+            u = nf4_lora_linear(x, q, (N, K), None, A, B, 0.5)
+        else:
+            u = lora_linear(x, W.to(dtype), None, A, B, 0.5)
+        return output_scale(u, g, b)
 
     def formula(W, x, g, b, A, B):  # type: ignore[no-untyped-def]
         u = x @ W.T if op == "ia3" else x @ W.T + 0.5 * x @ A.T @ B.T

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from lightning_peft_kernels.tools import aot
 from lightning_peft_kernels.tools.aot import Row, broken
+
+from tests.helpers.forks import run_function
 
 
 def run(*arguments: str) -> list[str]:
@@ -24,6 +29,23 @@ def run(*arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def compile_sample(count: int) -> None:
+    """Print the broken rows among `count` kernels, one configuration each."""
+    names = [spec["name"] for spec in aot.specs() if spec.get("fast")]
+    for name in random.Random(20).sample(names, count):
+        rows = list(aot.table(fast=True, only=name, targets=["sm_90"]))
+        assert rows, name
+        assert [(row.kernel, broken(row)) for row in rows if broken(row)] == []
+        print(len(rows), "compiled", name)
+
+
+def test_a_sample_of_kernels_for_hopper(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    printed = run_function("tests.kernels.tools.test_aot:compile_sample", [5], tmp_path)
+    assert printed.count("compiled") == 5
+
+
+@pytest.mark.slow
 def test_one_configuration_of_each_kernel_for_hopper() -> None:
     rows = run("--fast", "--targets", "sm_90")
     assert rows[-1].endswith("0 broken")

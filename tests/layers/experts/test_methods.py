@@ -34,6 +34,7 @@ def bits(model):
     return {k: t.detach().clone() for k, t in model.state_dict().items()}
 
 
+@pytest.mark.sweep(0.4)
 @pytest.mark.parametrize("storage", QUANTIZED)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text"])

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.hf.layouts import layout_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.experts.ops import is_experts
+from lightning_peft.methods.exchange import HFEntry
 from tests.helpers.compare import assert_close
 from tests.helpers.peft_exchange import build, in_peft, loaded, randomise, run, trained
 
@@ -38,6 +40,7 @@ def by_peft(base: nn.Module, directory: Path, **config: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("which", PARAMETERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_peft_in_ours(name: str, which: str, tmp_path: Path) -> None:
@@ -83,14 +86,15 @@ def test_gradients_are_pefts(name: str, tmp_path: Path) -> None:
     want = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     checked = 0
     for path, module in adapted_modules(model):
-        ops = adapters_of(module)[0].site.ops
-        places = ops.hf_places(module, [a.site.parameter for a in adapters_of(module)])
+        layout = layout_for(adapters_of(module)[0].site.ops, module)
+        places = layout.nested_paths([a.site.parameter for a in adapters_of(module)])
         for adapter in adapters_of(module):
             parameter = adapter.site.parameter
             grads = {k: adapter.tensors()[k].grad for k in "AB"}
-            grads = adapter.method.hf.oriented(adapter.site, grads)
-            for ours, theirs_name, layout in (("A", "lora_A", "down"), ("B", "lora_B", "up")):
-                grad = ops.hf_pack(module, parameter, layout, grads[ours])
+            entry = HFEntry(path, adapter.site, layout, adapter.method, grads)
+            grads = adapter.method.hf.oriented(entry)
+            for ours, theirs_name, axes in (("A", "lora_A", "down"), ("B", "lora_B", "up")):
+                grad = layout.to_peft(parameter, axes, grads[ours])
                 place = f"{places[parameter]}." if places[parameter] else ""
                 key = f"base_model.model.{path}.{place}{theirs_name}.default.weight"
                 assert_close(f"{key}.grad", grad, want[key], floor=FLOOR)

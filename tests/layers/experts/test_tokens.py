@@ -101,7 +101,8 @@ def test_no_token_yet_is_told_from_not_connected(factor):
     assert all("though its experts had" in line for line in lines)
     assert bool(lines) == (factor == 0.0)
     for _, module in adapted_modules(base):
-        module._peft.tokens = torch.zeros_like(module._peft.tokens)
+        telemetry = module._peft.telemetry
+        telemetry.expert_tokens = torch.zeros_like(telemetry.expert_tokens)
     assert dead_gradients(base) == []
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_peft_kernels.experts.groups import count_on_host
 
 import lightning_peft as lp
 from tests.helpers.compare import assert_close
+from tests.helpers.dispatch import count_on_host
 from tests.helpers.expert_trace import Trace
 
 EXPERTS, WIDTH, INNER, RANK = 16, 64, 48, 4
@@ -73,6 +73,7 @@ def traced(experts: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
     return trace
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16 autocast"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("storage", STORAGES)
@@ -110,20 +111,19 @@ def test_the_trace_sees_what_peft_makes() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_nothing_waits_for_the_host_on_the_device_path(storage: str, method: str) -> None:
+def test_nothing_waits_for_the_host_on_the_device_path(
+    storage: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts, inputs = layer(storage, METHODS[method])
     y = experts.eval()(*inputs)
     experts.train(not METHODS[method].dropout if hasattr(METHODS[method], "dropout") else True)
     y.square().sum().backward()
     want = inputs[0].grad.clone()
     inputs[0].grad = None
-    before = count_on_host(False)
-    try:
-        with Trace([*experts.parameters(), *experts.buffers()]) as trace:
-            got = experts(*inputs)
-            got.square().sum().backward()
-    finally:
-        count_on_host(before)
+    count_on_host(monkeypatch, False)
+    with Trace([*experts.parameters(), *experts.buffers()]) as trace:
+        got = experts(*inputs)
+        got.square().sum().backward()
     assert not WAITS & set(trace.ops), sorted(WAITS & set(trace.ops))
     assert any("_grouped_mm" in op for op in trace.ops)
     if "dropout" not in method:
@@ -143,13 +143,10 @@ def test_the_device_path_reads_no_values(storage: str, method: str) -> None:
     assert x.grad is not None
 
 
-def test_the_host_path_would_be_caught() -> None:
+def test_the_host_path_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The measure itself: counts cannot be read there."""
     experts, inputs = layer("nf4", METHODS["LoRA"])
     experts.to("meta")
-    before = count_on_host(True)
-    try:
-        with pytest.raises(RuntimeError, match="meta"):
-            experts(*(t.detach().to("meta") for t in inputs))
-    finally:
-        count_on_host(before)
+    count_on_host(monkeypatch, True)
+    with pytest.raises(RuntimeError, match="meta"):
+        experts(*(t.detach().to("meta") for t in inputs))

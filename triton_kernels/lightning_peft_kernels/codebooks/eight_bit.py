@@ -1,9 +1,9 @@
-"""The 8-bit dynamic maps of bitsandbytes, and their nearest codes by one table lookup.
+"""The 8-bit dynamic maps of bitsandbytes, and nearest codes by one table lookup.
 
-Read as integers (negatives folded so that order is kept), fp32 values of one upper half (sign,
-exponent, 7 bits of mantissa) meet at most one decision point of a map. So with j the upper half, c
-the lowest code of the cell and t the lower half of its decision point (65535 if none), the code is
-c + [lower half > t], and the table entry
+Read fp32 values as integers, with negatives folded to keep the order. Values with one upper half
+(sign, exponent, 7 bits of mantissa) meet at most one decision point of a map. Let j be the upper
+half, c the lowest code of that cell and t the lower half of its decision point (65535 if none). The
+code is c + [lower half > t], and the table entry
     cell[j] = (c << 16) + 65535 − t − (j << 16)        gives        code = (bits + cell[j]) >> 16.
 A value on a decision point goes to the lower code.
 """
@@ -38,9 +38,9 @@ _SIGN_OFFSET = 32768  # upper halves of folded negatives are −32768…−1
 
 @lru_cache(maxsize=4)
 def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
-    """Values [256] fp32 of the dynamic 8-bit type, ascending: seven decades, each split evenly.
+    """Return the values [256] fp32 of the dynamic 8-bit type, ascending: seven even decades.
 
-    Signed runs from −0.99297 to 1 with 0 at code 127; unsigned from 0 to 1.
+    The signed map runs from −0.99297 to 1 with 0 at code 127; the unsigned map from 0 to 1.
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
@@ -55,19 +55,19 @@ def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
 
 @lru_cache(maxsize=4)
 def decision_points(signed: bool, device: str = "cpu") -> Tensor:
-    """Midpoints [255] fp32 between neighbouring values of a map."""
+    """Return the midpoints [255] fp32 between neighbouring values of a map."""
     values = dynamic_map(signed)
     return (0.5 * (values[:-1] + values[1:])).to(device)
 
 
 def nearest_codes(values: Tensor, signed: bool) -> Tensor:
-    """Codes uint8 of fp32 `values` by searching the decision points: the oracle of the table."""
+    """Return codes uint8 of fp32 `values` by searching the decision points."""
     return torch.searchsorted(decision_points(signed, str(values.device)), values).to(torch.uint8)
 
 
 @lru_cache(maxsize=4)
 def code_cells(signed: bool, device: str = "cpu") -> Tensor:
-    """The table: int32 [65536] for the signed map (entry j + 32768), [32768] unsigned."""
+    """Return the table: int32 [65536] for the signed map (entry j + 32768), [32768] unsigned."""
     bits = decision_points(signed).view(torch.int32)
     points = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     first = -_SIGN_OFFSET if signed else 0
@@ -76,15 +76,14 @@ def code_cells(signed: bool, device: str = "cpu") -> Tensor:
     bound = torch.full_like(cells, 65535)
     bound[(points >> 16) - first] = points & 65535
     entry = (lowest << 16) + 65535 - bound - (cells << 16)
-    wrapped = (
-        entry + 2**31
-    ) % 2**32 - 2**31  # int32 arithmetic wraps; the sum with the bits does not overflow
+    # int32 arithmetic wraps; the sum with the bits does not overflow.
+    wrapped = (entry + 2**31) % 2**32 - 2**31
     return wrapped.to(torch.int32).to(device)
 
 
 @lru_cache(maxsize=2)
 def code_pairs(signed: bool) -> Tensor:
-    """Two values at once: int64 [65536], entry c0 + 256·c1 is the pair (map[c0], map[c1])."""
+    """Return pairs of values, int64 [65536]: entry c0 + 256·c1 is (map[c0], map[c1])."""
     values = dynamic_map(signed)
     low = values.repeat(256)
     high = values.repeat_interleave(256)
@@ -93,8 +92,9 @@ def code_pairs(signed: bool) -> Tensor:
 
 @lru_cache(maxsize=2)
 def coarse_cells() -> Tensor:
-    """Codes [65536] uint8 of the signed map by value in steps of 2/65535 from −1: the rule of
-    bitsandbytes on CPU.
+    """Return codes [65536] uint8 of the signed map for values in steps of 2/65535 from −1.
+
+    bitsandbytes on CPU uses this rule.
     """
     values = dynamic_map()
     mids = 0.5 * (values[:-1] + values[1:])
@@ -103,10 +103,10 @@ def coarse_cells() -> Tensor:
 
 
 def searched_codes(values: Tensor) -> Tensor:
-    """Codes uint8 of fp32 `values` in [-1, 1] in the signed map: the rule of bitsandbytes on CUDA.
+    """Return codes uint8 of fp32 `values` in [-1, 1] in the signed map.
 
-    Seven steps of a search from code 127, then the midpoint towards the last neighbour passed; a
-    value on a midpoint stays where the search ended.
+    bitsandbytes on CUDA uses this rule: seven search steps from code 127, then the midpoint towards
+    the last neighbour passed. A value on a midpoint keeps the code at which the search ended.
     """
     table = dynamic_map(True, str(values.device))
     pivot = torch.full(values.shape, 127, device=values.device)
@@ -122,7 +122,7 @@ def searched_codes(values: Tensor) -> Tensor:
 
 
 def quantize_blocks(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [n] and absmax fp32 [⌈n/256⌉] of flat `values` [n]."""
+    """Return codes uint8 [n] and absmax fp32 [⌈n/256⌉] of flat `values` [n]."""
     n = values.numel()
     blocks = -(-n // BLOCK)
     padded = torch.zeros(blocks * BLOCK, dtype=torch.float32, device=values.device)
@@ -134,7 +134,7 @@ def quantize_blocks(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_blocks(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
-    """Values fp32 [n] of codes [n] and absmax [⌈n/256⌉]."""
+    """Return values fp32 [n] of codes [n] and absmax [⌈n/256⌉]."""
     n = codes.numel()
     scale = absmax.repeat_interleave(BLOCK)[:n]
     return dynamic_map(signed, str(codes.device))[codes.reshape(-1).int()] * scale

@@ -29,39 +29,39 @@ _FP4_MAGNITUDES = (
     0.25,
 )
 _FP4 = (*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES))
-# Rank in ascending order → code. The two zeros sort as 0 below 8.
+# Rank in ascending order → code. Of the two zeros, code 0 sorts below code 8.
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
-NF4_CELLS = 1 << 14  # a unit: few enough values share a cell with a decision point, and 32 KiB
+NF4_CELLS = 1 << 14  # cells per unit: 32 KiB, and few values share a cell with a decision point
 SPLIT_CELL = 128
 
 
 @lru_cache(maxsize=16)
 def code(kind: str, device: str = "cpu") -> Tensor:
-    """Values [16] fp32 by code."""
+    """Return values [16] fp32 by code."""
     values = torch.tensor(_NF4 if kind == "nf4" else _FP4, dtype=torch.float32)
-    return (values + 0.0).to(device)  # −0 → +0, as in the table that dequantising uses
+    return (values + 0.0).to(device)  # −0 → +0, as in bitsandbytes' table for dequantising
 
 
 @lru_cache(maxsize=4)
 def fp4_order(device: str = "cpu") -> Tensor:
-    """Codes [16] uint8 by rank of their value."""
+    """Return codes [16] uint8 by the rank of their value."""
     return torch.tensor(_FP4_ORDER, dtype=torch.uint8, device=device)
 
 
 @lru_cache(maxsize=8)
 def midpoints(kind: str, device: str = "cpu") -> Tensor:
-    """Decision points [15] fp32 between neighbouring values; a value on one goes to the lower
-    code.
-    """
+    """Return decision points [15] fp32; a value on a decision point gets the lower code."""
     values = code(kind).sort().values
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
 @lru_cache(maxsize=2)
 def nf4_cells() -> Tensor:
-    """NF4 codes uint8 by cell, [2 · NF4_CELLS + 1]: cell i holds the values that round to
-    i / NF4_CELLS - 1. `SPLIT_CELL` where a decision point lies in the cell, or on its edge.
+    """Return NF4 codes uint8 by cell, [2 · NF4_CELLS + 1].
+
+    Cell i holds the values that round to ``i / NF4_CELLS - 1``. A cell with a decision point inside
+    or on its edge holds `SPLIT_CELL`.
     """
     mids = midpoints("nf4").double()
     centres = torch.arange(-NF4_CELLS, NF4_CELLS + 1).double() / NF4_CELLS

@@ -1,13 +1,13 @@
-"""Dropout whose mask is a function of a seed: nothing of x's size is kept for backward.
+"""Dropout whose mask is a function of a seed, so backward keeps nothing of x's size.
 
     y_e = x_e · [u_e(seed) ≥ p] / (1 − p),      e = row · K + column of x [M, K]
 
-Forward and backward call the same op with the same seed, one int64 drawn from the device's
-generator without waiting for it; an activation checkpoint that restores the generator draws it
-again. On CUDA u is Philox4x32-10 (word e % 4 of counter e // 4), so that the mask does not depend
-on the launch; on a CPU it is 16 bits of the stream of a torch generator with that seed (p in steps
-of 2⁻¹⁶), which takes a fifth of the time of `bernoulli_`. Bytes moved: one read and one write of
-x. Source of Philox: Salmon et al. 2011, doi:10.1145/2063384.2063405.
+Forward and backward call the op with one seed, an int64 drawn from the device's generator without
+waiting for it. An activation checkpoint that restores the generator draws the seed again. On CUDA,
+u is Philox4x32-10 (word e % 4 of counter e // 4), so the mask does not depend on the launch. On a
+CPU, u is 16 bits of the stream of a torch generator with that seed (p in steps of 2⁻¹⁶), which
+takes a fifth of the time of `bernoulli_`. Bytes moved: one read and one write of x.
+Source of Philox: Salmon et al. 2011, doi:10.1145/2063384.2063405.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import choose
+from lightning_peft_kernels.dispatch import Backend, current_backend, select
+from lightning_peft_kernels.registration import define_backward, define_op
 
 __all__ = [
     "draw_seed",
@@ -32,20 +33,21 @@ _TO_UNIT = 4.6566127342e-10
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """int64 [1] from the generator of `device`, left there."""
+    """Draw an int64 [1] from the generator of `device`; it stays on the device."""
     return torch.randint(0, 1 << 62, (1,), device=device)
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """(upper, lower) 32 bits of a · b, both below 2³², without overflow in int64."""
+    """Return the (upper, lower) 32 bits of a · b, both below 2³², without overflow in int64."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     middle = (low >> 16) + high
     return (middle >> 16) & _MASK, ((middle & 0xFFFF) << 16 | low & 0xFFFF) & _MASK
 
 
 def philox_uniform(seed: Tensor, n: int) -> Tensor:
-    """u [n] in [0, 1), fp32: all four words of Philox4x32-10 of counters 0, 1, …; Triton's
-    `tl.rand4x` bit for bit.
+    """Return u [n] in [0, 1), fp32: the four words of Philox4x32-10 of counters 0, 1, ….
+
+    Equal to Triton's `tl.rand4x` bit for bit.
     """
     counter = torch.arange(-(-n // 4), device=seed.device)
     words = [counter & _MASK, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
@@ -61,12 +63,12 @@ def philox_uniform(seed: Tensor, n: int) -> Tensor:
 
 
 def seeded_dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """The formula by Philox in plain torch."""
+    """Compute `seeded_dropout` with Philox in plain torch."""
     keep = (philox_uniform(seed, x.numel()) >= p).view(x.shape)
     return x * keep * (1.0 / (1.0 - p))
 
 
-def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
     generator, n = torch.Generator().manual_seed(int(seed)), x.numel()
     words = torch.empty(-(-n // 4), dtype=torch.int64).random_(
         -(1 << 63), None, generator=generator
@@ -77,59 +79,57 @@ def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return keep.mul_(x).mul_(1.0 / (1.0 - p))
 
 
-def _implementation(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    if x.device.type == "cpu":
-        return _seeded_dropout_cpu(x, seed, p)
-    if choose("seeded_dropout", x.device, x.dtype).backend == "triton":
+def _seeded_dropout(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
+    if select("seeded_dropout", x.device, x.dtype, backend).backend == "triton":
         from lightning_peft_kernels.dropout.triton import dropout
 
         return dropout(x.contiguous(), seed, p)
     return seeded_dropout_reference(x, seed, p)
 
 
-_library = torch.library.Library("lightning_peft", "FRAGMENT")
-_library.define("seeded_dropout(Tensor x, Tensor seed, float p) -> Tensor")
-_library.impl("seeded_dropout", _implementation, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "lightning_peft::seeded_dropout",
-    lambda x, seed, p: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    lib=_library,
-)
+def _seeded_dropout_fake(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _keep_seed(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-    _, seed, ctx.p = inputs
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, Backend], output: Tensor) -> None:
+    _, seed, ctx.p, ctx.backend = inputs
     ctx.save_for_backward(seed)
 
 
-def _again(ctx: Any, dY: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     (seed,) = ctx.saved_tensors
-    return seeded_dropout(dY, seed, ctx.p), None, None
+    return seeded_dropout(dY, seed, ctx.p, backend=ctx.backend), None, None, None
 
 
-torch.library.register_autograd(
-    "lightning_peft::seeded_dropout", _again, setup_context=_keep_seed, lib=_library
+define_op(
+    "seeded_dropout(Tensor x, Tensor seed, float p, str backend='auto') -> Tensor",
+    fake=_seeded_dropout_fake,
+    default=_seeded_dropout,
+    cpu=_seeded_dropout_cpu,
 )
+define_backward("seeded_dropout", setup_context=_setup_context, backward=_backward)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """`seeded_dropout` with a seed that is drawn here; differentiable in x."""
+    """Draw a seed and call `seeded_dropout`; differentiable in x."""
     return seeded_dropout(x, draw_seed(x.device), p)
 
 
-def seeded_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """y of x's shape and dtype, contiguous; its own transpose, so that backward calls it on dY.
-    Differentiable in x.
+def seeded_dropout(x: Tensor, seed: Tensor, p: float, *, backend: Backend | None = None) -> Tensor:
+    """Compute y in the shape and dtype of x, contiguous; differentiable in x.
+
+    The op is its own transpose: backward calls it on dY.
 
     Args:
         x: Floating, of any shape.
-        seed: int64 [1] on x's device, of `draw_seed`.
+        seed: int64 [1] on x's device, from `draw_seed`.
         p: Probability of dropping, 0 ≤ p < 1.
+        backend: Requested backend; default `current_backend()`.
 
     Raises:
-        ValueError: p outside [0, 1).
+        ValueError: p is outside [0, 1).
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"seeded_dropout: expected 0 <= p < 1, got p = {p}")
-    y: Tensor = torch.ops.lightning_peft.seeded_dropout(x, seed, p)
+    y: Tensor = torch.ops.lightning_peft.seeded_dropout(x, seed, p, backend or current_backend())
     return y

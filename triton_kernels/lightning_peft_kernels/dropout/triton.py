@@ -1,8 +1,7 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Dropout by seed in Triton; imported only where it is launched or compiled.
+"""Triton kernel of dropout by seed.
 
-Four elements share one Philox counter, so that the ten rounds are paid once for four: a pass of
-x's size stays bound by memory.
+Four elements share one Philox counter, so one set of ten rounds serves four elements and the pass
+stays bound by memory.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "dropout", "dropout_kernel"]
 
-_COUNTERS = 256  # of a program: 1,024 elements
+_COUNTERS = 256  # counters per program: 1,024 elements
 
 
 @triton.jit
 def dropout_kernel(x_ptr, y_ptr, seed_ptr, n, p, scale, COUNTERS: tl.constexpr):
-    """y = x · [u ≥ p] · scale for 4 · COUNTERS elements a program."""
+    """y = x · [u ≥ p] · scale for 4 · COUNTERS elements per program."""
     first = tl.program_id(0).to(tl.int64) * COUNTERS
     seed = tl.load(seed_ptr)
     a, b, c, d = tl.rand4x(seed, first + tl.arange(0, COUNTERS))
@@ -31,13 +30,13 @@ def dropout_kernel(x_ptr, y_ptr, seed_ptr, n, p, scale, COUNTERS: tl.constexpr):
     at = first * 4 + tl.arange(0, 4 * COUNTERS)
     inside = at < n
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    # A product, so that NaN and infinity stay visible.
+    # A product keeps NaN and infinity visible.
     y = x * tl.where(u >= p, 1.0, 0.0) * scale
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """`seeded_dropout` of a contiguous x."""
+    """Compute `seeded_dropout` of a contiguous x."""
     y = torch.empty_like(x)
     n = x.numel()
     if n:
@@ -47,7 +46,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """bf16 and fp32."""
+    """Configurations to compile ahead of time: bf16 and fp32."""
     return [
         spec(
             f"dropout_{kind}",

@@ -1,8 +1,7 @@
-"""Few rows with dense experts: two in one batched product, wherever they lie.
+"""Products of few rows with dense experts on a CPU: two experts per batched product.
 
-A product of few rows keeps one thread busy reading its weight, a batched one a thread for each
-expert. Any two experts of a weight are a batch, with their distance as its stride: nothing is
-copied.
+A product of few rows keeps one thread busy reading its weight; a batched product uses one thread
+per expert. Any two experts form a batch without a copy; its stride is their distance in memory.
 """
 
 from __future__ import annotations
@@ -12,37 +11,38 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.experts.cpu_batches import Slabs
+from lightning_peft_kernels.experts.cpu_batches import ExpertBatches
 
-__all__ = ["in_pairs", "pays_in_pairs"]
+__all__ = ["pairs_are_faster", "product_in_pairs"]
 
-#: Rows of a mean expert up to which, and weights of all that have rows from which pairs are faster
-#: than the library's product expert by expert: 0.65 to 0.9 of its time (2 threads, fp32, 64 to 256
-#: experts of 256 × 128 to 1536 × 2048). What the caches hold is read fast by one thread too.
+# Mean rows per expert up to which, and weights of all active experts from which, pairs beat the
+# library's product per expert: 0.65 to 0.9 of its time (2 threads, fp32, 64 to 256 experts of
+# 256 × 128 to 1536 × 2048). One thread reads weights in the cache fast enough.
 _FEW_ROWS = 24
 _MANY_WEIGHTS = 1 << 20
 
 
-def pays_in_pairs(X: Tensor, W: Tensor, used: int) -> bool:
-    """Whether X [S, K] is multiplied faster in pairs with so many experts of W [E, N, K]. Not where
-    the product is recorded: what is written into cannot be.
+def pairs_are_faster(X: Tensor, W: Tensor, active: int) -> bool:
+    """Whether pairs multiply X [S, K] faster by `active` experts of W [E, N, K].
+
+    Always False if autograd records the product, which writes into `out`.
     """
     if torch.is_grad_enabled() or X.dtype != torch.float32 or X.device.type != "cpu":
         return False
-    few_rows = X.shape[0] <= used * _FEW_ROWS
-    return used > 1 and few_rows and used * W[0].numel() >= _MANY_WEIGHTS
+    few_rows = X.shape[0] <= active * _FEW_ROWS
+    return active > 1 and few_rows and active * W[0].numel() >= _MANY_WEIGHTS
 
 
-def in_pairs(X: Tensor, W: Tensor, slabs: Slabs) -> Tensor:
-    """X[rows of e] · W[e], W [E, K, N], by slabs of two; rows of nobody are zero."""
-    return slabs.product(X, W.shape[2], _views(W, slabs))
+def product_in_pairs(X: Tensor, W: Tensor, batches: ExpertBatches) -> Tensor:
+    """Compute X[rows of e] · W[e], W [E, K, N], in slabs of two; unassigned rows give zeros."""
+    return batches.product(X, W.shape[2], _views(W, batches))
 
 
-def _views(W: Tensor, slabs: Slabs) -> Iterator[Tensor]:
-    """W of one or two experts, in place."""
+def _views(W: Tensor, batches: ExpertBatches) -> Iterator[Tensor]:
+    """Yield views of one or two experts of W."""
     apart, *strides = W.stride()
-    experts = iter(slabs.experts)
-    for slab in slabs.each:
+    experts = iter(batches.experts)
+    for slab in batches.slabs:
         for n, _ in slab:
             first = next(experts)
             distance = next(experts) - first if n == 2 else 1

@@ -1,15 +1,16 @@
-"""Grouped linear layers for mixtures of experts: rows sorted by expert, one weight an expert.
+"""Grouped linear layers for mixtures of experts: rows sorted by expert, one weight per expert.
 
     Y[rows of e] = X[rows of e] · W[e]ᵀ          X [S, K], W [E, N, K] dense or packed, Y [S, N]
 
-Dense weights take `torch.nn.functional.grouped_mm`, which reads where groups end from a tensor: on
-CUDA nothing waits for the host. It wants rows of whole 16 bytes; others are padded there and
-multiplied one by one on a CPU, where few rows an expert go by `expert_pairs` and experts without
-rows are passed over where most have none. A weight in another dtype, or packed, is made expert by
-expert in a small buffer that is used again and again, in backward too, and only for experts that
-have rows: no tensor of E·N·K elements arises. Without host counts (on CUDA) a packed weight is
-decoded inside the product up to `backend.EXPERT_ROWS` rows an expert; above, the experts that have
-rows are made in a buffer of E·N·K for the duration of the product.
+Dense weights use `torch.nn.functional.grouped_mm`, which reads the ends of groups from a tensor, so
+CUDA does not wait for the host. It needs rows of full 16 bytes: CUDA pads other shapes, a CPU
+multiplies them one by one. A CPU also multiplies experts with few rows in pairs (`cpu_pairs`) and
+skips idle experts if most are idle.
+
+Weights that are packed or need a cast are dequantised a few experts at a time into a reused buffer,
+in backward too, and only for experts with rows. No E×N×K tensor is allocated. If only the device
+knows the counts (CUDA), the product decodes a packed weight on the fly up to `dispatch.EXPERT_ROWS`
+rows per expert. Above that, the active experts are dequantised into a temporary E×N×K buffer.
 
 Rows beyond the last group (expert-parallel sentinels) give zeros.
 """
@@ -21,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.autograd import applied
-from lightning_peft_kernels.experts.groups import Groups, Used, gradient, product
-from lightning_peft_kernels.experts.on_the_fly_weights import MadeByExpert
-from lightning_peft_kernels.nf4.ops import Packed4bit
+from lightning_peft_kernels.autograd import Grads, KernelFunction, apply_or_forward
+from lightning_peft_kernels.dispatch import current_backend
+from lightning_peft_kernels.experts.frozen_weights import FrozenWeight
+from lightning_peft_kernels.experts.groups import GroupLayout, Groups
+from lightning_peft_kernels.experts.on_the_fly_linear import OnTheFlyGroupedLinear
+from lightning_peft_kernels.experts.products import grouped_product, grouped_weight_gradient
+from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 
 __all__ = [
     "Groups",
@@ -35,25 +39,30 @@ __all__ = [
 
 
 def grouped_linear_reference(X: Tensor, W: Tensor, expert: Tensor) -> Tensor:
-    """The formula by gathering one weight a row; `expert` [S] int64."""
+    """Compute `grouped_linear` by gathering one weight per row; `expert` [S] int64."""
     return torch.einsum("sk,snk->sn", X, W[expert])
 
 
 def grouped_linear(X: Tensor, W: Tensor, groups: Groups) -> Tensor:
-    """Y [S, N] with X [S, K] sorted by expert and W [E, N, K].
+    """Compute Y [S, N] from X [S, K] and W [E, N, K]; differentiable in X and W.
 
-    Differentiable in X and W; an expert without rows gets a zero gradient. A W in another dtype is
-    cast to X's, expert by expert where nothing is trained in it.
+    A W in another dtype is cast to X's. If W is frozen, the cast runs a few experts at a time.
+
+    Args:
+        X: [S, K] floating, sorted by expert.
+        W: [E, N, K]. An expert without rows gets a zero gradient.
+        groups: Rows of each expert.
 
     Raises:
-        ValueError: another number of experts or rows than counted.
+        ValueError: The number of experts or rows differs from `groups`.
     """
     _check(X, groups, W.shape[0])
     if not W.requires_grad and W.dtype != X.dtype:
-        y: Tensor = applied(MadeByExpert, X, groups, None, True, W)
+        frozen = FrozenWeight((W,), None, current_backend())
+        y: Tensor = apply_or_forward(OnTheFlyGroupedLinear, X, groups, frozen, True)
         return y
     W = W.to(X.dtype)
-    y = applied(_Grouped, X, W, *groups.given)
+    y = apply_or_forward(_GroupedLinear, X, W, groups.layout)
     return y
 
 
@@ -66,36 +75,45 @@ def nf4_grouped_linear(
     kind: str = "nf4",
     block_size: int = 64,
 ) -> Tensor:
-    """`grouped_linear` with W packed expert by expert: every part of `q` has a leading expert
-    axis.
+    """Compute `grouped_linear` with W packed per expert; differentiable in X only.
 
-    Differentiable in X alone. On the host experts with rows are dequantised, a few at a time;
-    without host counts see `backend.choose_experts`.
+    With counts on the host, the active experts are dequantised a few at a time; without, see
+    `dispatch.select_experts`.
+
+    Args:
+        X: [S, K] floating, sorted by expert.
+        q: Bytes of W; every part has a leading expert axis.
+        shape: (N, K) of one expert.
+        groups: Rows of each expert.
+        kind: ``"nf4"`` or ``"fp4"``.
+        block_size: Block size used to quantise.
+
+    Raises:
+        ValueError: The number of experts or rows differs from `groups`.
     """
     _check(X, groups, q.packed.shape[0])
-    packing = (shape, kind, block_size)
-    y: Tensor = applied(MadeByExpert, X, groups, packing, True, *q)
+    frozen = FrozenWeight(tuple(q), Packing(shape, kind, block_size), current_backend())
+    y: Tensor = apply_or_forward(OnTheFlyGroupedLinear, X, groups, frozen, True)
     return y
 
 
-class _Grouped(torch.autograd.Function):
-    """All experts at once."""
+class _GroupedLinear(KernelFunction):
+    """X W[e]ᵀ with a dense W in the dtype of X."""
 
     @staticmethod
-    def forward(
-        ctx: Any, X: Tensor, W: Tensor, offsets: Tensor, tail: bool, used: Used | None
-    ) -> Tensor:
+    def forward(ctx: Any, X: Tensor, W: Tensor, layout: GroupLayout) -> Tensor:
         needs_X, needs_W = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(X if needs_W else None, W if needs_X else None, offsets)
-        ctx.tail, ctx.used = tail, used
-        return product(X, W, offsets, tail, used)
+        ctx.save_for_backward(X if needs_W else None, W if needs_X else None, layout.offsets)
+        ctx.has_unassigned_rows, ctx.active = layout.has_unassigned_rows, layout.active
+        return grouped_product(X, W, layout)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Grads:
         X, W, offsets = ctx.saved_tensors
-        dX = None if W is None else product(dY, W.mT, offsets, ctx.tail, ctx.used)
-        dW = None if X is None else gradient(dY, X, offsets, ctx.used)
-        return dX, dW, None, None, None
+        layout = GroupLayout(offsets, ctx.has_unassigned_rows, ctx.active)
+        dX = None if W is None else grouped_product(dY, W.mT, layout)
+        dW = None if X is None else grouped_weight_gradient(dY, X, layout)
+        return dX, dW, None
 
 
 def _check(X: Tensor, groups: Groups, experts: int) -> None:

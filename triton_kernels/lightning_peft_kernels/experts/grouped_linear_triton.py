@@ -1,15 +1,14 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Grouped products with packed experts, decoded in the product; and dequantising used experts only.
+"""Triton kernels for packed experts: products that decode on the fly, and dequantising.
 
-Rows are sorted by expert and where groups end is on the device alone: a program finds its expert by
-counting tiles, so that nothing waits for the host and a captured graph serves any routing. A tile
-is at most BLOCK_M rows of one expert; W is read once a tile and never written anywhere. Even and
-odd columns are two products, which needs no interleaving.
+Rows are sorted by expert, and only the device knows the ends of groups. A program finds its expert
+by counting tiles, so nothing waits for the host and a captured graph serves any routing. A tile
+holds at most BLOCK_M rows of one expert; W is read once per tile and never written to memory. Even
+and odd columns are two products, which needs no interleaving.
 
-    forward    Y[rows of e] = X[rows of e] · W[e]ᵀ      W[e] is the wide operand, as in `decode`
+    forward    Y[rows of e] = X[rows of e] · W[e]ᵀ      W[e] is the wide operand
     backward   dX[rows of e] = dY[rows of e] · W[e]     columns 2j and 2j + 1 side by side
 
-The decode is written out in each loop, as in `decode_triton`: as a function of its own its loads
+Each loop spells out the decoding, as in `small_batch_triton`: in a function of its own the loads
 come in another order, and tiles of 64 rows spill.
 """
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from lightning_peft_kernels.nf4.ops import Packed4bit
 
-__all__ = ["aot_specs", "dequantize_used", "grouped_decode", "tile_of"]
+__all__ = ["aot_specs", "dequantize_active_experts", "grouped_linear_4bit", "tile_of"]
 
 _BLOCK_N, _BLOCK_K = 64, 128
 _WARPS, _STEPS = 4, 4
@@ -40,7 +39,7 @@ _WARPS, _STEPS = 4, 4
 
 @triton.jit
 def tile_of(ends_ptr, tile, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(expert, first row, end of its rows) of a tile; an expert ≥ E beyond the last tile."""
+    """Return (expert, first row, end of its rows) of a tile; expert ≥ E beyond the last tile."""
     e = tl.arange(0, BLOCK_E)
     end = tl.load(ends_ptr + e, mask=e < E, other=0)
     start = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
@@ -177,7 +176,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _dequantize_used_kernel(
+def _dequantize_active_kernel(
     packed_ptr,
     scale_ptr,
     table_ptr,
@@ -189,7 +188,7 @@ def _dequantize_used_kernel(
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Eight weights a word, `words` words an expert; nothing where no row needs them."""
+    """Decode eight weights per word, `words` words per expert; skip experts without rows."""
     start = tl.program_id(0).to(tl.int64) * (WORDS * STEPS)
     last = tl.minimum(start + WORDS * STEPS, n_words) - 1
     first, last = start // words, last // words
@@ -211,7 +210,7 @@ def _dequantize_used_kernel(
         tl.store(out_ptr + at, y, mask=inside[:, None])
 
 
-def grouped_decode(
+def grouped_linear_4bit(
     X: Tensor,
     q: Packed4bit,
     shape: Sequence[int],
@@ -221,19 +220,19 @@ def grouped_decode(
     *,
     transposed: bool,
 ) -> Tensor:
-    """Rows of X times the weight of their expert, decoded in the product.
+    """Multiply rows of X by the weight of their expert, decoded in the product.
 
     Args:
-        X: [S, K], or dY [S, N] where not transposed; contiguous, sorted by expert.
+        X: [S, K], or dY [S, N] if not transposed; contiguous, sorted by expert.
         q: Every part with a leading expert axis; packed [E, N·K/2].
-        shape: (N, K) of an expert, K even.
+        shape: (N, K) of one expert, K even.
         ends: int32 [E], the end row of each expert.
         kind: ``"nf4"`` or ``"fp4"``.
-        block_size: As quantised; blocks start with each expert.
-        transposed: X W[e]ᵀ [S, N]; else X W[e] [S, K].
+        block_size: Block size used to quantise; blocks start with each expert.
+        transposed: If True, X W[e]ᵀ [S, N]; else X W[e] [S, K].
 
     Returns:
-        Rows beyond the last group are not written.
+        The product; rows beyond the last group are not written.
     """
     N, K = shape
     E, S, device = ends.shape[0], X.shape[0], str(X.device)
@@ -244,7 +243,7 @@ def grouped_decode(
     if not S:
         return out
     rows = max(16, min(64, triton.next_power_of_2(2 * S // E)))
-    tiles = S // rows + min(E, S)  # full tiles, and a ragged one an expert
+    tiles = S // rows + min(E, S)  # full tiles, and a ragged one per expert
     if transposed:
         kernel, columns, block_n = _forward_kernel, triton.cdiv(N, _BLOCK_N), _BLOCK_N
     else:
@@ -260,29 +259,29 @@ def grouped_decode(
 
 
 def _warps(rows: int) -> int:
-    return 8 if rows == 64 else 4  # four spill on sm_80
+    return 8 if rows == 64 else 4  # four warps spill on sm_80
 
 
 def _backward_n(rows: int) -> int:
-    return 64 if rows == 64 else 32  # twice as many spill with Triton 3.6
+    return 64 if rows == 64 else 32  # twice as many columns spill with Triton 3.6
 
 
-def dequantize_used(
+def dequantize_active_experts(
     packed: Tensor, scales: Tensor, ends: Tensor, kind: str, block_size: int, out: Tensor
 ) -> Tensor:
-    """Weights of experts that have rows into out [E, N, K]; the others are left as they are.
+    """Dequantise experts with rows into out [E, N, K]; leave the other experts unwritten.
 
     Args:
         packed: uint8 [E, N·K/2], N·K a multiple of `block_size`.
         scales: fp32 [E, blocks].
         ends: int32 [E], the end row of each expert.
         kind: ``"nf4"`` or ``"fp4"``.
-        block_size: As quantised.
+        block_size: Block size used to quantise.
         out: [E, N, K], written and returned.
     """
     words = packed.reshape(-1).view(torch.int32)
     width = 32 * _WARPS
-    _dequantize_used_kernel[(triton.cdiv(words.numel(), width * _STEPS),)](
+    _dequantize_active_kernel[(triton.cdiv(words.numel(), width * _STEPS),)](
         words, scales, code(kind, str(packed.device)), ends, out,
         words.numel(), words.numel() // ends.shape[0],
         BLOCK_SIZE=block_size, WORDS=width, STEPS=_STEPS, num_warps=_WARPS,
@@ -291,8 +290,8 @@ def dequantize_used(
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
-    made = []
+    """Configurations to compile ahead of time."""
+    specs = []
     for nested in (True, False):
         what = {"BLOCK_SIZE": 64, "NESTED": nested, "BLOCK_E": 128}
         types = ["*bf16", "*u8", "*u8" if nested else "*fp32", *["*fp32"] * 4, "*i32", "*bf16"]
@@ -303,7 +302,7 @@ def aot_specs() -> list[dict[str, Any]]:
                 ("forward", _forward_kernel, _BLOCK_N, True),
                 ("backward", _backward_kernel, _backward_n(rows), rows == 64),
             ):
-                made.append(
+                specs.append(
                     spec(
                         f"experts {direction} {name}",
                         kernel,
@@ -316,5 +315,7 @@ def aot_specs() -> list[dict[str, Any]]:
                 )
     step = {"BLOCK_SIZE": 64, "WORDS": 32 * _WARPS, "STEPS": _STEPS}
     types = ["*i32", "*fp32", "*fp32", "*i32", "*bf16", "i32", "i32"]
-    made.append(spec("dequantize used experts", _dequantize_used_kernel, types, step, fast=True))
-    return made
+    specs.append(
+        spec("dequantize active experts", _dequantize_active_kernel, types, step, fast=True)
+    )
+    return specs

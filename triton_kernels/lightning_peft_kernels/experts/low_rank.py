@@ -1,26 +1,35 @@
-"""One low rank an expert, added onto a grouped product: y + s · X A[e]ᵀ B[e]ᵀ, by hand both ways.
+"""One low rank per expert, added onto a grouped product: y + s · X A[e]ᵀ B[e]ᵀ.
 
-Shapes: y [S, N], X [S, K] sorted by expert, A [E, R, K], B [E, N, R]; Z = s · X A[e]ᵀ [S, R] is
-saved.
+Shapes: y [S, N], X [S, K] sorted by expert, A [E, R, K], B [E, N, R]. Z = s · X A[e]ᵀ [S, R] is
+saved. The backward is written by hand:
     dZ = s · dY B[e]      dB[e] = dYᵀ Z      dA[e] = dZᵀ X      dX = dZ A[e]      by rows of e
-On a GPU the second product is added in place, without writing it out (two passes over [S, N] less),
-and dZ and dB come from one pass over dY, up to the rank of `backend.choose_one_pass`. On a CPU
-few rows an expert are cut into blocks (`expert_groups.Blocks`), each with its expert's factors:
-one batched product where a product for each expert would cost a call for every few rows. Elsewhere
-they are library products.
+
+A GPU adds the second product in place, which saves two passes over [S, N], and computes dZ and dB
+in one pass over dY, up to the rank of `dispatch.select_one_pass`. A CPU cuts few rows per expert
+into blocks (`row_blocks`): one batched product instead of one call per expert. Other cases use
+library products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.autograd import applied, gradients_of, recording, refuse_recording
-from lightning_peft_kernels.dispatch import choose_one_pass
-from lightning_peft_kernels.experts.groups import Blocks, Groups, Used, gradient, product
+from lightning_peft_kernels.autograd import (
+    Grads,
+    KernelFunction,
+    apply_or_forward,
+    check_no_double_backward,
+    gradients_of,
+    is_double_backward,
+)
+from lightning_peft_kernels.dispatch import Backend, current_backend, select_one_pass
+from lightning_peft_kernels.experts.groups import GroupLayout, Groups
+from lightning_peft_kernels.experts.products import grouped_product, grouped_weight_gradient
+from lightning_peft_kernels.experts.row_blocks import RowBlocks
 
 __all__ = ["add_low_rank", "add_low_rank_reference"]
 
@@ -28,9 +37,15 @@ __all__ = ["add_low_rank", "add_low_rank_reference"]
 def add_low_rank_reference(
     y: Tensor, X: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, expert: Tensor
 ) -> Tensor:
-    """The formula by gathering one pair a row; `expert` [S] int64."""
+    """Compute `add_low_rank` by gathering one pair per row; `expert` [S] int64."""
     Z = torch.einsum("sk,srk->sr", X, A[expert]) * scaling
     return y + torch.einsum("sr,snr->sn", Z, B[expert])
+
+
+class _Spec(NamedTuple):
+    scaling: float
+    in_place: bool
+    backend: Backend
 
 
 def add_low_rank(
@@ -43,8 +58,9 @@ def add_low_rank(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """Y + scaling · X A[e]ᵀ B[e]ᵀ in the dtype of y [S, N]; differentiable in y, X, A, B and a
-    tensor scaling.
+    """Compute ``y + scaling · X A[e]ᵀ B[e]ᵀ`` in the dtype of y [S, N].
+
+    Differentiable in y, X, A, B and a tensor scaling.
 
     Args:
         y: [S, N].
@@ -52,154 +68,147 @@ def add_low_rank(
         A: [E, R, K].
         B: [E, N, R].
         scaling: Number or 0-d tensor.
-        groups: Rows of each expert; those of nobody keep their y.
-        in_place: Whether y may be written over.
+        groups: Rows of each expert; unassigned rows keep their y.
+        in_place: If True, y may be overwritten.
     """
     if isinstance(scaling, Tensor):
         B, scaling = B * scaling.to(B.dtype), 1.0
-    # While compiling not in place: see `calling.added`. A padded product is seen through a view.
+    # Never in place while compiling, see `autograd.add_maybe_inplace`. A padded product is a view.
     in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
+    spec = _Spec(scaling, in_place, current_backend())
     X, blocks = X.to(A.dtype), groups.blocks(A, B)
     if blocks is not None:
-        out: Tensor = applied(_AddByBlocks, y, X, A, B, scaling, in_place, blocks)
+        out: Tensor = apply_or_forward(_AddByBlocks, y, X, A, B, blocks, spec)
         return out
-    out = applied(_AddLowRank, y, X, A, B, scaling, in_place, *groups.given)
+    out = apply_or_forward(_AddLowRank, y, X, A, B, groups.layout, spec)
     return out
 
 
-class _AddLowRank(torch.autograd.Function):
+class _AddLowRank(KernelFunction):
+    """One product per expert."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        X: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        in_place: bool,
-        offsets: Tensor,
-        tail: bool,
-        used: Used | None,
+        ctx: Any, y: Tensor, X: Tensor, A: Tensor, B: Tensor, layout: GroupLayout, spec: _Spec
     ) -> Tensor:
-        Z = product(X, A, offsets, tail, used).contiguous()
-        if scaling != 1.0:
-            Z *= scaling
-        ctx.save_for_backward(X if ctx.needs_input_grad[2] else None, Z, A, B, offsets)
-        ctx.scaling, ctx.tail, ctx.used = scaling, tail, used
-        if in_place:
+        Z = grouped_product(X, A, layout).contiguous()
+        if spec.scaling != 1.0:
+            Z *= spec.scaling
+        ctx.save_for_backward(X if ctx.needs_input_grad[2] else None, Z, A, B, layout.offsets)
+        ctx.spec = spec
+        ctx.has_unassigned_rows, ctx.active = layout.has_unassigned_rows, layout.active
+        if spec.in_place:
             ctx.mark_dirty(y)
-        if in_place and y.dtype == Z.dtype and _by_kernel(Z, offsets):
-            from lightning_peft_kernels.experts.low_rank_triton import add_up
+        if spec.in_place and y.dtype == Z.dtype and _uses_kernel(Z, spec.backend):
+            from lightning_peft_kernels.experts.low_rank_triton import add_low_rank_product_
 
-            return add_up(y, Z, B.contiguous(), offsets)
-        low = product(Z, B, offsets, tail, used).to(y.dtype)
-        return y.add_(low) if in_place else y + low
+            return add_low_rank_product_(y, Z, B.contiguous(), layout.offsets)
+        low = grouped_product(Z, B, layout).to(y.dtype)
+        return y.add_(low) if spec.in_place else y + low
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Grads:
         X, Z, A, B, offsets = ctx.saved_tensors
+        spec: _Spec = ctx.spec
         needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
-        if recording():
-
-            def product_of(X: Tensor, W: Tensor) -> Tensor:
-                return product(X, W, offsets, ctx.tail, ctx.used)
-
-            return dY, *_again(product_of, ctx, dY, X, A, B), None, None, None, None, None
-        g, used = dY.to(Z.dtype), ctx.used
-        dX = dA = dB = dZ = None
-        if needs_B and (needs_X or needs_A) and _by_kernel(Z, offsets):
-            from lightning_peft_kernels.experts.low_rank_triton import gradients
-
-            dZ, dB = gradients(g.contiguous(), Z, B.contiguous(), offsets, ctx.scaling)
-        else:
-            if needs_X or needs_A:
-                dZ = product(g, B.mT, offsets, ctx.tail, used)
-                if ctx.scaling != 1.0:
-                    dZ *= ctx.scaling
-            dB = gradient(g, Z, offsets, used) if needs_B else None
-        if dZ is not None:
-            dA = gradient(dZ, X, offsets, used) if needs_A else None
-            dX = product(dZ, A.mT, offsets, ctx.tail, used) if needs_X else None
-        return dY, dX, dA, dB, None, None, None, None, None
-
-
-class _AddByBlocks(torch.autograd.Function):
-    """Z and dZ are kept in blocks, zero where those are filled up: other fillers need no care."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        X: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        in_place: bool,
-        blocks: Blocks,
-    ) -> Tensor:
-        Z = torch.bmm(blocks.cut(X), blocks.of_each(A).mT)
-        if scaling != 1.0:
-            Z *= scaling
-        Z.masked_fill_(blocks.filler, 0.0)
-        ctx.save_for_backward(X if ctx.needs_input_grad[2] else None, Z, A, B)
-        ctx.scaling, ctx.blocks = scaling, blocks
-        low = blocks.joined(torch.bmm(Z, blocks.of_each(B).mT)).to(y.dtype)
-        if in_place:
-            ctx.mark_dirty(y)
-        return y.add_(low) if in_place else y + low
-
-    @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
-        X, Z, A, B = ctx.saved_tensors
-        blocks: Blocks = ctx.blocks
-        needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
-        if recording():
+        layout = GroupLayout(offsets, ctx.has_unassigned_rows, ctx.active)
+        if is_double_backward():
 
             def product(X: Tensor, W: Tensor) -> Tensor:
-                return blocks.joined(torch.bmm(blocks.cut(X), blocks.of_each(W).mT))
+                return grouped_product(X, W, layout)
 
-            return dY, *_again(product, ctx, dY, X, A, B), None, None, None
+            return dY, *_gradients_by_torch(product, ctx, dY, X, A, B), None, None
+        g = dY.to(Z.dtype)
+        dX = dA = dB = dZ = None
+        if needs_B and (needs_X or needs_A) and _uses_kernel(Z, spec.backend):
+            from lightning_peft_kernels.experts.low_rank_triton import expert_low_rank_gradients
+
+            dZ, dB = expert_low_rank_gradients(
+                g.contiguous(), Z, B.contiguous(), offsets, spec.scaling
+            )
+        else:
+            if needs_X or needs_A:
+                dZ = grouped_product(g, B.mT, layout)
+                if spec.scaling != 1.0:
+                    dZ *= spec.scaling
+            dB = grouped_weight_gradient(g, Z, layout) if needs_B else None
+        if dZ is not None:
+            dA = grouped_weight_gradient(dZ, X, layout) if needs_A else None
+            dX = grouped_product(dZ, A.mT, layout) if needs_X else None
+        return dY, dX, dA, dB, None, None
+
+
+class _AddByBlocks(KernelFunction):
+    """One product per block. Padding of Z and dZ is zero, so other padding needs no care."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, X: Tensor, A: Tensor, B: Tensor, blocks: RowBlocks, spec: _Spec
+    ) -> Tensor:
+        Z = torch.bmm(blocks.cut(X), blocks.weights(A).mT)
+        if spec.scaling != 1.0:
+            Z *= spec.scaling
+        Z.masked_fill_(blocks.padding, 0.0)
+        ctx.save_for_backward(X if ctx.needs_input_grad[2] else None, Z, A, B)
+        ctx.spec, ctx.blocks = spec, blocks
+        low = blocks.joined(torch.bmm(Z, blocks.weights(B).mT)).to(y.dtype)
+        if spec.in_place:
+            ctx.mark_dirty(y)
+        return y.add_(low) if spec.in_place else y + low
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> Grads:
+        X, Z, A, B = ctx.saved_tensors
+        blocks: RowBlocks = ctx.blocks
+        spec: _Spec = ctx.spec
+        needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        if is_double_backward():
+
+            def product(X: Tensor, W: Tensor) -> Tensor:
+                return blocks.joined(torch.bmm(blocks.cut(X), blocks.weights(W).mT))
+
+            return dY, *_gradients_by_torch(product, ctx, dY, X, A, B), None, None
         g = blocks.cut(dY.to(Z.dtype))
         dX = dA = dB = None
         if needs_B:
             dB = blocks.summed(_up_gradient(g, Z), len(B))
         if needs_X or needs_A:
-            dZ = _down(g, blocks.of_each(B))
-            if ctx.scaling != 1.0:
-                dZ *= ctx.scaling
-            dZ.masked_fill_(blocks.filler, 0.0)
+            dZ = _down(g, blocks.weights(B))
+            if spec.scaling != 1.0:
+                dZ *= spec.scaling
+            dZ.masked_fill_(blocks.padding, 0.0)
             if needs_A:
                 dA = blocks.summed(torch.bmm(dZ.mT, blocks.cut(X)), len(A))
             if needs_X:
-                dX = blocks.joined(torch.bmm(dZ, blocks.of_each(A)))
-        return dY, dX, dA, dB, None, None, None
+                dX = blocks.joined(torch.bmm(dZ, blocks.weights(A)))
+        return dY, dX, dA, dB, None, None
 
 
-# A result whose rows are shorter than a vector register takes the library up to three times as long
-# as the same result transposed (MKL on Zen 5, fp32, ranks 4 and 8; not in bf16, not from rank 16
-# on).
+# If rows of the result are shorter than a vector register, the library takes up to three times as
+# long as for the transposed result (MKL on Zen 5, fp32, ranks 4 and 8; neither in bf16 nor from
+# rank 16 on).
 _VECTOR = 16
 
 
-def _narrow(B: Tensor) -> bool:
+def _is_narrow(B: Tensor) -> bool:
     return B.dtype == torch.float32 and B.shape[-1] < _VECTOR
 
 
 def _down(g: Tensor, B: Tensor) -> Tensor:
-    """G B [blocks, height, R]."""
-    if _narrow(B) and g.shape[1] >= _VECTOR:
+    """Compute ``g B`` [blocks, height, R]."""
+    if _is_narrow(B) and g.shape[1] >= _VECTOR:
         return torch.bmm(B.mT, g.mT).mT
     return torch.bmm(g, B)
 
 
 def _up_gradient(g: Tensor, Z: Tensor) -> Tensor:
-    """Gᵀ Z [blocks, N, R]."""
-    if _narrow(Z):
+    """Compute ``gᵀ Z`` [blocks, N, R]."""
+    if _is_narrow(Z):
         return torch.bmm(Z.mT, g).mT.contiguous()
     return torch.bmm(g.mT, Z)
 
 
-def _again(
+def _gradients_by_torch(
     product: Callable[[Tensor, Tensor], Tensor],
     ctx: Any,
     dY: Tensor,
@@ -207,19 +216,19 @@ def _again(
     A: Tensor,
     B: Tensor,
 ) -> list[Tensor | None]:
-    """(dX, dA, dB) that can be differentiated again."""
+    """Return (dX, dA, dB) that are differentiable."""
     if X is None:
-        refuse_recording("add_low_rank", "train A too, without which X is not kept")
-    assert X is not None  # or it was refused
+        check_no_double_backward("add_low_rank", "train A too, without which X is not kept")
+    assert X is not None  # the check above raised
 
     def formula(X: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return product(product(X, A) * ctx.scaling, B).to(dY.dtype)
+        return product(product(X, A) * ctx.spec.scaling, B).to(dY.dtype)
 
     return gradients_of(formula, (X, A, B), ctx.needs_input_grad[1:4], dY)
 
 
-def _by_kernel(Z: Tensor, offsets: Tensor) -> bool:
-    """Not while compiling: what a trace records must be an op."""
+def _uses_kernel(Z: Tensor, backend: Backend) -> bool:
+    """Whether the Triton kernel runs; not while compiling, where a trace records ops only."""
     if not Z.shape[0] or torch.compiler.is_compiling():
         return False
-    return choose_one_pass(Z.device, Z.dtype, Z.shape[1]).backend == "triton"
+    return select_one_pass(Z.device, Z.dtype, Z.shape[1], backend).backend == "triton"

@@ -1,10 +1,9 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""The second product of an expert's low rank in place, and both gradients from one pass over dY.
+"""Triton kernels of a low rank per expert: the product in place, both gradients in one pass.
 
-Rows are sorted by expert and where groups end is on the device alone. Forward: a program finds the
-expert of its tile. Backward: a program takes all rows of one expert × some columns, so that dB
-needs no partial sums and is zero for an expert without rows; dZ is summed over the column blocks
-in order.
+Rows are sorted by expert, and only the device knows the ends of groups. In forward, a program finds
+the expert of its tile. In backward, a program takes all rows of one expert × some columns: dB needs
+no partial sums and is zero for an expert without rows. dZ is summed over the column blocks in
+order.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from lightning_peft_kernels.experts.grouped_linear_triton import tile_of
 from lightning_peft_kernels.lora.rank_gradients_triton import BLOCK_N, WARPS, sum_parts
 from lightning_peft_kernels.tools.aot import spec
 
-__all__ = ["add_up", "aot_specs", "gradients"]
+__all__ = ["add_low_rank_product_", "aot_specs", "expert_low_rank_gradients"]
 
 _BLOCK_M, _UP_N = 64, 128
 
 
 @triton.jit
-def _add_up_kernel(
+def _add_product_kernel(
     Z_ptr,
     B_ptr,
     ends_ptr,
@@ -102,22 +101,25 @@ def _gradients_kernel(
     tl.store(dB_ptr + at_B, dB.to(dB_ptr.dtype.element_ty), mask=mask_B)
 
 
-def add_up(y: Tensor, Z: Tensor, B: Tensor, ends: Tensor) -> Tensor:
-    """Y [S, N] with Z B[e]ᵀ added in place; Z [S, R], B [E, N, R] contiguous, R ≤ 32."""
+def add_low_rank_product_(y: Tensor, Z: Tensor, B: Tensor, ends: Tensor) -> Tensor:
+    """Add Z B[e]ᵀ to y [S, N] in place; Z [S, R], B [E, N, R] contiguous, R ≤ 32."""
     (S, R), (E, N) = Z.shape, B.shape[:2]
     rows = max(16, min(_BLOCK_M, triton.next_power_of_2(2 * S // E)))
     tiles = S // rows + min(E, S)
-    _add_up_kernel[(tiles, triton.cdiv(N, _UP_N))](
+    _add_product_kernel[(tiles, triton.cdiv(N, _UP_N))](
         Z, B, ends, y, E, N, R, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=rows, BLOCK_N=_UP_N,
         BLOCK_R=max(16, triton.next_power_of_2(R)), num_warps=4,
     )  # fmt: skip
     return y
 
 
-def gradients(
+def expert_low_rank_gradients(
     dY: Tensor, Z: Tensor, B: Tensor, ends: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(scaling · dY B[e] [S, R], dB [E, N, R]); rows of nobody in the first are not defined."""
+    """Return (scaling · dY B[e] [S, R], dB [E, N, R]).
+
+    Unassigned rows of the first are undefined.
+    """
     (S, N), (E, R) = dY.shape, (B.shape[0], B.shape[2])
     block_r = max(16, triton.next_power_of_2(R))
     columns = triton.cdiv(N, BLOCK_N)
@@ -131,8 +133,8 @@ def gradients(
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
-    made = []
+    """Configurations to compile ahead of time."""
+    specs = []
     for R in (16, 32):
         skip = {"gfx942": "spills: two products"} if R > 16 else {}
         for rows in (16, 64):
@@ -140,11 +142,11 @@ def aot_specs() -> list[dict[str, Any]]:
             types = [*["*bf16"] * 2, "*i32", "*bf16", *["i32"] * 3]
             name = f"experts low rank r {R} {rows} rows"
             fast = R == rows == 16
-            made.append(spec(name, _add_up_kernel, types, tile, gemm=rows == 64, fast=fast))
+            specs.append(spec(name, _add_product_kernel, types, tile, gemm=rows == 64, fast=fast))
         tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_R": R}
         types = [*["*bf16"] * 3, "*i32", "*fp32", "*bf16", *["i32"] * 3]
-        made.append(
+        specs.append(
             spec(f"experts rank gradients r {R}", _gradients_kernel, types, tile, num_warps=WARPS,
                  num_stages=2, gemm=True, skip=skip, fast=R == 16)
         )  # fmt: skip
-    return made
+    return specs

@@ -1,6 +1,7 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Rows to e4m3 in Triton: one program a row reads it twice (the second time from the L2 cache),
-once for its largest magnitude and once to round.
+"""Triton kernel that quantises rows to e4m3.
+
+One program per row reads it twice: once for its largest magnitude and once, from the L2 cache, to
+round.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "quantize_rows"]
 
-_BLOCK = 2048  # elements a step: 16 bytes a lane of bf16 at 8 warps
+_BLOCK = 2048  # elements per step: 16 bytes per lane of bf16 at 8 warps
 _WARPS = 8
 
 
@@ -24,17 +25,17 @@ _WARPS = 8
 def _quantize_rows_kernel(
     x_ptr, out_ptr, scale_ptr, K, LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Row m: scale[m] = max(max |x|, LEAST) / LARGEST, out = x / scale[m]; K elements a row."""
+    """Row m: scale[m] = max(max |x|, LEAST) / LARGEST, out = x / scale[m]; K elements per row."""
     row = tl.program_id(0).to(tl.int64) * K
     peaks = tl.zeros((BLOCK,), tl.float32)
     for k in range(0, K, BLOCK):
         at = k + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row + at, mask=at < K, other=0.0).to(tl.float32)
-        # A NaN must come out as a NaN, so that an overflow is not hidden.
+        # A NaN must stay a NaN, so that an overflow is not hidden.
         peaks = tl.maximum(peaks, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    whole = tl.max(peaks, axis=0)
-    whole += tl.sum(tl.where(peaks != peaks, peaks, 0.0), axis=0)
-    scale = tl.maximum(whole, LEAST, propagate_nan=tl.PropagateNan.ALL) / LARGEST
+    peak = tl.max(peaks, axis=0)
+    peak += tl.sum(tl.where(peaks != peaks, peaks, 0.0), axis=0)
+    scale = tl.maximum(peak, LEAST, propagate_nan=tl.PropagateNan.ALL) / LARGEST
     tl.store(scale_ptr + tl.program_id(0), scale)
     factor = 1.0 / scale
     for k in range(0, K, BLOCK):
@@ -46,7 +47,7 @@ def _quantize_rows_kernel(
 def quantize_rows(
     x: Tensor, largest: float, least: float, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[Tensor, Tensor]:
-    """(x / scale in `dtype` [M, K], scale fp32 [M, 1]) of a contiguous x [M, K]."""
+    """Return (x / scale in `dtype` [M, K], scale fp32 [M, 1]) of a contiguous x [M, K]."""
     M, K = x.shape
     out = torch.empty(M, K, dtype=dtype, device=x.device)
     scale = torch.empty(M, 1, dtype=torch.float32, device=x.device)
@@ -58,7 +59,7 @@ def quantize_rows(
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
+    """Configurations to compile ahead of time."""
     skip = {"sm_80": "no e4m3", "gfx942": "another e4m3"}
     constexprs = {"LARGEST": 448.0, "LEAST": 1e-30, "BLOCK": _BLOCK}
     return [

@@ -1,10 +1,10 @@
-"""LoRA on a dense linear layer: y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias, forward and backward by hand.
+"""LoRA on a dense linear layer: y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias, with a hand-written backward.
 
-Shapes: x [..., K], W [N, K] frozen or trained, A [R, K], B [N, R]; M = rows of x.
-S = drop(x) Aᵀ [M, R] is saved, not recomputed (unlike the usual fast algorithm, which reads x twice
-more); of dropout only the seed is saved, and backward draws the mask again. The scale sits on the
-rank side, M·R elements instead of M·N. dS = s · dY B and dB = dYᵀ S come from one pass over dY
-where there is a kernel for it (`rank_gradients`).
+Shapes: x [..., K], W [N, K] frozen or trained, A [R, K], B [N, R]; M is the number of rows of x.
+S = drop(x) Aᵀ [M, R] is saved, not recomputed; the usual fast algorithm reads x twice more. Dropout
+saves its seed only, and backward draws the mask again. The scale multiplies the rank side, M·R
+elements instead of M·N. If a kernel applies, dS = s · dY B and dB = dYᵀ S come from one pass over
+dY (`rank_gradients`).
 """
 
 from __future__ import annotations
@@ -16,96 +16,103 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft_kernels.autograd import (
+    Grads,
+    KernelFunction,
     add_product,
     autocast_off,
-    flat,
+    flatten_rows,
     gradients_of,
-    recording,
-    transformed,
-    unflat,
+    in_functorch_transform,
+    is_double_backward,
+    unflatten_rows,
 )
+from lightning_peft_kernels.dispatch import Backend, current_backend
 from lightning_peft_kernels.dropout.ops import draw_seed, seeded_dropout
 from lightning_peft_kernels.lora.rank_gradients import rank_gradients
 
-__all__ = ["Plan", "lora_linear", "lora_linear_reference"]
+__all__ = ["LoRASpec", "lora_linear", "lora_linear_reference"]
 
 
-class Plan(NamedTuple):
-    """What forward and backward agree on.
+class LoRASpec(NamedTuple):
+    """Settings that forward and backward share.
 
     Attributes:
-        scaling: s, a number; a tensor scale is folded into B before.
-        dropout_p: Probability of dropping.
-        dtype: Of the rank-sized products.
+        scaling: s, a number; a tensor scale is folded into B first.
+        dropout_p: Probability of dropping an element of x.
+        dtype: Dtype of the rank-sized products.
+        backend: Backend requested when forward ran.
     """
 
     scaling: float
     dropout_p: float
     dtype: torch.dtype
+    backend: Backend
 
 
 def lora_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float | Tensor
 ) -> Tensor:
-    """The formula in plain torch, without dropout."""
+    """Compute `lora_linear` in plain torch, without dropout."""
     return F.linear(x, weight, bias) + (x.to(A.dtype) @ A.mT @ B.mT * scaling).to(x.dtype)
 
 
 def prepare(
     x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float | Tensor, dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Plan]:
-    """Cast by the one dtype rule: autocast's dtype where it is on; else rank products in the
-    adapters' dtype.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, LoRASpec]:
+    """Cast by one rule for dtypes: that of autocast if it is on, else rank products in A's."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, A, B = (
-            x.to(dtype),
-            A.to(dtype),
-            B.to(dtype),
-        )  # differentiable: gradients return in the parameters' dtype
+        # Differentiable casts: gradients return in the dtype of the parameters.
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     else:
         dtype = A.dtype
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if isinstance(scaling, Tensor):
         B, scaling = B * scaling.to(B.dtype), 1.0
-    return x, A, B, bias, Plan(float(scaling), dropout_p, dtype)
+    return x, A, B, bias, LoRASpec(float(scaling), dropout_p, dtype, current_backend())
 
 
-def lora_down(x2: Tensor, A: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
-    """(S = s · drop(x) Aᵀ [M, R], seed of the dropout or None)."""
-    z, seed = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype), None
-    if plan.dropout_p:
+def _drop(x: Tensor, seed: Tensor, spec: LoRASpec) -> Tensor:
+    return seeded_dropout(x, seed, spec.dropout_p, backend=spec.backend)
+
+
+def lora_down(x2: Tensor, A: Tensor, spec: LoRASpec) -> tuple[Tensor, Tensor | None]:
+    """Return (S = s · drop(x) Aᵀ [M, R], seed of the dropout or None)."""
+    z, seed = x2 if x2.dtype == spec.dtype else x2.to(spec.dtype), None
+    if spec.dropout_p:
         seed = draw_seed(x2.device)
-        z = seeded_dropout(z, seed, plan.dropout_p)
+        z = _drop(z, seed, spec)
     S = F.linear(z, A)
-    return (S if plan.scaling == 1.0 else S * plan.scaling), seed
+    return (S if spec.scaling == 1.0 else S * spec.scaling), seed
 
 
-def plain_branch(x: Tensor, A: Tensor, B: Tensor, plan: Plan, seed: Tensor | None = None) -> Tensor:
-    """s · drop(x) Aᵀ Bᵀ [..., N] in torch's own operations: with the mask of `seed`, without one
-    with a mask of torch's.
+def lora_branch_by_torch(
+    x: Tensor, A: Tensor, B: Tensor, spec: LoRASpec, seed: Tensor | None = None
+) -> Tensor:
+    """Compute s · drop(x) Aᵀ Bᵀ [..., N] in torch's own operations.
+
+    Dropout uses the mask of `seed`, or torch's own mask if there is no seed.
     """
-    z, p = x.to(plan.dtype), plan.dropout_p
-    z = F.dropout(z, p) if seed is None else seeded_dropout(z, seed, p)
-    return F.linear(F.linear(z, A) * plan.scaling, B).to(x.dtype)
+    z = x.to(spec.dtype)
+    z = F.dropout(z, spec.dropout_p) if seed is None else _drop(z, seed, spec)
+    return F.linear(F.linear(z, A) * spec.scaling, B).to(x.dtype)
 
 
 def lora_branch(
-    x2: Tensor, A: Tensor, B: Tensor, plan: Plan, out_dtype: torch.dtype
+    x2: Tensor, A: Tensor, B: Tensor, spec: LoRASpec, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], seed or None)."""
-    S, seed = lora_down(x2, A, plan)
+    """Return (s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], seed or None)."""
+    S, seed = lora_down(x2, A, spec)
     y = F.linear(S, B)
     return (y if y.dtype == out_dtype else y.to(out_dtype)), S, seed
 
 
-def lora_up_backward(dS: Tensor, A: Tensor, seed: Tensor | None, plan: Plan) -> Tensor:
-    """What the branch adds to dX: drop(dS A) [M, K], with the mask of forward."""
+def lora_up_backward(dS: Tensor, A: Tensor, seed: Tensor | None, spec: LoRASpec) -> Tensor:
+    """Return the branch's part of dX: drop(dS A) [M, K], with the mask of forward."""
     low = dS @ A
-    return low if seed is None else seeded_dropout(low, seed, plan.dropout_p)
+    return low if seed is None else _drop(low, seed, spec)
 
 
 def rank_backward(
@@ -115,25 +122,26 @@ def rank_backward(
     seed: Tensor | None,
     A: Tensor,
     B: Tensor,
-    plan: Plan,
+    spec: LoRASpec,
     needs_A: bool,
     needs_B: bool,
     needs_X: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dS, dA, dB), each None where nothing asks for it; S carries the scale already, x2 is read
-    for dA alone.
+    """Return (dS, dA, dB), each None if nothing needs it.
+
+    S includes the scale. Only dA reads x2.
     """
-    g = dY if dY.dtype == plan.dtype else dY.to(plan.dtype)
+    g = dY if dY.dtype == spec.dtype else dY.to(spec.dtype)
     dS = dA = dB = None
     if needs_B and (needs_A or needs_X):
-        dS, dB = rank_gradients(g, S, B, plan.scaling)
+        dS, dB = rank_gradients(g, S, B, spec.scaling, backend=spec.backend)
     elif needs_B:
         dB = g.mT @ S
     elif needs_A or needs_X:
-        dS = g @ B if plan.scaling == 1.0 else (g @ B) * plan.scaling
+        dS = g @ B if spec.scaling == 1.0 else (g @ B) * spec.scaling
     if needs_A and dS is not None and x2 is not None:
-        z = x2 if x2.dtype == plan.dtype else x2.to(plan.dtype)
-        dA = dS.mT @ (z if seed is None else seeded_dropout(z, seed, plan.dropout_p))
+        z = x2 if x2.dtype == spec.dtype else x2.to(spec.dtype)
+        dA = dS.mT @ (z if seed is None else _drop(z, seed, spec))
     return dS, dA, dB
 
 
@@ -145,31 +153,33 @@ def lora_backward(
     A: Tensor,
     B: Tensor,
     W: Tensor | None,
-    plan: Plan,
+    spec: LoRASpec,
     needs_A: bool,
     needs_B: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX or None where W is None, dA, dB)."""
+    """Return (dX, dA, dB); dX is None if W is."""
     dX = None
-    dS, dA, dB = rank_backward(dY, x2, S, seed, A, B, plan, needs_A, needs_B, W is not None)
+    dS, dA, dB = rank_backward(dY, x2, S, seed, A, B, spec, needs_A, needs_B, W is not None)
     if W is not None and dS is not None:
-        dX = torch.addmm(lora_up_backward(dS, A, seed, plan).to(dY.dtype), dY, W)
+        dX = torch.addmm(lora_up_backward(dS, A, seed, spec).to(dY.dtype), dY, W)
     return dX, dA, dB
 
 
 def _product(
-    x2: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, plan: Plan
+    x2: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, spec: LoRASpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(Y [M, N], S [M, R], seed or None)."""
-    # The base first, as the plain layer runs it: with B = 0 not a bit differs.
+    """Return (Y [M, N], S [M, R], seed or None)."""
+    # The base product comes first, as in the plain layer: with B = 0 no bit differs.
     y = F.linear(x2, W, bias)
-    S, seed = lora_down(x2, A, plan)
-    if plan.dtype == y.dtype:
+    S, seed = lora_down(x2, A, spec)
+    if spec.dtype == y.dtype:
         return add_product(y, S, B.mT), S, seed
     return y + F.linear(S, B).to(y.dtype), S, seed
 
 
-class _LoRALinear(torch.autograd.Function):
+class _LoRALinear(KernelFunction):
+    """y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias with a dense W."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -178,30 +188,30 @@ class _LoRALinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        plan: Plan,
+        spec: LoRASpec,
     ) -> Tensor:
-        x2 = flat(x)
-        y, S, seed = _product(x2, W, bias, A, B, plan)
+        x2 = flatten_rows(x)
+        y, S, seed = _product(x2, W, bias, A, B, spec)
         ctx.save_for_backward(x, S, seed, A, B, W)
-        ctx.plan = plan
-        return unflat(y, x)
+        ctx.spec = spec
+        return unflatten_rows(y, x)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Grads:
         x, S, seed, A, B, W = ctx.saved_tensors
-        x2, dY2 = flat(x), flat(dY)
+        x2, dY2 = flatten_rows(x), flatten_rows(dY)
         needs = ctx.needs_input_grad
         d_bias = dY2.sum(0) if needs[2] else None
-        if recording():
+        if is_double_backward():
 
             def formula(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-                return F.linear(x, W) + plain_branch(x, A, B, ctx.plan, seed)
+                return F.linear(x, W) + lora_branch_by_torch(x, A, B, ctx.spec, seed)
 
             wanted = [*needs[:2], *needs[3:5]]
             dX, dW, dA, dB = gradients_of(formula, (x, W, A, B), wanted, dY)
             return dX, dW, d_bias, dA, dB, None
         dX, dA, dB = lora_backward(
-            dY2, x2, S, seed, A, B, W if needs[0] else None, ctx.plan, needs[3], needs[4]
+            dY2, x2, S, seed, A, B, W if needs[0] else None, ctx.spec, needs[3], needs[4]
         )
         if dX is not None:
             dX = dX.view(x.shape)
@@ -218,9 +228,10 @@ def lora_linear(
     scaling: float | Tensor,
     *,
     dropout_p: float = 0.0,
-    training: bool = True,
 ) -> Tensor:
-    """Y = x Wᵀ + scaling · drop(x) Aᵀ Bᵀ + bias; differentiable in all of x, weight, bias, A, B.
+    """Compute ``y = x Wᵀ + scaling · drop(x) Aᵀ Bᵀ + bias``.
+
+    Differentiable in x, weight, bias, A, B and a tensor scaling.
 
     Args:
         x: [..., K] floating.
@@ -229,18 +240,17 @@ def lora_linear(
         A: [R, K].
         B: [N, R].
         scaling: Number or 0-d tensor.
-        dropout_p: Probability of dropping an element of x in the low-rank branch.
-        training: Whether dropout is on.
+        dropout_p: Probability of dropping an element of x in the low-rank branch; 0 in evaluation.
     """
-    x, A, B, bias, plan = prepare(x, A, B, bias, scaling, dropout_p if training else 0.0)
+    x, A, B, bias, spec = prepare(x, A, B, bias, scaling, dropout_p)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     with autocast_off(x.device.type):
-        if transformed():
-            return F.linear(x, weight, bias) + plain_branch(x, A, B, plan)
+        if in_functorch_transform():
+            return F.linear(x, weight, bias) + lora_branch_by_torch(x, A, B, spec)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, plan)  # type: ignore[no-untyped-call]
+            y: Tensor = _LoRALinear.apply(x, weight, bias, A, B, spec)
             return y
-        # As `calling.applied`; but a view will do here, which an autograd function must not return.
-        y, _, _ = _product(flat(x), weight, bias, A, B, plan)
+        # As `apply_or_forward`, but a view is fine here; an autograd function must not return one.
+        y, _, _ = _product(flatten_rows(x), weight, bias, A, B, spec)
         return y.view(*x.shape[:-1], y.shape[-1])

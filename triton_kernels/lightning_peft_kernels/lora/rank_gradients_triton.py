@@ -1,7 +1,7 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""dS and dB of a low-rank branch from one pass over dY: a program takes some rows × 256 columns.
+"""Triton kernel for dS and dB of a low-rank branch: one pass over dY.
 
-Partial sums lie side by side in fp32 and are added in order, so that runs repeat bit for bit.
+A program takes some rows × 256 columns. It writes partial sums in fp32, which a second kernel adds
+in order, so runs repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lightning_peft_kernels.tools.aot import spec
 
-__all__ = ["BLOCK_N", "WARPS", "aot_specs", "gradients", "sum_parts"]
+__all__ = ["BLOCK_N", "WARPS", "aot_specs", "low_rank_gradients", "sum_parts"]
 
 _BLOCK_M = 64
-_ROWS = 1024  # of one program: fewer mean more parts of dB
+_ROWS = 1024  # rows per program: fewer mean more parts of dB
 BLOCK_N, WARPS = 256, 8  # fewer columns mean more parts of dS
-_PROGRAMS = 264  # two a multiprocessor of 132: rows are cut further until there are that many
+_PROGRAMS = 264  # two per multiprocessor of 132: rows are cut further to reach this number
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def _sum_kernel(part_ptr, out_ptr, parts, size, scaling, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, (sum * scaling).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def gradients(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(scaling · dY B [M, R], dYᵀ S [N, R]) of contiguous dY [M, N], S [M, R], B [N, R]; R ≤ 32."""
+def low_rank_gradients(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return (scaling · dY B [M, R], dYᵀ S [N, R]) of contiguous tensors; R ≤ 32."""
     (M, N), R = dY.shape, B.shape[1]
     block_r = max(16, triton.next_power_of_2(R))
     columns = triton.cdiv(N, BLOCK_N)
@@ -90,7 +90,7 @@ def gradients(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tuple[Tensor,
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
-    """Scaling · Σ of the leading axis, in order."""
+    """Sum the leading axis in order and multiply by `scaling`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     size = out.numel()
     _sum_kernel[(triton.cdiv(size, 1024),)](
@@ -100,16 +100,16 @@ def sum_parts(parts: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
-    made = []
+    """Configurations to compile ahead of time."""
+    specs = []
     types = [*["*bf16"] * 3, *["*fp32"] * 2, *["i32"] * 4]
     for R in (16, 32):
         tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_R": R}
         name, skip = f"rank gradients r {R}", {"gfx942": "spills: two products"} if R > 16 else {}
-        made.append(
+        specs.append(
             spec(name, _gradients_kernel, types, tile, num_warps=WARPS, num_stages=2, gemm=True,
                  skip=skip, fast=R == 16)
         )  # fmt: skip
     types = ["*fp32", "*bf16", "i32", "i32", "fp32"]
-    made.append(spec("rank gradients sum", _sum_kernel, types, {"BLOCK": 1024}, fast=True))
-    return made
+    specs.append(spec("rank gradients sum", _sum_kernel, types, {"BLOCK": 1024}, fast=True))
+    return specs

@@ -1,12 +1,12 @@
-"""4-bit quantisation on a CPU: the bytes and values of the reference in `nf4.py`, faster.
+"""Fast 4-bit quantisation on a CPU, with the bytes and values of `nf4.reference`.
 
-Quantising looks a value up by cell: one byte an element. Adding 1.5 · 2^(23 - 14) to v in [-1, 1]
-leaves round(2^14 · v) in the low bits of the sum, so no conversion is needed; the few elements in
-cells that a decision point splits are searched for.
+Quantising looks each value up by cell, one byte per element. Adding 1.5 · 2^(23 - 14) to v in
+[-1, 1] leaves round(2^14 · v) in the low bits of the sum, so no conversion is needed. The few
+elements in cells that a decision point splits are searched for.
 
-Dequantising calls bitsandbytes' vectorised routine where it is installed, on the flattened weight
-(with the weight's own shape it takes wrong scales where in % block != 0), into a buffer of ours;
-else a table of byte → two values.
+Dequantising calls the vectorised routine of bitsandbytes, if it is installed, on the flattened
+weight: with the weight's own shape it takes wrong scales if in % block != 0. Otherwise a table maps
+each byte to two values.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from lightning_peft_kernels.codebooks.four_bit import (
     nf4_cells,
 )
 
-__all__ = ["dequantize_blocks", "quantize_nf4_blocks", "scales"]
+__all__ = ["block_scales", "dequantize_blocks", "empty_paged", "quantize_nf4_blocks"]
 
-# Elements. A chunk and its temporaries stay in the L2 cache; a chunk is worked on by one thread,
-# because torch's barriers, one an op, cost 10 × on a machine that others use too.
+# Elements. A chunk and its temporaries stay in the L2 cache. One thread works on a chunk, because
+# torch's barriers, one per op, cost 10 × on a shared machine.
 _CHUNK = 1 << 17
-_ONE_THREAD = 1 << 15  # ops on up to as many elements run in the calling thread
+_ONE_THREAD = 1 << 15  # ops on at most this many elements run in the calling thread
 _PAIR_CHUNK = 1 << 18
 _TINY = 1e-38
 _ROUND = 1.5 * 2**23 / NF4_CELLS  # v + _ROUND has steps of 1 / NF4_CELLS
 _FIRST_CELL = int(torch.tensor(_ROUND - 1.0, dtype=torch.float32).view(torch.int32))
 _SPLIT_BYTES = int.from_bytes([SPLIT_CELL] * 8, "little", signed=True)
-# Results from here on ask for huge pages, half the cost of first touch: malloc maps each by itself.
+# Results from this size on ask for huge pages, which halves the cost of the first touch.
+# malloc maps each of them separately.
 _HUGE_BYTES = 1 << 25
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def quantize_nf4_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(bytes [n/2], absmax fp32 [n/block]) of `flat` [n], n a multiple of the block."""
+    """Return (bytes [n/2], absmax fp32 [n/block]) of `flat` [n], n a multiple of the block."""
     n, threads = flat.numel(), torch.get_num_threads()
     packed = torch.empty(n // 2, dtype=torch.uint8)
     absmax = torch.empty(n // block_size, dtype=torch.float32)
@@ -59,11 +60,13 @@ def quantize_nf4_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     starts, inference = range(0, n, share), torch.is_inference_mode_enabled()
 
     def run(start: int) -> None:
-        with torch.inference_mode(inference):  # as in the calling thread: it made the results
+        with torch.inference_mode(
+            inference
+        ):  # as in the calling thread, which allocated the results
             _quantize_range(flat, packed, absmax, start, min(start + share, n), block_size)
 
     try:
-        # Counts for the threads of the pool alone, and for threads that begin meanwhile.
+        # Applies to the threads of the pool, and to threads that start meanwhile.
         with ThreadPoolExecutor(len(starts), initializer=lambda: torch.set_num_threads(1)) as pool:
             list(pool.map(run, starts))
     finally:
@@ -74,7 +77,7 @@ def quantize_nf4_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 def _quantize_range(
     flat: Tensor, packed: Tensor, absmax: Tensor, start: int, stop: int, block_size: int
 ) -> None:
-    """Elements [start, stop) with one set of temporaries, 11 bytes an element of the chunk."""
+    """Quantise elements [start, stop) with one set of temporaries, 11 bytes per chunk element."""
     table, points = nf4_cells(), midpoints("nf4")
     split = torch.tensor(_SPLIT_BYTES)
     size = min(_CHUNK, stop - start)
@@ -103,12 +106,14 @@ def _quantize_range(
         packed[first // 2 : last // 2] = pairs.bitwise_left_shift_(4).bitwise_or_(odd)
 
 
-def scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
-    """Nested scales fp32 [..., blocks]: map[code] · absmax2[block // 256] + offset, two roundings.
+def block_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    """Return nested scales fp32 [..., blocks].
+
+    scale = map[code] · absmax2[block // 256] + offset, with two roundings.
 
     Args:
         codes: uint8 [blocks], or [weights, blocks] with whole groups of 256.
-        absmax2: fp32, one a group.
+        absmax2: fp32, one per group.
         offset: fp32 [1], or [weights, 1].
     """
     flat, absmax2 = codes.reshape(-1), absmax2.reshape(-1)
@@ -137,23 +142,23 @@ def dequantize_blocks(
     block_size: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Values [n] of whole blocks.
+    """Dequantise full blocks to values [n].
 
     Args:
         packed: uint8 [n/2].
         absmax: fp32 [n/block].
-        dtype: Of the values.
+        dtype: Dtype of the values.
         kind: ``"nf4"`` or ``"fp4"``.
-        block_size: Elements a scale.
+        block_size: Elements per scale.
         out: Contiguous, n elements of `dtype`; written instead of a new tensor.
     """
     n = packed.numel() * 2
-    out = fresh((n,), dtype) if out is None else out
-    # Its AVX-512 code is inexact from block 2048 on, so bitsandbytes itself avoids it there.
+    out = empty_paged((n,), dtype) if out is None else out
+    # The AVX-512 code is inexact from block 2048 on; bitsandbytes itself avoids it there.
     suffix = _SUFFIX.get(dtype) if block_size < 2048 else None
     native = None if suffix is None else _native(f"cdequantize_blockwise_cpu_{kind}_{suffix}")
     if native is not None and packed.is_contiguous() and absmax.is_contiguous():
-        width = block_size  # of its rows: any multiple of the block is right, wide ones are faster
+        width = block_size  # row width: any multiple of the block is correct, wide rows are faster
         while width < 4096 and n % (2 * width) == 0:
             width *= 2
         sizes = [ctypes.c_longlong(i) for i in (block_size, n // width, width)]
@@ -170,14 +175,14 @@ def dequantize_blocks(
     return out
 
 
-def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor; a large one on huge pages where Linux has them."""
+def empty_paged(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor; a large one uses huge pages if Linux offers them."""
     out = torch.empty(tuple(shape), dtype=dtype)
     size = out.numel() * out.element_size()
     if size >= _HUGE_BYTES and sys.platform == "linux":
         first = -(-out.data_ptr() // 4096) * 4096
         length = (out.data_ptr() + size - first) // 4096 * 4096
-        advice = 14  # MADV_HUGEPAGE; only advice, so a refusal changes nothing
+        advice = 14  # MADV_HUGEPAGE is advice: a refusal changes nothing
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
     return out
 
@@ -189,13 +194,15 @@ def _libc() -> Any:
 
 @lru_cache(maxsize=16)
 def _native(name: str) -> Callable[..., None] | None:
-    """A routine of bitsandbytes' CPU library: nothing in torch comes near its rate."""
+    """Return a routine of bitsandbytes' CPU library, an order of magnitude faster than torch."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     from bitsandbytes.cextension import lib
 
     library = vars(lib).get("_lib")
-    if not isinstance(library, ctypes.CDLL):  # its stand-in, without a library
+    if not isinstance(
+        library, ctypes.CDLL
+    ):  # bitsandbytes without its library puts a placeholder here
         return None
     routine: Callable[..., None] | None = getattr(library, name, None)
     return routine
@@ -207,7 +214,7 @@ def _pointer(t: Tensor) -> ctypes.c_void_p:
 
 @lru_cache(maxsize=4)
 def _pairs(kind: str) -> Tensor:
-    """Byte → (even value, odd value) as one int64, [256]."""
+    """Return the table byte → (even value, odd value) as one int64, [256]."""
     values = code(kind)
     byte = torch.arange(256)
     both = torch.stack([values[byte >> 4], values[byte & 15]], dim=1).contiguous()

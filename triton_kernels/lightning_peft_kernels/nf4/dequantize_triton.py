@@ -1,10 +1,9 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Dequantising 4-bit weights in one Triton launch, nested scales included, in either orientation.
+"""Triton kernels that dequantise 4-bit weights in one launch, in either orientation.
 
-One int32 word (eight nibbles) a lane and step: 128-byte coalesced loads, 16-byte stores, no layout
-conversion. Values come from a 16-entry table held in registers (`tl.gather`), which is portable and
-runs in the interpreter. The scale is map[code] · absmax2 + offset with two roundings: compiled
-without fusing the multiply and the add, or it would not be bit-exact.
+Each lane and step takes one int32 word (eight nibbles): 128-byte coalesced loads, 16-byte stores,
+no layout conversion. Values come from a 16-entry table held in registers (`tl.gather`), which is
+portable and runs in the interpreter. The scale map[code] · absmax2 + offset has two roundings;
+compilation must not fuse the multiply and the add, which would not be bit-exact.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["aot_specs", "dequantize"]
 
-_STEPS = 4  # words a lane: enough loads in flight without spilling (30 registers)
+_STEPS = 4  # words per lane: enough loads in flight without spilling (30 registers)
 _WARPS = 4
 _ROWS, _COLUMN_WORDS = 64, 8  # tile of the transposed form: 64 × 64 weights
 
@@ -49,8 +48,9 @@ def _dequantize_kernel(
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Eight weights a word; little endian, high nibble first: shifts 4, 0, 12, 8, 20, 16, 28,
-    24.
+    """Decode eight weights per word: little endian, high nibble first.
+
+    The shifts are 4, 0, 12, 8, 20, 16, 28, 24.
     """
     lane = tl.arange(0, 8)
     shift = (lane // 2) * 8 + 4 - (lane % 2) * 4
@@ -94,8 +94,9 @@ def _dequantize_transposed_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Out [K, N] from W [N, K], K a multiple of eight: a tile of ROWS × 8·WORDS weights, turned on
-    chip.
+    """Decode W [N, K], K a multiple of eight, into out [K, N].
+
+    A program transposes a tile of ROWS × 8·WORDS weights on chip.
     """
     lane = tl.arange(0, 8)
     shift = (lane // 2) * 8 + 4 - (lane % 2) * 4
@@ -134,10 +135,10 @@ def dequantize(
     factor: Tensor | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """Weights in `dtype`, times `factor` [1] where given, into `out` where given.
+    """Return weights in `dtype`, multiplied by `factor` [1] if given, written to `out` if given.
 
-    A transposed result is [K, N]. The bytes are padded to whole words only where n is no multiple
-    of eight.
+    A transposed result is [K, N]. The bytes are padded to full words only if n is not a multiple of
+    eight.
     """
     n = torch.Size(shape).numel()
     packed = q.packed.reshape(-1)
@@ -179,7 +180,7 @@ def dequantize(
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
+    """Configurations to compile ahead of time."""
     specs = []
     plain = {"enable_fp_fusion": False}
     no_fp8 = {"sm_80": "no e4m3", "gfx942": "another e4m3"}

@@ -1,17 +1,18 @@
-"""4-bit block quantisation (NF4, FP4), nested scales included: bytes and values as bitsandbytes'.
+"""4-bit block quantisation (NF4, FP4) with nested scales, byte for byte as bitsandbytes.
 
-A weight is flattened row by row and cut into blocks of `block_size`. Block b holds the codes of w /
-absmax_b, two to a byte, the even element in the high nibble. With double quantisation the scales
-are quantised in turn, 256 to a block, to 8-bit codes of the signed dynamic map after subtracting
-their mean:
-    absmax_b = map[code_b] · absmax2_{b // 256} + offset                 (two roundings)
-    w        = round_to_dtype(table[nibble] · absmax_b)                  (one rounding, in fp32
-    before)
-Bytes moved by dequantising n weights to bf16 at block 64: 0.516 n read, 2 n written.
+A weight is flattened row by row and cut into blocks of `block_size`. Block b holds the codes of
+``w / absmax_b``, two per byte, the even element in the high nibble. Double quantisation subtracts
+the mean of the scales and quantises them too, 256 per block, to 8-bit codes of the signed dynamic
+map:
 
-On a CPU the rules for ties and partial blocks are those of bitsandbytes' CPU backend, on CUDA those
-of its CUDA backend (true nearest nested codes, ties of a binary search), so bytes are compared
-device by device.
+    absmax_b = map[code_b] · absmax2_{b // 256} + offset       (two roundings)
+    w        = round_to_dtype(table[nibble] · absmax_b)        (one rounding, from fp32)
+
+Dequantising n weights to bf16 at block 64 reads 0.516 n bytes and writes 2 n.
+
+The rules for ties and partial blocks differ between bitsandbytes' backends. CPU tensors follow its
+CPU backend; CUDA tensors follow its CUDA backend (true nearest nested codes, ties of a binary
+search). Bytes are therefore comparable per device.
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
 
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import choose
+from lightning_peft_kernels.dispatch import Backend, current_backend, select
 from lightning_peft_kernels.nf4 import cpu as nf4_cpu
 from lightning_peft_kernels.nf4.packed import Packed4bit
 from lightning_peft_kernels.nf4.reference import (
@@ -32,24 +33,25 @@ from lightning_peft_kernels.nf4.reference import (
     quantize_4bit_reference,
     quantize_scales,
 )
+from lightning_peft_kernels.registration import define_op
 
 __all__ = [
     "Packed4bit",
     "block_scales",
     "dequantize_4bit",
     "dequantize_4bit_reference",
-    "dequantize_nf4",
     "quantize_4bit",
     "quantize_4bit_reference",
-    "quantize_nf4",
     "quantize_scales",
 ]
 
-# ---- CPU
+_QuantizedTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# ---- quantise
 
 
 def _quantize_nf4_cpu(flat: Tensor, block_size: int, double_quant: bool) -> Packed4bit:
-    """Whole blocks by cells, a partial last block by the reference."""
+    """Quantise full blocks by table lookup and a partial last block by the reference."""
     full = flat.numel() // block_size * block_size
     packed, absmax = nf4_cpu.quantize_nf4_blocks(flat[:full], block_size)
     if full < flat.numel():
@@ -58,58 +60,8 @@ def _quantize_nf4_cpu(flat: Tensor, block_size: int, double_quant: bool) -> Pack
     return Packed4bit(packed, *nested(absmax, double_quant))
 
 
-def _dequantize_cpu(
-    q: Packed4bit,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    kind: str,
-    block_size: int,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`out` is contiguous and has the shape and dtype of the result."""
-    n = torch.Size(shape).numel()
-    packed = q.packed.reshape(-1)
-    scales = q.absmax.reshape(-1)
-    if q.absmax2 is not None and q.offset is not None:
-        scales = nf4_cpu.scales(scales, q.absmax2, q.offset)
-    out = nf4_cpu.fresh(shape, dtype) if out is None else out
-    blocks = n // block_size
-    full, flat = blocks * block_size, out.view(-1)
-    if full:
-        nf4_cpu.dequantize_blocks(
-            packed[: full // 2], scales[:blocks], dtype, kind, block_size, flat[:full]
-        )
-    if full < n:
-        rest = Packed4bit(packed[full // 2 :], scales[blocks:], None, None)
-        tail = dequantize_4bit_reference(rest, (n - full,), dtype, kind=kind, block_size=block_size)
-        flat[full:] = tail
-    return out
-
-
-# ---- ops
-
-_library = torch.library.Library("lightning_peft", "FRAGMENT")
-_library.define(
-    "quantize_4bit(Tensor W, str kind, int block_size, bool double_quant) -> (Tensor, Tensor, "
-    "Tensor, Tensor)"
-)
-_library.define(
-    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, SymInt[] "
-    "shape, ScalarType dtype, str kind, int block_size) -> Tensor"
-)
-
-
-def _quantize_impl(
-    W: Tensor, kind: str, block_size: int, double_quant: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if W.device.type == "cpu" and kind == "nf4":
-        q = _quantize_nf4_cpu(W.detach().reshape(-1), block_size, double_quant)
-    elif kind == "nf4" and choose("quantize_4bit", W.device, W.dtype).backend == "triton":
-        from lightning_peft_kernels.nf4.quantize_triton import quantize
-
-        q = Packed4bit(*quantize(W, block_size, double_quant))
-    else:
-        q = quantize_4bit_reference(W, kind=kind, block_size=block_size, double_quant=double_quant)
+def _four_tensors(W: Tensor, q: Packed4bit) -> _QuantizedTensors:
+    """Replace absent parts by empty tensors: an op returns a fixed number of tensors."""
     empty = W.new_empty(0, dtype=torch.float32)
     return (
         q.packed,
@@ -119,9 +71,28 @@ def _quantize_impl(
     )
 
 
+def _quantize(
+    W: Tensor, kind: str, block_size: int, double_quant: bool, backend: Backend = "auto"
+) -> _QuantizedTensors:
+    if kind == "nf4" and select("quantize_4bit", W.device, W.dtype, backend).backend == "triton":
+        from lightning_peft_kernels.nf4.quantize_triton import quantize
+
+        return _four_tensors(W, Packed4bit(*quantize(W, block_size, double_quant)))
+    q = quantize_4bit_reference(W, kind=kind, block_size=block_size, double_quant=double_quant)
+    return _four_tensors(W, q)
+
+
+def _quantize_cpu(
+    W: Tensor, kind: str, block_size: int, double_quant: bool, backend: Backend = "auto"
+) -> _QuantizedTensors:
+    if kind != "nf4":
+        return _quantize(W, kind, block_size, double_quant, backend)
+    return _four_tensors(W, _quantize_nf4_cpu(W.detach().reshape(-1), block_size, double_quant))
+
+
 def _quantize_fake(
-    W: Tensor, kind: str, block_size: int, double_quant: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    W: Tensor, kind: str, block_size: int, double_quant: bool, backend: Backend = "auto"
+) -> _QuantizedTensors:
     n = W.numel()
     blocks = (n + block_size - 1) // block_size
     return (
@@ -132,56 +103,13 @@ def _quantize_fake(
     )
 
 
-def _dequantize_impl(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    kind: str,
-    block_size: int,
-) -> Tensor:
-    q = Packed4bit(packed, absmax, absmax2, offset)
-    return _dequantize(q, shape, dtype, kind, block_size, None)
-
-
-def _dequantize(
-    q: Packed4bit,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    kind: str,
-    block_size: int,
-    out: Tensor | None,
-) -> Tensor:
-    device = q.packed.device
-    if device.type == "cpu":
-        return _dequantize_cpu(q, shape, dtype, kind, block_size, out)
-    if choose("dequantize_4bit", device, dtype).backend == "triton":
-        from lightning_peft_kernels.nf4.dequantize_triton import dequantize
-
-        return dequantize(q, shape, dtype, kind, block_size, out)
-    W = dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
-    return W if out is None else out.copy_(W)
-
-
-def _dequantize_fake(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    kind: str,
-    block_size: int,
-) -> Tensor:
-    return packed.new_empty(tuple(shape), dtype=dtype)
-
-
-_library.impl("quantize_4bit", _quantize_impl, "CompositeExplicitAutograd")
-_library.impl("dequantize_4bit", _dequantize_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("lightning_peft::quantize_4bit", _quantize_fake, lib=_library)
-torch.library.register_fake("lightning_peft::dequantize_4bit", _dequantize_fake, lib=_library)
+define_op(
+    "quantize_4bit(Tensor W, str kind, int block_size, bool double_quant, str backend='auto') -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    fake=_quantize_fake,
+    default=_quantize,
+    cpu=_quantize_cpu,
+)
 
 
 def quantize_4bit(
@@ -192,11 +120,12 @@ def quantize_4bit(
     Args:
         W: fp32, bf16 or fp16; finite.
         kind: ``"nf4"`` or ``"fp4"``.
-        block_size: Elements a scale, a power of two from 32 to 4096.
-        double_quant: Quantise the scales too.
+        block_size: Elements per scale, a power of two from 32 to 4096.
+        double_quant: If True, quantise the scales too.
 
     Raises:
-        ValueError: an unknown kind or block size, a tensor that is not floating, NaN or infinity.
+        ValueError: The kind or the block size is unknown, or the tensor is not floating or holds
+            NaN or infinity.
     """
     _check(kind, block_size)
     if not W.is_floating_point():
@@ -209,11 +138,99 @@ def quantize_4bit(
             "keep the layer dense"
         )
     packed, absmax, absmax2, offset = torch.ops.lightning_peft.quantize_4bit(
-        W, kind, block_size, double_quant
+        W, kind, block_size, double_quant, current_backend()
     )
     if not double_quant:
         return Packed4bit(packed, absmax, None, None)
     return Packed4bit(packed, absmax, absmax2, offset)
+
+
+# ---- dequantise
+
+
+def _dequantize_cpu_into(
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    out: Tensor | None,
+) -> Tensor:
+    """Dequantise on the CPU; `out` is contiguous, in the shape and dtype of the result."""
+    n = torch.Size(shape).numel()
+    packed = q.packed.reshape(-1)
+    scales = q.absmax.reshape(-1)
+    if q.absmax2 is not None and q.offset is not None:
+        scales = nf4_cpu.block_scales(scales, q.absmax2, q.offset)
+    out = nf4_cpu.empty_paged(shape, dtype) if out is None else out
+    blocks = n // block_size
+    full, flat = blocks * block_size, out.view(-1)
+    if full:
+        nf4_cpu.dequantize_blocks(
+            packed[: full // 2], scales[:blocks], dtype, kind, block_size, flat[:full]
+        )
+    if full < n:
+        rest = Packed4bit(packed[full // 2 :], scales[blocks:], None, None)
+        last = dequantize_4bit_reference(rest, (n - full,), dtype, kind=kind, block_size=block_size)
+        flat[full:] = last
+    return out
+
+
+def _dequantize_into(
+    q: Packed4bit,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    backend: Backend,
+    out: Tensor | None,
+) -> Tensor:
+    device = q.packed.device
+    if device.type == "cpu":
+        return _dequantize_cpu_into(q, shape, dtype, kind, block_size, out)
+    if select("dequantize_4bit", device, dtype, backend).backend == "triton":
+        from lightning_peft_kernels.nf4.dequantize_triton import dequantize
+
+        return dequantize(q, shape, dtype, kind, block_size, out)
+    W = dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
+    return W if out is None else out.copy_(W)
+
+
+def _dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    q = Packed4bit(packed, absmax, absmax2, offset)
+    return _dequantize_into(q, shape, dtype, kind, block_size, backend, None)
+
+
+def _dequantize_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    block_size: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+define_op(
+    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, SymInt[] "
+    "shape, ScalarType dtype, str kind, int block_size, str backend='auto') -> Tensor",
+    fake=_dequantize_fake,
+    default=_dequantize,
+)
 
 
 def dequantize_4bit(
@@ -224,71 +241,49 @@ def dequantize_4bit(
     kind: str = "nf4",
     block_size: int = 64,
     out: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Weights in `dtype`, shaped.
+    """Dequantise a packed weight.
 
     Args:
         q: Bytes and scales.
-        shape: Of the weight.
-        dtype: fp32, bf16, fp16 or fp64 (then the fp32 values).
+        shape: Shape of the weight.
+        dtype: fp32, bf16, fp16 or fp64 (fp32 values).
         kind: ``"nf4"`` or ``"fp4"``.
-        block_size: As quantised.
-        out: Written and returned instead of a new tensor.
+        block_size: Block size used to quantise.
+        out: Written and returned instead of a new tensor; contiguous, of this shape and dtype.
+        backend: Requested backend; default `current_backend()`.
 
     Raises:
-        ValueError: bytes do not fit the shape.
+        ValueError: The bytes do not fit the shape, or `out` does not.
     """
     _check(kind, block_size)
     n = torch.Size(shape).numel()
     if q.packed.numel() != (n + 1) // 2:
         raise ValueError(
             f"dequantize_4bit: expected {(n + 1) // 2} bytes for shape {tuple(shape)}, got "
-            f"{q.packed.numel()}"
+            f"{q.packed.numel()}; give the shape that was quantised"
         )
     if out is not None:
-        return _dequantize_into(q, shape, dtype, kind, block_size, out)
+        _check_out(shape, dtype, out)
+    requested = backend or current_backend()
+    if out is not None and not torch.compiler.is_compiling():
+        return _dequantize_into(q, shape, dtype, kind, block_size, requested, out)
     W: Tensor = torch.ops.lightning_peft.dequantize_4bit(
-        q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size
+        q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size, requested
     )
-    return W
+    return W if out is None else out.copy_(W)
 
 
-def _dequantize_into(
-    q: Packed4bit,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    kind: str,
-    block_size: int,
-    out: Tensor,
-) -> Tensor:
+# ---- checks
+
+
+def _check_out(shape: Sequence[int], dtype: torch.dtype, out: Tensor) -> None:
     if out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(
             f"dequantize_4bit: expected a contiguous out of shape {tuple(shape)} in {dtype}, got "
             f"{tuple(out.shape)} with strides {out.stride()} in {out.dtype}"
         )
-    if torch.compiler.is_compiling():
-        W: Tensor = torch.ops.lightning_peft.dequantize_4bit(
-            q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size
-        )
-        return out.copy_(W)
-    return _dequantize(q, shape, dtype, kind, block_size, out)
-
-
-def quantize_nf4(W: Tensor, *, block_size: int = 64, double_quant: bool = True) -> Packed4bit:
-    """`quantize_4bit` with kind NF4."""
-    return quantize_4bit(W, kind="nf4", block_size=block_size, double_quant=double_quant)
-
-
-def dequantize_nf4(
-    q: Packed4bit,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    block_size: int = 64,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`dequantize_4bit` with kind NF4."""
-    return dequantize_4bit(q, shape, dtype, kind="nf4", block_size=block_size, out=out)
 
 
 def _check(kind: str, block_size: int) -> None:
@@ -299,9 +294,7 @@ def _check(kind: str, block_size: int) -> None:
 
 
 def _finite(W: Tensor) -> bool:
-    """One reduction without a mask: a sum of magnitudes is finite unless an element is not (or fp32
-    overflows).
-    """
+    """Whether all elements are finite; one reduction without a mask, in chunks."""
     flat = W.detach().reshape(-1)
     for start in range(0, flat.numel(), 1 << 22):
         part = flat[start : start + (1 << 22)]

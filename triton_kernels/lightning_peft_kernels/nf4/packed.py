@@ -1,12 +1,13 @@
-"""A matrix packed to 4 bits: codes, scales and what is needed to decode them."""
+"""A weight packed to 4 bits: its bytes, and the layout needed to decode them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Packed4bit"]
+__all__ = ["Packed4bit", "Packing"]
 
 
 class Packed4bit(NamedTuple):
@@ -14,12 +15,26 @@ class Packed4bit(NamedTuple):
 
     Attributes:
         packed: uint8, ⌈n/2⌉ elements in any shape.
-        absmax: uint8 codes [blocks] when nested, else fp32 [blocks].
-        absmax2: fp32 [⌈blocks/256⌉] when nested.
-        offset: fp32 [1] when nested.
+        absmax: uint8 codes [blocks] if nested, else fp32 [blocks].
+        absmax2: fp32 [⌈blocks/256⌉] if nested.
+        offset: fp32 [1] if nested.
     """
 
     packed: Tensor
     absmax: Tensor
     absmax2: Tensor | None
     offset: Tensor | None
+
+
+class Packing(NamedTuple):
+    """Layout of the weight in a `Packed4bit`.
+
+    Attributes:
+        shape: Shape of the weight, [N, K].
+        kind: ``"nf4"`` or ``"fp4"``.
+        block_size: Elements per scale.
+    """
+
+    shape: Sequence[int]
+    kind: str
+    block_size: int

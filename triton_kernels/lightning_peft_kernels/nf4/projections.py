@@ -1,12 +1,12 @@
-"""Projections that share their input (q, k and v; gate and up), each with LoRA, as one op.
+"""Projections that share their input (q, k, v; gate, up), each with LoRA, as one op.
 
     y_i = x W_iᵀ + s_i · drop_i(x) A_iᵀ B_iᵀ + bias_i          i = 1 … g, W_i [N_i, K] packed
 
-The weights are dequantised below each other into one buffer [ΣN, K], so that forward is one product
-and dX = [dY_1 … dY_g] · [W_1; …; W_g] one product too, instead of g products and g − 1 passes that
-add into dX. Without dropout the A_i are stacked, so that x and dX meet one rank-sized product each;
-with it every layer draws its own seed, in order, so that its mask is the one that it would draw
-alone. Each y_i owns its columns of one [M, ΣN] buffer: a strided tensor, not a view.
+The weights are dequantised below each other into one buffer [ΣN, K]. Forward is then one product,
+and so is dX = [dY_1 … dY_g] · [W_1; …; W_g], instead of g products and g − 1 passes over dX.
+Without dropout the A_i are stacked, so x and dX each take part in one rank-sized product. With
+dropout each layer draws its own seed, in order, which gives the mask that the layer would draw by
+itself. Each y_i owns its columns of one [M, ΣN] buffer: a strided tensor, but no view for autograd.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import (
-    applied,
+    Grads,
+    KernelFunction,
+    apply_or_forward,
     autocast_off,
+    flatten_rows,
     gradients_of,
-    recording,
-    transformed,
+    in_functorch_transform,
+    is_double_backward,
 )
+from lightning_peft_kernels.dispatch import Backend
 from lightning_peft_kernels.dropout.ops import seeded_dropout
 from lightning_peft_kernels.lora.linear import (
-    Plan,
+    LoRASpec,
+    lora_branch_by_torch,
     lora_down,
     lora_up_backward,
-    plain_branch,
     prepare,
     rank_backward,
 )
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear, nf4_lora_linear_reference
-from lightning_peft_kernels.nf4.ops import Packed4bit
-from lightning_peft_kernels.nf4.weight_buffers import keeps_for_backward, stacked_weights
+from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
+from lightning_peft_kernels.nf4.weight_buffers import stacked_weights
 
 __all__ = ["Projection", "nf4_grouped_projections", "nf4_grouped_projections_reference"]
 
@@ -51,7 +55,7 @@ class Projection(NamedTuple):
         A: [R, K].
         B: [N, R].
         scaling: Number or 0-d tensor.
-        dropout_p: Probability of dropping an element of x in the low-rank branch.
+        dropout_p: Probability of dropping an element of x in the low-rank branch; 0 in evaluation.
     """
 
     q: Packed4bit
@@ -66,7 +70,7 @@ class Projection(NamedTuple):
 def nf4_grouped_projections_reference(
     x: Tensor, layers: Sequence[Projection], *, kind: str = "nf4", block_size: int = 64
 ) -> list[Tensor]:
-    """One layer after the other, without dropout."""
+    """Compute the layers one after the other in plain torch, without dropout."""
     return [
         nf4_lora_linear_reference(
             x, p.q, p.shape, p.bias, p.A, p.B, p.scaling, kind=kind, block_size=block_size
@@ -78,7 +82,7 @@ def nf4_grouped_projections_reference(
 class _Group(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     ranks: tuple[int, ...]
-    plans: tuple[Plan, ...]
+    specs: tuple[LoRASpec, ...]
     kind: str
     block_size: int
 
@@ -87,27 +91,32 @@ class _Group(NamedTuple):
         return [N for N, _ in self.shapes]
 
     @property
-    def stacked(self) -> bool:
-        """Whether all A meet the same x."""
-        return not any(plan.dropout_p for plan in self.plans)
+    def shares_input(self) -> bool:
+        """Whether all A multiply the same x: no layer drops elements of its own."""
+        return not any(spec.dropout_p for spec in self.specs)
 
+    @property
+    def backend(self) -> Backend:
+        return self.specs[0].backend
 
-def _packed(flat: Sequence[Tensor | None]) -> list[Packed4bit]:
-    return [Packed4bit(*flat[i : i + 4]) for i in range(0, len(flat), 4)]  # type: ignore[arg-type]
+    def weights(self, qs: Sequence[Packed4bit], dtype: torch.dtype) -> Tensor:
+        """[W_1; …; W_g], dequantised."""
+        packings = [Packing(shape, self.kind, self.block_size) for shape in self.shapes]
+        return stacked_weights(list(zip(qs, packings, strict=True)), dtype, self.backend)
 
 
 def _down(
     x2: Tensor, As: Sequence[Tensor], group: _Group
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """(S_i = s_i · drop_i(x) A_iᵀ, seeds)."""
-    if not group.stacked:
-        found = [lora_down(x2, A, plan) for A, plan in zip(As, group.plans, strict=True)]
+    if not group.shares_input:
+        found = [lora_down(x2, A, spec) for A, spec in zip(As, group.specs, strict=True)]
         return [S for S, _ in found], [seed for _, seed in found]
-    S = x2.to(group.plans[0].dtype) @ torch.cat(list(As)).mT
+    S = x2.to(group.specs[0].dtype) @ torch.cat(list(As)).mT
     parts = S.split(group.ranks, dim=1)
     scaled = [
-        part if plan.scaling == 1.0 else part * plan.scaling
-        for part, plan in zip(parts, group.plans, strict=True)
+        part if spec.scaling == 1.0 else part * spec.scaling
+        for part, spec in zip(parts, group.specs, strict=True)
     ]
     return scaled, [None] * len(As)
 
@@ -120,16 +129,16 @@ def _up(
     biases: Sequence[Tensor | None],
     group: _Group,
 ) -> list[Tensor]:
-    """y_i = S_i B_iᵀ + x W_iᵀ + bias_i, in that order, as a layer alone sums it."""
+    """y_i = S_i B_iᵀ + x W_iᵀ + bias_i, summed in the order of a single layer."""
     branches = [S @ B.mT for S, B in zip(Ss, Bs, strict=True)]
-    if torch.compiler.is_compiling():  # a graph knows no tensors that share memory unseen
+    if torch.compiler.is_compiling():  # a graph cannot hold tensors that share memory unseen
         y = torch.cat([b.to(x2.dtype) for b in branches], 1).addmm(x2, W.mT)
         return [
             part.clone() if bias is None else part + bias
             for part, bias in zip(y.split(group.rows, 1), biases, strict=True)
         ]
     y = x2.new_empty(x2.shape[0], sum(group.rows))
-    # Parts that autograd takes for tensors of their own: the caller may go on in place.
+    # For autograd these parts are tensors of their own, so the caller may change them in place.
     parts: list[Tensor] = list(torch.ops.aten.unsafe_split_with_sizes(y, group.rows, 1))
     for part, branch in zip(parts, branches, strict=True):
         part.copy_(branch)
@@ -140,66 +149,70 @@ def _up(
     return parts
 
 
-class _GroupedProjections(torch.autograd.Function):
-    """Inputs after `group`: g biases, g A, g B, then 4·g tensors of bytes."""
+class _GroupedProjections(KernelFunction):
+    """All layers of a group. Arguments after `qs`: g biases, g A, g B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: _Group, *rest: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group: _Group,
+        qs: tuple[Packed4bit, ...],
+        *trained: Tensor,
+    ) -> tuple[Tensor, ...]:
         g, lead = len(group.shapes), x.shape[:-1]
-        biases, As, Bs, flat = rest[:g], rest[g : 2 * g], rest[2 * g : 3 * g], rest[3 * g :]
-        x2 = x.reshape(-1, x.shape[-1])
+        biases, As, Bs = trained[:g], trained[g : 2 * g], trained[2 * g :]
+        x2 = flatten_rows(x)
         Ss, seeds = _down(x2, As, group)
-        keep = ctx.needs_input_grad[0] and keeps_for_backward()
-        how = (group.shapes, x.dtype, group.kind, group.block_size)
-        W = stacked_weights(_packed(flat), *how, keep=keep)
-        parts = _up(x2, W, Ss, Bs, biases, group)
-        ctx.save_for_backward(x, W if keep else None, *seeds, *Ss, *As, *Bs, *flat)
+        parts = _up(x2, group.weights(qs, x.dtype), Ss, Bs, biases, group)
+        ctx.save_for_backward(x, *seeds, *Ss, *As, *Bs, *(t for q in qs for t in q))
         ctx.group = group
         return tuple(torch.ops.aten._unsafe_view(part, (*lead, part.shape[-1])) for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, *dYs: Tensor) -> Any:
+    def backward(ctx: Any, *dYs: Tensor) -> Grads:
         group: _Group = ctx.group
-        x, W, *rest = ctx.saved_tensors
         g, needs = len(group.shapes), ctx.needs_input_grad
-        seeds, Ss, As, Bs, flat = (
+        needs_X, needs_biases = needs[0], needs[3 : 3 + g]
+        needs_As, needs_Bs = needs[3 + g : 3 + 2 * g], needs[3 + 2 * g :]
+        x, *rest = ctx.saved_tensors
+        seeds, Ss, As, Bs, packed = (
             rest[:g], rest[g : 2 * g], rest[2 * g : 3 * g], rest[3 * g : 4 * g], rest[4 * g :],
         )  # fmt: skip
-        plans, x2 = group.plans, x.reshape(-1, x.shape[-1])
-        flat_dYs = [dY.reshape(-1, dY.shape[-1]) for dY in dYs]
-        biases = [dY.sum(0) if needs[2 + i] else None for i, dY in enumerate(flat_dYs)]
-        if needs[0] and (W is None or W.dtype != dYs[0].dtype):
-            how = (group.shapes, dYs[0].dtype, group.kind, group.block_size)
-            W = stacked_weights(_packed(flat), *how, keep=False)
-        if recording():
-            formula = functools.partial(_recorded, group, seeds, W if needs[0] else None)
-            wanted = [needs[0], *needs[2 + g : 2 + 3 * g]]
+        qs = [Packed4bit(*packed[i : i + 4]) for i in range(0, 4 * g, 4)]
+        x2, rows_dYs = flatten_rows(x), [flatten_rows(dY) for dY in dYs]
+        d_biases = [
+            dY.sum(0) if need else None for dY, need in zip(rows_dYs, needs_biases, strict=True)
+        ]
+        W = group.weights(qs, dYs[0].dtype) if needs_X else None
+        if is_double_backward():
+            formula = functools.partial(_by_torch, group, seeds, W)
+            wanted = [needs_X, *needs_As, *needs_Bs]
             dX, *d_factors = gradients_of(formula, (x, *As, *Bs), wanted, dYs)
-            return dX, None, *biases, *d_factors, *[None] * (4 * g)
+            return dX, None, None, *d_biases, *d_factors
         dSs, dBs = [], []
-        each = zip(flat_dYs, Ss, As, Bs, plans, needs[2 + 2 * g :], strict=False)
-        for dY, S, A, B, plan, needs_B in each:  # dA comes from the stacked dS, below
-            dS, _, dB = rank_backward(dY, None, S, None, A, B, plan, False, needs_B, True)
-            assert dS is not None  # asked for
+        each = zip(rows_dYs, Ss, As, Bs, group.specs, needs_Bs, strict=True)
+        for dY, S, A, B, spec, needs_B in each:  # dA needs the stacked dS, see below
+            dS, _, dB = rank_backward(dY, None, S, None, A, B, spec, False, needs_B, True)
+            assert dS is not None  # needs_X was True
             dSs.append(dS)
             dBs.append(dB)
-        dAs = _down_backward(dSs, x2, seeds, group, needs[2 + g : 2 + 2 * g])
+        dAs = _down_backward(dSs, x2, seeds, group, needs_As)
         dX = None
-        if needs[0]:
+        if W is not None:
             low = _up_backward(dSs, As, seeds, group)
-            dX = torch.addmm(low.to(dYs[0].dtype), torch.cat(flat_dYs, 1), W)
-            dX = dX.view(x.shape)
-        return dX, None, *biases, *dAs, *dBs, *[None] * (4 * g)
+            dX = torch.addmm(low.to(dYs[0].dtype), torch.cat(rows_dYs, 1), W).view(x.shape)
+        return dX, None, None, *d_biases, *dAs, *dBs
 
 
-def _recorded(
+def _by_torch(
     group: _Group, seeds: Sequence[Tensor | None], W: Tensor | None, x: Tensor, *factors: Tensor
 ) -> list[Tensor]:
-    """y_i without bias, in torch's own operations; without the base where no dX is asked for."""
+    """y_i without bias in torch's own operations; without the base if W is None."""
     As, Bs = factors[: len(seeds)], factors[len(seeds) :]
     lows = [
-        plain_branch(x, A, B, plan, seed)
-        for A, B, seed, plan in zip(As, Bs, seeds, group.plans, strict=True)
+        lora_branch_by_torch(x, A, B, spec, seed)
+        for A, B, seed, spec in zip(As, Bs, seeds, group.specs, strict=True)
     ]
     if W is None:
         return lows
@@ -217,47 +230,45 @@ def _down_backward(
     """dA_i = dS_iᵀ drop_i(x)."""
     if not any(needs):
         return [None] * len(dSs)
-    z = x2.to(group.plans[0].dtype)
-    if group.stacked:
+    z = x2.to(group.specs[0].dtype)
+    if group.shares_input:
         return list((torch.cat(list(dSs), 1).mT @ z).split(group.ranks))
-    return [
-        dS.mT @ (z if seed is None else seeded_dropout(z, seed, plan.dropout_p)) if need else None
-        for dS, seed, plan, need in zip(dSs, seeds, group.plans, needs, strict=True)
-    ]
+
+    def gradient(dS: Tensor, seed: Tensor | None, spec: LoRASpec) -> Tensor:
+        if seed is None:
+            return dS.mT @ z
+        return dS.mT @ seeded_dropout(z, seed, spec.dropout_p, backend=spec.backend)
+
+    parts = zip(dSs, seeds, group.specs, needs, strict=True)
+    return [gradient(dS, seed, spec) if need else None for dS, seed, spec, need in parts]
 
 
 def _up_backward(
     dSs: Sequence[Tensor], As: Sequence[Tensor], seeds: Sequence[Tensor | None], group: _Group
 ) -> Tensor:
     """Σ drop_i(dS_i A_i) [M, K]."""
-    if group.stacked:
+    if group.shares_input:
         return torch.cat(list(dSs), 1) @ torch.cat(list(As))
-    parts = zip(dSs, As, seeds, group.plans, strict=True)
-    low, *others = (lora_up_backward(dS, A, seed, plan) for dS, A, seed, plan in parts)
+    parts = zip(dSs, As, seeds, group.specs, strict=True)
+    low, *others = (lora_up_backward(dS, A, seed, spec) for dS, A, seed, spec in parts)
     for other in others:
         low = low + other
     return low
 
 
 def nf4_grouped_projections(
-    x: Tensor,
-    layers: Sequence[Projection],
-    *,
-    kind: str = "nf4",
-    block_size: int = 64,
-    training: bool = True,
+    x: Tensor, layers: Sequence[Projection], *, kind: str = "nf4", block_size: int = 64
 ) -> list[Tensor]:
-    """y_i [..., N_i] of every layer; differentiable in x and in every A, B and bias.
+    """Compute y_i [..., N_i] of every layer; differentiable in x and every A, B and bias.
 
     Args:
         x: [..., K] floating.
-        layers: At least one; all with the same K, with adapters of one dtype.
+        layers: At least one; all with the same K and adapters of one dtype.
         kind: ``"nf4"`` or ``"fp4"``.
-        block_size: As quantised.
-        training: Whether dropout is on.
+        block_size: Block size used to quantise.
 
     Raises:
-        ValueError: layers whose K or adapters' dtypes differ.
+        ValueError: The layers differ in K or in the dtype of their adapters.
     """
     widths = {p.shape[1] for p in layers} | {x.shape[-1]}
     dtypes = {p.A.dtype for p in layers} | {p.B.dtype for p in layers}
@@ -266,29 +277,27 @@ def nf4_grouped_projections(
             "nf4_grouped_projections: expected one input width and one adapter dtype, got widths "
             f"{sorted(widths)} and {sorted(map(str, dtypes))}; run these layers one by one"
         )
-    if transformed():
-        how: dict[str, Any] = {"kind": kind, "block_size": block_size, "training": training}
+    if in_functorch_transform():
         return [
             nf4_lora_linear(
-                x, p.q, p.shape, p.bias, p.A, p.B, p.scaling, dropout_p=p.dropout_p, **how
+                x, p.q, p.shape, p.bias, p.A, p.B, p.scaling,
+                kind=kind, block_size=block_size, dropout_p=p.dropout_p,
             )
             for p in layers
-        ]
-    given = x
+        ]  # fmt: skip
     prepared = []
     for p in layers:
-        dropout = p.dropout_p if training else 0.0
-        x, *tensors = prepare(given, p.A, p.B, p.bias, p.scaling, dropout)
+        x, *tensors = prepare(x, p.A, p.B, p.bias, p.scaling, p.dropout_p)
         prepared.append(tensors)
-    As, Bs, biases, plans = zip(*prepared, strict=True)
+    As, Bs, biases, specs = zip(*prepared, strict=True)
     group = _Group(
         tuple((N, K) for N, K in (p.shape for p in layers)),
         tuple(A.shape[0] for A in As),
-        plans,
+        specs,
         kind,
         block_size,
     )
-    flat = [t for layer in layers for t in layer.q]
+    qs = tuple(p.q for p in layers)
     with autocast_off(x.device.type):
-        ys = applied(_GroupedProjections, x, group, *biases, *As, *Bs, *flat)
+        ys = apply_or_forward(_GroupedProjections, x, group, qs, *biases, *As, *Bs)
     return list(ys)

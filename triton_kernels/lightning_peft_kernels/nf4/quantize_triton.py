@@ -1,12 +1,11 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Quantising to NF4 in Triton: the bytes of bitsandbytes on the device it runs on.
+"""Triton kernels that quantise to NF4, with the bytes of bitsandbytes on the same device.
 
-A program takes whole blocks: absmax, reciprocal, fifteen comparisons, two codes a byte. Its second
-kernel does the same to the scales, 256 to a block, with the 8-bit dynamic map. bitsandbytes' CUDA
-code multiplies by a bare hardware reciprocal (`rcp.approx.ftz.f32`) for every block; its CPU code
-by the IEEE reciprocal, and divides in a partial block. `APPROX` tells which; only the second form
-runs in the interpreter.
-Bytes moved for n bf16 weights: 2 n read, 0.516 n written.
+A program takes full blocks: absmax, reciprocal, fifteen comparisons, two codes per byte. A second
+kernel quantises the scales, 256 per block, with the 8-bit dynamic map. The CUDA code of
+bitsandbytes multiplies every block by a bare hardware reciprocal (`rcp.approx.ftz.f32`). Its CPU
+code multiplies by the IEEE reciprocal, and divides in a partial block. `APPROX` selects the
+hardware form, which the interpreter cannot run. Bytes moved for n bf16 weights: 2 n read, 0.516 n
+written.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "quantize"]
 
-_ELEMENTS = 4096  # a program: 8 elements a lane and step at 4 warps
+_ELEMENTS = 4096  # per program: 8 elements per lane and step at 4 warps
 _TINY = tl.constexpr(1e-38)
 
 
@@ -46,7 +45,7 @@ def _quantize_kernel(
     BLOCKS: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """BLOCKS blocks a program; an element beyond n counts as zero, which packs as 7."""
+    """Quantise BLOCKS blocks per program; an element beyond n counts as zero, which packs as 7."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     w = tl.load(w_ptr + at, mask=at < n, other=0.0).to(tl.float32)
@@ -80,8 +79,9 @@ def _quantize_scales_kernel(
     n,
     APPROX: tl.constexpr,
 ):
-    """256 scales a program, by seven steps of a search and one midpoint, as bitsandbytes on
-    CUDA.
+    """Quantise 256 scales per program by the search of bitsandbytes on CUDA.
+
+    Seven steps of a binary search, then one midpoint.
     """
     b = tl.program_id(0)
     at = b * 256 + tl.arange(0, 256)
@@ -113,8 +113,9 @@ def _quantize_scales_kernel(
 def quantize(
     W: Tensor, block_size: int, double_quant: bool, *, approx: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(packed, absmax, absmax2, offset) of a tensor of any shape; launches: one, and two for
-    nested scales (their mean is torch's own sum).
+    """Return (packed, absmax, absmax2, offset) of a tensor of any shape.
+
+    One launch; nested scales take a second one, and torch's own mean.
     """
     flat = W.detach().reshape(-1)
     n, device = flat.numel(), flat.device
@@ -156,11 +157,11 @@ def quantize(
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
+    """Configurations to compile ahead of time."""
     asm = {"gfx942": "NVIDIA assembly"}
     other = dict.fromkeys(("sm_80", "sm_90", "sm_100"), "its own reciprocal is used")
     plain: dict[str, Any] = {"options": {"enable_fp_fusion": False}}
-    made = []
+    specs = []
     for approx in (True, False):
         form = "hardware" if approx else "IEEE"
         more: dict[str, Any] = plain | {"skip": asm if approx else other, "fast": approx}
@@ -170,8 +171,8 @@ def aot_specs() -> list[dict[str, Any]]:
             types = ["*bf16", "*fp32", "*u8", "*fp32", "i32"]
             name = f"quantize_nf4 block {block_size} {form} reciprocal"
             fast = more | {"fast": approx and block_size == 64}
-            made.append(spec(name, _quantize_kernel, types, constexprs, **fast))
+            specs.append(spec(name, _quantize_kernel, types, constexprs, **fast))
         types = ["*fp32", "*fp32", "*fp32", "*u8", "*fp32", "i32"]
         name = f"quantize_nf4 scales {form} reciprocal"
-        made.append(spec(name, _quantize_scales_kernel, types, {"APPROX": approx}, **more))
-    return made
+        specs.append(spec(name, _quantize_scales_kernel, types, {"APPROX": approx}, **more))
+    return specs

@@ -1,4 +1,4 @@
-"""4-bit block quantisation in plain torch: the rules of `nf4`, on any device and for both kinds."""
+"""4-bit block quantisation in plain torch, on any device and for both kinds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TINY = 1e-38
 def quantize_4bit_reference(
     W: Tensor, *, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
 ) -> Packed4bit:
-    """The rules in plain torch, by searching the decision points."""
+    """Quantise in plain torch by searching the decision points."""
     flat = W.detach().reshape(-1).float()
     n = flat.numel()
     absmax, scaled = _scaled(flat, block_size)
@@ -46,7 +46,7 @@ def dequantize_4bit_reference(
     kind: str = "nf4",
     block_size: int = 64,
 ) -> Tensor:
-    """The rules in plain torch."""
+    """Dequantise in plain torch."""
     n = torch.Size(shape).numel()
     packed = q.packed.reshape(-1)
     nibbles = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n]
@@ -55,7 +55,7 @@ def dequantize_4bit_reference(
 
 
 def block_scales(q: Packed4bit) -> Tensor:
-    """absmax fp32 [blocks]."""
+    """Return absmax fp32 [blocks]."""
     if q.absmax2 is None or q.offset is None:
         return q.absmax.reshape(-1)
     codes = q.absmax.reshape(-1)
@@ -65,8 +65,9 @@ def block_scales(q: Packed4bit) -> Tensor:
 
 
 def _scaled(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(absmax [blocks], w / absmax clamped to ±1); full blocks multiply by the reciprocal, a
-    partial one divides.
+    """Return (absmax [blocks], w / absmax clamped to ±1).
+
+    Full blocks multiply by the reciprocal; a partial block divides.
     """
     n = flat.numel()
     full = n // block_size * block_size
@@ -81,7 +82,7 @@ def _scaled(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def nested(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(absmax, absmax2, offset) of a `Packed4bit`, from fp32 scales of all blocks."""
+    """Return (absmax, absmax2, offset) of a `Packed4bit` from the fp32 scales of all blocks."""
     if not double_quant:
         return absmax, None, None
     offset = absmax.mean()
@@ -100,8 +101,8 @@ def nested(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor | None, T
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes uint8 [blocks], absmax2 fp32, offset fp32 [1]) of all scales of one weight."""
+    """Return (codes uint8 [blocks], absmax2 fp32, offset fp32 [1]) of one weight's scales."""
     codes, absmax2, offset = nested(absmax, True)
-    assert absmax2 is not None  # nested: both are there
+    assert absmax2 is not None  # double_quant is True
     assert offset is not None
     return codes, absmax2, offset

@@ -1,9 +1,9 @@
-"""y = x Wᵀ + S Bᵀ + bias for few rows of x, with W [N, K] decoded from 4 bit inside the product.
+"""y = x Wᵀ + S Bᵀ + bias for few rows of x, decoding the 4-bit W [N, K] inside the product.
 
-Shapes: x [M, K] with M ≤ 64, S = s · x Aᵀ [M, R], B [N, R], bias [N]. Bytes moved: the packed
-weight once (0.516 N·K) where dequantising to a buffer moves 4.5 N·K; from the crossing on (a table
-in `backend.py`) the library's product of the dequantised weight wins. Forward only: dX of so few
-rows is dequantise and multiply.
+Shapes: x [M, K] with M ≤ 64, S = s · x Aᵀ [M, R], B [N, R], bias [N]. Reads the packed weight once
+(0.516 N·K bytes); dequantising to a buffer moves 4.5 N·K. Above the crossing (`dispatch.CROSSINGS`)
+the library product of the dequantised weight is faster. Forward only: dX dequantises and
+multiplies.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import FLOAT32_TOKENS, choose
-from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, dequantize_4bit_reference
+from lightning_peft_kernels.dispatch import FLOAT32_TOKENS, Backend, current_backend, select
+from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
+from lightning_peft_kernels.nf4.packed import Packed4bit
+from lightning_peft_kernels.registration import define_op
 
-__all__ = ["nf4_decode", "nf4_decode_reference"]
+__all__ = ["nf4_small_batch", "nf4_small_batch_reference"]
 
 
-def nf4_decode_reference(
+def nf4_small_batch_reference(
     x: Tensor,
     q: Packed4bit,
     shape: Sequence[int],
@@ -30,20 +32,13 @@ def nf4_decode_reference(
     kind: str = "nf4",
     block_size: int = 64,
 ) -> Tensor:
-    """The formula in plain torch."""
+    """Compute `nf4_small_batch` in plain torch."""
     W = dequantize_4bit_reference(q, shape, x.dtype, kind=kind, block_size=block_size)
     y = torch.nn.functional.linear(x, W, bias)
     return y if S is None or B is None else y + (S @ B.mT).to(y.dtype)
 
 
-_library = torch.library.Library("lightning_peft", "FRAGMENT")
-_library.define(
-    "nf4_decode(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
-    "SymInt[] shape, Tensor? S, Tensor? B, Tensor? bias, str kind, int block_size) -> Tensor"
-)
-
-
-def _impl(
+def _small_batch(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -55,23 +50,24 @@ def _impl(
     bias: Tensor | None,
     kind: str,
     block_size: int,
+    backend: Backend = "auto",
 ) -> Tensor:
     q = Packed4bit(packed, absmax, absmax2, offset)
     most = FLOAT32_TOKENS if x.dtype.itemsize > 2 else 64
-    M, fits = x.shape[0], x.shape[1] % 8 == 0 and 1 <= x.shape[0] <= most
-    if M and fits and choose("nf4_decode", x.device, x.dtype).backend == "triton":
+    fits = x.shape[1] % 8 == 0 and 1 <= x.shape[0] <= most
+    if fits and select("nf4_small_batch", x.device, x.dtype, backend).backend == "triton":
         from lightning_peft_kernels.nf4.small_batch_triton import decode
 
         S, B = (None if t is None else t.contiguous() for t in (S, B))
         return decode(x.contiguous(), q, shape[0], S, B, bias, kind, block_size)
-    W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)
+    W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size, backend=backend)
     y = torch.nn.functional.linear(x, W, bias)
     if S is not None and B is not None:
         y += S @ B.mT
     return y
 
 
-def _fake(
+def _small_batch_fake(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -83,15 +79,21 @@ def _fake(
     bias: Tensor | None,
     kind: str,
     block_size: int,
+    backend: Backend = "auto",
 ) -> Tensor:
     return x.new_empty(x.shape[0], shape[0])
 
 
-_library.impl("nf4_decode", _impl, "CompositeExplicitAutograd")
-torch.library.register_fake("lightning_peft::nf4_decode", _fake, lib=_library)
+define_op(
+    "nf4_small_batch(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
+    "SymInt[] shape, Tensor? S, Tensor? B, Tensor? bias, str kind, int block_size, "
+    "str backend='auto') -> Tensor",
+    fake=_small_batch_fake,
+    default=_small_batch,
+)
 
 
-def nf4_decode(
+def nf4_small_batch(
     x: Tensor,
     q: Packed4bit,
     shape: Sequence[int],
@@ -101,8 +103,9 @@ def nf4_decode(
     *,
     kind: str = "nf4",
     block_size: int = 64,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Y [M, N]; not differentiable.
+    """Compute ``y = x Wᵀ + S Bᵀ + bias`` [M, N]; not differentiable.
 
     Args:
         x: [M, K] floating.
@@ -112,9 +115,10 @@ def nf4_decode(
         B: [N, R], or None.
         bias: [N], or None.
         kind: ``"nf4"`` or ``"fp4"``.
-        block_size: As quantised.
+        block_size: Block size used to quantise.
+        backend: Requested backend; default `current_backend()`.
     """
-    y: Tensor = torch.ops.lightning_peft.nf4_decode(
-        x, *q, list(shape), S, B, bias, kind, block_size
+    y: Tensor = torch.ops.lightning_peft.nf4_small_batch(
+        x, *q, list(shape), S, B, bias, kind, block_size, backend or current_backend()
     )
     return y

@@ -1,14 +1,10 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Few rows times a packed weight, decoded in the product: two base kernels and one epilogue.
+"""Triton kernels that multiply few rows by a packed weight, decoding it in the product.
 
-Up to four rows a program keeps 16 rows of W × 64 words in registers (`_gemv_kernel`); above, W is
-the wide operand, so that few rows of x still fill `wgmma`, and even and odd columns are two
-products, which needs no interleaving (`_gemm_kernel`). Both cut K into parts, written side by side
-as fp32; the epilogue adds them in order (so runs repeat bit for bit), and the low-rank term and the
-bias with them.
-
-`SHUFFLE` takes table values from a neighbouring lane's register (`shfl.sync`): 4.4 instead of 6.7
-instructions a weight on sm_90, counted and not yet measured, so it is off.
+Up to four rows, a program keeps 16 rows of W × 64 words in registers (`_gemv_kernel`). For more
+rows, W is the wide operand, so that few rows of x still fill `wgmma`; even and odd columns are two
+products, which needs no interleaving (`_gemm_kernel`). Both cut K into parts and write them as
+fp32. The epilogue adds the parts in order, so runs repeat bit for bit, then the low-rank term and
+the bias.
 """
 
 from __future__ import annotations
@@ -32,38 +28,7 @@ __all__ = ["GEMV_ROWS", "aot_specs", "block_scale", "decode"]
 GEMV_ROWS = 4  # rows of x up to which products and sums beat matrix instructions
 _ROWS, _WORDS = 16, 64
 _BLOCK_N, _BLOCK_K = 64, 128
-_PROGRAMS = 528  # four a multiprocessor of 132: K is cut until there are that many
-
-
-@triton.jit
-def _lane():
-    return tl.inline_asm_elementwise(
-        "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _dot8_shuffle(bits, held, x0, x1, x2, x3, x4, x5, x6, x7):
-    """Σ table[nibble j] · x_j over the eight nibbles of a word; lane l holds table[l % 16]."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 n; .reg .f32 v;
-        shr.u32 n, $1, 4;  shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff;  mul.f32 $0, v, $3;
-        shfl.sync.idx.b32 v, $2, $1, 0x100f, 0xffffffff;  fma.rn.f32 $0, v, $4, $0;
-        shr.u32 n, $1, 12; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $5, $0;
-        shr.u32 n, $1, 8;  shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $6, $0;
-        shr.u32 n, $1, 20; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $7, $0;
-        shr.u32 n, $1, 16; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $8, $0;
-        shr.u32 n, $1, 28; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff; fma.rn.f32 $0, v, $9, $0;
-        shr.u32 n, $1, 24; shfl.sync.idx.b32 v, $2, n, 0x100f, 0xffffffff;
-        fma.rn.f32 $0, v, $10, $0;
-        }""",
-        "=&f,r,f,f,f,f,f,f,f,f,f",
-        [bits, held, x0, x1, x2, x3, x4, x5, x6, x7],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
+_PROGRAMS = 528  # four per multiprocessor of 132: K is cut further to reach this number
 
 
 @triton.jit
@@ -73,10 +38,8 @@ def _value(table, nibble, ROWS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _dot8_gather(
-    bits, table, x0, x1, x2, x3, x4, x5, x6, x7, ROWS: tl.constexpr, WORDS: tl.constexpr
-):
-    """The same in portable form; `table` [16]."""
+def _dot8(bits, table, x0, x1, x2, x3, x4, x5, x6, x7, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Σ table[nibble j] · x_j over the eight nibbles of a word; `table` [16]."""
     sum = _value(table, bits >> 4, ROWS, WORDS) * x0
     sum += _value(table, bits, ROWS, WORDS) * x1
     sum += _value(table, bits >> 12, ROWS, WORDS) * x2
@@ -90,7 +53,7 @@ def _dot8_gather(
 
 @triton.jit
 def block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED: tl.constexpr):
-    """Scales fp32 of these blocks; nested ones are decoded."""
+    """Return the scales of these blocks in fp32, decoded if nested."""
     if NESTED:
         c = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
         second = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
@@ -116,7 +79,6 @@ def _gemv_kernel(
     part_words,
     BLOCK_SIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    SHUFFLE: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -126,10 +88,7 @@ def _gemv_kernel(
     words = K // 8
     first = tl.multiple_of(part * part_words, WORDS)
     last = tl.minimum(first + part_words, words)
-    if SHUFFLE:
-        held = tl.load(table_ptr + (_lane() & 15))
-    else:
-        table = tl.load(table_ptr + tl.arange(0, 16))
+    table = tl.load(table_ptr + tl.arange(0, 16))
     sum = tl.zeros((ROWS, WORDS), tl.float32)
     for start in range(first, last, WORDS):
         word = start + tl.arange(0, WORDS)
@@ -148,10 +107,7 @@ def _gemv_kernel(
         x5 = tl.load(x + 5, mask=here, other=0.0).to(tl.float32)[None, :]
         x6 = tl.load(x + 6, mask=here, other=0.0).to(tl.float32)[None, :]
         x7 = tl.load(x + 7, mask=here, other=0.0).to(tl.float32)[None, :]
-        if SHUFFLE:
-            sum += scale * _dot8_shuffle(bits, held, x0, x1, x2, x3, x4, x5, x6, x7)
-        else:
-            sum += scale * _dot8_gather(bits, table, x0, x1, x2, x3, x4, x5, x6, x7, ROWS, WORDS)
+        sum += scale * _dot8(bits, table, x0, x1, x2, x3, x4, x5, x6, x7, ROWS, WORDS)
     tl.store(part_ptr + (part * M + m) * N + row, tl.sum(sum, axis=1), mask=row < N)
 
 
@@ -249,10 +205,8 @@ def decode(
     bias: Tensor | None,
     kind: str,
     block_size: int,
-    *,
-    shuffle: bool = False,
 ) -> Tensor:
-    """Y [M, N] of contiguous x [M, K], 1 ≤ M ≤ 64, K a multiple of eight; S [M, R] is scaled."""
+    """Return y [M, N] of contiguous x [M, K], 1 ≤ M ≤ 64, K a multiple of eight; S is scaled."""
     M, K = x.shape
     device, nested = str(x.device), q.absmax2 is not None
     absmax = q.absmax.reshape(-1)
@@ -266,7 +220,7 @@ def decode(
         part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
         _gemv_kernel[(columns, parts, M)](
             x, packed.view(torch.int32), *scales, *tables, part, M, N, K, per_part, **what,
-            SHUFFLE=shuffle, ROWS=_ROWS, WORDS=_WORDS, num_warps=4,
+            ROWS=_ROWS, WORDS=_WORDS, num_warps=4,
         )  # fmt: skip
     else:
         columns = triton.cdiv(N, _BLOCK_N)
@@ -287,7 +241,7 @@ def decode(
 
 
 def _cut(size: int, step: int, programs: int) -> tuple[int, int]:
-    """(length of a part, parts) of `size`, in multiples of `step`, at most eight parts."""
+    """Return (length of a part, parts) of `size`, in multiples of `step`, at most eight parts."""
     steps = -(-size // step)
     parts = max(1, min(8, steps, _PROGRAMS // max(programs, 1)))
     length = -(-steps // parts) * step
@@ -295,28 +249,24 @@ def _cut(size: int, step: int, programs: int) -> tuple[int, int]:
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
-    made = []
+    """Configurations to compile ahead of time."""
+    specs = []
     for nested in (True, False):
         absmax = "*u8" if nested else "*fp32"
         scales = [absmax, *["*fp32"] * 4, "*fp32", "i32", "i32", "i32", "i32"]
         what = {"BLOCK_SIZE": 64, "NESTED": nested}
         label = "nested" if nested else "plain"
-        for shuffle in (True, False):
-            tile = what | {"SHUFFLE": shuffle, "ROWS": _ROWS, "WORDS": _WORDS}
-            name = f"decode gemv {label} {'shuffle' if shuffle else 'gather'}"
-            skip = {"gfx942": "NVIDIA assembly"} if shuffle else {}
-            fast = nested and not shuffle
-            types = ["*bf16", "*i32", *scales]
-            made.append(spec(name, _gemv_kernel, types, tile, skip=skip, fast=fast))
+        tile = what | {"ROWS": _ROWS, "WORDS": _WORDS}
+        types = ["*bf16", "*i32", *scales]
+        specs.append(spec(f"decode gemv {label}", _gemv_kernel, types, tile, fast=nested))
         for block_m in (16, 64):
             tile = what | {"BLOCK_M": block_m, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
             name = f"decode gemm {label} {block_m} rows"
             fast = nested and block_m == 16
             types = ["*bf16", "*u8", *scales]
-            made.append(spec(name, _gemm_kernel, types, tile, gemm=True, fast=fast))
+            specs.append(spec(name, _gemm_kernel, types, tile, gemm=True, fast=fast))
     types = ["*fp32", "*bf16", "*bf16", "*bf16", "*bf16", "i32", "i32", "i32"]
     for R in (16, 256):
         tile = {"R": R, "BLOCK_R": 16, "HAS_BIAS": True, "BLOCK_N": 128}
-        made.append(spec(f"decode epilogue r {R}", _epilogue_kernel, types, tile, fast=R == 16))
-    return made
+        specs.append(spec(f"decode epilogue r {R}", _epilogue_kernel, types, tile, fast=R == 16))
+    return specs

@@ -1,8 +1,8 @@
-"""The pooled 8-bit step on a CPU: chunks of the pool that stay in the cache with their temporaries.
+"""The pooled 8-bit step on a CPU, in chunks that fit the cache together with their temporaries.
 
-Neighbouring tensors with equal hyper-parameters share a chunk, so that 112 tensors of LoRA cost as
-many passes as one of their size. Codes are decoded two at a time from a table of pairs, and encoded
-by one lookup by the upper 16 bits (`code_cells`).
+Neighbouring tensors with equal hyper-parameters share a chunk, so 112 LoRA tensors cost as many
+passes as one tensor of their total size. A table of pairs decodes two codes at a time; one lookup
+by the upper 16 bits encodes (`code_cells`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Row = tuple[float, ...]
 
 
 class _Piece(NamedTuple):
-    """Elements [first, last) of tensor `tensor`, at `at` within the chunk."""
+    """Elements [first, last) of tensor number `tensor`, at offset `at` of the chunk."""
 
     tensor: int
     first: int
@@ -33,7 +33,7 @@ class _Piece(NamedTuple):
 
 
 class _Scratch:
-    """Temporaries of one chunk, made once."""
+    """Temporaries of one chunk, allocated once."""
 
     def __init__(self) -> None:
         self.m, self.v, self.x = (torch.zeros(_CHUNK, dtype=torch.float32) for _ in range(3))
@@ -49,7 +49,7 @@ def _scratch() -> _Scratch:
 def _chunks(
     numels: Sequence[int], starts: Sequence[int], rows: Sequence[Row]
 ) -> list[tuple[int, int, Row, list[_Piece]]]:
-    """Runs of at most `_CHUNK` elements of neighbours with equal hyper-parameters."""
+    """Group neighbours with equal hyper-parameters into runs of at most `_CHUNK` elements."""
     chunks: list[tuple[int, int, Row, list[_Piece]]] = []
     for i, (n, start, row) in enumerate(zip(numels, starts, rows, strict=True)):
         first = 0
@@ -76,7 +76,7 @@ def _decode(codes: Tensor, absmax: Tensor, out: Tensor, half: Tensor, signed: bo
 
 
 def _encode(values: Tensor, codes: Tensor, absmax: Tensor, scratch: _Scratch, signed: bool) -> None:
-    """Overwrites `values`."""
+    """Encode `values` to codes and absmax; overwrites `values`."""
     n = values.numel()
     rows, index, cell = values.view(-1, BLOCK), scratch.index[:n], scratch.cell[:n]
     if signed:
@@ -96,7 +96,7 @@ def _encode(values: Tensor, codes: Tensor, absmax: Tensor, scratch: _Scratch, si
 
 
 def step_cpu(work: PooledStep) -> None:
-    """The step in place, a chunk of the pool at a time."""
+    """Run the step in place, one chunk of the pool at a time."""
     if work.found_inf is not None and float(work.found_inf) != 0.0:
         return
     scratch, scale = _scratch(), -1.0 if work.maximize else 1.0

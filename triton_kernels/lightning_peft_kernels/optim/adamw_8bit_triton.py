@@ -1,6 +1,5 @@
-"""The pooled 8-bit step in Triton; imported only where it is launched or compiled."""
+"""Triton kernel of the pooled 8-bit step."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
 from functools import lru_cache
@@ -21,7 +20,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _encode(values, table_ptr, OFFSET: tl.constexpr):
-    """Nearest code of values in [-1, 1]: one lookup by the upper 16 bits, see `code_cells`."""
+    """Return the nearest code of values in [-1, 1] by one lookup, see `code_cells`."""
     bits = values.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ((bits + tl.load(table_ptr + (bits >> 16) + OFFSET)) >> 16).to(tl.uint8)
@@ -50,7 +49,7 @@ def pooled_8bit_step_kernel(
     CHECKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program updates one 256-block of one tensor.
+    """Update one 256-block of one tensor per program.
 
     tensor_ptr int64 [T, 4]: addresses of parameter and gradient, elements, first block in the pool;
     block_ptr int32 [programs, 2]: tensor, block within it; hyper_ptr fp32 [T, 7].
@@ -107,7 +106,7 @@ def pooled_8bit_step_kernel(
 
 @lru_cache(maxsize=8)
 def _blocks(numels: tuple[int, ...], device: str) -> Tensor:
-    """(tensor, block within it) of every program, int32 [programs, 2]."""
+    """Return (tensor, block within it) of every program, int32 [programs, 2]."""
     counts = torch.tensor([-(-n // BLOCK) for n in numels], dtype=torch.int64)
     tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
     within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[tensor]
@@ -115,7 +114,7 @@ def _blocks(numels: tuple[int, ...], device: str) -> Tensor:
 
 
 def step_triton(work: PooledStep) -> None:
-    """One launch for all tensors."""
+    """Run the step in one launch for all tensors."""
     types: dict[torch.dtype, Any] = {
         torch.float32: tl.float32,
         torch.float16: tl.float16,
@@ -159,7 +158,7 @@ def step_triton(work: PooledStep) -> None:
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What to compile ahead of time: AdamW and Lion, fp32 and bf16."""
+    """Configurations to compile ahead of time: AdamW and Lion, fp32 and bf16."""
     pointers = (
         "i64",
         "i32",

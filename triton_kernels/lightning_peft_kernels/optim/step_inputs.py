@@ -1,4 +1,4 @@
-"""What one optimizer step over a pool of 8-bit state works on; `adamw_8bit` gives the formulas."""
+"""Inputs of one optimizer step over a pool of 8-bit state; see `adamw_8bit` for the formulas."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ __all__ = ["PooledStep"]
 
 
 class PooledStep(NamedTuple):
-    """Tensors of one step, all on one device, in the order of the op's arguments."""
+    """Tensors of one step, all on one device, in the order of the op's arguments.
 
-    #: Contiguous, of one dtype. None is empty.
+    Attributes:
+        params: Contiguous, of one dtype, none of them empty.
+        grads: In the shapes of `params`, of one dtype.
+        starts: First element of each tensor in the pool, a multiple of 256.
+        hyper: fp32 [T, 7], one row per tensor.
+        code1: Codes of the first moment, uint8 [pool].
+        absmax1: Scales of the first moment, fp32 [pool / 256].
+        code2: Codes of the second moment; None for Lion.
+        absmax2: Scales of the second moment; None for Lion.
+        grad_scale: fp32 scalar that divides the gradients; None for 1.
+        found_inf: fp32 scalar; if it is not 0, the step changes nothing.
+        maximize: If True, ascend.
+    """
+
     params: Sequence[Tensor]
-    #: In the shapes of `params`, of one dtype.
     grads: Sequence[Tensor]
-    #: First element of each tensor in the pool, a multiple of 256.
     starts: Sequence[int]
-    #: fp32 [T, 7], a row for each tensor.
     hyper: Tensor
-    #: uint8 [pool] and fp32 [pool / 256], the first moment.
     code1: Tensor
     absmax1: Tensor
-    #: The second moment likewise; None for Lion.
     code2: Tensor | None = None
     absmax2: Tensor | None = None
-    #: fp32 scalar that gradients are divided by.
     grad_scale: Tensor | None = None
-    #: fp32 scalar; nothing changes where it is not 0.
     found_inf: Tensor | None = None
-    #: Ascend.
     maximize: bool = False

@@ -1,5 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""One pass forward and one backward over an output that is scaled by column."""
+"""Triton kernels of an output scale per column: one pass forward and one backward."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "backward", "forward"]
 
-_ROWS, _COLUMNS = 8, 256  # 16 bytes a lane and step of bf16 at 4 warps
-_STEPS = 16  # steps of rows a program of backward: partial sums for one of 128 rows
+_ROWS, _COLUMNS = 8, 256  # 16 bytes per lane and step of bf16 at 4 warps
+_STEPS = 16  # steps of rows per program of backward: one partial sum per 128 rows
 
 
 @triton.jit
@@ -78,7 +77,7 @@ def _backward_kernel(
 
 
 def forward(u: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
-    """Y of contiguous u [M, N]."""
+    """Return ``u ∘ g + bias`` of a contiguous u [M, N]."""
     M, N = u.shape
     y = torch.empty_like(u)
     grid = (triton.cdiv(N, _COLUMNS), triton.cdiv(M, _ROWS))
@@ -91,7 +90,7 @@ def forward(u: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def backward(dY: Tensor, u: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, dg, dbias) of contiguous dY and u [M, N]; sums in fp32, in a fixed order."""
+    """Return (du, dg, dbias) of contiguous dY and u [M, N]; sums in fp32, in a fixed order."""
     M, N = u.shape
     du = torch.empty_like(u)
     blocks = max(triton.cdiv(M, _ROWS * _STEPS), 1)
@@ -106,16 +105,16 @@ def backward(dY: Tensor, u: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def aot_specs() -> list[dict[str, Any]]:
-    """What is compiled ahead of time."""
-    made = []
+    """Configurations to compile ahead of time."""
+    specs = []
     tile = {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
     for dtype in ("bf16", "fp16"):
         t, fast = f"*{dtype}", dtype == "bf16"
         constexprs: dict[str, Any] = {"HAS_BIAS": True, **tile}
         name = f"output scale {dtype}"
         types = [t, t, t, t, "i32", "i32"]
-        made.append(spec(name, _forward_kernel, types, constexprs, fast=fast))
+        specs.append(spec(name, _forward_kernel, types, constexprs, fast=fast))
         types = [t, t, t, t, "*fp32", "*fp32", "i32", "i32"]
         name = f"output scale backward {dtype}"
-        made.append(spec(name, _backward_kernel, types, {**tile, "STEPS": _STEPS}, fast=fast))
-    return made
+        specs.append(spec(name, _backward_kernel, types, {**tile, "STEPS": _STEPS}, fast=fast))
+    return specs

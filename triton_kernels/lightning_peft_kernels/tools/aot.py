@@ -1,16 +1,15 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Every Triton kernel × configuration, compiled ahead of time; no GPU is needed.
+"""Compiles every Triton kernel and configuration ahead of time; needs no GPU.
 
     python -m lightning_peft_kernels.tools.aot [--fast] [--only NAME] [--csv FILE]
 
-prints kernel, target, registers, shared memory, spills and the kind of matrix instruction, and
-leaves with an error where a row breaks a rule: nothing spills, shared memory fits the chip, matrix
+prints kernel, target, registers, shared memory, spills and the kind of matrix instruction. It exits
+with an error if a row breaks a rule: nothing spills, shared memory fits the chip, and matrix
 products of 64 rows and more use `wgmma` on sm_90.
 
-Each compilation runs in a process of its own, forked from one that has imported Triton: an LLVM
-error ends the process it happens in. A module with kernels names them in `aot_specs()`, a list of
+Each compilation runs in its own process, forked from one that has imported Triton: an LLVM error
+ends its process. A module with kernels lists them in `aot_specs()`, with the keys
     name, fn, signature (every argument, in order), constexprs, attrs, num_warps, num_stages,
-and optionally options (of the compiler), gemm (must use `wgmma`), skip ({target: reason}), fast.
+and optionally options (compiler), gemm (must use `wgmma`), skip ({target: reason}), fast.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ MODULES = (
     "lightning_peft_kernels.dropout.triton",
     "lightning_peft_kernels.optim.adamw_8bit_triton",
 )
-# Target → (backend, architecture, lanes a warp, shared memory in bytes that one block may use).
+# Target → (backend, architecture, lanes per warp, bytes of shared memory per block).
 TARGETS: dict[str, tuple[str, Any, int, int]] = {
     "sm_80": ("cuda", 80, 32, 166_912),
     "sm_90": ("cuda", 90, 32, 232_448),
@@ -58,13 +57,13 @@ class Row:
     Attributes:
         kernel: Name and configuration.
         target: One of `TARGETS`.
-        registers: A thread (vector registers on gfx942); -1 where compiling failed.
-        shared: Bytes a block.
-        spills: Bytes a thread: stack and local memory (scratch on gfx942).
+        registers: Per thread (vector registers on gfx942); -1 if compiling failed.
+        shared: Bytes per block.
+        spills: Bytes per thread: stack and local memory (scratch on gfx942).
         matrix: Matrix instruction used, or "-".
         instructions: Static count of machine instructions; 0 on gfx942.
         outcome: "ok", "skipped: reason", or the error.
-        gemm: Whether a matrix instruction over whole warp groups is expected.
+        gemm: If True, a matrix instruction over full warp groups is expected.
     """
 
     kernel: str
@@ -88,20 +87,20 @@ def spec(
     num_stages: int = 3,
     **more: Any,
 ) -> dict[str, Any]:
-    """One entry of an `aot_specs()`.
+    """Return one entry of an `aot_specs()`.
 
     Args:
         name: Kernel and configuration.
-        fn: The `@triton.jit` function; its constexprs come after its other arguments.
-        types: Of the other arguments, in order: ``"*bf16"``, ``"i32"``, ``"fp32"`` …
+        fn: The `@triton.jit` function; its constexprs follow its other arguments.
+        types: Types of the other arguments, in order: ``"*bf16"``, ``"i32"``, ``"fp32"`` …
         constexprs: Value by name.
-        num_warps: Of a program.
-        num_stages: Of software pipelining.
+        num_warps: Warps per program.
+        num_stages: Stages of software pipelining.
         more: options, gemm, skip, fast.
     """
     names = [n for n in fn.arg_names if n not in constexprs]
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constexprs, "constexpr")
-    # Pointers and sizes divide by 16 for real weights: without this, vector access vanishes.
+    # Pointers and sizes of real weights are multiples of 16; without this, vector access vanishes.
     aligned = [i for i, kind in enumerate(types) if kind != "fp32"]
     return {
         "name": name,
@@ -116,12 +115,12 @@ def spec(
 
 
 def specs() -> list[dict[str, Any]]:
-    """What every module of `MODULES` names."""
+    """Return the entries of every module of `MODULES`."""
     return [s for module in MODULES for s in importlib.import_module(module).aot_specs()]
 
 
 def broken(row: Row) -> str:
-    """The rule that a row breaks, or nothing."""
+    """Return the rule that a row breaks, or ""."""
     if row.outcome.startswith("skipped"):
         return ""
     if row.outcome != "ok":
@@ -241,12 +240,12 @@ def _isolated(index: int, spec: dict[str, Any], target: str) -> Row:
 def table(
     *, fast: bool = False, only: str = "", targets: Iterable[str] = tuple(TARGETS)
 ) -> Iterator[Row]:
-    """Rows, one after the other.
+    """Compile and yield rows, one after the other.
 
     Args:
-        fast: Only specs marked `fast`.
-        only: Only specs whose name has this in it.
-        targets: Only these.
+        fast: If True, only specs marked `fast`.
+        only: Part of the name of a spec.
+        targets: Targets to compile for.
     """
     import torch
     import triton  # noqa: F401  imported once, before forking
@@ -260,10 +259,10 @@ def table(
 
 
 def main() -> int:
-    """Print the table, write it, and tell what is broken."""
+    """Print the table, write it to a file, and report broken rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="one configuration a kernel")
-    parser.add_argument("--only", default="", help="kernels whose name has this in it")
+    parser.add_argument("--fast", action="store_true", help="one configuration per kernel")
+    parser.add_argument("--only", default="", help="part of the name of a kernel")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     options = parser.parse_args()

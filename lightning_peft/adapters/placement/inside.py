@@ -1,0 +1,32 @@
+"""The part of a model that a method's targets name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lightning_peft.core.names import in_adapter
+from lightning_peft.methods.base import Targeted
+from lightning_peft.models.target_modules import block_rule, name_rule
+
+__all__ = ["inside_targets"]
+
+
+def inside_targets(method: Targeted, model: nn.Module) -> Callable[[str], bool]:
+    """Whether a module is, or lies in, one of the targets; without targets all modules do.
+
+    Raises:
+        ValueError: a layer index beyond the model's blocks.
+    """
+    modules = [(n, m) for n, m in model.named_modules() if not in_adapter(n)]
+    wanted, excluded = name_rule(method.target_modules), name_rule(method.exclude_modules)
+    blocks = block_rule(modules, method.layers_to_transform)
+
+    def inside(name: str) -> bool:
+        parts = name.split(".")
+        parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        named = method.target_modules is None or any(map(wanted, parents))
+        return named and blocks(name) and not any(map(excluded, parents))
+
+    return inside

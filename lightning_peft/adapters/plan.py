@@ -1,0 +1,79 @@
+"""The plan of an attach: which adapters go where. Planning changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_peft.adapters.placement.checks import check_swappable
+from lightning_peft.adapters.placement.find import find_placements
+from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.methods.base import Method, WeightMethod
+from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+
+__all__ = ["AttachPlan", "plan_attach"]
+
+
+@dataclass
+class AttachPlan:
+    """The adapters that `attach` will build.
+
+    Attributes:
+        adapters: Planned adapters, in order of building.
+        skipped: (name, reason) of layers that matched and are left out.
+        tied: Groups of parameter names that share one tensor.
+    """
+
+    adapters: list[PlannedAdapter] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    tied: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str]) -> AttachPlan:
+    """Plan the adapters of `methods` and the trained copies of the modules in `saved`.
+
+    Raises:
+        ValueError: nothing matches, a method has no meaning at a layer, or a class swap would have
+            no effect on a module.
+    """
+    plan = AttachPlan()
+    for i, method in enumerate(methods):
+        _add_method(plan, model, method, str(i) if len(methods) > 1 else "", saved)
+    if saved:
+        copies = ModulesToSave(modules=tuple(saved))
+        inside = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
+        plan.adapters += [
+            PlannedAdapter(copies, "saved" if inside else "", p)
+            for p in find_placements(copies, model)[0]
+        ]
+    for planned in plan.adapters:
+        check_swappable(planned.placement.name, planned.placement.module)
+    return plan
+
+
+def _add_method(
+    plan: AttachPlan, model: nn.Module, method: Method, key: str, saved: Sequence[str]
+) -> None:
+    """Add one method, without the layers that are trained as a whole, and its trained biases."""
+    found, selection = find_placements(method, model)
+    kept = [p for p in found if not _lies_in(p.name, saved)]
+    plan.skipped += [
+        (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
+    ]
+    if selection is not None:
+        plan.skipped += list(selection.skipped)
+        plan.tied = list(selection.tied)
+    plan.adapters += [PlannedAdapter(method, key, p) for p in kept]
+    which = method.trained_biases() if isinstance(method, WeightMethod) else "none"
+    if which != "none":
+        biases = TrainedBias(modules=None if which == "all" else tuple(p.name for p in kept))
+        plan.adapters += [
+            PlannedAdapter(biases, "biases", p) for p in find_placements(biases, model)[0]
+        ]
+
+
+def _lies_in(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module is one of `modules` or lies in one."""
+    return any(name == m or name.startswith(f"{m}.") for m in modules)

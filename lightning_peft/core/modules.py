@@ -1,0 +1,79 @@
+"""Facts about modules that every room needs: shared tensors, buffers, inputs and Conv1D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_peft.core.names import join
+
+__all__ = [
+    "ParameterPlace",
+    "first_argument",
+    "is_conv1d",
+    "persistent_buffers",
+    "tied_ids",
+    "tied_parameters",
+]
+
+
+class ParameterPlace(NamedTuple):
+    """One place that holds a parameter.
+
+    Attributes:
+        name: The parameter's name in the model.
+        module: The module that holds it.
+        key: Its key in that module.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
+
+
+def tied_parameters(model: nn.Module) -> list[list[ParameterPlace]]:
+    """Return the groups of places that hold one tensor.
+
+    A module under two names is one place.
+    """
+    places: dict[int, list[ParameterPlace]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                place = ParameterPlace(join(name, key), module, key)
+                places.setdefault(id(parameter), []).append(place)
+    return [group for group in places.values() if len(group) > 1]
+
+
+def tied_ids(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several places hold."""
+    groups = tied_parameters(model)
+    return {id(first.module._parameters[first.key]) for first, *_ in groups}
+
+
+def persistent_buffers(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
+    """Return the buffers that `state_dict` writes, by name.
+
+    Args:
+        module: The module.
+        recurse: If False, only the module's own buffers.
+    """
+    modules = module.named_modules() if recurse else [("", module)]
+    return {
+        join(name, key): buffer
+        for name, inner in modules
+        for key, buffer in inner._buffers.items()
+        if buffer is not None and key not in inner._non_persistent_buffers_set
+    }
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' `Conv1D`, by class name, so that transformers is not imported."""
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first argument of a call, whether passed by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))

@@ -1,0 +1,55 @@
+"""A change of few entries of a weight, and places drawn for one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft.core.edit import Dense, Term
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+
+__all__ = ["Sparse", "random_places"]
+
+
+def random_places(site: Site, n: int, seed: int) -> Tensor:
+    """n flat places in a weight, int32, by the seed alone."""
+    if site.device.type == "meta":
+        return torch.empty(n, dtype=torch.int32, device="meta")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(site.shape.numel(), generator=generator)[:n].int()
+
+
+@dataclass(frozen=True)
+class Sparse(Term):
+    """ΔW.flatten()[places] = values; places differ.
+
+    Attributes:
+        values: [K].
+        places: [K], row by row in [out, in].
+        shape: [out, in].
+    """
+
+    values: Tensor
+    places: Tensor
+    shape: tuple[int, int]
+
+    formed: ClassVar[bool] = True
+
+    def matrix(self) -> Tensor:
+        """ΔW, formed."""
+        zeros = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return zeros.index_add(0, self.places, self.values).view(self.shape)
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """The layer's own op with ΔW."""
+        return Dense(self.matrix()).apply(ops, site, x)
+
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """One product with W + ΔW; the gradient of `values` is gathered from dYᵀX."""
+        changed = W.reshape(-1).index_add(0, self.places, self.values).view(self.shape)
+        return F.linear(x, changed, b)

@@ -1,0 +1,254 @@
+"""Values that a file holds for the tensors attaching creates, each compared by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.placement.placement import Placement, PlannedAdapter
+from lightning_peft.core.names import in_adapter, join
+from lightning_peft.core.site import Site
+from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
+from lightning_peft.hf.source import Source
+from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
+from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.models.modules import fork_seeded_rng
+
+__all__ = ["COPY", "ValueMatcher", "Values", "saved_modules"]
+
+#: (id of the module, weight or path of the copy, our tensor name) → value to copy after attaching.
+Values = dict[tuple[int, str, str], Tensor]
+
+#: Tensor name in `Values` of a trained copy.
+COPY = "copy"
+
+
+# ---- trained copies of complete modules
+
+
+def saved_modules(source: Source, reading: Reading) -> dict[str, dict[str, Tensor]]:
+    """Map each module of ``modules_to_save`` to its tensors, taken out of `reading`.
+
+    A module counts if its name matches and the file has tensors for it: peft matches names by
+    their ending alone.
+
+    Raises:
+        ValueError: missing, extra or misshapen tensors, or a buffer that differs from the base's.
+    """
+    wanted = tuple(source.config.get("modules_to_save") or ())
+    adapted = {e.path for e in reading.entries}
+    saved: dict[str, dict[str, Tensor]] = {}
+    problems: list[str] = []
+    for name, module in source.top.named_modules():
+        if not wanted or not name or not name.endswith(wanted) or name in adapted:
+            continue
+        if any(name.startswith(f"{outer}.") for outer in saved):
+            continue
+        head = f"{source.format.saved_prefix}{name}."
+        found = {k[len(head) :]: t for k, t in reading.other.items() if k.startswith(head)}
+        problems += _copy_problems(module, head, found)
+        parameters = {n for n, _ in module.named_parameters()}
+        saved[name] = {k: t for k, t in found.items() if k in parameters}
+        for key in found:
+            del reading.other[head + key]
+    if problems:
+        raise ValueError(
+            "adapter file: modules_to_save: nothing was loaded:\n  " + "\n  ".join(problems[:20])
+        )
+    return {name: found for name, found in saved.items() if found}
+
+
+def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) -> list[str]:
+    """Return the differences between a module's own tensors and those that a file has for it."""
+    expected = {k: t for k, t in module.state_dict().items() if not in_adapter(k)}
+    parameters = {n for n, _ in module.named_parameters()}
+    problems = [f"missing {head}{k}" for k in expected if k not in found]
+    for key, tensor in found.items():
+        if key not in expected:
+            problems.append(f"extra {head}{key}")
+        elif tensor.shape != expected[key].shape:
+            problems.append(
+                f"{head}{key}: expected shape {list(expected[key].shape)}, got {list(tensor.shape)}"
+            )
+        elif key not in parameters and not torch.equal(tensor, expected[key].to(tensor)):
+            problems.append(f"{head}{key}: a buffer that differs from the base's")
+    return problems
+
+
+# ---- every placement
+
+
+@dataclass
+class ValueMatcher:
+    """Matches a file's tensors with the placements that attaching will fill.
+
+    Attributes:
+        method: The method that the file describes.
+        source: The file's content.
+        reading: Its tensors by kind; biases are taken out of it.
+        saved: Module → its trained copy.
+        values: The values found so far.
+        problems: The differences found so far.
+    """
+
+    method: Method
+    source: Source
+    reading: Reading
+    saved: Mapping[str, Mapping[str, Tensor]]
+    values: Values = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def match(self, planned: Sequence[PlannedAdapter]) -> Values:
+        """Return the value of every tensor that attaching will create.
+
+        Raises:
+            ValueError: missing, extra or misshapen tensors, with the list.
+        """
+        entries = {(id(e.site.module), e.site.parameter): e for e in self.reading.entries}
+        adapted: dict[int, list[str]] = {}
+        for module_id, parameter in entries:
+            adapted.setdefault(module_id, []).append(parameter)
+        buffers = _site_buffers(self.method, planned)
+        for each in planned:
+            method, placement = each.method, each.placement
+            if isinstance(method, ModulesToSave):
+                self._match_copies(placement)
+            elif isinstance(method, TrainedBias):
+                self._match_biases(placement, adapted.get(id(placement.module), ()))
+            elif self.source.format.tensors:
+                key = (id(placement.module), placement.site.parameter)
+                kept = buffers.get(id(placement.site), {})
+                self._match_weight(method, placement, entries.pop(key, None), kept)
+        self.problems += [
+            f"extra {e.path}: not among the layers that are attached" for e in entries.values()
+        ]
+        if self.problems:
+            raise ValueError(
+                f"adapter file: {len(self.problems)} differences; nothing was loaded:\n  "
+                + "\n  ".join(self.problems[:20])
+            )
+        return self.values
+
+    def _path(self, placement: Placement) -> str:
+        """Name of the placement's module in the file."""
+        return placement.name.removeprefix(self.source.prefix).removeprefix(".")
+
+    def _owner(self, path: str) -> str | None:
+        """Name of the trained module that holds the module of this name."""
+        return next((n for n in self.saved if path == n or path.startswith(f"{n}.")), None)
+
+    def _match_copies(self, placement: Placement) -> None:
+        path = self._path(placement)
+        owner = self._owner(path)
+        assert owner is not None  # attach plans copies of `saved` alone
+        for p in placement.paths:
+            key = join(path, p)[len(owner) + 1 :]
+            self.values[id(placement.module), p, COPY] = self.saved[owner][key]
+
+    def _match_biases(self, placement: Placement, adapted: Sequence[str]) -> None:
+        path, module = self._path(placement), placement.module
+        owner = self._owner(path)
+        for p in placement.paths:
+            key = bias_key(module, path, p, adapted)
+            if owner is None:
+                tensor = self.reading.other.pop(key, None)
+            else:  # the file has it once, with its module
+                tensor = self.saved[owner].get(join(path, p)[len(owner) + 1 :])
+            shape = module.get_parameter(p).shape
+            if tensor is None:
+                self.problems.append(f"missing {key}")
+            elif tensor.shape != shape:
+                self.problems.append(
+                    f"{key}: expected shape {list(shape)}, got {list(tensor.shape)}"
+                )
+            else:
+                self.values[id(module), p, COPY] = tensor
+
+    def _match_weight(
+        self,
+        method: Method,
+        placement: Placement,
+        entry: HFEntry | None,
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        if entry is None:
+            self.problems.append(
+                f"missing {tensor_prefix(self._path(placement), '')}: no tensors for "
+                f"{placement.site.label}"
+            )
+            return
+        tensors = self._unpacked(entry)
+        if tensors is None:
+            return
+        initial = _initial_tensors(method, placement)
+        self.problems += self._differences(entry, tensors, initial, buffers)
+        for name, tensor in tensors.items():
+            self.values[id(placement.module), entry.site.parameter, name] = tensor
+
+    def _unpacked(self, entry: HFEntry) -> dict[str, Tensor] | None:
+        """Return the entry's tensors in the method's terms, None if that fails."""
+        unpack = self.source.format.unpack
+        tensors = dict(entry.tensors)
+        if unpack is None:
+            return tensors
+        try:
+            return dict(unpack(self.method, entry.site, tensors, self.source.config))
+        except (ValueError, KeyError, RuntimeError) as error:
+            self.problems.append(f"{entry.path}: {entry.names_and_shapes()}: {error}")
+            return None
+
+    def _differences(
+        self,
+        entry: HFEntry,
+        tensors: Mapping[str, Tensor],
+        initial: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ) -> list[str]:
+        """Compare the file's tensors with the method's initial ones, by name and shape."""
+        fmt, site = self.source.format, entry.site
+        wanted = [*initial, *(k for k in buffers if k in fmt.tensors and k not in fmt.optional)]
+        known = {**initial, **buffers}
+        extra = sorted(set(tensors) - set(initial) - set(buffers))
+
+        def named(name: str) -> str:
+            return f"{entry.path}.{_peft_name(fmt, site, name)}"
+
+        problems = [f"missing {named(k)}" for k in wanted if k not in tensors]
+        problems += [f"extra {named(k)}" for k in extra]
+        for name, tensor in tensors.items():
+            if name in known and tensor.shape != known[name].shape:
+                axes = fmt.axes.get(name, "")
+                expected = entry.layout.to_peft(site.parameter, axes, known[name]).shape
+                got = entry.shapes.get(_peft_name(fmt, site, name), tuple(tensor.shape))
+                problems.append(f"{named(name)}: expected shape {list(expected)}, got {list(got)}")
+        return problems
+
+
+def _site_buffers(
+    method: Method, planned: Sequence[PlannedAdapter]
+) -> dict[int, Mapping[str, Tensor]]:
+    """Buffers of each site of a weight method, by the site's id."""
+    sites = [p.placement.site for p in planned if p.method is method]
+    if not isinstance(method, WeightMethod) or not sites:
+        return {}
+    with fork_seeded_rng(0), torch.no_grad():
+        pairs = zip(sites, method.site_buffers(sites), strict=True)
+        return {id(site): {**method.buffers(site), **found} for site, found in pairs}
+
+
+def _initial_tensors(method: Method, placement: Placement) -> Mapping[str, Tensor]:
+    """Return tensors with the names and shapes that attaching will create."""
+    if placement.paths:
+        return {p.replace(".", "__"): placement.module.get_parameter(p) for p in placement.paths}
+    if isinstance(method, WeightMethod):
+        with fork_seeded_rng(0), torch.no_grad():
+            return method.parameters(placement.site)
+    return {}
+
+
+def _peft_name(fmt: HFFormat, site: Site, name: str) -> str:
+    """Return peft's name of our tensor; our own for one that the table does not list."""
+    return fmt.name(site, name) if name in fmt.tensors else name

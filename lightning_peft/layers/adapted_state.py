@@ -1,0 +1,127 @@
+"""State of an adapted module, by job: what acts, what undoes a merge, what was observed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.core.protocols import LayerOps
+
+if TYPE_CHECKING:
+    from lightning_peft.layers.adapter import Adapter
+    from lightning_peft.layers.block import BlockAdapter
+    from lightning_peft.layers.copy_adapter import CopyAdapter
+    from lightning_peft.layers.projection_group import ProjectionGroup
+    from lightning_peft.layers.prompt.adapter import PromptAdapter
+    from lightning_peft.layers.weight_adapter import WeightAdapter
+
+__all__ = ["ActiveAdapters", "AdaptedState", "MergeUndo", "Telemetry", "UndoStep", "state_of"]
+
+
+@dataclass
+class ActiveAdapters:
+    """The adapters that act in the next forward of one module.
+
+    Attributes:
+        names: Chosen adapters, in the order in which the user named them.
+        merged: Adapters whose edits are in the weight already.
+        disabled: Whether `disable_adapters` switched all adapters off.
+        edits: Acting adapters that change weights.
+        blocks: Acting adapters that add a module.
+        prompts: Acting adapters that add positions to the sequence.
+        trained_copies: Acting adapters whose copies replace the module's parameters.
+    """
+
+    names: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    disabled: bool = False
+    edits: list[WeightAdapter] = field(default_factory=list)
+    blocks: list[BlockAdapter] = field(default_factory=list)
+    prompts: list[PromptAdapter] = field(default_factory=list)
+    trained_copies: list[CopyAdapter] = field(default_factory=list)
+
+    def acting_names(self) -> list[str]:
+        """Names that act: chosen, not merged, not disabled."""
+        return [] if self.disabled else [n for n in self.names if n not in self.merged]
+
+    def replace(self, acting: Iterable[Adapter]) -> None:
+        """Let exactly these adapters act. Each kind gets a new list."""
+        self.edits, self.blocks, self.prompts, self.trained_copies = [], [], [], []
+        for adapter in acting:
+            adapter.activate(self)
+
+
+class UndoStep(Protocol):
+    """One change that a merge made to a module."""
+
+    def undo(self) -> None:
+        """Take the change back, bit for bit."""
+        ...
+
+
+@dataclass
+class MergeUndo:
+    """The changes that a merge made to one module.
+
+    Attributes:
+        steps: The changes, first to last; empty if the base was not kept.
+        base_kept: False after ``merge(keep_base=False)``, which cannot be undone.
+    """
+
+    steps: list[UndoStep] = field(default_factory=list)
+    base_kept: bool = True
+
+    def undo(self) -> None:
+        """Take every change back, last to first."""
+        while self.steps:
+            self.steps.pop().undo()
+
+
+@dataclass
+class Telemetry:
+    """What was observed while the module ran; read by reports and gradient checks.
+
+    Attributes:
+        forward_ran: Whether forward was ever called. A bypassed module never runs.
+        expert_tokens: Tokens routed to each expert in training so far, int32 [E].
+        counts_tokens: Whether `expert_tokens` still grows; False after the report on tokens.
+    """
+
+    forward_ran: bool = False
+    expert_tokens: Tensor | None = None
+    counts_tokens: bool = True
+
+
+@dataclass
+class AdaptedState:
+    """State of an adapted module besides its tensors; deep-copied with the module.
+
+    Attributes:
+        ops: How an Edit acts on this kind of layer.
+        active: The adapters that act.
+        merge_undo: The changes made by a merge; None while nothing is merged.
+        telemetry: Observations for reports and checks.
+        prompt_lengths: (prompt positions, text positions) of the last forward, handed to the hook
+            that removes the prompt from the output of a custom model.
+        projection_group: The layers that read one input with this layer; None if there are none.
+        fast_path_guard: An empty hook that keeps `nn.TransformerEncoderLayer` off its fused eval
+            path, which would bypass the adapter. `release` removes it.
+    """
+
+    ops: LayerOps
+    active: ActiveAdapters = field(default_factory=ActiveAdapters)
+    merge_undo: MergeUndo | None = None
+    telemetry: Telemetry = field(default_factory=Telemetry)
+    prompt_lengths: tuple[int, int] = (0, 0)
+    projection_group: ProjectionGroup | None = None
+    fast_path_guard: RemovableHandle | None = None
+
+
+def state_of(module: nn.Module) -> AdaptedState:
+    """State of a module that has adapters."""
+    state: AdaptedState = vars(module)["_peft"]
+    return state

@@ -1,0 +1,44 @@
+"""Facts about the batch at hand that a change depends on, found before the layers run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["BatchObserver"]
+
+
+class BatchObserver:
+    """Asks a method for its facts about every batch of token ids that a model is called with.
+
+    They stay until the next forward, so that activation checkpointing finds them in the backward:
+    run each backward before the next forward then.
+
+    Attributes:
+        facts: By name; what the adapters of the method read. Empty before the first forward.
+    """
+
+    def __init__(self, method: Any, stack: nn.Module) -> None:
+        self.method = method
+        self.facts: dict[str, Tensor] = {}
+        self._handle = stack.register_forward_pre_hook(self, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook: facts of this batch; with a filled cache they follow from those before."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            raise ValueError(
+                f"{self.method.label}: expected input_ids, got {sorted(kwargs)}; where it acts "
+                "follows from the tokens"
+            )
+        past = kwargs.get("past_key_values")
+        continued = past is not None and past.get_seq_length() > 0
+        before = self.facts if continued else {}
+        found = self.method.batch_facts(ids, before)
+        self.facts.clear()  # in place: adapters hold this dict
+        self.facts.update(found)

@@ -1,0 +1,65 @@
+"""Adapters that train copies of a module's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.site import Site
+from lightning_peft.layers.adapted_state import ActiveAdapters
+from lightning_peft.layers.adapter import Adapter
+
+if TYPE_CHECKING:
+    from lightning_peft.methods.base import SelectMethod
+
+__all__ = ["CopyAdapter"]
+
+
+class CopyAdapter(Adapter):
+    """Trains copies of the module's own parameters; the base keeps its bits.
+
+    Attributes:
+        paths: Name of each copy → path of the parameter that it replaces.
+    """
+
+    method: SelectMethod
+
+    def __init__(
+        self,
+        method: SelectMethod,
+        site: Site,
+        adapter_name: str,
+        paths: Sequence[str],
+        copies: dict[int, nn.Parameter],
+    ) -> None:
+        """Copy the parameters at `paths`.
+
+        Args:
+            method: The method.
+            site: The module and its main parameter.
+            adapter_name: Name to attach under.
+            paths: Paths of the parameters inside the module.
+            copies: Copies made so far by id of the original, so that tied parameters stay tied.
+        """
+        super().__init__(method, site, adapter_name)
+        self.paths = {path.replace(".", "__"): path for path in paths}
+        for key, path in self.paths.items():
+            original = site.module.get_parameter(path)
+            if id(original) not in copies:
+                copies[id(original)] = nn.Parameter(original.detach().clone())
+            self.register_parameter(key, copies[id(original)])
+
+    def copies(self) -> dict[str, Tensor]:
+        """Trained copies by the path of the parameter that each one replaces."""
+        own: dict[str, Any] = self._parameters
+        return {path: own[name] for name, path in self.paths.items()}
+
+    def activate(self, active: ActiveAdapters) -> None:
+        """Act in place of the module's parameters."""
+        active.trained_copies.append(self)
+
+    def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
+        """The parameters that were copied."""
+        return {key: self.site.module.get_parameter(path) for key, path in self.paths.items()}

@@ -1,0 +1,231 @@
+"""Projection groups: adapted layers that read one tensor and run as one product.
+
+The architecture table declares the groups (`models.shared_inputs`). When the first layer of a group
+runs, the storage computes all members: one dequantisation, one product, and one product for the
+gradient of the input. Every other member takes its part when it is called with the very same
+tensor. Called with another tensor, or in another state, it runs alone. The calls of one forward
+decide, so that activation checkpointing repeats the decision.
+
+Layers run one by one while compiling, in mixed batches, for inference tensors (which carry no
+version), and where the dispatch rule expects no gain.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.edit import LowRank, concat_ranks, low_rank_terms
+from lightning_peft.core.protocols import Reason
+from lightning_peft.layers.adapted import Adapted, weight_adapters_of
+from lightning_peft.layers.mixed_batch import current_mixed_batch
+from lightning_peft.layers.weight_adapter import WeightAdapter
+
+__all__ = ["ProjectionGroup", "SupportsFusedGroup", "output_of_group", "share_inputs"]
+
+
+@runtime_checkable
+class SupportsFusedGroup(Protocol):
+    """A storage that can compute several layers over one input as one product."""
+
+    def fused_group(
+        self,
+        modules: Sequence[Adapted],
+        x: Tensor | None,
+        factors: Sequence[tuple[LowRank, float]],
+    ) -> list[Tensor] | Reason:
+        """Return the output of every layer on x, or the reason why they run one by one.
+
+        Args:
+            modules: The layers.
+            x: Their input; None to ask for the decision alone.
+            factors: Low-rank term and dropout probability per layer.
+        """
+        ...
+
+
+@dataclass
+class _Pending:
+    """Outputs that wait for their layers.
+
+    Attributes:
+        group: The group that computed them.
+        x: Its input.
+        version: Version of the input at that time.
+        mode: Gradient mode and autocast dtype at that time.
+        outputs: Output by id of the layer.
+        edits: List of active edits by id of the layer; `refresh` replaces the list.
+    """
+
+    group: ProjectionGroup
+    x: Tensor
+    version: int
+    mode: tuple[bool, torch.dtype | None]
+    outputs: dict[int, Tensor]
+    edits: dict[int, list[WeightAdapter]]
+
+    def fits(self, m: Adapted, x: Tensor) -> bool:
+        """Return whether the layer would compute the same output now."""
+        return (
+            self.x is x
+            and x._version == self.version
+            and self.mode == _mode(x)
+            and self.edits[id(m)] is m._peft.active.edits
+            and _has_only_edits(m)
+        )
+
+
+class _Thread(threading.local):
+    """The hand-off between the calls of one thread: outputs of at most one group."""
+
+    pending: _Pending | None = None
+
+
+_thread = _Thread()
+
+
+def _mode(x: Tensor) -> tuple[bool, torch.dtype | None]:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.is_grad_enabled(), dtype
+
+
+def _has_only_edits(m: Adapted) -> bool:
+    active = m._peft.active
+    return bool(active.edits) and not (active.blocks or active.prompts or active.trained_copies)
+
+
+def output_of_group(m: nn.Module, x: Tensor) -> Tensor | None:
+    """Return a layer's output if its group computes it; None if the layer runs alone.
+
+    An ungrouped layer also discards outputs left over from an interrupted forward.
+    """
+    if not isinstance(m, Adapted) or m._peft.projection_group is None:
+        _thread.pending = None
+        return None
+    return m._peft.projection_group.run(m, x)
+
+
+class ProjectionGroup:
+    """Layers that read one tensor. Copies of a module do not carry it; their layers run alone.
+
+    Attributes:
+        members: The layers, the one that is called first in front.
+    """
+
+    def __init__(self, members: Sequence[Adapted] = ()) -> None:
+        self.members = tuple(members)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ProjectionGroup:
+        return ProjectionGroup()
+
+    def __reduce__(self) -> tuple[type[ProjectionGroup], tuple[()]]:
+        return ProjectionGroup, ()
+
+    def run(self, m: Adapted, x: Tensor) -> Tensor | None:
+        """Return the output of one member on x; None if it runs alone."""
+        pending, _thread.pending = _thread.pending, None
+        if pending is not None and pending.group is self:
+            y = pending.outputs.pop(id(m), None)
+            if y is None or not pending.fits(m, x):
+                return None
+            if pending.outputs:
+                _thread.pending = pending
+            return y
+        if not self.members or m is not self.members[0] or not _can_share(x):
+            return None
+        return self._run_all(x)
+
+    def reason_apart(self) -> str:
+        """Return why the members run one by one, as far as it is known before a call; or ""."""
+        if not self.members:
+            return "a copy of the module"
+        decision = _storage(self.members[0]).fused_group(self.members, None, [])
+        return str(decision) if isinstance(decision, Reason) else ""
+
+    def _run_all(self, x: Tensor) -> Tensor | None:
+        """Compute all members: return the first one's output, keep the others'."""
+        if self.reason_apart():  # before the factors are built
+            return None
+        first, *others = self.members
+        factors = [_factors(member, first.training) for member in self.members]
+        known = [f for f in factors if f is not None]
+        if len(known) < len(factors):
+            return None
+        outputs = _storage(first).fused_group(self.members, x, known)
+        if isinstance(outputs, Reason):
+            return None
+        _thread.pending = _Pending(
+            self,
+            x,
+            x._version,
+            _mode(x),
+            outputs={id(m): y for m, y in zip(others, outputs[1:], strict=True)},
+            edits={id(m): m._peft.active.edits for m in others},
+        )
+        return outputs[0]
+
+
+def _storage(m: Adapted) -> SupportsFusedGroup:
+    storage = (m._peft.active.edits or weight_adapters_of(m))[0].site.storage
+    assert isinstance(storage, SupportsFusedGroup)  # `_bind_groups` looked
+    return storage
+
+
+def _can_share(x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and not x.is_inference()
+        and x.is_floating_point()
+        and current_mixed_batch() is None
+    )
+
+
+def _factors(m: Adapted, training: bool) -> tuple[LowRank, float] | None:
+    """Return (all low-rank terms as one, dropout); None if the layer has another form or mode."""
+    if not _has_only_edits(m) or m.training != training:
+        return None
+    edits = [a.edit() for a in m._peft.active.edits]
+    if not all(e.only_low_rank for e in edits) or len({e.dropout for e in edits}) > 1:
+        return None
+    return concat_ranks(low_rank_terms(edits)), edits[0].dropout if training else 0.0
+
+
+# ---- binding
+
+
+def share_inputs(model: nn.Module, declared: Iterable[tuple[nn.Module, Sequence[str]]]) -> None:
+    """Bind adapted layers to their groups, anew.
+
+    Args:
+        model: The root.
+        declared: (module, names of its children that read one tensor).
+    """
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module._peft.projection_group = None
+    for parent, names in declared:
+        _bind_groups([parent.get_submodule(name) for name in names])
+
+
+def _bind_groups(layers: Sequence[nn.Module]) -> None:
+    """Group layers of one input width whose weights are in one kind of storage."""
+    alike: dict[tuple[int, str], list[Adapted]] = {}
+    for m in layers:
+        if not isinstance(m, Adapted):
+            continue
+        edited = weight_adapters_of(m)
+        if not edited or "forward" in vars(m) or len(m._peft.ops.parameters(m)) > 1:
+            continue
+        site = edited[0].site
+        if isinstance(site.storage, SupportsFusedGroup):
+            alike.setdefault((site.in_features, site.storage.label), []).append(m)
+    for members in alike.values():
+        group = ProjectionGroup(members)
+        for member in members if len(members) > 1 else ():
+            member._peft.projection_group = group

@@ -1,1 +1,0 @@
-"""Layers that read the same input and run as one product."""

@@ -1,0 +1,82 @@
+"""The positions that the active prompts put before the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch
+from lightning_peft.layers.prompt.adapter import PromptAdapter
+
+__all__ = ["Prompt", "prompt_of"]
+
+
+@dataclass
+class Prompt:
+    """Positions before the text.
+
+    Attributes:
+        values: Vectors of the positions, [B, n, features].
+        mask: Which positions each row has, [B, n] of 0 and 1; None if every row has all.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+
+    @property
+    def n(self) -> int:
+        """Positions of the longest row."""
+        return self.values.shape[1]
+
+    def ones(self, like: Tensor) -> Tensor:
+        """Return the mask in the dtype and on the device of another."""
+        if self.mask is None:
+            return like.new_ones(self.values.shape[:2])
+        return self.mask.to(like)
+
+    def counts(self) -> int | Tensor:
+        """Return the positions per row: n, or [B, 1]."""
+        return self.n if self.mask is None else self.mask.sum(dim=1, keepdim=True)
+
+
+def prompt_of(adapters: Sequence[PromptAdapter], batch: int, device: torch.device) -> Prompt | None:
+    """Return the positions of every row, those of the adapter named last in front."""
+    if not adapters:
+        return None
+    mix = current_mixed_batch()
+    tables = {id(a): a.prompt_embeddings().to(device) for a in adapters}
+    if mix is None:
+        values = torch.cat([tables[id(a)] for a in reversed(adapters)])
+        return Prompt(values.expand(batch, -1, -1), None)
+    return _mixed_prompt(adapters, tables, mix, batch, device)
+
+
+def _mixed_prompt(
+    adapters: Sequence[PromptAdapter],
+    tables: Mapping[int, Tensor],
+    mix: MixedBatch,
+    batch: int,
+    device: torch.device,
+) -> Prompt | None:
+    """Return the prompts of a mixed batch, padded on the left to the longest one."""
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(mix.names):
+        own = [tables[id(a)] for a in reversed(adapters) if a.adapter_name == name]
+        if own:
+            found[name] = torch.cat(own)
+    if not found:
+        return None
+    n = max(t.shape[0] for t in found.values())
+    like = next(iter(found.values()))
+    values = like.new_zeros(batch, n, like.shape[1])
+    mask = torch.zeros(batch, n, dtype=torch.int64, device=device)
+    for name, table in found.items():
+        rows = mix.index(name, batch, device)
+        short = n - table.shape[0]
+        padded = torch.cat([table.new_zeros(short, table.shape[1]), table])
+        values = values.index_copy(0, rows, padded.expand(len(rows), -1, -1))
+        mask[rows, short:] = 1
+    return Prompt(values, None if bool(mask.all()) else mask)

@@ -1,0 +1,175 @@
+"""Adapters that change one weight through an Edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.site import Site
+from lightning_peft.layers.adapted_state import ActiveAdapters
+from lightning_peft.layers.adapter import Adapter, SiteRNG
+from lightning_peft.layers.batch_facts import BatchObserver
+from lightning_peft.layers.mixed_batch import current_mixed_batch
+
+if TYPE_CHECKING:
+    from lightning_peft.methods.base import WeightMethod
+
+__all__ = ["BaseRewrite", "WeightAdapter", "initial_shared"]
+
+
+@dataclass
+class BaseRewrite:
+    """A base weight that an adapter's initialisation replaced (PiSSA's residual …).
+
+    Attributes:
+        original_bits: Stored bits from before, on the CPU.
+        rewritten_bits: Stored bits from after, on the CPU while the adapter is switched off.
+        active: Whether the rewritten weight is in the module.
+    """
+
+    original_bits: Any
+    rewritten_bits: Any = None
+    active: bool = True
+
+
+class WeightAdapter(Adapter):
+    """Changes one weight through an Edit.
+
+    Attributes:
+        shared_buffers: Frozen tensors that all sites of the method share; not owned.
+        shared_trained: Trained tensors that all sites of the method share; not owned.
+        observer: The hook that finds the facts of a batch; the method's first adapter holds it.
+        facts: Facts about the batch at hand, for methods that read them (`BatchObserver`).
+        rewrite: The base weight that the initialisation replaced, None if it replaced none.
+        awaits_data: Whether the adapter still waits for its initialisation from data.
+    """
+
+    method: WeightMethod
+    shared_buffers: Mapping[str, Tensor]
+    shared_trained: Mapping[str, Tensor]
+    observer: BatchObserver | None
+    facts: Mapping[str, Tensor]
+    rewrite: BaseRewrite | None
+
+    def __init__(self, method: WeightMethod, site: Site, adapter_name: str) -> None:
+        super().__init__(method, site, adapter_name)
+        self.shared_buffers = {}
+        self.shared_trained = {}
+        self.observer = None
+        self.facts = {}
+        self.rewrite = None
+        self.awaits_data = bool(method.needs_data)
+
+    @classmethod
+    def build(cls, method: WeightMethod, site: Site, adapter_name: str) -> WeightAdapter:
+        """The adapter with its initial tensors, on the CPU or on meta."""
+        adapter = cls(method, site, adapter_name)
+        with SiteRNG(site, adapter_name, None), torch.device("cpu"):
+            buffers = set(method.buffers(site))
+        for key, tensor in adapter.initial_tensors(None).items():
+            if key in buffers:
+                adapter.register_buffer(key, tensor)
+            else:
+                adapter.register_parameter(key, nn.Parameter(tensor))
+        return adapter
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the method's own names, shared ones included."""
+        own: dict[str, Any] = {**self._parameters, **self._buffers}
+        return {**self.shared_buffers, **self.shared_trained, **own}
+
+    def edit(self) -> Edit:
+        """The change of the site's weight at this moment."""
+        tensors = self.tensors()
+        if self.facts:
+            tensors |= self._facts_of_rows()
+        return self.method.edit(tensors, self.site)
+
+    def _facts_of_rows(self) -> dict[str, Tensor]:
+        """Facts of the rows that are under this adapter."""
+        mix = current_mixed_batch()
+        if mix is None:
+            return dict(self.facts)
+        facts = self.facts.items()
+        return {k: t[mix.index(self.adapter_name, len(t), t.device)] for k, t in facts}
+
+    def activate(self, active: ActiveAdapters) -> None:
+        """Act as an edit of the weight."""
+        active.edits.append(self)
+
+    def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
+        """Parameters and buffers as the method draws them, on the CPU."""
+        rng = SiteRNG(self.site, self.adapter_name, seed)
+        with rng, torch.no_grad(), torch.device("cpu"):
+            return {**self.method.parameters(self.site), **self.method.buffers(self.site)}
+
+    def values_from_weight(self, values: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """Replace entries of `values` by those that need the weight.
+
+        Args:
+            values: Initial tensors; changed in place.
+            site: The site to initialise for.
+            W: Canonical weight [*batch, out, in].
+
+        Returns:
+            The weight that the base keeps, None if the base stays as it is.
+        """
+        with SiteRNG(site, self.adapter_name, None), torch.no_grad():
+            return self.method.initialise(values, site, W)
+
+    def initialize_from_weight(self, original: Tensor | None) -> None:
+        """Set the tensors that need the weight, and rewrite the base if the method does.
+
+        Args:
+            original: The weight before it was packed; None reads the stored weight.
+        """
+        site = self.site
+        W = site.weight(torch.float32) if original is None else original
+        values = dict(self.tensors())
+        base = self.values_from_weight(values, site, W)
+        with torch.no_grad():
+            for key, tensor in self.tensors().items():
+                tensor.copy_(values[key])
+            if base is not None:
+                self.rewrite = BaseRewrite(site.storage.snapshot(site.module, site.parameter))
+                site.write(base)
+
+    def why_not_mergeable(self) -> str:
+        """Reason why the change has no matrix; "" if it has one."""
+        return "" if self.method.mergeable else "its change depends on the input"
+
+    def switch_base(self, acts: bool) -> None:
+        """Put the rewritten or the original base into the module, bit for bit."""
+        rewrite, site = self.rewrite, self.site
+        if rewrite is None or rewrite.active == acts:
+            return
+        if acts:
+            site.storage.restore(site.module, site.parameter, rewrite.rewritten_bits)
+            rewrite.rewritten_bits = None
+        else:
+            rewrite.rewritten_bits = site.storage.snapshot(site.module, site.parameter)
+            site.storage.restore(site.module, site.parameter, rewrite.original_bits)
+        rewrite.active = acts
+
+    def remove_hooks(self) -> None:
+        """Remove the hook that finds the facts of a batch."""
+        if self.observer is not None:
+            self.observer.remove()
+
+    @property
+    def can_reset(self) -> bool:
+        """Whether the initialisation left the base alone and needed no data."""
+        return self.rewrite is None and (self.awaits_data or not self.method.needs_data)
+
+
+def initial_shared(
+    method: WeightMethod, sites: Sequence[Site], adapter_name: str, seed: int | None
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Initial values of the tensors that all sites share: frozen and trained ones, on the CPU."""
+    with SiteRNG(sites[0], adapter_name, seed), torch.no_grad():
+        return method.shared_buffers(sites), method.shared_parameters(sites)

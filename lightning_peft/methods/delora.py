@@ -1,0 +1,113 @@
+"""DeLoRA: low rank with bounded norm, angles and strength apart. Bini et al. 2025,
+arXiv:2503.18225.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    kaiming,
+    match_site,
+    require,
+    require_dropout,
+)
+from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.registry import register
+
+__all__ = ["DeLoRA"]
+
+_LEAST = 1e-4  # of a norm
+
+
+@register
+@dataclass(frozen=True)
+class DeLoRA(WeightMethod):
+    """ΔW = B diag(λ / (r |a_i| |b_i|)) A diag(w), w_j the norm of column j of W at the start.
+
+    Attributes:
+        r: Rank.
+        strength: Start of λ, which bounds ‖ΔW‖ relative to the weight.
+        rank_pattern: Layer name pattern → rank.
+        strength_pattern: Layer name pattern → strength.
+        dropout: Probability of dropping an input element of the branch, in training.
+
+    Raises:
+        ValueError: r < 1, strength ≤ 0, dropout outside [0, 1).
+    """
+
+    r: int = 8
+    strength: float = 15.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    strength_pattern: dict[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+
+    hf = HFFormat(
+        peft_type="DELORA",
+        tensors={"A": "delora_A", "B": "delora_B", "lam": "delora_lambda", "w": "delora_w_norm"},
+        axes={"A": "down", "B": "up"},
+        config={
+            "r": "r",
+            "strength": "delora_lambda",
+            "rank_pattern": "rank_pattern",
+            "strength_pattern": "lambda_pattern",
+            "dropout": "module_dropout",
+        },
+        fixed={"bias": "none", "init_weights": True},
+        defaults={
+            "r": 8,
+            "delora_lambda": 15,
+            "rank_pattern": {},
+            "lambda_pattern": {},
+            "module_dropout": 0.0,
+        },
+        ignored=("init_weights",),
+        refuse=refuse_all_but_linear,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
+        for where, strength in {"strength": self.strength, **self.strength_pattern}.items():
+            require(strength > 0, f"{self.label}: expected strength > 0, got {where} = {strength}")
+        require_dropout(self.label, self.dropout)
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """A [r, in] random, B [out, r] zeros, lam [1] at the strength."""
+        r = match_site(self.rank_pattern, site, self.r)
+        strength = match_site(self.strength_pattern, site, self.strength)
+        return {
+            "A": kaiming(empty_like_site(site, r, site.in_features)),
+            "B": empty_like_site(site, site.out_features, r).zero_(),
+            "lam": empty_like_site(site, 1).fill_(strength),
+        }
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """w [in], filled from the weight."""
+        return {"w": empty_like_site(site, site.in_features).zero_()}
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Norms of columns are taken at the start."""
+        return True
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """The norms of the columns of W."""
+        p["w"] = W.norm(dim=-2)
+        return None
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A low-rank change."""
+        A, B = p["A"], p["B"]
+        norms = A.norm(dim=-1).clamp(min=_LEAST) * B.norm(dim=-2).clamp(min=_LEAST)
+        strengths = p["lam"] / (A.shape[-2] * norms)
+        term = LowRank(A * p["w"].unsqueeze(-2), B * strengths.unsqueeze(-2))
+        return Edit(terms=(term,), dropout=self.dropout)

@@ -1,0 +1,131 @@
+"""FourierFT: few Fourier coefficients of ΔW. Gao et al. 2024, arXiv:2405.03003."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft.core.edit import Dense, Edit, Term
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.core.sparse import random_places
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
+from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.registry import register
+
+__all__ = ["Fourier", "FourierFT"]
+
+
+@dataclass(frozen=True)
+class Fourier(Term):
+    """ΔW = scaling · Re ifft2(S) with S.flatten()[places] = c, S [out, in]."""
+
+    c: Tensor
+    places: Tensor
+    shape: tuple[int, int]
+    scaling: float
+
+    formed: ClassVar[bool] = True
+
+    def matrix(self) -> Tensor:
+        """ΔW, formed."""
+        c = self.c.float() if self.c.dtype.itemsize < 4 else self.c
+        S = c.new_zeros(self.shape[0] * self.shape[1]).index_add(0, self.places, c)
+        delta = torch.fft.ifft2(S.view(self.shape)).real
+        scaled: Tensor = (self.scaling * delta).to(self.c.dtype)
+        return scaled
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """Few rows: Re ifft_out(S ifft_in(x)), which forms no ΔW; else ΔW is cheaper."""
+        out, width = self.shape
+        if not ops.features_last or x.numel() >= width * width:
+            return Dense(self.matrix()).apply(ops, site, x)
+        c, x = (t.float() if t.dtype.itemsize < 4 else t for t in (self.c, x))
+        with torch.autocast(x.device.type, enabled=False):
+            thin = torch.fft.ifft(x).index_select(-1, self.places % width) * c
+            S = thin.new_zeros(*x.shape[:-1], out).index_add(-1, self.places // width, thin)
+            y: Tensor = self.scaling * torch.fft.ifft(S).real
+        return y
+
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """One product with W + ΔW."""
+        return F.linear(x, W + self.matrix(), b)
+
+
+@register
+@dataclass(frozen=True)
+class FourierFT(WeightMethod):
+    """n trained coefficients at random frequencies, inverse transform for the change.
+
+    Attributes:
+        n_frequency: n ≤ in · out.
+        scaling: Factor of the transform.
+        seed: Of the frequencies, the same for layers of one shape.
+        n_frequency_pattern: Layer name pattern → n_frequency.
+        zero_start: Coefficients start at zero, so that the output is unchanged; else normal, as in
+            the paper.
+
+    Raises:
+        ValueError: n_frequency < 1.
+    """
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    seed: int = 777
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    zero_start: bool = False
+
+    hf = HFFormat(
+        peft_type="FOURIERFT",
+        tensors={"c": "fourierft_spectrum"},
+        unwritten=("places",),
+        config={
+            "n_frequency": "n_frequency",
+            "scaling": "scaling",
+            "seed": "random_loc_seed",
+            "n_frequency_pattern": "n_frequency_pattern",
+        },
+        fixed={"bias": "none", "fan_in_fan_out": False, "init_weights": False},
+        defaults={"scaling": 150.0, "random_loc_seed": 777, "n_frequency_pattern": {}},
+        ignored=("init_weights", "fan_in_fan_out"),
+        refuse=refuse_all_but_features,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for where, n in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
+            require(n >= 1, f"{self.label}: expected n_frequency >= 1, got {where} = {n}")
+
+    def _count(self, site: Site) -> int:
+        n: int = match_site(self.n_frequency_pattern, site, self.n_frequency)
+        return n
+
+    def check(self, site: Site) -> None:
+        """As many frequencies as entries at most."""
+        require_matrix(self.label, site)
+        most = site.shape.numel()
+        require(
+            self._count(site) <= most,
+            f"{self.label} on {site.label!r}: expected n_frequency <= in_features · out_features "
+            f"= {most}, got {self._count(site)}; lower it or exclude the layer",
+        )
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """c [n]."""
+        c = empty_like_site(site, self._count(site))
+        return {"c": c.zero_() if self.zero_start else torch.nn.init.normal_(c)}
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """places int32 [n], flat."""
+        return {"places": random_places(site, self._count(site), self.seed)}
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A change by its spectrum."""
+        shape = site.out_features, site.in_features
+        return Edit(terms=(Fourier(p["c"], p["places"], shape, self.scaling),))

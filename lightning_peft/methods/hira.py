@@ -1,0 +1,105 @@
+"""HiRA: a low-rank factor of every entry, ΔW = W ∘ (B A). Huang et al. 2025, ICLR (openreview
+TwJrTz9cRS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft.core.edit import Dense, Edit, Term
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    kaiming,
+    match_site,
+    require,
+    require_dropout,
+)
+from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.registry import register
+
+__all__ = ["Hadamard", "HiRA"]
+
+
+@dataclass(frozen=True)
+class Hadamard(Term):
+    """ΔW = W ∘ G with W [*batch, out, in] frozen."""
+
+    W: Tensor
+    G: Tensor
+
+    formed: ClassVar[bool] = True
+
+    def matrix(self) -> Tensor:
+        """ΔW."""
+        return self.W * self.G
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """The layer's own op with ΔW."""
+        return Dense(self.matrix()).apply(ops, site, x)
+
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """One product with W + W ∘ G."""
+        return F.linear(x, torch.addcmul(W, W, self.G), b)
+
+
+def _refuse(method: Any, site: Site) -> str:
+    return "" if site.is_embedding else refuse_all_but_features(method, site)
+
+
+@register
+@dataclass(frozen=True)
+class HiRA(WeightMethod):
+    """W' = W ∘ (1 + B A): of high rank, with LoRA's count of numbers; zeros of W stay zeros.
+
+    Attributes:
+        r: Rank of the factor.
+        rank_pattern: Layer name pattern → rank.
+        dropout: Probability of dropping an input element of the branch, in training.
+
+    Raises:
+        ValueError: r < 1, dropout outside [0, 1).
+    """
+
+    r: int = 32
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    dropout: float = 0.0
+
+    hf = HFFormat(
+        peft_type="HIRA",
+        tensors={"A": "hira_A", "B": "hira_B"},
+        lookup={"A": "hira_embedding_A", "B": "hira_embedding_B"},
+        axes={"A": "down", "B": "up"},
+        config={"r": "r", "rank_pattern": "rank_pattern", "dropout": "hira_dropout"},
+        fixed={"fan_in_fan_out": False, "init_weights": True},
+        defaults={"r": 32, "rank_pattern": {}, "hira_dropout": 0.0},
+        ignored=("init_weights", "fan_in_fan_out"),
+        refuse=_refuse,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
+        require_dropout(self.label, self.dropout)
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """A [r, in] random, B [out, r] zeros."""
+        r = match_site(self.rank_pattern, site, self.r)
+        return {
+            "A": kaiming(empty_like_site(site, r, site.in_features)),
+            "B": empty_like_site(site, site.out_features, r).zero_(),
+        }
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """The weight, read each time, times the low-rank factor."""
+        G = p["B"] @ p["A"]
+        return Edit(terms=(Hadamard(site.weight(G.dtype), G),), dropout=self.dropout)

@@ -1,0 +1,135 @@
+"""KaSA: LoRA with singular values of its own, on a base without its smallest ones.
+
+Wang et al. 2024, arXiv:2412.06071.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.site import Site
+from lightning_peft.methods import lora_exchange
+from lightning_peft.methods.base import HFEntry, StepContext
+from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
+from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.registry import register
+
+__all__ = ["KaSA"]
+
+
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    lora_exchange.to_config(entries, config)
+    method = entries[0].method
+    config["kasa_config"] = {"beta": method.beta, "gamma": method.gamma}
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    weights = config["kasa_config"]
+    if not isinstance(weights, dict) or set(weights) - {"beta", "gamma"}:
+        raise ValueError(
+            f"adapter_config.json: kasa_config: expected beta and gamma, got {weights!r}"
+        )
+    return {**lora_exchange.from_config(config, entries), **weights}
+
+
+@register
+@dataclass(frozen=True)
+class KaSA(LoRA):
+    """W' = W₋ + s B diag(d) A; W₋ is W without its r smallest singular triplets.
+
+    The output changes at the start: what was taken out of the base is not made up for. Detaching
+    and switching off put the base's bits back, which peft does not.
+
+    Attributes:
+        r, alpha, dropout, …: As for LoRA; r < min(in, out).
+        beta: Weight of Σ d² in the loss.
+        gamma: Weight of ‖BᵀB − I‖ + ‖A Aᵀ − I‖ in the loss.
+
+    Raises:
+        ValueError: as LoRA; beta or gamma < 0, another start than the default, lora_bias, freeze_A,
+            precondition.
+    """
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+    hf = dataclasses.replace(
+        LoRA.hf,  # type: ignore[type-var]
+        tensors={**LoRA.hf.tensors, "d": "lora_diag"},  # type: ignore[union-attr]
+        when={**LoRA.hf.when, "kasa_config": True},  # type: ignore[union-attr]
+        to_config=_to_config,
+        from_config=_from_config,
+        uniform=None,
+        refuse=refuse_all_but_linear,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        require(
+            self.beta >= 0 and self.gamma >= 0,
+            f"{self.label}: expected beta >= 0 and gamma >= 0, got {self.beta}, {self.gamma}",
+        )
+        require(
+            self.init == "default" and not (self.lora_bias or self.freeze_A or self.precondition),
+            f"{self.label}: expected init='default' without lora_bias, freeze_A and precondition, "
+            f"got init={self.init!r}, lora_bias={self.lora_bias}, freeze_A={self.freeze_A}, "
+            f"precondition={self.precondition}",
+        )
+
+    def check(self, site: Site) -> None:
+        """The base keeps a triplet at least."""
+        super().check(site)
+        require_features(self.label, site)
+        require_matrix(self.label, site)
+        most = min(site.out_features, site.in_features)
+        require(
+            self.rank(site) < most,
+            f"{self.label} on {site.label!r}: expected r < min(in_features, out_features) = "
+            f"{most}, got r = {self.rank(site)}; lower r or exclude the layer",
+        )
+
+    @property
+    def rewrites_base(self) -> bool:
+        """The smallest triplets go."""
+        return True
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """A and B as LoRA; d [r] normal."""
+        d = torch.nn.init.normal_(empty_like_site(site, self.rank(site)))
+        return {**super().parameters(site), "d": d}
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """None: the base is not made up for."""
+        return {}
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """W without its r smallest singular triplets."""
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        keep = len(S) - self.rank(site)
+        kept: Tensor = (U[:, :keep] * S[:keep]) @ Vh[:keep]
+        return kept
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """LoRA's change with d between the factors."""
+        return super().edit({**p, "B": p["B"] * p["d"]}, site)
+
+    def penalty(self, ctx: StepContext) -> Tensor | None:
+        """β Σ d² + γ (‖BᵀB − I‖ + ‖A Aᵀ − I‖), summed over layers."""
+        terms = []
+        for _, p in ctx.entries:
+            A, B, d = p["A"], p["B"], p["d"]
+            eye = torch.eye(len(d), dtype=d.dtype, device=d.device)
+            skew = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(
+                A @ A.mT - eye
+            )
+            terms.append(self.beta * d.square().sum() + self.gamma * skew)
+        return torch.stack(terms).sum() if terms else None

@@ -1,0 +1,170 @@
+"""PVeRA: VeRA with a mean and a variance, sampled in training. arXiv:2512.07703."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft.core.edit import Edit, LowRank, Term
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    empty_shared,
+    require,
+    require_dropout,
+    require_matrix,
+)
+from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.registry import register
+
+__all__ = ["PVeRA", "Sampled"]
+
+
+@dataclass(frozen=True)
+class Sampled(Term):
+    """b ∘ B z with z = μ + ε e^{l/2}, [μ; l] = d ∘ A x; merged and without sampling z = μ.
+
+    The vectors multiply thin activations and the output, so that no product makes a gradient of A
+    or B.
+
+    Attributes:
+        A: [2r, in], frozen.
+        B: [out, r], frozen.
+        d: [2r].
+        b: [out].
+        sample: Whether training samples.
+        always: Whether eval samples too.
+    """
+
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    b: Tensor
+    sample: bool
+    always: bool
+
+    def to_mean(self) -> LowRank:
+        """The change by the mean."""
+        r = self.B.shape[1]
+        return LowRank(self.d[:r].unsqueeze(-1) * self.A[:r], self.b.unsqueeze(-1) * self.B)
+
+    def matrix(self) -> Tensor:
+        """ΔW of the mean."""
+        return self.to_mean().matrix()
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """Two thin products with noise between, in training."""
+        if not ops.features_last:
+            return self.to_mean().apply(ops, site, x)
+        r = self.B.shape[1]
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)
+        if not (self.always or (self.sample and site.module.training)):
+            return F.linear(F.linear(x, self.A[:r]) * self.d[:r], self.B) * self.b
+        mean, log_variance = (F.linear(x, self.A) * self.d).chunk(2, dim=-1)
+        deviation = torch.exp(0.5 * log_variance)
+        return F.linear(mean + torch.randn_like(deviation) * deviation, self.B) * self.b
+
+
+@register
+@dataclass(frozen=True)
+class PVeRA(WeightMethod):
+    """VeRA whose thin activations are sampled in training; its mean is what is merged.
+
+    Attributes:
+        r: Rank of the shared factors; may exceed a layer's size.
+        d_initial: Start of d; b starts at zero.
+        seed: Of the shared factors.
+        dropout: Probability of dropping an input element of the branch, in training.
+        sample: Whether training samples; False trains the mean alone.
+        sample_at_inference: Whether eval samples too.
+
+    Raises:
+        ValueError: r < 1, dropout outside [0, 1), sampling at inference alone.
+    """
+
+    r: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+    dropout: float = 0.0
+    sample: bool = True
+    sample_at_inference: bool = False
+
+    hf = HFFormat(
+        peft_type="PVERA",
+        tensors={"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
+        prefix={"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
+        optional=("A", "B"),
+        config={
+            "r": "r",
+            "d_initial": "d_initial",
+            "seed": "projection_prng_key",
+            "dropout": "pvera_dropout",
+            "sample_at_inference": "sample_at_inference",
+        },
+        fixed={
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_weights": True,
+            "save_projection": True,
+        },
+        defaults={
+            "d_initial": 0.1,
+            "projection_prng_key": 0,
+            "pvera_dropout": 0.0,
+            "sample_at_inference": False,
+        },
+        ignored=("init_weights", "fan_in_fan_out", "save_projection", "generator_seed"),
+        refuse=refuse_all_but_features,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
+        require_dropout(self.label, self.dropout)
+        require(
+            self.sample or not self.sample_at_inference,
+            f"{self.label}: expected sample=True with sample_at_inference=True, got sample=False",
+        )
+
+    def check(self, site: Site) -> None:
+        """Noise needs thin activations of features."""
+        require_matrix(self.label, site)
+        require(
+            not self.sample or site.ops.features_last,
+            f"{self.label} on {site.label!r}: expected a linear layer, got "
+            f"{type(site.module).__name__}; exclude it, or train the mean alone with sample=False",
+        )
+
+    def shared_buffers(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """A [2r, largest in], B [largest out, r], frozen; Kaiming-uniform, first A, then B."""
+        generator = torch.Generator().manual_seed(self.seed)
+        width = max(site.in_features for site in sites)
+        height = max(site.out_features for site in sites)
+        factors = {}
+        for name, shape in (("A", (2 * self.r, width)), ("B", (height, self.r))):
+            t = empty_shared(sites, *shape)
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+            factors[name] = t if t.is_meta else t.uniform_(-bound, bound, generator=generator)
+        return factors
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """b [out] zeros, d [2r] at d_initial."""
+        return {
+            "b": empty_like_site(site, site.out_features).zero_(),
+            "d": empty_like_site(site, 2 * self.r).fill_(self.d_initial),
+        }
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A low-rank change, sampled in training."""
+        b, d = p["b"], p["d"]
+        A = p["A"][:, : site.in_features].to(d.dtype)
+        B = p["B"][: site.out_features].to(b.dtype)
+        term = Sampled(A, B, d, b, self.sample, self.sample_at_inference)
+        return Edit(terms=(term,), dropout=self.dropout)

@@ -1,0 +1,111 @@
+"""SHiRA: few entries of a weight at random places. Bhardwaj et al. 2024, arXiv:2406.13175."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.site import Site
+from lightning_peft.core.sparse import Sparse
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    require,
+    require_matrix,
+    require_places,
+)
+from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.registry import register
+
+__all__ = ["SHiRA"]
+
+
+def _unpack(
+    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """As they are, once places are known to lie in the weight."""
+    if "places" in p:
+        rows, columns = p["places"].long()
+        for places, size in ((rows, site.out_features), (columns, site.in_features)):
+            require(
+                int(places.min()) >= 0 and int(places.max()) < size,
+                f"expected indices from 0 to {size - 1}, got {int(places.min())} to "
+                f"{int(places.max())}",
+            )
+        require_places(rows * site.in_features + columns, site.shape.numel())
+    return dict(p)
+
+
+@register
+@dataclass(frozen=True)
+class SHiRA(WeightMethod):
+    """ΔW[places] = values: r (in + out) entries, as many numbers as LoRA of rank r.
+
+    Attributes:
+        r: Sets the number of entries; r (in + out) ≤ in · out.
+        seed: Of the places, the same for layers of one shape; None draws from the run's seed.
+
+    Raises:
+        ValueError: r < 1.
+    """
+
+    r: int = 32
+    seed: int | None = None
+
+    hf = HFFormat(
+        peft_type="SHIRA",
+        tensors={"values": "shira_weight", "places": "shira_indices"},
+        integers=("places",),
+        config={"r": "r", "seed": "random_seed"},
+        fixed={"mask_type": "random", "fan_in_fan_out": False, "init_weights": True},
+        defaults={"r": 32, "random_seed": None},
+        ignored=("init_weights", "fan_in_fan_out"),
+        unpack=_unpack,
+        refuse=refuse_all_but_linear,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
+        require(
+            self.seed is None or isinstance(self.seed, int),
+            f"{self.label}: expected an integer seed or None, got {self.seed!r}",
+        )
+
+    def check(self, site: Site) -> None:
+        """As many places as entries at most."""
+        require_matrix(self.label, site)
+        n, most = self._count(site), site.shape.numel()
+        require(
+            n <= most,
+            f"{self.label} on {site.label!r}: expected r (in_features + out_features) <= "
+            f"in_features · out_features = {most}, got {n} with r = {self.r}; lower r or exclude "
+            "the layer",
+        )
+
+    def _count(self, site: Site) -> int:
+        return self.r * (site.in_features + site.out_features)
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """values [K] zeros."""
+        return {"values": empty_like_site(site, self._count(site)).zero_()}
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """places int32 [2, K]: rows and columns, in order."""
+        n = self._count(site)
+        if site.device.type == "meta":
+            return {"places": torch.empty(2, n, dtype=torch.int32, device="meta")}
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        at = torch.randperm(site.shape.numel(), generator=generator)[:n].sort().values
+        return {"places": torch.stack((at // site.in_features, at % site.in_features)).int()}
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A sparse change."""
+        rows, columns = p["places"].long()
+        places = rows * site.in_features + columns
+        return Edit(terms=(Sparse(p["values"], places, (site.out_features, site.in_features)),))

@@ -1,0 +1,167 @@
+"""TinyLoRA: a few numbers per group of layers, along the weight's leading directions.
+arXiv:2602.04118.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    empty_shared,
+    require,
+    require_dropout,
+    require_matrix,
+)
+from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.registry import register
+
+__all__ = ["TinyLoRA"]
+
+
+def _turned(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B change places, transposed, where peft factors the table of an embedding."""
+    turned = dict(p)
+    if site.is_embedding and {"A", "B"} <= set(p):
+        turned["A"], turned["B"] = p["B"].mT, p["A"].mT
+    return turned
+
+
+def _refuse(method: Any, site: Site) -> str:
+    return "" if site.is_embedding else refuse_all_but_features(method, site)
+
+
+@register
+@dataclass(frozen=True)
+class TinyLoRA(WeightMethod):
+    """ΔW = B (Σ_i v_i P_i) A with A = √S Vᵀ, B = U √S of the r leading triplets of W, frozen.
+
+    Attributes:
+        r: Triplets; at most as many as the weight has.
+        u: Numbers of v, one vector per group of layers.
+        weight_tying: 0: a group per layer; 1: one group.
+        seed: Of the frozen random P [u, r, r]: seed + number of the layer.
+        init: v starts at ``"zeros"``, or ``"uniform"`` within ± `bound`.
+        bound: See `init`.
+        dropout: Probability of dropping an input element of the branch, in training.
+
+    Raises:
+        ValueError: r or u below 1, weight_tying outside [0, 1], an unknown init, dropout outside
+            [0, 1).
+    """
+
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    seed: int = 42
+    init: Literal["zeros", "uniform"] = "zeros"
+    bound: float = 0.02
+    dropout: float = 0.0
+
+    hf = HFFormat(
+        peft_type="TINYLORA",
+        tensors={"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"},
+        optional=("P",),
+        unwritten=("group",),
+        prefix={"v": "base_model.tinylora_v.{i}"},
+        config={
+            "r": "r",
+            "u": "u",
+            "weight_tying": "weight_tying",
+            "seed": "projection_seed",
+            "bound": "init_v_bound",
+            "dropout": "tinylora_dropout",
+        },
+        fixed={
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_weights": True,
+            "save_projection": True,
+        },
+        defaults={"weight_tying": 0.0, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
+        ignored=("init_weights", "fan_in_fan_out", "save_projection"),
+        pack=lambda method, site, p: _turned(site, p),
+        unpack=lambda method, site, p, config: _turned(site, p),
+        refuse=_refuse,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
+        require(self.u >= 1, f"{self.label}: expected u >= 1, got u = {self.u}")
+        require(
+            0.0 <= self.weight_tying <= 1.0,
+            f"{self.label}: expected 0 <= weight_tying <= 1, got {self.weight_tying}",
+        )
+        require(
+            self.init in ("zeros", "uniform"),
+            f"{self.label}: expected init in ('zeros', 'uniform'), got {self.init!r}",
+        )
+        require_dropout(self.label, self.dropout)
+
+    def check(self, site: Site) -> None:
+        """One matrix."""
+        require_matrix(self.label, site)
+
+    def _groups(self, layers: int) -> int:
+        return max(1, round(layers * (1.0 - self.weight_tying)))
+
+    def _rank(self, site: Site) -> int:
+        return min(self.r, site.in_features, site.out_features)
+
+    def shared_parameters(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """v [groups, u]."""
+        v = empty_shared(sites, self._groups(len(sites)), self.u).zero_()
+        return {"v": v if self.init == "zeros" else nn.init.uniform_(v, -self.bound, self.bound)}
+
+    def site_buffers(self, sites: Sequence[Site]) -> Sequence[Mapping[str, Tensor]]:
+        """P [u, r, r] normal, and the row of v: group [1]."""
+        groups = self._groups(len(sites))
+        size = max(1, len(sites) // groups)
+        buffers = []
+        for i, site in enumerate(sites):
+            r = self._rank(site)
+            generator = torch.Generator().manual_seed(self.seed + i)
+            P = torch.normal(0.0, r**-0.5, (self.u, r, r), generator=generator)
+            buffers.append({"P": P, "group": torch.tensor([min(i // size, groups - 1)])})
+        return buffers
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """None of its own."""
+        return {}
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """A [r, in], B [out, r], filled from the weight."""
+        r = self._rank(site)
+        return {
+            "A": empty_like_site(site, r, site.in_features).zero_(),
+            "B": empty_like_site(site, site.out_features, r).zero_(),
+        }
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """A and B are factors of the weight."""
+        return True
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """The leading singular triplets."""
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        r = self._rank(site)
+        root = S[:r].sqrt()
+        p["A"], p["B"] = (root.unsqueeze(1) * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
+        return None
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A low-rank change."""
+        v = p["v"].index_select(0, p["group"])[0]
+        R = torch.einsum("i,ijk->jk", v, p["P"].to(v.dtype))
+        R = R.mT if site.is_embedding else R  # peft factors the transposed table there
+        return Edit(terms=(LowRank(p["A"], p["B"] @ R),), dropout=self.dropout)

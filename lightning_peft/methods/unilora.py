@@ -1,0 +1,147 @@
+"""UniLoRA: all low-rank factors of a model drawn from one trained vector. Li et al. 2025,
+arXiv:2506.00799.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.site import Site
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_shared, require, require_dropout, require_matrix
+from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.registry import register
+
+__all__ = ["UniLoRA"]
+
+
+def _unpack(
+    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Indices where the file has them; scales follow from their counts."""
+    found = {k: p[k] for k in ("at_A", "at_B") if k in p}
+    for name, at in found.items():
+        require(
+            int(at.min()) >= 0 and int(at.max()) < method.length,
+            f"{name}: expected indices from 0 to {method.length - 1}, got {int(at.min())} to "
+            f"{int(at.max())}",
+        )
+    return found
+
+
+@register
+@dataclass(frozen=True)
+class UniLoRA(WeightMethod):
+    """ΔW = B A, every entry of A [r, in] and B [out, r] one of θ over the root of its count.
+
+    The output changes a little at the start, as in peft.
+
+    Attributes:
+        r: Rank.
+        length: Of θ, which all layers share.
+        seed: Of the places, which run over all layers in the order of the model.
+        dropout: Probability of dropping an input element of the branch, in training.
+        bound: θ starts uniform within ± this.
+
+    Raises:
+        ValueError: r or length below 1, dropout outside [0, 1).
+    """
+
+    r: int = 4
+    length: int = 256
+    seed: int = 42
+    dropout: float = 0.0
+    bound: float = 0.02
+
+    hf = HFFormat(
+        peft_type="UNILORA",
+        tensors={
+            "at_A": "unilora_indices_A",
+            "at_B": "unilora_indices_B",
+            "scale_A": "unilora_scales_A",
+            "scale_B": "unilora_scales_B",
+        },
+        integers=("at_A", "at_B"),
+        optional=("at_A", "at_B", "scale_A", "scale_B"),
+        unwritten=("at_A", "at_B", "scale"),
+        prefix={"theta": "base_model.unilora_theta_d"},
+        config={
+            "r": "r",
+            "length": "theta_d_length",
+            "seed": "proj_seed",
+            "dropout": "unilora_dropout",
+            "bound": "init_theta_d_bound",
+        },
+        fixed={
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_weights": True,
+            "save_indices": False,
+        },
+        defaults={"unilora_dropout": 0.0, "init_theta_d_bound": 0.02},
+        ignored=("init_weights", "fan_in_fan_out", "save_indices"),
+        unpack=_unpack,
+        refuse=refuse_all_but_features,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
+        require(self.length >= 1, f"{self.label}: expected length >= 1, got {self.length}")
+        require_dropout(self.label, self.dropout)
+
+    def check(self, site: Site) -> None:
+        """One matrix."""
+        require_matrix(self.label, site)
+
+    def _places(self, sites: Sequence[Site]) -> Tensor:
+        """An index into θ for every entry of all factors; counts differ by one at most."""
+        import numpy as np  # its generator's stream is part of the format
+
+        n = sum(self.r * (s.in_features + s.out_features) for s in sites)
+        rng = np.random.default_rng(self.seed)
+        places = np.repeat(np.arange(self.length), n // self.length)
+        if rest := n % self.length:
+            places = np.concatenate([places, rng.choice(self.length, size=rest, replace=False)])
+        rng.shuffle(places)
+        return torch.as_tensor(places, dtype=torch.int32)
+
+    def shared_buffers(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """scale [length]: 1 over the root of each count."""
+        counts = torch.bincount(self._places(sites), minlength=self.length)
+        scale = torch.where(counts > 0, counts.clamp(min=1).float().rsqrt(), 0.0)
+        return {"scale": scale.to(sites[0].device) if sites[0].device.type == "meta" else scale}
+
+    def shared_parameters(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """theta [length]."""
+        return {
+            "theta": nn.init.uniform_(empty_shared(sites, self.length), -self.bound, self.bound)
+        }
+
+    def site_buffers(self, sites: Sequence[Site]) -> Sequence[Mapping[str, Tensor]]:
+        """Indices at_A [r, in], at_B [out, r] int32, handed out layer by layer."""
+        sizes = [(s.in_features * self.r, s.out_features * self.r) for s in sites]
+        chunks = iter(self._places(sites).split([n for pair in sizes for n in pair]))
+        return [
+            {
+                "at_A": next(chunks).view(self.r, -1).clone(),
+                "at_B": next(chunks).view(-1, self.r).clone(),
+            }
+            for _ in sites
+        ]
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """None of its own."""
+        return {}
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A low-rank change: two gathers from θ."""
+        theta = p["theta"] * p["scale"]
+        A, B = (theta.index_select(0, p[k].reshape(-1)).view(p[k].shape) for k in ("at_A", "at_B"))
+        return Edit(terms=(LowRank(A, B),), dropout=self.dropout)

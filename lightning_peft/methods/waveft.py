@@ -1,0 +1,171 @@
+"""WaveFT: few wavelet coefficients of ΔW. Bilican et al. 2025, arXiv:2505.12532."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft.core.edit import Dense, Edit, Term
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.core.sparse import Sparse, random_places
+from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
+from lightning_peft.methods.daubechies import FAMILIES, synthesis, synthesis_filters
+from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.registry import register
+
+__all__ = ["WaveFT", "Wavelet"]
+
+
+@dataclass(frozen=True)
+class Wavelet(Term):
+    """ΔW = scaling · R_out S R_inᵀ, R one level of a wavelet's synthesis, S.flatten()[places] = c.
+
+    S has even sizes, larger than [out, in] by what the filters cut off; places lie at its centre.
+    """
+
+    c: Tensor
+    places: Tensor
+    shape: tuple[int, int]
+    family: str
+    scaling: float
+
+    formed: ClassVar[bool] = True
+
+    def _spectrum(self) -> Tensor:
+        """S; peft gives the right upper quadrant to the filters of rows and the left lower one to
+        those of columns: both change places.
+        """
+        cut = 2 * FAMILIES[self.family] - 2
+        rows, columns = (n + cut + (n + cut) % 2 for n in self.shape)
+        u = self.places // self.shape[1] + (rows - self.shape[0]) // 2
+        v = self.places % self.shape[1] + (columns - self.shape[1]) // 2
+        right, low = v >= columns // 2, u >= rows // 2
+        turn = (right ^ low).int()  # one of the two off-diagonal quadrants
+        u, v = (
+            u + turn * torch.where(low, -1, 1) * (rows // 2),
+            v + turn * torch.where(right, -1, 1) * (columns // 2),
+        )
+        c = self.c.float() if self.c.dtype.itemsize < 4 else self.c
+        S = c.new_zeros(rows * columns).index_add(0, u * columns + v, self.scaling * c)
+        return S.view(rows, columns)
+
+    def matrix(self) -> Tensor:
+        """ΔW: both axes of S by strided convolutions."""
+        filters = synthesis_filters(self.family, self.c.device, torch.float32)
+        S = self._spectrum()
+        filters = filters.to(S.dtype)
+        with torch.autocast(S.device.type, enabled=False):
+            half = synthesis(S, filters, self.shape[0])
+            delta = synthesis(half.mT, filters, self.shape[1]).mT
+        return delta.to(self.c.dtype)
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """The layer's own op with ΔW."""
+        return Dense(self.matrix()).apply(ops, site, x)
+
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """One product with W + ΔW."""
+        return F.linear(x, W + self.matrix(), b)
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    """Numbers that are proportional to layers, as a pattern of full names."""
+    if not config.get("proportional_parameters"):
+        return {}
+    return {"n_frequency_pattern": {e.site.name: len(e.tensors["c"]) for e in entries if e.tensors}}
+
+
+@register
+@dataclass(frozen=True)
+class WaveFT(WeightMethod):
+    """n trained coefficients at random places of a wavelet's spectrum.
+
+    Attributes:
+        n_frequency: n ≤ in · out.
+        scaling: Factor of the change.
+        family: Daubechies' wavelet, ``"db1"`` … ``"db10"``.
+        use_idwt: Whether the coefficients are a spectrum; False trains entries of ΔW itself.
+        seed: Of the places, the same for layers of one shape.
+        n_frequency_pattern: Layer name pattern → n_frequency.
+
+    Raises:
+        ValueError: n_frequency < 1, an unknown family.
+    """
+
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    family: str = "db1"
+    use_idwt: bool = True
+    seed: int = 777
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+
+    hf = HFFormat(
+        peft_type="WAVEFT",
+        tensors={"c": "waveft_spectrum"},
+        unwritten=("places",),
+        config={
+            "n_frequency": "n_frequency",
+            "scaling": "scaling",
+            "family": "wavelet_family",
+            "use_idwt": "use_idwt",
+            "seed": "random_loc_seed",
+            "n_frequency_pattern": "n_frequency_pattern",
+        },
+        fixed={"bias": "none", "fan_in_fan_out": False, "init_weights": True},
+        defaults={
+            "scaling": 25.0,
+            "wavelet_family": "db1",
+            "use_idwt": True,
+            "random_loc_seed": 777,
+            "n_frequency_pattern": {},
+            "proportional_parameters": False,
+        },
+        ignored=("init_weights", "fan_in_fan_out"),
+        from_config=_from_config,
+        refuse=refuse_all_but_features,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for where, n in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
+            require(n >= 1, f"{self.label}: expected n_frequency >= 1, got {where} = {n}")
+        require(
+            self.family in FAMILIES,
+            f"{self.label}: expected family in {tuple(FAMILIES)}, got {self.family!r}",
+        )
+
+    def _count(self, site: Site) -> int:
+        n: int = match_site(self.n_frequency_pattern, site, self.n_frequency)
+        return n
+
+    def check(self, site: Site) -> None:
+        """As many places as entries at most."""
+        require_matrix(self.label, site)
+        most = site.shape.numel()
+        require(
+            self._count(site) <= most,
+            f"{self.label} on {site.label!r}: expected n_frequency <= in_features · out_features "
+            f"= {most}, got {self._count(site)}; lower it or exclude the layer",
+        )
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """c [n] zeros."""
+        return {"c": empty_like_site(site, self._count(site)).zero_()}
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """places int32 [n], flat."""
+        return {"places": random_places(site, self._count(site), self.seed)}
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A change by its wavelet coefficients, or by its entries."""
+        shape, places = (site.out_features, site.in_features), p["places"]
+        if not self.use_idwt:
+            return Edit(terms=(Sparse(self.scaling * p["c"], places, shape),))
+        return Edit(terms=(Wavelet(p["c"], places, shape, self.family, self.scaling),))

@@ -1,0 +1,46 @@
+"""Linear layers whose weight a storage holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.core.class_swap import PackedForward
+from lightning_peft.core.kernel_backend import backend_scope
+from lightning_peft.storage.linear_forward import plain_forward, require_floating, weight_in_place
+from lightning_peft.storage.registry import storage_of
+
+__all__ = ["AdoptedLinear", "PackedLinear"]
+
+
+class AdoptedLinear(PackedForward):
+    """Mixin: a linear layer of another library, whose own forward is replaced."""
+
+    _swap_prefix = "Adopted"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x Wᵀ + bias` by the storage that holds the weight."""
+        module: Any = self
+        require_floating(module, x)
+        with backend_scope(self):
+            return storage_of(module).linear(module, "weight", x, module.bias)
+
+
+class PackedLinear(PackedForward):
+    """Mixin: a linear layer whose weight was quantised."""
+
+    _swap_prefix = "Packed"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`x Wᵀ + bias`; a subclass with a forward of its own reads the dequantised weight."""
+        module: Any = self
+        require_floating(module, x)
+        storage = storage_of(module)
+        with backend_scope(self):
+            if plain_forward(module):
+                return storage.linear(module, "weight", x, module.bias)
+            W = storage.read(module, "weight", x.dtype)
+        with weight_in_place(module, W):
+            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return y

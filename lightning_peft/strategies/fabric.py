@@ -1,0 +1,22 @@
+"""The two strategies for `lightning.fabric`."""
+
+from __future__ import annotations
+
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+
+from lightning_peft.strategies.ddp import FabricDDP
+from lightning_peft.strategies.fabric_fsdp import FabricFSDP
+
+__all__ = ["PEFTDDPStrategy", "PEFTFSDPStrategy"]
+
+
+class PEFTDDPStrategy(FabricDDP, DDPStrategy):
+    """DDP that sends only trained tensors, for `lightning.fabric`."""
+
+
+class PEFTFSDPStrategy(FabricFSDP, ModelParallelStrategy):
+    """FSDP2 with the packed base sharded by rows, for `lightning.fabric`.
+
+    The arguments are those of `FabricFSDP`.
+    """

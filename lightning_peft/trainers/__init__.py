@@ -1,0 +1,1 @@
+"""The packages that bring a Trainer or a Fabric: `lightning` and `pytorch_lightning`."""
