@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_peft.trainers.packages import is_instance_of, package_of
+from lightning_peft.trainers.packages import callbacks_of, is_instance_of, package_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -72,8 +72,7 @@ def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> 
             if is_instance_of(trainer.strategy, name):
                 strategy = type(trainer.strategy).__name__
                 raise ValueError(f"PEFT: expected another strategy than {strategy}: {why}")
-    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         if is_instance_of(callback, "BaseFinetuning"):
             raise ValueError(
                 f"PEFT: expected no {type(callback).__name__} in the same Trainer: it unfreezes "

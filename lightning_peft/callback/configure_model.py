@@ -6,7 +6,7 @@ No callback hook runs between `configure_model` and the loading of weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_peft.checkpoint.contents import is_attached
 from lightning_peft.layers.adapted import adapted_modules
@@ -16,51 +16,71 @@ if TYPE_CHECKING:
 
 __all__ = ["unwrap_configure_model", "wrap_configure_model"]
 
-Attach = Callable[[bool], None]  # takes: whether the user's hook threw adapted layers away
+#: Takes whether the user's hook replaced adapted layers.
+Attach = Callable[[bool], None]
+
+
+class ConfigureModelWrap:
+    """Runs the user's `configure_model`, then attaches adapters once.
+
+    Its bound method `run` is an instance attribute of the module. Lightning compares code objects
+    to see whether the hook is overridden and follows `__wrapped__`, so `functools.wraps` would
+    hide it.
+
+    Attributes:
+        pending: How to attach, by the id of the callback that asked.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.former = vars(module).get("configure_model")  # the user's own instance attribute
+        self.user = module.configure_model
+        self.pending: dict[int, Attach] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ConfigureModelWrap:
+        return self  # averaging callbacks copy the module while the wrap is in place
+
+    def run(self) -> None:
+        """Called when the Trainer or an averaging callback calls `configure_model`."""
+        module, before = self.module, _count(self.module)
+        self.user()
+        # WeightAveraging.setup calls this too, before LightningModule.setup has built the net.
+        if module._current_fx_name != "configure_model":
+            return
+        self.remove()
+        lost = is_attached(module) and _count(module) < before
+        for attach in self.pending.values():
+            attach(lost)
+
+    def remove(self) -> None:
+        """Restore the hook that was there before."""
+        vars(self.module).pop("configure_model", None)
+        if self.former is not None:
+            object.__setattr__(self.module, "configure_model", self.former)
 
 
 def wrap_configure_model(module: pl.LightningModule, owner: object, attach: Attach) -> None:
     """Call `attach` once, after the Trainer has called the user's `configure_model`.
 
-    Several owners share one closure and attach in order. The closure is an instance attribute. It
-    does not use `functools.wraps`: Lightning follows `__wrapped__` and would treat the hook as not
-    overridden.
+    Several owners share one wrap and attach in order.
     """
-    current = vars(module).get("configure_model")
-    pending: dict[int, Attach] | None = getattr(current, "peft_pending", None)
-    if pending is not None:
-        pending[id(owner)] = attach
-        return
-    user = module.configure_model
-    waiting: dict[int, Attach] = {id(owner): attach}
-
-    def configure_model() -> None:
-        before = _count(module)
-        user()
-        # WeightAveraging.setup calls this too, before LightningModule.setup has built the net.
-        if module._current_fx_name != "configure_model":
-            return
-        _remove(module, current)
-        lost = is_attached(module) and _count(module) < before
-        for attach in waiting.values():
-            attach(lost)
-
-    configure_model.peft_pending = waiting  # type: ignore[attr-defined]
-    configure_model.peft_before = current  # type: ignore[attr-defined]
-    object.__setattr__(module, "configure_model", configure_model)
+    wrap = _wrap_of(module)
+    if wrap is None:
+        wrap = ConfigureModelWrap(module)
+        object.__setattr__(module, "configure_model", wrap.run)
+    wrap.pending[id(owner)] = attach
 
 
 def unwrap_configure_model(module: pl.LightningModule) -> None:
-    """Remove the closure if an exception came before it ran."""
-    closure: Any = vars(module).get("configure_model")
-    if hasattr(closure, "peft_pending"):
-        _remove(module, closure.peft_before)
+    """Remove the wrap if an exception came before it ran."""
+    wrap = _wrap_of(module)
+    if wrap is not None:
+        wrap.remove()
 
 
-def _remove(module: pl.LightningModule, before: object) -> None:
-    vars(module).pop("configure_model", None)
-    if before is not None:  # the user's own instance attribute
-        object.__setattr__(module, "configure_model", before)
+def _wrap_of(module: pl.LightningModule) -> ConfigureModelWrap | None:
+    owner = getattr(vars(module).get("configure_model"), "__self__", None)
+    return owner if isinstance(owner, ConfigureModelWrap) else None
 
 
 def _count(module: pl.LightningModule) -> int:

@@ -25,35 +25,43 @@ __all__ = [
     "optimizer_names",
 ]
 
-Finish = Callable[["pl.Trainer"], None]
+Step = Callable[["pl.Trainer"], None]
 
 
-def install_optimizer_setup(
-    strategy: Strategy, owner: object, begin: Finish, finish: Finish
-) -> None:
-    """Call `begin` before and `finish` after the strategy creates its optimizers, in every fit.
+class OptimizerSetup:
+    """Runs our steps before and after the strategy creates its optimizers.
 
-    Lightning calls `setup_optimizers` before the precision plugin, the learning-rate finder and
-    the restored state see the optimizers; `on_fit_start` would be too late. A second call for the
-    same owner replaces the first.
+    Its bound method `run` is an instance attribute of the strategy. Lightning calls
+    `setup_optimizers` before the precision plugin, the learning-rate finder and the restored state
+    see the optimizers; `on_fit_start` would be too late.
+
+    Attributes:
+        steps: What to run before and after, by the id of the callback that asked.
     """
-    around: dict[int, tuple[Finish, Finish]] | None
-    around = getattr(strategy.setup_optimizers, "peft_around", None)
-    if around is not None:
-        around[id(owner)] = begin, finish
-        return
-    original = strategy.setup_optimizers
-    calls: dict[int, tuple[Finish, Finish]] = {id(owner): (begin, finish)}
 
-    def setup_optimizers(trainer: pl.Trainer) -> None:
-        for before, _ in calls.values():
+    def __init__(self, strategy: Strategy) -> None:
+        self.original = strategy.setup_optimizers
+        self.steps: dict[int, tuple[Step, Step]] = {}
+
+    def run(self, trainer: pl.Trainer) -> None:
+        """Called when the strategy is to create its optimizers."""
+        for before, _ in self.steps.values():
             before(trainer)
-        original(trainer)
-        for _, after in calls.values():
+        self.original(trainer)
+        for _, after in self.steps.values():
             after(trainer)
 
-    setup_optimizers.peft_around = calls  # type: ignore[attr-defined]
-    object.__setattr__(strategy, "setup_optimizers", setup_optimizers)
+
+def install_optimizer_setup(strategy: Strategy, owner: object, begin: Step, finish: Step) -> None:
+    """Call `begin` before and `finish` after the strategy creates its optimizers, in every fit.
+
+    A second call for the same owner replaces the first.
+    """
+    setup = getattr(strategy.setup_optimizers, "__self__", None)
+    if not isinstance(setup, OptimizerSetup):
+        setup = OptimizerSetup(strategy)
+        object.__setattr__(strategy, "setup_optimizers", setup.run)
+    setup.steps[id(owner)] = begin, finish
 
 
 def layers_of(root: nn.Module, prefix: str) -> dict[str, list[Any]]:
@@ -102,7 +110,7 @@ def finish_optimizers(
                     [s for s in schedulers if getattr(s, "optimizer", None) is optimizer],
                     is_fast=lambda *_: True,
                 )
-                optimizer._peft_rates = ratio  # type: ignore[attr-defined]
+                vars(optimizer)["_peft_rates"] = ratio
     if name is not None:
         for optimizer in optimizers:
             convert_optimizer(optimizer, name)

@@ -50,10 +50,11 @@ from lightning_peft.report.tokens import stop_counting
 from lightning_peft.storage import Quantization, StorageConfig, as_config
 from lightning_peft.strategies import register_strategies
 from lightning_peft.trainers.callback_base import TrainerCallback
-from lightning_peft.trainers.packages import is_fitting
+from lightning_peft.trainers.packages import callbacks_of, is_fitting
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 __all__ = ["PEFT"]
 
@@ -169,7 +170,7 @@ class PEFT(TrainerCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a stage begins: checks the Trainer and hooks into attaching and saving."""
         check_trainer(trainer)
-        peers = [c for c in trainer.callbacks if isinstance(c, PEFT)]  # type: ignore[attr-defined]
+        peers = [c for c in callbacks_of(trainer) if isinstance(c, PEFT)]
         check_compatible(trainer, self, peers)
         check_same_configuration(self, trainer)
         self._backend.enter()
@@ -287,7 +288,7 @@ class PEFT(TrainerCallback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        outputs: STEP_OUTPUT,
         batch: Any,
         batch_idx: int,
     ) -> None:

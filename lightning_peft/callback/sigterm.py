@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ FILE = "sigterm.ckpt"
 _log = logging.getLogger(__name__)
 
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
 class SigtermHandler:
     """A signal handler that only sets a flag.
 
@@ -35,10 +39,10 @@ class SigtermHandler:
 
     def __init__(self) -> None:
         self.received = False
-        self._former: Any = None
+        self._former: Handler = None
         self._installed = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SigtermHandler:
+    def __deepcopy__(self, memo: dict[int, object]) -> SigtermHandler:
         return SigtermHandler()
 
     def __reduce__(self) -> tuple[type[SigtermHandler], tuple[()]]:

@@ -8,7 +8,6 @@ tensors only: an average over packed 4-bit bytes would destroy them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
-from lightning_peft.trainers.packages import is_instance_of
+from lightning_peft.trainers.packages import callbacks_of, is_instance_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -27,7 +26,9 @@ __all__ = ["AdapterAveragedModel", "rebuild_averages"]
 class AdapterAveragedModel(AveragedModel):
     """torch's AveragedModel over trained tensors."""
 
-    def __init__(self, copied: nn.Module, device: Any, use_buffers: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, copied: nn.Module, device: torch.device | None, use_buffers: bool, **kwargs: Any
+    ) -> None:
         super().__init__(nn.Identity(), device=device, use_buffers=use_buffers, **kwargs)
         self.module = copied
 
@@ -61,19 +62,16 @@ def rebuild_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     Raises:
         RuntimeError: Lightning no longer keeps the copy where it did.
     """
-    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
+        state = vars(callback)
         if is_instance_of(callback, "WeightAveraging"):
             _require(callback, "_average_model", "_device", "_use_buffers", "_kwargs")
-            callback._average_model = AdapterAveragedModel(
-                _sharing_copy(module),
-                callback._device,
-                callback._use_buffers,
-                **callback._kwargs,
+            state["_average_model"] = AdapterAveragedModel(
+                _sharing_copy(module), state["_device"], state["_use_buffers"], **state["_kwargs"]
             )
         elif is_instance_of(callback, "StochasticWeightAveraging"):
             _require(callback, "_average_model")
-            callback._average_model = _sharing_copy(module)
+            state["_average_model"] = _sharing_copy(module)
 
 
 def _require(callback: pl.Callback, *names: str) -> None:

@@ -168,16 +168,13 @@ def load_checkpoint(
 
 
 def _unwrap_module(module: nn.Module) -> nn.Module:
-    """Return the module inside wrappers of Fabric, DDP and torch.compile."""
-    while True:
-        if hasattr(module, "_forward_module"):  # Fabric's wrapper
-            module = module.module  # type: ignore[assignment]
-        elif isinstance(module, DistributedDataParallel):
-            module = module.module
-        elif hasattr(module, "_orig_mod"):
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
-            return module
+    """Return the module inside wrappers of Fabric, torch.compile and DDP."""
+    for child in ("_original_module", "_orig_mod"):
+        if child in module._modules:
+            return _unwrap_module(module.get_submodule(child))
+    if isinstance(module, DistributedDataParallel):
+        return _unwrap_module(module.get_submodule("module"))
+    return module
 
 
 def _optimizers_in(state: Mapping[str, Any]) -> dict[str, Optimizer]:

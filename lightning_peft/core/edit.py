@@ -298,7 +298,7 @@ class _BlockProduct(torch.autograd.Function):
         return _by_stretches(x.index_select(-1, permutation), blocks).index_select(-1, inverse)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Any:
         x, blocks, *order = ctx.saved_tensors
         n, k, _ = blocks.shape
         dY = dY.index_select(-1, order[0]) if order else dY

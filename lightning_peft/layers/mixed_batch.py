@@ -204,7 +204,7 @@ def _current_backward() -> int:
 
 
 def _current_node() -> int:
-    node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    node = torch._C._current_autograd_node()
     return -1 if node is None else node._sequence_nr()
 
 
@@ -250,7 +250,7 @@ def saves_for_recomputation(hooks: _Hooks | None) -> bool:
 
 def _outer_hooks() -> _Hooks | None:
     """Return the hooks in force; those around the enclosing block if there is one."""
-    hooks: _Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    hooks: _Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None or hooks[0] is not _pack:
         return hooks
     enclosing = _current.get()

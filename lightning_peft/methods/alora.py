@@ -74,9 +74,9 @@ class ALoRA(LoRA):
     mergeable: ClassVar[bool] = False
 
     hf = dataclasses.replace(
-        LoRA.hf,  # type: ignore[type-var]
-        config={**LoRA.hf.config, "invocation_tokens": "alora_invocation_tokens"},  # type: ignore[union-attr]
-        when={**LoRA.hf.when, "alora_invocation_tokens": True},  # type: ignore[union-attr]
+        LoRA.hf,
+        config={**LoRA.hf.config, "invocation_tokens": "alora_invocation_tokens"},
+        when={**LoRA.hf.when, "alora_invocation_tokens": True},
         refuse=refuse_all_but_linear,
     )
 

@@ -72,8 +72,8 @@ class BDLoRA(LoRA):
     match_strict: bool = True
 
     hf = dataclasses.replace(
-        LoRA.hf,  # type: ignore[type-var]
-        when={**LoRA.hf.when, "use_bdlora": True},  # type: ignore[union-attr]
+        LoRA.hf,
+        when={**LoRA.hf.when, "use_bdlora": True},
         to_config=_to_config,
         from_config=_from_config,
         uniform=None,

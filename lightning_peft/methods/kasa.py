@@ -62,9 +62,9 @@ class KaSA(LoRA):
     gamma: float = 1e-3
 
     hf = dataclasses.replace(
-        LoRA.hf,  # type: ignore[type-var]
-        tensors={**LoRA.hf.tensors, "d": "lora_diag"},  # type: ignore[union-attr]
-        when={**LoRA.hf.when, "kasa_config": True},  # type: ignore[union-attr]
+        LoRA.hf,
+        tensors={**LoRA.hf.tensors, "d": "lora_diag"},
+        when={**LoRA.hf.when, "kasa_config": True},
         to_config=_to_config,
         from_config=_from_config,
         uniform=None,

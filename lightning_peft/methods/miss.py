@@ -81,7 +81,7 @@ class _TiledLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Any:
         check_no_double_backward("MiSS", 'its input is not kept: use kernels="torch"')
         W, D, S = ctx.saved_tensors
         dY2 = dY.reshape(-1, dY.shape[-1])

@@ -56,7 +56,7 @@ class _Skew(torch.autograd.Function):
         return _skew(triangle, size)
 
     @staticmethod
-    def backward(ctx: Any, dQ: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dQ: Tensor) -> Any:
         (upper,) = ctx.saved_tensors
         return (dQ - dQ.mT).flatten(1).index_select(1, upper), None
 

@@ -77,7 +77,7 @@ class _VectorsLinear(torch.autograd.Function):
         return y.addcmul(V, b) if torch.compiler.is_compiling() else y.addcmul_(V, b)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dY: Tensor) -> Any:
         check_no_double_backward("VeRA", 'its input is not kept: use kernels="torch"')
         W, A, B, d, b, U, V = ctx.saved_tensors
         dY2, U, V = (t.reshape(-1, t.shape[-1]) for t in (dY, U, V))

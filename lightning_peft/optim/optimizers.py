@@ -66,7 +66,7 @@ class PooledOptimizer(torch.optim.Optimizer):
         """Bytes of the pooled buffers."""
         return sum(pool.buffer.numel() for pool in self._pools().values())
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure` returned."""
         loss = None
         if closure is not None:

@@ -194,7 +194,7 @@ def _run(
             if p.requires_grad:
                 stack.callback(
                     p.register_post_accumulate_grad_hook(
-                        lambda p: meter.relabel(p.grad, GRADIENTS)  # type: ignore[arg-type]
+                        lambda p: meter.relabel(p.grad, GRADIENTS)
                     ).remove
                 )
         stack.enter_context(meter)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,8 +125,12 @@ def opened(source: nn.Module | str | Path) -> Iterator[Weights]:
         yield Weights(str(path), tensors)
 
 
-def _reader(handle: object, name: str) -> Callable[[], Tensor]:
-    return lambda: handle.get_tensor(name)  # type: ignore[attr-defined,no-any-return]
+def _reader(handle: Any, name: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor
+
+    return read
 
 
 def _files(path: Path) -> list[Path]:

@@ -42,5 +42,5 @@ class PackedLinear(PackedForward):
                 return storage.linear(module, "weight", x, module.bias)
             W = storage.read(module, "weight", x.dtype)
         with weight_in_place(module, W):
-            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            y: Tensor = super().forward(x, *args, **kwargs)
         return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +33,7 @@ from lightning_peft.strategies.fault_guards import TrainerGuards
 from lightning_peft.strategies.shard_units import Classes
 from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
 from lightning_peft.strategies.unused_experts import UsageTracker
-from lightning_peft.trainers.packages import is_instance_of
+from lightning_peft.trainers.packages import callbacks_of, is_instance_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -282,8 +282,7 @@ def _check_run(trainer: pl.Trainer, strategy: TrainerFSDP) -> None:
             "peft_fsdp: expected 32-true, bf16-mixed, bf16-true or 16-true, got precision "
             "'16-mixed'; use 'bf16-mixed'"
         )
-    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         if any(
             is_instance_of(callback, name)
             for name in ("WeightAveraging", "StochasticWeightAveraging")

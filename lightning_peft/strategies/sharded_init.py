@@ -105,7 +105,7 @@ def _start(
     base: Tensor | None = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         natural = read().float()
-        whole = replace(site, storage=_InMemory(site.storage, natural))  # type: ignore[arg-type]
+        whole = replace(site, storage=_InMemory(site.storage, natural))
         fresh = adapter.initial_tensors(None)
         found = {k: fresh[k].detach().clone() if k in fresh else v for k, v in values.items()}
         M = site.ops.to_canonical(site.module, site.parameter, natural)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PACKAGES",
     "LightningPackage",
+    "callbacks_of",
     "default_package",
     "is_fitting",
     "is_instance_of",
@@ -109,6 +110,12 @@ def is_instance_of(obj: object, name: str) -> bool:
         cls.__name__ == name and cls.__module__.partition(".")[0] in _ROOTS
         for cls in type(obj).__mro__
     )
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the Trainer's callbacks, which Lightning sets without declaring them."""
+    found: list[pl.Callback] = vars(trainer)["callbacks"]
+    return found
 
 
 def is_fitting(trainer: pl.Trainer) -> bool:

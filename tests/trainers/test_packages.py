@@ -168,4 +168,4 @@ def test_either_package_alone_suffices(package: str, tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=1400, check=False,
     )  # fmt: skip
     print(ran.stdout.splitlines()[-1])
-    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert ran.returncode == 0, ran.stdout[-8000:]

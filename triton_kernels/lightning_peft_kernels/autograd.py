@@ -73,7 +73,7 @@ def in_functorch_transform() -> bool:
 
     Transforms accept torch's own operations only.
     """
-    return bool(torch._C._are_functorch_transforms_active())  # type: ignore[attr-defined]
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_double_backward() -> bool:

@@ -166,7 +166,7 @@ def _note(m: Any, groups: Groups) -> None:
     telemetry = m._peft.telemetry if is_adapted(m) else None
     if telemetry is None or not telemetry.counts_tokens:
         return
-    in_backward = torch._C._current_graph_task_id() >= 0  # type: ignore[attr-defined]
+    in_backward = torch._C._current_graph_task_id() >= 0
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if not in_backward or not saves_for_recomputation(hooks):
         seen = telemetry.expert_tokens

@@ -59,7 +59,7 @@ def fused_group(
     if len({t.dtype for term, _ in factors for t in (term.A, term.B)}) > 1:
         return Reason("adapters of several dtypes")
     layers = [
-        Projection(packed_view(m, "weight"), shape, m.bias, t.A, t.B, t.scaling, dropout)  # type: ignore[arg-type]
+        Projection(packed_view(m, "weight"), shape, m.bias, t.A, t.B, t.scaling, dropout)
         for m, shape, (t, dropout) in zip(modules, shapes, factors, strict=True)
     ]
     return nf4_grouped_projections(x, layers, kind=first.kind, block_size=first.block_size)

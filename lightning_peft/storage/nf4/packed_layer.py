@@ -94,7 +94,7 @@ class Packed4bitModule(PackedForward):
             return nf4_linear(x, q, p.shape, module.bias, **packing)
         # A subclass with a forward of its own reads `weight`.
         with weight_in_place(module, read_natural(module, "weight", x.dtype)):
-            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            y: Tensor = super().forward(x, *args, **kwargs)
         return y
 
 

@@ -10,6 +10,8 @@ from checks import Run, method
 from pytorch_forecasting import TimeSeriesDataSet
 from pytorch_forecasting.models import NBeats
 
+NARROW = ("theta_f_fc", "theta_b_fc")  # three outputs: too narrow for rank 4
+
 
 def data() -> TimeSeriesDataSet:
     t = np.arange(120)
@@ -27,7 +29,7 @@ def data() -> TimeSeriesDataSet:
 
 
 def main() -> None:
-    run, dataset = Run("pytorch-forecasting"), data()
+    run, dataset = Run("pytorch-forecasting", NARROW), data()
     loader = dataset.to_dataloader(train=True, batch_size=16, num_workers=0)
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
 
@@ -47,7 +49,7 @@ def main() -> None:
         module = model()
         module.load_state_dict(pretrained)
         run.attach_from(module, ckpt)
-        return fit(module, method())
+        return fit(module, method(NARROW))
 
     first = finetune(None)
     path = run.save(first)

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def environment() -> dict[str, str]:
-    path = f"{ROOT / 'triton_kernels'}{os.pathsep}{ROOT}"
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join(map(str, (ROOT / "triton_kernels", ROOT, *filter(None, given))))
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
