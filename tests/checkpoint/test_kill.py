@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_pack
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(6, 0), *(pytest.param(20, s, marks=pytest.mark.slow) for s in (1, 2, 3))]
+    ("kills", "seed"), [(7, 0), *(pytest.param(20, s, marks=pytest.mark.slow) for s in (1, 2, 3))]
 )
 def test_killed_runs_end_equal(kills: int, seed: int, tmp_path: Path) -> None:
     out = run_function(
