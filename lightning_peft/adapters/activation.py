@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from lightning_peft.core.registry import AdapterRegistry, registries_in
+from lightning_peft.core.registry import AdapterRegistry, is_part, registries_in
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.mixed_batch import mixed_batch
@@ -44,19 +44,29 @@ def activate(root: nn.Module, registry: AdapterRegistry, names: list[str]) -> No
     modules = list(adapted_modules(root))
     for label, module in modules:
         _check_one_base(label, [a for n in names for a in adapters_of(module, n)])
-    registry.active = names
+    if not is_part(root, registry):
+        registry.active = names
     for _, module in modules:
         active = module._peft.active
         active.names = [n for n in names if n in module.peft]
         for adapter in adapters_of(module):
             acts = adapter.adapter_name in active.names
-            adapter.requires_grad_(acts)
+            adapter.requires_grad_(acts and not adapter.follows)
             adapter.switch_base(acts)
         refresh(module)
 
 
 def _check_one_base(label: str, adapters: Sequence[Adapter]) -> None:
-    """Raise ValueError if an adapter that rewrote the base acts with another on one weight."""
+    """Raise ValueError if two of the adapters would each replace one weight of the base."""
+    holders: dict[str, Adapter] = {}
+    for adapter in adapters:
+        for path in adapter.copies():
+            other = holders.setdefault(path, adapter)
+            if other is not adapter:
+                raise ValueError(
+                    f"{label!r} {path}: expected one trained copy to act, got those of "
+                    f"{_described(other)} and {_described(adapter)}; activate one of them"
+                )
     edits = [a for a in adapters if isinstance(a, WeightAdapter)]
     if not any(a.rewrite is not None for a in edits):
         return
@@ -66,6 +76,10 @@ def _check_one_base(label: str, adapters: Sequence[Adapter]) -> None:
             f"got {sorted({a.adapter_name for a in adapters})}; activate one, or export it in "
             "plain form"
         )
+
+
+def _described(adapter: Adapter) -> str:
+    return f"{adapter.method.label} in {adapter.adapter_name!r}"
 
 
 @contextmanager

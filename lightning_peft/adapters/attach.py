@@ -7,7 +7,8 @@ All checks run before the first change. Base keys never change; an adapter is st
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -16,28 +17,39 @@ from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.adoption import adopted_layers, release_adopted
 from lightning_peft.adapters.batch import observe_batch, stack_of
 from lightning_peft.adapters.build import AdapterBuilder, guard_fast_path
+from lightning_peft.adapters.followers import can_follow, follow
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.adapters.plan import plan_attach
-from lightning_peft.adapters.quantize import QuantizationPlan, plan_quantization, quantize_layers
+from lightning_peft.adapters.quantize import (
+    QuantizationPlan,
+    plan_quantization,
+    quantize_layers,
+    students_of_dense,
+)
+from lightning_peft.adapters.rehome import rehome
 from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
 from lightning_peft.core.registry import (
     AdapterEntry,
     AdapterRegistry,
     ensure_registry,
     forget,
+    join_registry,
+    is_part,
     registries_in,
 )
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, release
 from lightning_peft.layers.projection_group import share_inputs
 from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
 from lightning_peft.methods.base import Method, WeightMethod
-from lightning_peft.models.fingerprint import buffer_hashes, fingerprint
+from lightning_peft.models.fingerprint import fingerprint
+from lightning_peft.models.frozen_parts import FrozenCopy, frozen_copies, inside
+from lightning_peft.models.history import start_history
 from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.storage import StorageConfig
 
-__all__ = ["attach", "detach", "quantize", "reset_adapters"]
+__all__ = ["attach", "attach_within", "detach", "quantize", "reset_adapters"]
 
 
 def attach(
@@ -67,13 +79,44 @@ def attach(
             weights.
         RuntimeError: the name is taken, or adapters are merged.
     """
+    return attach_within(
+        model,
+        method,
+        adapter_name=adapter_name,
+        quantization=quantization,
+        modules_to_save=modules_to_save,
+        device=device,
+    )
+
+
+def attach_within(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    *,
+    adapter_name: str,
+    quantization: StorageConfig | None,
+    modules_to_save: Sequence[str],
+    device: torch.device | str | None,
+    averaged: Mapping[str, str] = MappingProxyType({}),
+) -> Report:
+    """`attach` for a part of a larger module.
+
+    Args:
+        model: As in `attach`; so are the other arguments.
+        averaged: Parts of the model that are averaged into a dense part outside, with its name.
+    """
     methods = _checked_methods(model, method, modules_to_save)
+    rehome(model)
     _check_name(model, adapter_name)
     with adopted_layers(model):
         saved = _saved_modules(model, modules_to_save)
         plan = plan_attach(model, methods, saved)
+        copies = _copies_to_follow(model, plan.adapters)
+        averaged = {**averaged, **students_of_dense(copies, quantization)}
         packing = (
-            None if quantization is None else plan_quantization(model, quantization, keep=saved)
+            None
+            if quantization is None
+            else plan_quantization(model, quantization, keep=saved, averaged=averaged)
         )
         _check_copies_stay_dense(plan.adapters, packing)
         readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
@@ -89,11 +132,18 @@ def attach(
     builder.finish()
     for reader, stack in observed:
         observe_batch(model, reader, stack, adapter_name)
+    for pair in copies:
+        student = model.get_submodule(pair.student)
+        if can_follow(student):
+            follow(student, model.get_submodule(pair.teacher), adapter_name)
     guard_fast_path(model)
     share_inputs(model, children_sharing_input(model))
+    for _, module in adapted_modules(model):
+        join_registry(module, registry)
     registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters)
     registry.skipped, registry.tied = plan.skipped, plan.tied
     activate(model, registry, [adapter_name])
+    start_history(model, again=[] if packing is None else [name for name, _, _ in packing.layers])
     return parameter_report(model)
 
 
@@ -118,7 +168,7 @@ def quantize(
     with adopted_layers(model):
         packing = plan_quantization(model, quantization, keep=list(exclude))
     registry = ensure_registry(model)
-    registry.fingerprint, registry.buffers = fingerprint(model), buffer_hashes(model)
+    registry.fingerprint = fingerprint(model)
     quantize_layers(model, packing, device)
     guard_fast_path(model)
     registry.quantization, registry.dense = quantization, packing.dense
@@ -141,6 +191,11 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
                 f"detach: expected one of {sorted(registry.adapters)}, got {adapter_name!r}"
             )
         names = list(registry.adapters) if adapter_name is None else [adapter_name]
+        if is_part(root, registry):
+            raise ValueError(
+                f"detach: expected the module that the adapters were attached to, got a part of it "
+                f"({type(root).__name__}); give that module, or one around it"
+            )
         _detach_from(root, registry, names)
 
 
@@ -155,6 +210,7 @@ def _detach_from(root: nn.Module, registry: AdapterRegistry, names: list[str]) -
         _restore_requires_grad(root, registry)
         release_adopted(root, registry.adopted)
         registry.adopted = []
+        registry.history = None
         if registry.quantization is None:
             forget(root)
 
@@ -231,6 +287,7 @@ def _checked_methods(
 ) -> list[Method]:
     """The methods, with what they take from the model filled in."""
     _require_parameters(model)
+    _require_no_peft_layers(model)
     methods = [method] if isinstance(method, Method) else list(method)
     if not methods and not modules_to_save:
         raise ValueError(
@@ -274,6 +331,23 @@ def _require_parameters(model: nn.Module) -> None:
         )
 
 
+def _require_no_peft_layers(model: nn.Module) -> None:
+    """Raise ValueError if the model has layers of Hugging Face peft inside."""
+    found = [
+        f"{name!r} ({type(m).__module__}.{type(m).__name__})"
+        for name, m in model.named_modules()
+        if type(m).__module__.startswith("peft.") and name
+    ]
+    if found:
+        raise ValueError(
+            f"attach to {type(model).__name__}: expected a model without adapters of Hugging Face "
+            f"peft, found {len(found)} of its layers, such as {found[-1]}; either train with peft "
+            "alone and leave PEFT(...) out, or save the adapter with peft's save_pretrained, use "
+            "the plain model (peft_model.unload()), and load it with "
+            "lightning_peft.load_adapter(model, directory)"
+        )
+
+
 def _saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     """Fully qualified names of the modules; a suffix matches at a dot."""
     names = [n for n, _ in model.named_modules() if n and not in_adapter(n)]
@@ -287,6 +361,17 @@ def _saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
             )
         found += [h for h in hits if h not in found]
     return found
+
+
+def _copies_to_follow(model: nn.Module, planned: Sequence[PlannedAdapter]) -> list[FrozenCopy]:
+    """Frozen copies of adapted parts, without those that get trained adapters themselves."""
+    names = [p.placement.name for p in planned]
+    return [
+        pair
+        for pair in frozen_copies(model)
+        if not any(inside(name, [pair.teacher]) for name in names)
+        and any(inside(name, [pair.student]) for name in names)
+    ]
 
 
 def _check_copies_stay_dense(
@@ -318,7 +403,6 @@ def _remember_base(
             for path in p.placement.paths
         }
         registry.fingerprint = fingerprint(model, copied)
-        registry.buffers = buffer_hashes(model)
     if not registry.requires_grad:
         registry.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.attach import attach
 from lightning_peft.core.edit import LowRank, as_low_rank
-from lightning_peft.core.registry import registry_of
+from lightning_peft.adapters.rehome import rehome
+from lightning_peft.core.registry import AdapterRegistry, registries_in
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
@@ -84,18 +85,33 @@ def combine(
         alpha_pattern={_exactly(n): float(r) for n, r in odd.items()},
         target_modules=sorted({site.name for site in sites.values()}),
     )
-    record = registry_of(model)
-    assert record is not None  # `_collect` found adapters
+    root, record = _root_of(model, names)
     active = list(record.active)
-    report = attach(model, method, adapter_name=into)
+    report = attach(root, method, adapter_name=into)
     with torch.no_grad():
-        for _, module in adapted_modules(model):
+        for _, module in adapted_modules(root):
             for adapter in adapters_of(module, into):
                 A, B = factors[(id(module), adapter.site.parameter)]
                 adapter.tensors()["A"].copy_(A)
                 adapter.tensors()["B"].copy_(B)
-    activate(model, record, active)
+    activate(root, record, active)
     return report
+
+
+def _root_of(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, AdapterRegistry]:
+    """Return the root, in `model` or `model` itself, whose adapters have these names."""
+    rehome(model)
+    found = list(registries_in(model))
+    known = sorted({name for _, _, record in found for name in record.adapters})
+    for name in names:
+        if name not in known:
+            raise KeyError(f"combine: expected adapters among {known}, got {name!r}")
+    for _, root, record in found:
+        if set(names) <= set(record.adapters):
+            return root, record
+    raise ValueError(
+        f"combine: expected adapters of one root, got {list(names)}, which were attached to several"
+    )
 
 
 def _exactly(name: str) -> str:
@@ -125,15 +141,11 @@ def _check(names: Sequence[str], weights: Sequence[float], how: str, density: fl
 def _collect(
     model: nn.Module, names: Sequence[str], weights: Sequence[float], how: str
 ) -> tuple[dict[_Key, list[_Part]], dict[_Key, Site]]:
-    record = registry_of(model)
-    known = sorted(record.adapters) if record is not None else []
-    for name in names:
-        if name not in known:
-            raise KeyError(f"combine: expected adapters among {known}, got {name!r}")
+    root, _ = _root_of(model, names)
     parts: dict[_Key, list[_Part]] = {}
     sites: dict[_Key, Site] = {}
     with torch.no_grad():
-        for _, module in adapted_modules(model):
+        for _, module in adapted_modules(root):
             for name, weight in zip(names, weights, strict=True):
                 for adapter in adapters_of(module, name):
                     term = _low_rank(adapter)

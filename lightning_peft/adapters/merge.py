@@ -21,7 +21,7 @@ from lightning_peft.adapters.merge_undo import (
     write_weight,
 )
 from lightning_peft.core.edit import Edit, apply_edits
-from lightning_peft.core.modules import tied_ids
+from lightning_peft.core.modules import own_tensor, parameter_at, tied_ids
 from lightning_peft.core.pruning_masks import held, mask_of
 from lightning_peft.layers.adapted import Adapted, adapted_modules, refresh
 from lightning_peft.layers.adapted_state import MergeUndo, UndoStep
@@ -263,7 +263,7 @@ def _merge_module(part: ModuleMerge, merging: _Merging) -> None:
     for adapter in part.adapters:
         for path, value in adapter.copies().items():
             _untie(part.module, path, f"{part.label}.{path}", merging)
-            merging.steps.append(overwrite(part.module.get_parameter(path), value))
+            merging.steps.append(overwrite(parameter_at(part.module, path), value))
 
 
 def _merge_weight(change: _WeightChange, merging: _Merging) -> None:
@@ -297,7 +297,7 @@ def _merge_bias(change: _WeightChange, merging: _Merging) -> None:
     path = site.ops.bias(change.module, site.parameter) or "bias"
     owner_path, _, leaf = path.rpartition(".")
     owner = change.module.get_submodule(owner_path)
-    b: Tensor | None = getattr(owner, leaf, None)
+    b = own_tensor(owner, leaf)
     start = edited = None if b is None else b.detach()
     for edit in change.edits:
         edited = edit.edited_bias(edited)

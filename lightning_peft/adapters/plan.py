@@ -12,8 +12,12 @@ from lightning_peft.adapters.placement.find import find_placements
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.models.frozen_parts import frozen_parts, inside, names_part
 
 __all__ = ["AttachPlan", "plan_attach"]
+
+
+_FROZEN = "frozen before attach; name it in target_modules to adapt it"
 
 
 @dataclass
@@ -39,8 +43,9 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
             no effect on a module.
     """
     plan = AttachPlan()
+    frozen = frozen_parts(model)
     for i, method in enumerate(methods):
-        _add_method(plan, model, method, str(i) if len(methods) > 1 else "", saved)
+        _add_method(plan, model, method, str(i) if len(methods) > 1 else "", saved, frozen)
     if saved:
         copies = ModulesToSave(modules=tuple(saved))
         inside = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
@@ -54,10 +59,26 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
 
 
 def _add_method(
-    plan: AttachPlan, model: nn.Module, method: Method, key: str, saved: Sequence[str]
+    plan: AttachPlan,
+    model: nn.Module,
+    method: Method,
+    key: str,
+    saved: Sequence[str],
+    frozen: Sequence[str],
 ) -> None:
-    """Add one method, without the layers that are trained as a whole, and its trained biases."""
+    """Add one method, without the layers that are trained as a whole, and its trained biases.
+
+    Parts that the user froze get no adapters, unless the method's targets name them or match
+    nothing else.
+    """
     found, selection = find_placements(method, model)
+    unnamed = [part for part in frozen if not names_part(getattr(method, "target_modules", None), part)]
+    if any(not inside(p.name, unnamed) for p in found):
+        left_out = [part for part in unnamed if any(inside(p.name, [part]) for p in found)]
+        plan.skipped += [(part, _FROZEN) for part in left_out]
+        found = [p for p in found if not inside(p.name, unnamed)]
+    else:
+        unnamed = []
     kept = [p for p in found if not _lies_in(p.name, saved)]
     plan.skipped += [
         (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
@@ -70,7 +91,9 @@ def _add_method(
     if which != "none":
         biases = TrainedBias(modules=None if which == "all" else tuple(p.name for p in kept))
         plan.adapters += [
-            PlannedAdapter(biases, "biases", p) for p in find_placements(biases, model)[0]
+            PlannedAdapter(biases, "biases", p)
+            for p in find_placements(biases, model)[0]
+            if not inside(p.name, unnamed)
         ]
 
 

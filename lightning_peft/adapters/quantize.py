@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from lightning_peft.core.modules import tied_ids
-from lightning_peft.core.names import matches_suffix
+from lightning_peft.core.modules import parameter_at, tied_ids
+from lightning_peft.core.names import matches_suffix, with_parents
 from lightning_peft.core.protocols import Storage, WeightLayout
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.experts.ops import experts_refusal
+from lightning_peft.models.frozen_parts import FrozenCopy, inside
 from lightning_peft.models.modules import head_names
 from lightning_peft.storage import StorageConfig, held_tensors, storage_for
 
-__all__ = ["QuantizationPlan", "plan_quantization", "quantize_layers"]
+__all__ = ["QuantizationPlan", "plan_quantization", "quantize_layers", "students_of_dense"]
 
 
 @dataclass
@@ -39,7 +41,11 @@ class QuantizationPlan:
 
 
 def plan_quantization(
-    model: nn.Module, quantization: StorageConfig, *, keep: Sequence[str] = ()
+    model: nn.Module,
+    quantization: StorageConfig,
+    *,
+    keep: Sequence[str] = (),
+    averaged: Mapping[str, str] = MappingProxyType({}),
 ) -> QuantizationPlan:
     """Choose the layers and check their weights; nothing is changed.
 
@@ -47,6 +53,7 @@ def plan_quantization(
         model: The model.
         quantization: How.
         keep: Names of modules that stay dense (they are trained whole).
+        averaged: Parts that are averaged into a dense part, with its name; they stay dense too.
 
     Raises:
         ValueError: a weight with a NaN or an infinity, by name.
@@ -67,6 +74,7 @@ def plan_quantization(
         if layout is None or held_tensors(module):
             continue
         reason = _stays_dense(name, module, layout, quantization, keep, heads, shared, fp32)
+        reason = reason or _averaged_into(name, averaged)
         reason = reason or _dense_reason(storage, name, module, layout, quantization)
         if reason:
             plan.dense.append((name, reason))
@@ -86,17 +94,14 @@ def _stays_dense(
     shared: set[int],
     fp32: Sequence[str],
 ) -> str:
-    weight = module.get_parameter(layout.names[0])
+    weight = parameter_at(module, layout.names[0])
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "read by nn.MultiheadAttention"
     if name in heads:
         return "output head"
     if any(name == k or name.startswith(f"{k}.") for k in keep):
         return "trained whole"
-    if any(
-        matches_suffix(name, [e]) or fnmatch.fnmatch(name, e)
-        for e in quantization.exclude_modules or ()
-    ):
+    if _is_excluded(name, quantization):
         return "excluded"
     if id(weight) in shared:
         return "tied to another parameter"
@@ -104,6 +109,33 @@ def _stays_dense(
         return "the model keeps it in fp32"
     if not weight.is_floating_point():
         return f"already {weight.dtype}"
+    return ""
+
+
+def _is_excluded(name: str, quantization: StorageConfig) -> bool:
+    return any(
+        matches_suffix(part, [entry]) or fnmatch.fnmatch(part, entry)
+        for entry in quantization.exclude_modules or ()
+        for part in with_parents(name)
+    )
+
+
+def students_of_dense(
+    copies: Sequence[FrozenCopy], quantization: StorageConfig | None
+) -> dict[str, str]:
+    """Return the trained parts whose frozen copy the quantisation excludes, with that copy.
+
+    Code that averages one into the other needs equal parameters, so neither may be packed.
+    """
+    if quantization is None:
+        return {}
+    return {c.student: c.teacher for c in copies if _is_excluded(c.teacher, quantization)}
+
+
+def _averaged_into(name: str, averaged: Mapping[str, str]) -> str:
+    for student, teacher in averaged.items():
+        if inside(name, [student]):
+            return f"averaged into {teacher}, which is excluded"
     return ""
 
 
@@ -129,7 +161,7 @@ def _keep_in_fp32(model: nn.Module) -> list[str]:
 
 def _require_finite(name: str, module: nn.Module, layout: WeightLayout) -> None:
     for key in layout.names:
-        weight = module.get_parameter(key).detach()
+        weight = parameter_at(module, key).detach()
         if weight.device.type == "meta" or torch.isfinite(weight).all():
             continue
         bad = int((~torch.isfinite(weight)).sum())
@@ -155,7 +187,7 @@ def quantize_layers(
         around: Entered for the quantisation of each layer.
     """
     for _, module, layout in _progress(plan.layers):
-        if device is not None and module.get_parameter(layout.names[0]).device.type != "meta":
+        if device is not None and parameter_at(module, layout.names[0]).device.type != "meta":
             module.to(device)
         with nullcontext() if around is None else around(module):
             plan.storage.quantize(module, layout, plan.quantization)
@@ -175,4 +207,4 @@ def _progress(layers: _Layers) -> Iterable[tuple[str, nn.Module, WeightLayout]]:
 
 
 def _numel(layers: _Layers) -> int:
-    return sum(m.get_parameter(n).numel() for _, m, layout in layers for n in layout.names)
+    return sum(parameter_at(m, n).numel() for _, m, layout in layers for n in layout.names)

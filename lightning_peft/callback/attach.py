@@ -9,16 +9,21 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach_within, detach
+from lightning_peft.adapters.quantize import students_of_dense
+from lightning_peft.adapters.rehome import rehome
 from lightning_peft.core.names import matches_suffix
-from lightning_peft.core.registry import AdapterRegistry, forget, registry_of
+from lightning_peft.core.registry import AdapterRegistry, forget, registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.registry import to_dict
+from lightning_peft.models.frozen_parts import frozen_copies, inside
 from lightning_peft.models.modules import fresh_head_names
 from lightning_peft.storage import StorageConfig
 
-__all__ = ["attach_once", "find_root"]
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform")
+
+__all__ = ["attach_once", "averaged_parts", "find_root"]
 
 
 def find_root(module: nn.Module, path: str | None) -> nn.Module:
@@ -38,6 +43,26 @@ def find_root(module: nn.Module, path: str | None) -> nn.Module:
         ) from error
 
 
+def averaged_parts(
+    module: nn.Module, path: str | None, quantization: StorageConfig | None
+) -> dict[str, str]:
+    """Return parts of the root that are averaged into a dense copy outside of it.
+
+    Args:
+        module: The module that holds both.
+        path: Path of the root.
+        quantization: How the base is stored.
+    """
+    if not path:
+        return {}
+    found = students_of_dense(frozen_copies(module), quantization)
+    return {
+        student.removeprefix(path).removeprefix("."): teacher
+        for student, teacher in found.items()
+        if inside(student, [path])
+    }
+
+
 def attach_once(
     root: nn.Module,
     adapters: Mapping[str, Sequence[Method]],
@@ -46,6 +71,7 @@ def attach_once(
     modules_to_save: Sequence[str],
     device: torch.device,
     lost: bool,
+    averaged: Mapping[str, str],
 ) -> list[str]:
     """Attach every adapter that is not attached yet, and make all of them act, in the order named.
 
@@ -56,6 +82,7 @@ def attach_once(
         modules_to_save: Modules to train whole, besides a Hugging Face classification head.
         device: Where to quantise.
         lost: Whether the user's `configure_model` replaced adapted layers.
+        averaged: Parts of the root that are averaged into a dense part outside, with its name.
 
     Returns:
         Names of adapters whose layers were replaced, and which start again.
@@ -63,14 +90,16 @@ def attach_once(
     Raises:
         RuntimeError: an adapter of that name is attached with another configuration.
     """
+    rehome(root)
     record = registry_of(root)
     gone = _lost_adapters(root, record, lost) if record is not None else []
     new = False
     for name, methods in adapters.items():
-        record = registry_of(root)
-        if record is not None and name in record.adapters:
-            _same(name, record, methods, quantization)
+        holder = _holder(root, name)
+        if holder is not None:
+            _same(name, holder, methods, quantization)
             continue
+        record = registry_of(root)
         first = record is None or record.fingerprint is None
         if not first and record is not None and quantization not in (None, record.quantization):
             raise RuntimeError(
@@ -79,19 +108,25 @@ def attach_once(
                 "same"
             )
         heads = [h for h in fresh_head_names(root) if not _covered(h, modules_to_save)]
-        attach(
+        attach_within(
             root,
             list(methods),
             adapter_name=name,
             quantization=quantization if first else None,
             modules_to_save=[*modules_to_save, *heads],
             device=device if first and quantization is not None else None,
+            averaged=averaged,
         )
         new = True
     record = registry_of(root)
     if new and record is not None:
         activate(root, record, list(record.adapters))
     return gone
+
+
+def _holder(root: nn.Module, name: str) -> AdapterRegistry | None:
+    """Return the registry of an adapter: of the root, or of a net inside that has it already."""
+    return next((r for _, _, r in registries_in(root) if name in r.adapters), None)
 
 
 def _covered(head: str, wanted: Sequence[str]) -> bool:
@@ -115,13 +150,19 @@ def _same(
     quantization: StorageConfig | None,
 ) -> None:
     entry = record.adapters[name]
-    have, want = [to_dict(m) for m in entry.methods], [to_dict(m) for m in methods]
+    chooses = any(getattr(m, field, None) is not None for m in methods for field in _CHOICE)
+    drop = () if chooses else _CHOICE  # an adapter that was loaded keeps the layers it was made for
+    have, want = [_settings(m, drop) for m in entry.methods], [_settings(m, drop) for m in methods]
     if have != want or (quantization is not None and quantization != record.quantization):
         raise RuntimeError(
             f"PEFT adapter {name!r}: expected the configuration that is attached already, "
             f"{_short(have)} on {record.quantization}, got {_short(want)} on {quantization}; "
             "detach(module) first, or use another adapter_name"
         )
+
+
+def _settings(method: Method, drop: Sequence[str]) -> dict[str, Any]:
+    return {k: v for k, v in to_dict(method).items() if k not in drop}
 
 
 def _short(methods: Sequence[Mapping[str, Any]]) -> str:

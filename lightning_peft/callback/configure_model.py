@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lightning_peft.checkpoint.contents import is_attached
+from lightning_peft.checkpoint.description import is_attached
 from lightning_peft.layers.adapted import adapted_modules
 
 if TYPE_CHECKING:

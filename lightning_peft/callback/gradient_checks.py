@@ -6,7 +6,6 @@ import warnings
 
 from torch import Tensor, nn
 
-from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.layers.adapted import Adapted, adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.optim.state_pool import local
@@ -16,7 +15,6 @@ __all__ = [
     "check_has_graph",
     "dead_gradients",
     "enable_input_require_grads",
-    "unfrozen_base_parameters",
     "warn_dead",
 ]
 
@@ -114,14 +112,3 @@ def warn_dead(model: nn.Module) -> None:
             "a branch that the batch did not take:\n  " + "\n  ".join(shown),
             stacklevel=2,
         )
-
-
-def unfrozen_base_parameters(model: nn.Module, roots: list[nn.Module]) -> list[str]:
-    """Names of base parameters inside the roots that require a gradient: somebody unfroze them."""
-    ours = {id(t) for t in trained_tensors(model).values()}
-    inside = {id(p) for root in roots for p in root.parameters()}
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and id(p) in inside and id(p) not in ours
-    ]

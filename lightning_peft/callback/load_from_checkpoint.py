@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.attach import attach_within
+from lightning_peft.adapters.followers import follow_outside
+from lightning_peft.callback.attach import averaged_parts
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import KEY, complete_checkpoint
 from lightning_peft.core.registry import registry_of
 from lightning_peft.methods.registry import from_dict
+from lightning_peft.models.frozen_parts import frozen_copies
+from lightning_peft.models.history import start_history
 from lightning_peft.storage import config_from_dict
 
 if TYPE_CHECKING:
@@ -55,8 +59,12 @@ def load_from_checkpoint(
     module = module_class(**{**hparams, **init_args})
     module.configure_model()  # Lightning's own does nothing
     _require_net(module, source)
+    teachers = {pair.teacher for pair in frozen_copies(module)}
     for prefix, root in stored["roots"].items():
-        _attach(module.get_submodule(prefix) if prefix else module, root)
+        if prefix not in teachers:
+            _attach(module, prefix, root)
+    follow_outside(module)
+    start_history(module)
     module.on_load_checkpoint(checkpoint)
     completed = complete_checkpoint(module, checkpoint, source, resuming=False)
     module.load_state_dict(completed["state_dict"], strict=True)
@@ -80,15 +88,19 @@ def _require_net(module: pl.LightningModule, source: str) -> None:
         )
 
 
-def _attach(root: nn.Module, stored: Mapping[str, Any]) -> None:
+def _attach(module: nn.Module, prefix: str, stored: Mapping[str, Any]) -> None:
+    root = module.get_submodule(prefix)
     quantization = config_from_dict(stored["quantization"])
+    averaged = averaged_parts(module, prefix, quantization)
     for name, adapter in stored["adapters"].items():
-        attach(
+        attach_within(
             root,
             [from_dict(m) for m in adapter["methods"]],
             adapter_name=name,
             quantization=quantization,
             modules_to_save=adapter["modules_to_save"],
+            device=None,
+            averaged=averaged,
         )
         quantization = None
     record = registry_of(root)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_peft.checkpoint.contents import KEY
+from lightning_peft.checkpoint.description import KEY
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.optim import convert_optimizer, in_live_order, loraplus_groups, names_of, repair

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.callback.attach import attach_once, find_root
+from lightning_peft.adapters.followers import follow_outside
+from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
+from lightning_peft.callback.frozen_base import FrozenBase
 from lightning_peft.callback.gather_rng import gather_rng
 from lightning_peft.callback.gradient_checks import (
     check_has_graph,
     enable_input_require_grads,
-    unfrozen_base_parameters,
     warn_dead,
 )
 from lightning_peft.callback.liger import apply_liger
@@ -44,6 +45,7 @@ from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import KEY, is_attached
 from lightning_peft.checkpoint.rng_state import restore_rng
 from lightning_peft.methods.base import Method
+from lightning_peft.models.history import note_optimizers, start_history
 from lightning_peft.planner.estimate import Plan
 from lightning_peft.report.summary import parameter_report
 from lightning_peft.report.tokens import stop_counting
@@ -143,6 +145,7 @@ class PEFT(TrainerCallback):
         self._layers: dict[str, list[Any]] = {}
         self._backend = RunBackend(self.kernels)
         self._sigterm = SigtermHandler()
+        self._frozen_base = FrozenBase()
 
     def __getstate__(self) -> dict[str, Any]:
         """Called when the callback is pickled or copied: keeps the configuration only."""
@@ -202,7 +205,10 @@ class PEFT(TrainerCallback):
                 modules_to_save=self.modules_to_save,
                 device=trainer.strategy.root_device,
                 lost=lost,
+                averaged=averaged_parts(module, self.root, self.quantization),
             )
+        follow_outside(module)
+        start_history(module)
         self._backend.keep(root)
         self._io, io.started = io, True
         if is_fitting(trainer):
@@ -224,6 +230,7 @@ class PEFT(TrainerCallback):
 
     def _finish_optimizers(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         finish_optimizers(module, trainer.strategy, self._layers, self.optimizer)
+        note_optimizers(module, trainer.strategy.optimizers)
         self._step_hooks = TrainerMethodHooks(trainer, trainer.strategy.optimizers)
 
     # ---- training
@@ -307,13 +314,8 @@ class PEFT(TrainerCallback):
         Raises:
             RuntimeError: base parameters were unfrozen, with their names.
         """
-        thawed = unfrozen_base_parameters(pl_module, [find_root(pl_module, self.root)])
-        if thawed:
-            raise RuntimeError(
-                f"PEFT: expected a frozen base, found {len(thawed)} of its parameters unfrozen "
-                f"({', '.join(thawed[:5])}); adapters replace training them: name the layers in "
-                "modules_to_save to train a copy"
-            )
+        self._frozen_base.collect(pl_module, find_root(pl_module, self.root))
+        self._frozen_base.check()
 
     @override
     def on_before_backward(
@@ -326,7 +328,11 @@ class PEFT(TrainerCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Called before a step: runs step hooks; in the first step, checks the gradients."""
+        """Called before a step: checks that the base is frozen, and runs step hooks.
+
+        In the first step it also checks the gradients.
+        """
+        self._frozen_base.check()
         if self._step_hooks is not None:
             self._step_hooks.before_step(optimizer, grad_scale(trainer, optimizer))
         if self._first_step:

@@ -19,14 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import atomic_file
-from lightning_peft.checkpoint.contents import (
-    KEY,
-    describe,
-    is_attached,
-    kept_tensors,
-    load_kept,
-    verify,
-)
+from lightning_peft.checkpoint.contents import load_kept
+from lightning_peft.checkpoint.description import KEY, describe, is_attached
+from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.rng_state import gather_rng_states, restore_rng
 from lightning_peft.checkpoint.sharded import (
@@ -39,9 +34,11 @@ from lightning_peft.checkpoint.sharded import (
     shard_optimizer_state,
     tensor_shards,
 )
+from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.initialization.restore import restore_initialized
+from lightning_peft.models.history import note_moved, note_optimizers, start_history
 from lightning_peft.optim.state_names import in_live_order, names_of
 from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.storage.dtensor import local
@@ -86,6 +83,9 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
     }
     _check_names(state)
     _check_plain(plain)
+    start_history(model)
+    note_optimizers(model, optimizers.values())
+    note_moved(model)
     kept = kept_tensors(model)
     own = tensor_shards(kept)
     states = [optimizer_shard(optimizer) for optimizer in optimizers.values()]
@@ -154,6 +154,7 @@ def load_checkpoint(
     except Exception as caught:
         error = caught
     raise_on_all_ranks(error, f"loading {source}")
+    start_history(model)
     restore_initialized(model, checkpoint[_WEIGHTS])
     load_kept(model, checkpoint[_WEIGHTS])
     for optimizer, found in zip(optimizers.values(), loaded, strict=True):

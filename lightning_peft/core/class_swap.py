@@ -8,15 +8,21 @@ nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 # Imported for real: transformers resolves the annotations of every class made from a mixin.
 from lightning_peft_kernels.dispatch import Backend
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_peft.core.outside_reads import ParameterAccess
 
 __all__ = ["PackedForward", "Swapped", "base_class", "swap_in", "swap_out"]
 
+
+#: Parameters that other modules are known to read.
+_READ_OUTSIDE = ("weight", "bias")
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -33,18 +39,24 @@ class Swapped(_Module):
     _swap_base: type[nn.Module]
     _swap_mixin: type[Swapped]
     _swap_prefix: str = ""
+    #: Parameters that code outside finds through `_read_parameter`.
+    _swap_names: tuple[str, ...] = ()
     #: Backend that the module requests for its kernels in a run; see `kernel_backend`.
     _kernel_backend: Backend | None = None
 
     def _get_name(self) -> str:
         return f"{self._swap_prefix}{type(self).__name__}"
 
+    def _read_parameter(self, name: str, held: nn.Parameter) -> Any:
+        """Return what code that reads ``module.weight`` or ``module.bias`` finds."""
+        return held
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Rebuild the made class on unpickling: `type()` classes cannot be found by name."""
         cls: Any = type(self)
-        mixins: list[type[Swapped]] = []
+        mixins: list[tuple[type[Swapped], tuple[str, ...]]] = []
         while "_swap_base" in vars(cls):
-            mixins.append(cls._swap_mixin)
+            mixins.append((cls._swap_mixin, cls._swap_names))
             cls = cls._swap_base
         if not mixins:  # another library stacked its own class on ours; it answers for the result
             return super().__reduce_ex__(protocol)
@@ -56,26 +68,44 @@ class Swapped(_Module):
 class PackedForward(Swapped):
     """Base of mixins whose forward computes from weights that a storage holds."""
 
+    def _read_parameter(self, name: str, held: nn.Parameter) -> Any:
+        """Return the dequantised weight for a packed one."""
+        read = self._packed_reader(name)
+        return held if read is None else read(held)
 
-def _rebuild(mixins: tuple[type[Swapped], ...], base: type[nn.Module]) -> Any:
+    def _packed_reader(self, name: str) -> Callable[[nn.Parameter], Tensor] | None:
+        """Return how code outside reads a packed parameter; None if it is not packed."""
+        return None
+
+
+def _rebuild(
+    mixins: tuple[type[Swapped] | tuple[type[Swapped], tuple[str, ...]], ...], base: type[nn.Module]
+) -> Any:
     cls: type[nn.Module] = base
-    for mixin in mixins:
-        cls = _mixed(mixin, cls)
+    for each in mixins:  # earlier versions pickled the mixin alone
+        mixin, names = each if isinstance(each, tuple) else (each, ())
+        cls = _mixed(mixin, cls, names)
     return cls.__new__(cls)
 
 
 # A cache of the classes that are in use; a class without instances is collected.
-_MADE: WeakValueDictionary[tuple[type, type], type[nn.Module]] = WeakValueDictionary()
+_MADE: WeakValueDictionary[tuple[type, type, tuple[str, ...]], type[nn.Module]] = (
+    WeakValueDictionary()
+)
 
 
-def _mixed(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
-    """Return one class per pair, so that two adapted Linears have the same type."""
-    key = (mixin, base)
+def _mixed(
+    mixin: type[Swapped], base: type[nn.Module], names: tuple[str, ...]
+) -> type[nn.Module]:
+    """Return one class per key, so that two adapted Linears have the same type."""
+    key = (mixin, base, names)
     made = _MADE.get(key)
-    return _MADE.setdefault(key, _make(mixin, base)) if made is None else made
+    return _MADE.setdefault(key, _make(mixin, base, names)) if made is None else made
 
 
-def _make(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
+def _make(
+    mixin: type[Swapped], base: type[nn.Module], names: tuple[str, ...]
+) -> type[nn.Module]:
     return type(
         base.__name__,
         (mixin, base),
@@ -85,6 +115,8 @@ def _make(mixin: type[Swapped], base: type[nn.Module]) -> type[nn.Module]:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
+            "_swap_names": names,
+            **{name: ParameterAccess(name) for name in names},
         },
     )
 
@@ -95,7 +127,9 @@ def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
     Raises:
         TypeError: the class has a layout that Python cannot change (``__slots__``).
     """
-    module.__class__ = _mixed(mixin, type(module))
+    # Parameters of a subclass of nn.Parameter belong to a library that reads them by its own rules.
+    names = [n for n in _READ_OUTSIDE if type(module._parameters.get(n)) is nn.Parameter]
+    module.__class__ = _mixed(mixin, type(module), tuple(names))
 
 
 def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:

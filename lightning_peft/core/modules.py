@@ -13,6 +13,8 @@ __all__ = [
     "ParameterPlace",
     "first_argument",
     "is_conv1d",
+    "own_tensor",
+    "parameter_at",
     "persistent_buffers",
     "tied_ids",
     "tied_parameters",
@@ -67,6 +69,31 @@ def persistent_buffers(module: nn.Module, *, recurse: bool = True) -> dict[str, 
         for key, buffer in inner._buffers.items()
         if buffer is not None and key not in inner._non_persistent_buffers_set
     }
+
+
+def parameter_at(m: nn.Module, path: str) -> nn.Parameter:
+    """Return the parameter that is held at a path, whatever code outside of the layer would read.
+
+    Raises:
+        AttributeError: no parameter there.
+    """
+    owner, _, leaf = path.rpartition(".")
+    found = (m.get_submodule(owner) if owner else m)._parameters.get(leaf)
+    if found is None:
+        raise AttributeError(f"{type(m).__name__}: expected a parameter {path!r}, found none")
+    return found
+
+
+def own_tensor(m: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter as the module's own forward reads it, None if there is none.
+
+    It is an attribute of the instance if a layer put one there for a moment, or if
+    torch.nn.utils.prune keeps the masked weight there; else the parameter.
+    """
+    found = vars(m).get(name)
+    if found is None:
+        found = m._parameters.get(name)
+    return found if isinstance(found, Tensor) else None
 
 
 def is_conv1d(module: nn.Module) -> bool:

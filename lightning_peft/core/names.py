@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["in_adapter", "join", "matches_suffix", "nearest_names", "strip_compile"]
+__all__ = ["in_adapter", "join", "matches_suffix", "nearest_names", "strip_compile", "with_parents"]
 
 
 def join(*parts: str) -> str:
@@ -26,6 +26,12 @@ def strip_compile(name: str) -> str:
 def matches_suffix(name: str, suffixes: Iterable[str]) -> bool:
     """True if the name equals one of the suffixes or ends in one at a dot."""
     return any(name == s or name.endswith(f".{s}") for s in suffixes)
+
+
+def with_parents(name: str) -> list[str]:
+    """Return the name of a module and the names of all modules it lies in, but for the root."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 def nearest_names(wanted: str, names: Sequence[str], n: int = 5) -> list[str]:

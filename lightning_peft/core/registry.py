@@ -10,6 +10,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from lightning_peft.methods.base import Method
+    from lightning_peft.models.history import ModelHistory
     from lightning_peft.storage import StorageConfig
 
 __all__ = [
@@ -17,11 +18,17 @@ __all__ = [
     "AdapterRegistry",
     "ensure_registry",
     "forget",
+    "is_part",
+    "join_registry",
+    "leave_registry",
+    "members_in",
     "registries_in",
     "registry_of",
+    "set_registry",
 ]
 
 _ATTRIBUTE = "_peft_registry"
+_MEMBERSHIP = "_peft_member_of"
 
 
 @dataclass
@@ -53,7 +60,8 @@ class AdapterRegistry:
         tied: Groups of parameter names that share one tensor.
         fingerprint: Fingerprint of the base before quantising.
         adopted: Names of layers that arrived quantised and were adopted.
-        buffers: Hashes of the persistent buffers at that time; training may change some buffers.
+        members: Number of adapted modules.
+        history: What happened to the root's own tensors since adapters were attached.
     """
 
     adapters: dict[str, AdapterEntry] = field(default_factory=dict)
@@ -65,7 +73,8 @@ class AdapterRegistry:
     tied: list[tuple[str, ...]] = field(default_factory=list)
     adopted: list[str] = field(default_factory=list)
     fingerprint: dict[str, Any] | None = None
-    buffers: dict[str, str] = field(default_factory=dict)
+    members: int = 0
+    history: ModelHistory | None = None
 
 
 def registry_of(model: nn.Module) -> AdapterRegistry | None:
@@ -83,14 +92,57 @@ def ensure_registry(model: nn.Module) -> AdapterRegistry:
     return found
 
 
+def set_registry(model: nn.Module, registry: AdapterRegistry) -> None:
+    """Store a registry on this module."""
+    vars(model)[_ATTRIBUTE] = registry
+
+
 def forget(model: nn.Module) -> None:
     """Remove the registry of this module."""
     vars(model).pop(_ATTRIBUTE, None)
 
 
 def registries_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterRegistry]]:
-    """(prefix, root, registry) of every registry in the tree below `model`, itself included."""
+    """Yield (prefix, root, registry) of every registry in the tree below `model`, itself included.
+
+    A registry whose root is not in the tree comes last, with `model` for its root: `model` is a
+    part of the root, or a new module around an adapted net.
+    """
+    seen: set[int] = set()
+    joined: dict[int, AdapterRegistry] = {}
     for name, module in model.named_modules():
-        found = registry_of(module)
+        attributes = vars(module)
+        found = attributes.get(_ATTRIBUTE)
         if found is not None:
+            seen.add(id(found))
             yield name, module, found
+        member_of = attributes.get(_MEMBERSHIP)
+        if member_of is not None:
+            joined[id(member_of)] = member_of
+    for key, registry in joined.items():
+        if key not in seen:
+            yield "", model, registry
+
+
+def join_registry(module: nn.Module, registry: AdapterRegistry) -> None:
+    """Note on an adapted module which registry it belongs to; a former note stays."""
+    if _MEMBERSHIP not in vars(module):
+        vars(module)[_MEMBERSHIP] = registry
+        registry.members += 1
+
+
+def leave_registry(module: nn.Module) -> None:
+    """Remove the note."""
+    registry = vars(module).pop(_MEMBERSHIP, None)
+    if registry is not None:
+        registry.members -= 1
+
+
+def is_part(model: nn.Module, registry: AdapterRegistry) -> bool:
+    """Whether `model` holds only some of the adapted modules of a registry."""
+    return registry_of(model) is not registry and members_in(model, registry) < registry.members
+
+
+def members_in(model: nn.Module, registry: AdapterRegistry) -> int:
+    """Return how many modules below `model` belong to the registry."""
+    return sum(vars(m).get(_MEMBERSHIP) is registry for m in model.modules())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.adapters.placement.placement import Placement, PlannedAdapter
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.core.site import Site
@@ -157,7 +158,7 @@ class ValueMatcher:
                 tensor = self.reading.other.pop(key, None)
             else:  # the file has it once, with its module
                 tensor = self.saved[owner].get(join(path, p)[len(owner) + 1 :])
-            shape = module.get_parameter(p).shape
+            shape = parameter_at(module, p).shape
             if tensor is None:
                 self.problems.append(f"missing {key}")
             elif tensor.shape != shape:
@@ -242,7 +243,7 @@ def _site_buffers(
 def _initial_tensors(method: Method, placement: Placement) -> Mapping[str, Tensor]:
     """Return tensors with the names and shapes that attaching will create."""
     if placement.paths:
-        return {p.replace(".", "__"): placement.module.get_parameter(p) for p in placement.paths}
+        return {p.replace(".", "__"): parameter_at(placement.module, p) for p in placement.paths}
     if isinstance(method, WeightMethod):
         with fork_seeded_rng(0), torch.no_grad():
             return method.parameters(placement.site)

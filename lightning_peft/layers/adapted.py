@@ -16,10 +16,12 @@ from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
 from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.core.modules import first_argument
 from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.registry import leave_registry
 from lightning_peft.layers.adapted_state import AdaptedState
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.block import BlockAdapter, apply_block
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch, without_mixed_batch
+from lightning_peft.layers.outside_reads import read_effective
 from lightning_peft.layers.prompt.forward import forward_with_prompt
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
@@ -49,6 +51,11 @@ class Adapted(Swapped):
     _peft: AdaptedState
     peft: nn.ModuleDict
     training: bool
+
+    def _read_parameter(self, name: str, held: nn.Parameter) -> Any:
+        """Return W' or b' for what an acting adapter changes, else as without adapters."""
+        found = read_effective(self, self._peft, name, held)
+        return super()._read_parameter(name, held) if found is held else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Base forward with every active edit, in the order in which adapters were named."""
@@ -166,6 +173,7 @@ def release(module: Adapted) -> None:
         module._peft.fast_path_guard.remove()
     del module.peft
     del module._peft
+    leave_registry(module)
 
 
 def adapters_of(module: Adapted, name: str | None = None) -> list[Adapter]:

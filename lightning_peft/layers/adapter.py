@@ -26,11 +26,14 @@ class Adapter(nn.Module, ABC):
         method: The method, a frozen dataclass.
         site: The place it acts on; not a submodule.
         adapter_name: The name it was attached under.
+        follows: Whether it is the frozen copy of another adapter, on a teacher that code of the
+            user's updates by averaging. It is saved, but never trained.
     """
 
     method: Method
     site: Site
     adapter_name: str
+    follows: bool = False
 
     def __init__(self, method: Method, site: Site, adapter_name: str) -> None:
         super().__init__()
@@ -71,6 +74,17 @@ class Adapter(nn.Module, ABC):
     def why_not_mergeable(self) -> str:
         """Reason why the adapter has no merged form; "" if it has one."""
         return "" if self.method.mergeable else "it does not change weights"
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the adapter has hooks on other modules."""
+        return False
+
+    def keep_function_of_base(self) -> None:
+        """Rewrite the base so that the layer computes the same as without this adapter.
+
+        Called on a copy of an adapter whose initialisation rewrote the base of the original.
+        """
 
     def remove_hooks(self) -> None:
         """Remove the adapter's hooks from other modules."""

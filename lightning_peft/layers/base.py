@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from lightning_peft.core.class_swap import PackedForward, Swapped
 from lightning_peft.core.edit import (
     Edit,
     FusedLinearTerm,
@@ -28,6 +30,8 @@ from lightning_peft.core.edit import (
     concat_ranks,
     low_rank_terms,
 )
+from lightning_peft.core.modules import own_tensor
+from lightning_peft.core.outside_reads import own_forward
 from lightning_peft.core.protocols import LayerOps, Reason
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch
 from lightning_peft.layers.projection_group import output_of_group
@@ -59,7 +63,7 @@ class MatrixOps(LayerOps):
 
     def bias(self, m: nn.Module, name: str) -> str | None:
         """Return the path of the bias; None for a layer without one."""
-        return "bias" if getattr(m, "bias", None) is not None else None
+        return "bias" if own_tensor(m, "bias") is not None else None
 
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
         """Return the canonical shape [out, in]."""
@@ -165,8 +169,35 @@ class MatrixOps(LayerOps):
         if mix is None and len(edits) == 1 and forms[0] == _OUT_SCALE:
             scale = edits[0].out_scale
             if scale is not None and (edits[0].scale_bias or self._bias(m) is None):
-                return self.scale_out(m, run(x, *args, **kwargs), scale)
-        return self._forward_composed(m, lambda z: run(z, *args, **kwargs), adapters, edits, x, mix)
+                return self.scale_out(m, self._run_base(m, run, x, args, kwargs), scale)
+
+        def base(z: Tensor) -> Tensor:
+            return self._run_base(m, run, z, args, kwargs)
+
+        return self._forward_composed(m, base, adapters, edits, x, mix)
+
+    def _run_base(
+        self,
+        m: nn.Module,
+        run: Callable[..., Any],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return the output of the class underneath, which reads its parameters as they are held.
+
+        What code outside reads under ``weight`` is W' (see `core.outside_reads`).
+        """
+        if not args and not kwargs and _is_plain(type(m)):
+            W = own_tensor(m, "weight")
+            if W is not None:
+                return self.functional(m, x, W, self._bias(m))
+        if torch.compiler.is_compiling():
+            held = {n: p for n, p in m._parameters.items() if p is not None and n not in vars(m)}
+            with self.substituted(m, held):
+                return run(x, *args, **kwargs)
+        with own_forward(m):
+            return run(x, *args, **kwargs)
 
     # ---- fused forms: one call for base and change
     def _forward_fused(
@@ -201,7 +232,7 @@ class MatrixOps(LayerOps):
             return None
         if isinstance(site.storage.fused(_LOW_RANK, m, site.parameter), Reason):
             return None
-        W = self.to_canonical(m, site.parameter, getattr(m, site.parameter))
+        W = self.to_canonical(m, site.parameter, self._own(m, site.parameter))
         b, dtype = self._bias(m), x.dtype
         if W.requires_grad or (b is not None and b.requires_grad) or dtype.itemsize < 4:
             return None
@@ -347,7 +378,11 @@ class MatrixOps(LayerOps):
 
     def _bias(self, m: nn.Module) -> Tensor | None:
         path = self.bias(m, "weight")
-        return None if path is None else getattr(m, path)
+        return None if path is None else self._own(m, path)
+
+    def _own(self, m: nn.Module, name: str) -> Tensor:
+        found = own_tensor(m, name)
+        return getattr(m, name) if found is None else found  # a kind whose weight lies elsewhere
 
 
 _LOW_RANK = frozenset({"low_rank"})
@@ -355,6 +390,18 @@ _DROPPED_LOW_RANK = frozenset({"low_rank", "dropout"})
 _OUT_SCALE = frozenset({"out_scale"})
 _SCALED_LOW_RANK = frozenset({"low_rank", "out_scale"})
 _WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale", "out_map"})
+
+
+@lru_cache(maxsize=256)
+def _is_plain(cls: type[nn.Module]) -> bool:
+    """Whether the class's forward is the layer's function of x, weight and bias, and no more."""
+    if issubclass(cls, PackedForward):
+        return False
+    base = next(c for c in cls.__mro__ if not issubclass(c, Swapped))
+    return base.__name__ == "Conv1D" or base.forward in _PLAIN_FORWARDS
+
+
+_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def _pick(t: Tensor, rows: Tensor | None) -> Tensor:

@@ -47,6 +47,11 @@ class BlockAdapter(ModuleAdapter):
         """An added module has no equal weight."""
         return "it adds modules, it does not change weights"
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the added module reads the input of another module."""
+        return self.tap is not None
+
     def remove_hooks(self) -> None:
         """Remove the tap."""
         if self.tap is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted_state import ActiveAdapters
 from lightning_peft.layers.adapter import Adapter
@@ -46,7 +47,7 @@ class CopyAdapter(Adapter):
         super().__init__(method, site, adapter_name)
         self.paths = {path.replace(".", "__"): path for path in paths}
         for key, path in self.paths.items():
-            original = site.module.get_parameter(path)
+            original = parameter_at(site.module, path)
             if id(original) not in copies:
                 copies[id(original)] = nn.Parameter(original.detach().clone())
             self.register_parameter(key, copies[id(original)])
@@ -62,4 +63,4 @@ class CopyAdapter(Adapter):
 
     def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
         """The parameters that were copied."""
-        return {key: self.site.module.get_parameter(path) for key, path in self.paths.items()}
+        return {key: parameter_at(self.site.module, path) for key, path in self.paths.items()}

@@ -156,6 +156,23 @@ class WeightAdapter(Adapter):
             site.storage.restore(site.module, site.parameter, rewrite.original_bits)
         rewrite.active = acts
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the adapter finds the facts of a batch."""
+        return self.observer is not None
+
+    def keep_function_of_base(self) -> None:
+        """Subtract the initial change from the base of a copied adapter."""
+        if self.rewrite is None:
+            return
+        site = self.site
+        with torch.no_grad():
+            base = site.weight(torch.float32).clone()
+            for term in self.edit().terms:
+                base -= term.matrix().to(base)
+            self.rewrite = BaseRewrite(site.storage.snapshot(site.module, site.parameter))
+            site.write(base)
+
     def remove_hooks(self) -> None:
         """Remove the hook that finds the facts of a batch."""
         if self.observer is not None:

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.modules import persistent_buffers
 from lightning_peft.core.names import strip_compile
 
-__all__ = ["buffer_hashes", "fingerprint", "fingerprint_differences"]
+__all__ = ["fingerprint", "fingerprint_differences"]
 
-_HASHED_WHOLE = 1 << 16  # elements up to which a buffer is hashed completely
 _SAMPLES = 64  # elements per tensor: 290 tensors of a 7 B model are sampled in a few milliseconds
 
 
@@ -38,27 +36,12 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
     return {"tensors": tensors}
 
 
-def buffer_hashes(model: nn.Module) -> dict[str, str]:
-    """Return the hash of every persistent buffer.
-
-    Buffers of up to 64 Ki elements are hashed completely. Larger ones (a base held in buffers) are
-    sampled.
-    """
-    return {
-        strip_compile(name): _sample(
-            buffer.detach(),
-            max(1, buffer.numel()) if buffer.numel() <= _HASHED_WHOLE else _SAMPLES,
-        )
-        for name, buffer in persistent_buffers(model).items()
-    }
-
-
-def _sample(t: Tensor, samples: int = _SAMPLES) -> str:
+def _sample(t: Tensor) -> str:
     if t.device.type == "meta" or t.numel() == 0:
         return ""
     flat = t.reshape(-1) if t.is_contiguous() else t.flatten()
-    step = max(1, flat.numel() // samples)
-    chosen = flat[::step][:samples].cpu().contiguous()
+    step = max(1, flat.numel() // _SAMPLES)
+    chosen = flat[::step][:_SAMPLES].cpu().contiguous()
     return hashlib.sha256(chosen.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_peft.core.modules import is_conv1d, tied_parameters
-from lightning_peft.core.names import in_adapter, join, matches_suffix, nearest_names
+from lightning_peft.core.names import in_adapter, join, matches_suffix, nearest_names, with_parents
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.modules import head_names, hf_models
@@ -106,7 +106,7 @@ def _matched(
     found = []
     for name, module in modules:
         if name and matches(name, module):
-            if excluded(name):
+            if any(map(excluded, with_parents(name))):
                 found.append((name, module, "excluded"))
             elif blocks(name):
                 found.append((name, module, unread.get(name, "")))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach import attach
 from lightning_peft.adapters.quantize import plan_quantization
@@ -246,7 +247,7 @@ def _unmade(
     nbytes = {}
     for _, module, layout in plan.layers:
         for name in layout.names:
-            W = module.get_parameter(name)
+            W = parameter_at(module, name)
             shape = W.mT.shape if layout.transposed else W.shape
             bits = plan.storage.bits_per_weight(shape, quantization)
             nbytes[id(W)] = round(W.numel() * bits / 8)

@@ -16,6 +16,7 @@ from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.protocols import Reason, StoredTensor, WeightLayout
 from lightning_peft.storage.base import BaseStorage
 from lightning_peft.storage.config import Quantization
@@ -286,7 +287,7 @@ class Bnb8bitStorage(_BnbStorage):
 
     def dense_reason(self, m: nn.Module, layout: WeightLayout, config: Any) -> str:
         """Linear8bitLt stands for `nn.Linear` alone."""
-        if m.get_parameter(layout.names[0]).ndim > 2:
+        if parameter_at(m, layout.names[0]).ndim > 2:
             raise ValueError(
                 "expected linear layers for kind='int8', got fused experts, which hold most of the "
                 "weights; use kind='nf4', or name them in exclude_modules to leave them dense"

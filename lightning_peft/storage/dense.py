@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.modules import own_tensor
 from lightning_peft.core.protocols import Reason, StoredTensor
 from lightning_peft.core.pruning_masks import held, mask_of, show_masked
 from lightning_peft.storage.base import BaseStorage
@@ -119,10 +120,12 @@ class DenseStorage(BaseStorage):
 
 
 def _fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
-    return lora_linear(x, m.weight, m.bias, A, B, scaling, dropout_p=dropout)
+    W, b = own_tensor(m, "weight"), own_tensor(m, "bias")
+    return lora_linear(x, W, b, A, B, scaling, dropout_p=dropout)
 
 
 def _fused_transposed(
     m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float
 ) -> Tensor:
-    return lora_linear(x, m.weight.mT, m.bias, A, B, scaling, dropout_p=dropout)
+    W, b = own_tensor(m, "weight"), own_tensor(m, "bias")
+    return lora_linear(x, W.mT, b, A, B, scaling, dropout_p=dropout)

@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["fill_rows", "local", "local_rows"]
+__all__ = ["fill_rows", "is_sharded", "local", "local_rows"]
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether FSDP2 cut the tensor, so that this process holds some of its rows."""
+    return hasattr(t, "to_local")
 
 
 def local(t: Tensor) -> Tensor:

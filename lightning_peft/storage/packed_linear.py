@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lightning_peft.core.class_swap import PackedForward
 from lightning_peft.core.kernel_backend import backend_scope
+from lightning_peft.core.modules import own_tensor
 from lightning_peft.storage.linear_forward import plain_forward, require_floating, weight_in_place
+from lightning_peft.storage.outside_reads import PackedReads
 from lightning_peft.storage.registry import storage_of
 
 __all__ = ["AdoptedLinear", "PackedLinear"]
@@ -24,10 +26,10 @@ class AdoptedLinear(PackedForward):
         module: Any = self
         require_floating(module, x)
         with backend_scope(self):
-            return storage_of(module).linear(module, "weight", x, module.bias)
+            return storage_of(module).linear(module, "weight", x, own_tensor(module, "bias"))
 
 
-class PackedLinear(PackedForward):
+class PackedLinear(PackedReads, PackedForward):
     """Mixin: a linear layer whose weight was quantised."""
 
     _swap_prefix = "Packed"
@@ -39,7 +41,7 @@ class PackedLinear(PackedForward):
         storage = storage_of(module)
         with backend_scope(self):
             if plain_forward(module):
-                return storage.linear(module, "weight", x, module.bias)
+                return storage.linear(module, "weight", x, own_tensor(module, "bias"))
             W = storage.read(module, "weight", x.dtype)
         with weight_in_place(module, W):
             y: Tensor = super().forward(x, *args, **kwargs)

@@ -11,6 +11,7 @@ from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.class_swap import PackedForward, swap_in, swap_out
 from lightning_peft.core.protocols import Reason, StoredTensor, WeightLayout
 from lightning_peft.storage.base import BaseStorage
@@ -83,7 +84,7 @@ class QuantizedStorage(BaseStorage, ABC):
         """Encode every weight, then hold the tensors and swap the forward."""
         done = []
         for name in layout.names:
-            W = m.get_parameter(name).detach()
+            W = parameter_at(m, name).detach()
             M = W.mT if layout.transposed else W
             spec = QuantizedWeightSpec(self.label, M.shape, layout.transposed, W.dtype)
             done.append((name, spec, self.encode(M, spec)))

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_peft.checkpoint.contents import is_attached, kept_tensors
+from lightning_peft.checkpoint.description import is_attached
+from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.strategies.fault_guards import FabricGuards, TrainerGuards
 from lightning_peft.strategies.rank_consistency import check_same_model

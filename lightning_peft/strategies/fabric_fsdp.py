@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.checkpoint.contents import is_attached
+from lightning_peft.checkpoint.description import is_attached
 from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import FabricGuards
 from lightning_peft.strategies.rank_consistency import check_same_model

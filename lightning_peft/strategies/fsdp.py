@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.checkpoint import atomic_file
-from lightning_peft.checkpoint.contents import KEY, describe, is_attached, kept_by_live_key
+from lightning_peft.checkpoint.description import KEY, describe, is_attached
+from lightning_peft.checkpoint.kept import kept_by_live_key
 from lightning_peft.checkpoint.sharded import (
     gather_optimizers,
     gather_shards,
@@ -28,6 +29,8 @@ from lightning_peft.checkpoint.sharded import (
 from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.storage.dtensor import fill_rows
+from lightning_peft.core.names import strip_compile
+from lightning_peft.models.history import note_loaded, note_moved
 from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import TrainerGuards
 from lightning_peft.strategies.shard_units import Classes
@@ -175,6 +178,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             return {}
         module = self.lightning_module
         assert module is not None
+        note_moved(module)
         own = tensor_shards(kept_by_live_key(module))
         if self._save_distributed_checkpoint:
             return own
@@ -251,6 +255,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         """Copy this rank's rows; the checkpoint was checked when it was read."""
         module = self.lightning_module
         assert module is not None
+        note_loaded(module, map(strip_compile, checkpoint["state_dict"]))
         for key, t in kept_by_live_key(module).items():
             if key in checkpoint["state_dict"]:
                 fill_rows(t, checkpoint["state_dict"][key])

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.protocols import Storage
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.copy_adapter import CopyAdapter
@@ -151,4 +152,4 @@ def start_after_base(module: nn.Module) -> None:
         for _, adapted in adapted_modules(module):
             for adapter in adapters_of(adapted):
                 for path, copied in adapter.copies().items():
-                    local(copied).copy_(local(adapted.get_parameter(path)))
+                    local(copied).copy_(local(parameter_at(adapted, path)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_peft.checkpoint.contents import kept_tensors
+from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.weight_adapter import WeightAdapter

@@ -207,17 +207,22 @@ def test_tied_and_compiled_names_are_written_once(tmp_path: Path) -> None:
     torch.compiler.reset()
 
 
-def test_what_lies_outside_the_root_is_written_if_trained(tmp_path: Path) -> None:
+def test_what_lies_outside_the_root_is_written_if_an_optimizer_holds_it(tmp_path: Path) -> None:
     class Outside(Plain):
         def __init__(self) -> None:
             super().__init__()
             self.head = nn.Linear(3, 3)
+            self.warmed_up_later = nn.Linear(3, 3).requires_grad_(False)
             self.teacher = nn.Linear(3, 3).requires_grad_(False)
             self.register_buffer("seen", torch.zeros(()))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.seen += int(self.training)  # a resumed run may repeat the sanity check
             return self.head(self.net(x))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            parts = (self.net, self.head, self.warmed_up_later)
+            return torch.optim.AdamW([p for m in parts for p in m.parameters()], lr=1e-2)
 
     def once(epochs: int, folder: Path, ckpt: Path | None = None, seed: int = 1) -> Outside:
         torch.manual_seed(0)
@@ -229,7 +234,8 @@ def test_what_lies_outside_the_root_is_written_if_trained(tmp_path: Path) -> Non
     resumed = once(3, tmp_path / "parts", tmp_path / "whole" / "epoch=0.ckpt", 99)
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
     written = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["state_dict"]
-    assert {k for k in written if ".peft." not in k} == {"head.weight", "head.bias", "seen"}
+    linear = {f"{m}.{p}" for m in ("head", "warmed_up_later") for p in ("weight", "bias")}
+    assert {k for k in written if ".peft." not in k} == {*linear, "seen"}
 
 
 def test_buffers_that_training_moves_are_written(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lightning_peft.core.names import in_adapter
+from lightning_peft.core.names import in_adapter, with_parents
 from lightning_peft.methods.base import Targeted
 from lightning_peft.models.target_modules import block_rule, name_rule
 
@@ -24,8 +24,7 @@ def inside_targets(method: Targeted, model: nn.Module) -> Callable[[str], bool]:
     blocks = block_rule(modules, method.layers_to_transform)
 
     def inside(name: str) -> bool:
-        parts = name.split(".")
-        parents = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        parents = with_parents(name)
         named = method.target_modules is None or any(map(wanted, parents))
         return named and blocks(name) and not any(map(excluded, parents))
 

@@ -55,6 +55,11 @@ class PromptAdapter(ModuleAdapter):
         """Added positions have no equal weight."""
         return "it adds positions, it does not change weights"
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the prompt needs hooks on other modules."""
+        return self.hooks is not None
+
     def remove_hooks(self) -> None:
         """Remove the hooks on other modules."""
         if self.hooks is not None:

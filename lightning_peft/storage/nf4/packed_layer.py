@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import PackedForward
 from lightning_peft.core.kernel_backend import backend_scope
+from lightning_peft.core.modules import own_tensor
 from lightning_peft.storage.config import Quantization
 from lightning_peft.storage.linear_forward import (
     plain_forward,
     require_floating,
     weight_in_place,
 )
+from lightning_peft.storage.outside_reads import PackedReads
 from lightning_peft.storage.packed import QuantizedWeightSpec, as_bytes
 
 __all__ = [
@@ -71,7 +73,7 @@ class FourBitSpec(QuantizedWeightSpec):
         return self._e4m3[1]
 
 
-class Packed4bitModule(PackedForward):
+class Packed4bitModule(PackedReads, PackedForward):
     """Mixin: a linear layer whose weight is packed."""
 
     _swap_prefix = "NF4"
@@ -90,8 +92,8 @@ class Packed4bitModule(PackedForward):
             q = packed_view(module, "weight")
             packing: dict[str, Any] = {"kind": p.kind, "block_size": p.block_size}
             if p.uses_fp8(x.device):
-                return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), module.bias, **packing)
-            return nf4_linear(x, q, p.shape, module.bias, **packing)
+                return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), own_tensor(module, "bias"), **packing)
+            return nf4_linear(x, q, p.shape, own_tensor(module, "bias"), **packing)
         # A subclass with a forward of its own reads `weight`.
         with weight_in_place(module, read_natural(module, "weight", x.dtype)):
             y: Tensor = super().forward(x, *args, **kwargs)

@@ -13,6 +13,7 @@ from lightning_peft_kernels.nf4.linear import nf4_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.class_swap import base_class, swap_in
 from lightning_peft.core.protocols import Reason, WeightLayout
 from lightning_peft.storage.config import Quantization
@@ -56,7 +57,7 @@ class FourBitStorage(QuantizedStorage):
     def dense_reason(self, m: nn.Module, layout: WeightLayout, config: Quantization) -> str:
         """A block must not cross from one expert to the next."""
         for name in layout.names:
-            shape = m.get_parameter(name).shape
+            shape = parameter_at(m, name).shape
             n = shape[1:].numel()
             if len(shape) > 2 and n % config.block_size:
                 return f"{n} weights an expert are no multiple of the block of {config.block_size}"
@@ -66,7 +67,7 @@ class FourBitStorage(QuantizedStorage):
         """Quantise every weight, then hold the bytes; a linear layer gets the NF4 forward."""
         done = []
         for name in layout.names:
-            W = m.get_parameter(name).detach()
+            W = parameter_at(m, name).detach()
             M = W.mT if layout.transposed else W
             spec = spec_for(M, layout.transposed, config)
             done.append((name, spec, quantize_matrix(M, spec)))

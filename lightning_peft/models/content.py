@@ -1,0 +1,146 @@
+"""Content of tensors at one moment, kept small, to tell later which tensors were written to.
+
+A tensor of up to 16 MiB is hashed completely whenever it is compared. A larger one is hashed again
+only if its memory address or its version counter changed, or if a sample of its values did. The
+sample has a value of every row and at least one value in 4,096.
+
+A write is missed only if the tensor is larger than 16 MiB, the write bypasses the version counter
+(through `.data` or a raw pointer), and it leaves every sampled value as it was.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_peft.storage.dtensor import is_sharded, local
+
+__all__ = ["TensorContent", "changed_tensors", "content_hash", "take_content"]
+
+_HASHED_WHOLE = 1 << 24  # bytes up to which a tensor is always hashed completely
+_SAMPLE_STEP = 4096  # elements per sampled value
+_SMALL = 1 << 16  # bytes up to which one checksum call is faster than the polynomial
+_ROW = 1 << 16  # words per row of the polynomial: row and sum stay in a CPU's second cache
+_ODD = 0x1E3779B97F4A7C15
+
+
+@dataclass
+class TensorContent:
+    """What is remembered of one tensor; of a sharded one, of this process's rows.
+
+    Attributes:
+        address: Memory address.
+        version: Version counter; writes in place raise it.
+        sample: Some of the values, on the CPU.
+        digest: Hash of all bytes.
+        sharded: Whether it is this process's rows of a larger tensor.
+    """
+
+    address: int
+    version: int
+    sample: Tensor
+    digest: int
+    sharded: bool
+
+
+def take_content(tensors: Mapping[str, Tensor]) -> dict[str, TensorContent]:
+    """Return the content of every tensor that has values (not on meta), by name."""
+    return {
+        name: TensorContent(
+            t.data_ptr(), _version(t), _sample(t), content_hash(t), is_sharded(tensor)
+        )
+        for name, tensor in tensors.items()
+        if (t := local(tensor.detach())).device.type != "meta"
+    }
+
+
+def changed_tensors(
+    before: dict[str, TensorContent], tensors: Mapping[str, Tensor]
+) -> Iterable[str]:
+    """Yield the names of tensors whose bytes differ from before.
+
+    A tensor without an entry gets one. A tensor that was only converted to another dtype, or cut
+    into shards, is unchanged, and its entry is replaced.
+    """
+    for name, tensor in tensors.items():
+        t = local(tensor.detach())
+        if t.device.type == "meta":
+            continue
+        entry = before.get(name)
+        if entry is None or entry.sharded != is_sharded(tensor) or _was_converted(entry, t):
+            before |= take_content({name: tensor})
+        elif _differs(entry, t):
+            yield name
+
+
+def _was_converted(entry: TensorContent, t: Tensor) -> bool:
+    if entry.sample.dtype == t.dtype:
+        return False
+    sample = _sample(t)
+    return sample.shape == entry.sample.shape and torch.equal(entry.sample.to(t.dtype), sample)
+
+
+def _differs(entry: TensorContent, t: Tensor) -> bool:
+    if t.nbytes > _HASHED_WHOLE:
+        same_memory = entry.address == t.data_ptr() and entry.version == _version(t)
+        if same_memory and _equal_bytes(entry.sample, _sample(t)):
+            return False
+    if entry.digest != content_hash(t):
+        return True
+    entry.address, entry.version = t.data_ptr(), _version(t)
+    return False
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _sample(t: Tensor) -> Tensor:
+    """Return values of every row, at least one in 4,096; of a small tensor fewer."""
+    if t.nbytes <= _HASHED_WHOLE or t.ndim < 2:
+        return t.reshape(-1)[::_SAMPLE_STEP].to("cpu", copy=True)
+    rows = t.flatten(0, -2) if t.ndim == 3 else t.flatten(1)
+    width = rows.shape[1]
+    first = torch.arange(rows.shape[0], device=t.device) * 31 % min(width, _SAMPLE_STEP)
+    steps = torch.arange(0, width, _SAMPLE_STEP, device=t.device)
+    columns = (first[:, None] + steps).clamp(max=width - 1)
+    return rows.gather(1, columns).cpu()
+
+
+def _equal_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two samples are equal bit for bit; a NaN equals itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def content_hash(t: Tensor) -> int:
+    """Return a hash of the tensor's bytes, dtype and shape, computed where the tensor is.
+
+    The bytes are read as 64-bit words. Rows of words are the coefficients of a polynomial modulo
+    2^64 at a fixed odd number, so that a change of any single word changes the hash, and so does an
+    exchange of two. It is no cryptographic hash.
+    """
+    kind = zlib.crc32(f"{t.dtype}{list(t.shape)}".encode())
+    flat = t.detach().reshape(-1).view(torch.uint8)
+    if flat.device.type == "cpu" and flat.numel() <= _SMALL:
+        return (kind << 32) ^ zlib.crc32(memoryview(flat.numpy()))
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    words = flat.numel() // 8
+    rest = bytes(flat[words * 8 :].tolist())
+    return (kind ^ zlib.crc32(rest)) + _polynomial(flat[: words * 8].view(torch.int64))
+
+
+def _polynomial(words: Tensor) -> int:
+    """Return one number for all words: a polynomial per column, then a weighted sum of these."""
+    total = torch.zeros(min(_ROW, words.numel()), dtype=torch.int64, device=words.device)
+    for row in words.split(_ROW):
+        n = row.numel()
+        torch.add(row, total[:n], alpha=_ODD, out=total[:n])
+    odd = torch.arange(1, 2 * total.numel(), 2, device=total.device).mul_(_ODD)
+    return int(total.mul_(odd).sum())
