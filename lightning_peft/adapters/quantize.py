@@ -10,15 +10,18 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from lightning_peft.core.modules import parameter_at, tied_ids
 from lightning_peft.core.names import matches_suffix, with_parents
+from lightning_peft.core.pruning_masks import held
 from lightning_peft.core.protocols import Storage, WeightLayout
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.frozen_parts import FrozenCopy, inside
 from lightning_peft.models.modules import head_names
 from lightning_peft.storage import StorageConfig, held_tensors, storage_for
+from lightning_peft.storage.unknown import computed_weight, unknown_format
 
 __all__ = ["QuantizationPlan", "plan_quantization", "quantize_layers", "students_of_dense"]
 
@@ -94,21 +97,29 @@ def _stays_dense(
     shared: set[int],
     fp32: Sequence[str],
 ) -> str:
-    weight = parameter_at(module, layout.names[0])
+    if _is_excluded(name, quantization):
+        return "excluded"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "read by nn.MultiheadAttention"
     if name in heads:
         return "output head"
     if any(name == k or name.startswith(f"{k}.") for k in keep):
         return "trained whole"
-    if _is_excluded(name, quantization):
-        return "excluded"
+    reason = computed_weight(module, layout.names[0])
+    if reason:
+        return reason
+    weight = held(module, layout.names[0])
+    if isinstance(weight, UninitializedTensorMixin):
+        return "lazy: it has no shape yet"
     if id(weight) in shared:
         return "tied to another parameter"
     if any(part in name.split(".") for part in fp32):
         return "the model keeps it in fp32"
     if not weight.is_floating_point():
         return f"already {weight.dtype}"
+    unknown = unknown_format(module, layout.names[0])
+    if unknown:
+        return unknown
     return ""
 
 

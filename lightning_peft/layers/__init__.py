@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.layers.base import MatrixOps
@@ -16,8 +15,9 @@ from lightning_peft.layers.linear import Conv1DOps, LinearOps
 from lightning_peft.layers.multihead_attention import MultiheadAttentionOps
 from lightning_peft.layers.recurrent import RecurrentOps
 from lightning_peft.layers.router import RouterOps, is_router
+from lightning_peft.storage.unknown import computed_weight
 
-__all__ = ["PLAIN", "adaptable", "editable_ops", "ops_for", "register_layer"]
+__all__ = ["PLAIN", "adaptable", "editable_ops", "ops_for", "register_layer", "uneditable"]
 
 _CONV, _RECURRENT = ConvOps(), RecurrentOps()
 
@@ -25,6 +25,7 @@ _CONV, _RECURRENT = ConvOps(), RecurrentOps()
 _BY_CLASS: dict[str, LayerOps] = {
     "torch.nn.modules.linear.Linear": LinearOps(),
     "transformers.pytorch_utils.Conv1D": Conv1DOps(),
+    "torch_geometric.nn.dense.linear.Linear": LinearOps(),  # weight [out, in], F.linear
     "torch.nn.modules.conv.Conv1d": _CONV,
     "torch.nn.modules.conv.Conv2d": _CONV,
     "torch.nn.modules.conv.Conv3d": _CONV,
@@ -92,9 +93,14 @@ def ops_for(module: nn.Module) -> LayerOps | None:
 
 def editable_ops(module: nn.Module) -> LayerOps | None:
     """Ops of a module whose weights can be edited in place, None for any other module."""
+    return None if uneditable(module) else ops_for(module)
+
+
+def uneditable(module: nn.Module) -> str:
+    """Return why the weights of a module of a known kind cannot be edited; "" if they can."""
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return None  # MultiheadAttention's out_proj: its forward is never called
-    return None if parametrize.is_parametrized(module) else ops_for(module)
+        return "read by nn.MultiheadAttention: target that module"
+    return computed_weight(module)
 
 
 def adaptable(module: nn.Module) -> bool:

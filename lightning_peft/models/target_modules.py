@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_peft.core.modules import is_conv1d, tied_parameters
 from lightning_peft.core.names import in_adapter, join, matches_suffix, nearest_names, with_parents
-from lightning_peft.layers import ops_for
+from lightning_peft.layers import ops_for, uneditable
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.modules import head_names, hf_models
 from lightning_peft.models.target_table import MODEL_TYPES, Family
@@ -89,7 +89,7 @@ def select(
     names = tuple(n for n in fitting if n not in left_out)
     if not names:
         raise ValueError(_nothing(model, target_modules, modules, skipped, unfit, adaptable))
-    skipped += [(n, "its weights cannot be edited") for n in unfit if _leafy(model, n)]
+    skipped += [(n, _why_unfit(model.get_submodule(n))) for n in unfit if _leafy(model, n)]
     return Selection(names, tuple(skipped), tied)
 
 
@@ -168,7 +168,8 @@ def _matcher(
         found = Counter(n.rpartition(".")[2] for n, m in modules if n and adaptable(m))
         raise ValueError(
             "target_modules: expected a Hugging Face architecture of the table to choose layers "
-            f"by, got {_model_types(model) or type(model).__name__}; name them: layers found are "
+            f"by, got {_model_types(model) or type(model).__name__}; use target_modules=\"all-linear\", or "
+            "name them: layers found are "
             + (", ".join(f"{n} ×{c}" for n, c in found.most_common(30)) or "none")
         )
     return lambda name, module: any(
@@ -230,7 +231,12 @@ def _is_linear(module: nn.Module) -> bool:
     ops = ops_for(module)
     if ops is not None and ops.is_linear:
         return True
-    return is_conv1d(module) or bool(experts_refusal(module))
+    return is_conv1d(module) or bool(experts_refusal(module)) or _is_called_linear(module)
+
+
+def _is_called_linear(module: nn.Module) -> bool:
+    """True for a linear layer of another library, by its class's name."""
+    return type(module).__name__.endswith("Linear") and _has_own(module) and ops_for(module) is None
 
 
 def _has_own(module: nn.Module) -> bool:
@@ -270,6 +276,14 @@ def bypassed(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, str]:
         if type(module).__name__ == "Llama4Router":
             found[name] = "router: returns a tuple"
     return found
+
+
+def _why_unfit(module: nn.Module) -> str:
+    reason = uneditable(module) if ops_for(module) is not None else ""
+    return reason or (
+        f"{type(module).__module__}.{type(module).__name__} is no known kind of layer; "
+        "register_layer adds one"
+    )
 
 
 def _leafy(model: nn.Module, name: str) -> bool:
