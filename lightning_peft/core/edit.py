@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from lightning_peft_kernels.autograd import in_functorch_transform
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, in_functorch_transform
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -270,7 +270,7 @@ def _block_product(x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Ten
         or in_functorch_transform()
     ):
         return _block_product_by_torch(x, blocks, permutation)
-    y: Tensor = _BlockProduct.apply(x, blocks, permutation)  # type: ignore[no-untyped-call]
+    y: Tensor = _BlockProduct.apply(x, blocks, permutation)
     return y
 
 
@@ -282,14 +282,14 @@ def _block_product_by_torch(x: Tensor, blocks: Tensor, permutation: Tensor | Non
     return y if permutation is None else y[..., torch.argsort(permutation)]
 
 
-class _BlockProduct(torch.autograd.Function):
+class _BlockProduct(KernelFunction):
     """Y_n = X_n B_n by stretches X_n of the last axis (permuted), blocks B [n, k, k]: dX_n = dY_n
     B_nᵀ, dB_n = X_nᵀ dY_n. One copy each way, from [n, M, k] to [M, n k]; a permutation is undone
     by a gather, where torch's own backward would scatter.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, blocks: Tensor, permutation: Tensor | None) -> Tensor:
         if permutation is None:
             ctx.save_for_backward(x, blocks)
             return _by_stretches(x, blocks)
@@ -298,7 +298,7 @@ class _BlockProduct(torch.autograd.Function):
         return _by_stretches(x.index_select(-1, permutation), blocks).index_select(-1, inverse)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:
+    def backward(ctx: Context, dY: Tensor) -> Grads:
         x, blocks, *order = ctx.saved_tensors
         n, k, _ = blocks.shape
         dY = dY.index_select(-1, order[0]) if order else dY

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_peft_kernels.autograd import in_functorch_transform
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, in_functorch_transform
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ def skew(triangle: Tensor, size: int) -> Tensor:
     """Rows of the strict upper triangle [n, size(size − 1)/2] → skew [n, size, size]."""
     if in_functorch_transform():
         return _skew(triangle, size)
-    Q: Tensor = _Skew.apply(triangle, size)  # type: ignore[no-untyped-call]
+    Q: Tensor = _Skew.apply(triangle, size)
     return Q
 
 
@@ -47,16 +47,16 @@ def _skew(triangle: Tensor, size: int) -> Tensor:
     return Q - Q.mT
 
 
-class _Skew(torch.autograd.Function):
+class _Skew(KernelFunction):
     """Q[i, j] = −Q[j, i] = triangle[place of (i, j)], by one gather each way."""
 
     @staticmethod
-    def forward(ctx: Any, triangle: Tensor, size: int) -> Tensor:
+    def forward(ctx: Context, triangle: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(_places(size, triangle.device)[0])
         return _skew(triangle, size)
 
     @staticmethod
-    def backward(ctx: Any, dQ: Tensor) -> Any:
+    def backward(ctx: Context, dQ: Tensor) -> Grads:
         (upper,) = ctx.saved_tensors
         return (dQ - dQ.mT).flatten(1).index_select(1, upper), None
 

@@ -8,10 +8,10 @@ of each expert end is known on the device: on CUDA nothing waits for the host.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from lightning_peft_kernels.autograd import KernelFunction, apply_or_forward
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, apply_or_forward
 from lightning_peft_kernels.dropout.ops import dropout
 from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from lightning_peft_kernels.experts.low_rank import add_low_rank
@@ -60,19 +60,25 @@ class _Routing:
         self.unassigned = expert.unsqueeze(-1) >= E if has_unassigned else None
 
 
+class _ToSortedContext(Context, Protocol):
+    """What forward saves for backward."""
+
+    shape: tuple[int, int, int]
+
+
 class _ToSorted(KernelFunction):
     """x [T, d] to sorted pairs [S, d]. Backward reads too, as `_FromSorted`'s: adding to indices
     that repeat takes a walk one by one on a CPU, a sort on CUDA.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: _ToSortedContext, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.shape = x.shape[0], token.shape[0] // max(1, x.shape[0]), x.shape[1]
         return x.index_select(0, token)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:
+    def backward(ctx: _ToSortedContext, dY: Tensor) -> Grads:
         (inverse,) = ctx.saved_tensors
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if len(dY) and dY.device.type == "cpu" and not traced:  # read and sum in one pass
@@ -84,12 +90,12 @@ class _FromSorted(KernelFunction):
     """h [S, d] of sorted pairs in the order of the input."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Context, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order)
         return h.index_select(0, inverse)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:
+    def backward(ctx: Context, dY: Tensor) -> Grads:
         (order,) = ctx.saved_tensors
         return dY.index_select(0, order), None, None
 
