@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Hadamard(Term):
         return F.linear(x, torch.addcmul(W, W, self.G), b)
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: HiRA, site: Site) -> str:
     return "" if site.is_embedding else refuse_all_but_features(method, site)
 
 

@@ -6,24 +6,26 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import InitData
+from lightning_peft.methods.base import InitData, WeightMethod
 from lightning_peft.methods.checks import match_site
 from lightning_peft.methods.exchange import HFEntry
 
 __all__ = ["from_config", "pack", "to_config", "uniform", "unpack"]
+
+V = TypeVar("V")
 
 # Starts that leave the base alone: for a trained adapter they are history.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _BASE_STARTS = ("pissa", "olora")
 
 
-def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack(method: object, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return A and B in plain form, of rank 1 at least.
 
     If the initialisation took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀] has rank 2r.
@@ -40,7 +42,7 @@ def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: WeightMethod, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Return A and B, with a rank above min(out, in), which peft allows, reduced to it."""
     tensors = dict(p)
@@ -110,7 +112,7 @@ def _number(x: float) -> float:
     return int(x) if x == int(x) else x
 
 
-def _match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def _match(patterns: Mapping[str, V], name: str, default: V) -> V:
     for pattern, value in patterns.items():
         try:
             hit = re.match(rf"(.*\.)?({pattern})$", name)

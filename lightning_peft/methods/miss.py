@@ -111,7 +111,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
     return {"form": start if isinstance(start, str) else "default"}
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: MiSS, site: Site) -> str:
     return "" if site.ops.features_last and not site.batch_shape else "peft: linear only"
 
 

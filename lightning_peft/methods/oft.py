@@ -72,7 +72,7 @@ def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return upper, at.index_copy(0, upper, torch.arange(1, len(upper) + 1, device=device))
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: OFT, site: Site) -> str:
     if any(k != 1 for k in site.kernel_size):
         return "peft folds overlapping patches into sums there: its output differs at the start"
     return ""

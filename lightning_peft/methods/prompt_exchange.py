@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_peft.core.site import SequenceSite
+from lightning_peft.methods.exchange import HFEntry
 
-__all__ = ["model_config", "submodule_count"]
+__all__ = ["model_config", "sequence_site", "submodule_count"]
+
+
+def sequence_site(entries: Sequence[HFEntry]) -> SequenceSite:
+    """Return the place of a prompt: the one entry of its method."""
+    site = entries[0].site
+    assert isinstance(site, SequenceSite)
+    return site
 
 
 def submodule_count(site: SequenceSite) -> int:

@@ -41,7 +41,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: RandLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     return {k: t for k, t in p.items() if not k.endswith("_copy")}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def _turned(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return turned
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: TinyLoRA, site: Site) -> str:
     return "" if site.is_embedding else refuse_all_but_features(method, site)
 
 

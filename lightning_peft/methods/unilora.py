@@ -22,7 +22,7 @@ __all__ = ["UniLoRA"]
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: UniLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Indices where the file has them; scales follow from their counts."""
     found = {k: p[k] for k in ("at_A", "at_B") if k in p}

@@ -26,7 +26,7 @@ __all__ = ["VBLoRA"]
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: VBLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Logits; where a file holds the chosen vectors and their weights alone, log w there and −∞
     elsewhere: the same output, but training cannot choose others.
