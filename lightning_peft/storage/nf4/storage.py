@@ -40,10 +40,9 @@ __all__ = ["FP4Storage", "FourBitStorage", "NF4Storage"]
 class FourBitStorage(QuantizedStorage):
     """What NF4 and FP4 have in common."""
 
-    def accepts(self, config: Any) -> bool:
+    def accepts(self, config: Quantization) -> bool:
         """A `Quantization` of this kind."""
-        kind: str = config.kind
-        return kind == self.label
+        return config.kind == self.label
 
     def bits_per_weight(self, shape: torch.Size, config: Quantization) -> float:
         """4 bits, and the scales of both levels."""
