@@ -21,7 +21,7 @@ from lightning_peft.core.site import SequenceSite
 from lightning_peft.layers.adapted_state import state_of
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.prompt.adapter import PromptAdapter
-from lightning_peft.layers.prompt.gating import refuse_rows
+from lightning_peft.layers.prompt.gating import prefix_method, refuse_rows
 from lightning_peft.layers.prompt.multihead_attention import attend, batch_of
 from lightning_peft.layers.prompt.prefix import forward_with_prefix
 from lightning_peft.layers.prompt.prompt import Prompt, prompt_of
@@ -263,7 +263,7 @@ def _prepend(call: _Call, prompt: Prompt) -> None:
 
 
 def _prepend_in_custom_model(
-    module: Any, adapters: Sequence[PromptAdapter], embeds: Tensor
+    module: nn.Module, adapters: Sequence[PromptAdapter], embeds: Tensor
 ) -> Tensor:
     """Return [P; embeddings] in a model without a transformers config; see `custom_model`."""
     prompt = prompt_of(adapters, embeds.shape[0], embeds.device)
@@ -301,7 +301,7 @@ def _gates_in_attention(
     x = x if module.batch_first or query.dim() == 2 else x.transpose(0, 1)
     parts = []
     for adapter in reversed(adapters):
-        method: Any = adapter.method
+        method = prefix_method(adapter)
         gate = x.new_ones(x.shape[0], 1)
         if method.gating:
             gate = method.gate(adapter.block, 0, x)
