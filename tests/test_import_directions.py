@@ -59,8 +59,10 @@ METHOD_IMPORTS = (
     "lightning_peft.core.edit",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
+    "lightning_peft.core.rotation",
     "lightning_peft.core.site",
     "lightning_peft.core.sparse",
+    "lightning_peft.core.terms",
     "lightning_peft.methods.base",
     "lightning_peft.methods.checks",
     "lightning_peft.methods.daubechies",  # WaveFT's filters

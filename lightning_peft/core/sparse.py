@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Dense, Term
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import Dense, Term
 
 __all__ = ["Sparse", "random_places"]
 

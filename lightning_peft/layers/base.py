@@ -21,14 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from lightning_peft.core.edit import (
-    Edit,
-    FusedLinearTerm,
-    apply_edits,
-    concat_ranks,
-    low_rank_terms,
-)
+from lightning_peft.core.edit import Edit, apply_edits, low_rank_terms
 from lightning_peft.core.protocols import LayerOps, Reason
+from lightning_peft.core.terms import FusedLinearTerm, concat_ranks
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch
 from lightning_peft.layers.projection_group import output_of_group
 from lightning_peft.layers.weight_adapter import WeightAdapter

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFEntry, HFFormat, StepContext, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.registry import register

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import BlockRotation, Edit
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require

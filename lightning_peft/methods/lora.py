@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, FrozenDown, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import FrozenDown, LowRank
 from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import (
     HFFormat,

@@ -14,7 +14,8 @@ from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, in_f
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import BlockRotation, Edit
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Edit, LowRank, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
+from lightning_peft.core.terms import LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,

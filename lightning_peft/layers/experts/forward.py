@@ -268,7 +268,7 @@ def _base(m: FusedExperts, name: str, x: Tensor, routing: _Routing) -> Tensor:
 
 
 class _Grouped:
-    """The products that terms are given; see `edit.Grouped`."""
+    """The products that terms are given; see `terms.Grouped`."""
 
     def __init__(self, routing: _Routing, *, in_place: bool) -> None:
         self._groups = routing.groups
