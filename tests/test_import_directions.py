@@ -69,6 +69,7 @@ METHOD_IMPORTS = (
     "lightning_peft.methods.exchange",
     "lightning_peft.methods.lora_exchange",  # LoRA's exchange table
     "lightning_peft.methods.lora_gradients",  # LoRA's changes of its gradients
+    "lightning_peft.methods.lora_start",  # LoRA's initialisations
     "lightning_peft.methods.prompt_exchange",
     "lightning_peft.methods.registry",
 )
@@ -300,7 +301,16 @@ def bases_in(path: Path) -> set[str]:
 
 
 # Files of methods/ that define no method of their own.
-NO_METHODS = ("base", "checks", "daubechies", "exchange", "hybrids", "lora_gradients", "registry")
+NO_METHODS = (
+    "base",
+    "checks",
+    "daubechies",
+    "exchange",
+    "hybrids",
+    "lora_gradients",
+    "lora_start",
+    "registry",
+)
 
 
 def test_a_method_knows_only_edits() -> None:
