@@ -35,8 +35,12 @@ FLOORS: list[tuple[str, ...]] = [
     ("strategies", "recipes"),
     ("callback",),
 ]
-# The modules that may lie outside a folder; they stand above all rooms.
-ROOT_MODULES = ("__init__", "__main__", "extend")
+# The modules that may lie outside a folder. Those of lightning_peft stand above all rooms; those of
+# the kernel package are what its folders share.
+ROOT_MODULES = {
+    "lightning_peft": ("__main__", "extend"),
+    "lightning_peft_kernels": ("autograd", "dispatch", "malloc", "registration"),
+}
 
 # Who may import what, besides the standard library, torch and our own packages.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
@@ -172,7 +176,10 @@ def misplaced(modules: Collection[str]) -> list[str]:
     broken = []
     for module in modules:
         name = room(module)
-        if not name and module.rpartition(".")[2] not in (*PACKAGES, *ROOT_MODULES):
+        package, _, inside = module.partition(".")
+        top = inside.partition(".")[0]
+        is_folder = (PACKAGES[package] / top).is_dir()
+        if not is_folder and top not in ROOT_MODULES[package]:
             broken.append(f"{module}: a loose module; move it into a folder")
         elif name and name not in listed:
             broken.append(f"{module}: the folder {name!r} is not in FLOORS")
@@ -245,9 +252,10 @@ def test_no_cycles_between_folders() -> None:
     check(cycles(edges))
 
 
-def test_a_loose_module_is_seen() -> None:
-    (message,) = misplaced([*MODULES, "lightning_peft.merging"])
-    assert message == "lightning_peft.merging: a loose module; move it into a folder"
+@pytest.mark.parametrize("module", ["lightning_peft.merging", "lightning_peft_kernels.merging"])
+def test_a_loose_module_is_seen(module: str) -> None:
+    (message,) = misplaced([*MODULES, module])
+    assert message == f"{module}: a loose module; move it into a folder"
 
 
 def test_a_folder_without_a_floor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
