@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Dense",
     "Folds",
+    "FormedTerm",
     "FrozenDown",
     "FusedLinearTerm",
     "Grouped",
@@ -137,6 +138,20 @@ class Dense:
         """The layer's own op with ΔW for a weight."""
         W = ops.from_canonical(site.module, site.parameter, self.delta)
         return ops.functional(site.module, to_adapter_dtype(x, self.delta), W, None)
+
+
+class FormedTerm(Term):
+    """Base of terms whose ΔW exists anyway: one product with W + ΔW is cheaper than one each."""
+
+    formed: ClassVar[bool] = True
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """The layer's own op with ΔW for a weight."""
+        return Dense(self.matrix()).apply(ops, site, x)
+
+    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """One product with W + ΔW."""
+        return F.linear(x, W + self.matrix(), b)
 
 
 @dataclass(frozen=True)
