@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import model_config, sequence_site, submodule_count
+from lightning_peft.methods.prompt_exchange import (
+    model_config,
+    sequence_site,
+    unpack_prompt,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["PTuning"]
@@ -37,18 +41,6 @@ def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
 def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
     """The network is not in the file: what it made is trained on."""
     return {"encoder": None}
-
-
-def _unpack(
-    method: PTuning, site: SequenceSite, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    rows = method.n * int(config.get("num_transformer_submodules") or submodule_count(site))
-    P = tensors["P"]
-    require(
-        tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
-        f"prompt_embeddings: expected shape {[rows, site.width]}, got {list(P.shape)}",
-    )
-    return {"P": P[: method.n]}
 
 
 def _refuse(method: PTuning, site: SequenceSite) -> str:
@@ -96,7 +88,7 @@ class PTuning(SequenceMethod):
             "num_transformer_submodules",
         ),
         saved_prefix="base_model.",
-        unpack=_unpack,
+        unpack=unpack_prompt,
         to_config=_to_config,
         from_config=_from_config,
     )

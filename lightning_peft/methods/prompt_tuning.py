@@ -6,7 +6,7 @@ The start from text is its "class label" start, as in Hugging Face peft 0.21.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import model_config, sequence_site, submodule_count
+from lightning_peft.methods.prompt_exchange import (
+    model_config,
+    sequence_site,
+    unpack_prompt,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["PromptTuning"]
@@ -25,22 +29,6 @@ __all__ = ["PromptTuning"]
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     site = sequence_site(entries)
     config.update(model_config(site, site.width))
-
-
-def _unpack(
-    method: PromptTuning,
-    site: SequenceSite,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """peft holds 2n rows for encoder-decoders and uses the first n."""
-    rows = method.n * int(config.get("num_transformer_submodules") or submodule_count(site))
-    P = tensors["P"]
-    require(
-        tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
-        f"prompt_embeddings: expected shape {[rows, site.width]}, got {list(P.shape)}",
-    )
-    return {"P": P[: method.n]}
 
 
 def _refuse(method: PromptTuning, site: SequenceSite) -> str:
@@ -89,7 +77,7 @@ class PromptTuning(SequenceMethod):
             "num_transformer_submodules",
         ),
         saved_prefix="base_model.",
-        unpack=_unpack,
+        unpack=unpack_prompt,
         to_config=_to_config,
         refuse=_refuse,
     )
