@@ -8,7 +8,7 @@ nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 from weakref import WeakValueDictionary
 
 # Imported for real: transformers resolves the annotations of every class made from a mixin.
@@ -39,7 +39,7 @@ class Swapped(_Module):
     def _get_name(self) -> str:
         return f"{self._swap_prefix}{type(self).__name__}"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Rebuild the made class on unpickling: `type()` classes cannot be found by name."""
         cls: Any = type(self)
         mixins: list[type[Swapped]] = []

@@ -118,11 +118,13 @@ class DenseStorage(BaseStorage):
         return Reason(f"dense: {base_class(m).__name__} has a forward of its own")
 
 
-def _fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
+def _fused(
+    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
+) -> Tensor:
     return lora_linear(x, m.weight, m.bias, A, B, scaling, dropout_p=dropout)
 
 
 def _fused_transposed(
-    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float
+    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
 ) -> Tensor:
     return lora_linear(x, m.weight.mT, m.bias, A, B, scaling, dropout_p=dropout)

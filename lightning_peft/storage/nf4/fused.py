@@ -20,7 +20,9 @@ from lightning_peft.storage.nf4.packed_layer import FourBitSpec, packed_view
 __all__ = ["fused", "fused_group"]
 
 
-def fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
+def fused(
+    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
+) -> Tensor:
     """The adapted layer on x; `dropout` is 0 in evaluation."""
     p: FourBitSpec = m._packed["weight"]
     require_floating(m, x)
