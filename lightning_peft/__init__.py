@@ -43,7 +43,8 @@ from lightning_peft.methods.vera import VeRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
-from lightning_peft.recipes.extract_lora import ExtractReport, extract_lora
+from lightning_peft.recipes.extract_lora import extract_lora
+from lightning_peft.recipes.extract_report import ExtractReport
 from lightning_peft.recipes.prune_rank import PruneReport, prune_rank
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert

@@ -5,18 +5,11 @@ Each extension is one file that ends in one registration: `register_method`, `re
 `register_storage`. CONTRIBUTING.md has a recipe for each.
 """
 
-from lightning_peft.core.edit import (
-    Dense,
-    Edit,
-    Kronecker,
-    LowRank,
-    NotMergeable,
-    Rotation,
-    Term,
-    apply_edits,
-)
+from lightning_peft.core.edit import Edit, apply_edits
 from lightning_peft.core.protocols import LayerOps, Reason, Storage, StoredTensor, WeightLayout
+from lightning_peft.core.rotation import Rotation
 from lightning_peft.core.site import BlockSite, SequenceSite, Site
+from lightning_peft.core.terms import Dense, Kronecker, LowRank, NotMergeable, Term
 from lightning_peft.layers import register_layer
 from lightning_peft.layers.base import MatrixOps
 from lightning_peft.methods.base import (

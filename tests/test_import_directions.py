@@ -35,8 +35,12 @@ FLOORS: list[tuple[str, ...]] = [
     ("strategies", "recipes"),
     ("callback",),
 ]
-# The modules that may lie outside a folder; they stand above all rooms.
-ROOT_MODULES = ("__init__", "__main__", "extend")
+# The modules that may lie outside a folder. Those of lightning_peft stand above all rooms; those of
+# the kernel package are what its folders share.
+ROOT_MODULES = {
+    "lightning_peft": ("__main__", "extend"),
+    "lightning_peft_kernels": ("autograd", "dispatch", "malloc", "registration"),
+}
 
 # Who may import what, besides the standard library, torch and our own packages.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
@@ -59,14 +63,17 @@ METHOD_IMPORTS = (
     "lightning_peft.core.edit",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
+    "lightning_peft.core.rotation",
     "lightning_peft.core.site",
     "lightning_peft.core.sparse",
+    "lightning_peft.core.terms",
     "lightning_peft.methods.base",
     "lightning_peft.methods.checks",
     "lightning_peft.methods.daubechies",  # WaveFT's filters
     "lightning_peft.methods.exchange",
     "lightning_peft.methods.lora_exchange",  # LoRA's exchange table
     "lightning_peft.methods.lora_gradients",  # LoRA's changes of its gradients
+    "lightning_peft.methods.lora_start",  # LoRA's initialisations
     "lightning_peft.methods.prompt_exchange",
     "lightning_peft.methods.registry",
 )
@@ -169,7 +176,10 @@ def misplaced(modules: Collection[str]) -> list[str]:
     broken = []
     for module in modules:
         name = room(module)
-        if not name and module.rpartition(".")[2] not in (*PACKAGES, *ROOT_MODULES):
+        package, _, inside = module.partition(".")
+        top = inside.partition(".")[0]
+        is_folder = (PACKAGES[package] / top).is_dir()
+        if not is_folder and top not in ROOT_MODULES[package]:
             broken.append(f"{module}: a loose module; move it into a folder")
         elif name and name not in listed:
             broken.append(f"{module}: the folder {name!r} is not in FLOORS")
@@ -242,9 +252,10 @@ def test_no_cycles_between_folders() -> None:
     check(cycles(edges))
 
 
-def test_a_loose_module_is_seen() -> None:
-    (message,) = misplaced([*MODULES, "lightning_peft.merging"])
-    assert message == "lightning_peft.merging: a loose module; move it into a folder"
+@pytest.mark.parametrize("module", ["lightning_peft.merging", "lightning_peft_kernels.merging"])
+def test_a_loose_module_is_seen(module: str) -> None:
+    (message,) = misplaced([*MODULES, module])
+    assert message == f"{module}: a loose module; move it into a folder"
 
 
 def test_a_folder_without_a_floor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +309,16 @@ def bases_in(path: Path) -> set[str]:
 
 
 # Files of methods/ that define no method of their own.
-NO_METHODS = ("base", "checks", "daubechies", "exchange", "hybrids", "lora_gradients", "registry")
+NO_METHODS = (
+    "base",
+    "checks",
+    "daubechies",
+    "exchange",
+    "hybrids",
+    "lora_gradients",
+    "lora_start",
+    "registry",
+)
 
 
 def test_a_method_knows_only_edits() -> None:

@@ -33,8 +33,8 @@ from lightning_peft.core.registry import (
     AdapterRegistry,
     ensure_registry,
     forget,
-    join_registry,
     is_part,
+    join_registry,
     registries_in,
 )
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, release

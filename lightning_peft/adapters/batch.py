@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from lightning_peft.layers.batch_facts import BatchObserver
+from lightning_peft.methods.base import WeightMethod
 from lightning_peft.models.modules import hf_models
 
 __all__ = ["observe_batch", "stack_of"]
 
 
-def stack_of(model: nn.Module, method: Any) -> nn.Module:
+def stack_of(model: nn.Module, method: WeightMethod) -> nn.Module:
     """The module between ids and hidden states of the one decoder in `model`.
 
     Raises:
@@ -30,7 +29,9 @@ def stack_of(model: nn.Module, method: Any) -> nn.Module:
     return stack
 
 
-def observe_batch(model: nn.Module, method: Any, stack: nn.Module, adapter_name: str) -> None:
+def observe_batch(
+    model: nn.Module, method: WeightMethod, stack: nn.Module, adapter_name: str
+) -> None:
     """Have the adapters of a method see its facts about every batch; the first holds the hook."""
     observer = BatchObserver(method, stack)
     adapters = [a for _, m in adapted_modules(model) for a in weight_adapters_of(m, adapter_name)]

@@ -148,7 +148,7 @@ def _rebind_forward(module: nn.Module) -> None:
         vars(module)["_old_forward"] = cls.forward.__get__(module)
 
 
-def _keep_off_fast_path(*args: Any) -> None:
+def _keep_off_fast_path(*args: object) -> None:
     """An empty hook: a child with hooks keeps `nn.TransformerEncoderLayer` off its fused path."""
 
 

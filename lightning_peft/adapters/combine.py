@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.attach import attach
-from lightning_peft.core.edit import LowRank, as_low_rank
 from lightning_peft.adapters.rehome import rehome
 from lightning_peft.core.registry import AdapterRegistry, registries_in
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank, as_low_rank
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.weight_adapter import WeightAdapter

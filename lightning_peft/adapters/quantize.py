@@ -14,8 +14,8 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from lightning_peft.core.modules import parameter_at, tied_ids
 from lightning_peft.core.names import matches_suffix, with_parents
-from lightning_peft.core.pruning_masks import held
 from lightning_peft.core.protocols import Storage, WeightLayout
+from lightning_peft.core.pruning_masks import held
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.frozen_parts import FrozenCopy, inside

@@ -92,9 +92,7 @@ def _renamed(names: Iterable[str], rename: _Rename) -> list[str]:
     return [new for name in names if (new := rename(name)) is not None]
 
 
-def _rename_registry(
-    registry: AdapterRegistry, rename: _Rename, root: nn.Module, now: str
-) -> None:
+def _rename_registry(registry: AdapterRegistry, rename: _Rename, root: nn.Module, now: str) -> None:
     for name, module in adapted_modules(root):
         for adapter in adapters_of(module):
             adapter.site.name = name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from lightning_peft.callback.compatibility import check_compatible, check_traine
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
 from lightning_peft.callback.frozen_base import FrozenBase
-from lightning_peft.callback.gather_rng import gather_rng
 from lightning_peft.callback.gradient_checks import (
     check_has_graph,
     enable_input_require_grads,
@@ -28,22 +26,20 @@ from lightning_peft.callback.liger import apply_liger
 from lightning_peft.callback.memory_plan import make_plan
 from lightning_peft.callback.method_hooks import TrainerMethodHooks, grad_scale
 from lightning_peft.callback.optimizer_setup import (
-    align_optimizer_states,
     finish_optimizers,
     install_optimizer_setup,
     layers_of,
-    optimizer_names,
 )
 from lightning_peft.callback.rank_consistency import (
     check_same_configuration,
     verify_consistent_attach,
 )
 from lightning_peft.callback.reporting import log_configuration, print_report, print_tokens
+from lightning_peft.callback.resume_state import ResumeState
 from lightning_peft.callback.run_backend import RunBackend
 from lightning_peft.callback.sigterm import SigtermHandler
 from lightning_peft.callback.weight_averaging import rebuild_averages
-from lightning_peft.checkpoint.contents import KEY, is_attached
-from lightning_peft.checkpoint.rng_state import restore_rng
+from lightning_peft.checkpoint.contents import is_attached
 from lightning_peft.methods.base import Method
 from lightning_peft.models.history import note_optimizers, start_history
 from lightning_peft.planner.estimate import Plan
@@ -136,8 +132,7 @@ class PEFT(TrainerCallback):
     def _forget_run(self) -> None:
         """Set the attributes that hold the state of a run to their start values."""
         self.memory_plan: Plan | None = None
-        self._rng: list[dict[str, Any]] | None = None
-        self._resumed: dict[str, Any] | None = None
+        self._resume = ResumeState()
         self._step_hooks: TrainerMethodHooks | None = None
         self._first_step = False
         self._notes: list[str] = []
@@ -243,13 +238,7 @@ class PEFT(TrainerCallback):
             print(self.memory_plan)
         if self.report:
             self._show(trainer, pl_module)
-        if self._rng is not None:
-            # Later is too late: the first data iterator draws a seed before on_train_start.
-            restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)
-            self._rng = None
-        if self._resumed is not None:  # Lightning loads the optimizers' states after this hook
-            align_optimizer_states(trainer, self._resumed)
-            self._resumed = None
+        self._resume.restore(trainer)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -349,36 +338,14 @@ class PEFT(TrainerCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called when a checkpoint is saved: adds random states and optimizer names."""
-        if KEY not in checkpoint:
-            names = optimizer_names(trainer)
-            checkpoint[KEY] = {"rng": gather_rng(trainer), "optimizers": names}
+        self._resume.save(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called when a checkpoint is loaded: keeps the state that `on_fit_start` restores."""
-        if is_fitting(trainer):
-            if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over
-                align_optimizer_states(trainer, checkpoint)
-            else:
-                self._resumed = checkpoint
-        states = (checkpoint.get(KEY) or {}).get("rng")
-        if states is None or not is_fitting(trainer):
-            return
-        if len(states) != trainer.world_size:
-            if trainer.is_global_zero:
-                warnings.warn(
-                    f"PEFT: the checkpoint holds random states of {len(states)} processes, this "
-                    f"run has {trainer.world_size}; dropout and data order go on from the seed "
-                    "instead",
-                    stacklevel=2,
-                )
-            return
-        if trainer.strategy.restore_checkpoint_after_setup:  # on_fit_start is over
-            restore_rng(states[trainer.global_rank], trainer.strategy.root_device)
-            return
-        self._rng = states
+        self._resume.load(trainer, checkpoint)
 
     # ---- the end
 
@@ -390,7 +357,7 @@ class PEFT(TrainerCallback):
         unwrap_configure_model(pl_module)
         self._backend.leave(pl_module)
         self._sigterm.restore()
-        self._resumed = None
+        self._resume.drop_checkpoint()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

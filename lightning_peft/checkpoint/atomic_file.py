@@ -65,14 +65,14 @@ def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     _sync_directory(target.parent)
 
 
-def _is_full(error: BaseException, free: int, data: Any) -> bool:
+def _is_full(error: BaseException, free: int, data: object) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # torch's zip writer turns a failed write into a RuntimeError about positions.
     return isinstance(error, RuntimeError) and free < _nbytes(data)
 
 
-def _nbytes(value: Any) -> int:
+def _nbytes(value: object) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):

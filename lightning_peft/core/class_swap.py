@@ -9,7 +9,7 @@ nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 from weakref import WeakValueDictionary
 
 # Imported for real: transformers resolves the annotations of every class made from a mixin.
@@ -51,7 +51,7 @@ class Swapped(_Module):
         """Return what code that reads ``module.weight`` or ``module.bias`` finds."""
         return held
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Rebuild the made class on unpickling: `type()` classes cannot be found by name."""
         cls: Any = type(self)
         mixins: list[tuple[type[Swapped], tuple[str, ...]]] = []
@@ -94,18 +94,14 @@ _MADE: WeakValueDictionary[tuple[type, type, tuple[str, ...]], type[nn.Module]] 
 )
 
 
-def _mixed(
-    mixin: type[Swapped], base: type[nn.Module], names: tuple[str, ...]
-) -> type[nn.Module]:
+def _mixed(mixin: type[Swapped], base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """Return one class per key, so that two adapted Linears have the same type."""
     key = (mixin, base, names)
     made = _MADE.get(key)
     return _MADE.setdefault(key, _make(mixin, base, names)) if made is None else made
 
 
-def _make(
-    mixin: type[Swapped], base: type[nn.Module], names: tuple[str, ...]
-) -> type[nn.Module]:
+def _make(mixin: type[Swapped], base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     return type(
         base.__name__,
         (mixin, base),

@@ -10,7 +10,7 @@ import torch.distributed as dist
 __all__ = ["check_same_on_all_ranks", "raise_on_all_ranks"]
 
 
-def _gathered(own: Any) -> list[Any]:
+def _gathered(own: object) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [own]
     answers: list[Any] = [None] * dist.get_world_size()

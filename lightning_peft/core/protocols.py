@@ -288,7 +288,9 @@ class LayerOps(ABC):
         """Length of an `in_scale`: input features, or channels of a convolution."""
         return self.shape(m, name, natural)[-1]
 
-    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+    def low_rank(
+        self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+    ) -> Tensor:
         """Apply scaling · B A to x. The default forms B A; override it with a cheaper way."""
         name = self.parameters(m)[0]
         return self.functional(m, x, self.from_canonical(m, name, scaling * (B @ A)), None)

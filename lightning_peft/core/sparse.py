@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Dense, Term
-from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import FormedTerm
 
 __all__ = ["Sparse", "random_places"]
 
@@ -25,7 +23,7 @@ def random_places(site: Site, n: int, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Sparse(Term):
+class Sparse(FormedTerm):
     """ΔW.flatten()[places] = values; places differ.
 
     Attributes:
@@ -38,16 +36,10 @@ class Sparse(Term):
     places: Tensor
     shape: tuple[int, int]
 
-    formed: ClassVar[bool] = True
-
     def matrix(self) -> Tensor:
         """ΔW, formed."""
         zeros = self.values.new_zeros(self.shape[0] * self.shape[1])
         return zeros.index_add(0, self.places, self.values).view(self.shape)
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """The layer's own op with ΔW."""
-        return Dense(self.matrix()).apply(ops, site, x)
 
     def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """One product with W + ΔW; the gradient of `values` is gathered from dYᵀX."""

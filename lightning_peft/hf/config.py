@@ -180,7 +180,7 @@ def method_class(config: Mapping[str, Any]) -> type[Method]:
     return found[0]
 
 
-def _is(value: Any, wanted: Any) -> bool:
+def _is(value: object, wanted: object) -> bool:
     """Whether a key is as a variant wants it; true and false ask whether it is set at all."""
     return bool(value) == wanted if isinstance(wanted, bool) else bool(value == wanted)
 

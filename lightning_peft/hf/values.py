@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.modules import parameter_at
 from lightning_peft.adapters.placement.placement import Placement, PlannedAdapter
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix

@@ -87,7 +87,7 @@ def _gradient_hook(adapter: WeightAdapter, sums: _GradientSums) -> Callable[...,
     return hook
 
 
-def _loss(output: Any) -> Tensor:
+def _loss(output: object) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     if not isinstance(loss, Tensor) or loss.ndim:
         raise ValueError(

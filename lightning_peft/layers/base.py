@@ -10,29 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
-from lightning_peft_kernels.autograd import in_functorch_transform
-from lightning_peft_kernels.dispatch import checkpoint_contexts, current_backend
+from lightning_peft_kernels.dispatch import checkpoint_contexts
 from lightning_peft_kernels.dropout.ops import dropout
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from lightning_peft.core.class_swap import PackedForward, Swapped
-from lightning_peft.core.edit import (
-    Edit,
-    FusedLinearTerm,
-    apply_edits,
-    concat_ranks,
-    low_rank_terms,
-)
+from lightning_peft.core.edit import Edit, apply_edits
 from lightning_peft.core.modules import own_tensor
-from lightning_peft.core.outside_reads import own_forward
-from lightning_peft.core.protocols import LayerOps, Reason
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.layers.base_forward import run_base
+from lightning_peft.layers.fused_forward import forward_fused
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch
 from lightning_peft.layers.projection_group import output_of_group
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -154,7 +145,7 @@ class MatrixOps(LayerOps):
         edits = [a.edit() for a in adapters]
         mix = current_mixed_batch()
         if mix is None:
-            y = self._forward_fused(m, adapters, edits, x)
+            y = forward_fused(self, m, adapters, edits, x)
             if y is not None:
                 return y
         forms = [e.form() for e in edits]
@@ -168,105 +159,14 @@ class MatrixOps(LayerOps):
             return self._forward_materialized(m, adapters, edits, x)
         if mix is None and len(edits) == 1 and forms[0] == _OUT_SCALE:
             scale = edits[0].out_scale
-            if scale is not None and (edits[0].scale_bias or self._bias(m) is None):
-                return self.scale_out(m, self._run_base(m, run, x, args, kwargs), scale)
+            if scale is not None and (edits[0].scale_bias or self.bias_of(m) is None):
+                return self.scale_out(m, run_base(self, m, run, x, args, kwargs), scale)
 
         def base(z: Tensor) -> Tensor:
-            return self._run_base(m, run, z, args, kwargs)
+            y: Tensor = run_base(self, m, run, z, args, kwargs)
+            return y
 
         return self._forward_composed(m, base, adapters, edits, x, mix)
-
-    def _run_base(
-        self,
-        m: nn.Module,
-        run: Callable[..., Any],
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Return the output of the class underneath, which reads its parameters as they are held.
-
-        What code outside reads under ``weight`` is W' (see `core.outside_reads`).
-        """
-        if not args and not kwargs and _is_plain(type(m)):
-            W = own_tensor(m, "weight")
-            if W is not None:
-                return self.functional(m, x, W, self._bias(m))
-        if torch.compiler.is_compiling():
-            held = {n: p for n, p in m._parameters.items() if p is not None and n not in vars(m)}
-            with self.substituted(m, held):
-                return run(x, *args, **kwargs)
-        with own_forward(m):
-            return run(x, *args, **kwargs)
-
-    # ---- fused forms: one call for base and change
-    def _forward_fused(
-        self, m: nn.Module, adapters: Sequence[WeightAdapter], edits: Sequence[Edit], x: Tensor
-    ) -> Tensor | None:
-        """Return the output of a fused form of these edits; None if there is none."""
-        y: Tensor | None = None
-        alone = edits[0] if len(edits) == 1 else None
-        if alone is not None and alone.fused_linear_term is not None:
-            y = self._forward_fused_linear(m, adapters[0], alone.fused_linear_term, x)
-        if y is None and all(e.only_low_rank for e in edits):
-            y = self._forward_fused_low_rank(m, adapters, edits, x)
-        if y is None and alone is not None and alone.form() - {"dropout"} == _SCALED_LOW_RANK:
-            y = self._forward_fused_then_scaled(m, adapters[0], alone, x)
-        return y
-
-    def _forward_fused_linear(
-        self, m: nn.Module, adapter: WeightAdapter, term: FusedLinearTerm, x: Tensor
-    ) -> Tensor | None:
-        """Return base and change from the term's own function.
-
-        None unless the layer is linear and dense, all tensors have one dtype, and the backend may
-        be another than torch.
-        """
-        site = adapter.site
-        formed = getattr(term, "formed", False)  # torch's own formula already
-        if (
-            (not formed and (current_backend() == "torch" or in_functorch_transform()))
-            or site.storage.is_quantized
-            or torch.is_autocast_enabled(x.device.type)
-        ):
-            return None
-        if isinstance(site.storage.fused(_LOW_RANK, m, site.parameter), Reason):
-            return None
-        W = self.to_canonical(m, site.parameter, self._own(m, site.parameter))
-        b, dtype = self._bias(m), x.dtype
-        if W.requires_grad or (b is not None and b.requires_grad) or dtype.itemsize < 4:
-            return None
-        if W.dtype != dtype or any(
-            t.dtype != dtype for t in adapter.tensors().values() if t.is_floating_point()
-        ):
-            return None
-        return term.fused_linear(x, W, b)
-
-    def _forward_fused_low_rank(
-        self, m: nn.Module, adapters: Sequence[WeightAdapter], edits: Sequence[Edit], x: Tensor
-    ) -> Tensor | None:
-        p = edits[0].dropout
-        if len(edits) > 1 and any(e.dropout != p for e in edits):
-            return None
-        site = adapters[0].site
-        kernel = site.storage.fused(_DROPPED_LOW_RANK if p else _LOW_RANK, m, site.parameter)
-        if isinstance(kernel, Reason):
-            return None
-        term = concat_ranks(low_rank_terms(edits))
-        return kernel(m, x, term.A, term.B, term.scaling, p if m.training else 0.0)
-
-    def _forward_fused_then_scaled(
-        self, m: nn.Module, adapter: WeightAdapter, edit: Edit, x: Tensor
-    ) -> Tensor | None:
-        """Return DoRA's form: the fused layer, then one pass for the scale.
-
-        None with a bias. The scale leaves it alone, but the fused layer would round it into the
-        sum.
-        """
-        if self._bias(m) is not None or not self.supports("out_scale") or edit.out_scale is None:
-            return None
-        u = self._forward_fused_low_rank(m, [adapter], [replace(edit, out_scale=None)], x)
-        return None if u is None else self.scale_out(m, u, edit.out_scale)
 
     def _forward_materialized(
         self, m: nn.Module, adapters: Sequence[WeightAdapter], edits: Sequence[Edit], x: Tensor
@@ -275,7 +175,7 @@ class MatrixOps(LayerOps):
 
         def run(x: Tensor) -> Tensor:
             W = apply_edits(site, [a.edit() for a in adapters])
-            b = self._bias(m)
+            b = self.bias_of(m)
             for e in edits:
                 b = e.edited_bias(b)
             dtype = torch.promote_types(W.dtype, x.dtype) if x.is_floating_point() else W.dtype
@@ -316,7 +216,7 @@ class MatrixOps(LayerOps):
         y = base(x)
         # The bias inside y at each step: under a mix the rows of each adapter have their own.
         names = [a.adapter_name if mix is not None else "" for a in adapters]
-        biases: dict[str, Tensor | None] = dict.fromkeys(names, self._bias(m))
+        biases: dict[str, Tensor | None] = dict.fromkeys(names, self.bias_of(m))
         last = len(edits) - 1
         for i, (name, e) in enumerate(zip(names, edits, strict=True)):
             v = self._add_terms(m, adapters[i], e, inputs[i], _pick(y, rows[i]))
@@ -376,32 +276,19 @@ class MatrixOps(LayerOps):
             y = y + self.per_output(m, edit.bias).to(y.dtype)
         return y if edit.out_map is None else edit.out_map.apply(y).to(y.dtype)
 
-    def _bias(self, m: nn.Module) -> Tensor | None:
+    def bias_of(self, m: nn.Module) -> Tensor | None:
+        """Return the bias; None for a layer without one."""
         path = self.bias(m, "weight")
-        return None if path is None else self._own(m, path)
+        return None if path is None else self.own(m, path)
 
-    def _own(self, m: nn.Module, name: str) -> Tensor:
+    def own(self, m: nn.Module, name: str) -> Tensor:
+        """Return a weight or bias as the layer's own forward reads it."""
         found = own_tensor(m, name)
         return getattr(m, name) if found is None else found  # a kind whose weight lies elsewhere
 
 
-_LOW_RANK = frozenset({"low_rank"})
-_DROPPED_LOW_RANK = frozenset({"low_rank", "dropout"})
 _OUT_SCALE = frozenset({"out_scale"})
-_SCALED_LOW_RANK = frozenset({"low_rank", "out_scale"})
 _WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale", "out_map"})
-
-
-@lru_cache(maxsize=256)
-def _is_plain(cls: type[nn.Module]) -> bool:
-    """Whether the class's forward is the layer's function of x, weight and bias, and no more."""
-    if issubclass(cls, PackedForward):
-        return False
-    base = next(c for c in cls.__mro__ if not issubclass(c, Swapped))
-    return base.__name__ == "Conv1D" or base.forward in _PLAIN_FORWARDS
-
-
-_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def _pick(t: Tensor, rows: Tensor | None) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_peft.methods.base import WeightMethod
 
 __all__ = ["BatchObserver"]
 
@@ -19,7 +22,7 @@ class BatchObserver:
         facts: By name; what the adapters of the method read. Empty before the first forward.
     """
 
-    def __init__(self, method: Any, stack: nn.Module) -> None:
+    def __init__(self, method: WeightMethod, stack: nn.Module) -> None:
         self.method = method
         self.facts: dict[str, Tensor] = {}
         self._handle = stack.register_forward_pre_hook(self, with_kwargs=True)

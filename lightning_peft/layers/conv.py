@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ class ConvOps(MatrixOps):
         """The layer's own convolution with another weight."""
         return _conv(m)._conv_forward(x, W, b)
 
-    def low_rank(self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+    def low_rank(
+        self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+    ) -> Tensor:
         """A as a convolution of the layer's own geometry to r channels a group, B as a 1×1
         convolution.
         """

@@ -4,7 +4,7 @@ row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,16 @@ class EmbeddingOps(MatrixOps):
         """Transposed view."""
         return M.mT
 
-    def functional(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def functional(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Rows of another table."""
-        y: Tensor = F.embedding(x, W, m.padding_idx) * _output_scale(m, W.dtype)
+        y: Tensor = F.embedding(x, W, _padding(m)) * _output_scale(m, W.dtype)
         return y
 
-    def low_rank(self, m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any) -> Tensor:
+    def low_rank(
+        self, m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor
+    ) -> Tensor:
         """Rows of Aᵀ [vocabulary, r], then B."""
-        h = F.embedding(x, A.mT, m.padding_idx) * scaling
+        h = F.embedding(x, A.mT, _padding(m)) * scaling
         y: Tensor = F.linear(h, B) * _output_scale(m, B.dtype)
         return y
 
@@ -52,3 +54,7 @@ class EmbeddingOps(MatrixOps):
 def _output_scale(m: nn.Module, dtype: torch.dtype) -> Any:
     scale = getattr(m, "embed_scale", 1.0)
     return scale.to(dtype) if isinstance(scale, Tensor) else scale
+
+
+def _padding(m: nn.Module) -> int | None:
+    return cast(nn.Embedding, m).padding_idx

@@ -13,7 +13,6 @@ from lightning_peft.core.outside_reads import OutsideTensor, in_own_forward, out
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted_state import AdaptedState
 from lightning_peft.layers.mixed_batch import current_mixed_batch
-from lightning_peft.storage import storage_of
 from lightning_peft.storage.outside_reads import stand_in
 
 if TYPE_CHECKING:
@@ -34,7 +33,10 @@ def read_effective(m: nn.Module, state: AdaptedState, name: str, held: nn.Parame
             are under different adapters.
     """
     active = state.active
-    copy = next((c for a in reversed(active.trained_copies) if (c := a.copies().get(name)) is not None), None)
+    copy = next(
+        (c for a in reversed(active.trained_copies) if (c := a.copies().get(name)) is not None),
+        None,
+    )
     start = held if copy is None else copy
     if in_own_forward(m):
         return start

@@ -20,8 +20,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import LowRank, concat_ranks, low_rank_terms
+from lightning_peft.core.edit import low_rank_terms
 from lightning_peft.core.protocols import Reason
+from lightning_peft.core.terms import LowRank, concat_ranks
 from lightning_peft.layers.adapted import Adapted, weight_adapters_of
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFEntry, HFFormat, StepContext, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.registry import register
@@ -23,14 +24,14 @@ __all__ = ["AdaLoRA"]
 _TRIPLET = ("A", "B", "E")
 
 
-def _pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _pack(method: AdaLoRA, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Only the triplets that are left, as peft saves them."""
     kept = p["mask"].bool()
     return {"A": p["A"][kept], "B": p["B"][:, kept], "E": p["E"][kept].unsqueeze(1)}
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: AdaLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Back into `init_r` places; E is zero in those that were pruned."""
     kept = _pattern(config, site)

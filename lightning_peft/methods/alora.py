@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Edit, LowRank, NotMergeable, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank, NotMergeable, Term
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import refuse_all_but_linear
 from lightning_peft.methods.lora import LoRA

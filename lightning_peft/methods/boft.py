@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import BlockRotation, Edit
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
@@ -26,17 +27,17 @@ def butterfly(n: int, blocks: int, size: int) -> Tensor:
     return torch.cat([groups[:, 0::2], groups[:, 1::2]], dim=1).reshape(-1)
 
 
-def _pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _pack(method: BOFT, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"R": p["R"], "s": p["s"].unsqueeze(1)}
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: BOFT, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     return {k: t.reshape(-1) if k == "s" else t for k, t in p.items()}
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: BOFT, site: Site) -> str:
     return "peft's BOFT unfolds patches of a convolution otherwise" if site.kernel_size else ""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,18 @@ _WHERE: dict[str, Literal["branches", "residual", "parallel"]] = {
     "pfeiffer": "residual",
     "parallel": "parallel",
 }
+
+
+class _Bottleneck(nn.Module):
+    """The layers of a bottleneck; the method's options say which of them exist."""
+
+    ln_before: nn.LayerNorm
+    down: nn.Linear
+    f: nn.Module
+    up: nn.Linear
+    ln_after: nn.LayerNorm
+    gate: nn.Linear
+    scaling: nn.Parameter
 
 
 @register
@@ -123,7 +135,7 @@ class BottleneckAdapter(BlockMethod):
         """The bottleneck, initialised."""
         factor, non_linearity, scaling = _DEFAULTS[self.style]
         size = max(1, math.floor(site.width_in / (self.reduction_factor or factor)))
-        block: Any = nn.Module()
+        block = _Bottleneck()
         if self.ln_before:
             block.ln_before = nn.LayerNorm(site.width_in)
         block.down = nn.Linear(site.width_in, size)
@@ -145,12 +157,11 @@ class BottleneckAdapter(BlockMethod):
             nn.init.kaiming_uniform_(block.down.weight, a=math.sqrt(5))
             for tensor in (block.down.bias, block.up.weight, block.up.bias):
                 nn.init.zeros_(tensor)
-        made: nn.Module = block
-        return made
+        return block
 
     def change(self, module: nn.Module, x: Tensor, site: BlockSite) -> Tensor:
         """s · g · up(f(down(x)))."""
-        block: Any = module
+        block = cast(_Bottleneck, module)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(block.down.weight.dtype)
         z = block.ln_before(x) if self.ln_before else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ __all__ = [
     "require_ranks",
 ]
 
+V = TypeVar("V")
 
-def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+
+def match_pattern(patterns: Mapping[str, V], name: str, default: V) -> V:
     """Value of the first pattern that matches a layer's name, as peft does it:
     ``(.*\\.)?PATTERN$``.
     """
@@ -37,7 +39,7 @@ def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-def match_site(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
+def match_site(patterns: Mapping[str, V], site: Site, default: V) -> V:
     """Value of the first pattern that matches a weight by its layer's name, or by its own."""
     for pattern, value in patterns.items():
         if match_pattern({pattern: True}, site.name, False) or match_pattern(

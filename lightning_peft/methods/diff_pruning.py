@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Dense, Edit
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import StepContext, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.registry import register

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register

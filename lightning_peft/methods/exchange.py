@@ -53,14 +53,14 @@ class LayerLayout(Protocol):
         ...
 
 
-def refuse_all_but_features(method: Any, site: Site) -> str:
+def refuse_all_but_features(method: object, site: Site) -> str:
     """Why a type of peft that knows linear layers and GPT-2's `Conv1D` cannot take this weight."""
     if site.batch_shape or not site.ops.features_last:
         return "peft adapts linear layers only"
     return ""
 
 
-def refuse_all_but_linear(method: Any, site: Site) -> str:
+def refuse_all_but_linear(method: object, site: Site) -> str:
     """Why a type of peft that knows `nn.Linear` only cannot take this weight."""
     if type(site.module).__name__.endswith("Conv1D") and hasattr(site.module, "nf"):
         return "peft adapts nn.Linear only, not GPT-2's Conv1D"
@@ -105,10 +105,13 @@ class HFEntry:
         return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(self.shapes.items()))
 
 
+# A method's functions declare its own class and its kind of site, hence `Any` for both here.
 #: (method, site, our tensors) → tensors in peft's content, by names that `HFFormat.tensors` lists.
-Pack = Callable[[Any, Site, Mapping[str, Tensor]], Mapping[str, Tensor]]
+Pack = Callable[[Any, Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
 #: (method, site, tensors from the file, config) → our tensors; ValueError with the reason.
-Unpack = Callable[[Any, Site, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]]
+Unpack = Callable[[Any, Any, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]]
+#: (method, site) → why this cannot be exchanged, "" where it can.
+Refuse = Callable[[Any, Any], str]
 #: (entries, config): change the config, and entries' tensors where both go together (padding).
 ToConfig = Callable[[Sequence[HFEntry], dict[str, Any]], None]
 #: (config, entries) → fields that do not carry over by name; ValueError with the reason.
@@ -177,7 +180,7 @@ class HFFormat:
     to_config: ToConfig | None = None
     from_config: FromConfig | None = None
     uniform: ToConfig | None = None
-    refuse: Callable[[Any, Site], str] | None = None
+    refuse: Refuse | None = None
 
     def oriented(self, entry: HFEntry) -> dict[str, Tensor]:
         """Return the entry's tensors with thin factors as peft has them; its own inverse.

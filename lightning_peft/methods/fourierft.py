@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_peft.core.edit import Dense, Edit, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
-from lightning_peft.core.sparse import random_places
-from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
+from lightning_peft.core.terms import FormedTerm
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.checks import empty_like_site
 from lightning_peft.methods.exchange import refuse_all_but_features
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.spectral import SpectralMethod
 
 __all__ = ["Fourier", "FourierFT"]
 
 
 @dataclass(frozen=True)
-class Fourier(Term):
+class Fourier(FormedTerm):
     """ΔW = scaling · Re ifft2(S) with S.flatten()[places] = c, S [out, in]."""
 
     c: Tensor
     places: Tensor
     shape: tuple[int, int]
     scaling: float
-
-    formed: ClassVar[bool] = True
 
     def matrix(self) -> Tensor:
         """ΔW, formed."""
@@ -45,7 +42,7 @@ class Fourier(Term):
         """Few rows: Re ifft_out(S ifft_in(x)), which forms no ΔW; else ΔW is cheaper."""
         out, width = self.shape
         if not ops.features_last or x.numel() >= width * width:
-            return Dense(self.matrix()).apply(ops, site, x)
+            return super().apply(ops, site, x)
         c, x = (t.float() if t.dtype.itemsize < 4 else t for t in (self.c, x))
         with torch.autocast(x.device.type, enabled=False):
             thin = torch.fft.ifft(x).index_select(-1, self.places % width) * c
@@ -53,14 +50,10 @@ class Fourier(Term):
             y: Tensor = self.scaling * torch.fft.ifft(S).real
         return y
 
-    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """One product with W + ΔW."""
-        return F.linear(x, W + self.matrix(), b)
-
 
 @register
 @dataclass(frozen=True)
-class FourierFT(WeightMethod):
+class FourierFT(SpectralMethod):
     """n trained coefficients at random frequencies, inverse transform for the change.
 
     Attributes:
@@ -97,33 +90,10 @@ class FourierFT(WeightMethod):
         refuse=refuse_all_but_features,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for where, n in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
-            require(n >= 1, f"{self.label}: expected n_frequency >= 1, got {where} = {n}")
-
-    def _count(self, site: Site) -> int:
-        n: int = match_site(self.n_frequency_pattern, site, self.n_frequency)
-        return n
-
-    def check(self, site: Site) -> None:
-        """As many frequencies as entries at most."""
-        require_matrix(self.label, site)
-        most = site.shape.numel()
-        require(
-            self._count(site) <= most,
-            f"{self.label} on {site.label!r}: expected n_frequency <= in_features · out_features "
-            f"= {most}, got {self._count(site)}; lower it or exclude the layer",
-        )
-
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """c [n]."""
-        c = empty_like_site(site, self._count(site))
+        c = empty_like_site(site, self.count(site))
         return {"c": c.zero_() if self.zero_start else torch.nn.init.normal_(c)}
-
-    def buffers(self, site: Site) -> dict[str, Tensor]:
-        """places int32 [n], flat."""
-        return {"places": random_places(site, self._count(site), self.seed)}
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A change by its spectrum."""

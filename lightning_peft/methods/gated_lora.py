@@ -14,9 +14,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, LowRank, NotMergeable, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank, NotMergeable, Term
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.lora import LoRA

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Dense, Edit, LowRank, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import Dense, LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,

@@ -8,7 +8,6 @@ Source: Wen et al. 2023, "Hard Prompts Made Easy" (PEZ), algorithm 1; nearest by
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ class HardPrompt(PromptTuning):
 
     def token_ids(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """The nearest tokens [n] int64."""
-        P: Any = module.P
+        P = super().prompt_embeddings(module, site)
         with torch.no_grad():
             wanted = F.normalize(P.detach().float(), dim=-1)
             best = torch.full((self.n,), -2.0, device=P.device)
@@ -58,7 +57,7 @@ class HardPrompt(PromptTuning):
 
     def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """Embeddings of the nearest tokens; the gradient goes to P."""
-        P: Any = module.P
+        P = super().prompt_embeddings(module, site)
         rows = site.embed(self.token_ids(module, site)).to(P)
         out: Tensor = P + (rows - P).detach()
         return out

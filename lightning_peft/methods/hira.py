@@ -6,15 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Dense, Edit, Term
-from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import FormedTerm
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,
@@ -30,28 +29,22 @@ __all__ = ["Hadamard", "HiRA"]
 
 
 @dataclass(frozen=True)
-class Hadamard(Term):
+class Hadamard(FormedTerm):
     """ΔW = W ∘ G with W [*batch, out, in] frozen."""
 
     W: Tensor
     G: Tensor
 
-    formed: ClassVar[bool] = True
-
     def matrix(self) -> Tensor:
         """ΔW."""
         return self.W * self.G
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """The layer's own op with ΔW."""
-        return Dense(self.matrix()).apply(ops, site, x)
 
     def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """One product with W + W ∘ G."""
         return F.linear(x, torch.addcmul(W, W, self.G), b)
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: HiRA, site: Site) -> str:
     return "" if site.is_embedding else refuse_all_but_features(method, site)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Edit, Rotation
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.rotation import Rotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import (

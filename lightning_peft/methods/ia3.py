@@ -21,13 +21,13 @@ from lightning_peft.methods.registry import register
 __all__ = ["IA3"]
 
 
-def _pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _pack(method: IA3, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """[1, in] where the input is scaled, [out, 1] where the output is."""
     return {"scale": p["scale"].unsqueeze(0 if method.scales_input(site) else 1)}
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: IA3, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     return {k: t.reshape(-1) for k, t in p.items()}
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Dense, Edit, Kronecker
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import Dense, Kronecker
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
 from lightning_peft.methods.registry import register
@@ -30,7 +31,7 @@ def factorization(n: int, factor: int = -1) -> tuple[int, int]:
     return a, n // a
 
 
-def _pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _pack(method: LoKr, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A full w2 has the kernel's axes in the file."""
     packed = dict(p)
     if "w2" in p and site.kernel_size:
@@ -39,7 +40,7 @@ def _pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: LoKr, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     return {k: t.flatten(1) if k == "w2" else t for k, t in p.items()}
 

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, FrozenDown, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import FrozenDown, LowRank
 from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import (
     HFFormat,
@@ -24,25 +25,18 @@ from lightning_peft.methods.base import (
 )
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
 from lightning_peft.methods.lora_gradients import precondition, project_frozen_down
+from lightning_peft.methods.lora_start import (
+    INITS,
+    check_options,
+    complete_options,
+    loftq_start,
+    random_start,
+    singular_factors,
+    start_from_gradient,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["LoRA"]
-
-_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga", "mica")
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "eva": {
-        "rho": 2.0,
-        "tau": 0.99,
-        "whiten": False,
-        "adjust_scaling_factors": True,
-        "use_label_mask": True,
-        "label_mask_value": -100,
-        "batches": 16,
-    },
-    "lora_ga": {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16, "batches": 16},
-}
-_DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 @register
@@ -103,54 +97,7 @@ class LoRA(WeightMethod):
     freeze_A: bool = False
     precondition: bool = False
 
-    hf: ClassVar[HFFormat] = HFFormat(
-        peft_type="LORA",
-        tensors={"A": "lora_A.weight", "B": "lora_B.weight", "bias_B": "lora_B.bias"},
-        lookup={"A": "lora_embedding_A", "B": "lora_embedding_B"},
-        axes={"A": "down", "B": "up"},
-        config={
-            "r": "r",
-            "alpha": "lora_alpha",
-            "dropout": "lora_dropout",
-            "use_rslora": "use_rslora",
-            "lora_bias": "lora_bias",
-            "bias": "bias",
-            "rank_pattern": "rank_pattern",
-            "alpha_pattern": "alpha_pattern",
-        },
-        fixed={"use_dora": False, "init_lora_weights": True, "fan_in_fan_out": False},
-        when={
-            "use_dora": False,
-            "alora_invocation_tokens": False,
-            "kasa_config": False,
-            "use_bdlora": False,
-        },
-        ignored=(
-            *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
-            *(
-                "velora_config",
-                "monteclora_config",
-                "lora_ga_config",
-                "megatron_core",
-                "ensure_weight_tying",
-                "qalora_group_size",
-            ),
-        ),
-        dropped=("lora_velora_embed", "lora_monteclora_sampler"),
-        pack=lora_exchange.pack,
-        unpack=lora_exchange.unpack,
-        to_config=lora_exchange.to_config,
-        from_config=lora_exchange.from_config,
-        uniform=lora_exchange.uniform,
-        defaults={
-            "lora_dropout": 0.0,
-            "use_rslora": False,
-            "lora_bias": False,
-            "bias": "none",
-            "rank_pattern": {},
-            "alpha_pattern": {},
-        },
-    )
+    hf: ClassVar[HFFormat] = lora_exchange.FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -160,8 +107,8 @@ class LoRA(WeightMethod):
             f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
         )
         require(
-            self.init in _INITS or self._niter is not None,
-            f"{self.label}: expected init in {(*_INITS, 'pissa_niter_N')}, got {self.init!r}",
+            self.init in INITS or self._niter is not None,
+            f"{self.label}: expected init in {(*INITS, 'pissa_niter_N')}, got {self.init!r}",
         )
         require(
             self.bias in ("none", "all", "lora_only"),
@@ -172,7 +119,7 @@ class LoRA(WeightMethod):
             self.experts in ("each", "shared", None),
             f"{self.label}: expected experts in ('each', 'shared', None), got {self.experts!r}",
         )
-        self._check_options()
+        check_options(self.label, self.init, self.init_options)
         require(
             not self.freeze_A or not (self.needs_data or self.init == "mica" or self.precondition),
             f"{self.label}: expected freeze_A without precondition and with a start that trains B "
@@ -183,28 +130,6 @@ class LoRA(WeightMethod):
             f"{self.label}: expected precondition with two trained factors, got init='mica'",
         )
 
-    def _check_options(self) -> None:
-        known = _OPTIONS.get(self.init, {})
-        unknown = sorted(set(self.init_options) - set(known))
-        require(
-            not unknown,
-            f"{self.label}: expected init_options for init={self.init!r} in {sorted(known)}, got "
-            f"{unknown}",
-        )
-        o = self.data_options
-        for key, fits, text in (
-            ("rho", lambda v: v >= 1, ">= 1"),
-            ("tau", lambda v: 0 <= v <= 1, "in [0, 1]"),
-            ("batches", lambda v: v >= 1, ">= 1"),
-            ("stable_gamma", lambda v: v > 0, "> 0"),
-            ("direction", lambda v: v in _DIRECTIONS, f"in {_DIRECTIONS}"),
-            ("scale", lambda v: v in _SCALES, f"in {_SCALES}"),
-        ):
-            require(
-                key not in o or fits(o[key]),
-                f"{self.label}: expected init_options {key} {text}, got {o.get(key)!r}",
-            )
-
     @property
     def needs_data(self) -> InitData:
         """EVA needs the layers' inputs, LoRA-GA gradients of the weight."""
@@ -214,7 +139,7 @@ class LoRA(WeightMethod):
     @property
     def data_options(self) -> Mapping[str, Any]:
         """`init_options`, complete."""
-        return {**_OPTIONS.get(self.init, {}), **self.init_options}
+        return complete_options(self.init, self.init_options)
 
     @property
     def _niter(self) -> int | None:
@@ -297,7 +222,7 @@ class LoRA(WeightMethod):
             nn.init.zeros_(A)
             nn.init.normal_(B)
         else:
-            self._start(A, B, r)
+            random_start(self.init, A, B, r)
         p = {"A": A, "B": B}
         if self.lora_bias:
             p["bias_B"] = nn.init.zeros_(self._empty(site, site.out_features))
@@ -307,18 +232,6 @@ class LoRA(WeightMethod):
         """[*batch, *shape]; without the experts' axis where they share it."""
         t = empty_like_site(site, *shape)
         return t.new_empty(shape) if self.experts == "shared" else t
-
-    def _start(self, A: Tensor, B: Tensor, r: int) -> None:
-        nn.init.zeros_(B)
-        if self.init == "gaussian":
-            nn.init.normal_(A, std=1.0 / r)
-        elif self.init == "orthogonal" and A.device.type != "meta":
-            # Two halves of one orthogonal basis: B A = 0 although neither is zero.
-            Q = torch.linalg.qr(torch.randn(*A.shape[:-2], r, r))[0]
-            A.copy_((torch.randn(*A.shape[:-2], A.shape[-1], r // 2) @ Q[..., 1::2, :]).mT / 10)
-            B.copy_(torch.randn(*B.shape[:-2], B.shape[-2], r // 2) @ Q[..., 0::2, :] / 10)
-        else:  # Kaiming-uniform with a = √5 over rows of length in: U(−1/√in, 1/√in)
-            nn.init.uniform_(A, -1 / math.sqrt(A.shape[-1]), 1 / math.sqrt(A.shape[-1]))
 
     @property
     def rewrites_base(self) -> bool:
@@ -354,29 +267,18 @@ class LoRA(WeightMethod):
             return None
         s = self.scaling(site, r)
         if self.init == "loftq":
-            A, B, base = self._loftq(site, W, r, s)
+            A, B, base = loftq_start(site, W, r, s, self.loftq_iter)
         else:
             if self.init == "olora":
                 Q, R = torch.linalg.qr(W)
                 A, B = R[..., :r, :], Q[..., :, :r]
             else:
-                A, B = _factor(W, r, s, self._niter)
+                A, B = singular_factors(W, r, s, self._niter)
             base = W - s * (B @ A)
         for name, value in (("A", A), ("B", B), ("A0", A), ("B0", B)):
             if name in p:
                 p[name] = value.clone(memory_format=torch.contiguous_format)
         return base
-
-    def _loftq(self, site: Site, W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Alternate: the base takes what the factors leave, the factors take what quantising
-        loses.
-        """
-        base = W
-        A, B = _factor(W - site.quantization_roundtrip(base), r, s, None)
-        for _ in range(self.loftq_iter - 1):
-            base = W - s * (B @ A)
-            A, B = _factor(W - site.quantization_roundtrip(base), r, s, None)
-        return A, B, base
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """W + s B A, b + s bias_B; a packed base cannot take B₀A₀ out of itself, so that the change
@@ -400,33 +302,14 @@ class LoRA(WeightMethod):
         of the gradient, of different triplets.
         """
         if self.needs_data == InitData.GRADIENTS:
-            p["A"], p["B"] = p["A0"], p["B0"] = self._from_gradient(site, found)
+            r = self.rank(site)
+            A, B = start_from_gradient(site, found, r, self.scaling(site, r), self.data_options)
+            p["A"], p["B"] = p["A0"], p["B0"] = A, B
             return
         if self.data_options["whiten"] and singular_values is not None:
             found = found / singular_values.sqrt().unsqueeze(-1)
         p["A"] = found
         p["B"] = found.new_zeros(site.out_features, found.shape[0])
-
-    def _from_gradient(self, site: Site, G: Tensor) -> tuple[Tensor, Tensor]:
-        r, o = self.rank(site), self.data_options
-        U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
-        for_a, for_b = {
-            "ArB2r": (torch.arange(r), torch.arange(r, 2 * r)),
-            "A2rBr": (torch.arange(r, 2 * r), torch.arange(r)),
-            "ArBr": (torch.arange(1, 2 * r, 2), torch.arange(0, 2 * r, 2)),
-            "random": (torch.randperm(2 * r)[:r],) * 2,
-        }[o["direction"]]
-        A, B = V.mT[for_a], U[:, for_b] * S[for_b]
-        if o["scale"] == "stable":
-            B = B * (site.out_features**0.25 / o["stable_gamma"] ** 0.5)
-        elif o["scale"] == "weight_svd":
-            W = site.weight(torch.float32).to(B.device)
-            top = torch.svd_lowrank(W, q=r, niter=4)[1][0]
-            B = B * torch.where(S[for_b[0]] > 0, top / S[for_b[0]], 1.0)
-        elif o["scale"] == "gd_scale":
-            s = self.scaling(site, r)
-            A, B = A / s, B / s
-        return A.contiguous(), B.contiguous()
 
     def residual(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """W − s B₀A₀ for LoRA-GA."""
@@ -452,15 +335,3 @@ class LoRA(WeightMethod):
     def trained_biases(self) -> str:
         """Biases of the base trained beside the edit."""
         return {"none": "none", "all": "all", "lora_only": "adapted"}[self.bias]
-
-
-def _factor(W: Tensor, r: int, s: float, niter: int | None) -> tuple[Tensor, Tensor]:
-    """A = √(S/s) Vᵀ, B = U √(S/s) of the r leading singular triplets."""
-    if niter is None:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, Vh = U[..., :r], S[..., :r], Vh[..., :r, :]
-    else:
-        U, S, V = torch.svd_lowrank(W, q=r, niter=niter)
-        Vh = V.mT
-    root = (S / s).sqrt()
-    return root.unsqueeze(-1) * Vh, U * root.unsqueeze(-2)

@@ -6,24 +6,26 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import InitData
+from lightning_peft.methods.base import InitData, WeightMethod
 from lightning_peft.methods.checks import match_site
-from lightning_peft.methods.exchange import HFEntry
+from lightning_peft.methods.exchange import HFEntry, HFFormat
 
-__all__ = ["from_config", "pack", "to_config", "uniform", "unpack"]
+__all__ = ["FORMAT", "from_config", "pack", "to_config", "uniform", "unpack"]
+
+V = TypeVar("V")
 
 # Starts that leave the base alone: for a trained adapter they are history.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _BASE_STARTS = ("pissa", "olora")
 
 
-def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack(method: object, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return A and B in plain form, of rank 1 at least.
 
     If the initialisation took B₀A₀ out of the base, BA − B₀A₀ = [B, −B₀] [A; A₀] has rank 2r.
@@ -40,7 +42,7 @@ def pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: WeightMethod, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Return A and B, with a rank above min(out, in), which peft allows, reduced to it."""
     tensors = dict(p)
@@ -110,7 +112,7 @@ def _number(x: float) -> float:
     return int(x) if x == int(x) else x
 
 
-def _match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def _match(patterns: Mapping[str, V], name: str, default: V) -> V:
     for pattern, value in patterns.items():
         try:
             hit = re.match(rf"(.*\.)?({pattern})$", name)
@@ -215,3 +217,54 @@ def _pattern(config: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
             f"{value!r}"
         )
     return value
+
+
+#: LoRA in a peft directory.
+FORMAT = HFFormat(
+    peft_type="LORA",
+    tensors={"A": "lora_A.weight", "B": "lora_B.weight", "bias_B": "lora_B.bias"},
+    lookup={"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    axes={"A": "down", "B": "up"},
+    config={
+        "r": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "use_rslora": "use_rslora",
+        "lora_bias": "lora_bias",
+        "bias": "bias",
+        "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
+    },
+    fixed={"use_dora": False, "init_lora_weights": True, "fan_in_fan_out": False},
+    when={
+        "use_dora": False,
+        "alora_invocation_tokens": False,
+        "kasa_config": False,
+        "use_bdlora": False,
+    },
+    ignored=(
+        *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
+        *(
+            "velora_config",
+            "monteclora_config",
+            "lora_ga_config",
+            "megatron_core",
+            "ensure_weight_tying",
+            "qalora_group_size",
+        ),
+    ),
+    dropped=("lora_velora_embed", "lora_monteclora_sampler"),
+    pack=pack,
+    unpack=unpack,
+    to_config=to_config,
+    from_config=from_config,
+    uniform=uniform,
+    defaults={
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "lora_bias": False,
+        "bias": "none",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    },
+)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning_peft_kernels.autograd import check_no_double_backward
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, check_no_double_backward
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Dense, Edit, Grouped, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import Dense, Grouped, Term
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.registry import register
@@ -51,7 +52,7 @@ class Tiled(Term):
 
     def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Base and change in one function."""
-        y: Tensor = _TiledLinear.apply(x, W, b, self.D)  # type: ignore[no-untyped-call]
+        y: Tensor = _TiledLinear.apply(x, W, b, self.D)
         return y
 
 
@@ -64,14 +65,14 @@ def _stretches(x: Tensor, r: int) -> Tensor:
     return s + F.pad(x[..., -rest:], (0, r - rest)) if rest else s
 
 
-class _TiledLinear(torch.autograd.Function):
+class _TiledLinear(KernelFunction):
     """Y = X Wᵀ + b + S D with S = Σ_j X_j [M, r], W and b frozen.
 
     dS = dY Dᵀ is added to every stretch of dX = dY W in place; dD = Sᵀ dY.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor) -> Tensor:
         y = F.linear(x, W, b)
         S = _stretches(x.reshape(-1, x.shape[-1]), D.shape[0])
         ctx.save_for_backward(W, D, S)
@@ -81,7 +82,7 @@ class _TiledLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:
+    def backward(ctx: Context, dY: Tensor) -> Grads:
         check_no_double_backward("MiSS", 'its input is not kept: use kernels="torch"')
         W, D, S = ctx.saved_tensors
         dY2 = dY.reshape(-1, dY.shape[-1])
@@ -111,7 +112,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
     return {"form": start if isinstance(start, str) else "default"}
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: MiSS, site: Site) -> str:
     return "" if site.ops.features_last and not site.batch_shape else "peft: linear only"
 
 

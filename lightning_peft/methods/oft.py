@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_peft_kernels.autograd import in_functorch_transform
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, in_functorch_transform
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import BlockRotation, Edit
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
@@ -37,7 +38,7 @@ def skew(triangle: Tensor, size: int) -> Tensor:
     """Rows of the strict upper triangle [n, size(size − 1)/2] → skew [n, size, size]."""
     if in_functorch_transform():
         return _skew(triangle, size)
-    Q: Tensor = _Skew.apply(triangle, size)  # type: ignore[no-untyped-call]
+    Q: Tensor = _Skew.apply(triangle, size)
     return Q
 
 
@@ -47,16 +48,16 @@ def _skew(triangle: Tensor, size: int) -> Tensor:
     return Q - Q.mT
 
 
-class _Skew(torch.autograd.Function):
+class _Skew(KernelFunction):
     """Q[i, j] = −Q[j, i] = triangle[place of (i, j)], by one gather each way."""
 
     @staticmethod
-    def forward(ctx: Any, triangle: Tensor, size: int) -> Tensor:
+    def forward(ctx: Context, triangle: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(_places(size, triangle.device)[0])
         return _skew(triangle, size)
 
     @staticmethod
-    def backward(ctx: Any, dQ: Tensor) -> Any:
+    def backward(ctx: Context, dQ: Tensor) -> Grads:
         (upper,) = ctx.saved_tensors
         return (dQ - dQ.mT).flatten(1).index_select(1, upper), None
 
@@ -72,7 +73,7 @@ def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return upper, at.index_copy(0, upper, torch.arange(1, len(upper) + 1, device=device))
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: OFT, site: Site) -> str:
     if any(k != 1 for k in site.kernel_size):
         return "peft folds overlapping patches into sums there: its output differs at the start"
     return ""

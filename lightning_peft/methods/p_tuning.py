@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import model_config, submodule_count
+from lightning_peft.methods.prompt_exchange import (
+    model_config,
+    sequence_site,
+    unpack_prompt,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["PTuning"]
 
 
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    site: Any = entries[0].site
+    site = sequence_site(entries)
     method = entries[0].method
     config.update(model_config(site, site.width))
     config.update(
@@ -39,20 +43,16 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
     return {"encoder": None}
 
 
-def _unpack(
-    method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    rows = method.n * int(config.get("num_transformer_submodules") or submodule_count(site))
-    P = tensors["P"]
-    require(
-        tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
-        f"prompt_embeddings: expected shape {[rows, site.width]}, got {list(P.shape)}",
-    )
-    return {"P": P[: method.n]}
-
-
-def _refuse(method: Any, site: Any) -> str:
+def _refuse(method: PTuning, site: SequenceSite) -> str:
     return "" if site.embedding else "a transformer of your own has no equal there"
+
+
+class _Encoder(nn.Module):
+    """The trained embeddings and their network; the method's options say which parts exist."""
+
+    E: nn.Parameter
+    lstm: nn.LSTM
+    head: nn.Sequential
 
 
 @register
@@ -88,7 +88,7 @@ class PTuning(SequenceMethod):
             "num_transformer_submodules",
         ),
         saved_prefix="base_model.",
-        unpack=_unpack,
+        unpack=unpack_prompt,
         to_config=_to_config,
         from_config=_from_config,
     )
@@ -114,7 +114,7 @@ class PTuning(SequenceMethod):
         """E [n, width] and the network."""
         d = site.width
         h = self.hidden or d
-        made: Any = nn.Module()
+        made = _Encoder()
         made.E = nn.Parameter(torch.randn(self.n, d))
         if self.encoder == "lstm":
             made.lstm = nn.LSTM(
@@ -130,12 +130,11 @@ class PTuning(SequenceMethod):
             made.head = nn.Sequential(
                 *(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
             )
-        module: nn.Module = made
-        return module
+        return made
 
     def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """head(lstm(E)), head(E) or E."""
-        made: Any = module
+        made = cast(_Encoder, module)
         P: Tensor = made.E
         if self.encoder == "lstm":
             P = made.lstm(P.unsqueeze(0))[0][0]
@@ -152,5 +151,5 @@ class PTuning(SequenceMethod):
             f"{self.label}: expected encoder=None for a prompt without its network, got "
             f"{self.encoder!r}",
         )
-        made: Any = module
+        made = cast(_Encoder, module)
         made.E.data.copy_(table)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, kaiming, require
 from lightning_peft.methods.exchange import refuse_all_but_linear
@@ -32,14 +33,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _pack(method: Any, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _pack(method: PEANuT, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One entry per layer of the network."""
     layers = {f"{k}{i}": p[k][i] for k in ("E", "D") if k in p for i in range(method.depth)}
     return {"A": p["A"], "B": p["B"], **layers}
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: PEANuT, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Layers stacked."""
     found = {k: t for k, t in p.items() if k in ("A", "B")}

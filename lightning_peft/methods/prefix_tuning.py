@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import model_config, submodule_count
+from lightning_peft.methods.prompt_exchange import model_config, sequence_site, submodule_count
 from lightning_peft.methods.registry import register
 
 __all__ = ["PrefixTuning"]
 
 
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    site: Any = entries[0].site
+    site = sequence_site(entries)
     heads, features = site.layers[0]
     config.update(model_config(site, heads * features), num_attention_heads=heads)
     config.update(num_transformer_submodules=submodule_count(site))
@@ -39,7 +39,10 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
 
 
 def _unpack(
-    method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: PrefixTuning,
+    site: SequenceSite,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     P = tensors["P"]
     expected = (method.n, method.columns(site))
@@ -54,7 +57,9 @@ def _unpack(
     return {"P": P}
 
 
-def _pack(method: Any, site: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _pack(
+    method: PrefixTuning, site: SequenceSite, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     P = tensors["P"]
     if submodule_count(site) == 1:
         return {"P": P}
@@ -79,12 +84,22 @@ def _peft_rows(layers: int) -> list[int]:
     return [(4 * (i // 2) + i % 2) % pairs for i in range(pairs)]
 
 
-def _refuse(method: Any, site: Any) -> str:
+def _refuse(method: PrefixTuning, site: SequenceSite) -> str:
     if method.gating:
         return "peft's prefixes have no gates"
     if not site.embedding:
         return "a transformer of your own has no equal there"
     return "" if len(set(site.layers)) == 1 else "its layers have different heads"
+
+
+class _Prefix(nn.Module):
+    """The trained tensors of a prefix; the method's options say which of them exist."""
+
+    P: nn.Parameter
+    E: nn.Parameter
+    network: nn.Sequential
+    gate_w: nn.Parameter
+    gate_c: nn.Parameter
 
 
 @register
@@ -153,17 +168,16 @@ class PrefixTuning(SequenceMethod):
 
     def module(self, site: SequenceSite) -> nn.Module:
         """P [n, columns], or E [n, width] and the network."""
-        made: Any = nn.Module()
+        made = _Prefix()
         if self.projection:
             width = site.layers[0][0] * site.layers[0][1]
             hidden = self.hidden or site.width or width
             made.E = nn.Parameter(torch.randn(self.n, width))
-            made.network = nn.Sequential(
-                nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, self.columns(site))
-            )
+            into, out = nn.Linear(width, hidden), nn.Linear(hidden, self.columns(site))
+            made.network = nn.Sequential(into, nn.Tanh(), out)
             if self.init == "zero":
-                nn.init.zeros_(made.network[2].weight)
-                nn.init.zeros_(made.network[2].bias)
+                nn.init.zeros_(out.weight)
+                nn.init.zeros_(out.bias)
         else:
             made.P = nn.Parameter(torch.zeros(self.n, self.columns(site)))
             if self.init == "random":
@@ -171,19 +185,18 @@ class PrefixTuning(SequenceMethod):
         if self.gating:
             made.gate_w = nn.Parameter(0.02 * torch.randn(len(site.layers), site.hidden))
             made.gate_c = nn.Parameter(torch.zeros(len(site.layers)))
-        module: nn.Module = made
-        return module
+        return made
 
     def gate(self, module: nn.Module, layer: int, x: Tensor) -> Tensor:
         """Factor [B, 1] of a layer's keys and values, from what its attention reads [B, L, d]."""
-        made: Any = module
+        made = cast(_Prefix, module)
         w, c = made.gate_w[layer], made.gate_c[layer]
         gate = torch.sigmoid(x.to(w.dtype) @ w + c)
         return gate.mean(dim=1, keepdim=True)
 
     def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """[n, columns]."""
-        made: Any = module
+        made = cast(_Prefix, module)
         table: Tensor = made.network(made.E) if self.projection else made.P
         return table
 
@@ -197,5 +210,5 @@ class PrefixTuning(SequenceMethod):
             not self.projection,
             f"{self.label}: expected projection=False for a table without its network, got True",
         )
-        made: Any = module
+        made = cast(_Prefix, module)
         made.P.data.copy_(table)

@@ -6,9 +6,9 @@ The start from text is its "class label" start, as in Hugging Face peft 0.21.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +16,31 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import model_config, submodule_count
+from lightning_peft.methods.prompt_exchange import (
+    model_config,
+    sequence_site,
+    unpack_prompt,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["PromptTuning"]
 
 
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    site: Any = entries[0].site
+    site = sequence_site(entries)
     config.update(model_config(site, site.width))
 
 
-def _unpack(
-    method: Any, site: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """peft holds 2n rows for encoder-decoders and uses the first n."""
-    rows = method.n * int(config.get("num_transformer_submodules") or submodule_count(site))
-    P = tensors["P"]
-    require(
-        tuple(P.shape) in {(rows, site.width), (method.n, site.width)},
-        f"prompt_embeddings: expected shape {[rows, site.width]}, got {list(P.shape)}",
-    )
-    return {"P": P[: method.n]}
-
-
-def _refuse(method: Any, site: Any) -> str:
+def _refuse(method: PromptTuning, site: SequenceSite) -> str:
     if method.mode == "add":
         return "peft has no prompts that are added"
     return "" if site.embedding else "a transformer of your own has no equal there"
+
+
+class _Table(nn.Module):
+    """The trained embeddings."""
+
+    P: nn.Parameter
 
 
 @register
@@ -80,7 +77,7 @@ class PromptTuning(SequenceMethod):
             "num_transformer_submodules",
         ),
         saved_prefix="base_model.",
-        unpack=_unpack,
+        unpack=unpack_prompt,
         to_config=_to_config,
         refuse=_refuse,
     )
@@ -116,7 +113,7 @@ class PromptTuning(SequenceMethod):
 
     def module(self, site: SequenceSite) -> nn.Module:
         """P [n, width], fp32."""
-        made = nn.Module()
+        made = _Table()
         made.P = nn.Parameter(self._start(site))
         return made
 
@@ -143,10 +140,8 @@ class PromptTuning(SequenceMethod):
 
     def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """P."""
-        P: Any = module.P
-        return P  # type: ignore[no-any-return]
+        return cast(_Table, module).P
 
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Copy into P."""
-        P: Any = module.P
-        P.data.copy_(table)
+        cast(_Table, module).P.data.copy_(table)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Dense, Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import Dense, LowRank
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.lora import LoRA

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Dense, Edit
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,
@@ -41,7 +42,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: RandLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     return {k: t for k, t in p.items() if not k.endswith("_copy")}
 

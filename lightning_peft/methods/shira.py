@@ -26,7 +26,7 @@ __all__ = ["SHiRA"]
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: SHiRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """As they are, once places are known to lie in the weight."""
     if "places" in p:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.edit import Edit, LowRank, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
+from lightning_peft.core.terms import LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,
@@ -29,7 +30,7 @@ __all__ = ["SuperTuning"]
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: SuperTuning, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """As they are, once places are known to lie in the weight."""
     if "places" in p:

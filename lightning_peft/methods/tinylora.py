@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,
@@ -35,7 +36,7 @@ def _turned(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return turned
 
 
-def _refuse(method: Any, site: Site) -> str:
+def _refuse(method: TinyLoRA, site: Site) -> str:
     return "" if site.is_embedding else refuse_all_but_features(method, site)
 
 

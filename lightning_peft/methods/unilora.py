@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_shared, require, require_dropout, require_matrix
 from lightning_peft.methods.exchange import refuse_all_but_features
@@ -22,7 +23,7 @@ __all__ = ["UniLoRA"]
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: UniLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Indices where the file has them; scales follow from their counts."""
     found = {k: p[k] for k in ("at_A", "at_B") if k in p}

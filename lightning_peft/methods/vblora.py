@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.edit import Edit, LowRank
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,
@@ -26,7 +27,7 @@ __all__ = ["VBLoRA"]
 
 
 def _unpack(
-    method: Any, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+    method: VBLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Logits; where a file holds the chosen vectors and their weights alone, log w there and −∞
     elsewhere: the same output, but training cannot choose others.

@@ -7,16 +7,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from lightning_peft_kernels.autograd import check_no_double_backward
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, check_no_double_backward
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.core.edit import Edit, LowRank, Term
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.registry import register
@@ -47,11 +47,11 @@ class Vectors(Term):
 
     def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Base and change in one function."""
-        y: Tensor = _VectorsLinear.apply(x, W, b, self.A, self.B, self.d, self.b)  # type: ignore[no-untyped-call]
+        y: Tensor = _VectorsLinear.apply(x, W, b, self.A, self.B, self.d, self.b)
         return y
 
 
-class _VectorsLinear(torch.autograd.Function):
+class _VectorsLinear(KernelFunction):
     """Y = X Wᵀ + bias + V diag(b) with V = (X Aᵀ diag(d)) Bᵀ [M, out]; only d, b are trained.
 
     No product makes a gradient of A or B: db = Σ dY ∘ V, and with G = dY diag(b) B [M, r]
@@ -60,7 +60,7 @@ class _VectorsLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         W: Tensor,
         bias: Tensor | None,
@@ -77,7 +77,7 @@ class _VectorsLinear(torch.autograd.Function):
         return y.addcmul(V, b) if torch.compiler.is_compiling() else y.addcmul_(V, b)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:
+    def backward(ctx: Context, dY: Tensor) -> Grads:
         check_no_double_backward("VeRA", 'its input is not kept: use kernels="torch"')
         W, A, B, d, b, U, V = ctx.saved_tensors
         dY2, U, V = (t.reshape(-1, t.shape[-1]) for t in (dY, U, V))

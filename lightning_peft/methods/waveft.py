@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_peft.core.edit import Dense, Edit, Term
-from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
-from lightning_peft.core.sparse import Sparse, random_places
-from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
+from lightning_peft.core.sparse import Sparse
+from lightning_peft.core.terms import FormedTerm
+from lightning_peft.methods.base import HFEntry, HFFormat
+from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.daubechies import FAMILIES, synthesis, synthesis_filters
 from lightning_peft.methods.exchange import refuse_all_but_features
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.spectral import SpectralMethod
 
 __all__ = ["WaveFT", "Wavelet"]
 
 
 @dataclass(frozen=True)
-class Wavelet(Term):
+class Wavelet(FormedTerm):
     """ΔW = scaling · R_out S R_inᵀ, R one level of a wavelet's synthesis, S.flatten()[places] = c.
 
     S has even sizes, larger than [out, in] by what the filters cut off; places lie at its centre.
@@ -35,8 +35,6 @@ class Wavelet(Term):
     shape: tuple[int, int]
     family: str
     scaling: float
-
-    formed: ClassVar[bool] = True
 
     def _spectrum(self) -> Tensor:
         """S; peft gives the right upper quadrant to the filters of rows and the left lower one to
@@ -66,14 +64,6 @@ class Wavelet(Term):
             delta = synthesis(half.mT, filters, self.shape[1]).mT
         return delta.to(self.c.dtype)
 
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """The layer's own op with ΔW."""
-        return Dense(self.matrix()).apply(ops, site, x)
-
-    def fused_linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """One product with W + ΔW."""
-        return F.linear(x, W + self.matrix(), b)
-
 
 def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
     """Numbers that are proportional to layers, as a pattern of full names."""
@@ -84,7 +74,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
 
 @register
 @dataclass(frozen=True)
-class WaveFT(WeightMethod):
+class WaveFT(SpectralMethod):
     """n trained coefficients at random places of a wavelet's spectrum.
 
     Attributes:
@@ -134,34 +124,15 @@ class WaveFT(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for where, n in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
-            require(n >= 1, f"{self.label}: expected n_frequency >= 1, got {where} = {n}")
+        super().__post_init__()
         require(
             self.family in FAMILIES,
             f"{self.label}: expected family in {tuple(FAMILIES)}, got {self.family!r}",
         )
 
-    def _count(self, site: Site) -> int:
-        n: int = match_site(self.n_frequency_pattern, site, self.n_frequency)
-        return n
-
-    def check(self, site: Site) -> None:
-        """As many places as entries at most."""
-        require_matrix(self.label, site)
-        most = site.shape.numel()
-        require(
-            self._count(site) <= most,
-            f"{self.label} on {site.label!r}: expected n_frequency <= in_features · out_features "
-            f"= {most}, got {self._count(site)}; lower it or exclude the layer",
-        )
-
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """c [n] zeros."""
-        return {"c": empty_like_site(site, self._count(site)).zero_()}
-
-    def buffers(self, site: Site) -> dict[str, Tensor]:
-        """places int32 [n], flat."""
-        return {"places": random_places(site, self._count(site), self.seed)}
+        return {"c": empty_like_site(site, self.count(site)).zero_()}
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A change by its wavelet coefficients, or by its entries."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer

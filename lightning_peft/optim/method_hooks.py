@@ -116,7 +116,7 @@ class MethodHooks:
         return StepContext(step, self.total_steps(), entries, scale)
 
 
-def has_step_hooks(method: Any) -> bool:
+def has_step_hooks(method: object) -> bool:
     """Whether the method has a hook of its own."""
     return isinstance(method, WeightMethod) and method.has_step_hooks
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_peft.methods.base import Method
 from lightning_peft.models.modules import head_names
-from lightning_peft.planner.activation_trace import UNTRACEABLE, NoInputs, Trace, trace
+from lightning_peft.planner.activation_trace import UNTRACEABLE, Trace, trace
+from lightning_peft.planner.example_inputs import NoInputs
 from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
 from lightning_peft.planner.plan import OPTIMIZER_BYTES, Choice, Plan, Step
 from lightning_peft.storage import StorageConfig, as_config, storage_for

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.core.modules import parameter_at
 from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach import attach
 from lightning_peft.adapters.quantize import plan_quantization
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.names import in_adapter
 from lightning_peft.methods.base import Method
 from lightning_peft.storage import StorageConfig, held_tensors, storage_for

@@ -9,15 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.planner.activation_trace import (
-    ACTIVATIONS,
-    BACKWARD,
-    GRADIENTS,
-    LOGITS,
-    NoInputs,
-    Trace,
-)
+from lightning_peft.planner.activation_trace import Trace
+from lightning_peft.planner.example_inputs import NoInputs
 from lightning_peft.planner.meta_model import Sizes
+from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 from lightning_peft.storage import Quantization, StorageConfig, storage_for
 
 __all__ = ["OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,77 +28,12 @@ from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.models.outputs import output_of, relative_change
+from lightning_peft.recipes.extract_report import ExtractedLayer, ExtractReport
 from lightning_peft.recipes.fit_outputs import Goal, fit_outputs, goals_of
 from lightning_peft.recipes.svd import factors, kept_energy
 from lightning_peft.recipes.weight_source import Weight, opened, skeleton
-from lightning_peft.report.summary import Report
 
-__all__ = ["ExtractReport", "ExtractedLayer", "extract_lora"]
-
-
-@dataclass(frozen=True)
-class ExtractedLayer:
-    """One weight.
-
-    Attributes:
-        name: The weight.
-        rank: Of the factors.
-        energy: 1 − ‖ΔW − BA‖² / ‖ΔW‖², before factors are fitted to inputs.
-        change: ‖ΔW‖ / ‖W‖, how far fine-tuning moved it.
-    """
-
-    name: str
-    rank: int
-    energy: float
-    change: float
-
-
-@dataclass
-class ExtractReport:
-    """What was kept of fine-tuning, and what was not.
-
-    Attributes:
-        layers: One entry an extracted weight.
-        left_out: (parameter, ‖Δ‖ / ‖W‖) of everything else that fine-tuning moved, largest first.
-        output_error: ‖extracted − tuned‖ / ‖tuned‖ of the output on the batch given; None without
-            one.
-        fitted: The same over the inputs given, before and after fitting; None without any.
-        output_change: ‖base − tuned‖ / ‖tuned‖: what fine-tuning is worth on that batch.
-        attached: The report of attaching.
-    """
-
-    layers: list[ExtractedLayer] = field(default_factory=list)
-    left_out: list[tuple[str, float]] = field(default_factory=list)
-    output_error: float | None = None
-    output_change: float | None = None
-    fitted: tuple[float, float] | None = None
-    attached: Report | None = None
-
-    @property
-    def energy(self) -> float:
-        """Smallest share kept of a layer's change."""
-        return min((e.energy for e in self.layers), default=1.0)
-
-    def __str__(self) -> str:
-        """A line a layer, then what is missing."""
-        lines = [
-            f"{e.name:<48} rank {e.rank:<4} {e.energy:8.2%} of the energy of a change of "
-            f"{e.change:.2e}"
-            for e in self.layers
-        ]
-        if self.left_out:
-            most = ", ".join(f"{n} ({c:.1e})" for n, c in self.left_out[:5])
-            lines.append(
-                f"{len(self.left_out)} other parameters were changed and are left out: {most}"
-            )
-        if self.output_error is not None:
-            lines.append(
-                f"output on the batch differs from the tuned model's by {self.output_error:.2e}; "
-                f"the base's by {self.output_change:.2e}"
-            )
-        if self.fitted is not None:
-            lines.append("output on the inputs: {:.2e} off, fitted {:.2e}".format(*self.fitted))
-        return "\n".join(lines)
+__all__ = ["extract_lora"]
 
 
 def extract_lora(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_peft.storage import bitsandbytes as _bitsandbytes  # registers its storages
+# These modules register their storages.
+from lightning_peft.storage.bitsandbytes import eight_bit as _eight_bit
+from lightning_peft.storage.bitsandbytes import four_bit as _four_bit
 from lightning_peft.storage.config import Quantization, StorageConfig
-from lightning_peft.storage.nf4 import storage as _nf4  # registers its storages
+from lightning_peft.storage.nf4 import storage as _nf4
 from lightning_peft.storage.quantized import QuantizedStorage
 from lightning_peft.storage.registry import (
     HeldTensor,
@@ -33,4 +35,4 @@ __all__ = [
     "storage_of",
 ]
 
-del _bitsandbytes, _nf4
+del _eight_bit, _four_bit, _nf4

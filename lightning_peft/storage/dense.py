@@ -119,13 +119,15 @@ class DenseStorage(BaseStorage):
         return Reason(f"dense: {base_class(m).__name__} has a forward of its own")
 
 
-def _fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
+def _fused(
+    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
+) -> Tensor:
     W, b = own_tensor(m, "weight"), own_tensor(m, "bias")
     return lora_linear(x, W, b, A, B, scaling, dropout_p=dropout)
 
 
 def _fused_transposed(
-    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float
+    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
 ) -> Tensor:
     W, b = own_tensor(m, "weight"), own_tensor(m, "bias")
     return lora_linear(x, W.mT, b, A, B, scaling, dropout_p=dropout)

@@ -7,7 +7,7 @@ or an optimizer cannot round them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +75,14 @@ def specs_of(m: nn.Module) -> dict[str, Any]:
 def packed_tensors(m: nn.Module, name: str) -> dict[str, Tensor]:
     """Role → held tensor of one weight, as uint8."""
     keys: dict[str, str] = specs_of(m)[name].keys
-    held = {**m._parameters, **m._buffers}
+    # The specification lists tensors that are there.
+    held = cast("dict[str, Tensor]", {**m._parameters, **m._buffers})
     return {role: as_bytes(held[key]) for role, key in keys.items()}
 
 
-def as_bytes(t: Any) -> Tensor:
+def as_bytes(t: Tensor) -> Tensor:
     """View a held tensor as uint8: a strategy may hold it as a floating parameter."""
-    held: Tensor = t
-    return held if held.dtype == torch.uint8 else held.view(torch.uint8)
+    return t if t.dtype == torch.uint8 else t.view(torch.uint8)
 
 
 def to_bytes(t: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.class_swap import PackedForward, swap_in, swap_out
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.protocols import Reason, StoredTensor, WeightLayout
 from lightning_peft.storage.base import BaseStorage
 from lightning_peft.storage.dtensor import fill_rows, local

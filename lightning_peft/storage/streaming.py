@@ -7,7 +7,6 @@ A start that needs a weight whole (PiSSA, DoRA's norms) is given it right when i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightning_peft.storage.nf4.packed_layer import FourBitSpec, copy_packed_
 from lightning_peft.storage.nf4.storage import FourBitStorage
 from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.registry import held_tensors, storage_of
+from lightning_peft.storage.tensor_files import RowSource, TensorFiles
 
 __all__ = ["After", "materialize", "stream_base"]
 
@@ -90,7 +90,7 @@ def stream_base(
         FileNotFoundError: no safetensors there.
         ValueError: tensors are missing or have another shape, with the list; nothing is read.
     """
-    index = _Index(folder)
+    index = TensorFiles(folder)
     wanted = dict(_wanted(model))
     prefix = _prefix(model, index.keys, wanted)
     plan = {n: index.keys.get(n.removeprefix(prefix)) for n in wanted}
@@ -113,7 +113,7 @@ def stream_base(
                 _fill(module, key, other, chunk)
 
 
-def _fill(module: nn.Module, key: str, source: Any, chunk: int) -> None:
+def _fill(module: nn.Module, key: str, source: RowSource, chunk: int) -> None:
     """Write one weight from `source`, a tensor in a file or in memory, which is sliced."""
     storage = storage_of(module, key)
     if isinstance(storage, FourBitStorage):
@@ -124,55 +124,8 @@ def _fill(module: nn.Module, key: str, source: Any, chunk: int) -> None:
         _stream_dense(_stored(module, key), source, chunk)
 
 
-def _whole(source: Any) -> Tensor:
-    W: Tensor = source[...]
-    return W
-
-
-# ---- where what stands
-
-
-class _Index:
-    """Tensors of all files: name → (file, shape)."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        self.keys: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{folder}: expected *.safetensors, found none")
-        listed = folder / "model.safetensors.index.json"
-        if listed.exists():
-            told = set(json.loads(listed.read_text())["weight_map"].values())
-            files = [f for f in files if f.name in told]
-            absent = told - {f.name for f in files}
-            if absent:
-                raise FileNotFoundError(f"{folder}: expected {sorted(absent)}, found none")
-        for file in files:
-            with safe_open(str(file), framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118  it is no dict
-                    self.keys[key] = (file, tuple(handle.get_slice(key).get_shape()))
-
-    def open(self, key: str) -> _Source:
-        return _Source(self.keys[key][0], key)
-
-
-class _Source:
-    """Rows of one tensor; the file is mapped only while it is read."""
-
-    def __init__(self, file: Path, key: str) -> None:
-        self.file, self.key = file, key
-
-    def __enter__(self) -> Any:
-        from safetensors import safe_open
-
-        opened: Any = safe_open
-        self.handle = opened(str(self.file), framework="pt")
-        return self.handle.__enter__().get_slice(self.key)
-
-    def __exit__(self, *error: Any) -> None:
-        self.handle.__exit__(*error)
+def _whole(source: RowSource) -> Tensor:
+    return source[...]
 
 
 def _wanted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
@@ -213,7 +166,7 @@ def _prefix(model: nn.Module, keys: Mapping[str, Any], wanted: Mapping[str, Any]
 # ---- copying in
 
 
-def _stream_dense(t: Tensor, source: Any, chunk: int) -> None:
+def _stream_dense(t: Tensor, source: RowSource, chunk: int) -> None:
     first, rows = local_rows(t)
     own = local(t.detach())
     if not t.ndim:
@@ -225,9 +178,9 @@ def _stream_dense(t: Tensor, source: Any, chunk: int) -> None:
         own[start:stop].copy_(source[first + start : first + stop])
 
 
-def _stream_packed(module: Any, name: str, source: Any, chunk: int) -> None:
+def _stream_packed(module: nn.Module, name: str, source: RowSource, chunk: int) -> None:
     p: FourBitSpec = specs_of(module)[name]
-    weight = module._parameters[name]
+    weight = _stored(module, name)
     width = p.shape[-1]
     if len(p.shape) > 2 or width % p.block_size or width % 2:
         _stream_whole(module, name, p, source)
@@ -251,9 +204,11 @@ def _stream_packed(module: Any, name: str, source: Any, chunk: int) -> None:
     _place_scales(module, name, p, scales, weight)
 
 
-def _place_scales(module: Any, name: str, p: FourBitSpec, scales: Tensor, weight: Tensor) -> None:
+def _place_scales(
+    module: nn.Module, name: str, p: FourBitSpec, scales: Tensor, weight: Tensor
+) -> None:
     """Scales of these rows; those of double quantisation need the scales of all rows."""
-    own = local(module._parameters[f"{name}_absmax"].detach())
+    own = local(_stored(module, f"{name}_absmax").detach())
     if not p.nested:
         own.copy_(scales.view(torch.uint8).view(own.shape))
         return
@@ -263,7 +218,7 @@ def _place_scales(module: Any, name: str, p: FourBitSpec, scales: Tensor, weight
     per_row = p.shape[-1] // p.block_size
     own.copy_(codes[first * per_row : (first + rows) * per_row].view(own.shape))
     for part, value in (("absmax2", absmax2), ("offset", offset)):
-        module._buffers[f"{name}_{part}"].copy_(value.view(torch.uint8))
+        _stored(module, f"{name}_{part}").copy_(value.view(torch.uint8))
 
 
 def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
@@ -278,9 +233,9 @@ def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
     return torch.cat(parts)[:total]  # only the last parts are short
 
 
-def _stream_whole(module: Any, name: str, p: FourBitSpec, source: Any) -> None:
+def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSource) -> None:
     """Blocks cross rows, or experts lie one behind the other: one weight dense for a moment."""
-    weight = module._parameters[name]
+    weight = _stored(module, name)
     device = local(weight).device
     experts = len(p.shape) > 2
     first, rows = local_rows(weight) if experts else (0, p.shape[0])
@@ -297,26 +252,26 @@ def _stream_whole(module: Any, name: str, p: FourBitSpec, source: Any) -> None:
         return
     bits = parts[0]
     for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
-        t = module._parameters[key]
+        t = _stored(module, key)
         start, count = local_rows(t)
         flat = value.reshape(-1).view(torch.uint8).view(t.shape)
         local(t.detach()).copy_(flat[start : start + count])
     _place_second(module, name, bits, slice(None))
 
 
-def _place_experts(module: Any, name: str, parts: list[Packed4bit], first: int) -> None:
+def _place_experts(module: nn.Module, name: str, parts: list[Packed4bit], first: int) -> None:
     for i, bits in enumerate(parts):
         for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
-            own = local(module._parameters[key].detach())
+            own = local(_stored(module, key).detach())
             own[i].copy_(value.reshape(-1).view(torch.uint8).view(own.shape[1:]))
     for i, bits in enumerate(parts):
         _place_second(module, name, bits, slice(first + i, first + i + 1))
     _gather_second(module, name, first, len(parts))
 
 
-def _gather_second(module: Any, name: str, first: int, count: int) -> None:
+def _gather_second(module: nn.Module, name: str, first: int, count: int) -> None:
     """Second-level scales are replicated: every process needs those of all experts."""
-    mesh = getattr(module._parameters[name], "device_mesh", None)
+    mesh = getattr(_stored(module, name), "device_mesh", None)
     for part in ("absmax2", "offset"):
         t = module._buffers.get(f"{name}_{part}")
         if t is None or mesh is None or mesh.size() == 1:
@@ -327,8 +282,8 @@ def _gather_second(module: Any, name: str, first: int, count: int) -> None:
         t.copy_(own)
 
 
-def _place_second(module: Any, name: str, bits: Packed4bit, where: slice) -> None:
+def _place_second(module: nn.Module, name: str, bits: Packed4bit, where: slice) -> None:
     for part, value in (("absmax2", bits.absmax2), ("offset", bits.offset)):
         if value is not None:
-            t = module._buffers[f"{name}_{part}"][where]
+            t = _stored(module, f"{name}_{part}")[where]
             t.copy_(value.reshape(-1).view(torch.uint8).view(t.shape))

@@ -55,7 +55,10 @@ def _companions(m: nn.Module, name: str) -> list[str]:
     return [
         key
         for key, t in own.items()
-        if t is not None and key != name and key.startswith(f"{name}_") and key.endswith(_COMPANIONS)
+        if t is not None
+        and key != name
+        and key.startswith(f"{name}_")
+        and key.endswith(_COMPANIONS)
     ]
 
 

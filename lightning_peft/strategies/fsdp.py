@@ -27,10 +27,10 @@ from lightning_peft.checkpoint.sharded import (
     tensor_shards,
 )
 from lightning_peft.core.collectives import raise_on_all_ranks
-from lightning_peft.optim.wrappers import unwrap_optimizer
-from lightning_peft.storage.dtensor import fill_rows
 from lightning_peft.core.names import strip_compile
 from lightning_peft.models.history import note_loaded, note_moved
+from lightning_peft.optim.wrappers import unwrap_optimizer
+from lightning_peft.storage.dtensor import fill_rows
 from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import TrainerGuards
 from lightning_peft.strategies.shard_units import Classes

@@ -57,7 +57,7 @@ def touch_every_adapter(unit: nn.Module) -> None:
     unit.register_forward_hook(_tie)
 
 
-def _tie(unit: nn.Module, args: Any, output: Any) -> Any:
+def _tie(unit: nn.Module, args: object, output: Any) -> Any:
     trained = [p for p in unit.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not trained:
         return output

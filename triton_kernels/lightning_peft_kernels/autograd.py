@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Context",
     "Grads",
     "KernelFunction",
     "add_maybe_inplace",
@@ -31,6 +32,29 @@ __all__ = [
 
 #: Return type of a backward: one entry per argument of forward.
 Grads = tuple[Tensor | None, ...]
+
+
+class Context(Protocol):
+    """The `ctx` of an autograd function.
+
+    A function that saves more than tensors derives a protocol that declares the attributes.
+
+    Attributes:
+        needs_input_grad: If True, the argument at this position needs its gradient.
+    """
+
+    needs_input_grad: tuple[bool, ...]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """What forward saved, in order. Typed as tensors; an entry may be None."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Save tensors for backward."""
+
+    def mark_dirty(self, *tensors: Tensor) -> None:
+        """Tell autograd that forward changes these tensors in place."""
+
 
 if TYPE_CHECKING:
 

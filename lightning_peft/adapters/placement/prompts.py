@@ -125,8 +125,9 @@ def _hf_site(method: SequenceMethod, hf: Any, stack: Any, name: str) -> Sequence
     )
 
 
-def _attention_site(name: str, module: Any) -> SequenceSite:
+def _attention_site(name: str, module: nn.Module) -> SequenceSite:
     """The site of one `nn.MultiheadAttention` of a custom transformer."""
+    assert isinstance(module, nn.MultiheadAttention)  # `refusal` said so
     weight = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
     return SequenceSite(
         module,

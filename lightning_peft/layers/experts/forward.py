@@ -8,19 +8,20 @@ of each expert end is known on the device: on CUDA nothing waits for the host.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-from lightning_peft_kernels.autograd import KernelFunction, apply_or_forward
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, apply_or_forward
 from lightning_peft_kernels.dropout.ops import dropout
 from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from lightning_peft_kernels.experts.low_rank import add_low_rank
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.core.edit import Edit, apply_edits
 from lightning_peft.layers.adapted import is_adapted
 from lightning_peft.layers.experts.structure import (
+    FusedExperts,
     first_weight,
     form_of,
     has_bias,
@@ -46,7 +47,7 @@ class _Routing:
         unassigned: [S, 1] whether its expert is a sentinel; None where there are none.
     """
 
-    def __init__(self, m: Any, index: Tensor) -> None:
+    def __init__(self, m: FusedExperts, index: Tensor) -> None:
         expert, self.order = torch.sort(index.reshape(-1), stable=True)
         E = m.num_experts
         # Pairs of experts that other processes hold are numbered E: they sort to the end. A module
@@ -60,19 +61,25 @@ class _Routing:
         self.unassigned = expert.unsqueeze(-1) >= E if has_unassigned else None
 
 
+class _ToSortedContext(Context, Protocol):
+    """What forward saves for backward."""
+
+    shape: tuple[int, int, int]
+
+
 class _ToSorted(KernelFunction):
     """x [T, d] to sorted pairs [S, d]. Backward reads too, as `_FromSorted`'s: adding to indices
     that repeat takes a walk one by one on a CPU, a sort on CUDA.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: _ToSortedContext, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.shape = x.shape[0], token.shape[0] // max(1, x.shape[0]), x.shape[1]
         return x.index_select(0, token)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:
+    def backward(ctx: _ToSortedContext, dY: Tensor) -> Grads:
         (inverse,) = ctx.saved_tensors
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if len(dY) and dY.device.type == "cpu" and not traced:  # read and sum in one pass
@@ -84,12 +91,12 @@ class _FromSorted(KernelFunction):
     """h [S, d] of sorted pairs in the order of the input."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Context, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order)
         return h.index_select(0, inverse)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Any:
+    def backward(ctx: Context, dY: Tensor) -> Grads:
         (order,) = ctx.saved_tensors
         return dY.index_select(0, order), None, None
 
@@ -97,7 +104,7 @@ class _FromSorted(KernelFunction):
 class _Presorted(_Routing):
     """As many rows for each expert, in order."""
 
-    def __init__(self, m: Any, rows: int) -> None:
+    def __init__(self, m: FusedExperts, rows: int) -> None:
         device, E = m.down_proj.device, m.num_experts
         each = rows // E
         ends = torch.arange(1, E + 1, device=device, dtype=torch.int32) * each
@@ -106,15 +113,18 @@ class _Presorted(_Routing):
         self.unassigned = None
 
 
-def run_experts(m: Any, adapters: Sequence[WeightAdapter], inputs: tuple[Any, ...]) -> Tensor:
+def run_experts(
+    module: nn.Module, adapters: Sequence[WeightAdapter], inputs: tuple[Any, ...]
+) -> Tensor:
     """Forward of a fused experts module.
 
     Args:
-        m: The module.
+        module: The module.
         adapters: Active adapters of its weights, in order.
         inputs: (hidden states [T, d], expert indices [T, k], routing weights [T, k]); hidden states
             alone where they come sorted.
     """
+    m = cast(FusedExperts, module)
     by_weight: dict[str, list[WeightAdapter]] = {}
     for adapter in adapters:
         by_weight.setdefault(adapter.site.parameter, []).append(adapter)
@@ -140,7 +150,9 @@ def run_experts(m: Any, adapters: Sequence[WeightAdapter], inputs: tuple[Any, ..
     return y
 
 
-def _run_presorted(m: Any, by_weight: Mapping[str, Sequence[WeightAdapter]], x: Tensor) -> Tensor:
+def _run_presorted(
+    m: FusedExperts, by_weight: Mapping[str, Sequence[WeightAdapter]], x: Tensor
+) -> Tensor:
     h = x.reshape(-1, x.shape[-1])
     routing = _Presorted(m, h.shape[0])
     if by_weight and current_mixed_batch() is not None:
@@ -155,7 +167,7 @@ def _run_presorted(m: Any, by_weight: Mapping[str, Sequence[WeightAdapter]], x: 
     return _product(m, "down_proj", h, routing, by_weight.get("down_proj", ()), {})
 
 
-def _note(m: Any, groups: Groups) -> None:
+def _note(m: FusedExperts, groups: Groups) -> None:
     """Count tokens of training for the report, until it was made.
 
     Modes say nothing (Hugging Face models are trained in eval mode too), so gradients do. The
@@ -189,7 +201,7 @@ def _mask_of_rows(
 
 
 def _product(
-    m: Any,
+    m: FusedExperts,
     name: str,
     x: Tensor,
     routing: _Routing,
@@ -246,7 +258,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
-def _base(m: Any, name: str, x: Tensor, routing: _Routing) -> Tensor:
+def _base(m: FusedExperts, name: str, x: Tensor, routing: _Routing) -> Tensor:
     (x,) = _autocast(x)
     storage = storage_of(m, name)
     if storage.is_quantized:
@@ -256,7 +268,7 @@ def _base(m: Any, name: str, x: Tensor, routing: _Routing) -> Tensor:
 
 
 class _Grouped:
-    """The products that terms are given; see `edit.Grouped`."""
+    """The products that terms are given; see `terms.Grouped`."""
 
     def __init__(self, routing: _Routing, *, in_place: bool) -> None:
         self._groups = routing.groups
@@ -279,7 +291,7 @@ class _Grouped:
 
 
 def _forward_materialized(
-    m: Any,
+    m: FusedExperts,
     name: str,
     x: Tensor,
     routing: _Routing,

@@ -106,19 +106,19 @@ class ExpertsOps(MatrixOps):
         names = tuple(self.parameters(m))
         return WeightLayout(names, is_transposed(m), QuantizedExperts, QuantizedExperts)
 
-    def bias(self, m: Any, name: str) -> str | None:
+    def bias(self, m: nn.Module, name: str) -> str | None:
         """[E, out], where there is one."""
         return f"{name}_bias" if has_bias(m) else None
 
-    def shape(self, m: Any, name: str, natural: torch.Size) -> torch.Size:
+    def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
         """[E, out, in]."""
         return torch.Size((natural[0], natural[2], natural[1])) if is_transposed(m) else natural
 
-    def to_canonical(self, m: Any, name: str, W: Tensor) -> Tensor:
+    def to_canonical(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """A view."""
         return W.mT if is_transposed(m) else W
 
-    def from_canonical(self, m: Any, name: str, M: Tensor) -> Tensor:
+    def from_canonical(self, m: nn.Module, name: str, M: Tensor) -> Tensor:
         """A view."""
         return M.mT if is_transposed(m) else M
 
@@ -145,9 +145,8 @@ class QuantizedExperts(PackedForward):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the experts on packed weights."""
-        module: Any = self
         with backend_scope(self):
-            return run_experts(module, (), _inputs(module, args, kwargs))
+            return run_experts(self, (), _inputs(self, args, kwargs))
 
 
 def _inputs(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

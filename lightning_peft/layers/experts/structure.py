@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.storage import storage_of
 
 __all__ = [
+    "FusedExperts",
     "expert_count",
     "first_weight",
     "form_of",
@@ -16,6 +18,16 @@ __all__ = [
     "is_presorted",
     "is_transposed",
 ]
+
+
+class FusedExperts(nn.Module):
+    """Attributes of a fused experts module, for the type checker: there are no instances."""
+
+    num_experts: int
+    down_proj: nn.Parameter
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
 
 
 class Form(NamedTuple):

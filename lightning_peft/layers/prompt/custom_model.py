@@ -34,7 +34,7 @@ class CustomModelHooks:
         for handle in self.handles:
             handle.remove()
 
-    def strip(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def strip(self, module: nn.Module, args: object, output: Any) -> Any:
         """Take the prompt's positions off the first tensor of the output, where it has them."""
         state = self.adapter.state
         n, length = state.prompt_lengths
@@ -49,7 +49,7 @@ class CustomModelHooks:
 
 
 def widen(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Make masks that are short as long as the keys: what is added stands in front, and is seen."""
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")

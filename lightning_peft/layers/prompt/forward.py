@@ -21,8 +21,7 @@ from lightning_peft.core.site import SequenceSite
 from lightning_peft.layers.adapted_state import state_of
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.prompt.adapter import PromptAdapter
-from lightning_peft.layers.prompt.gating import refuse_rows
-from lightning_peft.layers.prompt.multihead_attention import attend, batch_of
+from lightning_peft.layers.prompt.multihead_prefix import forward_attention
 from lightning_peft.layers.prompt.prefix import forward_with_prefix
 from lightning_peft.layers.prompt.prompt import Prompt, prompt_of
 
@@ -97,7 +96,7 @@ def forward_with_prompt(
     site = adapters[0].site
     assert isinstance(site, SequenceSite)
     if isinstance(module, nn.MultiheadAttention):
-        return _forward_attention(module, adapters, arguments)
+        return forward_attention(module, adapters, arguments)
     if not site.embedding:
         return _prepend_in_custom_model(module, adapters, run(*args, **kwargs))
     call = _read_call(module, site, names, arguments)
@@ -263,7 +262,7 @@ def _prepend(call: _Call, prompt: Prompt) -> None:
 
 
 def _prepend_in_custom_model(
-    module: Any, adapters: Sequence[PromptAdapter], embeds: Tensor
+    module: nn.Module, adapters: Sequence[PromptAdapter], embeds: Tensor
 ) -> Tensor:
     """Return [P; embeddings] in a model without a transformers config; see `custom_model`."""
     prompt = prompt_of(adapters, embeds.shape[0], embeds.device)
@@ -275,38 +274,6 @@ def _prepend_in_custom_model(
     n = 0 if prompt is None else prompt.n
     state_of(module).prompt_lengths = (n, embeds.shape[1])
     return embeds if prompt is None else torch.cat([prompt.values.to(embeds.dtype), embeds], dim=1)
-
-
-def _forward_attention(
-    module: nn.MultiheadAttention, adapters: Sequence[PromptAdapter], arguments: dict[str, Any]
-) -> Any:
-    """Run one `nn.MultiheadAttention` with a prefix."""
-    query = arguments["query"]
-    refuse_rows(adapters)
-    batch = batch_of(module, query)
-    prefix = prompt_of(adapters, batch, query.device)
-    if prefix is None:
-        nothing = query.new_zeros(batch, 0, 2 * module.embed_dim)
-        return attend(module, arguments, nothing, None)
-    if any(getattr(a.method, "gating", False) for a in adapters):
-        prefix.values = prefix.values * _gates_in_attention(module, adapters, query)
-    return attend(module, arguments, prefix.values, prefix.mask)
-
-
-def _gates_in_attention(
-    module: nn.MultiheadAttention, adapters: Sequence[PromptAdapter], query: Tensor
-) -> Tensor:
-    """Return the factors of the prefix, [B, n, 1]."""
-    x = query.unsqueeze(0) if query.dim() == 2 else query
-    x = x if module.batch_first or query.dim() == 2 else x.transpose(0, 1)
-    parts = []
-    for adapter in reversed(adapters):
-        method: Any = adapter.method
-        gate = x.new_ones(x.shape[0], 1)
-        if method.gating:
-            gate = method.gate(adapter.block, 0, x)
-        parts.append(gate.expand(-1, method.n))
-    return torch.cat(parts, dim=1).unsqueeze(-1)
 
 
 def _strip(out: Any, n: int) -> Any:

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.layers.mixed_batch import current_mixed_batch
+from lightning_peft.layers.prompt.adapter import PromptAdapter
 
-__all__ = ["PrefixGateHooks", "gated", "gated_attention", "refuse_rows"]
+__all__ = [
+    "PrefixGateHooks",
+    "PrefixMethod",
+    "gated",
+    "gated_attention",
+    "prefix_method",
+    "refuse_rows",
+]
+
+
+class PrefixMethod(Protocol):
+    """What a prefix in attention reads from its method."""
+
+    @property
+    def n(self) -> int:
+        """Number of positions."""
+
+    @property
+    def gating(self) -> bool:
+        """Whether layers have gates."""
+
+    def gate(self, module: nn.Module, layer: int, x: Tensor) -> Tensor:
+        """Compute the factor [B, 1] of a layer's keys and values."""
+
+
+def prefix_method(adapter: PromptAdapter) -> PrefixMethod:
+    """Return the method of an adapter that acts in attention."""
+    return cast(PrefixMethod, adapter.method)
 
 
 def gated_attention(stack: nn.Module, layers: int) -> list[nn.Module]:
@@ -40,7 +68,7 @@ class PrefixGateHooks:
     for the first time.
     """
 
-    def __init__(self, adapter: Any, stack: nn.Module) -> None:
+    def __init__(self, adapter: PromptAdapter, stack: nn.Module) -> None:
         self.adapter = adapter
         self.now: dict[int, Tensor] = {}
         self.cached: Any = None  # the cache whose prefix is to be multiplied
@@ -72,7 +100,7 @@ class PrefixGateHooks:
         if adapter not in adapter.state.active.prompts:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        self.now[layer] = adapter.method.gate(adapter.block, layer, x)
+        self.now[layer] = prefix_method(adapter).gate(adapter.block, layer, x)
         if self.cached is not None:
             held, (start, end) = self.cached.layers[layer], self.span
             factor = torch.ones_like(held.keys[:, :1, :, :1])
@@ -81,7 +109,7 @@ class PrefixGateHooks:
             held.keys, held.values = held.keys * factor, held.values * factor
 
 
-def refuse_rows(adapters: Sequence[Any]) -> None:
+def refuse_rows(adapters: Sequence[PromptAdapter]) -> None:
     """Raise ValueError where gates would have to differ by adapter within a batch."""
     if current_mixed_batch() is not None and any(
         getattr(a.method, "gating", False) for a in adapters
@@ -92,7 +120,7 @@ def refuse_rows(adapters: Sequence[Any]) -> None:
         )
 
 
-def gated(adapters: Sequence[Any], layer: int, keys: Tensor) -> Tensor | None:
+def gated(adapters: Sequence[PromptAdapter], layer: int, keys: Tensor) -> Tensor | None:
     """Factors [B, 1, n, 1] of a layer's prefix; None where no adapter has gates.
 
     Args:
@@ -100,11 +128,13 @@ def gated(adapters: Sequence[Any], layer: int, keys: Tensor) -> Tensor | None:
         layer: Number of the layer.
         keys: The prefix's keys [B, heads, n, features].
     """
-    if not any(a.method.gating for a in adapters):
+    if not any(prefix_method(a).gating for a in adapters):
         return None
     parts = []
     for adapter in reversed(adapters):
-        one = keys.new_ones(keys.shape[0], 1)
-        gate = adapter.hooks.now[layer].to(keys) if adapter.method.gating else one
-        parts.append(gate.expand(-1, adapter.method.n))
+        method, gate = prefix_method(adapter), keys.new_ones(keys.shape[0], 1)
+        if method.gating:
+            assert isinstance(adapter.hooks, PrefixGateHooks)
+            gate = adapter.hooks.now[layer].to(keys)
+        parts.append(gate.expand(-1, method.n))
     return torch.cat(parts, dim=1)[:, None, :, None]

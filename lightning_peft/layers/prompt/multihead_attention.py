@@ -18,7 +18,7 @@ from torch.nn import functional as F
 __all__ = ["attend", "batch_of", "refusal"]
 
 
-def batch_of(module: Any, query: Tensor) -> int:
+def batch_of(module: nn.MultiheadAttention, query: Tensor) -> int:
     """Number of rows of a query."""
     if query.dim() == 2:
         return 1
@@ -26,7 +26,7 @@ def batch_of(module: Any, query: Tensor) -> int:
 
 
 def attend(
-    module: Any, call: Mapping[str, Any], values: Tensor, mask: Tensor | None
+    module: nn.MultiheadAttention, call: Mapping[str, Any], values: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """What the module returns, with prefix `values` [B, n, 2 · embed_dim] and its mask [B, n]."""
     query, key, value = call["query"], call["key"], call["value"]
@@ -67,7 +67,9 @@ def attend(
     return (y if module.batch_first else y.transpose(0, 1)), weights
 
 
-def _projected(module: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+def _projected(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
+) -> list[Tensor]:
     if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)
     else:

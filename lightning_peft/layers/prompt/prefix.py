@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.layers.prompt.adapter import PromptAdapter
-from lightning_peft.layers.prompt.gating import gated, refuse_rows
+from lightning_peft.layers.prompt.gating import PrefixGateHooks, gated, prefix_method, refuse_rows
 from lightning_peft.layers.prompt.prompt import Prompt, prompt_of
 
 __all__ = ["forward_with_prefix"]
@@ -52,9 +52,8 @@ def forward_with_prefix(
     with nullcontext() if grows else preserve_cache(module):
         out = run(**call)
     for adapter in adapters:
-        gates: Any = adapter.hooks  # a prefix has no other hooks
-        if gates is not None:
-            gates.rest()
+        if isinstance(adapter.hooks, PrefixGateHooks):
+            adapter.hooks.rest()
     _check_prefix_was_read(module, unused_prefix_layers(cache))
     if given is None and not returns_cache and getattr(out, "past_key_values", None) is not None:
         out.past_key_values = None  # the caller wants none, and would count its tokens twice
@@ -67,13 +66,13 @@ def _cache_grows(module: nn.Module, call: Mapping[str, Any]) -> bool:
     return call.get("past_key_values") is not None or not training
 
 
-def _wants_cache(module: Any, call: Mapping[str, Any]) -> bool:
+def _wants_cache(module: nn.Module, call: Mapping[str, Any]) -> bool:
     wanted = call.get("use_cache")
     return bool(getattr(module.config, "use_cache", False) if wanted is None else wanted)
 
 
 def _filled_cache(
-    module: Any,
+    module: nn.Module,
     adapters: Sequence[PromptAdapter],
     call: Mapping[str, Any],
     prefix: Prompt,
@@ -104,18 +103,15 @@ def _filled_cache(
 
 def prefix_length(adapter: PromptAdapter) -> int:
     """Number of positions that the adapter's prefix adds."""
-    method: Any = adapter.method
-    n: int = method.n
-    return n
+    return prefix_method(adapter).n
 
 
 def _gate_cache(adapters: Sequence[PromptAdapter], cache: Any) -> None:
     """Let gates multiply the prefix inside a growing cache, as each layer runs."""
     start = 0
     for adapter in reversed(adapters):
-        gates: Any = adapter.hooks
-        positions = prefix_length(adapter)
-        if gates is not None:
+        gates, positions = adapter.hooks, prefix_length(adapter)
+        if isinstance(gates, PrefixGateHooks):
             gates.cached = getattr(cache, "self_attention_cache", cache)
             gates.span = (start, start + positions)
         start += positions

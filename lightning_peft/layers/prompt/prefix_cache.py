@@ -30,7 +30,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def __init__(
         self,
         pairs: Sequence[tuple[Tensor, Tensor]],
-        config: Any,
+        config: object,
         again: Again | None = None,
         factor: Factor | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class _Nothing(dict[int, bool]):
     def __setitem__(self, key: int, value: bool) -> None:
         """Forget it."""
 
-    def get(self, key: int, default: Any = None) -> Any:
+    def get(self, key: int, default: object = None) -> Any:
         """Never updated."""
         return False
 
@@ -74,7 +74,7 @@ class _Nothing(dict[int, bool]):
 def with_prefix(
     past: Any,
     pairs: Sequence[tuple[Tensor, Tensor]],
-    config: Any,
+    config: object,
     *,
     crossed: bool,
     keep: bool,
@@ -119,8 +119,7 @@ def needs_full_cache(module: nn.Module) -> bool:
     its own: what was made outside it could be backpropagated only once.
     """
     for block in _checkpointed(module):
-        made: Any = block._gradient_checkpointing_func
-        if getattr(made, "keywords", {}).get("use_reentrant", True):
+        if getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
             return True
     return False
 
@@ -150,16 +149,15 @@ def preserve_cache(module: nn.Module) -> Iterator[None]:
             "checkpointed layers can keep a cache (5.20 or later), found one that drops it; update "
             "it, or turn checkpointing off"
         )
-    own: Any = module
-    flag = getattr(own, "gradient_checkpointing", None)
+    flag = getattr(module, "gradient_checkpointing", None)
     for block in blocks:
         vars(block)["_can_checkpoint_with_cache"] = True
     if blocks and flag:  # GPT-2's stack drops the cache itself; its blocks do the checkpointing
-        own.gradient_checkpointing = False
+        vars(module)["gradient_checkpointing"] = False
     try:
         yield
     finally:
         if blocks and flag:
-            own.gradient_checkpointing = flag
+            vars(module)["gradient_checkpointing"] = flag
         for block in blocks:
             vars(block).pop("_can_checkpoint_with_cache", None)

@@ -12,8 +12,8 @@ from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
 from torch import Tensor
 
-from lightning_peft.core.modules import own_tensor
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.modules import own_tensor
 from lightning_peft.core.protocols import Reason
 from lightning_peft.storage.linear_forward import plain_forward, require_floating
 from lightning_peft.storage.nf4.packed_layer import FourBitSpec, packed_view
@@ -21,7 +21,9 @@ from lightning_peft.storage.nf4.packed_layer import FourBitSpec, packed_view
 __all__ = ["fused", "fused_group"]
 
 
-def fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float) -> Tensor:
+def fused(
+    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
+) -> Tensor:
     """The adapted layer on x; `dropout` is 0 in evaluation."""
     p: FourBitSpec = m._packed["weight"]
     require_floating(m, x)
@@ -30,7 +32,9 @@ def fused(m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: Any, dropout: float)
         "kind": p.kind, "block_size": p.block_size, "dropout_p": dropout,
     }  # fmt: skip
     if p.uses_fp8(x.device):
-        return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), own_tensor(m, "bias"), A, B, scaling, **how)
+        return fp8_lora_linear(
+            x, q, p.shape, p.e4m3_scale(q), own_tensor(m, "bias"), A, B, scaling, **how
+        )
     return nf4_lora_linear(x, q, p.shape, own_tensor(m, "bias"), A, B, scaling, **how)
 
 
@@ -60,7 +64,9 @@ def fused_group(
     if len({t.dtype for term, _ in factors for t in (term.A, term.B)}) > 1:
         return Reason("adapters of several dtypes")
     layers = [
-        Projection(packed_view(m, "weight"), shape, own_tensor(m, "bias"), t.A, t.B, t.scaling, dropout)
+        Projection(
+            packed_view(m, "weight"), shape, own_tensor(m, "bias"), t.A, t.B, t.scaling, dropout
+        )
         for m, shape, (t, dropout) in zip(modules, shapes, factors, strict=True)
     ]
     return nf4_grouped_projections(x, layers, kind=first.kind, block_size=first.block_size)

@@ -92,7 +92,9 @@ class Packed4bitModule(PackedReads, PackedForward):
             q = packed_view(module, "weight")
             packing: dict[str, Any] = {"kind": p.kind, "block_size": p.block_size}
             if p.uses_fp8(x.device):
-                return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), own_tensor(module, "bias"), **packing)
+                return fp8_lora_linear(
+                    x, q, p.shape, p.e4m3_scale(q), own_tensor(module, "bias"), **packing
+                )
             return nf4_linear(x, q, p.shape, own_tensor(module, "bias"), **packing)
         # A subclass with a forward of its own reads `weight`.
         with weight_in_place(module, read_natural(module, "weight", x.dtype)):

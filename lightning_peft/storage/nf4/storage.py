@@ -13,8 +13,8 @@ from lightning_peft_kernels.nf4.linear import nf4_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit
 from torch import Tensor, nn
 
-from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.class_swap import base_class, swap_in
+from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.protocols import Reason, WeightLayout
 from lightning_peft.storage.config import Quantization
 from lightning_peft.storage.linear_forward import plain_forward
@@ -41,10 +41,9 @@ __all__ = ["FP4Storage", "FourBitStorage", "NF4Storage"]
 class FourBitStorage(QuantizedStorage):
     """What NF4 and FP4 have in common."""
 
-    def accepts(self, config: Any) -> bool:
+    def accepts(self, config: Quantization) -> bool:
         """A `Quantization` of this kind."""
-        kind: str = config.kind
-        return kind == self.label
+        return config.kind == self.label
 
     def bits_per_weight(self, shape: torch.Size, config: Quantization) -> float:
         """4 bits, and the scales of both levels."""

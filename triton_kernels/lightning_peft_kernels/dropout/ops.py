@@ -12,11 +12,12 @@ Source of Philox: Salmon et al. 2011, doi:10.1145/2063384.2063405.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.autograd import Context
 from lightning_peft_kernels.dispatch import Backend, current_backend, select
 from lightning_peft_kernels.registration import define_backward, define_op
 
@@ -91,12 +92,21 @@ def _seeded_dropout_fake(x: Tensor, seed: Tensor, p: float, backend: Backend = "
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, Backend], output: Tensor) -> None:
+class _Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    p: float
+    backend: Backend
+
+
+def _setup_context(
+    ctx: _Context, inputs: tuple[Tensor, Tensor, float, Backend], output: Tensor
+) -> None:
     _, seed, ctx.p, ctx.backend = inputs
     ctx.save_for_backward(seed)
 
 
-def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Context, dY: Tensor) -> tuple[Tensor | None, ...]:
     (seed,) = ctx.saved_tensors
     return seeded_dropout(dY, seed, ctx.p, backend=ctx.backend), None, None, None
 

@@ -17,15 +17,15 @@ Rows beyond the last group (expert-parallel sentinels) give zeros.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.autograd import Grads, KernelFunction, apply_or_forward
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, apply_or_forward
 from lightning_peft_kernels.dispatch import current_backend
 from lightning_peft_kernels.experts.frozen_weights import FrozenWeight
-from lightning_peft_kernels.experts.groups import GroupLayout, Groups
+from lightning_peft_kernels.experts.groups import ActiveExperts, GroupLayout, Groups
 from lightning_peft_kernels.experts.on_the_fly_linear import OnTheFlyGroupedLinear
 from lightning_peft_kernels.experts.products import grouped_product, grouped_weight_gradient
 from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
@@ -97,18 +97,25 @@ def nf4_grouped_linear(
     return y
 
 
+class _Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    has_unassigned_rows: bool
+    active: ActiveExperts | None
+
+
 class _GroupedLinear(KernelFunction):
     """X W[e]ᵀ with a dense W in the dtype of X."""
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, W: Tensor, layout: GroupLayout) -> Tensor:
+    def forward(ctx: _Context, X: Tensor, W: Tensor, layout: GroupLayout) -> Tensor:
         needs_X, needs_W = ctx.needs_input_grad[:2]
         ctx.save_for_backward(X if needs_W else None, W if needs_X else None, layout.offsets)
         ctx.has_unassigned_rows, ctx.active = layout.has_unassigned_rows, layout.active
         return grouped_product(X, W, layout)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _Context, dY: Tensor) -> Grads:
         X, W, offsets = ctx.saved_tensors
         layout = GroupLayout(offsets, ctx.has_unassigned_rows, ctx.active)
         dX = None if W is None else grouped_product(dY, W.mT, layout)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
-from lightning_peft_kernels.nf4.small_batch_triton import block_scale
+from lightning_peft_kernels.nf4.block_scale_triton import block_scale
 from lightning_peft_kernels.tools.aot import spec
 
 if TYPE_CHECKING:

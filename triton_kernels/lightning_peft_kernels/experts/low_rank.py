@@ -13,12 +13,13 @@ library products.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import (
+    Context,
     Grads,
     KernelFunction,
     apply_or_forward,
@@ -27,7 +28,7 @@ from lightning_peft_kernels.autograd import (
     is_double_backward,
 )
 from lightning_peft_kernels.dispatch import Backend, current_backend, select_one_pass
-from lightning_peft_kernels.experts.groups import GroupLayout, Groups
+from lightning_peft_kernels.experts.groups import ActiveExperts, GroupLayout, Groups
 from lightning_peft_kernels.experts.products import grouped_product, grouped_weight_gradient
 from lightning_peft_kernels.experts.row_blocks import RowBlocks
 
@@ -84,12 +85,31 @@ def add_low_rank(
     return out
 
 
+class _LowRankContext(Context, Protocol):
+    """What forward saves for backward."""
+
+    spec: _Spec
+
+
+class _ProductContext(_LowRankContext, Protocol):
+    """What forward saves for backward."""
+
+    has_unassigned_rows: bool
+    active: ActiveExperts | None
+
+
 class _AddLowRank(KernelFunction):
     """One product per expert."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, X: Tensor, A: Tensor, B: Tensor, layout: GroupLayout, spec: _Spec
+        ctx: _ProductContext,
+        y: Tensor,
+        X: Tensor,
+        A: Tensor,
+        B: Tensor,
+        layout: GroupLayout,
+        spec: _Spec,
     ) -> Tensor:
         Z = grouped_product(X, A, layout).contiguous()
         if spec.scaling != 1.0:
@@ -107,9 +127,9 @@ class _AddLowRank(KernelFunction):
         return y.add_(low) if spec.in_place else y + low
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _ProductContext, dY: Tensor) -> Grads:
         X, Z, A, B, offsets = ctx.saved_tensors
-        spec: _Spec = ctx.spec
+        spec = ctx.spec
         needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
         layout = GroupLayout(offsets, ctx.has_unassigned_rows, ctx.active)
         if is_double_backward():
@@ -138,12 +158,24 @@ class _AddLowRank(KernelFunction):
         return dY, dX, dA, dB, None, None
 
 
+class _BlocksContext(_LowRankContext, Protocol):
+    """What forward saves for backward."""
+
+    blocks: RowBlocks
+
+
 class _AddByBlocks(KernelFunction):
     """One product per block. Padding of Z and dZ is zero, so other padding needs no care."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, X: Tensor, A: Tensor, B: Tensor, blocks: RowBlocks, spec: _Spec
+        ctx: _BlocksContext,
+        y: Tensor,
+        X: Tensor,
+        A: Tensor,
+        B: Tensor,
+        blocks: RowBlocks,
+        spec: _Spec,
     ) -> Tensor:
         Z = torch.bmm(blocks.cut(X), blocks.weights(A).mT)
         if spec.scaling != 1.0:
@@ -157,10 +189,9 @@ class _AddByBlocks(KernelFunction):
         return y.add_(low) if spec.in_place else y + low
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _BlocksContext, dY: Tensor) -> Grads:
         X, Z, A, B = ctx.saved_tensors
-        blocks: RowBlocks = ctx.blocks
-        spec: _Spec = ctx.spec
+        blocks, spec = ctx.blocks, ctx.spec
         needs_X, needs_A, needs_B = ctx.needs_input_grad[1:4]
         if is_double_backward():
 
@@ -210,7 +241,7 @@ def _up_gradient(g: Tensor, Z: Tensor) -> Tensor:
 
 def _gradients_by_torch(
     product: Callable[[Tensor, Tensor], Tensor],
-    ctx: Any,
+    ctx: _LowRankContext,
     dY: Tensor,
     X: Tensor | None,
     A: Tensor,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.autograd import Grads, KernelFunction, apply_or_forward
+from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, apply_or_forward
 from lightning_peft_kernels.dispatch import Backend
 from lightning_peft_kernels.experts.cpu_batches import ExpertBatches
 from lightning_peft_kernels.experts.frozen_weights import FrozenWeight, WeightSource
@@ -36,12 +36,21 @@ _SIDE_BY_SIDE = 4
 _FEW_ROWS = {2: 32, 4: 24, 8: 24}
 
 
+class _Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    groups: Groups
+    transposed: bool
+    packing: Packing | None
+    backend: Backend
+
+
 class OnTheFlyGroupedLinear(KernelFunction):
     """X W[e]ᵀ, or X W[e] if not `transposed`, with weights written for the product."""
 
     @staticmethod
     def forward(
-        ctx: Any, X: Tensor, groups: Groups, weight: FrozenWeight, transposed: bool
+        ctx: _Context, X: Tensor, groups: Groups, weight: FrozenWeight, transposed: bool
     ) -> Tensor:
         """Compute Y [S, N]."""
         ctx.save_for_backward(*weight.tensors)
@@ -50,7 +59,7 @@ class OnTheFlyGroupedLinear(KernelFunction):
         return _product(X, groups, weight, transposed=transposed)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _Context, dY: Tensor) -> Grads:
         """Compute dX, the same product in the other direction; the weight is frozen.
 
         A double backward records this product, which writes its weights again.

@@ -17,12 +17,13 @@ Output error against the exact weights, normal random data: 9.9 %; NF4 without e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import (
+    Context,
     Grads,
     KernelFunction,
     add_maybe_inplace,
@@ -207,12 +208,21 @@ def scaled_mm(
 # ---- the layer
 
 
+class _Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    packing: Packing
+    spec: LoRASpec
+    decision: Decision
+    leading: torch.Size
+
+
 class _FP8LoRALinear(KernelFunction):
     """The base product in e4m3, the low-rank branch in the adapters' dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         bias: Tensor | None,
         A: Tensor | None,
@@ -242,13 +252,13 @@ class _FP8LoRALinear(KernelFunction):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _Context, dY: Tensor) -> Grads:
         check_no_double_backward(
             "fp8_lora_linear", "its products are rounded: compute in 16 or 32 bits"
         )
         x2, S, seed, A, B, scale, *packed = ctx.saved_tensors
         needs_X, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
-        spec: LoRASpec = ctx.spec
+        spec = ctx.spec
         shape, kind, block_size = ctx.packing
         dY2 = flatten_rows(dY)
         dX = dS = dA = dB = None

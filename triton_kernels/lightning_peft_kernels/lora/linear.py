@@ -9,13 +9,14 @@ dY (`rank_gradients`).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft_kernels.autograd import (
+    Context,
     Grads,
     KernelFunction,
     add_product,
@@ -177,12 +178,18 @@ def _product(
     return y + F.linear(S, B).to(y.dtype), S, seed
 
 
+class _Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    spec: LoRASpec
+
+
 class _LoRALinear(KernelFunction):
     """y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias with a dense W."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         W: Tensor,
         bias: Tensor | None,
@@ -197,7 +204,7 @@ class _LoRALinear(KernelFunction):
         return unflatten_rows(y, x)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _Context, dY: Tensor) -> Grads:
         x, S, seed, A, B, W = ctx.saved_tensors
         x2, dY2 = flatten_rows(x), flatten_rows(dY)
         needs = ctx.needs_input_grad

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
+from lightning_peft_kernels.nf4.block_scale_triton import block_scale
 from lightning_peft_kernels.tools.aot import spec
 
 if TYPE_CHECKING:
@@ -60,12 +61,7 @@ def _dequantize_kernel(
         word = start + step * WORDS + tl.arange(0, WORDS)
         inside = word < n_words
         block = word // (BLOCK_SIZE // 8)
-        if NESTED:
-            c = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-            second = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
-            scale = tl.load(map_ptr + c) * second + tl.load(offset_ptr)
-        else:
-            scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+        scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED)
         bits = tl.load(packed_ptr + word, mask=inside, other=0)
         nibble = (bits[:, None] >> shift[None, :]) & 15
         value = tl.reshape(tl.gather(table, tl.reshape(nibble, (WORDS * 8,)), 0), (WORDS, 8))
@@ -106,12 +102,7 @@ def _dequantize_transposed_kernel(
     inside = (row < N)[:, None] & (column < K // 8)[None, :]
     word = row[:, None].to(tl.int64) * (K // 8) + column[None, :]
     block = word // (BLOCK_SIZE // 8)
-    if NESTED:
-        c = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        second = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
-        scale = tl.load(map_ptr + c) * second + tl.load(offset_ptr)
-    else:
-        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    scale = block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED)
     bits = tl.load(packed_ptr + word, mask=inside, other=0)
     nibble = (bits[:, :, None] >> shift[None, None, :]) & 15
     value = tl.gather(table, tl.reshape(nibble, (ROWS * WORDS * 8,)), 0)

@@ -15,12 +15,13 @@ Hugging Face peft. Gradients of A and B are returned in the dtype of the paramet
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import (
+    Context,
     Grads,
     KernelFunction,
     add_maybe_inplace,
@@ -67,12 +68,19 @@ def nf4_lora_linear_reference(
     return y + (x.to(A.dtype) @ A.mT @ B.mT * scaling).to(y.dtype)
 
 
+class _NF4Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    packing: Packing
+    backend: Backend
+
+
 class _NF4Linear(KernelFunction):
     """y = x Wᵀ + bias; the weight is dequantised in forward and again in backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _NF4Context,
         x: Tensor,
         bias: Tensor | None,
         q: Packed4bit,
@@ -94,7 +102,7 @@ class _NF4Linear(KernelFunction):
         return unflatten_rows(y, x)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _NF4Context, dY: Tensor) -> Grads:
         dX = d_bias = None
         if ctx.needs_input_grad[0]:
             q = Packed4bit(*ctx.saved_tensors)
@@ -104,12 +112,19 @@ class _NF4Linear(KernelFunction):
         return dX, d_bias, None, None, None
 
 
+class _NF4LoRAContext(Context, Protocol):
+    """What forward saves for backward."""
+
+    packing: Packing
+    spec: LoRASpec
+
+
 class _NF4LoRALinear(KernelFunction):
     """y = x Wᵀ + s · drop(x) Aᵀ Bᵀ + bias, forward and backward by hand."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _NF4LoRAContext,
         x: Tensor,
         bias: Tensor | None,
         A: Tensor,
@@ -136,9 +151,9 @@ class _NF4LoRALinear(KernelFunction):
         return unflatten_rows(y, x)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _NF4LoRAContext, dY: Tensor) -> Grads:
         x, S, seed, A, B, *packed = ctx.saved_tensors
-        spec: LoRASpec = ctx.spec
+        spec = ctx.spec
         x2, dY2 = flatten_rows(x), flatten_rows(dY)
         needs_X, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
         W = None

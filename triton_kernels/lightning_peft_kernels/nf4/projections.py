@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import (
+    Context,
     Grads,
     KernelFunction,
     apply_or_forward,
@@ -149,12 +150,18 @@ def _up(
     return parts
 
 
+class _Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    group: _Group
+
+
 class _GroupedProjections(KernelFunction):
     """All layers of a group. Arguments after `qs`: g biases, g A, g B."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         group: _Group,
         qs: tuple[Packed4bit, ...],
@@ -170,8 +177,8 @@ class _GroupedProjections(KernelFunction):
         return tuple(torch.ops.aten._unsafe_view(part, (*lead, part.shape[-1])) for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, *dYs: Tensor) -> Grads:
-        group: _Group = ctx.group
+    def backward(ctx: _Context, *dYs: Tensor) -> Grads:
+        group = ctx.group
         g, needs = len(group.shapes), ctx.needs_input_grad
         needs_X, needs_biases = needs[0], needs[3 : 3 + g]
         needs_As, needs_Bs = needs[3 + g : 3 + 2 * g], needs[3 + 2 * g :]

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
+from lightning_peft_kernels.nf4.block_scale_triton import block_scale
 from lightning_peft_kernels.tools.aot import spec
 
 if TYPE_CHECKING:
     from lightning_peft_kernels.nf4.ops import Packed4bit
 
-__all__ = ["GEMV_ROWS", "aot_specs", "block_scale", "decode"]
+__all__ = ["GEMV_ROWS", "aot_specs", "decode"]
 
 GEMV_ROWS = 4  # rows of x up to which products and sums beat matrix instructions
 _ROWS, _WORDS = 16, 64
@@ -49,18 +50,6 @@ def _dot8(bits, table, x0, x1, x2, x3, x4, x5, x6, x7, ROWS: tl.constexpr, WORDS
     sum += _value(table, bits >> 28, ROWS, WORDS) * x6
     sum += _value(table, bits >> 24, ROWS, WORDS) * x7
     return sum
-
-
-@triton.jit
-def block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NESTED: tl.constexpr):
-    """Return the scales of these blocks in fp32, decoded if nested."""
-    if NESTED:
-        c = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        second = tl.load(absmax2_ptr + block // 256, mask=inside, other=0.0)
-        scale = tl.load(map_ptr + c) * second + tl.load(offset_ptr)
-    else:
-        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-    return scale
 
 
 @triton.jit

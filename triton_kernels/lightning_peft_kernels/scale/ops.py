@@ -8,12 +8,13 @@ sums dg and dbias on the way in fp32 (6 bytes per element).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import (
+    Context,
     Grads,
     KernelFunction,
     apply_or_forward,
@@ -86,11 +87,20 @@ define_op(
 )
 
 
+class _Context(Context, Protocol):
+    """What forward saves for backward."""
+
+    bias_dtype: torch.dtype | None
+    backend: Backend
+
+
 class _OutputScale(KernelFunction):
     """y = u ∘ g + bias."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, g: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
+    def forward(
+        ctx: _Context, u: Tensor, g: Tensor, bias: Tensor | None, backend: Backend
+    ) -> Tensor:
         u2 = u.reshape(-1, u.shape[-1]).contiguous()
         ctx.save_for_backward(u, g)
         ctx.bias_dtype, ctx.backend = None if bias is None else bias.dtype, backend
@@ -98,7 +108,7 @@ class _OutputScale(KernelFunction):
         return y.view(u.shape)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> Grads:
+    def backward(ctx: _Context, dY: Tensor) -> Grads:
         u, g = ctx.saved_tensors
         needs_u, needs_g, needs_bias, _ = ctx.needs_input_grad
         dY2, u2 = (t.reshape(-1, t.shape[-1]).contiguous() for t in (dY, u))

@@ -1,0 +1,59 @@
+"""A folder of safetensors, read row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import EllipsisType
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["RowSource", "TensorFiles"]
+
+
+class RowSource(Protocol):
+    """A tensor in a file or in memory, which is sliced."""
+
+    def __getitem__(self, where: int | slice | EllipsisType | tuple[slice, slice], /) -> Tensor:
+        """Read a part; all of it for ``...``."""
+
+
+class TensorFiles:
+    """The tensors of a folder.
+
+    Attributes:
+        keys: Name of a tensor → (file, shape).
+
+    Raises:
+        FileNotFoundError: no safetensors there, or a listed file is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.keys: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{folder}: expected *.safetensors, found none")
+        listed = folder / "model.safetensors.index.json"
+        if listed.exists():
+            told = set(json.loads(listed.read_text())["weight_map"].values())
+            files = [f for f in files if f.name in told]
+            absent = told - {f.name for f in files}
+            if absent:
+                raise FileNotFoundError(f"{folder}: expected {sorted(absent)}, found none")
+        for file in files:
+            with safe_open(str(file), framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118  it is no dict
+                    self.keys[key] = (file, tuple(handle.get_slice(key).get_shape()))
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[RowSource]:
+        """Context with the rows of one tensor; the file is mapped only while it is read."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.keys[key][0]), framework="pt") as handle:
+            yield handle.get_slice(key)
