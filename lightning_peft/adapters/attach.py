@@ -7,11 +7,13 @@ All checks run before the first change. Base keys never change; an adapter is st
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.adoption import adopted_layers, release_adopted
@@ -19,6 +21,7 @@ from lightning_peft.adapters.batch import observe_batch, stack_of
 from lightning_peft.adapters.build import AdapterBuilder, guard_fast_path
 from lightning_peft.adapters.followers import can_follow, follow
 from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.adapters.placement.unused_rules import check_patterns, unused_rules
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.adapters.quantize import (
     QuantizationPlan,
@@ -119,8 +122,11 @@ def attach_within(
             else plan_quantization(model, quantization, keep=saved, averaged=averaged)
         )
         _check_copies_stay_dense(plan.adapters, packing)
+        unused = unused_rules(model, methods, plan.adapters)
         readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
         observed = [(m, stack_of(model, m)) for m in readers]
+    for line in unused:
+        warnings.warn(line, stacklevel=3)
     registry = ensure_registry(model)
     _remember_base(model, registry, plan.adapters)
     for parameter in model.parameters():
@@ -294,6 +300,8 @@ def _checked_methods(
             "attach: expected at least one method or modules_to_save, got none; everything would "
             "be frozen"
         )
+    for each in methods:
+        check_patterns(each)
     return [_resolved(m, model) for m in methods]
 
 
@@ -324,6 +332,13 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _require_parameters(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: expected an nn.Module, got {type(model).__name__}")
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedTensorMixin)]
+    if lazy:
+        raise ValueError(
+            f"attach to {type(model).__name__}: expected parameters with a shape, found lazy ones "
+            f"({', '.join(lazy[:3])}); run one batch through the model first (under a Trainer: in "
+            "the module's __init__ or configure_model)"
+        )
     if next(model.parameters(), None) is None:
         raise ValueError(
             f"attach to {type(model).__name__}: expected a module with parameters, found none; "

@@ -72,9 +72,8 @@ def _add_method(
     nothing else.
     """
     found, selection = find_placements(method, model)
-    unnamed = [
-        part for part in frozen if not names_part(getattr(method, "target_modules", None), part)
-    ]
+    targets = getattr(method, "target_modules", None)
+    unnamed = [part for part in frozen if not names_part(targets, part)]
     if any(not inside(p.name, unnamed) for p in found):
         left_out = [part for part in unnamed if any(inside(p.name, [part]) for p in found)]
         plan.skipped += [(part, _FROZEN) for part in left_out]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -84,7 +85,20 @@ def plan_quantization(
             continue
         _require_finite(name, module, layout)
         plan.layers.append((name, module, layout))
+    if not plan.layers:
+        _warn_nothing_packed(model, plan)
     return plan
+
+
+def _warn_nothing_packed(model: nn.Module, plan: QuantizationPlan) -> None:
+    own = [m for m in model.modules() if any(p is not None for p in m._parameters.values())]
+    kinds = sorted({type(m).__name__ for m in own})
+    left = ", ".join(f"{name} ({why})" for name, why in plan.dense[:3])
+    warnings.warn(
+        f"quantization {plan.quantization}: packed no layer of {type(model).__name__}, which has "
+        f"{', '.join(kinds[:6])}" + (f"; left dense: {left}" if left else ""),
+        stacklevel=4,
+    )
 
 
 def _stays_dense(

@@ -168,8 +168,8 @@ def _matcher(
         found = Counter(n.rpartition(".")[2] for n, m in modules if n and adaptable(m))
         raise ValueError(
             "target_modules: expected a Hugging Face architecture of the table to choose layers "
-            f'by, got {_model_types(model) or type(model).__name__}; use target_modules="all-linear", or '
-            "name them: layers found are "
+            f"by, got {_model_types(model) or type(model).__name__}; use "
+            'target_modules="all-linear", or name them: layers found are '
             + (", ".join(f"{n} ×{c}" for n, c in found.most_common(30)) or "none")
         )
     return lambda name, module: any(

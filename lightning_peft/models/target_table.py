@@ -71,6 +71,17 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": Family(
         ("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj", "v_proj", "down_proj"), ("down_proj",)
     ),
+    # Models with code of their own; peft's table has them
+    "chatglm": Family(
+        ("query_key_value",), ("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)
+    ),
+    "refined_web": Family(
+        ("query_key_value",), ("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)
+    ),
+    "btlm": Family(("c_proj", "c_attn"), ("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+    "rwkv7": Family(
+        ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"), ("k_proj", "v_proj", "value"), ()
+    ),
     "mamba": Family(("in_proj", "x_proj"), ("in_proj",), ()),
     "mamba2": Family(("in_proj",), ("in_proj",), ()),
     "bert": Family(("query", "value"), ("key", "value", "output.dense"), ("output.dense",)),
@@ -183,6 +194,10 @@ _BY_FAMILY: dict[str, str] = {
     "prophetnet": "prophetnet",
     "ctrl": "ctrl",
     "rwkv": "rwkv",
+    "chatglm": "chatglm",
+    "refined_web": "RefinedWeb RefinedWebModel",
+    "btlm": "btlm",
+    "rwkv7": "rwkv7",
     "xlstm": "xlstm",
     "cpmant": "cpmant",
     "lfm2": "lfm2 lfm3",

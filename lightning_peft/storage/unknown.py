@@ -11,7 +11,7 @@ from lightning_peft.core.pruning_masks import mask_of
 from lightning_peft.storage.dtensor import is_sharded
 from lightning_peft.storage.registry import foreign_storage, held_tensors
 
-__all__ = ["computed_weight", "unknown_format"]
+__all__ = ["computed_weight", "refuse_unknown_format", "unknown_format"]
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -38,6 +38,22 @@ def unknown_format(m: nn.Module, name: str) -> str:
     if beside:
         return f"its weight is scaled by {', '.join(beside)}"
     return ""
+
+
+def refuse_unknown_format(m: nn.Module, name: str, label: str) -> None:
+    """Raise if a weight cannot be read as a plain dense one.
+
+    Raises:
+        ValueError: with the layer's class, the format, and two ways out.
+    """
+    reason = unknown_format(m, name)
+    if reason:
+        raise ValueError(
+            f"{label!r}: expected a plain dense weight, or a format with a registered storage, got "
+            f"{type(m).__module__}.{type(m).__name__}: {reason}; load the model without its "
+            "quantization_config (or with dequantize=True where the config has it) and give "
+            'quantization="nf4", or leave these layers out with exclude_modules'
+        )
 
 
 def _tensor_class(weight: Tensor) -> str:

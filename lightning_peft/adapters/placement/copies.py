@@ -13,6 +13,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.methods.base import SelectMethod
 from lightning_peft.storage import held_tensors, storage_of
+from lightning_peft.storage.unknown import refuse_unknown_format
 
 __all__ = ["find_copy_placements"]
 
@@ -62,6 +63,8 @@ def _selected(method: SelectMethod, name: str, module: nn.Module, selects: _Sele
                 "exclude it, or use an adapter"
             )
         if held is None and parameter.is_floating_point():
+            owner, _, leaf = path.rpartition(".")
+            refuse_unknown_format(module.get_submodule(owner), leaf, name)
             paths.append(path)
     return paths
 

@@ -17,6 +17,7 @@ from lightning_peft.layers.experts.ops import is_experts
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.models.target_modules import Selection, select
 from lightning_peft.storage import storage_of
+from lightning_peft.storage.unknown import refuse_unknown_format
 
 __all__ = ["find_weight_placements"]
 
@@ -42,11 +43,42 @@ def find_weight_placements(
         assert ops is not None  # `select` asked
         parameters = ops.parameters(module)
         for parameter in chosen.get(name, parameters):
+            refuse_unknown_format(module, parameter, name)
             site = Site(module, parameter, name, ops, storage_of(module, parameter))
-            method.check(site)
             slot = "" if len(parameters) == 1 else parameter.replace(".", "_")
             placements.append(WeightPlacement(site, slot))
-    return placements, selection
+    return _checked(method, placements, selection)
+
+
+def _checked(
+    method: WeightMethod, placements: list[WeightPlacement], selection: Selection
+) -> tuple[list[WeightPlacement], Selection]:
+    """The placements at which the method has a meaning.
+
+    ``"all-linear"`` leaves the others out, with the reason; a layer that is named is refused.
+    """
+    fitting: list[WeightPlacement] = []
+    unfit: list[tuple[str, str]] = []
+    refusal: ValueError | None = None
+    for placement in placements:
+        try:
+            method.check(placement.site)
+        except ValueError as error:
+            if method.target_modules != "all-linear":
+                raise
+            refusal = refusal or error
+            unfit.append((placement.name, _reason(error, placement.site.label)))
+        else:
+            fitting.append(placement)
+    if refusal is not None and not fitting:
+        raise refusal
+    return fitting, dataclasses.replace(selection, skipped=(*selection.skipped, *unfit))
+
+
+def _reason(error: ValueError, label: str) -> str:
+    """The part of an error that says why, without the layer's name."""
+    text = str(error).partition(f"{label!r}: ")[2] or str(error)
+    return text.partition("; ")[0]
 
 
 def _select(method: WeightMethod, model: nn.Module, ops_of: _OpsOf) -> Selection:

@@ -31,11 +31,10 @@ def fused(
     how: dict[str, Any] = {
         "kind": p.kind, "block_size": p.block_size, "dropout_p": dropout,
     }  # fmt: skip
+    bias = own_tensor(m, "bias")
     if p.uses_fp8(x.device):
-        return fp8_lora_linear(
-            x, q, p.shape, p.e4m3_scale(q), own_tensor(m, "bias"), A, B, scaling, **how
-        )
-    return nf4_lora_linear(x, q, p.shape, own_tensor(m, "bias"), A, B, scaling, **how)
+        return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), bias, A, B, scaling, **how)
+    return nf4_lora_linear(x, q, p.shape, bias, A, B, scaling, **how)
 
 
 def fused_group(

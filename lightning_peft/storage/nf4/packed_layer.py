@@ -90,12 +90,11 @@ class Packed4bitModule(PackedReads, PackedForward):
         p = module._packed["weight"]
         if plain_forward(module):
             q = packed_view(module, "weight")
+            bias = own_tensor(module, "bias")
             packing: dict[str, Any] = {"kind": p.kind, "block_size": p.block_size}
             if p.uses_fp8(x.device):
-                return fp8_lora_linear(
-                    x, q, p.shape, p.e4m3_scale(q), own_tensor(module, "bias"), **packing
-                )
-            return nf4_linear(x, q, p.shape, own_tensor(module, "bias"), **packing)
+                return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), bias, **packing)
+            return nf4_linear(x, q, p.shape, bias, **packing)
         # A subclass with a forward of its own reads `weight`.
         with weight_in_place(module, read_natural(module, "weight", x.dtype)):
             y: Tensor = super().forward(x, *args, **kwargs)
