@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.adoption import adopted_layers, release_adopted
@@ -24,12 +24,14 @@ from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.adapters.placement.unused_rules import check_patterns, unused_rules
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.adapters.quantize import (
+    PackingWatch,
     QuantizationPlan,
     plan_quantization,
     quantize_layers,
     students_of_dense,
 )
 from lightning_peft.adapters.rehome import rehome
+from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
 from lightning_peft.core.registry import (
     AdapterEntry,
@@ -39,6 +41,8 @@ from lightning_peft.core.registry import (
     is_part,
     join_registry,
     registries_in,
+    registry_of,
+    set_registry,
 )
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, release
 from lightning_peft.layers.projection_group import share_inputs
@@ -81,6 +85,9 @@ def attach(
         ValueError: a bad name, nothing matches, a method has no meaning at a layer, non-finite
             weights.
         RuntimeError: the name is taken, or adapters are merged.
+
+    Whatever is raised, the model is as before, bit for bit. With `quantization`, layers that were
+    packed before a failure stay packed; a second call packs the rest.
     """
     return attach_within(
         model,
@@ -109,48 +116,67 @@ def attach_within(
         averaged: Parts of the model that are averaged into a dense part outside, with its name.
     """
     methods = _checked_methods(model, method, modules_to_save)
-    rehome(model)
-    _check_name(model, adapter_name)
-    with adopted_layers(model):
-        saved = _saved_modules(model, modules_to_save)
-        plan = plan_attach(model, methods, saved)
-        copies = _copies_to_follow(model, plan.adapters)
-        averaged = {**averaged, **students_of_dense(copies, quantization)}
-        packing = (
-            None
-            if quantization is None
-            else plan_quantization(model, quantization, keep=saved, averaged=averaged)
-        )
-        _check_copies_stay_dense(plan.adapters, packing)
-        unused = unused_rules(model, methods, plan.adapters)
-        readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
-        observed = [(m, stack_of(model, m)) for m in readers]
-    for line in unused:
-        warnings.warn(line, stacklevel=3)
-    registry = ensure_registry(model)
-    _remember_base(model, registry, plan.adapters)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    builder = AdapterBuilder(plan.adapters, adapter_name)
-    if packing is not None:
-        quantize_layers(model, packing, device, builder.around_packing)
-        registry.quantization, registry.dense = quantization, packing.dense
-    builder.finish()
-    for reader, stack in observed:
-        observe_batch(model, reader, stack, adapter_name)
-    for pair in copies:
-        student = model.get_submodule(pair.student)
-        if can_follow(student):
-            follow(student, model.get_submodule(pair.teacher), adapter_name)
-    guard_fast_path(model)
-    share_inputs(model, children_sharing_input(model))
-    for _, module in adapted_modules(model):
-        join_registry(module, registry)
-    registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters)
-    registry.skipped, registry.tied = plan.skipped, plan.tied
-    activate(model, registry, [adapter_name])
-    start_history(model, again=[] if packing is None else [name for name, _, _ in packing.layers])
-    return parameter_report(model)
+    snapshot, built, packed = ModelSnapshot(model), list[WeightAdapter](), list[str]()
+    try:
+        rehome(model)
+        _check_name(model, adapter_name)
+        with adopted_layers(model):
+            saved = _saved_modules(model, modules_to_save)
+            plan = plan_attach(model, methods, saved)
+            copies = _copies_to_follow(model, plan.adapters)
+            averaged = {**averaged, **students_of_dense(copies, quantization)}
+            packing = (
+                None
+                if quantization is None
+                else plan_quantization(model, quantization, keep=saved, averaged=averaged)
+            )
+            _check_copies_stay_dense(plan.adapters, packing)
+            unused = unused_rules(model, methods, plan.adapters)
+            readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
+            observed = [(m, stack_of(model, m)) for m in readers]
+        for line in unused:
+            warnings.warn(line, stacklevel=3)
+        registry = ensure_registry(model)
+        _remember_base(model, registry, plan.adapters)
+        builder = AdapterBuilder(plan.adapters, adapter_name, built)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        if packing is not None:
+            watch = PackingWatch(packed, snapshot.renew, builder.around_packing)
+            quantize_layers(model, packing, device, watch)
+            registry.quantization, registry.dense = quantization, packing.dense
+        builder.finish()
+        for reader, stack in observed:
+            observe_batch(model, reader, stack, adapter_name)
+        for pair in copies:
+            student = model.get_submodule(pair.student)
+            if can_follow(student):
+                follow(student, model.get_submodule(pair.teacher), adapter_name)
+        guard_fast_path(model)
+        share_inputs(model, children_sharing_input(model))
+        for _, module in adapted_modules(model):
+            join_registry(module, registry)
+        registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters)
+        registry.skipped, registry.tied = plan.skipped, plan.tied
+        activate(model, registry, [adapter_name])
+        start_history(model, again=packed)
+        return parameter_report(model)
+    except BaseException:
+        base = registry_of(model)
+        snapshot.restore(built)
+        if packed and base is not None:  # packed layers stay packed: their dense weights are gone
+            set_registry(model, _registry_of_packed(base, quantization))
+        raise
+
+
+def _registry_of_packed(
+    registry: AdapterRegistry, quantization: StorageConfig | None
+) -> AdapterRegistry:
+    """Return what is known of a base that was packed in part; a second call packs the rest."""
+    flags = dict(registry.requires_grad)
+    return AdapterRegistry(
+        requires_grad=flags, fingerprint=registry.fingerprint, quantization=quantization
+    )
 
 
 def quantize(
@@ -164,21 +190,34 @@ def quantize(
 
     Raises:
         ValueError: a weight is not finite; nothing is changed.
-        RuntimeError: adapters are attached already.
+        RuntimeError: adapters are attached already. Or a layer failed: the layers before it are
+            packed, the others untouched; both are named, the model runs, and a second call packs
+            the rest.
     """
     if any(True for _ in adapted_modules(model)):
         raise RuntimeError(
             "quantize: expected a model without adapters, found some; quantise first, or give "
             "attach() the quantization"
         )
-    with adopted_layers(model):
-        packing = plan_quantization(model, quantization, keep=list(exclude))
-    registry = ensure_registry(model)
-    registry.fingerprint = fingerprint(model)
-    quantize_layers(model, packing, device)
-    guard_fast_path(model)
-    registry.quantization, registry.dense = quantization, packing.dense
-    return parameter_report(model)
+    packed: list[str] = []
+    snapshot = ModelSnapshot(model)
+    try:
+        with adopted_layers(model):
+            packing = plan_quantization(model, quantization, keep=list(exclude))
+        registry = ensure_registry(model)
+        if registry.fingerprint is None:  # else the layers that are missing are packed now
+            registry.fingerprint = fingerprint(model)
+        registry.quantization, registry.dense = quantization, packing.dense
+        quantize_layers(model, packing, device, PackingWatch(packed, snapshot.renew))
+        guard_fast_path(model)
+        return parameter_report(model)
+    except BaseException:
+        base = registry_of(model)
+        snapshot.restore()
+        if packed and base is not None:
+            set_registry(model, _registry_of_packed(base, quantization))
+            guard_fast_path(model)
+        raise
 
 
 def detach(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -332,7 +371,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _require_parameters(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: expected an nn.Module, got {type(model).__name__}")
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedTensorMixin)]
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(
             f"attach to {type(model).__name__}: expected parameters with a shape, found lazy ones "

@@ -29,8 +29,21 @@ class AdapterBuilder:
     initialises the adapter.
     """
 
-    def __init__(self, planned: Sequence[PlannedAdapter], adapter_name: str) -> None:
+    def __init__(
+        self,
+        planned: Sequence[PlannedAdapter],
+        adapter_name: str,
+        built: list[WeightAdapter],
+    ) -> None:
+        """Take the plan.
+
+        Args:
+            planned: What to build.
+            adapter_name: Name to attach under.
+            built: Extended by every adapter that may rewrite the base, before it does.
+        """
         self._planned = planned
+        self._weight_adapters = built
         self._adapter_name = adapter_name
         self._built: set[int] = set()
         self._copies: dict[int, nn.Parameter] = {}
@@ -76,6 +89,7 @@ class AdapterBuilder:
         _rebind_forward(module)
         adapter = placement.build(planned.method, self._adapter_name, self._copies)
         if isinstance(adapter, WeightAdapter):
+            self._weight_adapters.append(adapter)
             held = self._held(planned, adapter)
             adapter.shared_buffers, adapter.shared_trained = held.frozen, held.trained
             for name, buffer in held.site_buffers.get(id(site), {}).items():

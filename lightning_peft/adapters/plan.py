@@ -94,7 +94,7 @@ def _add_method(
         plan.adapters += [
             PlannedAdapter(biases, "biases", p)
             for p in find_placements(biases, model)[0]
-            if not inside(p.name, unnamed)
+            if not inside(p.name, unnamed) and not _lies_in(p.name, saved)
         ]
 
 

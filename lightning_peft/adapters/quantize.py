@@ -11,8 +11,9 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
+from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.modules import parameter_at, tied_ids
 from lightning_peft.core.names import matches_suffix, with_parents
 from lightning_peft.core.protocols import Storage, WeightLayout
@@ -24,7 +25,13 @@ from lightning_peft.models.modules import head_names
 from lightning_peft.storage import StorageConfig, held_tensors, storage_for
 from lightning_peft.storage.unknown import computed_weight, unknown_format
 
-__all__ = ["QuantizationPlan", "plan_quantization", "quantize_layers", "students_of_dense"]
+__all__ = [
+    "PackingWatch",
+    "QuantizationPlan",
+    "plan_quantization",
+    "quantize_layers",
+    "students_of_dense",
+]
 
 
 @dataclass
@@ -123,7 +130,7 @@ def _stays_dense(
     if reason:
         return reason
     weight = held(module, layout.names[0])
-    if isinstance(weight, UninitializedTensorMixin):
+    if isinstance(weight, UninitializedParameter):
         return "lazy: it has no shape yet"
     if id(weight) in shared:
         return "tied to another parameter"
@@ -197,11 +204,31 @@ def _require_finite(name: str, module: nn.Module, layout: WeightLayout) -> None:
         )
 
 
+@dataclass
+class PackingWatch:
+    """What happens around the packing of each layer.
+
+    Attributes:
+        packed: Names of packed layers; extended in place.
+        keep: Called with each layer when it is packed.
+        around: Entered for the packing of each layer.
+    """
+
+    packed: list[str]
+    keep: Callable[[nn.Module], None]
+    around: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
+
+    def note(self, name: str, module: nn.Module) -> None:
+        """Remember a packed layer."""
+        self.keep(module)
+        self.packed.append(name)
+
+
 def quantize_layers(
     model: nn.Module,
     plan: QuantizationPlan,
     device: torch.device | str | None,
-    around: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
+    watch: PackingWatch,
 ) -> None:
     """Quantise one layer at a time: move it to the device, quantise it, free the dense weight.
 
@@ -209,13 +236,30 @@ def quantize_layers(
         model: The model.
         plan: The layers.
         device: Where to quantise; None means where each weight is.
-        around: Entered for the quantisation of each layer.
+        watch: What happens around each layer.
+
+    Raises:
+        RuntimeError: a layer failed; it is as before, and the layers before it are packed.
     """
-    for _, module, layout in _progress(plan.layers):
-        if device is not None and parameter_at(module, layout.names[0]).device.type != "meta":
-            module.to(device)
-        with nullcontext() if around is None else around(module):
-            plan.storage.quantize(module, layout, plan.quantization)
+    names = [name for name, _, _ in plan.layers]
+    for name, module, layout in _progress(plan.layers):
+        before = ModelSnapshot(module)
+        with watch.around(module):
+            try:
+                if device is not None and held(module, layout.names[0]).device.type != "meta":
+                    module.to(device)
+                plan.storage.quantize(module, layout, plan.quantization)
+                watch.note(name, module)
+            except BaseException as error:
+                if name not in watch.packed:
+                    before.restore()
+                if isinstance(error, Exception) and len(names) > 1:
+                    rest = [n for n in names if n not in watch.packed]
+                    raise RuntimeError(
+                        f"quantize {name!r}: {error}; packed: {watch.packed or 'none'}; untouched: "
+                        f"{rest}; the model runs, and a second call packs the rest"
+                    ) from error
+                raise
 
 
 _Layers = list[tuple[str, nn.Module, WeightLayout]]

@@ -107,12 +107,13 @@ def attach_once(
                 f"is stored already, got {quantization}; give every PEFT callback of one root the "
                 "same"
             )
+        unfinished = record is not None and not record.adapters  # a former call failed halfway
         heads = [h for h in fresh_head_names(root) if not _covered(h, modules_to_save)]
         attach_within(
             root,
             list(methods),
             adapter_name=name,
-            quantization=quantization if first else None,
+            quantization=quantization if first or unfinished else None,
             modules_to_save=[*modules_to_save, *heads],
             device=device if first and quantization is not None else None,
             averaged=averaged,

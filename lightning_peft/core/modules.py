@@ -16,6 +16,7 @@ __all__ = [
     "own_tensor",
     "parameter_at",
     "persistent_buffers",
+    "required_tensor",
     "tied_ids",
     "tied_parameters",
 ]
@@ -94,6 +95,12 @@ def own_tensor(m: nn.Module, name: str) -> Tensor | None:
     if found is None:
         found = m._parameters.get(name)
     return found if isinstance(found, Tensor) else None
+
+
+def required_tensor(m: nn.Module, name: str) -> Tensor:
+    """Return a parameter as the module's own forward reads it."""
+    found = own_tensor(m, name)
+    return getattr(m, name) if found is None else found  # a kind whose weight lies elsewhere
 
 
 def is_conv1d(module: nn.Module) -> bool:

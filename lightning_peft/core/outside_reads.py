@@ -61,6 +61,8 @@ class ParameterAccess:
         parameter = module._parameters.get(self.name)
         if parameter is None:
             raise AttributeError(self.name)  # Python then asks nn.Module.__getattr__
+        if type(parameter) is not nn.Parameter:  # a shard, which FSDP2 handles itself
+            return parameter
         return module._read_parameter(self.name, parameter)
 
 

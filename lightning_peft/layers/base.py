@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lightning_peft.core.edit import Edit, apply_edits
-from lightning_peft.core.modules import own_tensor
+from lightning_peft.core.modules import own_tensor, required_tensor
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.layers.base_forward import run_base
 from lightning_peft.layers.fused_forward import forward_fused
@@ -283,8 +283,7 @@ class MatrixOps(LayerOps):
 
     def own(self, m: nn.Module, name: str) -> Tensor:
         """Return a weight or bias as the layer's own forward reads it."""
-        found = own_tensor(m, name)
-        return getattr(m, name) if found is None else found  # a kind whose weight lies elsewhere
+        return required_tensor(m, name)
 
 
 _OUT_SCALE = frozenset({"out_scale"})

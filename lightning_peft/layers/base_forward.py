@@ -56,9 +56,9 @@ def run_base(
 
 
 @lru_cache(maxsize=256)
-def _is_plain(cls: type[nn.Module]) -> bool:
+def _is_plain(cls: type[object]) -> bool:
     """Whether the class's forward is a function of x, weight and bias, and no more."""
     if issubclass(cls, PackedForward):
         return False
     base = next(c for c in cls.__mro__ if not issubclass(c, Swapped))
-    return base.__name__ == "Conv1D" or base.forward in _PLAIN_FORWARDS
+    return base.__name__ == "Conv1D" or getattr(base, "forward", None) in _PLAIN_FORWARDS

@@ -128,7 +128,7 @@ def content_hash(t: Tensor) -> int:
     kind = zlib.crc32(f"{t.dtype}{list(t.shape)}".encode())
     flat = t.detach().reshape(-1).view(torch.uint8)
     if flat.device.type == "cpu" and flat.numel() <= _SMALL:
-        return (kind << 32) ^ zlib.crc32(memoryview(flat.numpy()))
+        return (kind << 32) ^ zlib.crc32(flat.numpy().data)
     if flat.storage_offset() % 8:
         flat = flat.clone()
     words = flat.numel() // 8

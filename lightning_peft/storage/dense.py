@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.core.class_swap import base_class
-from lightning_peft.core.modules import own_tensor
+from lightning_peft.core.modules import own_tensor, required_tensor
 from lightning_peft.core.protocols import Reason, StoredTensor
 from lightning_peft.core.pruning_masks import held, mask_of, show_masked
 from lightning_peft.storage.base import BaseStorage
@@ -122,12 +122,12 @@ class DenseStorage(BaseStorage):
 def _fused(
     m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
 ) -> Tensor:
-    W, b = own_tensor(m, "weight"), own_tensor(m, "bias")
-    return lora_linear(x, W, b, A, B, scaling, dropout_p=dropout)
+    W = required_tensor(m, "weight")
+    return lora_linear(x, W, own_tensor(m, "bias"), A, B, scaling, dropout_p=dropout)
 
 
 def _fused_transposed(
     m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
 ) -> Tensor:
-    W, b = own_tensor(m, "weight"), own_tensor(m, "bias")
-    return lora_linear(x, W.mT, b, A, B, scaling, dropout_p=dropout)
+    W = required_tensor(m, "weight")
+    return lora_linear(x, W.mT, own_tensor(m, "bias"), A, B, scaling, dropout_p=dropout)

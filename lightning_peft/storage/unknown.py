@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_peft.core.pruning_masks import mask_of
@@ -60,7 +60,7 @@ def _tensor_class(weight: Tensor) -> str:
     """Return the class of a tensor subclass; "" for a plain tensor or a shard of one."""
     held = weight.data
     for cls in (type(weight), type(held)):
-        plain = cls in (Tensor, nn.Parameter) or issubclass(cls, UninitializedTensorMixin)
+        plain = cls in (Tensor, nn.Parameter) or issubclass(cls, UninitializedParameter)
         if not plain and not is_sharded(weight):
             return cls.__name__
     return ""

@@ -187,8 +187,9 @@ def test_quantised_bytes_survive_every_precision() -> None:
             model
         )
         layer = dict(model.net.named_modules())["3"]
-        bits[precision] = [layer.weight, layer.weight_absmax, layer.weight_absmax2]
-        assert layer.weight.dtype == torch.uint8
+        held = layer._parameters["weight"]
+        bits[precision] = [held, layer.weight_absmax, layer.weight_absmax2]
+        assert held.dtype == torch.uint8
     for others in list(bits.values())[1:]:
         assert all(torch.equal(a, b) for a, b in zip(bits["32-true"], others, strict=True))
 

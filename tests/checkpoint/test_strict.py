@@ -175,7 +175,7 @@ def test_nothing_is_written_before_anything_is_attached(tmp_path: Path) -> None:
 def test_a_base_tensor_that_somebody_else_writes_is_named(tmp_path: Path) -> None:
     class Leaking(pl.Callback):
         def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-            checkpoint["mine"] = {"copy": [pl_module.net[0].weight.detach()]}
+            checkpoint["mine"] = {"copy": [pl_module.net[0]._parameters["weight"].detach()]}
 
     it = trainer(peft(), Leaking(), max_epochs=1)
     it.fit(Plain())

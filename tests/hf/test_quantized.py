@@ -62,7 +62,7 @@ def test_lora_on_ours_is_lora_on_bitsandbytes(kind, nested, tmp_path) -> None:
     ).eval()
     for name, module in adapted_modules(model):
         layer = theirs.base_model.model.get_submodule(name).base_layer
-        assert_same_bits(name, module.weight.reshape(-1), layer.weight.reshape(-1))
+        assert_same_bits(name, module._parameters["weight"].reshape(-1), layer.weight.reshape(-1))
     assert_close("logits", run(model, inputs), run(theirs, inputs), floor=1e-4)
     optimizers = [
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)

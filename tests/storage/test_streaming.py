@@ -41,4 +41,4 @@ def test_no_more_than_two_dense_layers_live(init, monkeypatch) -> None:
     )
     assert len(seen) == LAYERS
     assert max(seen) <= 2, seen
-    assert all(m.weight.dtype == torch.uint8 for m in model)
+    assert all(m._parameters["weight"].dtype == torch.uint8 for m in model)

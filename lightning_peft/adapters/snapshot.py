@@ -1,0 +1,117 @@
+"""The structure of a model at one moment, to go back to when a change fails halfway.
+
+Only references are kept: classes, attributes, parameters, buffers, hooks. Contents that a change
+writes in place are put back by whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.registry import registry_of
+from lightning_peft.layers.adapted import adapted_modules, is_adapted, weight_adapters_of
+from lightning_peft.layers.weight_adapter import WeightAdapter
+
+__all__ = ["ModelSnapshot"]
+
+#: Attributes of modules that are changed in place.
+_CONTAINERS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_packed",
+)
+
+
+class ModelSnapshot:
+    """Structure of a model: module by module, with the state of adapters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {id(m): _ModuleStructure(m) for m in model.modules()}
+        self._adapters = [
+            (adapter, adapter.site.name, adapter.rewrite is not None and adapter.rewrite.active)
+            for _, m in adapted_modules(model)
+            for adapter in weight_adapters_of(m)
+        ]
+
+    def renew(self, module: nn.Module) -> None:
+        """Take the structure of one module anew, after a change that is to stay."""
+        self._modules[id(module)] = _ModuleStructure(module)
+
+    def restore(self, built: Iterable[WeightAdapter] = ()) -> None:
+        """Go back.
+
+        Args:
+            built: Adapters built since. The base weights that their initialisation replaced are
+                put back bit for bit.
+        """
+        for adapter in built:
+            adapter.switch_base(False)
+        for adapter, name, active in self._adapters:
+            adapter.switch_base(active)
+            adapter.site.name = name
+        for structure in self._modules.values():
+            structure.restore()
+
+
+class _ModuleStructure:
+    """Class, attributes and parameters of one module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.cls = type(module)
+        self.attributes = dict(vars(module))
+        self.contents = [
+            (container, container.copy())
+            for name in _CONTAINERS
+            if (container := self.attributes.get(name)) is not None
+        ]
+        own = [p for p in module._parameters.values() if p is not None]
+        self.parameters = [(p, p.data, p.requires_grad) for p in own]
+        records: list[Any] = [module._peft, module._peft.active] if is_adapted(module) else []
+        registry = registry_of(module)
+        self.records = [_Record(r) for r in [*records, registry] if r is not None]
+
+    def restore(self) -> None:
+        """Go back; only references are set."""
+        module = self.module
+        if type(module) is not self.cls:
+            module.__class__ = self.cls
+        vars(module).clear()
+        vars(module).update(self.attributes)
+        for container, contents in self.contents:
+            container.clear()
+            container.update(contents)
+        for p, data, requires_grad in self.parameters:
+            if p.dtype != data.dtype or p.data_ptr() != data.data_ptr():
+                p.data = data
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+        for record in self.records:
+            record.restore()
+
+
+class _Record:
+    """The fields of a dataclass; lists, dicts and sets are copied."""
+
+    def __init__(self, record: Any) -> None:
+        self.record = record
+        self.fields = {f.name: _copied(getattr(record, f.name)) for f in dataclasses.fields(record)}
+
+    def restore(self) -> None:
+        for name, value in self.fields.items():
+            setattr(self.record, name, value)
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, list | dict | set) else value
