@@ -86,6 +86,7 @@ def check_merge(plan: Sequence[ModuleMerge], base: Mapping[str, Tensor] | None) 
                 f"merge {part.label!r}: expected unmerged adapters, found {merged}; unmerge first"
             )
         _check_order(part)
+        _check_copies(part)
         for adapter in part.adapters:
             _check_mergeable(part, adapter)
     if base is not None:
@@ -133,6 +134,32 @@ def _check_order(part: ModuleMerge) -> None:
                 f"{[a.adapter_name for a in part.adapters]}; "
                 f"{adapter.method.label} does not commute with it: merge all, or activate them in "
                 "another order"
+            )
+
+
+def _check_copies(part: ModuleMerge) -> None:
+    """A trained copy that stays hides the weight that a merge writes."""
+    staying = {
+        path: adapter
+        for adapter in part.module._peft.active.trained_copies
+        if adapter not in part.adapters
+        for path in adapter.copies()
+    }
+    for adapter in part.adapters:
+        written = set(adapter.copies())
+        if isinstance(adapter, WeightAdapter):
+            site = adapter.site
+            written.add(site.parameter)
+            bias = site.ops.bias(part.module, site.parameter)
+            edit = adapter.edit()
+            if bias and (edit.bias is not None or (edit.out_scale is not None and edit.scale_bias)):
+                written.add(bias)
+        for path in sorted(written & set(staying)):
+            other = staying[path]
+            raise RuntimeError(
+                f"merge {part.key(path)!r}: expected no active trained copy that stays, found that "
+                f"of {other.method.label} in {other.adapter_name!r}, which acts in place of the "
+                f"weight that {adapter.method.label} would be merged into; merge both"
             )
 
 

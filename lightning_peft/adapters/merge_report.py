@@ -30,6 +30,9 @@ class MergeReport:
 
     Attributes:
         sites: One entry per weight.
+        outputs: Relative difference of each layer's output on a random input, before and after.
+        not_compared: Layers whose outputs were not compared: kinds without an example input, or a
+            merge onto another base.
         untied: Parameters that were tied and got a tensor of their own.
         output_error: Error of the output on the batch, ‖merged − attached‖ / ‖attached‖; None
             without a batch.
@@ -40,6 +43,8 @@ class MergeReport:
     """
 
     sites: list[SiteError] = field(default_factory=list)
+    outputs: dict[str, float] = field(default_factory=dict)
+    not_compared: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     output_error: float | None = None
     output_errors: dict[str, float] = field(default_factory=dict)
@@ -57,12 +62,27 @@ class MergeReport:
             return None
         return min(self.output_errors, key=lambda base: self.output_errors[base])
 
+    def note_output(self, label: str, difference: float | None, is_merged: bool) -> None:
+        """Add the comparison of one module's outputs."""
+        if difference is not None:
+            self.outputs[label] = difference
+        elif is_merged:
+            self.not_compared.append(label)
+
     def __str__(self) -> str:
-        """Lines on the weights, then on the output."""
+        """Lines on the weights, then on the outputs."""
         lines = [
             f"merged {len(self.sites)} weights, largest relative error {self.worst:.2e}"
             + (f"; untied {', '.join(self.untied)}" if self.untied else "")
         ]
+        if self.outputs:
+            lines.append(
+                f"outputs of {len(self.outputs)} layers on random inputs differ by at most "
+                f"{max(self.outputs.values()):.1e}"
+            )
+        if self.not_compared:
+            names = ", ".join(self.not_compared[:3])
+            lines.append(f"outputs of {len(self.not_compared)} layers not compared: {names}")
         if self.output_error is not None:
             lines.append(f"output on the batch differs by {self.output_error:.2e} (relative)")
         if self.output_change is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core.class_swap import swap_in, swap_out
 from lightning_peft.core.protocols import Storage
 from lightning_peft.layers.adapted import Adapted, adapters_of
+from lightning_peft.layers.adapted_state import UndoStep
 from lightning_peft.storage import storage_of
 
 __all__ = [
@@ -48,11 +49,12 @@ class WrittenWeight:
         self.storage.restore(self.module, self.path, self.bits)
 
 
-def write_weight(module: nn.Module, path: str, storage: Storage, natural: Tensor) -> WrittenWeight:
-    """Write a weight through its storage."""
-    step = WrittenWeight(module, path, storage, storage.snapshot(module, path))
+def write_weight(
+    module: nn.Module, path: str, storage: Storage, natural: Tensor, steps: list[UndoStep]
+) -> None:
+    """Write a weight through its storage; the step is listed before."""
+    steps.append(WrittenWeight(module, path, storage, storage.snapshot(module, path)))
     storage.write(module, path, natural)
-    return step
 
 
 @dataclass
@@ -63,27 +65,31 @@ class MadeDense:
         module: The module that holds the weight.
         path: Path of the weight.
         storage: The storage of the packed weight.
-        pack_again: Puts the packed weight back.
+        pack_again: Puts the packed weight back; None if it was not replaced yet.
     """
 
     module: Adapted
     path: str
     storage: Storage
-    pack_again: Callable[[], None]
+    pack_again: Callable[[], None] | None = None
 
     def undo(self) -> None:
         """Put the packed weight back."""
-        with _without_adapters(self.module):
-            self.pack_again()
+        if self.pack_again is not None:
+            with _without_adapters(self.module):
+                self.pack_again()
         _bind_storage(self.module, self.path, self.storage)
 
 
-def make_dense(module: Adapted, path: str, storage: Storage, natural: Tensor) -> MadeDense:
+def make_dense(
+    module: Adapted, path: str, storage: Storage, natural: Tensor, steps: list[UndoStep]
+) -> None:
     """Replace a packed weight by a dense one."""
+    step = MadeDense(module, path, storage)
+    steps.append(step)
     with _without_adapters(module):
-        pack_again = storage.to_dense(module, path, natural)
+        step.pack_again = storage.to_dense(module, path, natural)
     _bind_storage(module, path, storage_of(module, path))
-    return MadeDense(module, path, storage, pack_again)
 
 
 @contextmanager
@@ -119,11 +125,10 @@ class Overwritten:
         self.parameter.data.copy_(self.bits)
 
 
-def overwrite(parameter: Tensor, value: Tensor) -> Overwritten:
-    """Copy other values into a dense parameter."""
-    step = Overwritten(parameter, parameter.detach().to("cpu", copy=True))
+def overwrite(parameter: Tensor, value: Tensor, steps: list[UndoStep]) -> None:
+    """Copy other values into a dense parameter; the step is listed before."""
+    steps.append(Overwritten(parameter, parameter.detach().to("cpu", copy=True)))
     parameter.data.copy_(value)
-    return step
 
 
 @dataclass

@@ -284,6 +284,10 @@ class LayerOps(ABC):
         """The weights that a storage may quantise; None if this kind of layer stays dense."""
         return None
 
+    def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
+        """Small random inputs of the layer's forward, on its device; None if they are not known."""
+        return None
+
     def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
         """Length of an `in_scale`: input features, or channels of a convolution."""
         return self.shape(m, name, natural)[-1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
 from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.core.modules import first_argument
+from lightning_peft.core.outside_reads import own_forward
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.registry import leave_registry
 from lightning_peft.layers.adapted_state import AdaptedState
@@ -141,7 +142,7 @@ def _forward_copies_by_row(
         }
         edits = [a for a in active.edits if a.adapter_name == name]
         blocks = [a for a in active.blocks if a.adapter_name == name]
-        with state.ops.substituted(module, copies), without_mixed_batch():
+        with state.ops.substituted(module, copies), without_mixed_batch(), own_forward(module):
             part = _forward(module, run, edits, blocks, (x[rows], *args[1:]), kwargs)
         y = part.new_zeros((x.shape[0], *part.shape[1:])) if y is None else y
         y = y.index_copy(0, rows, part.to(y.dtype))

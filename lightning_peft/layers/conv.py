@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.pruning_masks import held
 from lightning_peft.layers.base import MatrixOps
+from lightning_peft.layers.example_inputs import random_inputs
 
 __all__ = ["ConvOps"]
 
@@ -27,6 +30,14 @@ class ConvOps(MatrixOps):
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
         """Canonical [out, in/groups · Π kernel]."""
         return torch.Size((natural[0], natural[1:].numel()))
+
+    def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
+        """One sample, as large as the kernel's reach and two more."""
+        conv = _conv(m)
+        if base_class(m).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+            return None
+        reach = [d * (k - 1) + 3 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return random_inputs(m, held(m, "weight").dtype, (1, conv.in_channels, *reach))
 
     def channels(self, m: nn.Module, name: str, natural: torch.Size) -> int:
         """Input channels, over all groups."""

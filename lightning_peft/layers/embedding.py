@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.core.pruning_masks import held
 from lightning_peft.layers.base import MatrixOps
 
 __all__ = ["EmbeddingOps"]
@@ -20,6 +21,13 @@ class EmbeddingOps(MatrixOps):
 
     on_activations = frozenset({"out_scale"})
     is_embedding = True
+
+    def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
+        """The first ids."""
+        weight = held(m, "weight")
+        if weight.device.type == "meta" or hasattr(weight, "to_local"):
+            return None
+        return (torch.arange(min(8, weight.shape[0]), device=weight.device),)
 
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
         """Canonical [dim, vocabulary]."""

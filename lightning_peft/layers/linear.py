@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from lightning_peft.core.protocols import WeightLayout
 from lightning_peft.layers.base import MatrixOps
+from lightning_peft.layers.example_inputs import random_inputs
+from lightning_peft.storage import storage_of
+from lightning_peft.storage.linear_forward import plain_forward
 from lightning_peft.storage.packed_linear import AdoptedLinear, PackedLinear
 
 __all__ = ["Conv1DOps", "LinearOps"]
@@ -21,6 +24,15 @@ class _FeaturesOps(MatrixOps):
     """Input [..., in], output [..., out]."""
 
     is_linear = True
+
+    def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
+        """Four rows of features."""
+        storage = storage_of(m, "weight")
+        if not plain_forward(m) or m._parameters.get("weight") is None:
+            return None
+        width = self.shape(m, "weight", storage.shape(m, "weight"))[-1]
+        return random_inputs(m, storage.dtype(m, "weight"), (4, width))
+
     on_activations = MatrixOps.on_activations | {"out_map"}
 
     def scale_out(self, m: nn.Module, y: Tensor, scale: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_peft.core.class_swap import base_class
+from lightning_peft.layers.example_inputs import random_inputs
 from lightning_peft.layers.opaque import WeightsOps
 
 __all__ = ["MultiheadAttentionOps"]
@@ -20,6 +22,14 @@ class MultiheadAttentionOps(WeightsOps):
         if _attention(m).in_proj_weight is not None:
             return ("in_proj_weight", "out_proj.weight")
         return ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+
+    def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
+        """Query, key and value of two samples and three positions."""
+        attention = _attention(m)
+        if base_class(m).forward is not nn.MultiheadAttention.forward:
+            return None
+        shapes = [(2, 3, width) for width in (attention.embed_dim, attention.kdim, attention.vdim)]
+        return random_inputs(m, attention.out_proj.weight.dtype, *shapes)
 
     def bias(self, m: nn.Module, name: str) -> str | None:
         """out_proj.bias, or in_proj_bias if the input projections are one weight."""

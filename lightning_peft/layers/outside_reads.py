@@ -32,21 +32,18 @@ def read_effective(m: nn.Module, state: AdaptedState, name: str, held: nn.Parame
         RuntimeError: when the tensor is used, if the change has no matrix, or if rows of the batch
             are under different adapters.
     """
-    active = state.active
-    copy = next(
-        (c for a in reversed(active.trained_copies) if (c := a.copies().get(name)) is not None),
-        None,
-    )
-    start = held if copy is None else copy
     if in_own_forward(m):
-        return start
+        return held
+    active = state.active
+    copies = [c for a in active.trained_copies if (c := a.copies().get(name)) is not None]
+    start = copies[-1] if copies else held  # the last one named acts
     edits = [a for a in active.edits if _changes(m, a, name)]
     if not edits:
         return start
     state.telemetry.forward_ran = True  # its adapters are used, if not by its own forward
 
     def form() -> Tensor:
-        return _effective(m, edits, name, start if copy is not None else None)
+        return _effective(m, edits, name, start if copies else None)
 
     if torch.compiler.is_compiling():
         return form()

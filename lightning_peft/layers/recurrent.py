@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lightning_peft.core.class_swap import base_class
+from lightning_peft.layers.example_inputs import random_inputs
 from lightning_peft.layers.opaque import WeightsOps
 
 __all__ = ["RecurrentOps"]
@@ -21,6 +23,14 @@ class RecurrentOps(WeightsOps):
         return tuple(
             n for n, p in m._parameters.items() if n.startswith("weight_") and p is not None
         )
+
+    def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
+        """Two samples of three positions."""
+        if base_class(m).forward not in (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward):
+            return None
+        weight = next(iter(m._parameters.values()))
+        width = int(cast(nn.RNNBase, m).input_size)
+        return None if weight is None else random_inputs(m, weight.dtype, (2, 3, width))
 
     def bias(self, m: nn.Module, name: str) -> str | None:
         """bias_ih for weight_ih and so on."""
