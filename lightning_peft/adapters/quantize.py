@@ -216,7 +216,7 @@ class PackingWatch:
 
     packed: list[str]
     keep: Callable[[nn.Module], None]
-    around: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
+    around: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
 
     def note(self, name: str, module: nn.Module) -> None:
         """Remember a packed layer."""

@@ -56,9 +56,9 @@ class ModelSnapshot:
                 put back bit for bit.
         """
         for adapter in built:
-            adapter.switch_base(False)
+            adapter.switch_base(False, was_interrupted=True)
         for adapter, name, active in self._adapters:
-            adapter.switch_base(active)
+            adapter.switch_base(active, was_interrupted=True)
             adapter.site.name = name
         for structure in self._modules.values():
             structure.restore()

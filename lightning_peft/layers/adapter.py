@@ -63,7 +63,7 @@ class Adapter(nn.Module, ABC):
         """Trained copies by the path of the parameter that each one replaces."""
         return {}
 
-    def switch_base(self, acts: bool) -> None:
+    def switch_base(self, acts: bool, *, was_interrupted: bool = False) -> None:
         """Put the base weight that belongs to an acting or an idle adapter into the module."""
 
     @property

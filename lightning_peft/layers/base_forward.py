@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.class_swap import PackedForward, Swapped
+from lightning_peft.core.class_swap import PackedForward, base_class
 from lightning_peft.core.modules import own_tensor
 from lightning_peft.core.outside_reads import own_forward
 
@@ -43,7 +42,7 @@ def run_base(
         args: Further arguments of the forward.
         kwargs: Further arguments by name.
     """
-    if not args and not kwargs and _is_plain(type(m)):
+    if not args and not kwargs and _is_plain(m):
         W = own_tensor(m, "weight")
         if W is not None:
             return ops.functional(m, x, W, ops.bias_of(m))
@@ -55,10 +54,9 @@ def run_base(
         return run(x, *args, **kwargs)
 
 
-@lru_cache(maxsize=256)
-def _is_plain(cls: type[object]) -> bool:
-    """Whether the class's forward is a function of x, weight and bias, and no more."""
-    if issubclass(cls, PackedForward):
+def _is_plain(m: nn.Module) -> bool:
+    """Whether the module's forward is a function of x, weight and bias, and no more."""
+    if isinstance(m, PackedForward):
         return False
-    base = next(c for c in cls.__mro__ if not issubclass(c, Swapped))
-    return base.__name__ == "Conv1D" or getattr(base, "forward", None) in _PLAIN_FORWARDS
+    base = base_class(m)
+    return base.__name__ == "Conv1D" or base.forward in _PLAIN_FORWARDS

@@ -143,18 +143,27 @@ class WeightAdapter(Adapter):
         """Reason why the change has no matrix; "" if it has one."""
         return "" if self.method.mergeable else "its change depends on the input"
 
-    def switch_base(self, acts: bool) -> None:
-        """Put the rewritten or the original base into the module, bit for bit."""
+    def switch_base(self, acts: bool, *, was_interrupted: bool = False) -> None:
+        """Put the rewritten or the original base into the module, bit for bit.
+
+        Args:
+            acts: Whether the adapter acts.
+            was_interrupted: Whether an earlier call may have failed halfway. The bits are then
+                written again.
+        """
         rewrite, site = self.rewrite, self.site
-        if rewrite is None or rewrite.active == acts:
+        if rewrite is None or (rewrite.active == acts and not was_interrupted):
             return
-        if acts:
+        # Each bit pattern that is not in the module is held, at every moment.
+        if acts and not rewrite.active:
             site.storage.restore(site.module, site.parameter, rewrite.rewritten_bits)
+            rewrite.active = True
             rewrite.rewritten_bits = None
-        else:
-            rewrite.rewritten_bits = site.storage.snapshot(site.module, site.parameter)
+        elif not acts:
+            if rewrite.active:
+                rewrite.rewritten_bits = site.storage.snapshot(site.module, site.parameter)
+                rewrite.active = False
             site.storage.restore(site.module, site.parameter, rewrite.original_bits)
-        rewrite.active = acts
 
     @property
     def has_hooks(self) -> bool:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.methods.base import SelectMethod, WeightMethod
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.layer_cases import LAYERS, Layer
-from tests.helpers.method_cases import CASES, Case
+from tests.helpers.method_cases import CASES
 from tests.test_invariants import base_of, method_for
 
 SELECTED = {"BitFit": lp.BitFit(), "Full": lp.Full()}
