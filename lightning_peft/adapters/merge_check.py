@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.merge_plan import ModuleMerge
+from lightning_peft.core.edit import apply_edits
 from lightning_peft.layers.mixed_batch import without_mixed_batch
 from lightning_peft.models.modules import evaluating
 from lightning_peft.models.outputs import relative_change
@@ -15,8 +16,8 @@ __all__ = ["OutputCheck"]
 #: Relative difference of outputs that rounding explains, by the dtype of the output.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-#: Added for storages that multiply in fewer bits than their output has (int8, FP8).
-_LOW_PRECISION = 0.1
+#: Relative difference of outputs that products in 8 bits explain.
+_EIGHT_BITS = 0.1
 
 
 class OutputCheck:
@@ -28,10 +29,14 @@ class OutputCheck:
 
     def __init__(self, part: ModuleMerge, *, compares: bool) -> None:
         self._part = part
-        self._inputs = part.module._peft.ops.example_inputs(part.module) if compares else None
+        module = part.module
+        self._inputs = module._peft.ops.example_inputs(module) if compares else None
         self._before = self._run()
-        storages = [a.site.storage for a in part.edits()]
-        self._low_precision = any(s.is_quantized for s in storages)
+        staying = [a for a in module._peft.active.edits if a not in part.adapters]
+        self._read_by_staying = {a.site.parameter for a in staying} if compares else set()
+        self._weights = self._effective_weights()
+        kernels = [a.site.storage.product_kernel(module, a.site.parameter) for a in part.edits()]
+        self._eight_bits = any(kernel.startswith("fp8") for kernel in kernels)
 
     def difference(self, weight_error: float) -> float | None:
         """Return the relative difference of the outputs; None if they cannot be compared.
@@ -42,27 +47,44 @@ class OutputCheck:
         Raises:
             RuntimeError: the difference is more than rounding and `weight_error` explain.
         """
+        for key, W in self._effective_weights().items():
+            change = relative_change(W, self._weights[key])
+            self._require(change, _ROUNDING[torch.float32] + 4 * weight_error, "effective weight")
         before, after = self._before, self._run()
         if before is None or after is None:
             return None
         found = relative_change(after, before)
-        allowed = _ROUNDING.get(before.dtype, _LOW_PRECISION) + 4 * weight_error
-        if self._low_precision:
-            allowed += _LOW_PRECISION
-        if not found <= allowed:
-            methods = ", ".join(sorted({a.method.label for a in self._part.adapters}))
-            staying = [
-                name
-                for name in self._part.module._peft.active.acting_names()
-                if name in self._part.module.peft
-            ]
-            raise RuntimeError(
-                f"merge {self._part.label!r}: expected the same output as before, got one that "
-                f"differs by {found:.1e} (relative; {allowed:.0e} is rounding): {methods} on "
-                f"{type(self._part.module).__name__} cannot be merged"
-                + (f" below {staying}, which stay and read the weight" if staying else "")
-                + "; the layer is as before: keep it attached, or merge all adapters together"
-            )
+        allowed = _ROUNDING.get(before.dtype, _EIGHT_BITS) + 4 * weight_error
+        self._require(found, allowed + (_EIGHT_BITS if self._eight_bits else 0.0), "output")
+        return found
+
+    def _require(self, found: float, allowed: float, what: str) -> None:
+        if found <= allowed:
+            return
+        module = self._part.module
+        methods = ", ".join(sorted({a.method.label for a in self._part.adapters}))
+        staying = [n for n in module._peft.active.acting_names() if n in module.peft]
+        raise RuntimeError(
+            f"merge {self._part.label!r}: expected the same {what} as before, got one that differs "
+            f"by {found:.1e} (relative; {allowed:.0e} is rounding): {methods} on "
+            f"{type(module).__name__} cannot be merged"
+            + (f" below {staying}, which stay and read the weight" if staying else "")
+            + "; the layer is as before: keep it attached, or merge all adapters together"
+        )
+
+    def _effective_weights(self) -> dict[str, Tensor]:
+        """Return W' in fp32 of each weight that an adapter acts on which stays."""
+        active = self._part.module._peft.active
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for path in self._read_by_staying:
+                acting = [a for a in active.edits if a.site.parameter == path]
+                site = acting[0].site
+                copies = [c[path] for a in active.trained_copies if path in (c := a.copies())]
+                start = site.weight(torch.float32)
+                if copies:
+                    start = site.ops.to_canonical(site.module, path, copies[-1].detach().float())
+                found[path] = apply_edits(site, [a.edit() for a in acting], start).clone()
         return found
 
     def _run(self) -> Tensor | None:

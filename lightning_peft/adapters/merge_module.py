@@ -174,7 +174,12 @@ def merge_module(part: ModuleMerge, settings: MergeSettings, steps: list[UndoSte
             overwrite(parameter_at(module, path), value, steps)
     module._peft.active.merged = [n for n in settings.names if n in module.peft]
     refresh(module)
-    loss = max((e.error for e in errors), default=0.0)
+    requantised = [
+        e.error
+        for change, e in zip(changes, errors, strict=True)
+        if change.adapters[0].site.storage.is_quantized
+    ]
+    loss = max(requantised, default=0.0)
     report.sites += errors
     report.note_output(part.label, check.difference(loss), bool(part.adapters))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach import attach, detach
 from lightning_peft.adapters.plan import plan_attach
+from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
@@ -25,8 +26,9 @@ from lightning_peft.hf.source import Source, read_source
 from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights
 from lightning_peft.hf.values import COPY, ValueMatcher, Values, saved_modules
 from lightning_peft.layers import adaptable, ops_for
-from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.prompt.adapter import PromptAdapter
+from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.report.summary import Report
@@ -76,8 +78,20 @@ def load_adapter(
         RuntimeError: the adapter's name is taken.
     """
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
-    with adopted_layers(model):  # a refusal gives them back
-        return _load(model, source, adapter_name, quantization)
+    # A snapshot would keep the dense weights of layers that are packed.
+    snapshot = None if quantization is not None else ModelSnapshot(model)
+    try:
+        with adopted_layers(model):  # a refusal gives them back
+            return _load(model, source, adapter_name, quantization)
+    except BaseException:
+        if snapshot is not None:
+            snapshot.restore(_weight_adapters(model, adapter_name))
+        raise
+
+
+def _weight_adapters(model: nn.Module, adapter_name: str) -> list[WeightAdapter]:
+    modules = adapted_modules(model)
+    return [a for _, m in modules for a in weight_adapters_of(m, adapter_name)]
 
 
 def _load(
@@ -103,8 +117,9 @@ def _load(
     )
     try:
         count = _copy(model, adapter_name, values, reading.shared)
-    except ValueError:
-        detach(model, adapter_name)
+    except BaseException:
+        if quantization is not None:
+            detach(model, adapter_name)
         raise
     layers = len({e.path for e in reading.entries})
     report.notes += [

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import apply_edits
+from lightning_peft.core.modules import own_tensor
 from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -53,7 +54,9 @@ class WeightsOps(MatrixOps):
         for path, group in by_weight.items():
             site = group[0].site
             edits = [a.edit() for a in group]
-            W = apply_edits(site, edits).to(site.dtype)
+            copy = own_tensor(*_owner(m, path)) if _is_covered(m, path) else None
+            start = None if copy is None else self.to_canonical(m, path, copy)
+            W = apply_edits(site, edits, start).to(site.dtype)
             tensors[path] = self.from_canonical(m, path, W)
             b_path = self.bias(m, path)
             b = None if b_path is None else _attribute(m, b_path)
@@ -68,6 +71,17 @@ class WeightsOps(MatrixOps):
                     )
                 tensors[b_path] = edited.to(site.dtype)
         return tensors
+
+
+def _owner(m: nn.Module, path: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = path.rpartition(".")
+    return (m.get_submodule(owner) if owner else m), leaf
+
+
+def _is_covered(m: nn.Module, path: str) -> bool:
+    """Whether the forward reads a trained copy in place of the parameter."""
+    owner, leaf = _owner(m, path)
+    return leaf in vars(owner)
 
 
 def _attribute(m: nn.Module, path: str) -> Tensor:
