@@ -21,6 +21,9 @@ __all__ = ["OutsideTensor", "ParameterAccess", "in_own_forward", "outside_reader
 #: Modules (by id) whose own forward runs in this thread or task.
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
+#: Modules that take a parameter to hold it elsewhere (pruning, sharding), not to compute with it.
+_HOLDERS = ("torch.nn.utils.", "torch.distributed.")
+
 #: Getters that return a value of W' rather than a fact about it.
 _VALUES = frozenset(
     [Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__]  # type: ignore[attr-defined]
@@ -63,6 +66,10 @@ class ParameterAccess:
             raise AttributeError(self.name)  # Python then asks nn.Module.__getattr__
         if type(parameter) is not nn.Parameter:  # a shard, which FSDP2 handles itself
             return parameter
+        if not torch.compiler.is_compiling():
+            reader: str = sys._getframe(1).f_globals.get("__name__", "")
+            if reader.startswith(_HOLDERS):
+                return parameter
         return module._read_parameter(self.name, parameter)
 
 

@@ -35,7 +35,7 @@ def read_effective(m: nn.Module, state: AdaptedState, name: str, held: nn.Parame
     if in_own_forward(m):
         return held
     active = state.active
-    copies = [c for a in active.trained_copies if (c := a.copies().get(name)) is not None]
+    copies = [a.copies()[name] for a in active.trained_copies if name in a.copies()]
     start = copies[-1] if copies else held  # the last one named acts
     edits = [a for a in active.edits if _changes(m, a, name)]
     if not edits:
