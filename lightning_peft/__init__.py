@@ -7,11 +7,13 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.adapters.activation import adapter_names, disable_adapters, set_adapter
-from lightning_peft.adapters.attach import attach, detach, quantize, reset_adapters
+from lightning_peft.adapters.attach import attach, quantize, reset_adapters
 from lightning_peft.adapters.combine import combine
+from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.hard_prompt import hard_prompt_ids
 from lightning_peft.adapters.merge import MergeReport, merge, unmerge
 from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_state_dict
+from lightning_peft.adapters.unload import merge_and_unload
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.checkpoint.loop import load_checkpoint, save_checkpoint
 from lightning_peft.hf.load import load_adapter
@@ -127,6 +129,7 @@ __all__ = [
     "load_checkpoint",
     "load_from_checkpoint",
     "merge",
+    "merge_and_unload",
     "parameter_report",
     "prune_rank",
     "quantize",

@@ -1,4 +1,4 @@
-"""Attach and detach: changes any `nn.Module` in place.
+"""Attach: changes any `nn.Module` in place.
 
 All checks run before the first change. Base keys never change; an adapter is stored as
 `<module>.peft.<adapter name>.<tensor>`.
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.adoption import adopted_layers, release_adopted
+from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.batch import observe_batch, stack_of
 from lightning_peft.adapters.build import AdapterBuilder, guard_fast_path
 from lightning_peft.adapters.placement.placement import PlannedAdapter
@@ -24,10 +24,9 @@ from lightning_peft.core.registry import (
     AdapterEntry,
     AdapterRegistry,
     ensure_registry,
-    forget,
     registries_in,
 )
-from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, release
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.projection_group import share_inputs
 from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
 from lightning_peft.methods.base import Method, WeightMethod
@@ -37,7 +36,7 @@ from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.storage import StorageConfig
 
-__all__ = ["attach", "detach", "quantize", "reset_adapters"]
+__all__ = ["attach", "quantize", "reset_adapters"]
 
 
 def attach(
@@ -123,69 +122,6 @@ def quantize(
     guard_fast_path(model)
     registry.quantization, registry.dense = quantization, packing.dense
     return parameter_report(model)
-
-
-def detach(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Remove one adapter, or all: class, keys and bits of the base as before.
-
-    A base that `attach` or `quantize` quantised stays quantised. Layers that arrived quantised are
-    given back to the library that made them.
-
-    Raises:
-        KeyError: no adapter of that name.
-        RuntimeError: the adapter is merged; unmerge first.
-    """
-    for _, root, registry in list(registries_in(model)):
-        if adapter_name is not None and adapter_name not in registry.adapters:
-            raise KeyError(
-                f"detach: expected one of {sorted(registry.adapters)}, got {adapter_name!r}"
-            )
-        names = list(registry.adapters) if adapter_name is None else [adapter_name]
-        _detach_from(root, registry, names)
-
-
-def _detach_from(root: nn.Module, registry: AdapterRegistry, names: list[str]) -> None:
-    _check_unmerged(root, names)
-    activate(root, registry, [n for n in registry.active if n not in names])
-    _remove_adapters(root, names)
-    share_inputs(root, children_sharing_input(root))
-    for name in names:
-        del registry.adapters[name]
-    if not registry.adapters:
-        _restore_requires_grad(root, registry)
-        release_adopted(root, registry.adopted)
-        registry.adopted = []
-        if registry.quantization is None:
-            forget(root)
-
-
-def _check_unmerged(root: nn.Module, names: list[str]) -> None:
-    for name, module in adapted_modules(root):
-        merged = module._peft.active.merged
-        if set(merged) & set(names):
-            raise RuntimeError(
-                f"{name!r}: expected unmerged adapters, found {merged} merged; unmerge first"
-            )
-
-
-def _remove_adapters(root: nn.Module, names: list[str]) -> None:
-    """Remove the adapters; modules without any left get their class back."""
-    for _, module in list(adapted_modules(root)):
-        for name in names:
-            if name in module.peft:
-                for adapter in adapters_of(module, name):
-                    adapter.remove_hooks()
-                del module.peft[name]
-        refresh(module)
-        if not module.peft:
-            release(module)
-
-
-def _restore_requires_grad(root: nn.Module, registry: AdapterRegistry) -> None:
-    for name, parameter in root.named_parameters():
-        if registry.requires_grad.get(name, False) and parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    registry.requires_grad = {}
 
 
 def reset_adapters(model: nn.Module, seed: int | None = None) -> None:

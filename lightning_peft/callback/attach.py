@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.detach import detach
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.registry import AdapterRegistry, forget, registry_of
 from lightning_peft.layers.adapted import adapted_modules

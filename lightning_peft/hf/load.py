@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adoption import adopted_layers
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site

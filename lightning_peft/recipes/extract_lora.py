@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
