@@ -16,6 +16,7 @@ from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_
 from lightning_peft.adapters.unload import merge_and_unload
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.checkpoint.loop import load_checkpoint, save_checkpoint
+from lightning_peft.hf.export import ExportReport, export_merged
 from lightning_peft.hf.load import load_adapter
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
@@ -90,6 +91,7 @@ __all__ = [
     "BottleneckAdapter",
     "DiffPruning",
     "DoRA",
+    "ExportReport",
     "ExtractReport",
     "Full",
     "HardPrompt",
@@ -122,6 +124,7 @@ __all__ = [
     "detach",
     "disable_adapters",
     "estimate_memory",
+    "export_merged",
     "extract_lora",
     "hard_prompt_ids",
     "load_adapter",

@@ -50,7 +50,8 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),
     "numpy": ("methods",),  # UniLoRA draws its places as peft does
-    "rich": ("report", "adapters", "callback"),
+    "rich": ("report", "adapters", "callback", "hf"),
+    "huggingface_hub": ("hf",),
 }
 
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.adapters.merge import merge
 from lightning_peft.adapters.merge_plan import names_to_merge, plan_merge
+from lightning_peft.adapters.new_bias import check_no_new_bias
 from lightning_peft.adapters.plain import is_merged_for_good, make_plain
 from lightning_peft.core.modules import ParameterPlace, tied_parameters
 from lightning_peft.core.registry import registries_in
@@ -74,7 +75,7 @@ def _merge(model: nn.Module) -> None:
         return
     if not active:
         return
-    _check_no_new_bias(model)
+    check_no_new_bias(plan_merge(model, names_to_merge(model, None)), "merge_and_unload")
     ties = [group for group in tied_parameters(model) if not _in_adapter(group)]
     configs = _tied_configs(model)
     merge(model, keep_base=False)
@@ -82,21 +83,6 @@ def _merge(model: nn.Module) -> None:
     if all(tied):
         for config in configs:
             config.tie_word_embeddings = True
-
-
-def _check_no_new_bias(model: nn.Module) -> None:
-    """Raise RuntimeError if the merge would give a layer a bias that its library leaves out."""
-    for part in plan_merge(model, names_to_merge(model, None)):
-        for adapter in part.edits():
-            ops, site = adapter.site.ops, adapter.site
-            if adapter.edit().bias is None or ops.bias(part.module, site.parameter) is not None:
-                continue
-            raise RuntimeError(
-                f"merge_and_unload {part.label!r}: expected a change of the weight alone, got one "
-                f"of the bias by {adapter.method.label} on a layer without a bias, which "
-                "the library's config cannot describe; train without it (lora_bias=False), or "
-                "keep the model in memory with merge(model)"
-            )
 
 
 def _in_adapter(group: list[ParameterPlace]) -> bool:

@@ -97,15 +97,27 @@ def checked(
 
 
 def write_adapter(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    readme: str,
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write the three files, each atomically; the config comes last."""
+    """Write the three files, each atomically; the config comes last.
+
+    Args:
+        directory: Created if absent.
+        config: As in adapter_config.json.
+        tensors: As in adapter_model.safetensors.
+        readme: Text of README.md, which is kept if there is one.
+        metadata: Header of the safetensors file, which other programs ignore.
+    """
     from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)
     plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in sorted(tensors.items())}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _replace(directory / TENSORS, save(plain, metadata={"format": "pt"}))
+    _replace(directory / TENSORS, save(plain, metadata={"format": "pt", **metadata}))
     if not (directory / "README.md").exists():
         _replace(directory / "README.md", readme.encode())
     _replace(directory / CONFIG, text.encode())

@@ -22,6 +22,7 @@ from lightning_peft.hf.keys import bias_key, tensor_prefix
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
 from lightning_peft.hf.prompts import add_heads
+from lightning_peft.hf.provenance import provenance_of
 from lightning_peft.hf.targets import compact, misread_names, model_root
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
@@ -89,7 +90,8 @@ def save_adapter(
     if names == "legacy":
         config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
-    write_adapter(target, config, tensors, _readme(top, method, config))
+    metadata = provenance_of(model, adapter_name, strip_compile(prefix))
+    write_adapter(target, config, tensors, _readme(top, method, config), metadata)
     return target
 
 

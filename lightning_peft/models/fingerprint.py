@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core.modules import persistent_buffers
 from lightning_peft.core.names import strip_compile
 
-__all__ = ["buffer_hashes", "fingerprint", "fingerprint_differences"]
+__all__ = ["buffer_hashes", "content_hash", "fingerprint", "fingerprint_differences"]
 
 _HASHED_WHOLE = 1 << 16  # elements up to which a buffer is hashed completely
 _SAMPLES = 64  # elements per tensor: 290 tensors of a 7 B model are sampled in a few milliseconds
@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
     """
     tensors: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
-        content = "" if name in trained else _sample(parameter.detach())
+        content = "" if name in trained else content_hash(parameter.detach())
         plain = strip_compile(name)
         tensors[plain] = [list(parameter.shape), str(parameter.dtype), content]
     return {"tensors": tensors}
@@ -45,7 +45,7 @@ def buffer_hashes(model: nn.Module) -> dict[str, str]:
     sampled.
     """
     return {
-        strip_compile(name): _sample(
+        strip_compile(name): content_hash(
             buffer.detach(),
             max(1, buffer.numel()) if buffer.numel() <= _HASHED_WHOLE else _SAMPLES,
         )
@@ -53,12 +53,17 @@ def buffer_hashes(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _sample(t: Tensor, samples: int = _SAMPLES) -> str:
+def content_hash(t: Tensor, samples: int = _SAMPLES) -> str:
+    """Return a hash of elements at even distances; "" for a tensor without content."""
     if t.device.type == "meta" or t.numel() == 0:
         return ""
-    flat = t.reshape(-1) if t.is_contiguous() else t.flatten()
-    step = max(1, flat.numel() // samples)
-    chosen = flat[::step][:samples].cpu().contiguous()
+    step = max(1, t.numel() // samples)
+    if t.is_contiguous():
+        chosen = t.reshape(-1)[::step][:samples]
+    else:  # an expanded tensor would take the memory of all its elements
+        places = torch.arange(0, t.numel(), step, device=t.device)[:samples]
+        chosen = t[torch.unravel_index(places, t.shape)]
+    chosen = chosen.cpu().contiguous()
     return hashlib.sha256(chosen.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralConfig, MT5Config
 
 from lightning_peft import PEFT, LoRA, Plan, Quantization, attach, estimate_memory
+from lightning_peft.__main__ import main
 from lightning_peft.planner import activation_trace
 from lightning_peft.planner.activation_trace import ACTIVATIONS, LOGITS, Meter
-from lightning_peft.planner.cli import main, parse_bytes
+from lightning_peft.planner.cli import parse_bytes
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYWHERE = LoRA(r=8, target_modules=[*LINEAR, "embed_tokens", "lm_head"])
