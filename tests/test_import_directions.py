@@ -51,7 +51,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "liger_kernel": ("callback",),
     "numpy": ("methods",),  # UniLoRA draws its places as peft does
     "rich": ("report", "adapters", "callback", "hf"),
-    "huggingface_hub": ("hf",),
+    "huggingface_hub": ("hf", "planner"),
 }
 
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.

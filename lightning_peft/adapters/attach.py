@@ -29,12 +29,13 @@ from lightning_peft.core.registry import (
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.projection_group import share_inputs
 from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
+from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.models.fingerprint import buffer_hashes, fingerprint
 from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
-from lightning_peft.storage import StorageConfig
+from lightning_peft.storage import StorageConfig, as_config, require_config
 
 __all__ = ["attach", "quantize", "reset_adapters"]
 
@@ -44,7 +45,7 @@ def attach(
     method: Method | Sequence[Method],
     *,
     adapter_name: str = "default",
-    quantization: StorageConfig | None = None,
+    quantization: StorageConfig | str | None = None,
     modules_to_save: Sequence[str] = (),
     device: torch.device | str | None = None,
 ) -> Report:
@@ -54,7 +55,8 @@ def attach(
         model: Any module; a Hugging Face model, a LightningModule, or one layer.
         method: One method, or several as a hybrid under one name (applied in this order).
         adapter_name: Letters, digits, ``_`` and ``-``.
-        quantization: Quantise the frozen linear layers, one at a time.
+        quantization: Quantise the frozen linear layers, one at a time: ``"nf4"``, or a
+            configuration.
         modules_to_save: Names or suffixes of modules that are trained as a whole.
         device: Where to quantise; the weights stay there. None means where each weight is.
 
@@ -67,6 +69,7 @@ def attach(
         RuntimeError: the name is taken, or adapters are merged.
     """
     methods = _checked_methods(model, method, modules_to_save)
+    quantization = as_config(quantization)
     _check_name(model, adapter_name)
     with adopted_layers(model):
         saved = _saved_modules(model, modules_to_save)
@@ -98,7 +101,7 @@ def attach(
 
 def quantize(
     model: nn.Module,
-    quantization: StorageConfig,
+    quantization: StorageConfig | str,
     *,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -114,13 +117,14 @@ def quantize(
             "quantize: expected a model without adapters, found some; quantise first, or give "
             "attach() the quantization"
         )
+    config = require_config(quantization)
     with adopted_layers(model):
-        packing = plan_quantization(model, quantization, keep=list(exclude))
+        packing = plan_quantization(model, config, keep=list(exclude))
     registry = ensure_registry(model)
     registry.fingerprint, registry.buffers = fingerprint(model), buffer_hashes(model)
     quantize_layers(model, packing, device)
     guard_fast_path(model)
-    registry.quantization, registry.dense = quantization, packing.dense
+    registry.quantization, registry.dense = config, packing.dense
     return parameter_report(model)
 
 
@@ -167,6 +171,7 @@ def _checked_methods(
 ) -> list[Method]:
     """The methods, with what they take from the model filled in."""
     _require_parameters(model)
+    require_methods(method, "attach(model, {})")
     methods = [method] if isinstance(method, Method) else list(method)
     if not methods and not modules_to_save:
         raise ValueError(

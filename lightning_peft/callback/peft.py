@@ -43,6 +43,7 @@ from lightning_peft.callback.sigterm import SigtermHandler
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import KEY, is_attached
 from lightning_peft.checkpoint.rng_state import restore_rng
+from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
 from lightning_peft.planner.estimate import Plan
 from lightning_peft.report.summary import parameter_report
@@ -94,7 +95,8 @@ class PEFT(TrainerCallback):
             outside the root are trained and saved if they require gradients.
         kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
         liger: If True, put liger-kernel's fused layers into the Hugging Face models it knows.
-        report: If True, print the report and log the configuration when training starts.
+        report: If True, print the report when training starts. The configuration is logged to the
+            Trainer's loggers in any case.
         plan: If True, print the memory estimate when training starts. A dict holds arguments of
             `estimate_memory`: ``{"batch_size": 4, "sequence_length": 2048}``.
 
@@ -234,8 +236,7 @@ class PEFT(TrainerCallback):
         self._check_not_lost(pl_module)
         if self.memory_plan is not None and trainer.is_global_zero:
             print(self.memory_plan)
-        if self.report:
-            self._show(trainer, pl_module)
+        self._show(trainer, pl_module)
         if self._rng is not None:
             # Later is too late: the first data iterator draws a seed before on_train_start.
             restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)
@@ -272,7 +273,7 @@ class PEFT(TrainerCallback):
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         report = parameter_report(find_root(module, self.root))
         report.notes += self._notes
-        if trainer.is_global_zero:
+        if self.report and trainer.is_global_zero:
             print_report(report, f"PEFT {', '.join(self.names)}")
         log_configuration(trainer, self.adapters, self.quantization, self.modules_to_save, report)
 
@@ -409,5 +410,12 @@ def _by_name(
             f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; for a "
             "method under a name of its own give adapter_name"
         )
+    if adapters is not None and not isinstance(adapters, dict):
+        raise TypeError(
+            f"PEFT adapters: expected methods by adapter name, got {adapters!r}; write "
+            "PEFT(adapters={'default': LoRA(r=8)})"
+        )
+    for each in [method] if adapters is None else adapters.values():
+        require_methods([] if each is None else each, "PEFT({})")
     given = adapters if adapters else {adapter_name: [] if method is None else method}
     return {name: m if isinstance(m, list) else [m] for name, m in given.items()}

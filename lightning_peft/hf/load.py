@@ -31,7 +31,7 @@ from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.report.summary import Report
-from lightning_peft.storage import StorageConfig, storage_of
+from lightning_peft.storage import StorageConfig, as_config, storage_of
 
 __all__ = ["load_adapter"]
 
@@ -41,7 +41,7 @@ def load_adapter(
     directory: str | Path | Mapping[str, Tensor],
     *,
     adapter_name: str = "default",
-    quantization: StorageConfig | None = None,
+    quantization: StorageConfig | str | None = None,
     root: str | None = None,
     alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
@@ -62,7 +62,7 @@ def load_adapter(
             .safetensors file of Kohya, diffusers or loralib, or a directory with one; or a state
             dict of theirs.
         adapter_name: Name to attach under.
-        quantization: Quantise the frozen base too.
+        quantization: Quantise the frozen base too: ``"nf4"``, or a configuration.
         root: Name of the module inside `model` whose layer names the file uses. By default, the
             one Hugging Face model inside `model`, or `model` itself.
         alpha: lora_alpha of a loralib file, which does not hold it.
@@ -76,9 +76,10 @@ def load_adapter(
         ValueError: anything in the files that does not fit; the model is as before.
         RuntimeError: the adapter's name is taken.
     """
+    config = as_config(quantization)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
     with adopted_layers(model):  # a refusal gives them back
-        return _load(model, source, adapter_name, quantization)
+        return _load(model, source, adapter_name, config)
 
 
 def _load(

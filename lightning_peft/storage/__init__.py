@@ -14,6 +14,7 @@ from lightning_peft.storage.registry import (
     foreign_storage,
     held_tensors,
     register_storage,
+    require_config,
     storage_for,
     storage_of,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "foreign_storage",
     "held_tensors",
     "register_storage",
+    "require_config",
     "storage_for",
     "storage_of",
 ]
