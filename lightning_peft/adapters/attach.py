@@ -16,6 +16,7 @@ from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.batch import observe_batch, stack_of
 from lightning_peft.adapters.build import AdapterBuilder, guard_fast_path
+from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.adapters.quantize import QuantizationPlan, plan_quantization, quantize_layers
@@ -32,6 +33,7 @@ from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
 from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.models.fingerprint import buffer_hashes, fingerprint
+from lightning_peft.models.pretrained import NewLayers
 from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
@@ -46,7 +48,7 @@ def attach(
     *,
     adapter_name: str = "default",
     quantization: StorageConfig | str | None = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: Sequence[str] | None = (),
     device: torch.device | str | None = None,
 ) -> Report:
     """Freeze the model, quantise it if asked, and attach an adapter in place.
@@ -57,7 +59,8 @@ def attach(
         adapter_name: Letters, digits, ``_`` and ``-``.
         quantization: Quantise the frozen linear layers, one at a time: ``"nf4"``, or a
             configuration.
-        modules_to_save: Names or suffixes of modules that are trained as a whole.
+        modules_to_save: Names or suffixes of modules that are trained fully. None finds the new
+            layers next to a pretrained model, as the callback does.
         device: Where to quantise; the weights stay there. None means where each weight is.
 
     Returns:
@@ -68,6 +71,10 @@ def attach(
             weights.
         RuntimeError: the name is taken, or adapters are merged.
     """
+    new = NewLayers()
+    if modules_to_save is None:
+        new = new_layers_of(model, method)
+        modules_to_save = list(new.trained)
     methods = _checked_methods(model, method, modules_to_save)
     quantization = as_config(quantization)
     _check_name(model, adapter_name)
@@ -93,7 +100,8 @@ def attach(
         observe_batch(model, reader, stack, adapter_name)
     guard_fast_path(model)
     share_inputs(model, children_sharing_input(model))
-    registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters)
+    registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters, new.trained)
+    registry.user_frozen, registry.loose = new.frozen, new.loose
     registry.skipped, registry.tied = plan.skipped, plan.tied
     activate(model, registry, [adapter_name])
     return parameter_report(model)
@@ -197,7 +205,8 @@ def _check_name(model: nn.Module, name: str) -> None:
         if name in registry.adapters:
             raise RuntimeError(
                 f"adapter_name: expected a free name, got {name!r}, which is attached already; "
-                "detach it first or choose another name"
+                "detach it first or choose another name; to go on training a saved adapter, leave "
+                "load_adapter out and give PEFT(init_from=directory)"
             )
     if any(module._peft.active.merged for _, module in adapted_modules(model)):
         raise RuntimeError(
@@ -265,8 +274,11 @@ def _remember_base(
 
 
 def _entry(
-    methods: list[Method], saved: list[str], planned: Sequence[PlannedAdapter]
+    methods: list[Method],
+    saved: list[str],
+    planned: Sequence[PlannedAdapter],
+    reasons: dict[str, str],
 ) -> AdapterEntry:
     sites = [(p.placement.site, p.method.label) for p in planned if not p.placement.paths]
     described = [(site.label, tuple(site.shape), label) for site, label in sites]
-    return AdapterEntry(methods, tuple(saved), described)
+    return AdapterEntry(methods, tuple(saved), reasons, described)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft_kernels.dispatch import Backend
@@ -65,6 +66,7 @@ _CONFIGURATION = (
     "quantization",
     "optimizer",
     "modules_to_save",
+    "init_from",
     "root",
     "kernels",
     "liger",
@@ -89,8 +91,11 @@ class PEFT(TrainerCallback):
             configuration of a registered storage.
         optimizer: Name of an optimizer class that replaces the user's. Groups and schedulers stay.
         adapter_name: Name of the adapter that `method` creates.
-        modules_to_save: Names or suffixes of modules trained in full, such as a fresh head. The
-            classification head of a Hugging Face model is found automatically.
+        modules_to_save: Names or suffixes of modules trained fully. By default, the new layers
+            next to a pretrained model, and its fresh head; ``()`` trains none. The classification
+            head of a Hugging Face model is added to the names that are given.
+        init_from: Directory or hub id of an adapter to go on training, instead of `method`. Its
+            configuration comes from there.
         root: Dotted path of the submodule to adapt. The default is the LightningModule. Parameters
             outside the root are trained and saved if they require gradients.
         kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -98,7 +103,7 @@ class PEFT(TrainerCallback):
         report: If True, print the report when training starts. The configuration is logged to the
             Trainer's loggers in any case.
         plan: If True, print the memory estimate when training starts. A dict holds arguments of
-            `estimate_memory`: ``{"batch_size": 4, "sequence_length": 2048}``.
+            `estimate_memory`: ``{"batch_size": 4, "sequence_length": 2048}``. Not with `init_from`.
 
     Raises:
         ModuleNotFoundError: neither Lightning package is installed.
@@ -113,7 +118,8 @@ class PEFT(TrainerCallback):
         quantization: Quantization | StorageConfig | str | None = None,
         optimizer: str | None = None,
         adapter_name: str = "default",
-        modules_to_save: Sequence[str] = (),
+        modules_to_save: Sequence[str] | None = None,
+        init_from: str | Path | None = None,
         root: str | None = None,
         kernels: Backend = "auto",
         liger: bool = False,
@@ -122,10 +128,11 @@ class PEFT(TrainerCallback):
     ) -> None:
         super().__init__()
         register_strategies()
-        self.adapters = _by_name(method, adapters, adapter_name, modules_to_save)
+        self.adapters = _by_name(method, adapters, adapter_name, modules_to_save, init_from)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
-        self.modules_to_save = tuple(modules_to_save)
+        self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
+        self.init_from = init_from
         self.root = root
         self.kernels = kernels
         self.liger = liger
@@ -204,6 +211,7 @@ class PEFT(TrainerCallback):
                 modules_to_save=self.modules_to_save,
                 device=trainer.strategy.root_device,
                 lost=lost,
+                init_from=self.init_from,
             )
         self._backend.keep(root)
         self._io, io.started = io, True
@@ -211,7 +219,7 @@ class PEFT(TrainerCallback):
             rebuild_averages(trainer, module)
 
     def _make_plan(self, trainer: pl.Trainer, root: nn.Module) -> None:
-        if self.plan is False or not is_fitting(trainer):
+        if self.plan is False or self.init_from is not None or not is_fitting(trainer):
             return
         self.memory_plan = make_plan(
             trainer,
@@ -275,7 +283,7 @@ class PEFT(TrainerCallback):
         report.notes += self._notes
         if self.report and trainer.is_global_zero:
             print_report(report, f"PEFT {', '.join(self.names)}")
-        log_configuration(trainer, self.adapters, self.quantization, self.modules_to_save, report)
+        log_configuration(trainer, find_root(module, self.root), self.names, report)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -398,14 +406,21 @@ def _by_name(
     method: Method | list[Method] | None,
     adapters: dict[str, Method | list[Method]] | None,
     adapter_name: str,
-    modules_to_save: Sequence[str],
+    modules_to_save: Sequence[str] | None,
+    init_from: str | Path | None,
 ) -> dict[str, list[Method]]:
     if isinstance(modules_to_save, str):
         raise TypeError(
             f"PEFT modules_to_save: expected a list of names, got the string {modules_to_save!r}; "
             f"write [{modules_to_save!r}]"
         )
-    if (method is None) == (not adapters) and not (method is None and modules_to_save):
+    if init_from is not None and (method is not None or adapters):
+        raise ValueError(
+            f"PEFT: expected init_from alone, got {method or adapters!r} too; the configuration "
+            "comes from the directory: leave the method out"
+        )
+    alone = method is None and (modules_to_save or init_from is not None)
+    if (method is None) == (not adapters) and not alone:
         raise ValueError(
             f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; for a "
             "method under a name of its own give adapter_name"

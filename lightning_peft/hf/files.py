@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_peft.hf.config import CONFIG
 
-__all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter"]
+__all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter", "write_tensors"]
 
 TENSORS = "adapter_model.safetensors"
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)  # peft takes the smallest
@@ -112,15 +112,20 @@ def write_adapter(
         readme: Text of README.md, which is kept if there is one.
         metadata: Header of the safetensors file, which other programs ignore.
     """
-    from safetensors.torch import save
-
-    directory.mkdir(parents=True, exist_ok=True)
-    plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in sorted(tensors.items())}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _replace(directory / TENSORS, save(plain, metadata={"format": "pt", **metadata}))
+    write_tensors(directory / TENSORS, tensors, metadata)
     if not (directory / "README.md").exists():
         _replace(directory / "README.md", readme.encode())
     _replace(directory / CONFIG, text.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in sorted(tensors.items())}
+    _replace(path, save(plain, metadata={"format": "pt", **metadata}))
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach import attach
 from lightning_peft.adapters.detach import detach
+from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.plan import plan_attach
-from lightning_peft.core.names import join
+from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
 from lightning_peft.hf.keys import PREFIX, Reading, read_keys
@@ -45,6 +46,8 @@ def load_adapter(
     root: str | None = None,
     alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
+    modules_to_save: Sequence[str] | None = (),
+    device: torch.device | str | None = None,
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
@@ -67,6 +70,8 @@ def load_adapter(
             one Hugging Face model inside `model`, or `model` itself.
         alpha: lora_alpha of a loralib file, which does not hold it.
         enable_lora: loralib's argument of MergedLinear, needed if some parts are off.
+        modules_to_save: Modules to train fully besides those of the directory, as in `attach`.
+        device: Where to quantise, as in `attach`.
 
     Returns:
         The report of attaching. Its notes count the tensors and layers loaded.
@@ -79,11 +84,16 @@ def load_adapter(
     config = as_config(quantization)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
     with adopted_layers(model):  # a refusal gives them back
-        return _load(model, source, adapter_name, config)
+        return _load(model, source, adapter_name, config, modules_to_save, device)
 
 
 def _load(
-    model: nn.Module, source: Source, adapter_name: str, quantization: StorageConfig | None
+    model: nn.Module,
+    source: Source,
+    adapter_name: str,
+    quantization: StorageConfig | None,
+    modules_to_save: Sequence[str] | None,
+    device: torch.device | str | None,
 ) -> Report:
     reading = _read(source)
     method = _method(model, source, reading)
@@ -96,15 +106,21 @@ def _load(
     else:
         _check_shared(source.format, reading)
     _check_base(source, reading)
+    names += source.outside.names
+    if modules_to_save is None:
+        modules_to_save = list(new_layers_of(model, method).trained)
+    more = [m for m in modules_to_save if not matches_suffix(m, names)]
     report = attach(
         model,
         method,
         adapter_name=adapter_name,
         quantization=quantization,
-        modules_to_save=names,
+        modules_to_save=[*names, *more],
+        device=device,
     )
     try:
         count = _copy(model, adapter_name, values, reading.shared)
+        count += source.outside.copy_into(model, adapter_name)
     except ValueError:
         detach(model, adapter_name)
         raise

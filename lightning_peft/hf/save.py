@@ -17,10 +17,11 @@ from lightning_peft.core.modules import is_conv1d
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.config import base_config
-from lightning_peft.hf.files import write_adapter
+from lightning_peft.hf.files import write_adapter, write_tensors
 from lightning_peft.hf.keys import bias_key, tensor_prefix
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
+from lightning_peft.hf.outside import OUTSIDE, outside_tensors
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
 from lightning_peft.hf.targets import compact, misread_names, model_root
@@ -62,7 +63,9 @@ def save_adapter(
         uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha
             patterns.
         root: Name of the module inside `model` whose layer names the file uses. By default, the
-            one Hugging Face model inside `model`, or `model` itself.
+            one Hugging Face model inside `model`, or `model` itself. Modules that are trained
+            outside of it (a head of your own) go into trained_modules.safetensors, which
+            `load_adapter` reads and peft leaves alone.
 
     Returns:
         The directory written to.
@@ -75,7 +78,7 @@ def save_adapter(
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
     prefix, top = model_root(model, root)
-    found = _adapters(model, adapter_name, strip_compile(prefix))
+    found, outside = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)
     entries = _entries(found, method, fmt, misread_names(top, fmt))
     config = _config(top, method, fmt, entries, uniform=uniform)
@@ -91,6 +94,8 @@ def save_adapter(
         config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     metadata = provenance_of(model, adapter_name, strip_compile(prefix))
+    if outside:
+        write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
     write_adapter(target, config, tensors, _readme(top, method, config), metadata)
     return target
 
@@ -112,7 +117,8 @@ def _config(
     return config
 
 
-def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
+def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> tuple[_Found, list[str]]:
+    """The adapters inside `prefix`, and the trained modules outside of it."""
     known = sorted({n for _, _, r in registries_in(model) for n in r.adapters})
     if adapter_name not in known:
         if any(adapters_of(m, adapter_name) for _, m in adapted_modules(model)):
@@ -122,20 +128,37 @@ def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
                 f"LightningModule) and name this part with root="
             )
         raise KeyError(
-            f"save_adapter: expected one of the attached adapters {known}, got {adapter_name!r}"
+            f"save_adapter: expected one of the attached adapters {known}, got {adapter_name!r}; "
+            f"give adapter_name={known[0]!r}"
+            if known
+            else "save_adapter: expected a model with adapters, got one without; attach one first"
         )
     found: _Found = []
     for name, module in adapted_modules(model):
         path = strip_compile(name)
         inside = not prefix or path == prefix or path.startswith(f"{prefix}.")
         for adapter in adapters_of(module, adapter_name):
+            if not inside and isinstance(adapter.method, ModulesToSave):
+                continue
             if not inside:
                 raise ValueError(
                     f"save_adapter: expected all layers of adapter {adapter_name!r} inside "
-                    f"{prefix!r}, found {path!r}; give the module that holds them all with root="
+                    f"{prefix!r}, found {path!r}; name the module that holds them all with "
+                    "root=, for instance root='' for the model itself"
                 )
             found.append((path[len(prefix) :].removeprefix("."), module, adapter))
-    return found
+    return found, _outside(model, adapter_name, prefix)
+
+
+def _outside(model: nn.Module, adapter_name: str, prefix: str) -> list[str]:
+    """Trained modules outside of the module whose names the file uses."""
+    names = [
+        strip_compile(join(at, name))
+        for at, _, registry in registries_in(model)
+        if adapter_name in registry.adapters
+        for name in registry.adapters[adapter_name].modules_to_save
+    ]
+    return [n for n in names if prefix and not f"{n}.".startswith(f"{prefix}.")]
 
 
 def _one_method(found: _Found) -> tuple[Method, HFFormat]:
@@ -287,7 +310,9 @@ def _add_saved(
     for at, _, record in registries_in(model):
         entry = record.adapters.get(adapter_name)
         for name in entry.modules_to_save if entry is not None else ():
-            names.append(strip_compile(join(at, name))[len(prefix) :].removeprefix("."))
+            full = strip_compile(join(at, name))
+            if not prefix or f"{full}.".startswith(f"{prefix}."):
+                names.append(full[len(prefix) :].removeprefix("."))
     if not names:
         return
     config["modules_to_save"] = sorted(names)
