@@ -65,6 +65,8 @@ def _add_method(
     if selection is not None:
         plan.skipped += list(selection.skipped)
         plan.tied = list(selection.tied)
+    for placement in kept if isinstance(method, WeightMethod) else ():
+        method.check(placement.site)
     plan.adapters += [PlannedAdapter(method, key, p) for p in kept]
     which = method.trained_biases() if isinstance(method, WeightMethod) else "none"
     if which != "none":

@@ -17,6 +17,7 @@ from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_chec
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
+from lightning_peft.callback.export import export_best
 from lightning_peft.callback.gather_rng import gather_rng
 from lightning_peft.callback.gradient_checks import (
     check_has_graph,
@@ -67,6 +68,7 @@ _CONFIGURATION = (
     "optimizer",
     "modules_to_save",
     "init_from",
+    "export_to",
     "root",
     "kernels",
     "liger",
@@ -96,6 +98,8 @@ class PEFT(TrainerCallback):
             head of a Hugging Face model is added to the names that are given.
         init_from: Directory or hub id of an adapter to go on training, instead of `method`. Its
             configuration comes from there.
+        export_to: Directory to write the adapters of the best checkpoint to when fit ends, or the
+            current ones if no checkpoint was written. The Trainer's root process writes it.
         root: Dotted path of the submodule to adapt. The default is the LightningModule. Parameters
             outside the root are trained and saved if they require gradients.
         kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -120,6 +124,7 @@ class PEFT(TrainerCallback):
         adapter_name: str = "default",
         modules_to_save: Sequence[str] | None = None,
         init_from: str | Path | None = None,
+        export_to: str | Path | None = None,
         root: str | None = None,
         kernels: Backend = "auto",
         liger: bool = False,
@@ -133,6 +138,7 @@ class PEFT(TrainerCallback):
         self.optimizer = optimizer
         self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
         self.init_from = init_from
+        self.export_to = export_to
         self.root = root
         self.kernels = kernels
         self.liger = liger
@@ -308,6 +314,12 @@ class PEFT(TrainerCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training ends: restores the former SIGTERM handler."""
         self._sigterm.restore()
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when fit ends: exports the adapters of the best checkpoint."""
+        if self.export_to is not None and trainer.is_global_zero:
+            export_best(trainer, pl_module, self.names, self.export_to)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

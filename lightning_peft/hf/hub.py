@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["ADAPTER_FILES", "MODEL_FILES", "local_directory"]
+__all__ = ["ADAPTER_FILES", "MODEL_FILES", "local_directory", "upload"]
 
 #: Files of an adapter, and files of a model, that are worth downloading.
 ADAPTER_FILES = ("adapter_config.json", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -51,3 +51,29 @@ def _download(download: object, name: str, revision: str | None, files: Sequence
             f"downloaded, found neither ({reason}); check the name, download it on a machine with "
             "network (hf download), or give a directory"
         ) from None
+
+
+def upload(directory: Path, name: str) -> None:
+    """Upload a directory to the hub; the repository is created if it is absent.
+
+    Raises:
+        ModuleNotFoundError: huggingface_hub is missing.
+        OSError: no network, no such name or no right to write; the directory stays.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "push_to_hub: expected huggingface_hub, found none; pip install huggingface_hub"
+        ) from None
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=directory)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"push_to_hub={name!r}: expected a repository that can be written, got an error "
+            f"({reason}); the adapter is in {directory}: log in (hf auth login) and upload it "
+            f"(hf upload {name} {directory})"
+        ) from error

@@ -5,22 +5,23 @@ Adapters that peft would compute differently are refused with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.modules import is_conv1d
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.config import base_config
 from lightning_peft.hf.files import write_adapter, write_tensors
+from lightning_peft.hf.hub import upload
 from lightning_peft.hf.keys import bias_key, tensor_prefix
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
+from lightning_peft.hf.model_card import model_card
 from lightning_peft.hf.outside import OUTSIDE, outside_tensors
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
@@ -31,6 +32,7 @@ from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.storage import storage_for
 
 __all__ = ["save_adapter"]
 
@@ -46,6 +48,8 @@ def save_adapter(
     names: Literal["current", "legacy"] = "current",
     uniform: bool = False,
     root: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Write an adapter as a Hugging Face peft 0.21 directory.
 
@@ -66,6 +70,8 @@ def save_adapter(
             one Hugging Face model inside `model`, or `model` itself. Modules that are trained
             outside of it (a head of your own) go into trained_modules.safetensors, which
             `load_adapter` reads and peft leaves alone.
+        metrics: Values for the model card (README.md).
+        push_to_hub: Name of a repository, ``"org/name"``, to upload the directory to.
 
     Returns:
         The directory written to.
@@ -96,8 +102,22 @@ def save_adapter(
     metadata = provenance_of(model, adapter_name, strip_compile(prefix))
     if outside:
         write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
-    write_adapter(target, config, tensors, _readme(top, method, config), metadata)
+    card = model_card(top, method, config, _storage_label(model, adapter_name), metrics or {})
+    write_adapter(target, config, tensors, card, metadata)
+    if push_to_hub is not None:
+        upload(target, push_to_hub)
     return target
+
+
+def _storage_label(model: nn.Module, adapter_name: str) -> str:
+    """Format that training quantised the base to; "" for none."""
+    configs = [
+        registry.quantization
+        for _, _, registry in registries_in(model)
+        if adapter_name in registry.adapters
+    ]
+    found = next((config for config in configs if config is not None), None)
+    return "" if found is None else storage_for(found).label
 
 
 def _config(
@@ -327,11 +347,3 @@ def _add_saved(
         if isinstance(adapter.method, ModulesToSave):
             for parameter, value in adapter.copies().items():
                 tensors[fmt.saved_prefix + join(path, parameter)] = value
-
-
-def _readme(top: nn.Module, method: Method, config: dict[str, Any]) -> str:
-    name = config.get("base_model_name_or_path") or base_class(top).__name__
-    return (
-        f"---\nlibrary_name: peft\nbase_model: {name}\n---\n\n"
-        f"A {method.label} adapter for {name}, trained with lightning_peft.\n"
-    )

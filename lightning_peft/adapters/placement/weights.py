@@ -43,7 +43,6 @@ def find_weight_placements(
         parameters = ops.parameters(module)
         for parameter in chosen.get(name, parameters):
             site = Site(module, parameter, name, ops, storage_of(module, parameter))
-            method.check(site)
             slot = "" if len(parameters) == 1 else parameter.replace(".", "_")
             placements.append(WeightPlacement(site, slot))
     return placements, selection
