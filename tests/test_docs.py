@@ -122,7 +122,7 @@ def test_commands_exist(page: str, command: list[str]) -> None:
     elif command[0] == "python":
         assert (ROOT / command[1]).is_file()
     else:
-        extras = ("lightning", "pytorch-lightning")
+        extras = ("lightning", "pytorch-lightning", "all,lightning", "all")
         assert command in [["pip", "install", f"lightning-peft[{extra}]"] for extra in extras]
 
 

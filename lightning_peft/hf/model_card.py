@@ -46,9 +46,8 @@ def model_card(
         "## Hyper-parameters\n\n" + _table("field", _hyper_parameters(method)),
     ]
     if metrics:
-        blocks.append(
-            "## Metrics\n\n" + _table("metric", {k: f"{v:.4g}" for k, v in metrics.items()})
-        )
+        rounded = {name: f"{value:.4g}" for name, value in metrics.items()}
+        blocks.append("## Metrics\n\n" + _table("metric", rounded))
     blocks.append("## Use\n\n" + _usage(base, task))
     return "\n\n".join(blocks) + "\n"
 

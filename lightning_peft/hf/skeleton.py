@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ def skeleton(directory: Path) -> nn.Module:
     Raises:
         ValueError: no config.json that names a class of transformers.
     """
+    if find_spec("transformers") is None:
+        raise ModuleNotFoundError(
+            f"{directory}: expected transformers to build its model, found none; pip install "
+            "'lightning-peft[hf]'"
+        )
     import transformers
 
     if not (directory / "config.json").is_file():
