@@ -57,6 +57,7 @@ from lightning_peft.trainers.packages import default_package
 
 if TYPE_CHECKING:
     from lightning_peft.callback import PEFT
+    from lightning_peft.callback.adapter_monitor import AdapterMonitor
     from lightning_peft.strategies.lightning import PEFTDDPStrategy, PEFTFSDPStrategy
 else:
 
@@ -67,6 +68,11 @@ else:
 
             TrainerCallback.complete()
             return PEFT
+        if name == "AdapterMonitor":
+            from lightning_peft.callback.adapter_monitor import AdapterMonitor
+
+            TrainerCallback.complete()
+            return AdapterMonitor
         if name in ("PEFTDDPStrategy", "PEFTFSDPStrategy"):
             import importlib
 
@@ -87,6 +93,7 @@ __all__ = [
     "OFT",
     "PEFT",
     "AdaLoRA",
+    "AdapterMonitor",
     "BitFit",
     "BottleneckAdapter",
     "DiffPruning",

@@ -49,6 +49,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "transformers": ("models", "layers", "hf", "planner", "storage", "recipes"),
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),
+    "matplotlib": ("callback",),
     "numpy": ("methods",),  # UniLoRA draws its places as peft does
     "rich": ("report", "adapters", "callback", "hf"),
     "huggingface_hub": ("hf", "planner"),
