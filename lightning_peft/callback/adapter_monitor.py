@@ -118,13 +118,15 @@ class AdapterMonitor(TrainerCallback):
 
 
 def _logs(trainer: pl.Trainer, step: int) -> bool:
-    return step % max(1, trainer.log_every_n_steps) == 0
+    settings: Any = trainer  # Lightning's logger connector sets the attribute
+    return step % max(1, int(settings.log_every_n_steps)) == 0
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     """Norm over all tensors, on their device: no wait for it."""
     norms = [torch.linalg.vector_norm(t.detach().float()) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return total
 
 
 def _size(batch: Any) -> tuple[int, str]:
