@@ -18,7 +18,7 @@ help:  ## This list
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,docs,examples]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[all,dev,docs,examples]"
 	touch $@
 
 quickstart: $(READY)  ## Install, then fine-tune a real model three ways on the CPU

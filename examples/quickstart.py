@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModel, AutoTokenizer
 
-from lightning_peft import PEFT, LoRA, Quantization, load_from_checkpoint, merge, parameter_report
+from lightning_peft import PEFT, LoRA, load_from_checkpoint, merge, parameter_report
 
 LABELS = "asyncio", "http", "logging", "multiprocessing", "unittest", "xml"
 OUTPUT = Path("quickstart_output")
@@ -113,7 +113,7 @@ def main(model: str = str(MINILM)) -> None:
     (head_only := Classifier(model, lr=0.0)).encoder.requires_grad_(False)
     rows = [fine_tune("head-only", head_only, model)]
     lora = LoRA(r=8, target_modules=["query", "key", "value", "dense"])
-    peft = PEFT(lora, quantization=Quantization("nf4"), modules_to_save=["head"])
+    peft = PEFT(lora, quantization="nf4")  # the new head is found and trained fully
     rows.append(fine_tune("qlora", Classifier(model, lr=2e-3), model, peft))
     rows.append(fine_tune("full", Classifier(model, lr=2e-4), model))
     title = f"\n{'':26} accuracy       f1   trained     fit         bytes"

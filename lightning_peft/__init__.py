@@ -7,13 +7,16 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.adapters.activation import adapter_names, disable_adapters, set_adapter
-from lightning_peft.adapters.attach import attach, detach, quantize, reset_adapters
+from lightning_peft.adapters.attach import attach, quantize, reset_adapters
 from lightning_peft.adapters.combine import combine
+from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.hard_prompt import hard_prompt_ids
 from lightning_peft.adapters.merge import MergeReport, merge, unmerge
 from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_state_dict
+from lightning_peft.adapters.unload import merge_and_unload
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.checkpoint.loop import load_checkpoint, save_checkpoint
+from lightning_peft.hf.export import ExportReport, export_merged
 from lightning_peft.hf.load import load_adapter
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
@@ -55,6 +58,7 @@ from lightning_peft.trainers.packages import default_package
 
 if TYPE_CHECKING:
     from lightning_peft.callback import PEFT
+    from lightning_peft.callback.adapter_monitor import AdapterMonitor
     from lightning_peft.strategies.lightning import PEFTDDPStrategy, PEFTFSDPStrategy
 else:
 
@@ -65,6 +69,11 @@ else:
 
             TrainerCallback.complete()
             return PEFT
+        if name == "AdapterMonitor":
+            from lightning_peft.callback.adapter_monitor import AdapterMonitor
+
+            TrainerCallback.complete()
+            return AdapterMonitor
         if name in ("PEFTDDPStrategy", "PEFTFSDPStrategy"):
             import importlib
 
@@ -85,10 +94,12 @@ __all__ = [
     "OFT",
     "PEFT",
     "AdaLoRA",
+    "AdapterMonitor",
     "BitFit",
     "BottleneckAdapter",
     "DiffPruning",
     "DoRA",
+    "ExportReport",
     "ExtractReport",
     "Full",
     "HardPrompt",
@@ -121,6 +132,7 @@ __all__ = [
     "detach",
     "disable_adapters",
     "estimate_memory",
+    "export_merged",
     "extract_lora",
     "hard_prompt_ids",
     "load_adapter",
@@ -128,6 +140,7 @@ __all__ = [
     "load_checkpoint",
     "load_from_checkpoint",
     "merge",
+    "merge_and_unload",
     "parameter_report",
     "prune_rank",
     "quantize",

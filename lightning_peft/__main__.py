@@ -1,5 +1,36 @@
-"""Commands: `python -m lightning_peft plan …`."""
+"""The program `lightning-peft`, or `python -m lightning_peft`, and its commands."""
 
-from lightning_peft.planner.cli import main
+from __future__ import annotations
 
-raise SystemExit(main())
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightning_peft.hf.cli import add_merge
+from lightning_peft.planner.cli import add_plan
+
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    made = argparse.ArgumentParser(prog="lightning-peft")
+    commands = made.add_subparsers(required=True, dest="command")
+    add_plan(commands)
+    add_merge(commands)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, or 2 with one line on what is wrong."""
+    given = parser().parse_args(arguments)
+    try:
+        given.run(given)
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -23,6 +23,7 @@ from lightning_peft.methods.base import (
 from lightning_peft.methods.checks import empty_like_site, match_pattern, require, require_ranks
 from lightning_peft.methods.exchange import HFEntry, HFFormat
 from lightning_peft.methods.registry import register as register_method
+from lightning_peft.models.pretrained import register_pretrained
 from lightning_peft.storage import QuantizedStorage, StorageConfig, register_storage
 from lightning_peft.storage.packed import QuantizedWeightSpec
 
@@ -59,6 +60,7 @@ __all__ = [
     "match_pattern",
     "register_layer",
     "register_method",
+    "register_pretrained",
     "register_storage",
     "require",
     "require_ranks",

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import lightning_peft
+from lightning_peft.__main__ import parser
 from tests.helpers import docs_prelude
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,13 +116,13 @@ def test_commands_exist(page: str, command: list[str]) -> None:
         targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(command[1:]) <= set(targets)
     elif command[:3] == ["python", "-m", "lightning_peft"]:
-        from lightning_peft.planner.cli import _parser
-
-        _parser().parse_args(command[3:])
+        parser().parse_args(command[3:])
+    elif command[0] == "lightning-peft":
+        parser().parse_args(command[1:])
     elif command[0] == "python":
         assert (ROOT / command[1]).is_file()
     else:
-        extras = ("lightning", "pytorch-lightning")
+        extras = ("lightning", "pytorch-lightning", "all,lightning", "all")
         assert command in [["pip", "install", f"lightning-peft[{extra}]"] for extra in extras]
 
 

@@ -53,8 +53,10 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "transformers": ("models", "layers", "hf", "planner", "storage", "recipes"),
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),
+    "matplotlib": ("callback",),
     "numpy": ("methods",),  # UniLoRA draws its places as peft does
-    "rich": ("report", "adapters", "callback"),
+    "rich": ("report", "adapters", "callback", "hf"),
+    "huggingface_hub": ("hf", "planner"),
 }
 
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
@@ -358,3 +360,21 @@ def test_the_reader_sees(source: str, target: str, type_only: bool, tmp_path: Pa
     path.write_text(source)
     (found,) = imports_in(module, path, MODULES)
     assert (found.target, found.type_only) == (target, type_only)
+
+
+#: A file that derives classes from transformers'; it is imported when such a model is adapted.
+DERIVES = "lightning_peft.layers.prompt.prefix_cache"
+
+
+def test_extras_are_imported_where_they_are_used() -> None:
+    """A module that imports an extra at its top fails where the extra is not installed."""
+    extras = ("transformers", "bitsandbytes", "torchmetrics", "huggingface_hub")
+    found = []
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            tops = {name.partition(".")[0] for name in names}
+            if tops & set(extras) and module != DERIVES:
+                found.append(f"{module}:{node.lineno}")
+    assert found == []

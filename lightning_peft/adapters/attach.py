@@ -1,4 +1,4 @@
-"""Attach and detach: changes any `nn.Module` in place.
+"""Attach: changes any `nn.Module` in place.
 
 All checks run before the first change. Base keys never change; an adapter is stored as
 `<module>.peft.<adapter name>.<tensor>`.
@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.adoption import adopted_layers, release_adopted
+from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.batch import observe_batch, stack_of
 from lightning_peft.adapters.build import AdapterBuilder, guard_fast_path
 from lightning_peft.adapters.followers import can_follow, follow
+from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.adapters.placement.unused_rules import check_patterns, unused_rules
 from lightning_peft.adapters.plan import plan_attach
@@ -37,26 +38,26 @@ from lightning_peft.core.registry import (
     AdapterEntry,
     AdapterRegistry,
     ensure_registry,
-    forget,
-    is_part,
     join_registry,
     registries_in,
     registry_of,
     set_registry,
 )
-from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, release
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.projection_group import share_inputs
 from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
+from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.models.fingerprint import fingerprint
 from lightning_peft.models.frozen_parts import FrozenCopy, frozen_copies, inside
 from lightning_peft.models.history import start_history
+from lightning_peft.models.pretrained import NewLayers
 from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
-from lightning_peft.storage import StorageConfig
+from lightning_peft.storage import StorageConfig, require_config
 
-__all__ = ["attach", "attach_within", "detach", "quantize", "reset_adapters"]
+__all__ = ["attach", "attach_within", "quantize", "reset_adapters"]
 
 
 def attach(
@@ -64,8 +65,8 @@ def attach(
     method: Method | Sequence[Method],
     *,
     adapter_name: str = "default",
-    quantization: StorageConfig | None = None,
-    modules_to_save: Sequence[str] = (),
+    quantization: StorageConfig | str | None = None,
+    modules_to_save: Sequence[str] | None = (),
     device: torch.device | str | None = None,
 ) -> Report:
     """Freeze the model, quantise it if asked, and attach an adapter in place.
@@ -74,8 +75,10 @@ def attach(
         model: Any module; a Hugging Face model, a LightningModule, or one layer.
         method: One method, or several as a hybrid under one name (applied in this order).
         adapter_name: Letters, digits, ``_`` and ``-``.
-        quantization: Quantise the frozen linear layers, one at a time.
-        modules_to_save: Names or suffixes of modules that are trained as a whole.
+        quantization: Quantise the frozen linear layers, one at a time: ``"nf4"``, or a
+            configuration.
+        modules_to_save: Names or suffixes of modules that are trained fully. None finds the new
+            layers next to a pretrained model, as the callback does.
         device: Where to quantise; the weights stay there. None means where each weight is.
 
     Returns:
@@ -93,7 +96,7 @@ def attach(
         model,
         method,
         adapter_name=adapter_name,
-        quantization=quantization,
+        quantization=as_config(quantization),
         modules_to_save=modules_to_save,
         device=device,
     )
@@ -105,7 +108,7 @@ def attach_within(
     *,
     adapter_name: str,
     quantization: StorageConfig | None,
-    modules_to_save: Sequence[str],
+    modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
     averaged: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
@@ -115,6 +118,10 @@ def attach_within(
         model: As in `attach`; so are the other arguments.
         averaged: Parts of the model that are averaged into a dense part outside, with its name.
     """
+    new = NewLayers()
+    if modules_to_save is None:
+        new = new_layers_of(model, method)
+        modules_to_save = list(new.trained)
     methods = _checked_methods(model, method, modules_to_save)
     snapshot, built, packed = ModelSnapshot(model), list[WeightAdapter](), list[str]()
     try:
@@ -156,7 +163,8 @@ def attach_within(
         share_inputs(model, children_sharing_input(model))
         for _, module in adapted_modules(model):
             join_registry(module, registry)
-        registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters)
+        registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters, new.trained)
+        registry.user_frozen, registry.loose = new.frozen, new.loose
         registry.skipped, registry.tied = plan.skipped, plan.tied
         activate(model, registry, [adapter_name])
         start_history(model, again=packed)
@@ -181,7 +189,7 @@ def _registry_of_packed(
 
 def quantize(
     model: nn.Module,
-    quantization: StorageConfig,
+    quantization: StorageConfig | str,
     *,
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
@@ -199,15 +207,16 @@ def quantize(
             "quantize: expected a model without adapters, found some; quantise first, or give "
             "attach() the quantization"
         )
+    config = require_config(quantization)
     packed: list[str] = []
     snapshot = ModelSnapshot(model)
     try:
         with adopted_layers(model):
-            packing = plan_quantization(model, quantization, keep=list(exclude))
+            packing = plan_quantization(model, config, keep=list(exclude))
         registry = ensure_registry(model)
         if registry.fingerprint is None:  # else the layers that are missing are packed now
             registry.fingerprint = fingerprint(model)
-        registry.quantization, registry.dense = quantization, packing.dense
+        registry.quantization, registry.dense = config, packing.dense
         quantize_layers(model, packing, device, PackingWatch(packed, snapshot.renew))
         guard_fast_path(model)
         return parameter_report(model)
@@ -215,78 +224,9 @@ def quantize(
         base = registry_of(model)
         snapshot.restore()
         if packed and base is not None:
-            set_registry(model, _registry_of_packed(base, quantization))
+            set_registry(model, _registry_of_packed(base, config))
             guard_fast_path(model)
         raise
-
-
-def detach(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Remove one adapter, or all: class, keys and bits of the base as before.
-
-    A base that `attach` or `quantize` quantised stays quantised. Layers that arrived quantised are
-    given back to the library that made them.
-
-    Raises:
-        KeyError: no adapter of that name.
-        RuntimeError: the adapter is merged; unmerge first.
-    """
-    for _, root, registry in list(registries_in(model)):
-        if adapter_name is not None and adapter_name not in registry.adapters:
-            raise KeyError(
-                f"detach: expected one of {sorted(registry.adapters)}, got {adapter_name!r}"
-            )
-        names = list(registry.adapters) if adapter_name is None else [adapter_name]
-        if is_part(root, registry):
-            raise ValueError(
-                f"detach: expected the module that the adapters were attached to, got a part of it "
-                f"({type(root).__name__}); give that module, or one around it"
-            )
-        _detach_from(root, registry, names)
-
-
-def _detach_from(root: nn.Module, registry: AdapterRegistry, names: list[str]) -> None:
-    _check_unmerged(root, names)
-    activate(root, registry, [n for n in registry.active if n not in names])
-    _remove_adapters(root, names)
-    share_inputs(root, children_sharing_input(root))
-    for name in names:
-        del registry.adapters[name]
-    if not registry.adapters:
-        _restore_requires_grad(root, registry)
-        release_adopted(root, registry.adopted)
-        registry.adopted = []
-        registry.history = None
-        if registry.quantization is None:
-            forget(root)
-
-
-def _check_unmerged(root: nn.Module, names: list[str]) -> None:
-    for name, module in adapted_modules(root):
-        merged = module._peft.active.merged
-        if set(merged) & set(names):
-            raise RuntimeError(
-                f"{name!r}: expected unmerged adapters, found {merged} merged; unmerge first"
-            )
-
-
-def _remove_adapters(root: nn.Module, names: list[str]) -> None:
-    """Remove the adapters; modules without any left get their class back."""
-    for _, module in list(adapted_modules(root)):
-        for name in names:
-            if name in module.peft:
-                for adapter in adapters_of(module, name):
-                    adapter.remove_hooks()
-                del module.peft[name]
-        refresh(module)
-        if not module.peft:
-            release(module)
-
-
-def _restore_requires_grad(root: nn.Module, registry: AdapterRegistry) -> None:
-    for name, parameter in root.named_parameters():
-        if registry.requires_grad.get(name, False) and parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    registry.requires_grad = {}
 
 
 def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
@@ -333,6 +273,7 @@ def _checked_methods(
     """The methods, with what they take from the model filled in."""
     _require_parameters(model)
     _require_no_peft_layers(model)
+    require_methods(method, "attach(model, {})")
     methods = [method] if isinstance(method, Method) else list(method)
     if not methods and not modules_to_save:
         raise ValueError(
@@ -360,7 +301,8 @@ def _check_name(model: nn.Module, name: str) -> None:
         if name in registry.adapters:
             raise RuntimeError(
                 f"adapter_name: expected a free name, got {name!r}, which is attached already; "
-                "detach it first or choose another name"
+                "detach it first or choose another name; to go on training a saved adapter, leave "
+                "load_adapter out and give PEFT(init_from=directory)"
             )
     if any(module._peft.active.merged for _, module in adapted_modules(model)):
         raise RuntimeError(
@@ -462,8 +404,11 @@ def _remember_base(
 
 
 def _entry(
-    methods: list[Method], saved: list[str], planned: Sequence[PlannedAdapter]
+    methods: list[Method],
+    saved: list[str],
+    planned: Sequence[PlannedAdapter],
+    reasons: dict[str, str],
 ) -> AdapterEntry:
     sites = [(p.placement.site, p.method.label) for p in planned if not p.placement.paths]
     described = [(site.label, tuple(site.shape), label) for site, label in sites]
-    return AdapterEntry(methods, tuple(saved), described)
+    return AdapterEntry(methods, tuple(saved), reasons, described)

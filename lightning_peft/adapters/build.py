@@ -18,7 +18,7 @@ from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.storage import storage_of
 
-__all__ = ["AdapterBuilder", "guard_fast_path"]
+__all__ = ["AdapterBuilder", "guard_fast_path", "unguard_fast_path"]
 
 
 class AdapterBuilder:
@@ -172,6 +172,13 @@ def guard_fast_path(model: nn.Module) -> None:
         if isinstance(layer, nn.TransformerEncoderLayer):
             for child in layer.modules():
                 _guard(child)
+
+
+def unguard_fast_path(child: nn.Module) -> None:
+    """Let a child that is plain again run on the fused path."""
+    for key, hook in list(child._forward_pre_hooks.items()):
+        if hook is _keep_off_fast_path:
+            del child._forward_pre_hooks[key]
 
 
 def _guard(child: nn.Module) -> None:

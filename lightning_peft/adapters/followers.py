@@ -88,7 +88,7 @@ def follow_outside(model: nn.Module) -> None:
                 continue
             for name, entry in source.adapters.items():
                 follow(student, teacher, name)
-                registry.adapters[name] = AdapterEntry(entry.methods, (), _sites(teacher, name))
+                registry.adapters[name] = AdapterEntry(entry.methods, sites=_sites(teacher, name))
             registry.active = list(source.active)
         for _, module in adapted_modules(teacher):
             join_registry(module, registry)

@@ -33,6 +33,9 @@ def merge(
 ) -> MergeReport:
     """Write W' into the weights, in fp32 and with one rounding; forward then runs the plain layers.
 
+    The adapters stay attached, so that `unmerge` can take the change back, and layers that no
+    adapter changes stay packed. `merge_and_unload` makes the model plain, for `save_pretrained`.
+
     Args:
         model: A model with adapters.
         names: Adapters to merge; None means the active ones.

@@ -90,4 +90,5 @@ class MergeReport:
         if self.output_errors:
             tried = ", ".join(f"{e:.2e} onto the {b} base" for b, e in self.output_errors.items())
             lines.append(f"output error {tried}: the {self.better_base} base is nearer")
+        lines.append("adapters stay attached for unmerge; merge_and_unload(model) to save it plain")
         return "\n".join(lines)

@@ -87,6 +87,9 @@ def _add_method(
     if selection is not None:
         plan.skipped += list(selection.skipped)
         plan.tied = list(selection.tied)
+    if isinstance(method, WeightMethod):
+        for placement in kept:
+            method.check(placement.site)
     plan.adapters += [PlannedAdapter(method, key, p) for p in kept]
     which = method.trained_biases() if isinstance(method, WeightMethod) else "none"
     if which != "none":

@@ -98,6 +98,8 @@ def _rename_registry(registry: AdapterRegistry, rename: _Rename, root: nn.Module
             adapter.site.name = name
     for entry in registry.adapters.values():
         entry.modules_to_save = tuple(_renamed(entry.modules_to_save, rename))
+        reasons = {rename(name): why for name, why in entry.reasons.items()}
+        entry.reasons = {name: why for name, why in reasons.items() if name is not None}
         entry.sites = [(rename(at) or at, shape, label) for at, shape, label in entry.sites]
     flags = {rename(name): flag for name, flag in registry.requires_grad.items()}
     around = {n: p.requires_grad for n, p in root.named_parameters() if not in_adapter(n)}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.attach import attach_within, detach
+from lightning_peft.adapters.attach import attach_within
+from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.quantize import students_of_dense
 from lightning_peft.adapters.rehome import rehome
+from lightning_peft.callback.init_from import continue_adapter
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.registry import AdapterRegistry, forget, registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules
@@ -68,10 +71,11 @@ def attach_once(
     adapters: Mapping[str, Sequence[Method]],
     *,
     quantization: StorageConfig | None,
-    modules_to_save: Sequence[str],
+    modules_to_save: Sequence[str] | None,
     device: torch.device,
     lost: bool,
     averaged: Mapping[str, str],
+    init_from: str | Path | None = None,
 ) -> list[str]:
     """Attach every adapter that is not attached yet, and make all of them act, in the order named.
 
@@ -79,10 +83,12 @@ def attach_once(
         root: What to adapt.
         adapters: Methods by adapter name.
         quantization: How to store the base.
-        modules_to_save: Modules to train whole, besides a Hugging Face classification head.
+        modules_to_save: Modules to train fully, besides a Hugging Face classification head; None
+            for the new layers next to a pretrained model, an empty sequence for none.
         device: Where to quantise.
         lost: Whether the user's `configure_model` replaced adapted layers.
         averaged: Parts of the root that are averaged into a dense part outside, with its name.
+        init_from: Directory or hub id of an adapter to go on from, instead of methods.
 
     Returns:
         Names of adapters whose layers were replaced, and which start again.
@@ -97,7 +103,8 @@ def attach_once(
     for name, methods in adapters.items():
         holder = _holder(root, name)
         if holder is not None:
-            _same(name, holder, methods, quantization)
+            if init_from is None:
+                _same(name, holder, methods, quantization)
             continue
         record = registry_of(root)
         first = record is None or record.fingerprint is None
@@ -108,16 +115,16 @@ def attach_once(
                 "same"
             )
         unfinished = record is not None and not record.adapters  # a former call failed halfway
-        heads = [h for h in fresh_head_names(root) if not _covered(h, modules_to_save)]
-        attach_within(
-            root,
-            list(methods),
-            adapter_name=name,
-            quantization=quantization if first or unfinished else None,
-            modules_to_save=[*modules_to_save, *heads],
-            device=device if first and quantization is not None else None,
-            averaged=averaged,
-        )
+        how: dict[str, Any] = {
+            "adapter_name": name,
+            "quantization": quantization if first or unfinished else None,
+            "modules_to_save": _saved(root, modules_to_save),
+            "device": device if first and quantization is not None else None,
+        }
+        if init_from is None:
+            attach_within(root, list(methods), averaged=averaged, **how)
+        else:
+            continue_adapter(root, init_from, **how)
         new = True
     record = registry_of(root)
     if new and record is not None:
@@ -128,6 +135,13 @@ def attach_once(
 def _holder(root: nn.Module, name: str) -> AdapterRegistry | None:
     """Return the registry of an adapter: of the root, or of a net inside that has it already."""
     return next((r for _, _, r in registries_in(root) if name in r.adapters), None)
+
+
+def _saved(root: nn.Module, given: Sequence[str] | None) -> list[str] | None:
+    """The modules given, and the heads that a Hugging Face model starts at random."""
+    if not given:
+        return None if given is None else []
+    return [*given, *(h for h in fresh_head_names(root) if not _covered(h, given))]
 
 
 def _covered(head: str, wanted: Sequence[str]) -> bool:
@@ -158,7 +172,8 @@ def _same(
         raise RuntimeError(
             f"PEFT adapter {name!r}: expected the configuration that is attached already, "
             f"{_short(have)} on {record.quantization}, got {_short(want)} on {quantization}; "
-            "detach(module) first, or use another adapter_name"
+            "detach(module) first, use another adapter_name, or give PEFT(init_from=directory) to "
+            "go on training a saved adapter"
         )
 
 

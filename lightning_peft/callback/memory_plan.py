@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.methods.base import Method
 from lightning_peft.planner.estimate import Plan, estimate_memory
 from lightning_peft.planner.meta_model import PRECISIONS
@@ -27,7 +28,7 @@ def make_plan(
     quantization: StorageConfig | None,
     optimizer: str | None,
     liger: bool,
-    modules_to_save: Sequence[str],
+    modules_to_save: Sequence[str] | None,
     given: Mapping[str, Any],
 ) -> Plan | None:
     """Return the plan of this run; None, with a warning, if it cannot be made.
@@ -44,10 +45,12 @@ def make_plan(
         "strategy": next((s for s in ("fsdp", "ddp") if s in strategy), None),
         "world_size": trainer.world_size,
         "liger": liger,
-        "modules_to_save": modules_to_save,
         **given,
     }
     methods = [m for several in adapters.values() for m in several]
+    if modules_to_save is None:
+        modules_to_save = list(new_layers_of(root, methods).trained)
+    how.setdefault("modules_to_save", modules_to_save)
     try:
         return estimate_memory(root, methods, **how)
     # A plan is advice: a model that it cannot count (fake tensors, no sizes) still trains.

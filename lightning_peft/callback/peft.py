@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft_kernels.dispatch import Backend
@@ -16,6 +17,7 @@ from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_chec
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
+from lightning_peft.callback.export import export_best
 from lightning_peft.callback.frozen_base import FrozenBase
 from lightning_peft.callback.gradient_checks import (
     check_has_graph,
@@ -40,6 +42,7 @@ from lightning_peft.callback.run_backend import RunBackend
 from lightning_peft.callback.sigterm import SigtermHandler
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import is_attached
+from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
 from lightning_peft.models.history import note_optimizers, start_history
 from lightning_peft.planner.estimate import Plan
@@ -62,6 +65,8 @@ _CONFIGURATION = (
     "quantization",
     "optimizer",
     "modules_to_save",
+    "init_from",
+    "export_to",
     "root",
     "kernels",
     "liger",
@@ -86,15 +91,21 @@ class PEFT(TrainerCallback):
             configuration of a registered storage.
         optimizer: Name of an optimizer class that replaces the user's. Groups and schedulers stay.
         adapter_name: Name of the adapter that `method` creates.
-        modules_to_save: Names or suffixes of modules trained in full, such as a fresh head. The
-            classification head of a Hugging Face model is found automatically.
+        modules_to_save: Names or suffixes of modules trained fully. By default, the new layers
+            next to a pretrained model, and its fresh head; ``()`` trains none. The classification
+            head of a Hugging Face model is added to the names that are given.
+        init_from: Directory or hub id of an adapter to go on training, instead of `method`. Its
+            configuration comes from there.
+        export_to: Directory to write the adapters of the best checkpoint to when fit ends, or the
+            current ones if no checkpoint was written. The Trainer's root process writes it.
         root: Dotted path of the submodule to adapt. The default is the LightningModule. Parameters
             outside the root are trained and saved if they require gradients.
         kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
         liger: If True, put liger-kernel's fused layers into the Hugging Face models it knows.
-        report: If True, print the report and log the configuration when training starts.
+        report: If True, print the report when training starts. The configuration is logged to the
+            Trainer's loggers in any case.
         plan: If True, print the memory estimate when training starts. A dict holds arguments of
-            `estimate_memory`: ``{"batch_size": 4, "sequence_length": 2048}``.
+            `estimate_memory`: ``{"batch_size": 4, "sequence_length": 2048}``. Not with `init_from`.
 
     Raises:
         ModuleNotFoundError: neither Lightning package is installed.
@@ -109,7 +120,9 @@ class PEFT(TrainerCallback):
         quantization: Quantization | StorageConfig | str | None = None,
         optimizer: str | None = None,
         adapter_name: str = "default",
-        modules_to_save: Sequence[str] = (),
+        modules_to_save: Sequence[str] | None = None,
+        init_from: str | Path | None = None,
+        export_to: str | Path | None = None,
         root: str | None = None,
         kernels: Backend = "auto",
         liger: bool = False,
@@ -118,10 +131,12 @@ class PEFT(TrainerCallback):
     ) -> None:
         super().__init__()
         register_strategies()
-        self.adapters = _by_name(method, adapters, adapter_name, modules_to_save)
+        self.adapters = _by_name(method, adapters, adapter_name, modules_to_save, init_from)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
-        self.modules_to_save = tuple(modules_to_save)
+        self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
+        self.init_from = init_from
+        self.export_to = export_to
         self.root = root
         self.kernels = kernels
         self.liger = liger
@@ -201,6 +216,7 @@ class PEFT(TrainerCallback):
                 device=trainer.strategy.root_device,
                 lost=lost,
                 averaged=averaged_parts(module, self.root, self.quantization),
+                init_from=self.init_from,
             )
         follow_outside(module)
         start_history(module)
@@ -210,7 +226,7 @@ class PEFT(TrainerCallback):
             rebuild_averages(trainer, module)
 
     def _make_plan(self, trainer: pl.Trainer, root: nn.Module) -> None:
-        if self.plan is False or not is_fitting(trainer):
+        if self.plan is False or self.init_from is not None or not is_fitting(trainer):
             return
         self.memory_plan = make_plan(
             trainer,
@@ -236,8 +252,7 @@ class PEFT(TrainerCallback):
         self._check_not_lost(pl_module)
         if self.memory_plan is not None and trainer.is_global_zero:
             print(self.memory_plan)
-        if self.report:
-            self._show(trainer, pl_module)
+        self._show(trainer, pl_module)
         self._resume.restore(trainer)
 
     @override
@@ -268,9 +283,9 @@ class PEFT(TrainerCallback):
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         report = parameter_report(find_root(module, self.root))
         report.notes += self._notes
-        if trainer.is_global_zero:
+        if self.report and trainer.is_global_zero:
             print_report(report, f"PEFT {', '.join(self.names)}")
-        log_configuration(trainer, self.adapters, self.quantization, self.modules_to_save, report)
+        log_configuration(trainer, find_root(module, self.root), self.names, report)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -295,6 +310,12 @@ class PEFT(TrainerCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training ends: restores the former SIGTERM handler."""
         self._sigterm.restore()
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when fit ends: exports the adapters of the best checkpoint."""
+        if self.export_to is not None and trainer.is_global_zero:
+            export_best(trainer, pl_module, self.names, self.export_to)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -370,17 +391,31 @@ def _by_name(
     method: Method | list[Method] | None,
     adapters: dict[str, Method | list[Method]] | None,
     adapter_name: str,
-    modules_to_save: Sequence[str],
+    modules_to_save: Sequence[str] | None,
+    init_from: str | Path | None,
 ) -> dict[str, list[Method]]:
     if isinstance(modules_to_save, str):
         raise TypeError(
             f"PEFT modules_to_save: expected a list of names, got the string {modules_to_save!r}; "
             f"write [{modules_to_save!r}]"
         )
-    if (method is None) == (not adapters) and not (method is None and modules_to_save):
+    if init_from is not None and (method is not None or adapters):
+        raise ValueError(
+            f"PEFT: expected init_from alone, got {method or adapters!r} too; the configuration "
+            "comes from the directory: leave the method out"
+        )
+    alone = method is None and (modules_to_save or init_from is not None)
+    if (method is None) == (not adapters) and not alone:
         raise ValueError(
             f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; for a "
             "method under a name of its own give adapter_name"
         )
+    if adapters is not None and not isinstance(adapters, dict):
+        raise TypeError(
+            f"PEFT adapters: expected methods by adapter name, got {adapters!r}; write "
+            "PEFT(adapters={'default': LoRA(r=8)})"
+        )
+    for each in [method] if adapters is None else adapters.values():
+        require_methods([] if each is None else each, "PEFT({})")
     given = adapters if adapters else {adapter_name: [] if method is None else method}
     return {name: m if isinstance(m, list) else [m] for name, m in given.items()}

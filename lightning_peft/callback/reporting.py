@@ -1,20 +1,21 @@
-"""Prints the report as a table on rank 0 and logs the configuration."""
+"""Prints the report on rank 0 and logs the configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_peft_kernels.dispatch import triton_available
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from lightning_peft.methods.base import Method
+from lightning_peft.core.registry import registry_of
 from lightning_peft.methods.registry import to_dict
 from lightning_peft.report.summary import Report
+from lightning_peft.report.text import report_lines
 from lightning_peft.report.tokens import token_lines
-from lightning_peft.storage import StorageConfig, config_to_dict
+from lightning_peft.storage import config_to_dict
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -23,28 +24,14 @@ __all__ = ["log_configuration", "print_report", "print_tokens"]
 
 
 def print_report(report: Report, title: str) -> None:
-    """Print adapted layers, their cost, and skipped layers with the reason."""
-    table = Table(title=title, title_justify="left")
-    for column in ("layers", "count", "method", "shape", "trained", "storage", "kernel"):
-        table.add_column(column, justify="right" if column in ("count", "trained") else "left")
-    for g in report.groups:
-        row = (g.layers, f"{g.count}", g.method, g.shape, f"{g.trainable:,}", g.storage, g.fused)
-        table.add_row(*row)
+    """Print the report in the width of the terminal."""
     console = Console()
-    console.print(table)
-    parts = ", ".join(f"{part} {n / 1e6:,.2f} MB" for part, n in report.nbytes.items())
-    share = f"{report.trainable:,} of {report.total:,} = {report.percent:.3f} %"
-    lines = [f"trained {share}; {parts}"]
-    lines += _grouped("left out", report.skipped) + _grouped("stays dense", report.dense)
-    lines += [f"tied: {' = '.join(names)}" for names in report.tied]
-    if report.eval_modules:
-        lines.append(
-            f"{report.eval_modules} modules are in eval mode: no dropout there, and no activation "
-            "checkpointing in Hugging Face models; call .train() on them if that is not meant"
-        )
-    if not triton_available():
-        lines.append("triton is not installed: every op runs as torch code")
-    console.print("\n".join([*lines, *report.notes]), markup=False, highlight=False)
+    lines = [title, *report_lines(report, console.width), *report.kernels[:1]]
+    if report.storages:
+        lines.append("Lightning's own table counts packed bytes as parameters")
+    if torch.cuda.is_available() and not triton_available():
+        lines.append("triton is not installed: every op runs as torch code; pip install triton")
+    console.print("\n".join(lines), markup=False, highlight=False)
 
 
 def print_tokens(model: nn.Module) -> None:
@@ -54,31 +41,20 @@ def print_tokens(model: nn.Module) -> None:
         Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
 
 
-def _grouped(what: str, reasons: Sequence[tuple[str, str]]) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
-    for name, why in reasons:
-        by_reason.setdefault(why, []).append(name)
-    return [
-        f"{what}, {why}: {', '.join(names[:4])}"
-        + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        for why, names in by_reason.items()
-    ]
-
-
 def log_configuration(
-    trainer: pl.Trainer,
-    adapters: Mapping[str, Sequence[Method]],
-    quantization: StorageConfig | None,
-    modules_to_save: Sequence[str],
-    report: Report,
+    trainer: pl.Trainer, root: nn.Module, names: Sequence[str], report: Report
 ) -> None:
     """Log adapters, quantisation and parameter counts as one hyper-parameter of plain data."""
+    registry = registry_of(root)
+    assert registry is not None  # the adapters are attached
+    entries = {name: registry.adapters[name] for name in names}
+    saved = [module for entry in entries.values() for module in entry.modules_to_save]
     configuration: dict[str, Any] = {
-        "adapters": {name: [to_dict(m) for m in methods] for name, methods in adapters.items()},
-        "quantization": config_to_dict(quantization),
-        "modules_to_save": list(modules_to_save),
+        "adapters": {name: [to_dict(m) for m in entry.methods] for name, entry in entries.items()},
+        "quantization": config_to_dict(registry.quantization),
+        "modules_to_save": list(dict.fromkeys(saved)),
         "trainable": report.trainable,
         "total": report.total,
     }
     for logger in trainer.loggers:
-        logger.log_hyperparams({f"peft/{'+'.join(adapters)}": configuration})
+        logger.log_hyperparams({f"peft/{'+'.join(names)}": configuration})

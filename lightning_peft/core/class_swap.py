@@ -45,7 +45,20 @@ class Swapped(_Module):
     _kernel_backend: Backend | None = None
 
     def _get_name(self) -> str:
-        return f"{self._swap_prefix}{type(self).__name__}"
+        mixins = (vars(cls).get("_swap_mixin") for cls in type(self).__mro__)
+        prefix = "".join(mixin._swap_prefix for mixin in mixins if mixin is not None)
+        return f"{prefix}{type(self).__name__}"
+
+    def extra_repr(self) -> str:
+        """The arguments that the class underneath prints, also in a `__repr__` of its own."""
+        base = base_class(self)
+        if base.__repr__ is nn.Module.__repr__:
+            return super().extra_repr()
+        return base.__repr__(self).partition("(")[2].rpartition(")")[0]
+
+    def __repr__(self) -> str:
+        """What `nn.Module` prints: GPT-2's Conv1D would leave out adapters and storage."""
+        return nn.Module.__repr__(self)
 
     def _read_parameter(self, name: str, held: nn.Parameter) -> Any:
         """Return what code that reads ``module.weight`` or ``module.bias`` finds."""

@@ -38,11 +38,13 @@ class AdapterEntry:
     Attributes:
         methods: Methods of the adapter; more than one form a hybrid.
         modules_to_save: Names of the modules that are trained as a whole.
+        reasons: Module of `modules_to_save` that was found to be new → why.
         sites: (label, canonical shape, name of the method) of every weight it acts on.
     """
 
     methods: list[Method]
     modules_to_save: tuple[str, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
     sites: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)
 
 
@@ -58,6 +60,8 @@ class AdapterRegistry:
         skipped: (name, reason) of layers that matched and were left out.
         dense: (name, reason) of linear layers that quantisation left dense.
         tied: Groups of parameter names that share one tensor.
+        user_frozen: Parts outside every pretrained model that the user froze.
+        loose: Trained parameters of the user that no module can train a copy of.
         fingerprint: Fingerprint of the base before quantising.
         adopted: Names of layers that arrived quantised and were adopted.
         members: Number of adapted modules.
@@ -71,6 +75,8 @@ class AdapterRegistry:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     dense: list[tuple[str, str]] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
+    user_frozen: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
     adopted: list[str] = field(default_factory=list)
     fingerprint: dict[str, Any] | None = None
     members: int = 0

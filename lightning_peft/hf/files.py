@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_peft.hf.config import CONFIG
 
-__all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter"]
+__all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter", "write_tensors"]
 
 TENSORS = "adapter_model.safetensors"
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)  # peft takes the smallest
@@ -97,18 +97,35 @@ def checked(
 
 
 def write_adapter(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    readme: str,
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write the three files, each atomically; the config comes last."""
-    from safetensors.torch import save
+    """Write the three files, each atomically; the config comes last.
 
-    directory.mkdir(parents=True, exist_ok=True)
-    plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in sorted(tensors.items())}
+    Args:
+        directory: Created if absent.
+        config: As in adapter_config.json.
+        tensors: As in adapter_model.safetensors.
+        readme: Text of README.md, which is kept if there is one.
+        metadata: Header of the safetensors file, which other programs ignore.
+    """
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _replace(directory / TENSORS, save(plain, metadata={"format": "pt"}))
+    write_tensors(directory / TENSORS, tensors, metadata)
     if not (directory / "README.md").exists():
         _replace(directory / "README.md", readme.encode())
     _replace(directory / CONFIG, text.encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in sorted(tensors.items())}
+    _replace(path, save(plain, metadata={"format": "pt", **metadata}))
 
 
 def _replace(path: Path, content: bytes) -> None:

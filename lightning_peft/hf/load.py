@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adoption import adopted_layers
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.detach import detach
+from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.adapters.snapshot import ModelSnapshot
-from lightning_peft.core.names import join
+from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
 from lightning_peft.hf.keys import PREFIX, Reading, read_keys
@@ -32,7 +34,7 @@ from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.report.summary import Report
-from lightning_peft.storage import StorageConfig, storage_of
+from lightning_peft.storage import StorageConfig, as_config, storage_of
 
 __all__ = ["load_adapter"]
 
@@ -42,10 +44,12 @@ def load_adapter(
     directory: str | Path | Mapping[str, Tensor],
     *,
     adapter_name: str = "default",
-    quantization: StorageConfig | None = None,
+    quantization: StorageConfig | str | None = None,
     root: str | None = None,
     alpha: float | None = None,
     enable_lora: Sequence[bool] | None = None,
+    modules_to_save: Sequence[str] | None = (),
+    device: torch.device | str | None = None,
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
@@ -63,11 +67,13 @@ def load_adapter(
             .safetensors file of Kohya, diffusers or loralib, or a directory with one; or a state
             dict of theirs.
         adapter_name: Name to attach under.
-        quantization: Quantise the frozen base too.
+        quantization: Quantise the frozen base too: ``"nf4"``, or a configuration.
         root: Name of the module inside `model` whose layer names the file uses. By default, the
             one Hugging Face model inside `model`, or `model` itself.
         alpha: lora_alpha of a loralib file, which does not hold it.
         enable_lora: loralib's argument of MergedLinear, needed if some parts are off.
+        modules_to_save: Modules to train fully besides those of the directory, as in `attach`.
+        device: Where to quantise, as in `attach`.
 
     Returns:
         The report of attaching. Its notes count the tensors and layers loaded.
@@ -77,12 +83,13 @@ def load_adapter(
         ValueError: anything in the files that does not fit; the model is as before.
         RuntimeError: the adapter's name is taken.
     """
+    config = as_config(quantization)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
     # A snapshot would keep the dense weights of layers that are packed.
-    snapshot = None if quantization is not None else ModelSnapshot(model)
+    snapshot = None if config is not None else ModelSnapshot(model)
     try:
         with adopted_layers(model):  # a refusal gives them back
-            return _load(model, source, adapter_name, quantization)
+            return _load(model, source, adapter_name, config, modules_to_save, device)
     except BaseException:
         if snapshot is not None:
             snapshot.restore(_weight_adapters(model, adapter_name))
@@ -95,7 +102,12 @@ def _weight_adapters(model: nn.Module, adapter_name: str) -> list[WeightAdapter]
 
 
 def _load(
-    model: nn.Module, source: Source, adapter_name: str, quantization: StorageConfig | None
+    model: nn.Module,
+    source: Source,
+    adapter_name: str,
+    quantization: StorageConfig | None,
+    modules_to_save: Sequence[str] | None,
+    device: torch.device | str | None,
 ) -> Report:
     reading = _read(source)
     method = _method(model, source, reading)
@@ -108,15 +120,21 @@ def _load(
     else:
         _check_shared(source.format, reading)
     _check_base(source, reading)
+    names += source.outside.names
+    if modules_to_save is None:
+        modules_to_save = list(new_layers_of(model, method).trained)
+    more = [m for m in modules_to_save if not matches_suffix(m, names)]
     report = attach(
         model,
         method,
         adapter_name=adapter_name,
         quantization=quantization,
-        modules_to_save=names,
+        modules_to_save=[*names, *more],
+        device=device,
     )
     try:
         count = _copy(model, adapter_name, values, reading.shared)
+        count += source.outside.copy_into(model, adapter_name)
     except BaseException:
         if quantization is not None:
             detach(model, adapter_name)

@@ -5,23 +5,26 @@ Adapters that peft would compute differently are refused with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.modules import is_conv1d
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.config import base_config
-from lightning_peft.hf.files import write_adapter
+from lightning_peft.hf.files import write_adapter, write_tensors
+from lightning_peft.hf.hub import upload
 from lightning_peft.hf.keys import bias_key, tensor_prefix
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
+from lightning_peft.hf.model_card import model_card
+from lightning_peft.hf.outside import OUTSIDE, outside_tensors
 from lightning_peft.hf.prompts import add_heads
+from lightning_peft.hf.provenance import provenance_of
 from lightning_peft.hf.targets import compact, misread_names, model_root
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
@@ -29,6 +32,7 @@ from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.storage import storage_for
 
 __all__ = ["save_adapter"]
 
@@ -44,6 +48,8 @@ def save_adapter(
     names: Literal["current", "legacy"] = "current",
     uniform: bool = False,
     root: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    push_to_hub: str | None = None,
 ) -> Path:
     """Write an adapter as a Hugging Face peft 0.21 directory.
 
@@ -61,7 +67,11 @@ def save_adapter(
         uniform: One rank for all layers and scale 1, for servers that ignore rank and alpha
             patterns.
         root: Name of the module inside `model` whose layer names the file uses. By default, the
-            one Hugging Face model inside `model`, or `model` itself.
+            one Hugging Face model inside `model`, or `model` itself. Modules that are trained
+            outside of it (a head of your own) go into trained_modules.safetensors, which
+            `load_adapter` reads and peft leaves alone.
+        metrics: Values for the model card (README.md).
+        push_to_hub: Name of a repository, ``"org/name"``, to upload the directory to.
 
     Returns:
         The directory written to.
@@ -74,7 +84,7 @@ def save_adapter(
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
     prefix, top = model_root(model, root)
-    found = _adapters(model, adapter_name, strip_compile(prefix))
+    found, outside = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)
     entries = _entries(found, method, fmt, misread_names(top, fmt))
     config = _config(top, method, fmt, entries, uniform=uniform)
@@ -89,8 +99,25 @@ def save_adapter(
     if names == "legacy":
         config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
-    write_adapter(target, config, tensors, _readme(top, method, config))
+    metadata = provenance_of(model, adapter_name, strip_compile(prefix))
+    if outside:
+        write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
+    card = model_card(top, method, config, _storage_label(model, adapter_name), metrics or {})
+    write_adapter(target, config, tensors, card, metadata)
+    if push_to_hub is not None:
+        upload(target, push_to_hub)
     return target
+
+
+def _storage_label(model: nn.Module, adapter_name: str) -> str:
+    """Format that training quantised the base to; "" for none."""
+    configs = [
+        registry.quantization
+        for _, _, registry in registries_in(model)
+        if adapter_name in registry.adapters
+    ]
+    found = next((config for config in configs if config is not None), None)
+    return "" if found is None else storage_for(found).label
 
 
 def _config(
@@ -110,7 +137,8 @@ def _config(
     return config
 
 
-def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
+def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> tuple[_Found, list[str]]:
+    """The adapters inside `prefix`, and the trained modules outside of it."""
     known = sorted({n for _, _, r in registries_in(model) for n in r.adapters})
     if adapter_name not in known:
         if any(adapters_of(m, adapter_name) for _, m in adapted_modules(model)):
@@ -120,20 +148,37 @@ def _adapters(model: nn.Module, adapter_name: str, prefix: str) -> _Found:
                 f"LightningModule) and name this part with root="
             )
         raise KeyError(
-            f"save_adapter: expected one of the attached adapters {known}, got {adapter_name!r}"
+            f"save_adapter: expected one of the attached adapters {known}, got {adapter_name!r}; "
+            f"give adapter_name={known[0]!r}"
+            if known
+            else "save_adapter: expected a model with adapters, got one without; attach one first"
         )
     found: _Found = []
     for name, module in adapted_modules(model):
         path = strip_compile(name)
         inside = not prefix or path == prefix or path.startswith(f"{prefix}.")
         for adapter in adapters_of(module, adapter_name):
+            if not inside and isinstance(adapter.method, ModulesToSave):
+                continue
             if not inside:
                 raise ValueError(
                     f"save_adapter: expected all layers of adapter {adapter_name!r} inside "
-                    f"{prefix!r}, found {path!r}; give the module that holds them all with root="
+                    f"{prefix!r}, found {path!r}; name the module that holds them all with "
+                    "root=, for instance root='' for the model itself"
                 )
             found.append((path[len(prefix) :].removeprefix("."), module, adapter))
-    return found
+    return found, _outside(model, adapter_name, prefix)
+
+
+def _outside(model: nn.Module, adapter_name: str, prefix: str) -> list[str]:
+    """Trained modules outside of the module whose names the file uses."""
+    names = [
+        strip_compile(join(at, name))
+        for at, _, registry in registries_in(model)
+        if adapter_name in registry.adapters
+        for name in registry.adapters[adapter_name].modules_to_save
+    ]
+    return [n for n in names if prefix and not f"{n}.".startswith(f"{prefix}.")]
 
 
 def _one_method(found: _Found) -> tuple[Method, HFFormat]:
@@ -285,7 +330,9 @@ def _add_saved(
     for at, _, record in registries_in(model):
         entry = record.adapters.get(adapter_name)
         for name in entry.modules_to_save if entry is not None else ():
-            names.append(strip_compile(join(at, name))[len(prefix) :].removeprefix("."))
+            full = strip_compile(join(at, name))
+            if not prefix or f"{full}.".startswith(f"{prefix}."):
+                names.append(full[len(prefix) :].removeprefix("."))
     if not names:
         return
     config["modules_to_save"] = sorted(names)
@@ -300,11 +347,3 @@ def _add_saved(
         if isinstance(adapter.method, ModulesToSave):
             for parameter, value in adapter.copies().items():
                 tensors[fmt.saved_prefix + join(path, parameter)] = value
-
-
-def _readme(top: nn.Module, method: Method, config: dict[str, Any]) -> str:
-    name = config.get("base_model_name_or_path") or base_class(top).__name__
-    return (
-        f"---\nlibrary_name: peft\nbase_model: {name}\n---\n\n"
-        f"A {method.label} adapter for {name}, trained with lightning_peft.\n"
-    )

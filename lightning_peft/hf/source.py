@@ -6,7 +6,7 @@ Each is converted to one config, and tensors in the model's present names. The m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_peft.hf.files import checked, read_file, read_tensors
 from lightning_peft.hf.import_lora import foreign_adapter
 from lightning_peft.hf.legacy_experts import fused_experts
 from lightning_peft.hf.legacy_names import current_names
+from lightning_peft.hf.outside import OutsideModules, read_outside
 from lightning_peft.hf.recognise import named
 from lightning_peft.hf.targets import model_root
 from lightning_peft.methods.base import HFFormat, Method
@@ -35,6 +36,7 @@ class Source:
         prefix: Name in the caller's model of the module whose layer names are used.
         top: That module.
         notes: Conclusions that the file does not state.
+        outside: Trained modules next to the module `top`.
     """
 
     config: dict[str, Any]
@@ -43,6 +45,7 @@ class Source:
     prefix: str
     top: nn.Module
     notes: list[str]
+    outside: OutsideModules = field(default_factory=OutsideModules)
 
     @property
     def format(self) -> HFFormat:
@@ -102,7 +105,9 @@ def _peft(
     prefix, top = model_root(model, root)
     config, tensors, fused = fused_experts(top, config, tensors)
     config, tensors, note = current_names(top, fmt, config, tensors)
-    return Source(config, tensors, method, prefix, top, [n for n in (fused, note) if n])
+    outside = read_outside(model, folder)
+    notes = [n for n in (fused, note, *outside.notes) if n]
+    return Source(config, tensors, method, prefix, top, notes, outside)
 
 
 def _check_options(config: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
+from lightning_peft.methods.arguments import checked_arguments
 from lightning_peft.methods.base import Method, Targeted
 
 __all__ = ["METHODS", "from_dict", "register", "to_dict"]
@@ -22,7 +23,7 @@ def register(cls: M) -> M:
     generated table.
     """
     METHODS[cls.__name__] = cls
-    return cls
+    return checked_arguments(cls)
 
 
 def to_dict(method: Method) -> dict[str, Any]:

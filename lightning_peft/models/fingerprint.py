@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.names import strip_compile
 
-__all__ = ["fingerprint", "fingerprint_differences"]
+__all__ = ["fingerprint", "fingerprint_differences", "sampled_hash"]
 
 _SAMPLES = 64  # elements per tensor: 290 tensors of a 7 B model are sampled in a few milliseconds
 
@@ -30,18 +30,23 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
     """
     tensors: dict[str, list[Any]] = {}
     for name, parameter in model.named_parameters():
-        content = "" if name in trained else _sample(parameter.detach())
+        content = "" if name in trained else sampled_hash(parameter.detach())
         plain = strip_compile(name)
         tensors[plain] = [list(parameter.shape), str(parameter.dtype), content]
     return {"tensors": tensors}
 
 
-def _sample(t: Tensor) -> str:
+def sampled_hash(t: Tensor) -> str:
+    """Return a hash of elements at even distances; "" for a tensor without content."""
     if t.device.type == "meta" or t.numel() == 0:
         return ""
-    flat = t.reshape(-1) if t.is_contiguous() else t.flatten()
-    step = max(1, flat.numel() // _SAMPLES)
-    chosen = flat[::step][:_SAMPLES].cpu().contiguous()
+    step = max(1, t.numel() // _SAMPLES)
+    if t.is_contiguous():
+        chosen = t.reshape(-1)[::step][:_SAMPLES]
+    else:  # an expanded tensor would take the memory of all its elements
+        places = torch.arange(0, t.numel(), step, device=t.device)[:_SAMPLES]
+        chosen = t[torch.unravel_index(places, t.shape)]
+    chosen = chosen.cpu().contiguous()
     return hashlib.sha256(chosen.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from torch import nn
 
@@ -336,6 +337,9 @@ def _nothing(
         f"target_modules: expected to match a layer of {type(model).__name__}, got "
         f"{target_modules!r}, which matches none"
     )
+    given = target_modules if isinstance(target_modules, str) else ""
+    if get_close_matches(given, ["all-linear"], 1, 0.8):
+        text += "; did you mean 'all-linear'?"
     if unfit:
         kinds = sorted({type(model.get_submodule(n)).__name__ for n in unfit})
         text += (

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from lightning_peft_kernels.nf4.bitsandbytes_library import bitsandbytes_library
 from torch import Tensor
 
 __all__ = ["allocate", "prefetch"]
@@ -42,9 +43,7 @@ def _library() -> Any:
             "paged optimizer: expected bitsandbytes, which has the managed memory, found none; pip "
             "install bitsandbytes, or leave 'paged_' out of the optimizer's name"
         )
-    from bitsandbytes.cextension import lib
-
-    return lib
+    return bitsandbytes_library()
 
 
 @lru_cache(maxsize=1)

@@ -1,12 +1,10 @@
-"""`python -m lightning_peft plan …`: the planner from the command line."""
+"""The command `lightning-peft plan`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import re
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from lightning_peft.methods.registry import METHODS
@@ -14,48 +12,18 @@ from lightning_peft.planner.estimate import estimate_memory
 from lightning_peft.planner.plan import size
 from lightning_peft.storage import Quantization
 
-__all__ = ["main", "parse_bytes"]
+__all__ = ["add_plan", "parse_bytes"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the plan; 0, or 2 with one line on what is wrong."""
-    given = _parser().parse_args(arguments)
-    try:
-        quantization = None
-        if given.quantization is not None:
-            quantization = Quantization(given.quantization, double_quant=not given.no_double_quant)
-        plan = estimate_memory(
-            given.model,
-            _method(given),
-            quantization=quantization,
-            optimizer=given.optimizer,
-            precision=given.precision,
-            batch_size=given.batch_size,
-            sequence_length=given.sequence_length,
-            checkpointing=given.checkpointing,
-            strategy=given.strategy,
-            world_size=given.world_size,
-            liger=given.liger,
-            memory=None if given.memory is None else parse_bytes(given.memory),
-        )
-        print(plan)
-        if plan.budget is not None:
-            batch = plan.largest_batch(plan.budget)
-            print(f"largest batch in {size(plan.budget)}: {batch}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lightning_peft")
-    plan = parser.add_subparsers(required=True, dest="command").add_parser(
+def add_plan(commands: Any) -> None:
+    """Add the command to the program's subparsers."""
+    plan = commands.add_parser(
         "plan", help="memory of a fine-tuning run, before anything is loaded"
     )
-    plan.add_argument("model", help="config.json, or the directory of a model")
+    plan.set_defaults(run=_run)
+    plan.add_argument("model", help="config.json, the directory of a model, or a cached hub id")
     plan.add_argument("--method", default="lora", help="full, lora, dora, ia3 …")
     plan.add_argument("--r", type=int, help="rank, where the method has one")
     plan.add_argument("--target-modules", nargs="+", help="names, or all-linear")
@@ -70,7 +38,30 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--world-size", type=int, default=1)
     plan.add_argument("--liger", action="store_true")
     plan.add_argument("--memory", help="what a rank has, for instance 24GB or 22.5GiB")
-    return parser
+
+
+def _run(given: argparse.Namespace) -> None:
+    quantization = None
+    if given.quantization is not None:
+        quantization = Quantization(given.quantization, double_quant=not given.no_double_quant)
+    plan = estimate_memory(
+        given.model,
+        _method(given),
+        quantization=quantization,
+        optimizer=given.optimizer,
+        precision=given.precision,
+        batch_size=given.batch_size,
+        sequence_length=given.sequence_length,
+        checkpointing=given.checkpointing,
+        strategy=given.strategy,
+        world_size=given.world_size,
+        liger=given.liger,
+        memory=None if given.memory is None else parse_bytes(given.memory),
+    )
+    print(plan)
+    if plan.budget is not None:
+        batch = plan.largest_batch(plan.budget)
+        print(f"largest batch in {size(plan.budget)}: {batch}")
 
 
 def _method(given: Any) -> Any:

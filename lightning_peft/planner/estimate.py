@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_peft.methods.base import Method
-from lightning_peft.models.modules import head_names
+from lightning_peft.models.modules import head_names, hf_models
 from lightning_peft.planner.activation_trace import UNTRACEABLE, Trace, trace
 from lightning_peft.planner.example_inputs import NoInputs
 from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
@@ -52,7 +52,8 @@ def estimate_memory(
 
     Args:
         model_or_config: A module (built under ``torch.device("meta")``, or any), a Hugging Face
-            configuration, or the path of a config.json or of its directory.
+            configuration, the path of a config.json or of its directory, or a hub id in the local
+            cache.
         method: One method, several as a hybrid, or ``"full"``: every weight trained, no adapters.
         quantization: How the frozen base is stored.
         optimizer: ``"adamw"`` (default), ``"sgd"``, ``"adamw_8bit"``, ``"lion_8bit"`` …
@@ -153,10 +154,24 @@ def _plan(
         choice,
         count(model, unmade),
         memory,
+        _sample(source, choice.sequence_length),
         _tracer=traced,
         _again=lambda changed: _plan(source, changed, memory, traces),
         _fused_loss=fused_loss,
     )
+
+
+def _sample(model: nn.Module, tokens: int) -> str:
+    """Size of one sample, by the input of the Hugging Face model inside."""
+    nets = [net for _, net in hf_models(model)]
+    if not nets and getattr(model, "example_input_array", None) is not None:
+        return "its example input"
+    if not any(getattr(net, "main_input_name", "") == "pixel_values" for net in nets):
+        return f"{tokens} tokens"
+    config = nets[0].config
+    size = getattr(config, "image_size", None)
+    side = size if isinstance(size, int) else "×".join(map(str, size or ()))
+    return f"an image of {side} pixels" if side else "an image"
 
 
 def _head(model: nn.Module) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from lightning_peft.adapters.attach import attach
 from lightning_peft.adapters.quantize import plan_quantization
 from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.names import in_adapter
+from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.methods.base import Method
 from lightning_peft.storage import StorageConfig, held_tensors, storage_for
 
@@ -45,7 +47,8 @@ class Sizes:
 
     Attributes:
         base: Storage or dtype → (logical elements, bytes) of what is not trained.
-        adapters: Bytes of adapters and of everything else that is trained.
+        adapters: Bytes of adapters, buffers included.
+        full: Bytes of weights that are trained in full: copies, selected parameters, all weights.
         trainable: Trained elements.
         total: Logical elements, adapters included.
         dequantised: Elements of the largest packed weight.
@@ -55,6 +58,7 @@ class Sizes:
 
     base: dict[str, tuple[int, int]] = field(default_factory=dict)
     adapters: int = 0
+    full: int = 0
     trainable: int = 0
     total: int = 0
     dequantised: int = 0
@@ -84,8 +88,8 @@ def meta_model(model_or_config: Any) -> nn.Module:
     """A copy on the meta device that may be changed.
 
     Args:
-        model_or_config: A module, a Hugging Face configuration, its dictionary, or the path of a
-            config.json or of the directory that holds it.
+        model_or_config: A module, a Hugging Face configuration, its dictionary, the path of a
+            config.json or of the directory that holds it, or a hub id in the local cache.
 
     Raises:
         ValueError: an unknown architecture, a configuration without sizes.
@@ -93,7 +97,7 @@ def meta_model(model_or_config: Any) -> nn.Module:
     if isinstance(model_or_config, nn.Module):
         return _to_meta(model_or_config)
     config = model_or_config
-    if isinstance(config, str | Path):
+    if isinstance(config, str | Path):  # a path or a hub id
         config = _read(Path(config))
     if isinstance(config, dict):
         config = _config(config)
@@ -121,9 +125,12 @@ def _to_meta(model: nn.Module) -> nn.Module:
 def _read(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
+        file = _cached(str(path)) or file
+    if not file.is_file():
         raise ValueError(
-            f"plan: expected a config.json or a directory with one, found none at {str(path)!r}; "
-            "give the path of a model saved with save_pretrained"
+            f"plan: expected a config.json, a directory with one or a hub id in the local cache, "
+            f"found none at {str(path)!r}; give the path of a model saved with save_pretrained, or "
+            "download the model first (hf download)"
         )
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -132,6 +139,16 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected an object of settings, got {type(found).__name__}")
     return found
+
+
+def _cached(name: str) -> Path | None:
+    """The config.json of a hub id in the local cache; nothing is downloaded."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
 
 
 def _config(data: dict[str, Any]) -> Any:
@@ -282,7 +299,9 @@ def count(model: nn.Module, unmade: Unmade) -> Sizes:
             nbytes = t.numel() * t.element_size()
             numel = t.numel() if isinstance(t, nn.Parameter) else 0
             if t.requires_grad or inside:
-                sizes.adapters += nbytes
+                in_full = not inside or isinstance(module, CopyAdapter)
+                sizes.full += nbytes if in_full else 0
+                sizes.adapters += 0 if in_full else nbytes
                 sizes.trained_bytes += nbytes if t.requires_grad else 0
                 sizes.trainable += numel if t.requires_grad else 0
                 sizes.total += numel

@@ -31,7 +31,8 @@ OPTIMIZER_BYTES: dict[str, tuple[int, float]] = {
 }
 
 _BUCKET = "communication buckets"
-_STATES = ("base weights", "adapters", GRADIENTS, "optimizer state")
+_FULL = "fully trained weights"
+_STATES = ("base weights", "adapters", _FULL, GRADIENTS, "optimizer state")
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,14 @@ class Plan:
         choice: What was asked for.
         sizes: Elements and bytes of the model, on one rank without sharding.
         budget: Bytes that a rank has, if given.
+        sample: Size of one sample in words: tokens, or pixels of an image.
         notes: What could not be counted, and why.
     """
 
     choice: Choice
     sizes: Sizes
     budget: int | None = None
+    sample: str = ""
     notes: list[str] = field(default_factory=list)
     _tracer: Callable[[int], Trace] | None = field(default=None, repr=False)
     _again: Callable[[Choice], Plan] | None = field(default=None, repr=False)
@@ -128,6 +131,7 @@ class Plan:
         parts = {
             "base weights": s.base_bytes,
             "adapters": s.adapters,
+            _FULL: s.full,
             GRADIENTS: s.trained_bytes,
             "optimizer state": states * s.trained_bytes + math.ceil(elements),
         }
@@ -202,7 +206,7 @@ class Plan:
         Raises:
             ValueError: they do not.
         """
-        weights = self._fixed["base weights"] + self._fixed["adapters"]
+        weights = sum(self._fixed[part] for part in ("base weights", "adapters", _FULL))
         if nbytes < weights:
             raise ValueError(
                 f"memory: expected at least the weights' {size(weights)}, got {size(nbytes)}; "
@@ -292,6 +296,8 @@ class Plan:
         width = max(14, *(len(name) + 2 for name in plans))
         lines = [f"{'':<24}" + "".join(f"{name:>{width}}" for name in plans)]
         for part in self.parts:
+            if not any(p.parts[part] for p in plans.values()):
+                continue
             lines.append(
                 f"{part:<24}" + "".join(f"{size(p.parts[part]):>{width}}" for p in plans.values())
             )
@@ -303,7 +309,7 @@ class Plan:
         c = self.choice
         where = f", a rank of {c.world_size} ({c.strategy})" if c.world_size > 1 else ""
         lines.append(
-            f"batch {c.batch_size} × {c.sequence_length}, {c.precision}, {c.optimizer}{where}; "
+            f"batch {c.batch_size} × {self.sample}, {c.precision}, {c.optimizer}{where}; "
             f"trained {self.trainable:,} of {self.total:,} = {self.percent:.3f} %"
         )
         for label, (numel, nbytes) in self.sizes.base.items():

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.save import save_adapter
+from lightning_peft.hf.skeleton import skeleton
 from lightning_peft.hf.targets import exact_targets
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.copy_adapter import CopyAdapter
@@ -31,7 +33,7 @@ from lightning_peft.models.outputs import output_of, relative_change
 from lightning_peft.recipes.extract_report import ExtractedLayer, ExtractReport
 from lightning_peft.recipes.fit_outputs import Goal, fit_outputs, goals_of
 from lightning_peft.recipes.svd import factors, kept_energy
-from lightning_peft.recipes.weight_source import Weight, opened, skeleton
+from lightning_peft.recipes.weight_source import Weight, opened
 
 __all__ = ["extract_lora"]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.activation import activate, disable_adapters
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.detach import detach
 from lightning_peft.core.registry import AdapterRegistry, registries_in, registry_of
 from lightning_peft.core.site import Site
 from lightning_peft.hf.targets import exact_targets

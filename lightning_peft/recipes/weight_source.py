@@ -17,7 +17,7 @@ from lightning_peft.hf.recognise import named
 from lightning_peft.hf.targets import model_root
 from lightning_peft.storage import held_tensors, storage_of
 
-__all__ = ["Weight", "Weights", "opened", "skeleton"]
+__all__ = ["Weight", "Weights", "opened"]
 
 
 @dataclass(frozen=True)
@@ -165,28 +165,3 @@ def _in_memory(model: nn.Module) -> Iterator[tuple[str, Weight]]:
 
 def _dequantized(module: nn.Module, leaf: str) -> Callable[[], Tensor]:
     return lambda: storage_of(module, leaf).read(module, leaf, torch.float32)
-
-
-def skeleton(directory: Path) -> nn.Module:
-    """The model that a directory of transformers' describes, without memory.
-
-    Raises:
-        ValueError: no config.json that names a class of transformers.
-    """
-    import transformers
-
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"{directory}: expected a directory with config.json, found none; give the base as a "
-            "module"
-        )
-    config = transformers.AutoConfig.from_pretrained(directory)
-    cls = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0], None)
-    if cls is None:
-        raise ValueError(
-            f"{directory}: expected an architecture of transformers, got {config.architectures}; "
-            "give the base as a module"
-        )
-    with torch.device("meta"):
-        model: nn.Module = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
-    return model

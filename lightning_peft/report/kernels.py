@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +16,10 @@ from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.storage import held_tensors
 
-__all__ = ["KernelWords", "groups_over_one_input"]
+if TYPE_CHECKING:
+    from lightning_peft.report.summary import Group
+
+__all__ = ["KernelWords", "groups_over_one_input", "kernel_lines"]
 
 _LOW_RANK = frozenset({"low_rank"})
 
@@ -65,6 +69,20 @@ def _on_experts(edit: Edit, site: Site) -> str:
 def _product_kernel(site: Site) -> str:
     """How a quantised weight meets its input."""
     return site.storage.product_kernel(site.module, site.parameter)
+
+
+def kernel_lines(groups: Sequence[Group]) -> list[str]:
+    """One line per way in which layers run, with the layers if the ways differ."""
+    by_words: dict[str, list[str]] = {}
+    for group in groups:
+        if group.fused:
+            by_words.setdefault(group.fused, []).append(group.layers)
+    if len(by_words) == 1:
+        return [f"kernels: {next(iter(by_words))}"]
+    return [
+        f"kernels: {', '.join(dict.fromkeys(layers))}: {words}"
+        for words, layers in by_words.items()
+    ]
 
 
 def groups_over_one_input(model: nn.Module) -> list[str]:

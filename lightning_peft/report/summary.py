@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
+from math import prod
 
+import torch
 from torch import nn
 
-from lightning_peft.core.names import in_adapter
-from lightning_peft.core.registry import registries_in
+from lightning_peft.core.names import in_adapter, join
+from lightning_peft.core.registry import AdapterRegistry, registries_in
+from lightning_peft.layers import ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.report.kernels import KernelWords, groups_over_one_input
+from lightning_peft.report.kernels import KernelWords, groups_over_one_input, kernel_lines
+from lightning_peft.report.text import report_lines
 from lightning_peft.storage import held_tensors
 
 __all__ = ["Group", "Report", "parameter_report"]
@@ -24,15 +29,17 @@ class Group:
 
     Attributes:
         layers: Suffix, for instance ``q_proj``.
+        path: Path with ``*`` for each number, for instance ``model.layers.*.self_attn.q_proj``.
         count: How many.
         method: Name of the method.
-        shape: Canonical shape, or "mixed".
+        shape: Canonical shape; "mixed" if the layers differ.
         trainable: Trained elements.
         storage: Where the weights live.
         fused: ``"fused"`` and the dispatch decision with its reason, or why no fused kernel runs.
     """
 
     layers: str
+    path: str
     count: int
     method: str
     shape: str
@@ -50,10 +57,18 @@ class Report:
         trainable: Trained elements.
         total: Logical elements of the model, a 4-bit weight counted as one each, adapters included.
         nbytes: Bytes by part: "base", "quantised base", "adapters".
+        base_before: Bytes of the base before it was quantised; 0 if unknown.
+        dense_kinds: Bytes of the dense base by kind of layer: "embeddings", "norms" …
+        storages: Bytes of the quantised base by format.
+        trained_fully: (module, reason) of modules that are trained fully.
+        user_frozen: Parts outside every pretrained model that the user froze.
+        loose: Trained parameters of the user that stay frozen: no module holds them alone.
         skipped: (name, reason) of layers that matched and were left out.
         dense: (name, reason) of linear layers that quantisation left dense.
         tied: Groups of parameter names that share one tensor.
         eval_modules: Number of modules in eval mode (no dropout there).
+        eval_roots: The outermost of them.
+        kernels: What runs the layers, one line per difference.
         notes: Anything else worth saying.
     """
 
@@ -61,10 +76,18 @@ class Report:
     trainable: int = 0
     total: int = 0
     nbytes: dict[str, int] = field(default_factory=dict)
+    base_before: int = 0
+    dense_kinds: dict[str, int] = field(default_factory=dict)
+    storages: dict[str, int] = field(default_factory=dict)
+    trained_fully: list[tuple[str, str]] = field(default_factory=list)
+    user_frozen: list[str] = field(default_factory=list)
+    loose: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     dense: list[tuple[str, str]] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
     eval_modules: int = 0
+    eval_roots: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -73,45 +96,66 @@ class Report:
         return 100.0 * self.trainable / max(1, self.total)
 
     def __str__(self) -> str:
-        """A plain table."""
-        lines = [
-            f"{g.layers:<24} ×{g.count:<4} {g.method:<10} {g.shape:<16} {g.trainable:>12,} "
-            f"{g.storage:<8} {g.fused}"
-            for g in self.groups
-        ]
-        lines.append(f"trainable {self.trainable:,} of {self.total:,} = {self.percent:.3f} %")
-        lines += [f"{part}: {n:,} bytes" for part, n in self.nbytes.items()]
-        lines += [f"left out: {name} ({why})" for name, why in self.skipped]
-        lines += [f"tied: {' = '.join(names)}" for names in self.tied]
-        return "\n".join([*lines, *self.notes])
+        """The report as text of 80 columns."""
+        return "\n".join([*report_lines(self), *self.kernels])
 
 
 def parameter_report(model: nn.Module) -> Report:
     """Count and describe; nothing is changed."""
     report = Report()
-    for _, _, record in registries_in(model):
+    for prefix, _, record in registries_in(model):
         report.skipped += record.skipped
         report.dense += record.dense
         report.tied += record.tied
+        report.user_frozen += [join(prefix, name) for name in record.user_frozen]
+        report.loose += [join(prefix, name) for name in record.loose]
+        report.base_before += _bytes_before(record)
+        for entry in record.adapters.values():
+            report.trained_fully += [
+                (join(prefix, name), entry.reasons.get(name, "modules_to_save"))
+                for name in entry.modules_to_save
+            ]
+    report.trained_fully = list(dict.fromkeys(report.trained_fully))
     _count(model, report)
+    report.groups = _groups(model)
+    report.kernels = [*kernel_lines(report.groups), *groups_over_one_input(model)]
+    return report
+
+
+def _groups(model: nn.Module) -> list[Group]:
     words = KernelWords()
-    found: dict[tuple[str, str, str, str, str], list[int]] = {}
+    found: dict[tuple[str, str, str, str], list[Adapter]] = {}
     for name, module in adapted_modules(model):
         for adapter in adapters_of(module):
-            key = (
-                name.rpartition(".")[2] or type(module).__name__,
-                adapter.method.label,
-                _shape(adapter),
-                adapter.site.storage.label,
-                words.of(adapter),
-            )
-            found.setdefault(key, []).append(sum(p.numel() for p in adapter.parameters()))
-    report.groups = [
-        Group(suffix, len(n), method, shape, sum(n), storage, fused)
-        for (suffix, method, shape, storage, fused), n in found.items()
+            path = re.sub(r"\d+", "*", name) or type(module).__name__
+            key = (path, adapter.method.label, adapter.site.storage.label, words.of(adapter))
+            found.setdefault(key, []).append(adapter)
+    return [
+        Group(
+            path.rpartition(".")[2],
+            path,
+            len(adapters),
+            method,
+            _common({_shape(adapter) for adapter in adapters}),
+            sum(p.numel() for adapter in adapters for p in adapter.parameters()),
+            storage,
+            fused,
+        )
+        for (path, method, storage, fused), adapters in found.items()
     ]
-    report.notes += groups_over_one_input(model)
-    return report
+
+
+def _common(shapes: set[str]) -> str:
+    return shapes.pop() if len(shapes) == 1 else "mixed"
+
+
+def _bytes_before(record: AdapterRegistry) -> int:
+    """Bytes of the base as attach found it."""
+    tensors = (record.fingerprint or {}).get("tensors", {})
+    return sum(
+        prod(shape) * getattr(torch, dtype.removeprefix("torch.")).itemsize
+        for shape, dtype, _ in tensors.values()
+    )
 
 
 def _shape(adapter: Adapter) -> str:
@@ -121,6 +165,8 @@ def _shape(adapter: Adapter) -> str:
 
 def _count(model: nn.Module, report: Report) -> None:
     nbytes: Counter[str] = Counter()
+    storages: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in model.named_modules():
         inside = in_adapter(name)
@@ -138,11 +184,25 @@ def _count(model: nn.Module, report: Report) -> None:
             elif key in quantized:
                 nbytes["quantised base"] += size
                 held = quantized[key]
+                storages[held.storage.label] += size
                 if key == held.weight:
                     report.total += held.storage.numel(module, key)
             else:
                 nbytes["base"] += size
+                kinds[_kind(module)] += size
                 report.total += parameter.numel()
-        if not module.training:
+        if not module.training and not inside:
             report.eval_modules += 1
-    report.nbytes = dict(nbytes)
+            if not any(name.startswith(f"{root}.") or not root for root in report.eval_roots):
+                report.eval_roots.append(name)
+    report.nbytes, report.storages = dict(nbytes), dict(storages)
+    report.dense_kinds = dict(kinds.most_common())
+
+
+def _kind(module: nn.Module) -> str:
+    ops = ops_for(module)
+    if ops is not None and ops.is_embedding:
+        return "embeddings"
+    if ops is not None and ops.is_linear:
+        return "linear layers"
+    return "norms" if "Norm" in type(module).__name__ else "other"

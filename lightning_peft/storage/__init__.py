@@ -16,6 +16,7 @@ from lightning_peft.storage.registry import (
     foreign_storage,
     held_tensors,
     register_storage,
+    require_config,
     storage_for,
     storage_of,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "foreign_storage",
     "held_tensors",
     "register_storage",
+    "require_config",
     "storage_for",
     "storage_of",
 ]

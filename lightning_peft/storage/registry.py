@@ -26,6 +26,7 @@ __all__ = [
     "foreign_storage",
     "held_tensors",
     "register_storage",
+    "require_config",
     "storage_for",
     "storage_of",
 ]
@@ -126,9 +127,23 @@ def _config_types() -> dict[str, type[StorageConfig]]:
 
 
 def as_config(quantization: StorageConfig | str | None) -> StorageConfig | None:
-    """A configuration; a string is the kind of a `Quantization`."""
+    """A configuration; a string is the kind of a `Quantization`.
+
+    Raises:
+        TypeError: something else, for instance a class.
+    """
+    return None if quantization is None else require_config(quantization)
+
+
+def require_config(quantization: StorageConfig | str) -> StorageConfig:
+    """`as_config` where there must be one."""
     if isinstance(quantization, str):
         return Quantization(quantization)  # type: ignore[arg-type]
+    if not isinstance(quantization, StorageConfig):
+        raise TypeError(
+            f"quantization: expected a kind such as 'nf4', or a configuration such as "
+            f"Quantization('nf4'), got {quantization!r}; write quantization='nf4'"
+        )
     return quantization
 
 

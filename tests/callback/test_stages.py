@@ -322,3 +322,20 @@ def test_attaching_leaves_the_random_stream_to_the_data() -> None:
         torch.manual_seed(11)
         trainer(*callbacks, max_epochs=1).fit(Watching())
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_without_a_printed_report_the_configuration_is_logged(tmp_path, capsys) -> None:
+    logged: dict[str, Any] = {}
+
+    class Spy(pl.loggers.Logger):
+        name, version = "spy", 0
+
+        def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            logged.update(params)
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    run = trainer(PEFT(lora(), report=False), max_epochs=1, logger=Spy(), limit_train_batches=1)
+    run.fit(Plain())
+    assert logged["peft/default"]["adapters"]["default"][0]["method"] == "LoRA"
+    assert "trained" not in capsys.readouterr().out

@@ -27,6 +27,13 @@ class Net(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
+class Vision(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.net = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), conv, nn.Flatten(), nn.Linear(512, 8))
+
+
 def fit(module: Net, callback: lp.PEFT) -> Net:
     data = DataLoader(list(zip(torch.randn(16, 64), torch.randint(8, (16,)), strict=True)), 8)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -64,6 +71,8 @@ def main() -> None:
         with open(f"{folder}/config.json", "w") as file:
             json.dump({"model_type": "llama"}, file)
         planned = message(lambda: lp.estimate_memory(folder, lora))
+    vision = fit(Vision(), lp.PEFT(lp.LoRA(r=2, target_modules=["1"])))
+    moved = vision.net[1].peft["default"].tensors()["B"].abs().max().item()
     lp.merge(module)
     module.example_input_array = torch.randn(2, 64)
     answers = {
@@ -71,6 +80,7 @@ def main() -> None:
         "exchanged": exchanged,
         "int8": message(lambda: lp.quantize(Net(), lp.Quantization("int8"))),
         "plan": planned,
+        "vision": moved,
     }
     print(json.dumps(answers), file=sys.stderr)
 

@@ -11,11 +11,19 @@ import pytest
 import torch
 from lightning_peft_kernels.nf4 import weight_buffers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MixtralConfig, MT5Config
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    MT5Config,
+    ViTConfig,
+)
 
 from lightning_peft import PEFT, LoRA, Plan, Quantization, attach, estimate_memory
+from lightning_peft.__main__ import main
 from lightning_peft.planner import activation_trace
-from lightning_peft.planner.cli import main, parse_bytes
+from lightning_peft.planner.cli import parse_bytes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, LOGITS, Meter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -283,3 +291,32 @@ def test_callback(plan: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "QLoRA r=16" in shown
     assert ("batch 2 × 16" in shown) == isinstance(plan, dict)
     assert isinstance(callback.memory_plan, Plan)
+
+
+def test_the_table_names_what_is_trained_and_leaves_empty_rows_out() -> None:
+    lines = str(estimate_memory(tiny(), LoRA(r=4), modules_to_save=["lm_head"])).splitlines()
+    rows = {line[:24].strip(): line[24:] for line in lines if line[:24].strip()}
+    assert rows["fully trained weights"].count("0 B") < 4
+    assert "communication buckets" not in rows
+    assert "512 tokens" in "".join(lines)
+
+
+def test_a_plan_of_an_image_model() -> None:
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    assert "batch 1 × an image of 32 pixels" in str(estimate_memory(config, LoRA(r=2)))
+
+
+def test_a_hub_id_is_looked_up_in_the_cache(tmp_path: Path, monkeypatch: Any) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(tiny().to_dict()))
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert estimate_memory("org/name", LoRA(r=2)).trainable > 0
+    with pytest.raises(ValueError, match="hub id in the local cache, found none at 'org/other'"):
+        estimate_memory("org/other", LoRA(r=2))

@@ -91,7 +91,7 @@ def test_layers_over_one_input(preference: bool | None, how: str) -> None:
         report = lp.attach(BUILDERS["llama"](), every, quantization=NF4)
     finally:
         group_projections(None)
-    groups = [n for n in report.notes if "read one input" in n]
+    groups = [n for n in report.kernels if "read one input" in n]
     assert f"q_proj, k_proj, v_proj read one input: {how}" in groups
     assert how in str(report)
 

@@ -30,6 +30,7 @@ from lightning_peft_kernels.codebooks.four_bit import (
     midpoints,
     nf4_cells,
 )
+from lightning_peft_kernels.nf4.bitsandbytes_library import bitsandbytes_library
 
 __all__ = ["block_scales", "dequantize_blocks", "empty_paged", "quantize_nf4_blocks"]
 
@@ -197,9 +198,7 @@ def _native(name: str) -> Callable[..., None] | None:
     """Return a routine of bitsandbytes' CPU library, an order of magnitude faster than torch."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
-    from bitsandbytes.cextension import lib
-
-    library = vars(lib).get("_lib")
+    library = vars(bitsandbytes_library()).get("_lib")
     if not isinstance(
         library, ctypes.CDLL
     ):  # bitsandbytes without its library puts a placeholder here

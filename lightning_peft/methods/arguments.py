@@ -1,0 +1,94 @@
+"""Checks of what users give for a method, with the right form in the message."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+from lightning_peft.methods.base import Method
+
+__all__ = ["checked_arguments", "require_methods"]
+
+M = TypeVar("M", bound=type[Method])
+
+#: Arguments that every method has: listed last.
+_LAST = ("target_modules", "exclude_modules", "layers_to_transform")
+#: Arguments of other libraries → how the choice is written here.
+_ELSEWHERE = {
+    "use_dora": "DoRA(...)",
+    "rank": "r=...",
+    "modules_to_save": "PEFT(..., modules_to_save=[...]) or attach(..., modules_to_save=[...])",
+    "adapter_name": "PEFT(..., adapter_name=...) or attach(..., adapter_name=...)",
+    "quantization": "PEFT(..., quantization=...) or attach(..., quantization=...)",
+}
+
+
+def checked_arguments(cls: M) -> M:
+    """Have a method's constructor explain a wrong argument; its signature stays."""
+    init: Any = vars(cls).get("__init__")
+    if init is None:
+        return cls
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is cls:
+            _check(cls, args, kwargs)
+        init(self, *args, **kwargs)
+
+    type.__setattr__(cls, "__init__", checked)
+    return cls
+
+
+def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for an unknown argument, or for a string in the place of a number."""
+    fields = [f for f in dataclasses.fields(cast(Any, cls)) if f.init]
+    known = {f.name: f for f in fields}
+    for name, value in kwargs.items():
+        if name not in known:
+            raise TypeError(_unknown(cls, name, value, list(known)))
+    positional = [f.name for f in fields if not f.kw_only]
+    for name, value in {**dict(zip(positional, args, strict=False)), **kwargs}.items():
+        if type(known[name].default) in (int, float) and isinstance(value, str):
+            form = f"{name}={known[name].default}"
+            if name not in kwargs and "target_modules" in known:
+                form = f"target_modules={value!r}"
+            raise TypeError(
+                f"{cls.__name__}: expected a number for {name}, got {value!r}; write "
+                f"{cls.__name__}({form})"
+            )
+
+
+def _unknown(cls: type[Method], name: str, value: Any, known: list[str]) -> str:
+    theirs = {} if cls.hf is None else {peft: ours for ours, peft in cls.hf.config.items()}
+    near = difflib.get_close_matches(name, known, 1, 0.7)
+    if name in theirs:
+        form = f"{cls.__name__}({theirs[name]}={value!r})"
+    elif name in _ELSEWHERE:
+        form = _ELSEWHERE[name]
+    elif near:
+        form = f"{cls.__name__}({near[0]}={value!r})"
+    else:
+        form = f"one of {', '.join(sorted(known, key=_LAST.__contains__))}"
+    return f"{cls.__name__}: expected arguments that it has, got {name}={value!r}; write {form}"
+
+
+def require_methods(given: object, call: str) -> None:
+    """Raise TypeError unless `given` is a method or a sequence of methods.
+
+    Args:
+        given: The argument.
+        call: The call that takes it, with braces in its place: ``"PEFT({})"``.
+    """
+    what = call.partition("(")[0]
+    each = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for method in each:
+        if isinstance(method, Method):
+            continue
+        if isinstance(method, type) and issubclass(method, Method):
+            got, form = f"the class {method.__name__}", call.format(f"{method.__name__}()")
+        else:
+            got, form = repr(method), call.format("LoRA(r=8)")
+        raise TypeError(f"{what}: expected a method such as LoRA(r=8), got {got}; write {form}")

@@ -1,0 +1,102 @@
+"""The report as text: one line per group of layers, and what a user can act on."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_peft.report.summary import Group, Report
+
+__all__ = ["report_lines"]
+
+#: Reasons that follow from what the user asked, and need no line.
+_EXPECTED = ("trained whole", "trained whole (modules_to_save)", "output head")
+
+
+def report_lines(report: Report, width: int = 80) -> list[str]:
+    """Return the lines of a report.
+
+    Args:
+        report: The report.
+        width: Columns of the terminal.
+    """
+    lines = _table([g for g in report.groups if g.shape], width)
+    share = f"{report.trainable:,} of {report.total:,} parameters = {report.percent:.3f} %"
+    sentences = [f"trained {share}", *_trained_fully(report), _memory(report)]
+    dense = [(name, why) for name, why in report.dense if why not in _EXPECTED]
+    skipped = [(name, why) for name, why in report.skipped if why not in _EXPECTED[:2]]
+    if report.user_frozen:
+        sentences.append(f"frozen by you: {_names(report.user_frozen)}")
+    if report.loose:
+        sentences.append(
+            f"frozen: {_names(report.loose)} (put it into a module of its own to train it)"
+        )
+    sentences += _grouped("left out", skipped) + _grouped("stays dense", dense)
+    sentences += [f"tied: {' = '.join(names)}" for names in report.tied]
+    if report.eval_roots:
+        names = [f"{name}.train()" if name else "train()" for name in report.eval_roots]
+        sentences.append(
+            f"{report.eval_modules} modules are in eval mode, so without dropout; call "
+            f"{_names(names)} if that is not meant"
+        )
+    for sentence in [*sentences, *report.notes]:
+        lines += textwrap.wrap(sentence, width, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
+
+
+def _table(groups: Sequence[Group], width: int) -> list[str]:
+    """One line per group; a path that is too long loses its beginning."""
+    rows = [
+        (g.path, f"×{g.count}", g.method, g.shape, f"{g.trainable:,}", g.storage) for g in groups
+    ]
+    if not rows:
+        return []
+    sizes = [max(len(row[column]) for row in rows) for column in range(6)]
+    sizes[0] = max(12, min(sizes[0], width - sum(sizes[1:]) - 5))
+    return [
+        f"{_shortened(path, sizes[0]):<{sizes[0]}} {count:>{sizes[1]}} {method:<{sizes[2]}} "
+        f"{shape:<{sizes[3]}} {trained:>{sizes[4]}} {storage}"
+        for path, count, method, shape, trained, storage in rows
+    ]
+
+
+def _shortened(path: str, size: int) -> str:
+    return path if len(path) <= size else "…" + path[len(path) - size + 1 :]
+
+
+def _trained_fully(report: Report) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, why in report.trained_fully:
+        by_reason.setdefault(why, []).append(name)
+    return [f"trained fully: {_names(names)} ({why})" for why, names in by_reason.items()]
+
+
+def _memory(report: Report) -> str:
+    """The base before and after, and the adapters."""
+    dense, packed = report.nbytes.get("base", 0), report.nbytes.get("quantised base", 0)
+    adapters = f"adapters {_mb(report.nbytes.get('adapters', 0))} MB"
+    if not packed:
+        return f"base {_mb(dense)} MB, {adapters}"
+    kinds = [kind for kind, size in report.dense_kinds.items() if size > dense / 10]
+    parts = [f"{_mb(dense)} dense: {', '.join(kinds)}"] if dense else []
+    parts += [f"{_mb(size)} {label}" for label, size in report.storages.items()]
+    before = f"{_mb(report.base_before)} MB → " if report.base_before > dense + packed else ""
+    return f"base {before}{_mb(dense + packed)} MB ({'; '.join(parts)}), {adapters}"
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f}" if nbytes >= 1e5 else f"{nbytes / 1e6:.3f}"
+
+
+def _grouped(what: str, reasons: Sequence[tuple[str, str]]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, why in reasons:
+        by_reason.setdefault(why, []).append(name)
+    return [f"{what}, {why}: {_names(names)}" for why, names in by_reason.items()]
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,0 +1,180 @@
+"""A plain model comes out: the library's classes, keys and config, read back strictly."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lightning_peft as lp
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.peft_exchange import build, randomise, run
+
+NF4 = lp.Quantization("nf4", block_size=32)
+
+
+def llama(**settings) -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, **settings,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+IDS = torch.arange(14).reshape(2, 7)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def reloaded(model: nn.Module, path: Path) -> nn.Module:
+    """The model, saved by transformers and read back; every key must be there and none more."""
+    model.save_pretrained(path)
+    fresh, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return fresh
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["dense", "nf4"])
+@pytest.mark.parametrize(
+    ("tied", "saved", "stays_tied"),
+    [
+        (False, ["lm_head"], False),
+        (True, [], True),
+        (True, ["embed_tokens", "lm_head"], True),
+        (True, ["lm_head"], False),
+    ],
+)
+def test_save_pretrained_and_back(tied, saved, stays_tied, quantization, tmp_path) -> None:
+    model = llama(tie_word_embeddings=tied)
+    before = classes(model), set(model.state_dict())
+    lp.attach(model, lp.LoRA(r=4), quantization=quantization, modules_to_save=saved)
+    randomise(model, std=0.1)
+    want = logits(model)
+    assert lp.merge_and_unload(model) is model
+    assert (classes(model), set(model.state_dict())) == before
+    assert_close("unloaded", logits(model), want, floor=1e-5)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == stays_tied
+    assert model.config.tie_word_embeddings == stays_tied
+    assert_same_bits("reloaded", logits(reloaded(model, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert", "t5", "vit"])
+def test_packed_layers_of_every_kind_become_dense(name) -> None:
+    model, inputs = build(name)
+    before, keys = classes(model), {k: (t.dtype, t.shape) for k, t in model.state_dict().items()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    lp.attach(model, lp.LoRA(r=2), quantization=NF4)
+    randomise(model, std=0.05)
+    want = run(model, inputs)
+    lp.merge_and_unload(model)
+    assert classes(model) == before
+    assert {k: (t.dtype, t.shape) for k, t in model.state_dict().items()} == keys
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert_close("unloaded", run(model, inputs), want, floor=1e-4)
+
+
+def test_layers_of_bitsandbytes_become_linear() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = llama()
+    keys = set(model.state_dict())
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj", "o_proj"):
+            old = getattr(layer.self_attn, name)
+            packed = bnb.nn.Linear4bit(*reversed(old.weight.shape), bias=False, quant_type="nf4")
+            packed.weight = bnb.nn.Params4bit(old.weight.data, quant_type="nf4", blocksize=64)
+            setattr(layer.self_attn, name, packed.to("cpu"))
+    model.config.quantization_config = {"load_in_4bit": True}
+    lp.attach(model, lp.LoRA(r=2))
+    randomise(model, std=0.1)
+    want = logits(model.train())
+    lp.merge_and_unload(model)
+    assert set(model.state_dict()) == keys
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear  # was not adapted
+    assert not hasattr(model.config, "quantization_config")
+    assert_close("unloaded", logits(model), want, floor=1e-4)
+
+
+def test_detach_after_a_final_merge_does_the_same(tmp_path) -> None:
+    model, other = llama(), None
+    lp.attach(model, lp.LoRA(r=4), quantization=NF4)
+    randomise(model, std=0.1)
+    other = copy.deepcopy(model)
+    lp.merge(model, keep_base=False)
+    lp.detach(model)
+    lp.merge_and_unload(other)
+    assert set(model.state_dict()) == set(other.state_dict())
+    for key, value in model.state_dict().items():
+        assert_same_bits(key, value, other.state_dict()[key])
+    assert_same_bits("reloaded", logits(reloaded(model, tmp_path)), logits(other))
+
+
+def test_detach_of_a_merge_that_can_be_undone_is_refused() -> None:
+    model = llama()
+    lp.attach(model, lp.LoRA(r=4))
+    lp.merge(model)
+    with pytest.raises(RuntimeError, match=r"found \['default'\] merged; call unmerge.*merge_and"):
+        lp.detach(model)
+
+
+def test_a_merge_into_the_storage_stays_packed_when_detached() -> None:
+    model = llama()
+    lp.attach(model, lp.LoRA(r=4), quantization=NF4)
+    lp.merge(model, into="storage", keep_base=False)
+    with pytest.raises(RuntimeError, match="merged"):
+        lp.detach(model)
+
+
+def test_a_base_without_an_adapter_is_dequantised_too() -> None:
+    model = llama()
+    lp.quantize(model, NF4)
+    want = logits(model)
+    lp.merge_and_unload(model)
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    assert_close("dense", logits(model), want, floor=1e-5)
+
+
+def test_dtype_casts_the_model_and_its_config(tmp_path) -> None:
+    model = llama()
+    lp.attach(model, lp.LoRA(r=4), quantization=NF4)
+    lp.merge_and_unload(model, dtype="bfloat16")
+    fresh = reloaded(model, tmp_path)
+    assert {t.dtype for t in fresh.state_dict().values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="floating dtype such as 'bfloat16', got 'int8'"):
+        lp.merge_and_unload(model, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        (lp.PromptTuning(2), "no merged form"),
+        (lp.LoRA(r=2, lora_bias=True), "bias by LoRA on a layer without a bias"),
+    ],
+)
+def test_what_no_plain_model_can_hold_is_refused(method, match) -> None:
+    model = llama()
+    lp.attach(model, method)
+    randomise(model, std=0.1)
+    want, before = logits(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=match):
+        lp.merge_and_unload(model)
+    assert_same_bits("as before", logits(model), want)
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_a_model_without_adapters_is_named() -> None:
+    with pytest.raises(ValueError, match="expected a model with adapters, got a LlamaForCausalLM"):
+        lp.merge_and_unload(llama())

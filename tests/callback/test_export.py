@@ -1,0 +1,51 @@
+"""`PEFT(export_to=...)`: the adapter of the best checkpoint, with its card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import lightning_peft as lp
+from lightning_peft.adapters.state_dict import adapter_state_dict
+from lightning_peft.checkpoint import atomic_file
+from tests.callback.test_new_layers import DATA, Classifier
+from tests.helpers.lightning_package import pl
+from tests.helpers.nets import trainer
+
+pytestmark = pytest.mark.usefixtures("lightning_package")
+
+
+class Worsening(Classifier):
+    """The first epoch is the best."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("val_loss", float(self.current_epoch))
+
+
+def test_the_best_checkpoint_is_exported_and_the_module_stays(tmp_path) -> None:
+    model = Worsening()
+    saver = pl.callbacks.ModelCheckpoint(
+        tmp_path, monitor="val_loss", save_top_k=1, save_on_train_epoch_end=True
+    )
+    peft = lp.PEFT(lp.LoRA(r=2), export_to=tmp_path / "adapter", quantization="nf4")
+    trainer(peft, saver, max_epochs=2).fit(model, DataLoader(DATA, 8))
+    best = atomic_file.read(saver.best_model_path)["state_dict"]
+    fresh = Classifier()
+    lp.load_adapter(fresh, tmp_path / "adapter")
+    exported, last = adapter_state_dict(fresh), adapter_state_dict(model)
+    assert all(torch.equal(exported[key], best[key]) for key in exported)
+    assert not all(torch.equal(exported[key], last[key]) for key in exported)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "| val_loss | 1 |" in card
+    assert "on a base quantised to nf4" in card
+
+
+def test_without_checkpoints_the_last_values_are_exported(tmp_path) -> None:
+    model = Classifier()
+    run = trainer(lp.PEFT(adapters={"a": lp.LoRA(r=2)}, export_to=tmp_path), max_steps=1)
+    run.fit(model, DataLoader(DATA, 8))
+    fresh = Classifier()
+    lp.load_adapter(fresh, tmp_path, adapter_name="a")
+    exported, last = adapter_state_dict(fresh), adapter_state_dict(model)
+    assert all(torch.equal(exported[key], last[key]) for key in exported)

@@ -1,0 +1,75 @@
+"""What users write first: the wrong form names the right one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_peft as lp
+from tests.helpers.peft_exchange import build
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: lp.PEFT(lp.LoRA), r"got the class LoRA; write PEFT\(LoRA\(\)\)"),
+        (lambda: lp.PEFT([lp.DoRA]), r"write PEFT\(DoRA\(\)\)"),
+        (lambda: lp.PEFT("lora"), r"got 'lora'; write PEFT\(LoRA\(r=8\)\)"),
+        (lambda: lp.PEFT(adapters=[lp.LoRA()]), "methods by adapter name, got .*adapters={"),
+        (lambda: lp.PEFT(lp.LoRA(), quantization=lp.Quantization), "write quantization='nf4'"),
+        (lambda: lp.attach(nn.Linear(2, 2), lp.LoRA), r"write attach\(model, LoRA\(\)\)"),
+        (lambda: lp.LoRA("all-linear"), r"got 'all-linear'; write LoRA\(target_modules='all-l"),
+        (lambda: lp.LoRA(lora_alpha=16), r"got lora_alpha=16; write LoRA\(alpha=16\)"),
+        (lambda: lp.LoRA(drop_out=0.1), r"write LoRA\(dropout=0.1\)"),
+        (lambda: lp.LoRA(use_dora=True), r"write DoRA\("),
+        (lambda: lp.LoRA(r="8"), "expected a number for r, got '8'"),
+        (lambda: lp.LoHa(frequency=3), "got frequency=3; write one of r, "),
+    ],
+    ids=range(12),
+)
+def test_the_right_form_is_named(make: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        make()
+
+
+def test_a_misspelt_all_linear_asks_back() -> None:
+    model, _ = build("llama")
+    with pytest.raises(ValueError, match="did you mean 'all-linear'"):
+        lp.attach(model, lp.LoRA(target_modules="all-linears"))
+
+
+def test_methods_stay_ordinary_dataclasses() -> None:
+    method = lp.LoRA(4, alpha=16)
+    assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method
+    assert replace(method, r=2).r == 2
+    assert list(inspect.signature(lp.LoRA).parameters)[:2] == ["r", "alpha"]
+
+
+@pytest.mark.parametrize("call", ["attach", "quantize", "load_adapter"])
+def test_strings_are_configurations(call: str, tmp_path) -> None:
+    model, _ = build("llama")
+    if call == "attach":
+        lp.attach(model, lp.LoRA(r=2), quantization="nf4")
+    elif call == "quantize":
+        lp.quantize(model, "nf4")
+    else:
+        other, _ = build("llama")
+        lp.attach(other, lp.LoRA(r=2))
+        lp.load_adapter(model, lp.save_adapter(other, tmp_path), quantization="nf4")
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+def test_print_shows_adapter_and_storage() -> None:
+    model, _ = build("gpt2")
+    lp.attach(model, lp.LoRA(r=2), quantization="nf4")
+    attention, mlp = model.transformer.h[0].attn.c_attn, model.transformer.h[0].mlp.c_fc
+    assert repr(attention).startswith("AdaptedNF4Conv1D(\n  nf=96, nx=32\n  (peft)")
+    assert "LoRA: A [2, 32]" in repr(attention)
+    assert repr(mlp) == "NF4Conv1D(nf=128, nx=32)"
