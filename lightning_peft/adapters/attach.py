@@ -55,7 +55,7 @@ from lightning_peft.models.pretrained import NewLayers
 from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
-from lightning_peft.storage import StorageConfig, require_config
+from lightning_peft.storage import StorageConfig, as_config, require_config
 
 __all__ = ["attach", "attach_within", "quantize", "reset_adapters"]
 
