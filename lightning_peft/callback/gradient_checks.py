@@ -15,6 +15,7 @@ __all__ = [
     "check_has_graph",
     "dead_gradients",
     "enable_input_require_grads",
+    "unused_layers",
     "warn_dead",
 ]
 
@@ -63,12 +64,21 @@ def dead_gradients(model: nn.Module) -> list[str]:
     start LoRA's A has a zero gradient, because B is zero. Experts that had no token yet have a zero
     gradient too, and are no fault.
     """
-    idle = [n for n, module in adapted_modules(model) if not module._peft.telemetry.forward_ran]
-    lines = [f"{name}: adapted, but its forward never ran" for name in idle]
-    for name, module in adapted_modules(model):
-        if name not in idle:
-            lines += [f"{name}: {what}" for what in _dead_adapters(module)]
-    return lines
+    idle = set(unused_layers(model))
+    return [
+        f"{name}: {what}"
+        for name, module in adapted_modules(model)
+        if name not in idle
+        for what in _dead_adapters(module)
+    ]
+
+
+def unused_layers(model: nn.Module) -> list[str]:
+    """Return the adapted layers that nothing used so far: neither their forward nor a reader.
+
+    A branch that was not taken, a dropped layer or an expert without tokens is no fault.
+    """
+    return [n for n, module in adapted_modules(model) if not module._peft.telemetry.forward_ran]
 
 
 def _dead_adapters(module: Adapted) -> list[str]:

@@ -22,6 +22,7 @@ from lightning_peft.callback.frozen_base import FrozenBase
 from lightning_peft.callback.gradient_checks import (
     check_has_graph,
     enable_input_require_grads,
+    unused_layers,
     warn_dead,
 )
 from lightning_peft.callback.liger import apply_liger
@@ -36,7 +37,12 @@ from lightning_peft.callback.rank_consistency import (
     check_same_configuration,
     verify_consistent_attach,
 )
-from lightning_peft.callback.reporting import log_configuration, print_report, print_tokens
+from lightning_peft.callback.reporting import (
+    log_configuration,
+    print_report,
+    print_tokens,
+    print_unused_layers,
+)
 from lightning_peft.callback.resume_state import ResumeState
 from lightning_peft.callback.run_backend import RunBackend
 from lightning_peft.callback.sigterm import SigtermHandler
@@ -150,6 +156,7 @@ class PEFT(TrainerCallback):
         self._resume = ResumeState()
         self._step_hooks: TrainerMethodHooks | None = None
         self._first_step = False
+        self._first_epoch = False
         self._notes: list[str] = []
         self._io: PEFTCheckpointIO | None = None
         self._layers: dict[str, list[Any]] = {}
@@ -291,7 +298,7 @@ class PEFT(TrainerCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: lets gradients reach checkpointed blocks."""
         enable_input_require_grads(pl_module)
-        self._first_step = True
+        self._first_step = self._first_epoch = True
         self._sigterm.install(trainer)
 
     @override
@@ -326,6 +333,14 @@ class PEFT(TrainerCallback):
         """
         self._frozen_base.collect(pl_module, find_root(pl_module, self.root))
         self._frozen_base.check()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when an epoch ends: lists, once, adapted layers that were not used."""
+        if self._first_epoch:
+            self._first_epoch = False
+            if trainer.is_global_zero:
+                print_unused_layers(unused_layers(pl_module))
 
     @override
     def on_before_backward(

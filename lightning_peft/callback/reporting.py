@@ -10,7 +10,7 @@ from lightning_peft_kernels.dispatch import triton_available
 from rich.console import Console
 from torch import nn
 
-from lightning_peft.core.registry import registry_of
+from lightning_peft.core.registry import registries_in
 from lightning_peft.methods.registry import to_dict
 from lightning_peft.report.summary import Report
 from lightning_peft.report.text import report_lines
@@ -20,7 +20,7 @@ from lightning_peft.storage import config_to_dict
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["log_configuration", "print_report", "print_tokens"]
+__all__ = ["log_configuration", "print_report", "print_tokens", "print_unused_layers"]
 
 
 def print_report(report: Report, title: str) -> None:
@@ -41,13 +41,22 @@ def print_tokens(model: nn.Module) -> None:
         Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)
 
 
+def print_unused_layers(names: Sequence[str]) -> None:
+    """Print the adapted layers that were not used in the first epoch."""
+    if names:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        text = f"PEFT: {len(names)} adapted layers were not used in the first epoch: {shown}"
+        Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
 def log_configuration(
     trainer: pl.Trainer, root: nn.Module, names: Sequence[str], report: Report
 ) -> None:
     """Log adapters, quantisation and parameter counts as one hyper-parameter of plain data."""
-    registry = registry_of(root)
-    assert registry is not None  # the adapters are attached
-    entries = {name: registry.adapters[name] for name in names}
+    registries = [registry for _, _, registry in registries_in(root)]
+    held = {name: (entry, r) for r in registries for name, entry in r.adapters.items()}
+    entries = {name: held[name][0] for name in names}
+    registry = held[names[0]][1]
     saved = [module for entry in entries.values() for module in entry.modules_to_save]
     configuration: dict[str, Any] = {
         "adapters": {name: [to_dict(m) for m in entry.methods] for name, entry in entries.items()},

@@ -81,7 +81,7 @@ def _was_converted(entry: TensorContent, t: Tensor) -> bool:
     if entry.sample.dtype == t.dtype:
         return False
     sample = _sample(t)
-    return sample.shape == entry.sample.shape and torch.equal(entry.sample.to(t.dtype), sample)
+    return _equal_bytes(entry.sample.to(t.dtype), sample)
 
 
 def _differs(entry: TensorContent, t: Tensor) -> bool:
