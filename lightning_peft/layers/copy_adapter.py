@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.modules import parameter_at
@@ -60,6 +61,12 @@ class CopyAdapter(Adapter):
     def activate(self, active: ActiveAdapters) -> None:
         """Act in place of the module's parameters."""
         active.trained_copies.append(self)
+
+    def keep_function_of_base(self) -> None:
+        """Hold the module's own parameters, in a copy of another module's adapter."""
+        with torch.no_grad():
+            for key, tensor in self.initial_tensors(None).items():
+                self.get_parameter(key).copy_(tensor)
 
     def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
         """The parameters that were copied."""

@@ -48,13 +48,13 @@ class TensorContent:
 
 
 def take_content(tensors: Mapping[str, Tensor]) -> dict[str, TensorContent]:
-    """Return the content of every tensor that has values (not on meta), by name."""
+    """Return the content of every tensor that has values, by name."""
     return {
         name: TensorContent(
             t.data_ptr(), _version(t), _sample(t), content_hash(t), is_sharded(tensor)
         )
         for name, tensor in tensors.items()
-        if (t := local(tensor.detach())).device.type != "meta"
+        if _has_content(t := local(tensor.detach()))
     }
 
 
@@ -68,13 +68,18 @@ def changed_tensors(
     """
     for name, tensor in tensors.items():
         t = local(tensor.detach())
-        if t.device.type == "meta":
+        if not _has_content(t):
             continue
         entry = before.get(name)
         if entry is None or entry.sharded != is_sharded(tensor) or _was_converted(entry, t):
             before |= take_content({name: tensor})
         elif _differs(entry, t):
             yield name
+
+
+def _has_content(t: Tensor) -> bool:
+    """Whether every element has memory of its own: not so on meta, nor in an expanded tensor."""
+    return t.device.type != "meta" and t.untyped_storage().nbytes() >= t.nbytes
 
 
 def _was_converted(entry: TensorContent, t: Tensor) -> bool:
@@ -126,7 +131,7 @@ def content_hash(t: Tensor) -> int:
     exchange of two. It is no cryptographic hash.
     """
     kind = zlib.crc32(f"{t.dtype}{list(t.shape)}".encode())
-    flat = t.detach().reshape(-1).view(torch.uint8)
+    flat = t.detach().reshape(-1).contiguous().view(torch.uint8)
     if flat.device.type == "cpu" and flat.numel() <= _SMALL:
         return (kind << 32) ^ zlib.crc32(flat.numpy().data)
     if flat.storage_offset() % 8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from lightning_peft.core.registry import registries_in
 from lightning_peft.storage import held_tensors, storage_of
 
 __all__ = ["FrozenCopy", "frozen_copies", "frozen_parts", "inside", "names_part"]
+
+
+#: Names of a trained part and of the average that follows it.
+_COPY_NAMES = (("student", "teacher"), ("online", "target"), ("query", "key"), ("net", "ema"))
 
 
 class FrozenCopy(NamedTuple):
@@ -48,7 +53,10 @@ def frozen_parts(model: nn.Module) -> list[str]:
 
 
 def frozen_copies(model: nn.Module) -> list[FrozenCopy]:
-    """Return the frozen parts that are a copy of a trained part by structure, with that part.
+    """Return the frozen parts that are a copy of a trained part, with that part.
+
+    A copy has the same class and the same parameters by name and shape, at the same depth. Its
+    values are equal, or its name says that it follows.
 
     An average of the trained part (an EMA teacher) is updated parameter by parameter, in the order
     of `parameters()`; so both must get the same adapters.
@@ -70,10 +78,32 @@ def frozen_copies(model: nn.Module) -> list[FrozenCopy]:
             and name not in {pair.student for pair in found}
             and base_class(module) is base_class(teacher)
             and _structure(module) == structure
+            and (_are_named_as_copies(name, part) or _are_equal(module, teacher))
         ]
         if alike:
             found.append(FrozenCopy(max(alike, key=lambda name: _likeness(name, part)), part))
     return found
+
+
+def _are_named_as_copies(student: str, teacher: str) -> bool:
+    """Whether names say that one part follows the other: ``backbone``, ``backbone_momentum``."""
+    if _likeness(student, teacher) >= 0.6:
+        return True
+    first, second = (set(re.split(r"[._]", name)) for name in (student, teacher))
+    return any(one in first and other in second for one, other in _COPY_NAMES)
+
+
+def _are_equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether the parameters have equal values, as those of a deep copy do."""
+    ours = [p for n, p in one.named_parameters() if not in_adapter(n)]
+    theirs = [p for n, p in other.named_parameters() if not in_adapter(n)]
+    return len(ours) == len(theirs) and all(
+        p.device.type != "meta"
+        and p.shape == q.shape
+        and p.device == q.device
+        and torch.equal(p, q)
+        for p, q in zip(ours, theirs, strict=True)
+    )
 
 
 def _likeness(one: str, other: str) -> float:

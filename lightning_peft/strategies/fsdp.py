@@ -27,8 +27,7 @@ from lightning_peft.checkpoint.sharded import (
     tensor_shards,
 )
 from lightning_peft.core.collectives import raise_on_all_ranks
-from lightning_peft.core.names import strip_compile
-from lightning_peft.models.history import note_loaded, note_moved
+from lightning_peft.models.history import note_moved
 from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.storage.dtensor import fill_rows
 from lightning_peft.strategies.ddp import may_skip
@@ -255,7 +254,6 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         """Copy this rank's rows; the checkpoint was checked when it was read."""
         module = self.lightning_module
         assert module is not None
-        note_loaded(module, map(strip_compile, checkpoint["state_dict"]))
         for key, t in kept_by_live_key(module).items():
             if key in checkpoint["state_dict"]:
                 fill_rows(t, checkpoint["state_dict"][key])

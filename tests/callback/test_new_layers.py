@@ -82,7 +82,7 @@ def test_a_head_is_trained_stored_and_stays_dense(tmp_path, capsys) -> None:
         trained = model.get_submodule(owner).peft["default"]._parameters[leaf]
         assert not torch.equal(trained, before[name])
         assert model.get_parameter(name).dtype == torch.float32
-    assert model.encoder.encoder.layer[0].output.dense.weight.dtype == torch.uint8
+    assert model.encoder.encoder.layer[0].output.dense._parameters["weight"].dtype == torch.uint8
     assert not any(p.requires_grad for p in model.teacher.parameters())
     printed = " ".join(capsys.readouterr().out.split())
     assert "trained fully: pool, classifier (new layer next to the pretrained encoder)" in printed

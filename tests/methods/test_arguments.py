@@ -63,7 +63,7 @@ def test_strings_are_configurations(call: str, tmp_path) -> None:
         other, _ = build("llama")
         lp.attach(other, lp.LoRA(r=2))
         lp.load_adapter(model, lp.save_adapter(other, tmp_path), quantization="nf4")
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert model.model.layers[0].mlp.up_proj._parameters["weight"].dtype == torch.uint8
 
 
 def test_print_shows_adapter_and_storage() -> None:

@@ -258,7 +258,7 @@ def test_mask_is_fixed_to_the_density() -> None:
     x = torch.randn(3, 20)
     model.train()
     assert_same_bits("no noise after fixing", model(x), model(x))
-    before = [m.weight.clone() for m in model]
+    before = [m._parameters["weight"].clone() for m in model]
     y = model(x).detach()
     lp.merge(model)
     assert_close("merged", model(x).detach(), y)

@@ -94,7 +94,7 @@ def test_energy_and_factors_are_the_svds() -> None:
     report = lp.extract_lora(base, tuned, 4, target_modules=["query"])
     layer: Any = base.get_submodule("bert.encoder.layer.0.attention.self.query")
     other: Any = tuned.get_submodule("bert.encoder.layer.0.attention.self.query")
-    delta = (other.weight - layer.weight).double()
+    delta = (other.weight - layer._parameters["weight"]).double()
     U, S, Vh = torch.linalg.svd(delta)
     adapter = layer.peft["default"]
     want = (U[:, :4] * S[:4]) @ Vh[:4]
