@@ -33,6 +33,7 @@ from lightning_peft.callback.optimizer_setup import (
     install_optimizer_setup,
     layers_of,
 )
+from lightning_peft.callback.packed_writes import explain_packed_writes
 from lightning_peft.callback.rank_consistency import (
     check_same_configuration,
     verify_consistent_attach,
@@ -389,7 +390,8 @@ class PEFT(TrainerCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Called when a run raises: restores `configure_model` and the SIGTERM handler."""
+        """Called when a run raises: explains writes into packed weights, and restores `configure_model` and the SIGTERM handler."""
+        explain_packed_writes(pl_module, exception)
         unwrap_configure_model(pl_module)
         self._backend.leave(pl_module)
         self._sigterm.restore()

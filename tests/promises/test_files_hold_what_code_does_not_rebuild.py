@@ -110,6 +110,12 @@ def test_ema_teachers_resume_exactly(name: str, own_start: bool, tmp_path: Path)
     assert_same(dict(loaded.state_dict()), dict(half.state_dict()))
 
 
+def test_averaging_packed_weights_names_the_layers_and_the_way_out() -> None:
+    callback = PEFT(LoRA(r=2, target_modules="all-linear"), quantization="nf4", report=False)
+    with pytest.raises(RuntimeError, match=r"backbone\.0.*exclude_modules=\['backbone_momentum'"):
+        fit(SelfSupervised(), callback, 1)
+
+
 def test_what_the_user_froze_gets_no_adapters_unless_named() -> None:
     def net() -> nn.Module:
         model = nn.Module()
