@@ -390,7 +390,7 @@ class PEFT(TrainerCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Called when a run raises: explains writes into packed weights, and restores `configure_model` and the SIGTERM handler."""
+        """Called when a run raises: explains its error if we can, and restores what we replaced."""
         explain_packed_writes(pl_module, exception)
         unwrap_configure_model(pl_module)
         self._backend.leave(pl_module)
