@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.attach import attach_within, detach
+from lightning_peft.adapters.attach import attach_within, detach, resolve_methods
 from lightning_peft.adapters.quantize import students_of_dense
 from lightning_peft.adapters.rehome import rehome
 from lightning_peft.core.names import matches_suffix
@@ -97,7 +97,7 @@ def attach_once(
     for name, methods in adapters.items():
         holder = _holder(root, name)
         if holder is not None:
-            _same(name, holder, methods, quantization)
+            _same(name, holder, resolve_methods(methods, root), quantization)
             continue
         record = registry_of(root)
         first = record is None or record.fingerprint is None

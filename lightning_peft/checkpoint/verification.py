@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.state_dict import check_state, trained_tensors
 from lightning_peft.checkpoint.description import FORMAT, KEY, describe
+from lightning_peft.core.names import strip_compile
 from lightning_peft.initialization.restore import initialized_shapes
 from lightning_peft.methods.registry import from_dict, to_dict
 from lightning_peft.models.fingerprint import fingerprint_differences
@@ -125,13 +126,16 @@ def _differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:
         lines.append(
             f"{len(stored['methods'])} methods in the file, {len(live['methods'])} attached"
         )
-    if sorted(stored["modules_to_save"]) != sorted(live["modules_to_save"]):
+    # Files of earlier versions name the wrappers of torch.compile.
+    want_saved, have_saved = (
+        sorted(map(strip_compile, side["modules_to_save"])) for side in (stored, live)
+    )
+    if want_saved != have_saved:
         lines.append(
-            f"modules_to_save: {stored['modules_to_save']} in the file, {live['modules_to_save']} "
-            "attached"
+            f"modules_to_save: {want_saved} in the file, {have_saved} attached"
         )
-    want_sites = {(label, tuple(shape)) for label, shape, _ in stored["sites"]}
-    have_sites = {(label, tuple(shape)) for label, shape, _ in live["sites"]}
+    want_sites = {(strip_compile(label), tuple(shape)) for label, shape, _ in stored["sites"]}
+    have_sites = {(strip_compile(label), tuple(shape)) for label, shape, _ in live["sites"]}
     lines += [
         f"{label} {list(shape)}: in the file only"
         for label, shape in sorted(want_sites - have_sites)
