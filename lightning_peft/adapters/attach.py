@@ -57,7 +57,7 @@ from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.storage import StorageConfig, as_config, require_config
 
-__all__ = ["attach", "attach_within", "quantize", "reset_adapters"]
+__all__ = ["attach", "attach_within", "quantize", "reset_adapters", "resolve_methods"]
 
 
 def attach(
@@ -282,13 +282,13 @@ def _checked_methods(
         )
     for each in methods:
         check_patterns(each)
-    return [_resolved(m, model) for m in methods]
+    return resolve_methods(methods, model)
 
 
-def _resolved(method: Method, model: nn.Module) -> Method:
-    if not isinstance(method, WeightMethod):
-        return method
-    return method.resolved(feedforward_targets(model))
+def resolve_methods(methods: Sequence[Method], model: nn.Module) -> list[Method]:
+    """Return the methods with the fields filled in that they take from the model."""
+    feedforward = feedforward_targets(model)
+    return [m.resolved(feedforward) if isinstance(m, WeightMethod) else m for m in methods]
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -5,12 +5,13 @@ Keys come from the modules' structure, never from substrings of names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.finite import is_finite
 from lightning_peft.core.modules import persistent_buffers
 from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
@@ -100,30 +101,53 @@ def check_state(
         problems += [f"extra {k}" for k in state if k not in live]
     elif not any(k in live for k in state):
         problems.append("no key matches")
-    for key, value in state.items():
-        if key not in live:
-            continue
-        if not isinstance(value, Tensor):
-            problems.append(f"{key}: expected a tensor, got {type(value).__name__}")
-        elif value.shape != live[key].shape:
-            problems.append(
-                f"{key}: expected shape {list(live[key].shape)}, got {list(value.shape)}"
-            )
-        elif (
-            value.is_floating_point()
-            and value.device.type != "meta"
-            and not torch.isfinite(value).all()
-        ):
-            problems.append(f"{key}: expected finite values, got NaN or infinity")
+    checked = (_problem(k, value, live[k]) for k, value in state.items() if k in live)
+    problems += [problem for problem in checked if problem]
     if problems:
         shown = "\n  ".join(problems[:20]) + (
             f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         )
         raise ValueError(
             f"{source}: expected {len(live)} tensors that match the attached adapters, got "
-            f"{len(state)} with {len(problems)} differences; nothing was loaded. Attach with the "
-            f"configuration that was saved:\n  {shown}"
+            f"{len(state)} with {len(problems)} differences; nothing was loaded. "
+            f"{_advice(problems)}:\n  {shown}"
         )
+
+
+def _problem(key: str, value: Any, live: Tensor) -> str:
+    """Return what is wrong with one tensor of a file; "" if it can be loaded."""
+    if not isinstance(value, Tensor):
+        return f"{key}: expected a tensor, got {type(value).__name__}"
+    if value.shape != live.shape:
+        return f"{key}: expected shape {list(live.shape)}, got {_short(value.shape)}"
+    kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (live, value)]
+    if kinds[0] != kinds[1] or (value.dtype.itemsize == 1 and value.is_floating_point()):
+        return f"{key}: expected {live.dtype}, got {value.dtype}"
+    if not is_finite(value):
+        finite = torch.isfinite(value)
+        if live.device.type == "meta" or is_finite(live):
+            return f"{key}: expected finite values, got NaN or infinity"
+        if not bool((finite | ~torch.isfinite(live).to(finite.device)).all()):
+            return f"{key}: expected finite values, got NaN or infinity"
+    elif live.is_floating_point() and not is_finite(value.to(live.dtype)):
+        peak = float(value.abs().max())
+        return f"{key}: expected values in the range of {live.dtype}, got {peak:.3g}"
+    return ""
+
+
+def _short(shape: Sequence[int]) -> str:
+    return str(list(shape)) if len(shape) <= 8 else f"{len(shape)} axes"
+
+
+def _advice(problems: Sequence[str]) -> str:
+    if all("finite values" in line for line in problems):
+        return (
+            "The weights were not finite when the file was written: load an earlier file, and "
+            "train with a lower learning rate"
+        )
+    if all("in the range of" in line for line in problems):
+        return "Attach to a model in a wider dtype, such as bfloat16 or float32"
+    return "Attach with the configuration that was saved"
 
 
 def _require(model: nn.Module, adapter_name: str | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.attach import attach_within
+from lightning_peft.adapters.attach import attach_within, resolve_methods
 from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.quantize import students_of_dense
 from lightning_peft.adapters.rehome import rehome
@@ -104,7 +104,7 @@ def attach_once(
         holder = _holder(root, name)
         if holder is not None:
             if init_from is None:
-                _same(name, holder, methods, quantization)
+                _same(name, holder, resolve_methods(methods, root), quantization)
             continue
         record = registry_of(root)
         first = record is None or record.fingerprint is None

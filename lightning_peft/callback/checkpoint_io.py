@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from lightning_peft.callback.superseded import SupersededFiles
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import (
@@ -21,11 +22,14 @@ from lightning_peft.checkpoint.contents import (
     filter_checkpoint,
     is_attached,
     leaks,
+    nonfinite_names,
 )
+from lightning_peft.checkpoint.damage import DamagedCheckpointError
+from lightning_peft.checkpoint.forms import CheckpointForm
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.sharded import is_folder, read_folder
 from lightning_peft.initialization.data_driven import waiting_adapters
-from lightning_peft.trainers.packages import is_instance_of, package_of
+from lightning_peft.trainers.packages import is_instance_of, is_interrupted, package_of
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io import CheckpointIO
@@ -73,6 +77,8 @@ class AtomicCheckpointIO(CheckpointIO):
             atomic_file.recover(path)
         if is_folder(path):
             return read_folder(Path(path))
+        if weights_only is False and atomic_file.is_local(path) and map_location is None:
+            return atomic_file.read(path, weights_only=False)
         if weights_only is False or not atomic_file.is_local(path):
             place = (lambda storage, _: storage) if map_location is None else map_location
             return self.remote.load_checkpoint(path, place, weights_only is not False)
@@ -90,7 +96,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class PEFTCheckpointIO(CheckpointIO):
-    """The outermost plugin: writes adapters only and adds the base when it reads.
+    """The outermost plugin: writes adapters and adds the base when it reads.
 
     It keeps its own references because Lightning's tuners save and load while callbacks are
     detached.
@@ -101,6 +107,8 @@ class PEFTCheckpointIO(CheckpointIO):
         resuming: Returns whether training continues after loading.
         started: If True, an adapter was attached since the strategy was created. Before that,
             nothing is written.
+        form: What is written: adapters, the full state, or merged weights.
+        fall_back: Whether a damaged checkpoint is replaced by the newest undamaged one.
         lost: Adapters that start again because their layers were replaced. Loading fills them.
     """
 
@@ -115,6 +123,9 @@ class PEFTCheckpointIO(CheckpointIO):
         self.module = module
         self.resuming = resuming
         self.started = False
+        self.form: CheckpointForm = "adapters"
+        self.fall_back = False
+        self._superseded = SupersededFiles()
         self.lost: list[str] = []
         self._hparams_checked = False
 
@@ -122,7 +133,7 @@ class PEFTCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write adapters and Trainer state, never the base."""
+        """Write adapters and Trainer state in the form that was chosen."""
         module = self.module()
         attached = module is not None and is_attached(module)
         if not attached and not self.started:
@@ -130,12 +141,34 @@ class PEFTCheckpointIO(CheckpointIO):
             warnings.warn(f"{path}: not written: no adapter is attached yet", stacklevel=2)
             return
         if module is not None and attached and "state_dict" in checkpoint:
-            checkpoint = filter_checkpoint(module, checkpoint)
+            checkpoint = filter_checkpoint(module, checkpoint, self.form)
             self._warn(module, checkpoint, path)
+            if not self._is_finite(module, checkpoint, path):
+                return
         self.inner.save_checkpoint(checkpoint, path, storage_options)
+        if self.resuming():
+            self._superseded.remove(path, checkpoint.get("global_step"))
+
+    def _is_finite(self, module: LightningModule, checkpoint: dict[str, Any], path: Any) -> bool:
+        """Whether the trained tensors are finite; a run that goes on is ended if they are not.
+
+        Raises:
+            RuntimeError: they are not; the former file is untouched.
+        """
+        bad = nonfinite_names(module, checkpoint["state_dict"])
+        if not bad:
+            return True
+        text = (
+            f"{path}: expected finite weights to save, got NaN or infinity in {len(bad)} tensors "
+            f"({', '.join(bad[:3])}); not written, former files are untouched"
+        )
+        if self.resuming() and not is_interrupted(module.trainer):
+            raise RuntimeError(f"{text}. Resume from one of them with a lower learning rate")
+        warnings.warn(text, stacklevel=3)
+        return False
 
     def _warn(self, module: LightningModule, checkpoint: dict[str, Any], path: Any) -> None:
-        for where in leaks(module, checkpoint):
+        for where in leaks(module, checkpoint) if self.form == "adapters" else ():
             warnings.warn(f"{path}: {where} holds a tensor of the frozen base", stacklevel=3)
         if not self._hparams_checked:
             self._hparams_checked = True
@@ -153,7 +186,14 @@ class PEFTCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Read the file, check it against the live model, and add the base."""
         given = {} if map_location is None else {"map_location": map_location}
-        checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only, **given)
+        try:
+            checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only, **given)
+        except DamagedCheckpointError as error:
+            if not self.fall_back or error.newest is None:
+                raise
+            warnings.warn(f"{error}; resuming from {error.newest}", stacklevel=2)
+            path = error.newest
+            checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only, **given)
         module = self.module()
         if module is None or not is_attached(module):
             return checkpoint

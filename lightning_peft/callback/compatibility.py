@@ -63,6 +63,7 @@ def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> 
     """
     _check_names(peft, peers)
     _check_backends(peers)
+    _check_forms(peers)
     _check_launcher(trainer.strategy)
     for name, why in _PRECISIONS.items():
         if is_instance_of(trainer.precision_plugin, name):
@@ -73,11 +74,23 @@ def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> 
                 strategy = type(trainer.strategy).__name__
                 raise ValueError(f"PEFT: expected another strategy than {strategy}: {why}")
     for callback in callbacks_of(trainer):
-        if is_instance_of(callback, "BaseFinetuning"):
+        if is_instance_of(callback, "BaseFinetuning") and peft.root is None:
             raise ValueError(
                 f"PEFT: expected no {type(callback).__name__} in the same Trainer: it unfreezes "
-                "layers of the base, which adapters keep as it is; leave it out, or name the "
-                "layers in PEFT(modules_to_save=[…])"
+                "layers of the base, which adapters keep as it is; leave it out, name the layers "
+                "in PEFT(modules_to_save=[…]), or keep what it unfreezes out of PEFT(root=…)"
+            )
+        if is_instance_of(callback, "ModelPruning"):
+            raise ValueError(
+                f"PEFT: expected no {type(callback).__name__} in the same Trainer: it moves "
+                "weights to other keys and trains masks that adapters and files do not know; prune "
+                "before fit, or after merge"
+            )
+        averages = ("WeightAveraging", "StochasticWeightAveraging")
+        if peft.checkpoint == "merged" and any(is_instance_of(callback, a) for a in averages):
+            raise ValueError(
+                f"PEFT checkpoint='merged': expected no {type(callback).__name__}, whose average "
+                "is not what the live model merges; use checkpoint='full'"
             )
 
 
@@ -104,6 +117,15 @@ def _check_backends(peers: Sequence[PEFT]) -> None:
         raise ValueError(
             f"PEFT kernels: expected one backend for all callbacks of a Trainer, got {requested}; "
             "give every callback the same, or leave it out"
+        )
+
+
+def _check_forms(peers: Sequence[PEFT]) -> None:
+    forms = sorted({other.checkpoint for other in peers})
+    if len(forms) > 1:
+        raise ValueError(
+            f"PEFT checkpoint: expected one form for all callbacks of a Trainer, got {forms}; give "
+            "every callback the same"
         )
 
 

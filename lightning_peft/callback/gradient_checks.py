@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft.layers.adapted import Adapted, adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
@@ -12,11 +14,11 @@ from lightning_peft.optim.state_pool import local
 from lightning_peft.report.tokens import tokens_of
 
 __all__ = [
+    "GradientWatch",
     "check_has_graph",
     "dead_gradients",
     "enable_input_require_grads",
     "unused_layers",
-    "warn_dead",
 ]
 
 
@@ -57,20 +59,75 @@ def check_has_graph(loss: Tensor) -> None:
         )
 
 
+class GradientWatch:
+    """Warns of trained adapters that the first steps of their optimizer do not reach.
+
+    A missing gradient is reported in the first step. A gradient of zero is reported if it stays
+    zero for `ZERO_STEPS` steps: behind a head that starts at zero, the first one always is. Every
+    optimizer is watched for its own parameters, since several may step in turn.
+    """
+
+    ZERO_STEPS = 3
+
+    def __init__(self) -> None:
+        self._steps: dict[int, int] = {}
+        self._zero: dict[int, set[str]] = {}
+
+    def check(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Look at the gradients of one optimizer before it steps."""
+        key = id(optimizer)
+        step = self._steps.get(key, 0) + 1
+        if step > self.ZERO_STEPS or (step > 1 and not self._zero[key]):
+            return
+        self._steps[key] = step
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        absent, zero = _unreached(model, own)
+        self._zero[key] = self._zero[key] & set(zero) if step > 1 else set(zero)
+        last = step == self.ZERO_STEPS
+        _warn([*(absent if step == 1 else ()), *(sorted(self._zero[key]) if last else ())], step)
+
+
 def dead_gradients(model: nn.Module) -> list[str]:
-    """One line for everything trained that the first step did not reach.
+    """One line for every trained adapter without a gradient, or with a gradient of zero."""
+    absent, zero = _unreached(model, None)
+    return absent + zero
+
+
+def _unreached(model: nn.Module, own: set[int] | None) -> tuple[list[str], list[str]]:
+    """Return lines for adapters without a gradient, and for those whose gradient is zero.
 
     An adapter counts as reached when one of its tensors has a gradient that is not zero: at the
     start LoRA's A has a zero gradient, because B is zero. Experts that had no token yet have a zero
     gradient too, and are no fault.
+
+    Args:
+        model: The model after a backward pass.
+        own: Ids of the parameters to look at; None for all.
     """
-    idle = set(unused_layers(model))
-    return [
-        f"{name}: {what}"
-        for name, module in adapted_modules(model)
-        if name not in idle
-        for what in _dead_adapters(module)
-    ]
+    absent: list[str] = []
+    zero: list[str] = []
+    for name, module in adapted_modules(model):
+        telemetry = module._peft.telemetry
+        for adapter in adapters_of(module):
+            trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
+            if own is not None:
+                trained = {n: p for n, p in trained.items() if id(p) in own}
+            if not trained:
+                continue
+            missing = [n for n, p in trained.items() if p.grad is None]
+            if missing and not telemetry.forward_ran:
+                continue  # not used: listed once, at the end of the first epoch
+            if missing:
+                absent.append(
+                    f"{name}: {_label(adapter)} {', '.join(missing)}: no gradient: {_cause(module)}"
+                )
+            elif not any(_moves(p.grad) for p in trained.values() if p.grad is not None):
+                tokens = tokens_of(module)
+                if tokens is not None and not any(tokens):
+                    continue  # none of its experts had a token yet; the report on tokens says so
+                had = "" if tokens is None else f", though its experts had {sum(tokens)} tokens"
+                zero.append(f"{name}: {_label(adapter)}: zero gradient in every tensor{had}")
+    return absent, zero
 
 
 def unused_layers(model: nn.Module) -> list[str]:
@@ -81,22 +138,13 @@ def unused_layers(model: nn.Module) -> list[str]:
     return [n for n, module in adapted_modules(model) if not module._peft.telemetry.forward_ran]
 
 
-def _dead_adapters(module: Adapted) -> list[str]:
-    lines = []
-    for adapter in adapters_of(module):
-        trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
-        if not trained:
-            continue
-        absent = [n for n, p in trained.items() if p.grad is None]
-        if absent:
-            lines.append(f"{_label(adapter)} {', '.join(absent)}: no gradient")
-        elif not any(_moves(p.grad) for p in trained.values() if p.grad is not None):
-            tokens = tokens_of(module)
-            if tokens is not None and not any(tokens):
-                continue  # none of its experts was asked yet: said beside the tokens
-            asked = "" if tokens is None else f", though its experts had {sum(tokens)} tokens"
-            lines.append(f"{_label(adapter)}: zero gradient in every tensor{asked}")
-    return lines
+def _cause(module: Adapted) -> str:
+    if module._peft.telemetry.ran_in_graph:
+        return "its output does not reach the loss"
+    return (
+        "its forward ran only without a graph: activation checkpointing with use_reentrant=True "
+        "over frozen inputs (use use_reentrant=False), torch.no_grad() or detach()"
+    )
 
 
 def _moves(grad: Tensor) -> bool:
@@ -109,16 +157,12 @@ def _label(adapter: Adapter) -> str:
     return f"{adapter.method.label} {adapter.adapter_name!r}"
 
 
-def warn_dead(model: nn.Module) -> None:
-    """Warn once with the list and the usual causes."""
-    lines = dead_gradients(model)
-    if lines:
-        shown = lines[:20] + ([f"… and {len(lines) - 20} more"] if len(lines) > 20 else [])
-        warnings.warn(
-            f"after the first step {len(lines)} trained parts got no gradient. Causes: activation "
-            "checkpointing with "
-            "use_reentrant=True over frozen inputs (use use_reentrant=False), a layer whose weight "
-            "another module reads, "
-            "a branch that the batch did not take:\n  " + "\n  ".join(shown),
-            stacklevel=2,
-        )
+def _warn(lines: Sequence[str], step: int) -> None:
+    if not lines:
+        return
+    shown = [*lines[:20], *([f"… and {len(lines) - 20} more"] if len(lines) > 20 else [])]
+    when = "the first step" if step == 1 else f"{step} steps"
+    warnings.warn(
+        f"after {when} {len(lines)} trained parts got no gradient:\n  " + "\n  ".join(shown),
+        stacklevel=4,
+    )

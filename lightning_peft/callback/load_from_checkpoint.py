@@ -30,24 +30,33 @@ M = TypeVar("M", bound="pl.LightningModule")
 
 
 def load_from_checkpoint(
-    module_class: type[M], path: str | os.PathLike[str], **init_args: Any
+    module_class: type[M],
+    path: str | os.PathLike[str],
+    *,
+    weights_only: bool = True,
+    **init_args: Any,
 ) -> M:
     """Build the module, attach the adapters that the file describes, and load them strictly.
+
+    A class with its own `load_from_checkpoint` builds the module with it.
 
     Args:
         module_class: A LightningModule class of `lightning` or `pytorch_lightning`. It builds
             the pretrained base itself.
         path: A checkpoint of the callback or of `save_checkpoint`.
+        weights_only: If False, hyper-parameters that are objects are unpickled, which may run code
+            of the file.
         **init_args: Arguments of the class. They override the stored hyper-parameters.
 
     Returns:
         The module on the CPU, in the mode that its constructor leaves it in.
 
     Raises:
+        UnpicklingError: the file holds objects, and `weights_only` is True.
         ValueError: no adapters in the file, another base, tensors that do not fit, or a net that
             only `setup` builds.
     """
-    checkpoint = atomic_file.read(path)
+    checkpoint = atomic_file.read(path, weights_only=weights_only)
     source = os.fspath(path)
     stored = checkpoint.get(KEY)
     if not isinstance(stored, dict) or not stored.get("roots"):
@@ -55,8 +64,11 @@ def load_from_checkpoint(
             f"{source}: expected a checkpoint with adapters, got keys {sorted(checkpoint)}; load a "
             f"full model with {module_class.__name__}.load_from_checkpoint"
         )
-    hparams = _accepted(module_class, checkpoint.get("hyper_parameters") or {})
-    module = module_class(**{**hparams, **init_args})
+    if _has_own_loader(module_class):
+        module = _load_own(module_class, path, weights_only, init_args)
+    else:
+        hparams = _init_arguments(module_class, checkpoint)
+        module = module_class(**{**hparams, **init_args})
     module.configure_model()  # Lightning's own does nothing
     _require_net(module, source)
     teachers = {pair.teacher for pair in frozen_copies(module)}
@@ -65,18 +77,54 @@ def load_from_checkpoint(
             _attach(module, prefix, root)
     follow_outside(module)
     start_history(module)
-    module.on_load_checkpoint(checkpoint)
+    if not _has_own_loader(module_class):
+        module.on_load_checkpoint(checkpoint)
     completed = complete_checkpoint(module, checkpoint, source, resuming=False)
     module.load_state_dict(completed["state_dict"], strict=True)
     return module
 
 
-def _accepted(cls: type, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(cls).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(hparams)
-    names = {p.name for p in parameters}
-    return {k: v for k, v in hparams.items() if k in names}
+def _has_own_loader(cls: type) -> bool:
+    """Whether a class outside of Lightning defines `load_from_checkpoint`."""
+    owner = next((c for c in cls.__mro__ if "load_from_checkpoint" in vars(c)), None)
+    return owner is not None and owner.__module__.partition(".")[0] not in (
+        "lightning",
+        "pytorch_lightning",
+    )
+
+
+def _load_own(
+    cls: type[M], path: str | os.PathLike[str], weights_only: bool, init_args: Mapping[str, Any]
+) -> M:
+    """Build the module as its class does; keys of adapters and missing ones of the base are fine.
+
+    The file was read with `weights_only` before, so the class unpickles nothing else.
+    """
+    function = cls.load_from_checkpoint
+    parameters = inspect.signature(function).parameters
+    options: dict[str, Any] = {"map_location": "cpu", "strict": False}
+    if not weights_only:
+        options["weights_only"] = False
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        options = {k: v for k, v in options.items() if k in parameters}
+    module: M = function(path, **options, **init_args)
+    return module
+
+
+def _init_arguments(cls: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored hyper-parameters as arguments of the class, as Lightning does."""
+    hparams = checkpoint.get("hyper_parameters") or {}
+    kind = checkpoint.get("hparams_type")
+    if callable(kind):
+        hparams = kind(hparams)
+    parameters = inspect.signature(cls).parameters
+    name = checkpoint.get("hparams_name")
+    if name in parameters:
+        return {name: hparams}
+    found = {k: v for k, v in dict(hparams).items() if k not in ("_instantiator", "_class_path")}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return found
+    return {k: v for k, v in found.items() if k in parameters}
 
 
 def _require_net(module: pl.LightningModule, source: str) -> None:

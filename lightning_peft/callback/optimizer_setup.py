@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,27 +12,37 @@ from torch import Tensor, nn
 from lightning_peft.checkpoint.description import KEY
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import WeightMethod
-from lightning_peft.optim import convert_optimizer, in_live_order, loraplus_groups, names_of, repair
+from lightning_peft.optim import (
+    check_half_precision,
+    check_optimizer_state,
+    convert_optimizer,
+    converted_state,
+    in_live_order,
+    loraplus_groups,
+    names_of,
+    repair,
+)
+from lightning_peft.storage.dtensor import is_sharded
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import Strategy
 
 __all__ = [
-    "align_optimizer_states",
     "finish_optimizers",
     "install_optimizer_setup",
     "layers_of",
     "optimizer_names",
+    "prepare_optimizer_states",
 ]
 
 Step = Callable[["pl.Trainer"], None]
 
 
 class OptimizerSetup:
-    """Runs our steps before and after the strategy creates its optimizers.
+    """Runs our steps before and after the strategy creates its optimizers, and loads their states.
 
-    Its bound method `run` is an instance attribute of the strategy. Lightning calls
+    Its bound methods `run` and `load` are instance attributes of the strategy. Lightning calls
     `setup_optimizers` before the precision plugin, the learning-rate finder and the restored state
     see the optimizers; `on_fit_start` would be too late.
 
@@ -41,15 +52,27 @@ class OptimizerSetup:
 
     def __init__(self, strategy: Strategy) -> None:
         self.original = strategy.setup_optimizers
+        self.original_load = strategy.load_optimizer_state_dict
+        self.trainer: pl.Trainer | None = None
         self.steps: dict[int, tuple[Step, Step]] = {}
 
     def run(self, trainer: pl.Trainer) -> None:
         """Called when the strategy is to create its optimizers."""
+        self.trainer = trainer
         for before, _ in self.steps.values():
             before(trainer)
         self.original(trainer)
         for _, after in self.steps.values():
             after(trainer)
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Called when the strategy is to load optimizer states: checks and converts them first.
+
+        All `on_fit_start` hooks are over by then. Other callbacks add groups in them.
+        """
+        if self.trainer is not None:
+            prepare_optimizer_states(self.trainer, checkpoint)
+        self.original_load(checkpoint)
 
 
 def install_optimizer_setup(strategy: Strategy, owner: object, begin: Step, finish: Step) -> None:
@@ -61,6 +84,7 @@ def install_optimizer_setup(strategy: Strategy, owner: object, begin: Step, fini
     if not isinstance(setup, OptimizerSetup):
         setup = OptimizerSetup(strategy)
         object.__setattr__(strategy, "setup_optimizers", setup.run)
+        object.__setattr__(strategy, "load_optimizer_state_dict", setup.load)
     setup.steps[id(owner)] = begin, finish
 
 
@@ -89,6 +113,7 @@ def finish_optimizers(
     Raises:
         RuntimeError: a trained parameter is in no optimizer (`configure_optimizers` may have
             returned None) or in several.
+        ValueError: half-precision parameters under an epsilon that is zero in their dtype.
     """
     optimizers = strategy.optimizers
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -114,6 +139,8 @@ def finish_optimizers(
     if name is not None:
         for optimizer in optimizers:
             convert_optimizer(optimizer, name)
+    for optimizer in optimizers:
+        check_half_precision(optimizer)
     strategy.optimizers = optimizers  # makes Lightning's proxies again: they carry the class's name
 
 
@@ -123,29 +150,61 @@ def optimizer_names(trainer: pl.Trainer) -> list[list[list[str]]]:
     return [names_of(optimizer, named) for optimizer in trainer.strategy.optimizers]
 
 
-def align_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Number the states in a checkpoint as the live optimizers do, in place.
+def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Number, check and convert the optimizer states of a checkpoint for the live optimizers.
 
-    Files without names (of other code) keep the order they have.
+    The states change in place. Files without names (of other code) keep the order they have.
 
     Raises:
-        ValueError: another set of parameters, or groups; with the names.
+        ValueError: another set of parameters, or groups; states that do not fit; with the names.
     """
-    ours = checkpoint.get(KEY) or {}
-    states, saved = checkpoint.get("optimizer_states"), ours.get("optimizers")
-    if not states or not saved:
+    states = checkpoint.get("optimizer_states")
+    if not states:
         return
-    live = optimizer_names(trainer)
-    if not len(states) == len(saved) == len(live):
+    ours = checkpoint.get(KEY) or {}
+    optimizers, live = trainer.strategy.optimizers, optimizer_names(trainer)
+    if not isinstance(states, list) or len(states) != len(optimizers):
+        count = len(states) if isinstance(states, list) else 0
         raise ValueError(
-            f"optimizer states: expected {len(states)} optimizers, as in the checkpoint, got "
+            f"optimizer states: expected {count} optimizers, as in the checkpoint, got "
             f"{len(live)} from configure_optimizers"
         )
-    checkpoint["optimizer_states"] = [
-        in_live_order(state, then, now, f"state of optimizer {i}")
-        for i, (state, then, now) in enumerate(zip(states, saved, live, strict=True))
-    ]
-    checkpoint[KEY] = {**ours, "optimizers": live}
+    named = dict(trainer.lightning_module.named_parameters())
+    sharded = any(is_sharded(p) for p in named.values())
+    saved = ours.get("optimizers")
+    if saved:
+        _check_names(saved, states)
+        states = [
+            in_live_order(state, then, now, f"state of optimizer {i}")
+            for i, (state, then, now) in enumerate(zip(states, saved, live, strict=True))
+        ]
+        checkpoint[KEY] = {**ours, "optimizers": live}
+    prepared = []
+    for i, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        check_optimizer_state(optimizer, state, named, f"state of optimizer {i}", sharded=sharded)
+        changed = converted_state(optimizer, state)
+        if changed.get("state") is not state.get("state") and trainer.is_global_zero:
+            warnings.warn(
+                f"state of optimizer {i}: converted from 8 bit to {type(optimizer).__name__}; give "
+                "PEFT the optimizer= of the first run to go on in 8 bit",
+                stacklevel=2,
+            )
+        prepared.append(changed)
+    checkpoint["optimizer_states"] = prepared
+
+
+def _check_names(saved: Any, states: list[Any]) -> None:
+    """Raise ValueError unless names and states belong together."""
+    try:
+        sizes = [[len(group["params"]) for group in state["param_groups"]] for state in states]
+        fits = [[len(group) for group in each] for each in saved] == sizes
+    except (TypeError, KeyError, AttributeError):
+        fits = False
+    if not fits or not all(isinstance(n, str) for each in saved for group in each for n in group):
+        raise ValueError(
+            "optimizer states: expected a name per parameter of every group, got others; the file "
+            "is malformed: resume from another checkpoint"
+        )
 
 
 def _rates(module: nn.Module) -> dict[float, set[int]]:

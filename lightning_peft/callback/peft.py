@@ -18,12 +18,13 @@ from lightning_peft.callback.compatibility import check_compatible, check_traine
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
 from lightning_peft.callback.export import export_best
+from lightning_peft.callback.finite_gradients import FiniteGradients
 from lightning_peft.callback.frozen_base import FrozenBase
 from lightning_peft.callback.gradient_checks import (
+    GradientWatch,
     check_has_graph,
     enable_input_require_grads,
     unused_layers,
-    warn_dead,
 )
 from lightning_peft.callback.liger import apply_liger
 from lightning_peft.callback.memory_plan import make_plan
@@ -47,8 +48,15 @@ from lightning_peft.callback.reporting import (
 from lightning_peft.callback.resume_state import ResumeState
 from lightning_peft.callback.run_backend import RunBackend
 from lightning_peft.callback.sigterm import SigtermHandler
+from lightning_peft.callback.unused_parameters import explain_unused_parameters
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import is_attached
+from lightning_peft.checkpoint.forms import (
+    CheckpointForm,
+    DenseBaseReader,
+    check_form,
+    refuse_unwritable,
+)
 from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
 from lightning_peft.models.history import note_optimizers, start_history
@@ -79,6 +87,8 @@ _CONFIGURATION = (
     "liger",
     "report",
     "plan",
+    "checkpoint",
+    "fall_back",
 )
 
 
@@ -113,6 +123,11 @@ class PEFT(TrainerCallback):
             Trainer's loggers in any case.
         plan: If True, print the memory estimate when training starts. A dict holds arguments of
             `estimate_memory`: ``{"batch_size": 4, "sequence_length": 2048}``. Not with `init_from`.
+        checkpoint: What checkpoints hold. ``"adapters"``: what the module's code does not rebuild.
+            ``"full"``: also the dense base, under every key of the live module. ``"merged"``: plain
+            merged weights for inference, under the keys of the module without adapters.
+        fall_back: If True, a damaged checkpoint is replaced by the newest undamaged one in its
+            folder, so that unattended restarts go on. If False, it raises and names that one.
 
     Raises:
         ModuleNotFoundError: neither Lightning package is installed.
@@ -135,6 +150,8 @@ class PEFT(TrainerCallback):
         liger: bool = False,
         report: bool = True,
         plan: bool | dict[str, Any] = False,
+        checkpoint: CheckpointForm = "adapters",
+        fall_back: bool = False,
     ) -> None:
         super().__init__()
         register_strategies()
@@ -149,6 +166,9 @@ class PEFT(TrainerCallback):
         self.liger = liger
         self.report = report
         self.plan = plan
+        check_form(checkpoint)
+        self.checkpoint: CheckpointForm = checkpoint
+        self.fall_back = fall_back
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -164,6 +184,8 @@ class PEFT(TrainerCallback):
         self._backend = RunBackend(self.kernels)
         self._sigterm = SigtermHandler()
         self._frozen_base = FrozenBase()
+        self._gradients = GradientWatch()
+        self._finite = FiniteGradients()
 
     def __getstate__(self) -> dict[str, Any]:
         """Called when the callback is pickled or copied: keeps the configuration only."""
@@ -229,9 +251,18 @@ class PEFT(TrainerCallback):
         follow_outside(module)
         start_history(module)
         self._backend.keep(root)
+        self._prepare_form(trainer, module, io)
         self._io, io.started = io, True
         if is_fitting(trainer):
             rebuild_averages(trainer, module)
+
+    def _prepare_form(
+        self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO
+    ) -> None:
+        refuse_unwritable(module, self.checkpoint)
+        if self.checkpoint == "full" and self.quantization is not None:
+            DenseBaseReader().install(module)
+        io.form, io.fall_back = self.checkpoint, self.fall_back
 
     def _make_plan(self, trainer: pl.Trainer, root: nn.Module) -> None:
         if self.plan is False or self.init_from is not None or not is_fitting(trainer):
@@ -299,7 +330,8 @@ class PEFT(TrainerCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: lets gradients reach checkpointed blocks."""
         enable_input_require_grads(pl_module)
-        self._first_step = self._first_epoch = True
+        self._first_epoch = True
+        self._gradients, self._finite = GradientWatch(), FiniteGradients()
         self._sigterm.install(trainer)
 
     @override
@@ -356,14 +388,17 @@ class PEFT(TrainerCallback):
     ) -> None:
         """Called before a step: checks that the base is frozen, and runs step hooks.
 
-        In the first step it also checks the gradients.
+        It skips steps with non-finite gradients. In the first steps it also looks for adapters
+        without a gradient.
         """
         self._frozen_base.check()
+        if not self._finite.before_step(trainer, optimizer):
+            return
         if self._step_hooks is not None:
             self._step_hooks.before_step(optimizer, grad_scale(trainer, optimizer))
+        self._gradients.check(pl_module, optimizer)
         if self._first_step:
             self._first_step = False
-            warn_dead(pl_module)
             if self.report and trainer.is_global_zero:
                 print_tokens(pl_module)
             stop_counting(pl_module)
@@ -395,7 +430,7 @@ class PEFT(TrainerCallback):
         unwrap_configure_model(pl_module)
         self._backend.leave(pl_module)
         self._sigterm.restore()
-        self._resume.drop_checkpoint()
+        explain_unused_parameters(exception)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.callback.gather_rng import gather_rng
-from lightning_peft.callback.optimizer_setup import align_optimizer_states, optimizer_names
+from lightning_peft.callback.optimizer_setup import optimizer_names
 from lightning_peft.checkpoint.contents import KEY
 from lightning_peft.checkpoint.rng_state import restore_rng
 from lightning_peft.trainers.packages import is_fitting
@@ -22,7 +22,6 @@ class ResumeState:
 
     def __init__(self) -> None:
         self._rng: list[dict[str, Any]] | None = None
-        self._checkpoint: dict[str, Any] | None = None
 
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Add random states and optimizer names to a checkpoint, once."""
@@ -35,10 +34,6 @@ class ResumeState:
         if not is_fitting(trainer):
             return
         late = trainer.strategy.restore_checkpoint_after_setup  # on_fit_start is over
-        if late:
-            align_optimizer_states(trainer, checkpoint)
-        else:
-            self._checkpoint = checkpoint
         states = (checkpoint.get(KEY) or {}).get("rng")
         if states is None:
             return
@@ -62,10 +57,3 @@ class ResumeState:
             # Later is too late: the first data iterator draws a seed before on_train_start.
             restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)
             self._rng = None
-        if self._checkpoint is not None:  # Lightning loads optimizers' states after on_fit_start
-            align_optimizer_states(trainer, self._checkpoint)
-            self._checkpoint = None
-
-    def drop_checkpoint(self) -> None:
-        """Let go of a checkpoint whose optimizer states were not needed."""
-        self._checkpoint = None

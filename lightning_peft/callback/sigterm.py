@@ -1,4 +1,4 @@
-"""Saves a checkpoint and stops all ranks at the end of a batch if one of them got SIGTERM."""
+"""Saves a checkpoint and stops all ranks after an optimizer step if one of them got SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from lightning_peft.callback.superseded import FILE, link_as_last
 from lightning_peft.trainers.packages import is_instance_of, package_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 __all__ = ["FILE", "SigtermHandler"]
-
-#: Name of the checkpoint. It is saved in the folder of the trainer's ModelCheckpoint.
-FILE = "sigterm.ckpt"
 
 _log = logging.getLogger(__name__)
 
@@ -71,10 +69,13 @@ class SigtermHandler:
     def stop_if_requested(self, trainer: pl.Trainer) -> None:
         """Save a checkpoint and stop if any rank received SIGTERM.
 
+        Inside an accumulation window nothing happens: files hold no gradients, so the window is
+        finished first.
+
         Raises:
             SIGTERMException: on every rank, with exit status 143.
         """
-        if not self._installed:
+        if not self._installed or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         requested = self.received
         if trainer.world_size > 1:
@@ -87,6 +88,9 @@ class SigtermHandler:
         folder = getattr(callback, "dirpath", None) or trainer.default_root_dir
         path = Path(trainer.strategy.broadcast(str(Path(folder) / FILE)))
         trainer.save_checkpoint(path)
+        if trainer.is_global_zero and path.exists():
+            link_as_last(path, trainer)
+        trainer.strategy.barrier("sigterm")
         _log.info("SIGTERM: saved %s after step %d; ending", path, trainer.global_step)
         package = package_of(trainer)
         assert package is not None  # `PEFT.setup` checked the Trainer

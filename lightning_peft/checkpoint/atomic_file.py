@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import pickle
+import re
 import shutil
 import socket
 import zipfile
@@ -21,6 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_peft.checkpoint.damage import DamagedCheckpointError, damage_of
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["is_local", "publish", "read", "recover", "remove_stale", "write"]
 
@@ -58,8 +67,8 @@ def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             raise OSError(
                 errno.ENOSPC,
                 f"{target}: expected {_nbytes(data):,} bytes and more on this disk, got {free:,} "
-                "free; the former file is untouched: make room, or keep fewer checkpoints "
-                "(save_top_k)",
+                "free or a smaller limit per file; the former file is untouched: make room, raise "
+                "the limit (ulimit -f), or keep fewer checkpoints (save_top_k)",
             ) from error
         raise
     _sync_directory(target.parent)
@@ -67,9 +76,17 @@ def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 def _is_full(error: BaseException, free: int, data: object) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # torch's zip writer turns a failed write into a RuntimeError about positions.
-    return isinstance(error, RuntimeError) and free < _nbytes(data)
+    return isinstance(error, RuntimeError) and min(free, _file_limit()) < _nbytes(data)
+
+
+def _file_limit() -> float:
+    """The largest file that this process may write, in bytes."""
+    if resource is None:
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def _nbytes(value: object) -> int:
@@ -185,39 +202,44 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """`torch.load(weights_only=True)` onto the CPU.
+def read(path: str | os.PathLike[str], *, weights_only: bool = True) -> dict[str, Any]:
+    """Check the checksums of a file and load it onto the CPU.
+
+    Args:
+        path: The file.
+        weights_only: If False, objects are unpickled too, which may run code of the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is truncated or no checkpoint; the newest other one beside it is named.
+        ValueError: the file is damaged or no checkpoint; the newest undamaged one is named.
+        UnpicklingError: the file holds objects, and `weights_only` is True.
     """
     file = Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{file}: expected a checkpoint, found no such file")
+    why = damage_of(file)
+    if why:
+        raise DamagedCheckpointError(file, why)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise _unreadable(file, str(error)) from error
+        loaded = torch.load(file, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(file):  # whole, but with objects that plain loading refuses
-            raise
-        raise _unreadable(file, "not a torch.save file") from error
+        if zipfile.is_zipfile(file):
+            raise _holds_objects(file, error) from error
+        raise DamagedCheckpointError(file, "not a torch.save file") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a malformed pickle raises errors of any kind
+        raise DamagedCheckpointError(file, f"{type(error).__name__}: {error}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{file}: expected a checkpoint (a dict), got {type(loaded).__name__}")
     return loaded
 
 
-def _unreadable(file: Path, why: str) -> ValueError:
-    others = [p for p in file.parent.glob(f"*{file.suffix}") if p != file and p.is_file()]
-    newest = max(others, key=lambda p: p.stat().st_mtime, default=None)
-    advice = (
-        f"the newest other checkpoint here is {newest}"
-        if newest
-        else "no other checkpoint is beside it"
-    )
-    reason = (why.splitlines() or ["it ends too early"])[0][:120]
-    return ValueError(
-        f"{file}: expected a whole checkpoint, got one that cannot be read "
-        f"({file.stat().st_size:,} bytes: {reason}); {advice}"
+def _holds_objects(file: Path, error: Exception) -> pickle.UnpicklingError:
+    found = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+    what = f"an object of {found.group(1)}" if found else "an object"
+    return pickle.UnpicklingError(
+        f"{file}: expected plain data, got {what}; if you trust the file, read it with "
+        "weights_only=False (of load_from_checkpoint, or of Trainer.fit with ckpt_path). To write "
+        "files without objects, leave them out: save_hyperparameters(ignore=[…])"
     )

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint.description import FORMAT, KEY, describe, is_attached
+from lightning_peft.checkpoint.forms import (
+    CheckpointForm,
+    form_of,
+    full_state,
+    merged_checkpoint,
+    refuse_merged,
+    without_base,
+)
 from lightning_peft.checkpoint.kept import kept_tensors, live_tensors
 from lightning_peft.checkpoint.verification import verify
-from lightning_peft.core.names import strip_compile
+from lightning_peft.core.finite import is_finite
+from lightning_peft.core.names import in_adapter, strip_compile
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_loaded, note_moved
 from lightning_peft.storage.dtensor import fill_rows, is_sharded
@@ -32,6 +41,7 @@ __all__ = [
     "is_attached",
     "leaks",
     "load_kept",
+    "nonfinite_names",
     "verify",
 ]
 
@@ -77,14 +87,22 @@ def load_kept(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 # ---- the file as a whole
 
 
-def filter_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint without the base, with our entry; without ``state_dict`` unchanged."""
+def filter_checkpoint(
+    model: nn.Module, checkpoint: Mapping[str, Any], form: CheckpointForm = "adapters"
+) -> dict[str, Any]:
+    """The checkpoint in one of the forms, with our entry; without ``state_dict`` unchanged."""
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
     if not any(is_sharded(p) for p in model.parameters()):  # else the strategy did on every rank
         note_moved(model)
+    entry = {**describe(model), **(checkpoint.get(KEY) or {})}
+    if form == "merged":
+        return merged_checkpoint(model, {**checkpoint, KEY: entry})
     written = _each_state(dict(checkpoint), lambda state: filter_state(model, state))
-    written[KEY] = {**describe(model), **(checkpoint.get(KEY) or {})}
+    if form == "full":
+        entry |= {"form": "full", "tensors": sorted(written["state_dict"])}
+        written = _each_state(written, lambda state: full_state(model, state))
+    written[KEY] = entry
     return written
 
 
@@ -105,6 +123,10 @@ def complete_checkpoint(
     """
     if "state_dict" not in checkpoint:
         return checkpoint
+    refuse_merged(checkpoint, source)
+    if form_of(checkpoint) == "full":
+        stored = checkpoint
+        checkpoint = _each_state(dict(checkpoint), lambda state: without_base(stored, state))
     verify(model, checkpoint, source, resuming=resuming)
     # Beside an average the weights themselves stand apart; the average only rounds the start.
     restore_initialized(model, checkpoint.get("current_model_state", checkpoint["state_dict"]))
@@ -125,6 +147,21 @@ def _each_state(
     if callbacks:
         checkpoint["callbacks"] = callbacks
     return checkpoint
+
+
+def nonfinite_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """Return the trained tensors of a state that hold NaN or infinity.
+
+    Buffers outside of adapters, such as masks, may hold infinity.
+    """
+    trained = {strip_compile(n) for n, p in model.named_parameters() if p.requires_grad}
+    return [
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+        and (in_adapter(key) or strip_compile(key) in trained)
+        and not is_finite(value)
+    ]
 
 
 def leaks(model: nn.Module, checkpoint: Mapping[str, Any]) -> list[str]:

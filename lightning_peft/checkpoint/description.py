@@ -57,8 +57,10 @@ def _describe_root(record: AdapterRegistry) -> dict[str, Any]:
 def _describe_adapter(entry: AdapterEntry) -> dict[str, Any]:
     return {
         "methods": [to_dict(m) for m in entry.methods],
-        "modules_to_save": list(entry.modules_to_save),
-        "sites": [[label, list(shape), method] for label, shape, method in entry.sites],
+        "modules_to_save": [strip_compile(name) for name in entry.modules_to_save],
+        "sites": [
+            [strip_compile(label), list(shape), method] for label, shape, method in entry.sites
+        ],
     }
 
 

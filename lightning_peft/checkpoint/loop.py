@@ -39,6 +39,7 @@ from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_moved, note_optimizers, start_history
+from lightning_peft.optim.state_check import check_optimizer_state, converted_state
 from lightning_peft.optim.state_names import in_live_order, names_of
 from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.storage.dtensor import local
@@ -254,9 +255,10 @@ def _optimizer_states(
         state = checkpoint[_OPTIMIZERS][i]
         if saved:
             state = in_live_order(state, saved[i], names_of(optimizer, named), f"state of {name}")
-        found.append(
-            shard_optimizer_state(optimizer, state) if _is_sharded(kept_tensors(model)) else state
-        )
+        sharded = _is_sharded(kept_tensors(model))
+        check_optimizer_state(optimizer, state, named, f"state of {name}", sharded=sharded)
+        state = converted_state(optimizer, state)
+        found.append(shard_optimizer_state(optimizer, state) if sharded else state)
     return found
 
 

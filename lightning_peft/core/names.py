@@ -24,8 +24,12 @@ def strip_compile(name: str) -> str:
 
 
 def matches_suffix(name: str, suffixes: Iterable[str]) -> bool:
-    """True if the name equals one of the suffixes or ends in one at a dot."""
-    return any(name == s or name.endswith(f".{s}") for s in suffixes)
+    """True if the name equals one of the suffixes or ends in one at a dot.
+
+    torch.compile's ``_orig_mod`` does not count in either.
+    """
+    plain = f".{strip_compile(name)}"
+    return any(plain.endswith(f".{strip_compile(s)}") for s in suffixes)
 
 
 def with_parents(name: str) -> list[str]:

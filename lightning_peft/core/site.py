@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.names import strip_compile
 from lightning_peft.core.protocols import LayerOps, Storage
 from lightning_peft.core.pruning_masks import held
 
@@ -43,8 +44,9 @@ class Site:
 
     @property
     def label(self) -> str:
-        """Name of the weight for messages."""
-        return self.name if self.parameter == "weight" else f"{self.name}.{self.parameter}"
+        """Name of the weight for messages and files, without torch.compile's wrappers."""
+        own = self.name if self.parameter == "weight" else f"{self.name}.{self.parameter}"
+        return strip_compile(own)
 
     @property
     def shape(self) -> torch.Size:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
@@ -68,6 +69,8 @@ class Adapted(Swapped):
     def _forward_adapted(self, *args: Any, **kwargs: Any) -> Any:
         state = self._peft
         state.telemetry.forward_ran = True
+        if torch.is_grad_enabled():
+            state.telemetry.ran_in_graph = True
         active = state.active
         mix = current_mixed_batch()
         if mix is not None:

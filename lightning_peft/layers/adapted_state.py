@@ -87,11 +87,13 @@ class Telemetry:
 
     Attributes:
         forward_ran: Whether forward was ever called. A bypassed module never runs.
+        ran_in_graph: Whether forward was ever called with gradients enabled.
         expert_tokens: Tokens routed to each expert in training so far, int32 [E].
         counts_tokens: Whether `expert_tokens` still grows; False after the report on tokens.
     """
 
     forward_ran: bool = False
+    ran_in_graph: bool = False
     expert_tokens: Tensor | None = None
     counts_tokens: bool = True
 

@@ -41,6 +41,7 @@ def read_effective(m: nn.Module, state: AdaptedState, name: str, held: nn.Parame
     if not edits:
         return start
     state.telemetry.forward_ran = True  # its adapters are used, if not by its own forward
+    state.telemetry.ran_in_graph |= torch.is_grad_enabled()
 
     def form() -> Tensor:
         return _effective(m, edits, name, start if copies else None)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lightning_peft.core.names import strip_compile
 from lightning_peft.core.site import Site
 
 __all__ = [
@@ -34,7 +35,7 @@ def match_pattern(patterns: Mapping[str, V], name: str, default: V) -> V:
     ``(.*\\.)?PATTERN$``.
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(rf"(.*\.)?({pattern})$", strip_compile(name)):
             return value
     return default
 

@@ -16,7 +16,14 @@ from difflib import get_close_matches
 from torch import nn
 
 from lightning_peft.core.modules import is_conv1d, tied_parameters
-from lightning_peft.core.names import in_adapter, join, matches_suffix, nearest_names, with_parents
+from lightning_peft.core.names import (
+    in_adapter,
+    join,
+    matches_suffix,
+    nearest_names,
+    strip_compile,
+    with_parents,
+)
 from lightning_peft.layers import ops_for, uneditable
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.modules import head_names, hf_models
@@ -193,7 +200,7 @@ def name_rule(rule: str | Sequence[str] | None) -> Callable[[str], bool]:
                 "target_modules, exclude_modules: expected a layer's name, a list of suffixes or a "
                 f"regular expression, got {rule!r} ({error})"
             ) from None
-        return lambda name: pattern.fullmatch(name) is not None
+        return lambda name: any(map(pattern.fullmatch, {name, strip_compile(name)}))
     suffixes = tuple(rule)
     return lambda name: matches_suffix(name, suffixes)
 
@@ -218,10 +225,10 @@ def block_rule(
             f"layers_to_transform: expected indices below {longest}, got {beyond}; count from 0"
         )
     outer = [n for n in lists if not any(n.startswith(o + ".") for o in lists if o != n)]
-    patterns = [re.compile(rf"{re.escape(n)}\.(\d+)(\.|$)") for n in outer]
+    patterns = [re.compile(rf"{re.escape(strip_compile(n))}\.(\d+)(\.|$)") for n in outer]
 
     def inside(name: str) -> bool:
-        hits = [p.match(name) for p in patterns]
+        hits = [p.match(strip_compile(name)) for p in patterns]
         return any(h is not None and int(h.group(1)) in wanted for h in hits)
 
     return inside

@@ -1,5 +1,6 @@
 """Optimizer state: pooled, 8-bit, paged; from the user's optimizer and back."""
 
+from lightning_peft.optim.half_precision import check_half_precision
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.optimizers import (
     AdamW8bit,
@@ -10,6 +11,7 @@ from lightning_peft.optim.optimizers import (
 )
 from lightning_peft.optim.param_groups import loraplus_groups, repair
 from lightning_peft.optim.replace import OPTIMIZERS, convert_optimizer
+from lightning_peft.optim.state_check import check_optimizer_state, converted_state
 from lightning_peft.optim.state_conversion import from_torch, join_shards, moments, shard, to_torch
 from lightning_peft.optim.state_names import in_live_order, names_of
 
@@ -24,7 +26,10 @@ __all__ = [
     "PagedAdamW8bit",
     "PagedAdamW32bit",
     "PooledOptimizer",
+    "check_half_precision",
+    "check_optimizer_state",
     "convert_optimizer",
+    "converted_state",
     "from_torch",
     "in_live_order",
     "join_shards",

@@ -59,9 +59,16 @@ def repair(
             f"optimizers: expected each trained parameter in exactly one, got {', '.join(wrong)}; "
             "build them in configure_optimizers over self.parameters()"
         )
+    called = {id(p): name for name, p in trained.items()}
     for i, params in added.items():
-        kept = [p for p in groups[i]["params"] if p.requires_grad]
-        groups[i]["params"][:] = kept + params
+        group = groups[i]
+        if "param_names" in group:
+            known = zip(map(id, group["params"]), group["param_names"], strict=True)
+            called = {**called, **dict(known)}
+        kept = [p for p in group["params"] if p.requires_grad]
+        group["params"][:] = kept + params
+        if "param_names" in group:
+            group["param_names"] = [called[id(p)] for p in group["params"]]
     return put_in
 
 
@@ -105,9 +112,15 @@ def loraplus_groups(
             group.update({k: group[k] * ratio for k in rates if k in group})
             _scale(scheduled, i, ratio, extend=False)
             continue
+        names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         group["params"][:] = slow
         twin = {k: v for k, v in group.items() if k != "params"}
         twin.update({k: group[k] * ratio for k in rates if k in group})
+        if "name" in group:  # LearningRateMonitor requires a name per group
+            twin["name"] = f"{group['name']} (fast)"
+        if names:
+            group["param_names"] = [names[id(p)] for p in slow]
+            twin["param_names"] = [names[id(p)] for p in quick]
         optimizer.param_groups.append({"params": quick, **twin})
         _scale(scheduled, i, ratio, extend=True)
 
@@ -116,17 +129,29 @@ def _is_b(name: str, p: Tensor) -> bool:
     return p.ndim == 1 or "lora_B" in name or name.rsplit(".", 1)[-1] == "B"
 
 
+#: Lists in which schedulers keep one value per group, with their factor; None: a learning rate.
+_PER_GROUP: Mapping[str, float | None] = {
+    "base_lrs": None,
+    "_last_lr": None,
+    "min_lrs": None,
+    "max_lrs": None,
+    "base_momentums": 1.0,
+    "max_momentums": 1.0,
+}
+
+
 def _scale(schedulers: Sequence[Any], group: int, ratio: float, *, extend: bool) -> None:
     """Group `group` of each scheduler, or its twin behind the last, at `ratio` times the rates."""
     for scheduler in schedulers:
-        for key, factor in (("base_lrs", ratio), ("_last_lr", ratio), ("min_lrs", ratio)):
+        for key, factor in _PER_GROUP.items():
             values = getattr(scheduler, key, None)
             if not isinstance(values, list):
                 continue
+            factor = ratio if factor is None else factor
             if extend:
                 values.append(values[group] * factor)
             else:
-                values[group] *= factor
+                values[group] = values[group] * factor
         lambdas = getattr(scheduler, "lr_lambdas", None)
         if extend and lambdas is not None:
             lambdas.append(lambdas[group])

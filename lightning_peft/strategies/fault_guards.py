@@ -59,17 +59,24 @@ class GradientGuard:
         self.skipped_steps += 1
         self._consecutive_skips += 1
         if self._consecutive_skips >= self.max_skips:
-            raise RuntimeError(
-                f"gradients: expected finite ones, got NaN or infinity in "
-                f"{self._consecutive_skips} steps in a row; the adapters are as they were before: "
-                "lower the learning rate, or look for a batch with bad values"
-            )
+            raise self.too_many_skips()
         if not dist.is_initialized() or dist.get_rank() == 0:
-            warnings.warn(
-                f"a gradient is NaN or infinite; step left out on every process "
-                f"({self.skipped_steps} so far)",
-                stacklevel=2,
-            )
+            warnings.warn(self.skip_message(), stacklevel=2)
+
+    def too_many_skips(self) -> RuntimeError:
+        """Return the error that ends the run."""
+        return RuntimeError(
+            f"gradients: expected finite ones, got NaN or infinity in {self._consecutive_skips} "
+            "steps in a row; the adapters are as they were before: lower the learning rate, or "
+            "look for a batch with bad values"
+        )
+
+    def skip_message(self) -> str:
+        """Return the warning about one skipped step."""
+        return (
+            "a gradient is NaN or infinite; step left out on every process "
+            f"({self.skipped_steps} so far)"
+        )
 
 
 class FabricGuards(GradientGuard, FabricStrategy):

@@ -1,0 +1,17 @@
+"""Whether a tensor holds NaN or infinity, in any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_finite"]
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all values are finite; true for tensors without floating values or content."""
+    if value.device.type == "meta" or not (value.is_floating_point() or value.is_complex()):
+        return True
+    # torch has no isfinite for float8.
+    wide = value.float() if value.dtype.itemsize == 1 else value
+    return bool(torch.isfinite(wide).all())
