@@ -15,6 +15,7 @@ from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.storage import held_tensors
+from lightning_peft.storage.dtensor import is_sharded
 
 if TYPE_CHECKING:
     from lightning_peft.report.summary import Group
@@ -37,6 +38,8 @@ class KernelWords:
         site = adapter.site
         if site.device.type == "meta":
             return "decided when the weights are there"
+        if any(is_sharded(t.tensor) for t in site.storage.iter_tensors(site.module, site.parameter)):
+            return "decided when the weights are gathered"  # an edit may need to read them
         key = id(adapter.method), type(site.ops), site.shape
         if key not in self._edits:
             with torch.no_grad():
