@@ -42,6 +42,11 @@ _FACTS = frozenset(
         Tensor.is_complex,
         Tensor.get_device,
         Tensor.storage_offset,
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+        Tensor.is_shared,
+        Tensor.is_inference,
+        Tensor.register_hook,
         Tensor.__len__,
         Tensor.__hash__,
     ]
@@ -155,6 +160,8 @@ class OutsideTensor(Tensor):
                 return func(*_replaced(args, _writable), **_replaced(given, _writable))
             if func in _FACTS or (_is_getter(func) and func not in _VALUES):
                 return _fact(func, args, given)
+            if func == Tensor.__deepcopy__:
+                return args[0]._form().detach().clone()
             formed: dict[int, Tensor] = {}
 
             def value(seen: OutsideTensor) -> Tensor:

@@ -38,7 +38,8 @@ class KernelWords:
         site = adapter.site
         if site.device.type == "meta":
             return "decided when the weights are there"
-        if any(is_sharded(t.tensor) for t in site.storage.iter_tensors(site.module, site.parameter)):
+        held = site.storage.iter_tensors(site.module, site.parameter)
+        if any(is_sharded(t.tensor) for t in held):
             return "decided when the weights are gathered"  # an edit may need to read them
         key = id(adapter.method), type(site.ops), site.shape
         if key not in self._edits:

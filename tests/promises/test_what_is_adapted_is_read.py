@@ -107,6 +107,7 @@ def test_facts_do_not_form_the_weight() -> None:
         assert formed
     finally:
         cls.edit = original
+    assert copy.deepcopy(weight).shape == (64, 64)
     assert facts == (torch.float32, "cpu", torch.Size((64, 64)), 2, 4096)
 
 
