@@ -21,8 +21,15 @@ __all__ = ["OutsideTensor", "ParameterAccess", "in_own_forward", "outside_reader
 #: Modules (by id) whose own forward runs in this thread or task.
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
-#: Modules that take a parameter to hold it elsewhere (pruning, sharding), not to compute with it.
-_HOLDERS = ("torch.nn.utils.", "torch.distributed.")
+#: Modules that take a parameter to hold it elsewhere (`get_parameter`, pruning, sharding, tying), not
+#: to compute with it.
+_HOLDERS = (
+    "torch.nn.modules.module",
+    "torch.nn.utils.",
+    "torch.distributed.",
+    "transformers.modeling_utils",
+    "accelerate.",
+)
 
 #: Getters that return a value of W' rather than a fact about it.
 _VALUES = frozenset(

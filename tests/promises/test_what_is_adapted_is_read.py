@@ -157,6 +157,23 @@ def test_a_tied_reader_gets_the_adapted_embedding() -> None:
     assert_close("tied", model(ids), F.linear(table[ids], table), floor=1e-5)
 
 
+def test_what_holds_a_parameter_gets_the_parameter() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=16, eos_token_id=0)
+    ).eval()
+    lp.attach(model, lp.LoRA(r=2, target_modules=["wte", "c_attn"]))
+    moved(model)
+    ids = torch.arange(6)[None]
+    y = model(ids).logits
+    held = model.transformer.wte._parameters["weight"]
+    assert model.get_parameter("transformer.wte.weight") is held
+    model.tie_weights()
+    assert_same_bits("tied again", model(ids).logits, y)
+    assert model.lm_head.weight is held
+
+
 def test_a_mixed_batch_cannot_be_read_as_one_weight() -> None:
     model = Window()
     for name in ("a", "b"):
