@@ -21,8 +21,8 @@ __all__ = ["OutsideTensor", "ParameterAccess", "in_own_forward", "outside_reader
 #: Modules (by id) whose own forward runs in this thread or task.
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
-#: Modules that take a parameter to hold it elsewhere (`get_parameter`, pruning, sharding, tying), not
-#: to compute with it.
+#: Modules that take a parameter to hold it elsewhere, not to compute with it: `get_parameter`,
+#: pruning, sharding, tying.
 _HOLDERS = (
     "torch.nn.modules.module",
     "torch.nn.utils.",
