@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adoption import adopted_layers
-from lightning_peft.adapters.attach import attach, detach
+from lightning_peft.adapters.attach import attach, check_adapter_name, detach
 from lightning_peft.adapters.plan import plan_attach
+from lightning_peft.core.allocation_limit import AllocationLimit
+from lightning_peft.core.finite import is_finite
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
@@ -75,6 +77,7 @@ def load_adapter(
         ValueError: anything in the files that does not fit; the model is as before.
         RuntimeError: the adapter's name is taken.
     """
+    check_adapter_name(adapter_name)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
     with adopted_layers(model):  # a refusal gives them back
         return _load(model, source, adapter_name, quantization)
@@ -83,24 +86,25 @@ def load_adapter(
 def _load(
     model: nn.Module, source: Source, adapter_name: str, quantization: StorageConfig | None
 ) -> Report:
-    reading = _read(source)
-    method = _method(model, source, reading)
-    saved = saved_modules(source, reading)
-    names = [join(source.prefix, name) for name in saved]
-    planned = plan_attach(model, [method], names).adapters
-    values = ValueMatcher(method, source, reading, saved).match(planned)
-    if isinstance(method, SequenceMethod):
-        reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
-    else:
-        _check_shared(source.format, reading)
-    _check_base(source, reading)
-    report = attach(
-        model,
-        method,
-        adapter_name=adapter_name,
-        quantization=quantization,
-        modules_to_save=names,
-    )
+    with AllocationLimit.for_loading(model, source.tensors.values()):
+        reading = _read(source)
+        method = _method(model, source, reading)
+        saved = saved_modules(source, reading)
+        names = [join(source.prefix, name) for name in saved]
+        planned = plan_attach(model, [method], names).adapters
+        values = ValueMatcher(method, source, reading, saved).match(planned)
+        if isinstance(method, SequenceMethod):
+            reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
+        else:
+            _check_shared(source.format, reading)
+        _check_base(source, reading)
+        report = attach(
+            model,
+            method,
+            adapter_name=adapter_name,
+            quantization=quantization,
+            modules_to_save=names,
+        )
     try:
         count = _copy(model, adapter_name, values, reading.shared)
     except ValueError:
@@ -288,6 +292,13 @@ def _copy(model: nn.Module, adapter_name: str, values: Values, shared: Mapping[s
             "adapter file: expected no tensors besides the adapter's, got "
             f"{ {k: list(t.shape) for k, t in missing.items()} }; nothing was loaded"
         )
+    for tensor, value in live:
+        if tensor.is_floating_point() and not is_finite(value.to(tensor.dtype)):
+            raise ValueError(
+                f"adapter file: expected values in the range of {tensor.dtype}, got "
+                f"{float(value.abs().max()):.3g}; load it into a model of a wider dtype; nothing "
+                "was loaded"
+            )
     with torch.no_grad():
         for tensor, value in live:
             tensor.copy_(value)
