@@ -106,7 +106,7 @@ def _load_own(
 
     The file was read with `weights_only` before, so the class unpickles nothing else.
     """
-    function = cls.load_from_checkpoint
+    function: Any = cls.load_from_checkpoint
     parameters = inspect.signature(function).parameters
     options: dict[str, Any] = {"map_location": "cpu", "strict": False}
     if not weights_only:
@@ -125,7 +125,7 @@ def _init_arguments(cls: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         hparams = kind(hparams)
     parameters = inspect.signature(cls).parameters
     name = checkpoint.get("hparams_name")
-    if name in parameters:
+    if isinstance(name, str) and name in parameters:
         return {name: hparams}
     found = {k: v for k, v in dict(hparams).items() if k not in ("_instantiator", "_class_path")}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -32,6 +32,7 @@ from lightning_peft.callback.optimizer_setup import (
     layers_of,
 )
 from lightning_peft.callback.rank_consistency import (
+    check_same_batches,
     check_same_configuration,
     verify_consistent_attach,
 )
@@ -306,6 +307,7 @@ class PEFT(TrainerCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: lets gradients reach checkpointed blocks."""
+        check_same_batches(trainer)
         enable_input_require_grads(pl_module)
         self._first_step = True
         self._gradients, self._finite = GradientWatch(), FiniteGradients()

@@ -143,7 +143,7 @@ def _is_fingerprint(value: Any) -> bool:
     if value is None:
         return True
     tensors = value.get("tensors") if isinstance(value, Mapping) else None
-    return _is_named(tensors) and all(
+    return isinstance(tensors, Mapping) and all(
         isinstance(entry, list | tuple)
         and len(entry) == 3
         and isinstance(entry[0], list | tuple)

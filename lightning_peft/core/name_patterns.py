@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 if sys.version_info >= (3, 11):
-    from re import _constants as ops
+    from re import _constants as ops  # type: ignore[attr-defined]
     from re import _parser as parser  # type: ignore[attr-defined]
 else:
     import sre_constants as ops
@@ -207,9 +207,11 @@ def _accepts(op: Any, argument: Any, character: str) -> bool:
     if op is ops.ANY:
         return character != "\n"
     if op in (ops.LITERAL, ops.NOT_LITERAL):
-        return (code == argument) == (op is ops.LITERAL)
+        is_same: bool = code == argument
+        return is_same == (op is ops.LITERAL)
     negated = bool(argument) and argument[0][0] is ops.NEGATE
-    return any(_in_set(kind, value, character) for kind, value in argument) != negated
+    found: bool = any(_in_set(kind, value, character) for kind, value in argument)
+    return found != negated
 
 
 def _in_set(kind: Any, value: Any, character: str) -> bool:

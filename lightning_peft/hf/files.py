@@ -95,10 +95,10 @@ def checked(
                 )
             found[key] = tensor
             continue
-        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-            raise ValueError(
-                f"{source}: {key}: expected a floating dtype of 16 bits or more, got {tensor.dtype}"
-            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {key}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype.itemsize == 1:
+            raise ValueError(f"{source}: {key}: expected 16 bits or more, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -43,7 +44,8 @@ def _chosen(module: nn.Module, state: AdaptedState, names: Sequence[str]) -> Act
 
 
 def _adapters(module: nn.Module, name: str) -> list[Adapter]:
-    entry: nn.Module = module.peft[name]  # type: ignore[index]
+    held: Any = module.peft
+    entry: nn.Module = held[name]
     return [child for child in (entry, *entry.children()) if isinstance(child, Adapter)]
 
 
