@@ -6,7 +6,12 @@ Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.adapters.activation import adapter_names, disable_adapters, set_adapter
+from lightning_peft.adapters.activation import (
+    adapter_names,
+    disable_adapters,
+    set_adapter,
+    use_adapters,
+)
 from lightning_peft.adapters.attach import attach, quantize, reset_adapters
 from lightning_peft.adapters.combine import combine
 from lightning_peft.adapters.detach import detach
@@ -152,4 +157,5 @@ __all__ = [
     "start_from_data",
     "tokens_per_expert",
     "unmerge",
+    "use_adapters",
 ]

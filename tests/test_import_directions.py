@@ -63,6 +63,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 METHOD_IMPORTS = (
     "lightning_peft_kernels.autograd",
     "lightning_peft.core.edit",
+    "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
     "lightning_peft.core.rotation",

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from lightning_peft.core.registry import AdapterRegistry, is_part, registries_in
+from lightning_peft.core.registry import AdapterRegistry, is_part, registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh
 from lightning_peft.layers.adapter import Adapter
-from lightning_peft.layers.mixed_batch import mixed_batch
+from lightning_peft.layers.mixed_batch import chosen_adapters, mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
-__all__ = ["activate", "adapter_names", "disable_adapters", "set_adapter"]
+__all__ = ["activate", "adapter_names", "disable_adapters", "set_adapter", "use_adapters"]
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
@@ -27,12 +27,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
     """
     wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
     registries = list(registries_in(model))
-    known = {n for _, _, r in registries for n in r.adapters}
-    for name in wanted:
-        if name not in known:
-            raise KeyError(
-                f"set_adapter: expected one of {sorted(known)}, got {name!r}; attach it first"
-            )
+    _require_known("set_adapter", wanted, [r for _, _, r in registries])
     for _, root, registry in registries:
         activate(root, registry, [n for n in wanted if n in registry.adapters])
 
@@ -69,6 +64,45 @@ def _check_one_base(label: str, adapters: Sequence[Adapter]) -> None:
             f"got {sorted({a.adapter_name for a in adapters})}; activate one, or export it in "
             "plain form"
         )
+
+
+def use_adapters(
+    model: nn.Module, names: str | Sequence[str] | None
+) -> AbstractContextManager[None]:
+    """Let these adapters act inside the block, for this thread or asyncio task only.
+
+    `set_adapter` stays the default for all other threads. The backward pass of what ran inside may
+    follow the block, with activation checkpointing too. Inside, `adapter_names` mixes the chosen
+    adapters. Which adapters require gradients does not change: training needs them active by
+    `set_adapter`. `torch.compile(fullgraph=True)` is not possible inside the block.
+
+        with use_adapters(model, "customer_7"):
+            model.generate(**request)
+
+    Args:
+        model: The model that adapters were attached to, or a module around it.
+        names: Adapters in order; None lets none act.
+
+    Raises:
+        KeyError: a name that is not attached.
+        RuntimeError: in a forward, if an initialisation changed the base that threads share, or
+            other adapters are merged.
+    """
+    wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
+    own = registry_of(model)
+    registries = [r for _, _, r in registries_in(model)] if own is None else [own]
+    _require_known("use_adapters", wanted, registries)
+    choices = [(r, tuple(n for n in wanted if n in r.adapters)) for r in registries]
+    return chosen_adapters(tuple(choices))
+
+
+def _require_known(what: str, names: Sequence[str], registries: Sequence[AdapterRegistry]) -> None:
+    known = {n for r in registries for n in r.adapters}
+    for name in names:
+        if name not in known:
+            raise KeyError(
+                f"{what}: expected one of {sorted(known)}, got {name!r}; attach it first"
+            )
 
 
 @contextmanager

@@ -57,7 +57,14 @@ from lightning_peft.models.target_modules import feedforward_targets
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.storage import StorageConfig, as_config, require_config
 
-__all__ = ["attach", "attach_within", "quantize", "reset_adapters", "resolve_methods"]
+__all__ = [
+    "attach",
+    "attach_within",
+    "check_adapter_name",
+    "quantize",
+    "reset_adapters",
+    "resolve_methods",
+]
 
 
 def attach(
@@ -291,12 +298,21 @@ def resolve_methods(methods: Sequence[Method], model: nn.Module) -> list[Method]
     return [m.resolved(feedforward) if isinstance(m, WeightMethod) else m for m in methods]
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_adapter_name(name: str) -> None:
+    """Raise unless the name can be a key of `nn.ModuleDict`, and a part of a path.
+
+    Raises:
+        ValueError: other characters, or an attribute of the class.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             "adapter_name: expected letters, digits, '_' and '-', and not an attribute of "
             f"nn.ModuleDict, got {name!r}; choose another name"
         )
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    check_adapter_name(name)
     for _, _, registry in registries_in(model):
         if name in registry.adapters:
             raise RuntimeError(

@@ -28,15 +28,18 @@ from lightning_peft.checkpoint.damage import DamagedCheckpointError
 from lightning_peft.checkpoint.forms import CheckpointForm
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.sharded import is_folder, read_folder
+from lightning_peft.checkpoint.structure import check_like
 from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.trainers.packages import is_instance_of, is_interrupted, package_of
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.io import CheckpointIO
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy
 else:
     CheckpointIO = object  # `install_checkpoint_io` registers the class of the Trainer's package
+
+_VERSION = "pytorch-lightning_version"
 
 __all__ = ["AtomicCheckpointIO", "PEFTCheckpointIO", "install_checkpoint_io"]
 
@@ -199,7 +202,10 @@ class PEFTCheckpointIO(CheckpointIO):
             return checkpoint
         package = package_of(module)
         if package is not None:  # a file of `save_checkpoint` has none; Lightning requires one
-            checkpoint.setdefault("pytorch-lightning_version", package.version)
+            checkpoint.setdefault(_VERSION, package.version)
+        if self.resuming():
+            same = package is not None and checkpoint.get(_VERSION) == package.version
+            _check_training_state(module.trainer, checkpoint, os.fspath(path), complete=same)
         self.lost = []
         waited, resuming = bool(waiting_adapters(module)), self.resuming()
         checkpoint = complete_checkpoint(module, checkpoint, os.fspath(path), resuming=resuming)
@@ -216,6 +222,22 @@ class PEFTCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         """Called when the Trainer ends: lets an asynchronous writer finish."""
         self.inner.teardown()
+
+
+def _check_training_state(
+    trainer: Trainer, checkpoint: dict[str, Any], source: str, *, complete: bool
+) -> None:
+    """Raise ValueError if the Trainer could not go on from the file."""
+    if isinstance(checkpoint.get("loops"), dict):
+        live = {"fit_loop": trainer.fit_loop.state_dict()}
+        check_like(checkpoint["loops"], live, source, "loops", complete=complete)
+    if "optimizer_states" in checkpoint and complete:
+        absent = [n for n in ("lr_schedulers", "epoch", "global_step") if n not in checkpoint]
+        if absent:
+            raise ValueError(
+                f"{source}: expected {', '.join(absent)} beside the optimizer states, found none; "
+                "resume from another checkpoint"
+            )
 
 
 def install_checkpoint_io(strategy: Strategy, resuming: Callable[[], bool]) -> PEFTCheckpointIO:

@@ -15,6 +15,8 @@ from lightning_peft.adapters.followers import follow_outside
 from lightning_peft.callback.attach import averaged_parts
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import KEY, complete_checkpoint
+from lightning_peft.checkpoint.structure import check_structure
+from lightning_peft.core.allocation_limit import AllocationLimit
 from lightning_peft.core.registry import registry_of
 from lightning_peft.methods.registry import from_dict
 from lightning_peft.models.frozen_parts import frozen_copies
@@ -64,6 +66,9 @@ def load_from_checkpoint(
             f"{source}: expected a checkpoint with adapters, got keys {sorted(checkpoint)}; load a "
             f"full model with {module_class.__name__}.load_from_checkpoint"
         )
+    check_structure(checkpoint, source)
+    if "state_dict" not in checkpoint:
+        raise ValueError(f"{source}: expected a state_dict, got keys {sorted(checkpoint)}")
     if _has_own_loader(module_class):
         module = _load_own(module_class, path, weights_only, init_args)
     else:
@@ -72,9 +77,10 @@ def load_from_checkpoint(
     module.configure_model()  # Lightning's own does nothing
     _require_net(module, source)
     teachers = {pair.teacher for pair in frozen_copies(module)}
-    for prefix, root in stored["roots"].items():
-        if prefix not in teachers:
-            _attach(module, prefix, root)
+    with AllocationLimit.for_loading(module, checkpoint["state_dict"].values()):
+        for prefix, root in stored["roots"].items():
+            if prefix not in teachers:
+                _attach(module, prefix, root)
     follow_outside(module)
     start_history(module)
     if not _has_own_loader(module_class):
@@ -100,7 +106,7 @@ def _load_own(
 
     The file was read with `weights_only` before, so the class unpickles nothing else.
     """
-    function = cls.load_from_checkpoint
+    function: Any = cls.load_from_checkpoint
     parameters = inspect.signature(function).parameters
     options: dict[str, Any] = {"map_location": "cpu", "strict": False}
     if not weights_only:
@@ -119,7 +125,7 @@ def _init_arguments(cls: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         hparams = kind(hparams)
     parameters = inspect.signature(cls).parameters
     name = checkpoint.get("hparams_name")
-    if name in parameters:
+    if isinstance(name, str) and name in parameters:
         return {name: hparams}
     found = {k: v for k, v in dict(hparams).items() if k not in ("_instantiator", "_class_path")}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

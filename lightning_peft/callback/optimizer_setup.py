@@ -7,9 +7,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoint.description import KEY
+from lightning_peft.checkpoint.structure import check_like
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.optim import (
@@ -191,6 +193,18 @@ def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) ->
             )
         prepared.append(changed)
     checkpoint["optimizer_states"] = prepared
+    _check_schedulers(trainer, checkpoint)
+
+
+def _check_schedulers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Raise ValueError if a scheduler's state has another form than the live one."""
+    states = checkpoint.get("lr_schedulers") or []
+    configs = trainer.strategy.lr_scheduler_configs
+    versions = (checkpoint.get(KEY) or {}).get("versions")
+    same = isinstance(versions, dict) and versions.get("torch") == torch.__version__
+    for i, (config, state) in enumerate(zip(configs, states, strict=False)):
+        live = config.scheduler.state_dict()
+        check_like(state, live, "checkpoint", f"lr_schedulers[{i}]", complete=same)
 
 
 def _check_names(saved: Any, states: list[Any]) -> None:

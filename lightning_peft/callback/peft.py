@@ -36,6 +36,7 @@ from lightning_peft.callback.optimizer_setup import (
 )
 from lightning_peft.callback.packed_writes import explain_packed_writes
 from lightning_peft.callback.rank_consistency import (
+    check_same_batches,
     check_same_configuration,
     verify_consistent_attach,
 )
@@ -329,6 +330,7 @@ class PEFT(TrainerCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: lets gradients reach checkpointed blocks."""
+        check_same_batches(trainer)
         enable_input_require_grads(pl_module)
         self._first_epoch = True
         self._gradients, self._finite = GradientWatch(), FiniteGradients()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lightning_peft.callback.peft import PEFT
 
-__all__ = ["check_same_configuration", "verify_consistent_attach"]
+__all__ = ["check_same_batches", "check_same_configuration", "verify_consistent_attach"]
 
 
 def check_same_configuration(peft: PEFT, trainer: pl.Trainer) -> None:
@@ -64,3 +64,19 @@ def verify_consistent_attach(module: nn.Module) -> Iterator[None]:
         error = caught
     raise_on_all_ranks(error, "PEFT attach")
     check_same_model(module)
+
+
+def check_same_batches(trainer: pl.Trainer) -> None:
+    """Raise on every rank if the ranks have epochs of different lengths.
+
+    Each step waits for all ranks, so the longer ones would hang at the end of the epoch.
+
+    Raises:
+        RuntimeError: with the lengths.
+    """
+    if trainer.world_size > 1:
+        check_same_on_all_ranks(
+            {"batches per epoch": trainer.num_training_batches},
+            "train_dataloader",
+            "use a DistributedSampler, drop_last=True, or limit_train_batches",
+        )

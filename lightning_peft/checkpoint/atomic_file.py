@@ -31,7 +31,7 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-__all__ = ["is_local", "publish", "read", "recover", "remove_stale", "write"]
+__all__ = ["is_local", "publish", "read", "recover", "remove_stale", "temporary_path", "write"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _HOST = socket.gethostname().replace("-", "_") or "host"
@@ -53,7 +53,7 @@ def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target.parent)
-    temporary = target.with_name(f".{target.name}.tmp-{_HOST}-{os.getpid()}")
+    temporary = temporary_path(target)
     try:
         with open(temporary, "wb") as file:
             torch.save(dict(data), file)
@@ -184,12 +184,17 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(number, os.strerror(number), os.fspath(b))
 
 
+def temporary_path(target: Path) -> Path:
+    """Return the path beside `target` to write to first; it names this process."""
+    return target.with_name(f".{target.name}.tmp-{_HOST}-{os.getpid()}")
+
+
 def remove_stale(directory: Path) -> None:
-    """Delete temporary files of this machine's dead processes: kill -9 never cleans up."""
+    """Delete temporary files and folders of this machine's dead processes, left by kill -9."""
     for file in directory.glob(f".*.tmp-{_HOST}-*"):
         pid = file.name.rpartition("-")[2]
         if pid.isdecimal() and int(pid) != os.getpid() and not _alive(int(pid)):
-            file.unlink(missing_ok=True)
+            _remove(file)
 
 
 def _alive(pid: int) -> bool:

@@ -23,6 +23,7 @@ from lightning_peft.checkpoint.forms import (
     without_base,
 )
 from lightning_peft.checkpoint.kept import kept_tensors, live_tensors
+from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.finite import is_finite
 from lightning_peft.core.names import in_adapter, strip_compile
@@ -123,6 +124,7 @@ def complete_checkpoint(
     """
     if "state_dict" not in checkpoint:
         return checkpoint
+    check_structure(checkpoint, source)
     refuse_merged(checkpoint, source)
     if form_of(checkpoint) == "full":
         stored = checkpoint

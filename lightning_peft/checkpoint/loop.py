@@ -34,6 +34,7 @@ from lightning_peft.checkpoint.sharded import (
     shard_optimizer_state,
     tensor_shards,
 )
+from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.initialization.data_driven import waiting_adapters
@@ -239,6 +240,7 @@ def _read(source: str) -> dict[str, Any]:
             f"{source}: expected a checkpoint with {_WEIGHTS!r}, got keys {sorted(checkpoint)}; "
             "give a file of save_checkpoint or of a Trainer with the PEFT callback"
         )
+    check_structure(checkpoint, source)
     return checkpoint
 
 

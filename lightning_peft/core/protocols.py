@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -236,6 +236,9 @@ class LayerOps(ABC):
     others have defaults that suit a layer known by its weight alone. A layer with one weight and
     one input derives from `lightning_peft.layers.base.MatrixOps`, which implements all of them.
     """
+
+    #: Whether forward puts tensors on the module for a moment, so only one thread may run it.
+    is_opaque: ClassVar[bool] = False
 
     # ---- required
     @abstractmethod

@@ -22,6 +22,7 @@ __all__ = [
     "join_registry",
     "leave_registry",
     "members_in",
+    "membership_of",
     "registries_in",
     "registry_of",
     "set_registry",
@@ -128,6 +129,12 @@ def registries_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterReg
     for key, registry in joined.items():
         if key not in seen:
             yield "", model, registry
+
+
+def membership_of(module: nn.Module) -> AdapterRegistry | None:
+    """Return the registry that an adapted module belongs to."""
+    found: AdapterRegistry | None = vars(module).get(_MEMBERSHIP)
+    return found
 
 
 def join_registry(module: nn.Module, registry: AdapterRegistry) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.name_patterns import check_pattern, is_plain
 from lightning_peft.methods import METHODS, Method
 from lightning_peft.methods.base import HFEntry, HFFormat
 
@@ -29,6 +28,8 @@ __all__ = [
 CONFIG = "adapter_config.json"
 PEFT_VERSION = "0.21.2"  # the version whose files these are
 _MOST_BYTES = 16 << 20  # the largest seen (rank patterns of every layer) are below 1 MB
+_MOST_PATTERNS = 32  # each is tried on every layer
+_LARGEST_NUMBER = 1e300  # integers of JSON have no bound; floats have
 
 # Keys that every adapter type may have; each is handled, or has no meaning here.
 _COMMON = frozenset(
@@ -115,6 +116,10 @@ def _check_common(path: Path, config: Mapping[str, Any]) -> None:
     )
     for item in [pattern] if isinstance(pattern, str) else pattern or ():
         _compiles(path, "layers_pattern", item)
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key)
+        if isinstance(patterns, dict):
+            _check_patterns(path, key, patterns)
     layers = config.get("layers_to_transform")
     require(
         layers is None
@@ -127,15 +132,32 @@ def _check_common(path: Path, config: Mapping[str, Any]) -> None:
 
 def _compiles(path: Path, key: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        check_pattern(pattern)
+    except ValueError as error:
         raise ValueError(
             f"{path}: {key}: expected a regular expression, got {_short(pattern)} ({error})"
         ) from None
 
 
+def _check_patterns(path: Path, key: str, patterns: Mapping[str, Any]) -> None:
+    for pattern, value in patterns.items():
+        _compiles(path, key, pattern)
+        if isinstance(value, int | float) and not abs(value) < _LARGEST_NUMBER:
+            raise ValueError(f"{path}: {key}: expected finite numbers, got {_short(value)}")
+    complex_ones = [p for p in patterns if not is_plain(p)]
+    if len(complex_ones) > _MOST_PATTERNS:
+        raise ValueError(
+            f"{path}: {key}: expected at most {_MOST_PATTERNS} regular expressions besides names, "
+            f"got {len(complex_ones)}"
+        )
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _fits(value: float) -> bool:
+    return abs(value) < _LARGEST_NUMBER  # false for NaN too
 
 
 def _is_int(value: object) -> bool:
@@ -214,7 +236,13 @@ def method_fields(
             value = fmt.defaults[theirs]
         fields[ours] = _typed(cls, ours, theirs, value)
     if fmt.from_config is not None:
-        fields |= fmt.from_config({**fmt.defaults, **config}, entries)
+        try:
+            fields |= fmt.from_config({**fmt.defaults, **config}, entries)
+        except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"{CONFIG}: expected values as peft writes them for {fmt.peft_type}, got others "
+                f"({type(error).__name__}: {error})"
+            ) from error
     return fields
 
 
@@ -249,7 +277,7 @@ def _typed(cls: type[Method], ours: str, theirs: str, value: Any) -> Any:
         (int, _is_int, "an integer"),
         (
             float,
-            lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),
+            lambda v: isinstance(v, int | float) and not isinstance(v, bool) and _fits(v),
             "a finite number",
         ),
         (str, lambda v: isinstance(v, str), "a string"),

@@ -17,6 +17,7 @@ from lightning_peft.hf.config import CONFIG
 __all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter", "write_tensors"]
 
 TENSORS = "adapter_model.safetensors"
+_MOST_AXES = 8  # a convolution in three dimensions over experts has 6
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)  # peft takes the smallest
 
 
@@ -50,18 +51,24 @@ def read_file(path: Path, integers: Sequence[str] = ()) -> tuple[dict[str, Tenso
     Raises:
         ValueError: a truncated or corrupt file, an integer or non-finite tensor.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do "
-            f"not read as one ({error}); copy it again"
-        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # dtypes and shapes that torch lacks raise errors of many kinds
+        raise _unreadable(path, error) from None
     return checked(tensors, str(path), integers), metadata
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do not "
+        f"read as one ({str(error)[:200]}); copy it again"
+    )
 
 
 def checked(
@@ -77,6 +84,10 @@ def checked(
         if not isinstance(value, Tensor):
             raise ValueError(f"{source}: {key}: expected a tensor, got {type(value).__name__}")
         tensor = value.detach().cpu()
+        if tensor.ndim > _MOST_AXES:
+            raise ValueError(
+                f"{source}: {key}: expected at most {_MOST_AXES} axes, got {tensor.ndim}"
+            )
         if key.endswith(tuple(f".{name}" for name in integers)):
             if tensor.dtype not in _INTEGERS:
                 raise ValueError(
@@ -86,11 +97,14 @@ def checked(
             continue
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: {key}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype.itemsize == 1:
+            raise ValueError(f"{source}: {key}: expected 16 bits or more, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(
                 f"{source}: {key}: expected finite values, got {bad} NaN or infinite of "
-                f"{tensor.numel()}"
+                f"{tensor.numel()}; the adapter was not finite when it was written: take an "
+                "earlier one"
             )
         found[key] = tensor
     return found

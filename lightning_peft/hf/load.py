@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adoption import adopted_layers
-from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.attach import attach, check_adapter_name
 from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.adapters.snapshot import ModelSnapshot
+from lightning_peft.core.allocation_limit import AllocationLimit
+from lightning_peft.core.finite import is_finite
 from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
@@ -84,6 +86,7 @@ def load_adapter(
         RuntimeError: the adapter's name is taken.
     """
     config = as_config(quantization)
+    check_adapter_name(adapter_name)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
     # A snapshot would keep the dense weights of layers that are packed.
     snapshot = None if config is not None else ModelSnapshot(model)
@@ -109,29 +112,30 @@ def _load(
     modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
 ) -> Report:
-    reading = _read(source)
-    method = _method(model, source, reading)
-    saved = saved_modules(source, reading)
-    names = [join(source.prefix, name) for name in saved]
-    planned = plan_attach(model, [method], names).adapters
-    values = ValueMatcher(method, source, reading, saved).match(planned)
-    if isinstance(method, SequenceMethod):
-        reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
-    else:
-        _check_shared(source.format, reading)
-    _check_base(source, reading)
-    names += source.outside.names
-    if modules_to_save is None:
-        modules_to_save = list(new_layers_of(model, method).trained)
-    more = [m for m in modules_to_save if not matches_suffix(m, names)]
-    report = attach(
-        model,
-        method,
-        adapter_name=adapter_name,
-        quantization=quantization,
-        modules_to_save=[*names, *more],
-        device=device,
-    )
+    with AllocationLimit.for_loading(model, source.tensors.values()):
+        reading = _read(source)
+        method = _method(model, source, reading)
+        saved = saved_modules(source, reading)
+        names = [join(source.prefix, name) for name in saved]
+        planned = plan_attach(model, [method], names).adapters
+        values = ValueMatcher(method, source, reading, saved).match(planned)
+        if isinstance(method, SequenceMethod):
+            reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
+        else:
+            _check_shared(source.format, reading)
+        _check_base(source, reading)
+        names += source.outside.names
+        if modules_to_save is None:
+            modules_to_save = list(new_layers_of(model, method).trained)
+        more = [m for m in modules_to_save if not matches_suffix(m, names)]
+        report = attach(
+            model,
+            method,
+            adapter_name=adapter_name,
+            quantization=quantization,
+            modules_to_save=[*names, *more],
+            device=device,
+        )
     try:
         count = _copy(model, adapter_name, values, reading.shared)
         count += source.outside.copy_into(model, adapter_name)
@@ -321,6 +325,13 @@ def _copy(model: nn.Module, adapter_name: str, values: Values, shared: Mapping[s
             "adapter file: expected no tensors besides the adapter's, got "
             f"{ {k: list(t.shape) for k, t in missing.items()} }; nothing was loaded"
         )
+    for tensor, value in live:
+        if tensor.is_floating_point() and not is_finite(value.to(tensor.dtype)):
+            raise ValueError(
+                f"adapter file: expected values in the range of {tensor.dtype}, got "
+                f"{float(value.abs().max()):.3g}; load it into a model of a wider dtype; nothing "
+                "was loaded"
+            )
     with torch.no_grad():
         for tensor, value in live:
             tensor.copy_(value)

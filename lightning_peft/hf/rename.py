@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.name_patterns import ends_with_pattern, fullmatch
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.hf.keys import PREFIX
 from lightning_peft.hf.targets import compact_names, targeted
@@ -142,7 +143,7 @@ def _flat(names: Renaming, chosen: Sequence[str]) -> set[str]:
 
 def _feedforward(rule: str | Sequence[str]) -> Callable[[str], bool]:
     if isinstance(rule, str):
-        return lambda name: re.fullmatch(rule, name) is not None
+        return lambda name: fullmatch(rule, name)
     return lambda name: name.endswith(tuple(rule))
 
 
@@ -159,7 +160,7 @@ def _pattern(
     values: dict[str, Any] = {}
     for name in adapted:
         for key, value in pattern.items():
-            if isinstance(key, str) and re.match(rf"(.*\.)?({key})$", name):
+            if isinstance(key, str) and ends_with_pattern(key, name):
                 values.update(dict.fromkeys(names.to[name], value))
                 break
     return dict(sorted(values.items(), key=lambda item: (-len(item[0]), item[0])))

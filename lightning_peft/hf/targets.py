@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.modules import is_conv1d
+from lightning_peft.core.name_patterns import ends_with_pattern, fullmatch
 from lightning_peft.core.names import in_adapter, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
@@ -74,7 +75,7 @@ def targeted(config: Mapping[str, Any], root: nn.Module) -> Callable[[str, nn.Mo
 def _excluded(config: Mapping[str, Any], name: str) -> bool:
     exclude = config.get("exclude_modules")
     if isinstance(exclude, str) and exclude:
-        if re.fullmatch(exclude, name):
+        if fullmatch(exclude, name):
             return True
     elif exclude and matches_suffix(name, exclude):
         return True
@@ -89,7 +90,7 @@ def _matches(config: Mapping[str, Any], name: str) -> bool:
     if target is None:
         return False
     if isinstance(target, str):
-        return re.fullmatch(target, name) is not None
+        return fullmatch(target, name)
     if name in target:
         return True
     return matches_suffix(name, target) and _in_layers(config, name)
@@ -102,11 +103,19 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
     patterns = config.get("layers_pattern") or r"[^.]*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
-        hit = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if hit:
-            index = int(hit.group(1))
+        index = _block_index(pattern, name)
+        if index is not None:
             return index in (layers if isinstance(layers, list) else [layers])
     return False
+
+
+def _block_index(pattern: str, name: str) -> int | None:
+    """Return the number behind the first part of a name that the pattern matches."""
+    parts = name.split(".")
+    for i in range(1, len(parts) - 1):
+        if parts[i].isdecimal() and ends_with_pattern(pattern, ".".join(parts[:i])):
+            return int(parts[i])
+    return None
 
 
 def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:

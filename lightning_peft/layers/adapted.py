@@ -17,9 +17,11 @@ from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
 from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.core.modules import first_argument
 from lightning_peft.core.outside_reads import own_forward
+from lightning_peft.core.per_thread import exclusive
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.registry import leave_registry
-from lightning_peft.layers.adapted_state import AdaptedState
+from lightning_peft.layers.acting import acting_adapters
+from lightning_peft.layers.adapted_state import ActiveAdapters, AdaptedState
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.block import BlockAdapter, apply_block
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch, without_mixed_batch
@@ -61,6 +63,9 @@ class Adapted(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Base forward with every active edit, in the order in which adapters were named."""
+        if self._peft.is_exclusive:
+            with exclusive(self), backend_scope(self):
+                return self._forward_adapted(*args, **kwargs)
         if self._kernel_backend is None:  # spares a context per layer
             return self._forward_adapted(*args, **kwargs)
         with backend_scope(self):
@@ -71,15 +76,15 @@ class Adapted(Swapped):
         state.telemetry.forward_ran = True
         if torch.is_grad_enabled():
             state.telemetry.ran_in_graph = True
-        active = state.active
+        active = acting_adapters(self)
         mix = current_mixed_batch()
         if mix is not None:
             mix.note_layer(active.names)
         run = super().forward
         if active.prompts:
-            run = partial(_run_with_prompt, self, run)
+            run = partial(_run_with_prompt, self, active, run)
         if active.trained_copies:
-            return _forward_with_copies(self, run, args, kwargs)
+            return _forward_with_copies(self, active, run, args, kwargs)
         if not active.edits and not active.blocks:
             return run(*args, **kwargs)
         return _forward(self, run, active.edits, active.blocks, args, kwargs)
@@ -101,8 +106,10 @@ def _forward(
     return y
 
 
-def _run_with_prompt(module: Adapted, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return forward_with_prompt(module, module._peft.active.prompts, run, args, kwargs)
+def _run_with_prompt(
+    module: Adapted, active: ActiveAdapters, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return forward_with_prompt(module, active.prompts, run, args, kwargs)
 
 
 def _run_again(
@@ -112,13 +119,17 @@ def _run_again(
 
 
 def _forward_with_copies(
-    module: Adapted, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Adapted,
+    active: ActiveAdapters,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Forward in which the module reads trained copies instead of its own parameters."""
     mix = current_mixed_batch()
     if mix is not None:
-        return _forward_copies_by_row(module, run, mix, args, kwargs)
-    state, active = module._peft, module._peft.active
+        return _forward_copies_by_row(module, active, run, mix, args, kwargs)
+    state = module._peft
     copies = {path: copy for a in active.trained_copies for path, copy in a.copies().items()}
     with state.ops.substituted(module, copies):
         return _forward(module, run, active.edits, active.blocks, args, kwargs)
@@ -126,13 +137,14 @@ def _forward_with_copies(
 
 def _forward_copies_by_row(
     module: Adapted,
+    active: ActiveAdapters,
     run: Callable[..., Any],
     mix: MixedBatch,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
     """One run per adapter name on its own rows: copies cannot share a base call."""
-    state, active = module._peft, module._peft.active
+    state = module._peft
     x: Tensor = args[0]
     y: Tensor | None = None
     for name in dict.fromkeys(mix.names):
@@ -204,3 +216,7 @@ def refresh(module: Adapted) -> None:
     """Recompute which adapters act, after names, merged or disabled changed."""
     active = module._peft.active
     active.replace(a for name in active.acting_names() for a in adapters_of(module, name))
+    state = module._peft
+    state.choices.clear()
+    state.rewriting = [a for a in weight_adapters_of(module) if a.rewrite is not None]
+    state.is_exclusive = state.ops.is_opaque or any(a.copies() for a in adapters_of(module))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_peft.core.per_thread import PerThread
 from lightning_peft.core.protocols import LayerOps
 
 if TYPE_CHECKING:
@@ -107,8 +108,12 @@ class AdaptedState:
         active: The adapters that act.
         merge_undo: The changes made by a merge; None while nothing is merged.
         telemetry: Observations for reports and checks.
-        prompt_lengths: (prompt positions, text positions) of the last forward, handed to the hook
-            that removes the prompt from the output of a custom model.
+        choices: Acting adapters by the names that a thread chose; see `acting`.
+        rewriting: Adapters whose initialisation rewrote the base.
+        is_exclusive: Whether one thread at a time runs the forward, which puts tensors on the
+            module for a moment.
+        prompt_lengths: (prompt positions, text positions) of this thread's last forward, handed to
+            the hook that removes the prompt from the output of a custom model.
         projection_group: The layers that read one input with this layer; None if there are none.
         fast_path_guard: An empty hook that keeps `nn.TransformerEncoderLayer` off its fused eval
             path, which would bypass the adapter. `release` removes it.
@@ -118,9 +123,18 @@ class AdaptedState:
     active: ActiveAdapters = field(default_factory=ActiveAdapters)
     merge_undo: MergeUndo | None = None
     telemetry: Telemetry = field(default_factory=Telemetry)
-    prompt_lengths: tuple[int, int] = (0, 0)
+    choices: dict[tuple[str, ...], ActiveAdapters] = field(default_factory=dict)
+    rewriting: list[WeightAdapter] = field(default_factory=list)
+    is_exclusive: bool = False
+    prompt_lengths: PerThread[tuple[int, int]] = field(
+        default_factory=lambda: PerThread(_no_lengths)
+    )
     projection_group: ProjectionGroup | None = None
     fast_path_guard: RemovableHandle | None = None
+
+
+def _no_lengths() -> tuple[int, int]:
+    return 0, 0
 
 
 def state_of(module: nn.Module) -> AdaptedState:

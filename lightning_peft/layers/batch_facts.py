@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_peft.core.per_thread import PerThread
+
 if TYPE_CHECKING:
     from lightning_peft.methods.base import WeightMethod
 
-__all__ = ["BatchObserver"]
+__all__ = ["BatchFacts", "BatchObserver"]
+
+
+class BatchFacts(Mapping[str, Tensor]):
+    """Facts of the batch that this thread ran last.
+
+    A thread that ran none, such as one of autograd's that repeats a forward, finds the facts of the
+    batch that was run last by any thread.
+    """
+
+    def __init__(self) -> None:
+        self._own: PerThread[dict[str, Tensor] | None] = PerThread(_nothing)
+        self._latest: dict[str, Tensor] = {}
+
+    def replace(self, facts: dict[str, Tensor]) -> None:
+        """Set the facts of a batch."""
+        self._own.set(facts)
+        self._latest = facts
+
+    def _current(self) -> dict[str, Tensor]:
+        own = self._own.get()
+        return self._latest if own is None else own
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._current()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self._current()))
+
+    def __len__(self) -> int:
+        return len(self._current())
+
+
+def _nothing() -> None:
+    return None
 
 
 class BatchObserver:
@@ -24,7 +61,7 @@ class BatchObserver:
 
     def __init__(self, method: WeightMethod, stack: nn.Module) -> None:
         self.method = method
-        self.facts: dict[str, Tensor] = {}
+        self.facts = BatchFacts()
         self._handle = stack.register_forward_pre_hook(self, with_kwargs=True)
 
     def remove(self) -> None:
@@ -41,7 +78,6 @@ class BatchObserver:
             )
         past = kwargs.get("past_key_values")
         continued = past is not None and past.get_seq_length() > 0
-        before = self.facts if continued else {}
+        before = dict(self.facts) if continued else {}
         found = self.method.batch_facts(ids, before)
-        self.facts.clear()  # in place: adapters hold this dict
-        self.facts.update(found)
+        self.facts.replace(found)  # in place: adapters hold this object

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.modules import first_argument
+from lightning_peft.core.per_thread import PerThread
 from lightning_peft.core.site import BlockSite
+from lightning_peft.layers.acting import acting_adapters
 from lightning_peft.layers.adapted_state import ActiveAdapters
 from lightning_peft.layers.adapter import ModuleAdapter
 from lightning_peft.layers.mixed_batch import current_mixed_batch
@@ -100,6 +102,10 @@ def _change(adapter: BlockAdapter, read: Tensor, hidden: Tensor) -> Tensor:
     return torch.zeros_like(hidden).index_copy(0, rows, part.to(hidden.dtype))
 
 
+def _nothing() -> None:
+    return None
+
+
 class InputTap:
     """Hands the input of one module to an adapter on another, within one forward of a block.
 
@@ -108,13 +114,13 @@ class InputTap:
 
     def __init__(self, adapter: BlockAdapter, module: nn.Module) -> None:
         self.adapter = adapter
-        self.seen: Tensor | None = None
+        self.seen: PerThread[Tensor | None] = PerThread(_nothing)
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before the tapped module's forward: keep the input while the adapter acts."""
-        if self.adapter in self.adapter.state.active.blocks:
-            self.seen = first_argument(args, kwargs)
+        if self.adapter in acting_adapters(self.adapter.site.module).blocks:
+            self.seen.set(first_argument(args, kwargs))
 
     def take(self) -> Tensor:
         """The kept input, once.
@@ -122,7 +128,7 @@ class InputTap:
         Raises:
             RuntimeError: the tapped module did not run before the adapter's module.
         """
-        x, self.seen = self.seen, None
+        x = self.seen.take()
         if x is None:
             raise RuntimeError(
                 f"{self.adapter.site.label}: expected the module that leads into the feed-forward "

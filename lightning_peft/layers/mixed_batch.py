@@ -20,9 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_peft.core.registry import AdapterRegistry
+
 __all__ = [
     "BASE",
+    "Choices",
     "MixedBatch",
+    "chosen_adapters",
+    "current_choices",
     "current_mixed_batch",
     "mixed_batch",
     "saves_for_recomputation",
@@ -31,14 +36,18 @@ __all__ = [
 
 BASE = "__base__"  # a row under no adapter, as Hugging Face peft spells it
 
+#: Adapter names by the registry of the model that they are for.
+Choices = tuple[tuple[AdapterRegistry, tuple[str, ...]], ...]
+
 _Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
 
 
 class MixedBatch:
-    """The adapter name of every sample of a batch.
+    """The adapter name of every sample of a batch, and the adapters chosen for a block.
 
     Attributes:
-        names: One adapter name per sample.
+        names: One adapter name per sample; empty if all rows are under the acting adapters.
+        choices: The adapters that act instead of the default, by registry.
         active: Adapters that were active in the layers that ran; None if no layer ran.
         first_node: Sequence number of the first autograd node made in the block.
         last_node: Sequence number behind the last one; None while the block is open.
@@ -46,8 +55,9 @@ class MixedBatch:
         outer_hooks: Hooks for saved tensors that were in force around the block.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], choices: Choices = ()) -> None:
         self.names = tuple(names)
+        self.choices = choices
         self.active: set[str] | None = None
         self.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.last_node: int | None = None
@@ -173,7 +183,18 @@ _scopes = _Scopes()
 
 
 def current_mixed_batch() -> MixedBatch | None:
-    """Return the mix in force; None if all rows are under the active adapters."""
+    """Return the mix in force; None if all rows are under the acting adapters."""
+    found = _in_force_here()
+    return found if found is not None and found.names else None
+
+
+def current_choices() -> Choices:
+    """Return the adapters that this thread or task chose, by registry; usually empty."""
+    found = _in_force_here()
+    return () if found is None else found.choices
+
+
+def _in_force_here() -> MixedBatch | None:
     if not _scopes.exist:
         return None
     return _find_outside_graph() if torch.compiler.is_compiling() else _find()
@@ -210,8 +231,10 @@ def _current_node() -> int:
 
 @contextmanager
 def without_mixed_batch() -> Iterator[None]:
-    """Suspend the mix, for rows that are all under one name already."""
-    with _in_force(None):
+    """Suspend the mix, for rows that are all under one name already. A choice stays."""
+    found = _find()
+    rest = None if found is None or not found.choices else MixedBatch((), found.choices)
+    with _in_force(rest):
         yield
 
 
@@ -228,7 +251,30 @@ def _in_force(batch: MixedBatch | None) -> Iterator[None]:
 @contextmanager
 def mixed_batch(names: Sequence[str]) -> Iterator[None]:
     """Put a mix in force in this thread or task, and for the backward of what runs inside."""
-    batch = MixedBatch(names)
+    outer = _current.get()
+    with _block(MixedBatch(names, () if outer is None else outer.choices)):
+        yield
+
+
+@contextmanager
+def chosen_adapters(choices: Choices) -> Iterator[None]:
+    """Let these adapters act in this thread or task, and in the backward of what runs inside.
+
+    Args:
+        choices: Names by registry; other registries keep an outer choice, or the default.
+    """
+    outer = _current.get()
+    chosen = {id(registry) for registry, _ in choices}
+    names: tuple[str, ...] = ()
+    if outer is not None:
+        names = outer.names
+        choices = (*choices, *(pair for pair in outer.choices if id(pair[0]) not in chosen))
+    with _block(MixedBatch(names, choices)):
+        yield
+
+
+@contextmanager
+def _block(batch: MixedBatch) -> Iterator[None]:
     batch.outer_hooks = _outer_hooks()
     close = _scopes.open(batch, ("block", id(batch)))
     with _in_force(batch), saved_tensors_hooks(_pack, _unpack):

@@ -25,6 +25,8 @@ __all__ = ["WeightsOps"]
 class WeightsOps(MatrixOps):
     """Edits on the weight, for a reader of any number of [out, in] weights."""
 
+    is_opaque = True
+
     on_activations = frozenset()
 
     def forward(

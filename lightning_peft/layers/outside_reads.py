@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import apply_edits
 from lightning_peft.core.outside_reads import OutsideTensor, in_own_forward, outside_reader
 from lightning_peft.core.site import Site
+from lightning_peft.layers.acting import acting_adapters
 from lightning_peft.layers.adapted_state import AdaptedState
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.storage.outside_reads import stand_in
@@ -34,7 +35,7 @@ def read_effective(m: nn.Module, state: AdaptedState, name: str, held: nn.Parame
     """
     if in_own_forward(m):
         return held
-    active = state.active
+    active = acting_adapters(m)
     copies = [a.copies()[name] for a in active.trained_copies if name in a.copies()]
     start = copies[-1] if copies else held  # the last one named acts
     edits = [a for a in active.edits if _changes(m, a, name)]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import low_rank_terms
 from lightning_peft.core.protocols import Reason
 from lightning_peft.core.terms import LowRank, concat_ranks
+from lightning_peft.layers.acting import acting_adapters
 from lightning_peft.layers.adapted import Adapted, weight_adapters_of
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -76,7 +77,7 @@ class _Pending:
             self.x is x
             and x._version == self.version
             and self.mode == _mode(x)
-            and self.edits[id(m)] is m._peft.active.edits
+            and self.edits[id(m)] is acting_adapters(m).edits
             and _has_only_edits(m)
         )
 
@@ -97,7 +98,7 @@ def _mode(x: Tensor) -> tuple[bool, torch.dtype | None]:
 
 
 def _has_only_edits(m: Adapted) -> bool:
-    active = m._peft.active
+    active = acting_adapters(m)
     return bool(active.edits) and not (active.blocks or active.prompts or active.trained_copies)
 
 
@@ -167,13 +168,13 @@ class ProjectionGroup:
             x._version,
             _mode(x),
             outputs={id(m): y for m, y in zip(others, outputs[1:], strict=True)},
-            edits={id(m): m._peft.active.edits for m in others},
+            edits={id(m): acting_adapters(m).edits for m in others},
         )
         return outputs[0]
 
 
 def _storage(m: Adapted) -> SupportsFusedGroup:
-    storage = (m._peft.active.edits or weight_adapters_of(m))[0].site.storage
+    storage = (acting_adapters(m).edits or weight_adapters_of(m))[0].site.storage
     assert isinstance(storage, SupportsFusedGroup)  # `_bind_groups` looked
     return storage
 
@@ -191,7 +192,7 @@ def _factors(m: Adapted, training: bool) -> tuple[LowRank, float] | None:
     """Return (all low-rank terms as one, dropout); None if the layer has another form or mode."""
     if not _has_only_edits(m) or m.training != training:
         return None
-    edits = [a.edit() for a in m._peft.active.edits]
+    edits = [a.edit() for a in acting_adapters(m).edits]
     if not all(e.only_low_rank for e in edits) or len({e.dropout for e in edits}) > 1:
         return None
     return concat_ranks(low_rank_terms(edits)), edits[0].dropout if training else 0.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_peft.core.name_patterns import ends_with_pattern
 from lightning_peft.core.names import strip_compile
 from lightning_peft.core.site import Site
 
@@ -35,7 +35,7 @@ def match_pattern(patterns: Mapping[str, V], name: str, default: V) -> V:
     ``(.*\\.)?PATTERN$``.
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", strip_compile(name)):
+        if ends_with_pattern(pattern, strip_compile(name)):
             return value
     return default
 

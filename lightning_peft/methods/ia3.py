@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.name_patterns import fullmatch
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
@@ -44,7 +45,7 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
     """Full names of the layers that the config's rule (plain endings, or a pattern) means."""
     rule = config.get("feedforward_modules") or []
     if isinstance(rule, str):
-        names = [e.site.name for e in entries if re.fullmatch(rule, e.path)]
+        names = [e.site.name for e in entries if fullmatch(rule, e.path)]
     else:
         names = [e.site.name for e in entries if e.path.endswith(tuple(rule))]
     return {"feedforward_modules": names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_peft.core.name_patterns import ends_with_pattern
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import InitData, WeightMethod
 from lightning_peft.methods.checks import match_site
@@ -114,14 +114,7 @@ def _number(x: float) -> float:
 
 def _match(patterns: Mapping[str, V], name: str, default: V) -> V:
     for pattern, value in patterns.items():
-        try:
-            hit = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
-            raise ValueError(
-                "adapter_config.json: expected a regular expression as key of a pattern, got "
-                f"{pattern!r} ({error})"
-            ) from None
-        if hit:
+        if ends_with_pattern(pattern, name):
             return value
     return default
 

@@ -53,4 +53,10 @@ def from_dict(data: Mapping[str, Any]) -> Method:
             f"stored {name}: expected fields {sorted(known)}, got also {unknown}; the file was "
             "written by a newer version"
         )
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except (TypeError, ArithmeticError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"stored {name}: expected values that the method takes, got {str(fields)[:120]} "
+            f"({error}); the file is damaged"
+        ) from error

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from lightning_peft.core.modules import is_conv1d, tied_parameters
+from lightning_peft.core.name_patterns import check_pattern, fullmatch
 from lightning_peft.core.names import (
     in_adapter,
     join,
@@ -194,13 +195,13 @@ def name_rule(rule: str | Sequence[str] | None) -> Callable[[str], bool]:
         if re.fullmatch(r"[\w-]+", rule):
             return lambda name: matches_suffix(name, (rule,))
         try:
-            pattern = re.compile(rule)
-        except re.error as error:
+            check_pattern(rule)
+        except ValueError as error:
             raise ValueError(
                 "target_modules, exclude_modules: expected a layer's name, a list of suffixes or a "
-                f"regular expression, got {rule!r} ({error})"
+                f"regular expression, got {rule[:80]!r} ({error})"
             ) from None
-        return lambda name: any(map(pattern.fullmatch, {name, strip_compile(name)}))
+        return lambda name: any(fullmatch(rule, n) for n in {name, strip_compile(name)})
     suffixes = tuple(rule)
     return lambda name: matches_suffix(name, suffixes)
 

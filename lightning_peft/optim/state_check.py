@@ -201,14 +201,21 @@ def _flat_problems(
             "was saved by another optimizer class"
         )
         return
+    wrong = [
+        k
+        for k in {"step", *_MOMENTS, *_CODES} & set(state)
+        if not isinstance(state[k], Tensor) and (k != "step" or not _is_number(state[k]))
+    ]
+    if wrong:
+        for k in sorted(wrong):
+            yield f"{k}: expected a tensor, got {type(state[k]).__name__}"
+        return
     for key, value in state.items():
         if isinstance(value, Tensor):
             yield from _tensor_problems(key, value, p, numel)
             yield from _size_problems(key, value, state, p, numel)
         elif isinstance(value, float | int) and not all(map(math.isfinite, _numbers(value))):
             yield f"{key}: expected a finite number, got {str(value)[:40]}"
-        elif key in {"step", *_MOMENTS, *_CODES} and not isinstance(value, float | int):
-            yield f"{key}: expected a tensor, got {type(value).__name__}"
 
 
 def _missing(optimizer: Optimizer, state: Mapping[str, Any], needed: set[str] | None) -> set[str]:
@@ -243,6 +250,8 @@ def _tensor_problems(key: str, value: Tensor, p: Tensor | None, numel: int | Non
         yield f"{key}: expected uint8, got {value.dtype}"
     elif key in floating - {"step"} and not value.dtype.is_floating_point:
         yield f"{key}: expected a floating dtype, got {value.dtype}"
+    elif value.ndim > 16:
+        yield f"{key}: expected the axes of the parameter, got {value.ndim} axes"
     elif key == "step" and value.numel() != 1:
         yield f"step: expected one number, got shape {list(value.shape)}"
     elif value.device.type != "meta" and not is_finite(value):

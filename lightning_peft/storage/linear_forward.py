@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.per_thread import exclusive
 
 __all__ = ["plain_forward", "recomputed", "require_floating", "weight_in_place"]
 
@@ -17,11 +18,12 @@ __all__ = ["plain_forward", "recomputed", "require_floating", "weight_in_place"]
 @contextmanager
 def weight_in_place(module: nn.Module, W: Tensor) -> Iterator[None]:
     """Within the block, the module's own forward finds W under ``weight``."""
-    vars(module)["weight"] = W
-    try:
-        yield
-    finally:
-        vars(module).pop("weight", None)
+    with exclusive(module):  # another thread would read this one's tensor
+        vars(module)["weight"] = W
+        try:
+            yield
+        finally:
+            vars(module).pop("weight", None)
 
 
 def recomputed(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -216,7 +216,9 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         """Write shards into a temporary folder; rename it when every rank has written its shard."""
         module = self.lightning_module
         assert module is not None
-        temporary = target.with_name(f".{target.name}.tmp")
+        temporary = Path(self.broadcast(str(atomic_file.temporary_path(target))))
+        if self.is_global_zero and target.parent.exists():
+            atomic_file.remove_stale(target.parent)
         whole = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
         piece = {k: v for k, v in checkpoint.items() if k in ("state_dict", "optimizer_states")}
         error: Exception | None = None

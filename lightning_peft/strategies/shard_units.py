@@ -10,6 +10,9 @@ from lightning_peft.core.names import join
 
 __all__ = ["shard_units"]
 
+#: Names of the modules that choose experts, beside the list of them.
+_ROUTERS = frozenset({"router", "gate", "gating", "wg", "switch"})
+
 Classes = Sequence[str | type[nn.Module]]
 
 
@@ -17,7 +20,8 @@ def shard_units(model: nn.Module, classes: Classes = ()) -> list[tuple[str, nn.M
     """(name, module), none inside another.
 
     Modules of the user's classes; else of the model's own no-split list (Hugging Face); else the
-    children of the largest list of equal modules. An empty list: the root alone is sharded.
+    children of the largest list of equal modules that always run, so no lists of experts. An empty
+    list: the root alone is sharded.
 
     Raises:
         ValueError: no module has one of the user's classes.
@@ -47,11 +51,25 @@ def _of(model: nn.Module, names: Collection[str]) -> list[tuple[str, nn.Module]]
     return found
 
 
+def _is_expert_list(model: nn.Module, name: str) -> bool:
+    """Whether a list holds experts or lies in one; a router decides which of them run.
+
+    A rank that skips an expert would not take part in gathering it, and all ranks would hang.
+    """
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        parent = model.get_submodule(".".join(parts[:i]))
+        siblings = {child.lower() for child, _ in parent.named_children()}
+        if "expert" in part.lower() or (part and siblings & _ROUTERS and part not in _ROUTERS):
+            return True
+    return False
+
+
 def _largest_repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
     best: list[tuple[str, nn.Module]] = []
     size = 0
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential):
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or _is_expert_list(model, name):
             continue
         by_class: dict[type[nn.Module], list[tuple[str, nn.Module]]] = {}
         for key, child in module.named_children():

@@ -97,7 +97,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "patterns a list": (config(rank_pattern=[1]), ValueError, "rank_pattern: expected an object"),
     "pattern of strings": (config(rank_pattern={"q": "2"}), ValueError, ("rank_pattern: expected "
                                                                         "names")),
-    "pattern no regex": (config(rank_pattern={"(q": 2}), ValueError, "regular expression as key"),
+    "pattern no regex": (config(rank_pattern={"(q": 2}), ValueError, "rank_pattern: expected a"),
     "layers a string": (config(layers_to_transform="0"), ValueError, ("layers_to_transform: "
                                                                      "expected")),
     "bias unknown": (config(bias="some"), ValueError, "bias in .*got 'some'"),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.core.name_patterns import check_pattern
 from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.checks import match_site
@@ -26,8 +27,8 @@ def check_patterns(method: Method) -> None:
     for field, patterns in _pattern_fields(method).items():
         for key in patterns:
             try:
-                re.compile(key)
-            except re.error as error:
+                check_pattern(key)
+            except ValueError as error:
                 raise ValueError(
                     f"{method.label} {field}: expected a layer's name or a regular expression, got "
                     f"{key!r} ({error}); correct it, or escape it with re.escape"

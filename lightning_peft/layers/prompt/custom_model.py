@@ -37,8 +37,7 @@ class CustomModelHooks:
     def strip(self, module: nn.Module, args: object, output: Any) -> Any:
         """Take the prompt's positions off the first tensor of the output, where it has them."""
         state = self.adapter.state
-        n, length = state.prompt_lengths
-        state.prompt_lengths = (0, 0)  # another prompt's hook comes behind this one
+        n, length = state.prompt_lengths.take()  # another prompt's hook comes behind this one
         first = output[0] if isinstance(output, tuple) else output
         if not n or not isinstance(first, Tensor) or first.dim() < 2:
             return output

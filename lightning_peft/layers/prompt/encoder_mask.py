@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_peft.layers.acting import acting_adapters
 from lightning_peft.layers.prompt.forward import require_flat
 from lightning_peft.layers.prompt.prompt import prompt_of
 
@@ -30,7 +31,7 @@ class EncoderMaskHook:
         hidden, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if hidden is None:
             return None
-        active = self.adapter.state.active
+        active = acting_adapters(self.adapter.site.module)
         prompts = [a for a in active.prompts if a.method.insertion == "prepend"]
         front = prompt_of(prompts, hidden.shape[0], hidden.device)
         if front is None or (mask is None and front.mask is None):

@@ -272,7 +272,7 @@ def _prepend_in_custom_model(
             f"ones on {adapters[0].site.label!r}; run the adapters one after the other"
         )
     n = 0 if prompt is None else prompt.n
-    state_of(module).prompt_lengths = (n, embeds.shape[1])
+    state_of(module).prompt_lengths.set((n, embeds.shape[1]))
     return embeds if prompt is None else torch.cat([prompt.values.to(embeds.dtype), embeds], dim=1)
 
 

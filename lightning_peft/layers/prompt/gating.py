@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.per_thread import PerThread
+from lightning_peft.layers.acting import acting_adapters
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 
@@ -61,6 +64,21 @@ def gated_attention(stack: nn.Module, layers: int) -> list[nn.Module]:
     return [found[i] for i in range(layers)]
 
 
+@dataclass
+class GatedRun:
+    """The forward of a gated prefix that runs in this thread.
+
+    Attributes:
+        now: Factor [B, 1] by layer.
+        cached: The growing cache whose prefix is to be multiplied.
+        span: Positions of the prefix in it.
+    """
+
+    now: dict[int, Tensor] = field(default_factory=dict)
+    cached: Any = None
+    span: tuple[int, int] = (0, 0)
+
+
 class PrefixGateHooks:
     """Keeps each layer's factor [B, 1] within a forward; the hooks a gated prefix needs.
 
@@ -70,9 +88,7 @@ class PrefixGateHooks:
 
     def __init__(self, adapter: PromptAdapter, stack: nn.Module) -> None:
         self.adapter = adapter
-        self.now: dict[int, Tensor] = {}
-        self.cached: Any = None  # the cache whose prefix is to be multiplied
-        self.span: tuple[int, int] = (0, 0)
+        self.run = PerThread(GatedRun)
         modules = gated_attention(stack, len(adapter.site.layers))
         self.handles = [
             m.register_forward_pre_hook(partial(self.see, i), with_kwargs=True)
@@ -86,25 +102,22 @@ class PrefixGateHooks:
 
     def rest(self) -> None:
         """Forget the forward that is over."""
-        self.now.clear()
-        self.cached = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "now": {}, "cached": None}
+        self.run.take()
 
     def see(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The hook."""
         adapter = self.adapter
-        if adapter not in adapter.state.active.prompts:
+        if adapter not in acting_adapters(adapter.site.module).prompts:
             return
         x = args[0] if args else kwargs["hidden_states"]
-        self.now[layer] = prefix_method(adapter).gate(adapter.block, layer, x)
-        if self.cached is not None:
-            held, (start, end) = self.cached.layers[layer], self.span
+        run = self.run.get()
+        run.now[layer] = prefix_method(adapter).gate(adapter.block, layer, x)
+        if run.cached is not None:
+            held, (start, end) = run.cached.layers[layer], run.span
             factor = torch.ones_like(held.keys[:, :1, :, :1])
-            gate = self.now[layer][:, None, :, None].to(factor.dtype)
+            gate = run.now[layer][:, None, :, None].to(factor.dtype)
             factor[:, :, start:end] = gate.expand(-1, -1, end - start, -1)
             held.keys, held.values = held.keys * factor, held.values * factor
 
@@ -135,6 +148,6 @@ def gated(adapters: Sequence[PromptAdapter], layer: int, keys: Tensor) -> Tensor
         method, gate = prefix_method(adapter), keys.new_ones(keys.shape[0], 1)
         if method.gating:
             assert isinstance(adapter.hooks, PrefixGateHooks)
-            gate = adapter.hooks.now[layer].to(keys)
+            gate = adapter.hooks.run.get().now[layer].to(keys)
         parts.append(gate.expand(-1, method.n))
     return torch.cat(parts, dim=1)[:, None, :, None]

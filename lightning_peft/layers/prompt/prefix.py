@@ -112,8 +112,9 @@ def _gate_cache(adapters: Sequence[PromptAdapter], cache: Any) -> None:
     for adapter in reversed(adapters):
         gates, positions = adapter.hooks, prefix_length(adapter)
         if isinstance(gates, PrefixGateHooks):
-            gates.cached = getattr(cache, "self_attention_cache", cache)
-            gates.span = (start, start + positions)
+            run = gates.run.get()
+            run.cached = getattr(cache, "self_attention_cache", cache)
+            run.span = (start, start + positions)
         start += positions
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
+
+from lightning_peft.core.per_thread import exclusive
 
 __all__ = ["PrefixCache", "preserve_cache", "unused_prefix_layers", "with_prefix"]
 
@@ -150,14 +152,15 @@ def preserve_cache(module: nn.Module) -> Iterator[None]:
             "it, or turn checkpointing off"
         )
     flag = getattr(module, "gradient_checkpointing", None)
-    for block in blocks:
-        vars(block)["_can_checkpoint_with_cache"] = True
-    if blocks and flag:  # GPT-2's stack drops the cache itself; its blocks do the checkpointing
-        vars(module)["gradient_checkpointing"] = False
-    try:
-        yield
-    finally:
-        if blocks and flag:
-            vars(module)["gradient_checkpointing"] = flag
+    with exclusive(module) if blocks else nullcontext():
         for block in blocks:
-            vars(block).pop("_can_checkpoint_with_cache", None)
+            vars(block)["_can_checkpoint_with_cache"] = True
+        if blocks and flag:  # GPT-2's stack drops the cache itself; its blocks do the checkpointing
+            vars(module)["gradient_checkpointing"] = False
+        try:
+            yield
+        finally:
+            if blocks and flag:
+                vars(module)["gradient_checkpointing"] = flag
+            for block in blocks:
+                vars(block).pop("_can_checkpoint_with_cache", None)
