@@ -80,12 +80,6 @@ def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> 
                 "layers of the base, which adapters keep as it is; leave it out, name the layers "
                 "in PEFT(modules_to_save=[…]), or keep what it unfreezes out of PEFT(root=…)"
             )
-        if is_instance_of(callback, "ModelPruning"):
-            raise ValueError(
-                f"PEFT: expected no {type(callback).__name__} in the same Trainer: it moves "
-                "weights to other keys and trains masks that adapters and files do not know; prune "
-                "before fit, or after merge"
-            )
         averages = ("WeightAveraging", "StochasticWeightAveraging")
         if peft.checkpoint == "merged" and any(is_instance_of(callback, a) for a in averages):
             raise ValueError(

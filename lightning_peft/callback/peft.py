@@ -332,7 +332,7 @@ class PEFT(TrainerCallback):
         """Called when training begins: lets gradients reach checkpointed blocks."""
         check_same_batches(trainer)
         enable_input_require_grads(pl_module)
-        self._first_epoch = True
+        self._first_step = self._first_epoch = True
         self._gradients, self._finite = GradientWatch(), FiniteGradients()
         self._sigterm.install(trainer)
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["ModuleLock", "PerThread", "exclusive"]
+__all__ = ["ModuleLock", "PerThread", "drop_lock", "exclusive"]
 
 T = TypeVar("T")
 _ATTRIBUTE = "_peft_lock"
@@ -83,3 +83,8 @@ def exclusive(module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
     lock: ModuleLock = vars(module).setdefault(_ATTRIBUTE, ModuleLock())
     return lock
+
+
+def drop_lock(module: nn.Module) -> None:
+    """Remove the lock of a module that needs none any more."""
+    vars(module).pop(_ATTRIBUTE, None)

@@ -17,7 +17,7 @@ from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
 from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.core.modules import first_argument
 from lightning_peft.core.outside_reads import own_forward
-from lightning_peft.core.per_thread import exclusive
+from lightning_peft.core.per_thread import drop_lock, exclusive
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.registry import leave_registry
 from lightning_peft.layers.acting import acting_adapters
@@ -190,6 +190,7 @@ def release(module: Adapted) -> None:
     del module.peft
     del module._peft
     leave_registry(module)
+    drop_lock(module)
 
 
 def adapters_of(module: Adapted, name: str | None = None) -> list[Adapter]:

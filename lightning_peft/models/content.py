@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_peft.storage.dtensor import is_sharded, local
 
-__all__ = ["TensorContent", "changed_tensors", "content_hash", "take_content"]
+__all__ = ["Contents", "TensorContent", "changed_tensors", "content_hash", "take_content"]
 
 _HASHED_WHOLE = 1 << 24  # bytes up to which a tensor is always hashed completely
 _SAMPLE_STEP = 4096  # elements per sampled value
@@ -47,34 +47,40 @@ class TensorContent:
     sharded: bool
 
 
-def take_content(tensors: Mapping[str, Tensor]) -> dict[str, TensorContent]:
-    """Return the content of every tensor that has values, by name."""
-    return {
-        name: TensorContent(
-            t.data_ptr(), _version(t), _sample(t), content_hash(t), is_sharded(tensor)
-        )
-        for name, tensor in tensors.items()
-        if _has_content(t := local(tensor.detach()))
-    }
+#: What is remembered by name; None for a tensor that had no values then (on meta).
+Contents = dict[str, TensorContent | None]
 
 
-def changed_tensors(
-    before: dict[str, TensorContent], tensors: Mapping[str, Tensor]
-) -> Iterable[str]:
-    """Yield the names of tensors whose bytes differ from before.
+def take_content(tensors: Mapping[str, Tensor]) -> Contents:
+    """Return the content of every tensor, by name."""
+    return {name: _content(tensor) for name, tensor in tensors.items()}
 
-    A tensor without an entry gets one. A tensor that was only converted to another dtype, or cut
-    into shards, is unchanged, and its entry is replaced.
+
+def _content(tensor: Tensor) -> TensorContent | None:
+    t = local(tensor.detach())
+    if not _has_content(t):
+        return None
+    return TensorContent(t.data_ptr(), _version(t), _sample(t), content_hash(t), is_sharded(tensor))
+
+
+def changed_tensors(before: Contents, tensors: Mapping[str, Tensor]) -> Iterable[str]:
+    """Yield the names of tensors whose bytes differ from before, and of new ones.
+
+    A tensor that had no values before, was only converted to another dtype, or was cut into shards
+    is unchanged, and its entry is replaced.
     """
     for name, tensor in tensors.items():
         t = local(tensor.detach())
-        if not _has_content(t):
-            continue
-        entry = before.get(name)
-        if entry is None or entry.sharded != is_sharded(tensor) or _was_converted(entry, t):
-            before |= take_content({name: tensor})
-        elif _differs(entry, t):
+        if name not in before:
             yield name
+        elif not _has_content(t):
+            continue
+        else:
+            entry = before[name]
+            if entry is None or entry.sharded != is_sharded(tensor) or _was_converted(entry, t):
+                before[name] = _content(tensor)
+            elif _differs(entry, t):
+                yield name
 
 
 def _has_content(t: Tensor) -> bool:

@@ -18,7 +18,7 @@ from lightning_peft.core.modules import persistent_buffers
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
-from lightning_peft.models.content import TensorContent, changed_tensors, take_content
+from lightning_peft.models.content import Contents, changed_tensors, take_content
 from lightning_peft.storage import held_tensors
 from lightning_peft.storage.dtensor import is_sharded
 
@@ -48,7 +48,7 @@ class ModelHistory:
         kept: Names of the tensors that files hold from now on.
     """
 
-    content: dict[str, TensorContent] = field(default_factory=dict)
+    content: Contents = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
 
 

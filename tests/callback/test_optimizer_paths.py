@@ -178,10 +178,18 @@ def test_ddp_errors_name_the_way_out() -> None:
 # ---- other callbacks
 
 
-def test_pruning_is_refused() -> None:
-    pruning = pl.callbacks.ModelPruning("l1_unstructured", amount=0.5)
-    with pytest.raises(ValueError, match="expected no ModelPruning"):
-        trainer(peft(), pruning).fit(Plain())
+def test_what_pruning_did_is_saved(tmp_path: Path) -> None:
+    module = Plain()
+    pruning = pl.callbacks.ModelPruning(
+        "l1_unstructured", parameters_to_prune=[(module.net[0], "weight")], amount=0.5
+    )
+    run = trainer(peft(), pruning, max_epochs=1)
+    run.fit(module)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    written = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    live = module.state_dict()["net.0.weight"]  # Lightning makes pruning permanent at the end
+    assert 0.4 < float((live == 0).float().mean()) < 0.6
+    assert torch.equal(written["net.0.weight"], live)
 
 
 class WithHead(Plain):

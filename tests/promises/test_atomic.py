@@ -60,7 +60,8 @@ def failures(
     n, more = 1, True
     while more:
         model = build()
-        before, y = structure(model), model(X).detach()
+        y = model(X).detach()
+        before = structure(model)
         more, error = run_until(partial(change, model), n)
         if error is not None:
             yield model, before, y
