@@ -77,7 +77,7 @@ def fit(folder: Path, *callbacks: Any) -> Any:
         max_epochs=-1,
         accumulate_grad_batches=WINDOW,
     )
-    run.fit(module, Stream(), ckpt_path="last")
+    run.fit(module, Stream(STEPS * WINDOW), ckpt_path="last")
     return run
 
 
