@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft import PEFT, LoRA
 from tests.helpers.lightning_package import pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, peft, trainer
+from tests.helpers.streams import Stream
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
 
@@ -73,28 +73,6 @@ def test_weights_that_are_not_finite_replace_no_file(tmp_path: Path) -> None:
 
 
 # ---- SIGTERM
-
-
-class Stream:
-    """A loader with a state: a run may stop in the middle of an epoch."""
-
-    def __init__(self) -> None:
-        self.start = self.at = 0
-
-    def __len__(self) -> int:
-        return 24
-
-    def __iter__(self) -> Iterator[Tensor]:
-        start, self.start = self.start, 0
-        for i in range(start, 24):
-            self.at = i + 1
-            yield torch.randn(4, 8, generator=torch.Generator().manual_seed(i))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = self.at = state["at"]
 
 
 class Copying(Plain):
