@@ -12,11 +12,12 @@ from lightning_peft.adapters.activation import (
     set_adapter,
     use_adapters,
 )
-from lightning_peft.adapters.attach import attach, quantize, reset_adapters
+from lightning_peft.adapters.attach import attach, quantize
 from lightning_peft.adapters.combine import combine
 from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.hard_prompt import hard_prompt_ids
 from lightning_peft.adapters.merge import MergeReport, merge, unmerge
+from lightning_peft.adapters.reset import reset_adapters
 from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from lightning_peft.adapters.unload import merge_and_unload
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint

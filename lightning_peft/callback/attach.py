@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.activation import activate
-from lightning_peft.adapters.attach import attach_within, resolve_methods
+from lightning_peft.adapters.attach import attach_within
+from lightning_peft.adapters.attach_checks import resolve_methods
 from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.quantize import students_of_dense
 from lightning_peft.adapters.rehome import rehome

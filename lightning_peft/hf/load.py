@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.adoption import adopted_layers
-from lightning_peft.adapters.attach import attach, check_adapter_name
+from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.attach_checks import check_adapter_name
 from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.plan import plan_attach
