@@ -56,6 +56,7 @@ def test_a_fresh_process_scores_the_same(trained, tmp_path) -> None:
     assert_same_bits("scores", got, job.scores(module))
 
 
+@pytest.mark.slow
 def test_the_plain_model_needs_no_package_of_ours(trained, tmp_path) -> None:
     module, folder = trained
     again = job.Classifier(str(folder / "base"))

@@ -272,6 +272,7 @@ def test_a_full_disk_leaves_nothing(free, tmp_path, monkeypatch) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_directory_and_the_next_cleans_up(tmp_path) -> None:
     qlora(tmp_path)
     code = (

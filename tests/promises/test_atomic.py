@@ -138,27 +138,27 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], Change]] = {
 }
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_model_is_as_before(name: str, step: int) -> None:
     count = 0
     for model, before, y in failures(*WHOLE[name], step):
         assert_unchanged(model, before, y)
         count += 1
-    assert count > 5
+    assert count > 2
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [97, pytest.param(3, marks=pytest.mark.slow)])
 def test_load_adapter_leaves_the_model_as_before(step: int, tmp_path: Path) -> None:
     lp.save_adapter(trained(), tmp_path)
     count = 0
     for model, before, y in failures(net, lambda m: lp.load_adapter(m, tmp_path), step):
         assert_unchanged(model, before, y)
         count += 1
-    assert count > 5
+    assert count > 2
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_layer_is_packed_or_untouched(step: int) -> None:
     whole = net()
     lp.quantize(whole, NF4)
@@ -168,7 +168,7 @@ def test_a_layer_is_packed_or_untouched(step: int) -> None:
         assert torch.equal(model(X), whole(X))
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_attach_on_a_base_that_is_packed_meanwhile(step: int) -> None:
     whole = net()
     attach(whole, quantization=NF4)
@@ -186,7 +186,7 @@ def assert_finished_or_untouched(model: nn.Module) -> None:
     assert model(X).isfinite().all()
 
 
-@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_each_module_is_merged_for_good_or_not(step: int) -> None:
     for model, _, y in failures(trained, lambda m: lp.merge(m, keep_base=False), step):
         assert float((model(X) - y).norm() / y.norm()) < 1e-5
