@@ -87,7 +87,7 @@ def _add_method(
     if selection is not None:
         plan.skipped += list(selection.skipped)
         plan.tied = list(selection.tied)
-    if isinstance(method, WeightMethod):
+    if isinstance(method, WeightMethod) and targets != "all-linear":
         for placement in kept:
             method.check(placement.site)
     plan.adapters += [PlannedAdapter(method, key, p) for p in kept]

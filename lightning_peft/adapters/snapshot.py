@@ -45,7 +45,7 @@ class ModelSnapshot:
         ]
 
     def renew(self, module: nn.Module) -> None:
-        """Take the structure of one module anew, after a change that is to stay."""
+        """Replace what is remembered of one module, so that `restore` keeps its present state."""
         self._modules[id(module)] = _ModuleStructure(module)
 
     def restore(self, built: Iterable[WeightAdapter] = ()) -> None:

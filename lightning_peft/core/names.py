@@ -20,6 +20,8 @@ def in_adapter(name: str) -> bool:
 
 def strip_compile(name: str) -> str:
     """Return the name without torch.compile's ``_orig_mod``."""
+    if "_orig_mod" not in name:
+        return name
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 

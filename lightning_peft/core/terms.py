@@ -106,7 +106,7 @@ class Folds(Protocol):
     """A term that is a LowRank once its factors are multiplied out."""
 
     def to_low_rank(self) -> LowRank:
-        """The same change."""
+        """Return the change as a LowRank with its factors multiplied out."""
         ...
 
 
@@ -198,7 +198,7 @@ class Kronecker:
         return y
 
     def add_grouped(self, y: Tensor, x: Tensor, grouped: Grouped) -> Tensor:
-        """The same: rows of X, then columns, are the rows of a product."""
+        """Apply the Kronecker product to grouped rows, one factor at a time."""
         (b, d), (a, c) = self.D.shape[-2:], self.C.shape[-2:]
         half = grouped.product(x.reshape(-1, d), self.D, c).view(-1, c, b).mT.reshape(-1, c)
         change = grouped.product(half, self.C, b).view(-1, b, a).mT.reshape(-1, a * b)

@@ -13,8 +13,7 @@ pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_pack
 
 
 UNSOLVED = pytest.mark.xfail(
-    reason="a run that is interrupted right after it resumed goes on from a checkpoint that the "
-    "Trainer wrote again at the restart, and then differs"
+    reason="the run differs after four SIGINTs in a row; the cause is not known"
 )
 
 

@@ -57,6 +57,8 @@ def _checked(
 
     ``"all-linear"`` leaves the others out, with the reason; a layer that is named is refused.
     """
+    if method.target_modules != "all-linear":
+        return placements, selection  # checked in the plan, but for layers that are trained fully
     fitting: list[WeightPlacement] = []
     unfit: list[tuple[str, str]] = []
     refusal: ValueError | None = None
@@ -64,8 +66,6 @@ def _checked(
         try:
             method.check(placement.site)
         except ValueError as error:
-            if method.target_modules != "all-linear":
-                raise
             refusal = refusal or error
             unfit.append((placement.name, _reason(error, placement.site.label)))
         else:
