@@ -27,7 +27,7 @@ from lightning_peft.adapters.followers import can_follow, follow
 from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.adapters.placement.unused_rules import unused_rules
-from lightning_peft.adapters.plan import plan_attach
+from lightning_peft.adapters.plan import AttachPlan, plan_attach
 from lightning_peft.adapters.quantize import (
     PackingWatch,
     plan_quantization,
@@ -133,7 +133,7 @@ def attach_within(
         with adopted_layers(model):
             saved = saved_modules(model, modules_to_save)
             plan = plan_attach(model, methods, saved)
-            copies = _copies_to_follow(model, plan.adapters)
+            copies = _copies_to_follow(model, plan)
             averaged = {**averaged, **students_of_dense(copies, quantization)}
             packing = (
                 None
@@ -232,9 +232,11 @@ def quantize(
         raise
 
 
-def _copies_to_follow(model: nn.Module, planned: Sequence[PlannedAdapter]) -> list[FrozenCopy]:
+def _copies_to_follow(model: nn.Module, plan: AttachPlan) -> list[FrozenCopy]:
     """Frozen copies of adapted parts, without those that get trained adapters themselves."""
-    names = [p.placement.name for p in planned]
+    if not plan.frozen_parts:
+        return []
+    names = [p.placement.name for p in plan.adapters]
     return [
         pair
         for pair in frozen_copies(model)

@@ -13,6 +13,7 @@ from lightning_peft.adapters.placement.unused_rules import check_patterns
 from lightning_peft.adapters.quantize import (
     QuantizationPlan,
 )
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
 from lightning_peft.core.registry import (
     registries_in,
@@ -106,7 +107,7 @@ def _require_no_peft_layers(model: nn.Module) -> None:
     """Raise ValueError if the model has layers of Hugging Face peft inside."""
     found = [
         f"{name!r} ({type(m).__module__}.{type(m).__name__})"
-        for name, m in model.named_modules()
+        for name, m in modules_by_name(model).items()
         if type(m).__module__.startswith("peft.") and name
     ]
     if found:
@@ -121,7 +122,7 @@ def _require_no_peft_layers(model: nn.Module) -> None:
 
 def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     """Fully qualified names of the modules; a suffix matches at a dot."""
-    names = [n for n, _ in model.named_modules() if n and not in_adapter(n)]
+    names = [n for n in modules_by_name(model) if n and not in_adapter(n)]
     found: list[str] = []
     for suffix in wanted:
         hits = [n for n in names if matches_suffix(n, [suffix])]

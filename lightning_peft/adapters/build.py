@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapt, is_adapted
 from lightning_peft.layers.adapter import Adapter
@@ -168,9 +169,9 @@ def _keep_off_fast_path(*args: object) -> None:
 
 def guard_fast_path(model: nn.Module) -> None:
     """Make `nn.TransformerEncoderLayer` call its adapted and its packed children in eval too."""
-    for layer in model.modules():
+    for layer in modules_by_name(model).values():
         if isinstance(layer, nn.TransformerEncoderLayer):
-            for child in layer.modules():
+            for child in modules_by_name(layer).values():
                 _guard(child)
 
 

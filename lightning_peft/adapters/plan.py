@@ -28,11 +28,13 @@ class AttachPlan:
         adapters: Planned adapters, in order of building.
         skipped: (name, reason) of layers that matched and are left out.
         tied: Groups of parameter names that share one tensor.
+        frozen_parts: Names of the parts that the user froze before attach.
     """
 
     adapters: list[PlannedAdapter] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
+    frozen_parts: list[str] = field(default_factory=list)
 
 
 def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str]) -> AttachPlan:
@@ -43,7 +45,7 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
             no effect on a module.
     """
     plan = AttachPlan()
-    frozen = frozen_parts(model)
+    frozen = plan.frozen_parts = frozen_parts(model)
     for i, method in enumerate(methods):
         _add_method(plan, model, method, str(i) if len(methods) > 1 else "", saved, frozen)
     if saved:

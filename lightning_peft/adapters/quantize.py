@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.adapters.snapshot import ModelSnapshot
-from lightning_peft.core.modules import parameter_at, tied_ids
+from lightning_peft.core.modules import modules_by_name, parameter_at, tied_ids
 from lightning_peft.core.names import matches_suffix, with_parents
 from lightning_peft.core.protocols import Storage, WeightLayout
 from lightning_peft.core.pruning_masks import held
@@ -76,7 +76,7 @@ def plan_quantization(
     heads = head_names(model)
     shared = tied_ids(model)
     fp32 = _keep_in_fp32(model)
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         ops = ops_for(module)
         refusal = experts_refusal(module)
         if refusal:
@@ -98,7 +98,11 @@ def plan_quantization(
 
 
 def _warn_nothing_packed(model: nn.Module, plan: QuantizationPlan) -> None:
-    own = [m for m in model.modules() if any(p is not None for p in m._parameters.values())]
+    own = [
+        m
+        for m in modules_by_name(model).values()
+        if any(p is not None for p in m._parameters.values())
+    ]
     kinds = sorted({type(m).__name__ for m in own})
     left = ", ".join(f"{name} ({why})" for name, why in plan.dense[:3])
     warnings.warn(
@@ -186,7 +190,7 @@ def _keep_in_fp32(model: nn.Module) -> list[str]:
     weight's dtype.
     """
     names: set[str] = set()
-    for module in model.modules():
+    for module in modules_by_name(model).values():
         names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
     return sorted(names)
 

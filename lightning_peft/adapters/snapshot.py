@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.registry import registry_of
 from lightning_peft.layers.adapted import adapted_modules, is_adapted, weight_adapters_of
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -37,7 +38,7 @@ class ModelSnapshot:
     """Structure of a model: module by module, with the state of adapters."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {id(m): _ModuleStructure(m) for m in model.modules()}
+        self._modules = {id(m): _ModuleStructure(m) for m in modules_by_name(model).values()}
         self._adapters = [
             (adapter, adapter.site.name, adapter.rewrite is not None and adapter.rewrite.active)
             for _, m in adapted_modules(model)
@@ -71,11 +72,9 @@ class _ModuleStructure:
         self.module = module
         self.cls = type(module)
         self.attributes = dict(vars(module))
-        self.contents = [
-            (container, container.copy())
-            for name in _CONTAINERS
-            if (container := self.attributes.get(name)) is not None
-        ]
+        held = [self.attributes.get(name) for name in _CONTAINERS]
+        self.empty = [container for container in held if container is not None and not container]
+        self.filled = [(container, container.copy()) for container in held if container]
         own = [p for p in module._parameters.values() if p is not None]
         self.parameters = [(p, p.data, p.requires_grad) for p in own]
         records: list[Any] = [module._peft, module._peft.active] if is_adapted(module) else []
@@ -89,7 +88,9 @@ class _ModuleStructure:
             module.__class__ = self.cls
         vars(module).clear()
         vars(module).update(self.attributes)
-        for container, contents in self.contents:
+        for container in self.empty:
+            container.clear()
+        for container, contents in self.filled:
             container.clear()
             container.update(contents)
         for p, data, requires_grad in self.parameters:

@@ -13,6 +13,7 @@ __all__ = [
     "ParameterPlace",
     "first_argument",
     "is_conv1d",
+    "modules_by_name",
     "own_tensor",
     "parameter_at",
     "persistent_buffers",
@@ -36,13 +37,33 @@ class ParameterPlace(NamedTuple):
     key: str
 
 
+def modules_by_name(root: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a tree by name, `root` itself as "".
+
+    Same names and order as `nn.Module.named_modules`, whose nested generators pass each module
+    through one frame per level; `attach` walks the tree some thirty times.
+    """
+    found: dict[str, nn.Module] = {}
+    _collect(root, "", set(), found)
+    return found
+
+
+def _collect(m: nn.Module, name: str, seen: set[nn.Module], found: dict[str, nn.Module]) -> None:
+    seen.add(m)
+    found[name] = m
+    prefix = f"{name}." if name else ""
+    for key, child in m._modules.items():
+        if child is not None and child not in seen:
+            _collect(child, prefix + key, seen, found)
+
+
 def tied_parameters(model: nn.Module) -> list[list[ParameterPlace]]:
     """Return the groups of places that hold one tensor.
 
     A module under two names is one place.
     """
     places: dict[int, list[ParameterPlace]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 place = ParameterPlace(join(name, key), module, key)
@@ -63,10 +84,10 @@ def persistent_buffers(module: nn.Module, *, recurse: bool = True) -> dict[str, 
         module: The module.
         recurse: If False, only the module's own buffers.
     """
-    modules = module.named_modules() if recurse else [("", module)]
+    modules = modules_by_name(module) if recurse else {"": module}
     return {
         join(name, key): buffer
-        for name, inner in modules
+        for name, inner in modules.items()
         for key, buffer in inner._buffers.items()
         if buffer is not None and key not in inner._non_persistent_buffers_set
     }

@@ -15,7 +15,7 @@ def join(*parts: str) -> str:
 
 def in_adapter(name: str) -> bool:
     """True if a module or key of this name belongs to an adapter."""
-    return "peft" in name.split(".")
+    return "peft" in name and "peft" in name.split(".")
 
 
 def strip_compile(name: str) -> str:

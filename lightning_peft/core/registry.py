@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_peft.core.modules import modules_by_name
+
 if TYPE_CHECKING:
     from lightning_peft.methods.base import Method
     from lightning_peft.models.history import ModelHistory
@@ -117,7 +119,7 @@ def registries_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterReg
     """
     seen: set[int] = set()
     joined: dict[int, AdapterRegistry] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         attributes = vars(module)
         found = attributes.get(_ATTRIBUTE)
         if found is not None:
@@ -158,4 +160,4 @@ def is_part(model: nn.Module, registry: AdapterRegistry) -> bool:
 
 def members_in(model: nn.Module, registry: AdapterRegistry) -> int:
     """Return how many modules below `model` belong to the registry."""
-    return sum(vars(m).get(_MEMBERSHIP) is registry for m in model.modules())
+    return sum(vars(m).get(_MEMBERSHIP) is registry for m in modules_by_name(model).values())

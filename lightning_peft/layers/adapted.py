@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
 from lightning_peft.core.kernel_backend import backend_scope
-from lightning_peft.core.modules import first_argument
+from lightning_peft.core.modules import first_argument, modules_by_name
 from lightning_peft.core.outside_reads import own_forward
 from lightning_peft.core.per_thread import drop_lock, exclusive
 from lightning_peft.core.protocols import LayerOps
@@ -208,7 +208,7 @@ def weight_adapters_of(module: Adapted, name: str | None = None) -> list[WeightA
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """(fully qualified name, module) of every adapted module."""
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         if is_adapted(module):
             yield name, module
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,13 +116,22 @@ class ModuleAdapter(Adapter):
         """A new module with initial values."""
 
     def _seeded_module(self, seed: int | None) -> nn.Module:
-        with SiteRNG(self.site, self.adapter_name, seed), torch.device("cpu"):
+        with SiteRNG(self.site, self.adapter_name, seed), default_cpu():
             return self.build_module()
 
     def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
         """Tensors of a newly built module."""
         new = self._seeded_module(seed).state_dict()
         return {f"block.{key}": tensor for key, tensor in new.items()}
+
+
+def default_cpu() -> AbstractContextManager[object]:
+    """Create tensors on the CPU within the block, whatever the caller's default device is.
+
+    A device context sends every call of torch through Python, so none is entered where the CPU is
+    the default already.
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 class SiteRNG:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import low_rank_terms
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.protocols import Reason
 from lightning_peft.core.terms import LowRank, concat_ranks
 from lightning_peft.layers.acting import acting_adapters
@@ -208,7 +209,7 @@ def share_inputs(model: nn.Module, declared: Iterable[tuple[nn.Module, Sequence[
         model: The root.
         declared: (module, names of its children that read one tensor).
     """
-    for module in model.modules():
+    for module in modules_by_name(model).values():
         if isinstance(module, Adapted):
             module._peft.projection_group = None
     for parent, names in declared:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted_state import ActiveAdapters
-from lightning_peft.layers.adapter import Adapter, SiteRNG
+from lightning_peft.layers.adapter import Adapter, SiteRNG, default_cpu
 from lightning_peft.layers.batch_facts import BatchObserver
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 
@@ -69,9 +69,8 @@ class WeightAdapter(Adapter):
     def build(cls, method: WeightMethod, site: Site, adapter_name: str) -> WeightAdapter:
         """The adapter with its initial tensors, on the CPU or on meta."""
         adapter = cls(method, site, adapter_name)
-        with SiteRNG(site, adapter_name, None), torch.device("cpu"):
-            buffers = set(method.buffers(site))
-        for key, tensor in adapter.initial_tensors(None).items():
+        parameters, buffers = adapter._draw(None)
+        for key, tensor in {**parameters, **buffers}.items():
             if key in buffers:
                 adapter.register_buffer(key, tensor)
             else:
@@ -104,9 +103,13 @@ class WeightAdapter(Adapter):
 
     def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
         """Parameters and buffers as the method draws them, on the CPU."""
-        rng = SiteRNG(self.site, self.adapter_name, seed)
-        with rng, torch.no_grad(), torch.device("cpu"):
-            return {**self.method.parameters(self.site), **self.method.buffers(self.site)}
+        parameters, buffers = self._draw(seed)
+        return {**parameters, **buffers}
+
+    def _draw(self, seed: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters, then buffers, from one random stream."""
+        with SiteRNG(self.site, self.adapter_name, seed), torch.no_grad(), default_cpu():
+            return self.method.parameters(self.site), self.method.buffers(self.site)
 
     def values_from_weight(self, values: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """Replace entries of `values` by those that need the weight.

@@ -113,7 +113,8 @@ def _version(t: Tensor) -> int:
 def _sample(t: Tensor) -> Tensor:
     """Return values of every row, at least one in 4,096; of a small tensor fewer."""
     if t.nbytes <= _HASHED_WHOLE or t.ndim < 2:
-        return t.reshape(-1)[::_SAMPLE_STEP].to("cpu", copy=True)
+        values = t.reshape(-1)[::_SAMPLE_STEP]
+        return values.clone() if values.device.type == "cpu" else values.cpu()
     rows = t.flatten(0, -2) if t.ndim == 3 else t.flatten(1)
     width = rows.shape[1]
     first = torch.arange(rows.shape[0], device=t.device) * 31 % min(width, _SAMPLE_STEP)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.storage import held_tensors, storage_of
@@ -46,7 +47,7 @@ def frozen_parts(model: nn.Module) -> list[str]:
     trained = _parents(name for name, flag in flags.items() if flag)
     frozen = _parents(name for name, flag in flags.items() if not flag)
     found: list[str] = []
-    for name, _ in model.named_modules():
+    for name in modules_by_name(model):
         if name in frozen and name not in trained and not inside(name, found[-1:]):
             found.append(name)
     return found
@@ -72,7 +73,7 @@ def frozen_copies(model: nn.Module) -> list[FrozenCopy]:
         structure = _structure(teacher)
         alike = [
             name
-            for name, module in model.named_modules()
+            for name, module in modules_by_name(model).items()
             if name in trained
             and name.count(".") == part.count(".")
             and name not in {pair.student for pair in found}
@@ -152,7 +153,7 @@ def _parents(names: Iterable[str]) -> set[str]:
 def _structure(module: nn.Module) -> list[tuple[str, torch.Size]]:
     """Return names and natural shapes of the parameters."""
     shapes = []
-    for name, inner in module.named_modules():
+    for name, inner in modules_by_name(module).items():
         if in_adapter(name):
             continue
         held = held_tensors(inner)

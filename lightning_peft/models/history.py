@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.modules import persistent_buffers
+from lightning_peft.core.modules import modules_by_name, persistent_buffers
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in, registry_of
-from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
+from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.models.content import Contents, changed_tensors, take_content
 from lightning_peft.storage import held_tensors
 from lightning_peft.storage.dtensor import is_sharded
@@ -93,7 +93,7 @@ def move_history(history: ModelHistory, rename: Callable[[str], str | None]) -> 
 
 def histories_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModelHistory]]:
     """Yield (prefix, module, history) of every history in the tree below `model`."""
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         registry = registry_of(module)
         found = vars(module).get(_ATTRIBUTE) if registry is None else registry.history
         if found is not None:
@@ -133,8 +133,8 @@ def _rewritten_by_adapters(model: nn.Module) -> set[str]:
         if module._peft.active.merged or module._peft.merge_undo is not None:
             found |= {join(name, key) for key, _ in module.named_parameters()}
             continue
-        for adapter in weight_adapters_of(module):
-            if adapter.rewrite is not None and not adapter.follows:
+        for adapter in module._peft.rewriting:
+            if not adapter.follows:
                 weight = adapter.site.parameter
                 held = [k for k, t in held_tensors(module).items() if t.weight == weight]
                 found |= {join(name, key) for key in held or [weight]}

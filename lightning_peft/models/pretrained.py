@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.class_swap import Swapped
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.models.modules import fresh_head_names
 
@@ -46,7 +47,7 @@ class PretrainedLibrary:
         getter: Any = getattr(module, self.head_getter, None) if self.head_getter else None
         found = getter() if callable(getter) else None
         heads = [child for child, _ in module.named_children() if child in self.heads]
-        heads += [inner for inner, m in module.named_modules() if inner and m is found]
+        heads += [inner for inner, m in modules_by_name(module).items() if inner and m is found]
         return [join(name, head) for head in dict.fromkeys(heads)]
 
 
@@ -125,7 +126,7 @@ def find_new_layers(
 def _pretrained_parts(model: nn.Module) -> Iterator[tuple[str, PretrainedLibrary]]:
     """Yield the outermost modules of the libraries."""
     taken: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         if in_adapter(name) or any(name.startswith(f"{t}.") or not t for t in taken):
             continue
         library = next((lib for lib in _LIBRARIES if lib.owns(module)), None)
@@ -179,7 +180,7 @@ class _Search:
     def trains(self, name: str, module: nn.Module) -> bool:
         """Whether every parameter is trained and no method targets a layer of the module."""
         own = self._parameters(name, module, heads=True)
-        inside = [join(name, inner) for inner, _ in module.named_modules() if not in_adapter(inner)]
+        inside = [join(name, inner) for inner in modules_by_name(module) if not in_adapter(inner)]
         return (
             bool(own)
             and all(self.requires_grad(key, p) for key, p in own.items())

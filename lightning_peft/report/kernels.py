@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.protocols import Reason
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapted_modules
@@ -106,5 +107,5 @@ def groups_over_one_input(model: nn.Module) -> list[str]:
 
 
 def _names(model: nn.Module, members: tuple[nn.Module, ...]) -> list[str]:
-    found = {id(m): name.rpartition(".")[2] for name, m in model.named_modules()}
+    found = {id(m): name.rpartition(".")[2] for name, m in modules_by_name(model).items()}
     return [found.get(id(m), type(m).__name__) for m in members]

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import nn
 
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.core.registry import AdapterRegistry, registries_in
 from lightning_peft.layers import ops_for
@@ -168,7 +169,7 @@ def _count(model: nn.Module, report: Report) -> None:
     storages: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         inside = in_adapter(name)
         quantized = held_tensors(module)
         for key, parameter in module.named_parameters(recurse=False):
