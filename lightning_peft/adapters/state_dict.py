@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.finite import is_finite
-from lightning_peft.core.modules import persistent_buffers
+from lightning_peft.core.modules import modules_by_name, persistent_buffers
 from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.initialization.restore import initialized_shapes, restore_initialized
@@ -46,7 +46,7 @@ def _collect(into: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
 
 def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_by_name(model).items():
         if getattr(module, "track_running_stats", False):
             own = persistent_buffers(module, recurse=False)
             found |= {join(name, key): buffer for key, buffer in own.items()}

@@ -7,12 +7,13 @@ strict load downstream passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.checkpoint.description import FORMAT, KEY, describe, is_attached
 from lightning_peft.checkpoint.forms import (
     CheckpointForm,
@@ -22,7 +23,7 @@ from lightning_peft.checkpoint.forms import (
     refuse_merged,
     without_base,
 )
-from lightning_peft.checkpoint.kept import kept_tensors, live_tensors
+from lightning_peft.checkpoint.kept import kept_base_tensors, kept_tensors, live_tensors
 from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.finite import is_finite
@@ -47,12 +48,18 @@ __all__ = [
 ]
 
 
-def filter_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def filter_state(
+    model: nn.Module, kept: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> dict[str, Any]:
     """The kept part of a full state dict of `model` (or of an average of it), by canonical key.
 
     A key that the state lacks (a user's own `state_dict` dropped it) is taken from the live model.
+
+    Args:
+        model: The live model.
+        kept: Its `kept_tensors`.
+        state: The full state dict.
     """
-    kept = kept_tensors(model)
     canonical = {id(t): key for key, t in kept.items()}
     found: dict[str, Any] = {}
     for key, tensor in live_tensors(model).items():
@@ -96,10 +103,12 @@ def filter_checkpoint(
         return dict(checkpoint)
     if not any(is_sharded(p) for p in model.parameters()):  # else the strategy did on every rank
         note_moved(model)
-    entry = {**describe(model), **(checkpoint.get(KEY) or {})}
+    base = kept_base_tensors(model)
+    kept = {**trained_tensors(model), **base}
+    entry = {**describe(model, base), **(checkpoint.get(KEY) or {})}
     if form == "merged":
         return merged_checkpoint(model, {**checkpoint, KEY: entry})
-    written = _each_state(dict(checkpoint), lambda state: filter_state(model, state))
+    written = _each_state(dict(checkpoint), lambda state: filter_state(model, kept, state))
     if form == "full":
         entry |= {"form": "full", "tensors": sorted(written["state_dict"])}
         written = _each_state(written, lambda state: full_state(model, state))
@@ -168,17 +177,18 @@ def nonfinite_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
 
 def leaks(model: nn.Module, checkpoint: Mapping[str, Any]) -> list[str]:
     """Paths in the checkpoint of tensors that share memory with the frozen base."""
-    kept = {id(t) for t in kept_tensors(model).values()}
-    frozen = {
-        _local(p).untyped_storage().data_ptr()
-        for p in model.parameters()
-        if id(p) not in kept and not p.requires_grad and p.device.type != "meta"
-    } - {0}
-    return [
-        path
-        for path, tensor in _tensors(checkpoint, "")
-        if tensor.device.type != "meta" and _local(tensor).untyped_storage().data_ptr() in frozen
+    frozen = _addresses(p for p in model.parameters() if not p.requires_grad)
+    found = [
+        (path, tensor) for path, tensor in _tensors(checkpoint, "") if _addresses([tensor]) & frozen
     ]
+    kept = _addresses(kept_tensors(model).values() if found else ())
+    return [path for path, tensor in found if not _addresses([tensor]) & kept]
+
+
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    """Where the tensors' memory begins, without those that have none."""
+    found = (_local(t).untyped_storage().data_ptr() for t in tensors if t.device.type != "meta")
+    return set(found) - {0}
 
 
 def _local(t: Tensor) -> Tensor:

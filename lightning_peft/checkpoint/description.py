@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -38,11 +39,16 @@ def is_attached(model: nn.Module) -> bool:
     return any(record.adapters for _, _, record in registries_in(model))
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """Plain data about every adapter in `model`: what `torch.load(weights_only=True)` takes."""
+def describe(model: nn.Module, kept: Iterable[str] | None = None) -> dict[str, Any]:
+    """Plain data about every adapter in `model`: what `torch.load(weights_only=True)` takes.
+
+    Args:
+        model: The model.
+        kept: Names of the tensors in the file that belong to no adapter; None finds them.
+    """
     roots = {strip_compile(p): _describe_root(r) for p, _, r in registries_in(model) if r.adapters}
-    kept = sorted(kept_base_tensors(model))
-    return {"format": FORMAT, "versions": _versions(), "roots": roots, "kept": kept}
+    names = sorted(kept_base_tensors(model) if kept is None else kept)
+    return {"format": FORMAT, "versions": _versions(), "roots": roots, "kept": names}
 
 
 def _describe_root(record: AdapterRegistry) -> dict[str, Any]:

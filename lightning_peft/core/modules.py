@@ -16,6 +16,7 @@ __all__ = [
     "modules_by_name",
     "own_tensor",
     "parameter_at",
+    "parameters_by_name",
     "persistent_buffers",
     "required_tensor",
     "tied_ids",
@@ -55,6 +56,18 @@ def _collect(m: nn.Module, name: str, seen: set[nn.Module], found: dict[str, nn.
     for key, child in m._modules.items():
         if child is not None and child not in seen:
             _collect(child, prefix + key, seen, found)
+
+
+def parameters_by_name(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a tree by name, each under its first name."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[nn.Parameter] = set()
+    for name, module in modules_by_name(root).items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                found[join(name, key)] = parameter
+    return found
 
 
 def tied_parameters(model: nn.Module) -> list[list[ParameterPlace]]:

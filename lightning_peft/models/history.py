@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.modules import modules_by_name, persistent_buffers
+from lightning_peft.core.modules import modules_by_name, parameters_by_name, persistent_buffers
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules
@@ -102,7 +102,7 @@ def histories_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModelHistor
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers that belong to no adapter, by canonical name."""
-    found = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    found: dict[str, Tensor] = {**parameters_by_name(model), **persistent_buffers(model)}
     return {strip_compile(n): t for n, t in found.items() if not in_adapter(n)}
 
 
@@ -146,10 +146,11 @@ def _rewritten_by_adapters(model: nn.Module) -> set[str]:
 
 def note_trained(model: nn.Module) -> None:
     """Keep the parameters, other than those of adapters, that require a gradient at this moment."""
-    for prefix, module, history in histories_in(model):
-        trained = {n for n, p in module.named_parameters() if p.requires_grad}
+    found = list(histories_in(model))
+    for prefix, module, history in found:
+        trained = {n for n, p in parameters_by_name(module).items() if p.requires_grad}
         names = {strip_compile(n) for n in trained if not in_adapter(n)}
-        history.kept |= _own(model, prefix, names)
+        history.kept |= _own([p for p, _, _ in found], prefix, names)
 
 
 def note_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -183,17 +184,22 @@ def note_moved(model: nn.Module) -> None:
 
 def tensors_to_keep(model: nn.Module) -> dict[str, Tensor]:
     """Return the live tensors that the histories keep, by canonical name."""
-    found: dict[str, Tensor] = {}
-    known = base_tensors(model)
-    for prefix, _, history in histories_in(model):
-        names = [join(strip_compile(prefix), name) for name in sorted(history.kept)]
-        found |= {name: known[name] for name in names if name in known}
-    return found
+    kept = [
+        join(strip_compile(prefix), name)
+        for prefix, _, history in histories_in(model)
+        for name in sorted(history.kept)
+    ]
+    known = base_tensors(model) if kept else {}
+    return {name: known[name] for name in kept if name in known}
 
 
 def _keep(model: nn.Module, names: set[str]) -> None:
-    for prefix, _, history in histories_in(model):
-        history.kept |= _own(model, prefix, _relative(names, strip_compile(prefix)))
+    if not names:
+        return
+    found = list(histories_in(model))
+    for prefix, _, history in found:
+        own = _relative(names, strip_compile(prefix))
+        history.kept |= _own([p for p, _, _ in found], prefix, own)
 
 
 def _relative(names: set[str], prefix: str) -> set[str]:
@@ -202,12 +208,18 @@ def _relative(names: set[str], prefix: str) -> set[str]:
     return {n.removeprefix(f"{prefix}.") for n in names if n.startswith(f"{prefix}.")}
 
 
-def _own(model: nn.Module, prefix: str, names: set[str]) -> set[str]:
-    """Return the names, relative to `prefix`, that no history further inside watches."""
+def _own(prefixes: Iterable[str], prefix: str, names: set[str]) -> set[str]:
+    """Return the names, relative to `prefix`, that no history further inside watches.
+
+    Args:
+        prefixes: Where all histories lie.
+        prefix: Where the history of the names lies.
+        names: Names relative to it.
+    """
     start = f"{prefix}." if prefix else ""
     inner = tuple(
         f"{strip_compile(p.removeprefix(start))}."
-        for p, _, _ in histories_in(model)
+        for p in prefixes
         if p != prefix and p.startswith(start)
     )
     return {n for n in names if not n.startswith(inner)}
