@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.adapters.rehome import seen_from
 from lightning_peft.checkpoint.kept import kept_base_tensors
 from lightning_peft.core.names import strip_compile
 from lightning_peft.core.registry import AdapterEntry, AdapterRegistry, registries_in
@@ -40,7 +41,11 @@ def is_attached(model: nn.Module) -> bool:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Plain data about every adapter in `model`: what `torch.load(weights_only=True)` takes."""
-    roots = {strip_compile(p): _describe_root(r) for p, _, r in registries_in(model) if r.adapters}
+    roots = {
+        strip_compile(prefix): _describe_root(seen_from(root, registry))
+        for prefix, root, registry in registries_in(model)
+        if registry.adapters
+    }
     kept = sorted(kept_base_tensors(model))
     return {"format": FORMAT, "versions": _versions(), "roots": roots, "kept": kept}
 
