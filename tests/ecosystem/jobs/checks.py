@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_peft import (
     PEFT,
     LoRA,
+    Quantization,
     adapter_state_dict,
     attach,
     load_checkpoint,
@@ -56,6 +57,7 @@ class Case(Generic[S]):
         prepare: Called before adapters are loaded into a fresh subject: builds the net of a
             package that builds it late.
         peft: Arguments of `PEFT` besides the method and the quantization.
+        quantization: Arguments of `Quantization` besides the kind.
         lora: Arguments of `LoRA` besides the rank and the targets.
         resumes: Whether the entry takes a checkpoint. If not, the adapters are loaded into a fresh
             subject before it is trained again.
@@ -72,6 +74,7 @@ class Case(Generic[S]):
     module: Callable[[S], nn.Module] = lambda subject: subject  # type: ignore[assignment,return-value]
     prepare: Callable[[S], None] = lambda subject: None
     peft: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     resumes: bool = True
     weights_only: bool = True
@@ -106,7 +109,9 @@ class Snapshots(TrainerCallback):
 class _Examination:
     def __init__(self, case: Case[Any], storage: str, folder: Path) -> None:
         self.case, self.folder = case, folder
-        self.quantization = None if storage == "dense" else storage
+        self.quantization = (
+            None if storage == "dense" else Quantization(storage, **case.quantization)
+        )
         self.line: dict[str, Any] = {
             "package": case.package,
             "lightning": "",
@@ -177,7 +182,7 @@ class _Examination:
         report = parameter_report(module)
         moved = [bool(v.any()) for k, v in self.copies(subject).items() if k.endswith(".B")]
         self.line |= {
-            "lightning": _lightning_package(module),
+            "lightning": _lightning_package(module if trainer is None else trainer),
             "adapted": sum(group.count for group in report.groups),
             "packed": sum(_is_packed(m) for m in module.modules()),
             "trained": report.trainable,
@@ -185,7 +190,8 @@ class _Examination:
             "warned": [str(w.message) for w in said if "lightning_peft" in w.filename],
         }
         _require(any(moved), "no adapter moved")
-        if trainer is None:  # the library trained with a copy of the callback
+        # The library may train with a copy of the callback, or with a module around the subject's.
+        if trainer is None or trainer.lightning_module is not module:
             save_checkpoint(module, self.file)
         else:
             trainer.save_checkpoint(self.file)
@@ -198,11 +204,12 @@ class _Examination:
 
     def check_file(self, module: nn.Module) -> None:
         written = torch.load(self.file, weights_only=False)["state_dict"]
-        trained = {id(p) for p in module.parameters() if p.requires_grad}
-        frozen = {n for n, p in module.named_parameters() if id(p) not in trained}
-        held = sorted(frozen & set(written))
+        plain = self.build()
+        self.case.prepare(plain)
+        base = dict(self.case.module(plain).named_parameters())
+        still = [n for n in base.keys() & written.keys() if torch.equal(base[n], written[n])]
         full = self.case.peft.get("checkpoint") == "full"
-        _require(full or not held, f"the base is in the file: {held[:3]}")
+        _require(full or not still, f"the base is in the file: {still[:3]}")
         state = adapter_state_dict(module).items()
         lacking = [n for n, v in state if not torch.equal(written.get(n, torch.empty(0)), v)]
         _require(not lacking, f"not in the file: {lacking[:3]}")
@@ -216,8 +223,9 @@ class _Examination:
             _require(not apart, f"differs from the uninterrupted run: {len(apart)} of {len(want)}")
             return "bit for bit"
         self.load_into(again)
-        start = self.copies(again)
+        start, module = self.copies(again), self.case.module(again)
         self.fit(again)
+        _require(self.case.module(again) is module, "the entry trained another module")
         end = self.copies(again)
         _require(start.keys() == end.keys(), "other adapters after the resumed run")
         _require(any(not torch.equal(start[n], end[n]) for n in start), "the resumed run stood")
@@ -232,8 +240,7 @@ class _Examination:
         self.case.prepare(subject)
         module = self.case.module(subject)
         root = module.get_submodule(self.case.peft.get("root", ""))
-        saved = self.case.peft.get("modules_to_save")
-        attach(root, self.method(), quantization=self.quantization, modules_to_save=saved)
+        attach(root, self.method(), quantization=self.quantization, modules_to_save=None)
         load_checkpoint(module, self.file, weights_only=self.case.weights_only)
 
     def compare(self, first: Any, fresh: Any) -> str:
@@ -272,12 +279,12 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def _shown(case: Case[Any]) -> str:
-    arguments = {**case.lora, **case.peft}
+    arguments = {**case.lora, **case.peft, **case.quantization}
     if not case.weights_only:
         arguments["weights_only"] = False
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
-def _lightning_package(module: nn.Module) -> str:
-    packages = [cls.__module__.partition(".")[0] for cls in type(module).__mro__]
+def _lightning_package(of: object) -> str:
+    packages = [cls.__module__.partition(".")[0] for cls in type(of).__mro__]
     return next((p for p in packages if p in ("lightning", "pytorch_lightning")), "none")
