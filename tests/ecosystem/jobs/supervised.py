@@ -47,11 +47,13 @@ def fit(
     data: Any,
     callbacks: list[Any],
     ckpt: str | None,
+    *,
     weights_only: bool | None = None,
+    validation: Any = None,
     **options: Any,
 ) -> None:
     trainer = pl.Trainer(max_epochs=2, callbacks=callbacks, **{**QUIET, **options})
-    trainer.fit(module, data, ckpt_path=ckpt, weights_only=weights_only)
+    trainer.fit(module, data, validation, ckpt_path=ckpt, weights_only=weights_only)
 
 
 def loader(*tensors: Tensor, batch_size: int = 4) -> DataLoader[tuple[Tensor, ...]]:
