@@ -45,9 +45,7 @@ for name, (build, data, targets) in CASES.items():
             model=name,
             entry="`Trainer.fit`",
             build=build,
-            fit=lambda module, *rest, data=data: fit(
-                module, data, *rest, validation=data
-            ),
+            fit=lambda module, *rest, data=data: fit(module, data, *rest, validation=data),
             predict=lambda module: module(images),
             lora=targets,
         )
