@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ECOSYSTEM = ROOT / "tests" / "ecosystem" / "results.csv"
 MISSING = "*not measured*"
 
 
@@ -27,7 +28,10 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _read(name: str) -> list[dict[str, str]]:
-    path = RESULTS / f"{name}.csv"
+    return _rows(RESULTS / f"{name}.csv")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -123,6 +127,41 @@ def gpu() -> str:
     return _table(["script", "results"], lines)
 
 
+def ecosystem() -> str:
+    """Packages whose modules were trained by `tests/ecosystem/run.py`."""
+    rows = _rows(ECOSYSTEM)
+    pairs = dict.fromkeys((r["package"], r["model"]) for r in rows)
+    lines = []
+    for package, model in pairs:
+        here = [r for r in rows if (r["package"], r["model"]) == (package, model)]
+        first = here[0]
+        name = f"{package} {first['version']}".strip()
+        if not model:
+            lines.append([name, "", "", "", "", "", "", "", first["remark"]])
+            continue
+        stages = [_joined(here, stage) for stage in ("resume", "predict", "merge")]
+        argument = f"`{first['argument']}`" if first["argument"] else ""
+        trained = [_trained(r) for r in here]
+        lines.append([name, first["lightning"], model, first["entry"], *trained, *stages, argument])
+    columns = [
+        "package", "imports", "model", "entry point", "LoRA", "LoRA over NF4", "resumed",
+        "loaded, predicts", "merged, predicts", "given besides, or reason",
+    ]  # fmt: skip
+    lines = [[*line[:4], *[""] * (10 - len(line)), *line[4:]] for line in lines]
+    return _table(columns, lines) + _origin(rows, "date") if rows else MISSING
+
+
+def _trained(row: dict[str, str]) -> str:
+    if "Error" in row["train"] or not row["adapted"]:
+        return row["train"]
+    packed = f", {row['packed']} packed" if row["storage"] == "nf4" else ""
+    return f"{row['adapted']} layers{packed}"
+
+
+def _joined(rows: list[dict[str, str]], stage: str) -> str:
+    return "; ".join(dict.fromkeys(r[stage] for r in rows))
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (compare_methods, planner, guideline, methods, versions, gpu)
+    f.__name__: f for f in (compare_methods, planner, guideline, methods, versions, gpu, ecosystem)
 }

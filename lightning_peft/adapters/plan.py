@@ -12,6 +12,7 @@ from lightning_peft.adapters.placement.find import find_placements
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.models.adaptable_layers import adaptable_layers
 from lightning_peft.models.frozen_parts import frozen_parts, inside, names_part
 
 __all__ = ["AttachPlan", "plan_attach"]
@@ -41,8 +42,8 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
     """Plan the adapters of `methods` and the trained copies of the modules in `saved`.
 
     Raises:
-        ValueError: nothing matches, a method has no meaning at a layer, or a class swap would have
-            no effect on a module.
+        ValueError: nothing matches but layers in `saved`, a method has no meaning at a layer, or a
+            class swap would have no effect on a module.
     """
     plan = AttachPlan()
     frozen = plan.frozen_parts = frozen_parts(model)
@@ -83,6 +84,8 @@ def _add_method(
     else:
         unnamed = []
     kept = [p for p in found if not _lies_in(p.name, saved)]
+    if isinstance(method, WeightMethod) and found and not kept:
+        raise ValueError(_all_trained_whole(method, model, [p.name for p in found], saved))
     plan.skipped += [
         (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
     ]
@@ -101,6 +104,18 @@ def _add_method(
             for p in find_placements(biases, model)[0]
             if not inside(p.name, unnamed) and not _lies_in(p.name, saved)
         ]
+
+
+def _all_trained_whole(
+    method: WeightMethod, model: nn.Module, found: Sequence[str], saved: Sequence[str]
+) -> str:
+    others = adaptable_layers(model, lambda name: not _lies_in(name, saved))
+    return (
+        f"{method.label} target_modules: expected a layer that is not trained whole "
+        f"(modules_to_save), got {method.target_modules!r}, which matches only "
+        f"{', '.join(found[:5])}; name other layers ({others}), or leave {method.label} out and "
+        f"give modules_to_save={list(saved)} alone"
+    )
 
 
 def _lies_in(name: str, modules: Sequence[str]) -> bool:

@@ -55,7 +55,9 @@ def check_has_graph(loss: Tensor) -> None:
             "loss: expected a gradient, got none: the forward pass ran no adapter inside the "
             "graph. Activation checkpointing with use_reentrant=True cuts it where a block's "
             "input is frozen (use use_reentrant=False); torch.no_grad() or detach() in "
-            "training_step does too"
+            "training_step does too. A loss of a part without adapters (the discriminator of a "
+            "GAN) has no gradient either: name its layers in target_modules, or the part in "
+            "modules_to_save"
         )
 
 

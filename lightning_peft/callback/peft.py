@@ -53,6 +53,7 @@ from lightning_peft.callback.unused_parameters import explain_unused_parameters
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import is_attached
 from lightning_peft.checkpoint.forms import (
+    AdaptersOnlyWarning,
     CheckpointForm,
     DenseBaseReader,
     check_form,
@@ -263,6 +264,8 @@ class PEFT(TrainerCallback):
         refuse_unwritable(module, self.checkpoint)
         if self.checkpoint == "full" and self.quantization is not None:
             DenseBaseReader().install(module)
+        if self.checkpoint == "adapters":
+            AdaptersOnlyWarning().install(module)
         io.form, io.fall_back = self.checkpoint, self.fall_back
 
     def _make_plan(self, trainer: pl.Trainer, root: nn.Module) -> None:
@@ -330,6 +333,7 @@ class PEFT(TrainerCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training begins: lets gradients reach checkpointed blocks."""
+        self._resume.iterate_again(trainer)
         check_same_batches(trainer)
         enable_input_require_grads(pl_module)
         self._first_step = self._first_epoch = True

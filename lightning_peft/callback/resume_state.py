@@ -22,6 +22,7 @@ class ResumeState:
 
     def __init__(self) -> None:
         self._rng: list[dict[str, Any]] | None = None
+        self._iterated_early = False
 
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Add random states and optimizer names to a checkpoint, once."""
@@ -47,6 +48,7 @@ class ResumeState:
                 )
             return
         if late:
+            self._iterated_early = trainer.train_dataloader is not None
             restore_rng(states[trainer.global_rank], trainer.strategy.root_device)
             return
         self._rng = states
@@ -55,5 +57,19 @@ class ResumeState:
         """Restore what `load` kept."""
         if self._rng is not None:
             # Later is too late: the first data iterator draws a seed before on_train_start.
+            self._iterated_early = trainer.train_dataloader is not None
             restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)
             self._rng = None
+
+    def iterate_again(self, trainer: pl.Trainer) -> None:
+        """Start the data anew if it was started before the state of the run was restored.
+
+        A `configure_optimizers` that reads `trainer.estimated_stepping_batches` does that. The
+        first iterator drew its seed from another random state, and a stateful loader began at its
+        first batch.
+        """
+        if self._iterated_early:
+            self._iterated_early = False
+            loop = trainer.fit_loop
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)  # type: ignore[arg-type]  # on_train_start: it is there

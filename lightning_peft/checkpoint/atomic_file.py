@@ -245,6 +245,6 @@ def _holds_objects(file: Path, error: Exception) -> pickle.UnpicklingError:
     what = f"an object of {found.group(1)}" if found else "an object"
     return pickle.UnpicklingError(
         f"{file}: expected plain data, got {what}; if you trust the file, read it with "
-        "weights_only=False (of load_from_checkpoint, or of Trainer.fit with ckpt_path). To write "
+        "weights_only=False (of load_from_checkpoint, load_checkpoint, or Trainer.fit). To write "
         "files without objects, leave them out: save_hyperparameters(ignore=[…])"
     )

@@ -35,6 +35,7 @@ from lightning_peft.storage.dtensor import fill_rows, is_sharded
 __all__ = [
     "FORMAT",
     "KEY",
+    "adapters_of_file",
     "complete_checkpoint",
     "complete_state",
     "describe",
@@ -133,15 +134,24 @@ def complete_checkpoint(
     """
     if "state_dict" not in checkpoint:
         return checkpoint
-    check_structure(checkpoint, source)
-    refuse_merged(checkpoint, source)
-    if form_of(checkpoint) == "full":
-        stored = checkpoint
-        checkpoint = _each_state(dict(checkpoint), lambda state: without_base(stored, state))
+    checkpoint = adapters_of_file(checkpoint, source)
     verify(model, checkpoint, source, resuming=resuming)
     # Beside an average the weights themselves stand apart; the average only rounds the start.
     restore_initialized(model, checkpoint.get("current_model_state", checkpoint["state_dict"]))
     return _each_state(dict(checkpoint), lambda state: complete_state(model, state))
+
+
+def adapters_of_file(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """Check the structure of a file and return it in the form that holds adapters alone.
+
+    Raises:
+        ValueError: damaged entries, or merged weights.
+    """
+    check_structure(checkpoint, source)
+    refuse_merged(checkpoint, source)
+    if form_of(checkpoint) != "full":
+        return checkpoint
+    return _each_state(dict(checkpoint), lambda state: without_base(checkpoint, state))
 
 
 def _each_state(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.adapters.rehome import seen_from
 from lightning_peft.checkpoint.kept import kept_base_tensors
 from lightning_peft.core.names import strip_compile
 from lightning_peft.core.registry import AdapterEntry, AdapterRegistry, registries_in
@@ -46,7 +47,11 @@ def describe(model: nn.Module, kept: Iterable[str] | None = None) -> dict[str, A
         model: The model.
         kept: Names of the tensors in the file that belong to no adapter; None finds them.
     """
-    roots = {strip_compile(p): _describe_root(r) for p, _, r in registries_in(model) if r.adapters}
+    roots = {
+        strip_compile(prefix): _describe_root(seen_from(root, registry))
+        for prefix, root, registry in registries_in(model)
+        if registry.adapters
+    }
     names = sorted(kept_base_tensors(model) if kept is None else kept)
     return {"format": FORMAT, "versions": _versions(), "roots": roots, "kept": names}
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import atomic_file
-from lightning_peft.checkpoint.contents import load_kept
+from lightning_peft.checkpoint.contents import adapters_of_file, load_kept
 from lightning_peft.checkpoint.description import KEY, describe, is_attached
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.checkpoint.plain_data import fields_not_plain
@@ -34,7 +34,6 @@ from lightning_peft.checkpoint.sharded import (
     shard_optimizer_state,
     tensor_shards,
 )
-from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.initialization.data_driven import waiting_adapters
@@ -48,7 +47,7 @@ from lightning_peft.storage.dtensor import local
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 _WEIGHTS, _OPTIMIZERS = "state_dict", "optimizer_states"
-_RESERVED = (KEY, _WEIGHTS, _OPTIMIZERS)
+_RESERVED = (KEY, _WEIGHTS, _OPTIMIZERS, "weights_only")
 
 
 def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: Any) -> None:
@@ -114,7 +113,7 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
 
 
 def load_checkpoint(
-    module: nn.Module, path: str | os.PathLike[str], **state: Any
+    module: nn.Module, path: str | os.PathLike[str], *, weights_only: bool = True, **state: Any
 ) -> dict[str, Any]:
     """Read adapters and the state of a training loop, after checking all of it.
 
@@ -128,6 +127,8 @@ def load_checkpoint(
     Args:
         module: The model with its adapters attached. Wrappers may be around it.
         path: A file of `save_checkpoint`, or of a Trainer with the PEFT callback.
+        weights_only: If False, hyper-parameters that are objects are unpickled, which may run code
+            of the file.
         **state: Objects to restore, under the names they were saved with.
 
     Returns:
@@ -135,6 +136,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: no such file.
+        UnpicklingError: the file holds objects, and `weights_only` is True.
         ValueError: other adapters, another base, tensors or states that do not fit; nothing is
             loaded.
     """
@@ -143,7 +145,7 @@ def load_checkpoint(
     _check_names(state)
     error: Exception | None = None
     try:
-        checkpoint = _read(source)
+        checkpoint = _read(source, weights_only)
         verify(model, checkpoint, source, resuming=bool(optimizers))
         _check_state(checkpoint, state, optimizers, source)
         if optimizers and waiting_adapters(model):
@@ -231,17 +233,19 @@ def _check_state(
         )
 
 
-def _read(source: str) -> dict[str, Any]:
+def _read(source: str, weights_only: bool) -> dict[str, Any]:
     if atomic_file.is_local(source):
         atomic_file.recover(source)
-    checkpoint = read_folder(Path(source)) if is_folder(source) else atomic_file.read(source)
+    if is_folder(source):
+        checkpoint = read_folder(Path(source))
+    else:
+        checkpoint = atomic_file.read(source, weights_only=weights_only)
     if _WEIGHTS not in checkpoint:
         raise ValueError(
             f"{source}: expected a checkpoint with {_WEIGHTS!r}, got keys {sorted(checkpoint)}; "
             "give a file of save_checkpoint or of a Trainer with the PEFT callback"
         )
-    check_structure(checkpoint, source)
-    return checkpoint
+    return adapters_of_file(checkpoint, source)
 
 
 def _optimizer_states(

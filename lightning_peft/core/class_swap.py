@@ -8,6 +8,7 @@ nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 from weakref import WeakValueDictionary
@@ -16,7 +17,7 @@ from weakref import WeakValueDictionary
 from lightning_peft_kernels.dispatch import Backend
 from torch import Tensor, nn
 
-from lightning_peft.core.outside_reads import ParameterAccess
+from lightning_peft.core.outside_reads import ParameterAccess, reading_held
 
 __all__ = ["PackedForward", "Swapped", "base_class", "swap_in", "swap_out"]
 
@@ -64,6 +65,30 @@ class Swapped(_Module):
         """Return what code that reads ``module.weight`` or ``module.bias`` finds."""
         return held
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Called by `state_dict`: a class that saves its own way reads what is held, not W'."""
+        with reading_held(self):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Called by `load_state_dict`: a class that loads its own way writes what is held."""
+        with reading_held(self):
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the attributes: a class that copies its own way would drop adapters and storage."""
+        made: Any = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self._state(), memo))
+        return made
+
+    def _state(self) -> dict[str, Any]:
+        getstate = getattr(self, "__getstate__", None)  # an LSTM leaves its weak references out
+        state: dict[str, Any] = self.__dict__ if getstate is None else getstate()
+        return state
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Rebuild the made class on unpickling: `type()` classes cannot be found by name."""
         cls: Any = type(self)
@@ -73,9 +98,7 @@ class Swapped(_Module):
             cls = cls._swap_base
         if not mixins:  # another library stacked its own class on ours; it answers for the result
             return super().__reduce_ex__(protocol)
-        getstate = getattr(self, "__getstate__", None)  # an LSTM leaves its weak references out
-        state = self.__dict__ if getstate is None else getstate()
-        return _rebuild, (tuple(reversed(mixins)), cls), state
+        return _rebuild, (tuple(reversed(mixins)), cls), self._state()
 
 
 class PackedForward(Swapped):

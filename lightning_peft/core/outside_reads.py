@@ -16,10 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OutsideTensor", "ParameterAccess", "in_own_forward", "outside_reader", "own_forward"]
+__all__ = [
+    "OutsideTensor",
+    "ParameterAccess",
+    "in_own_forward",
+    "outside_reader",
+    "own_forward",
+    "reading_held",
+]
 
 #: Modules (by id) whose own forward runs in this thread or task.
 _RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
+#: Modules (by id) whose parameters are read as they are held, in this thread or task.
+_HELD: ContextVar[frozenset[int]] = ContextVar("held", default=frozenset())
 
 #: Modules that take a parameter to hold it elsewhere, not to compute with it: `get_parameter`,
 #: pruning, sharding, tying.
@@ -80,7 +89,7 @@ class ParameterAccess:
             return parameter
         if not torch.compiler.is_compiling():
             reader: str = sys._getframe(1).f_globals.get("__name__", "")
-            if reader.startswith(_HOLDERS):
+            if reader.startswith(_HOLDERS) or id(module) in _HELD.get():
                 return parameter
         return module._read_parameter(self.name, parameter)
 
@@ -93,6 +102,16 @@ def own_forward(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         _RUNNING.reset(token)
+
+
+@contextmanager
+def reading_held(module: nn.Module) -> Iterator[None]:
+    """Let every reader find the module's parameters as they are held: for saving and loading."""
+    token = _HELD.set(_HELD.get() | {id(module)})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
 
 
 def in_own_forward(module: nn.Module) -> bool:

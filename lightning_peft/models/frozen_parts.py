@@ -87,7 +87,12 @@ def frozen_copies(model: nn.Module) -> list[FrozenCopy]:
 
 
 def _are_named_as_copies(student: str, teacher: str) -> bool:
-    """Whether names say that one part follows the other: ``backbone``, ``backbone_momentum``."""
+    """Whether names say that one part follows the other: ``backbone``, ``backbone_momentum``.
+
+    Names that differ in an index alone say nothing: they are blocks of one stack.
+    """
+    if re.sub(r"\d+", "", student) == re.sub(r"\d+", "", teacher):
+        return False
     if _likeness(student, teacher) >= 0.6:
         return True
     first, second = (set(re.split(r"[._]", name)) for name in (student, teacher))

@@ -19,6 +19,7 @@ from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.models.content import Contents, changed_tensors, take_content
+from lightning_peft.models.relocation import relocation, stray_registries
 from lightning_peft.storage import held_tensors
 from lightning_peft.storage.dtensor import is_sharded
 
@@ -71,14 +72,29 @@ def start_history(model: nn.Module, again: Iterable[str] = ()) -> ModelHistory:
 
 
 def _history_of(model: nn.Module) -> ModelHistory:
-    """Return the history of exactly this module: an adapted root has it in its registry."""
+    """Return the history of exactly this module: an adapted root has it in its registry.
+
+    A part of an adapted root begins with what is known of it there.
+    """
     registry = registry_of(model)
     if registry is None:
-        found: ModelHistory = vars(model).setdefault(_ATTRIBUTE, ModelHistory())
+        found: ModelHistory | None = vars(model).get(_ATTRIBUTE)
+        if found is None:
+            found = _history_from_root(model)
+            vars(model)[_ATTRIBUTE] = found
         return found
     if registry.history is None:
         registry.history = vars(model).pop(_ATTRIBUTE, None) or ModelHistory()
     return registry.history
+
+
+def _history_from_root(model: nn.Module) -> ModelHistory:
+    found = ModelHistory()
+    for registry in stray_registries(model):
+        if registry.history is not None:
+            moved = move_history(registry.history, relocation(model)[0])
+            found = ModelHistory(found.content | moved.content, found.kept | moved.kept)
+    return found
 
 
 def move_history(history: ModelHistory, rename: Callable[[str], str | None]) -> ModelHistory:

@@ -55,9 +55,12 @@ def repair(
             added.setdefault(places[0], []).append(p)
             put_in.append(name)
     if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise RuntimeError(
-            f"optimizers: expected each trained parameter in exactly one, got {', '.join(wrong)}; "
-            "build them in configure_optimizers over self.parameters()"
+            f"optimizers: expected each trained parameter in exactly one, got "
+            f"{', '.join(wrong[:4])}{more}; build them in configure_optimizers over "
+            "self.parameters(), or, for a part that no optimizer is meant to train, leave its "
+            "layers out with exclude_modules"
         )
     called = {id(p): name for name, p in trained.items()}
     for i, params in added.items():

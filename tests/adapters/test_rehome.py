@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
+from lightning_peft.checkpoint.description import describe
 from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.lightning_package import InPackage, pl
 from tests.helpers.nets import trainer
@@ -134,3 +135,37 @@ def test_the_last_named_copy_acts() -> None:
     y = model(X).detach()
     lp.merge(model)
     assert_same_bits("merged", model(X).detach(), y)
+
+
+class Moving(nn.Module):
+    """Has a base tensor that its own forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.head = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.head(self.encoder(x)) + self.calls
+
+
+@pytest.mark.usefixtures("lightning_package")
+@pytest.mark.parametrize("part", ["", "encoder"])
+def test_the_file_of_a_part_is_that_of_the_part(part: str, tmp_path: Path) -> None:
+    """The root is gone or in use: the part's file has the part's names, and what moved in it."""
+    shared = Moving()
+    stage = Stage(shared)
+    trainer(callback(), max_epochs=2).fit(stage, data())
+    before = describe(stage)["roots"]
+    lp.save_checkpoint(shared.get_submodule(part), tmp_path / "a.ckpt")
+    assert describe(stage)["roots"] == before
+    fresh = Moving()
+    lp.attach(fresh.get_submodule(part), LORA)
+    lp.load_checkpoint(fresh.get_submodule(part), tmp_path / "a.ckpt")
+    ours, theirs = fresh.get_submodule(part).eval(), shared.get_submodule(part).eval()
+    assert_same_bits("loaded", ours(X).detach(), theirs(X).detach())
+    lp.load_checkpoint(theirs, tmp_path / "a.ckpt")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_peft import IA3, PEFT, Quantization, load_from_checkpoint
+from lightning_peft import (
+    IA3,
+    PEFT,
+    Quantization,
+    attach,
+    load_checkpoint,
+    load_from_checkpoint,
+)
 from lightning_peft.checkpoint.description import KEY
 from tests.helpers.lightning_package import in_package, pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, lora, peft, trainer
@@ -46,8 +54,27 @@ def test_a_full_file_loads_strictly_and_resumes(
     assert_same(dict(first.state_dict()), before)
     read = load_from_checkpoint(Plain, path)
     assert torch.equal(outputs(read), outputs(first))
+    in_a_loop = Plain()
+    attach(in_a_loop, lora(), quantization=quantization, modules_to_save=["5"])
+    load_checkpoint(in_a_loop, path)
+    assert torch.equal(outputs(in_a_loop), outputs(first))
     run(tmp_path / "b", second, 2, path, **options, checkpoint="full")
     assert_same(adapters_of(second), adapters_of(without_stop))
+
+
+@pytest.mark.parametrize("quantization", STORED, ids=["dense", "nf4"])
+def test_a_library_that_reads_adapters_alone_is_told_how(
+    quantization: Quantization | None, tmp_path: Path
+) -> None:
+    model = Plain()
+    run(tmp_path, model, 1, quantization=quantization)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    said = r"holds adapters alone.*PEFT\(checkpoint='full'\)"
+    with pytest.raises(RuntimeError, match="Missing key"), pytest.warns(UserWarning, match=said):
+        model.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(model.state_dict())
 
 
 def test_another_base_does_not_load_into_packed_layers(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import load_from_checkpoint
+from lightning_peft import attach, load_checkpoint, load_from_checkpoint
 from tests.helpers.lightning_package import in_package, pl
-from tests.helpers.nets import Plain, adapters_of, assert_same, peft, trainer
+from tests.helpers.nets import Plain, adapters_of, assert_same, lora, peft, trainer
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
 
@@ -67,6 +67,12 @@ def test_objects_need_weights_only_false(tmp_path: Path) -> None:
         path = written(model, tmp_path / "a.ckpt")
     with pytest.raises(pickle.UnpicklingError, match=r"CrossEntropyLoss.*weights_only=False.*ign"):
         load_from_checkpoint(Objects, path, loss_fn=nn.CrossEntropyLoss())
+    fresh = Objects(nn.CrossEntropyLoss())
+    attach(fresh, lora(), modules_to_save=["3"])
+    with pytest.raises(pickle.UnpicklingError, match=r"weights_only=False \(of .*load_checkpoint"):
+        load_checkpoint(fresh, path)
+    load_checkpoint(fresh, path, weights_only=False)
+    assert_same(adapters_of(fresh), adapters_of(model))
     read = load_from_checkpoint(Objects, path, weights_only=False)
     assert isinstance(read.loss_fn, nn.CrossEntropyLoss)
     assert_same(adapters_of(read), adapters_of(model))

@@ -91,7 +91,25 @@ def test_resume_with_averages(averaging: Any, peft_first: bool, tmp_path: Path) 
     assert cut.stat().st_size < 60_000
 
 
-def test_resume_mid_epoch_with_a_stateful_loader(tmp_path: Path) -> None:
+class CountsSteps(Plain):
+    """Its scheduler needs the number of steps, so the data is set up before fit starts."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_resume_with_data_that_is_set_up_early(tmp_path: Path) -> None:
+    whole, second = CountsSteps(), CountsSteps()
+    run(whole, 3, tmp_path / "whole", peft())
+    run(second, 3, tmp_path / "parts", peft(), ckpt=tmp_path / "whole" / "epoch=0.ckpt", seed=99)
+    assert_same(dict(second.state_dict()), dict(whole.state_dict()))
+
+
+@pytest.mark.parametrize("kind", [Plain, CountsSteps])
+def test_resume_mid_epoch_with_a_stateful_loader(kind: type[Plain], tmp_path: Path) -> None:
     class Loader:
         """Batches by position, and the position is kept."""
 
@@ -116,7 +134,7 @@ def test_resume_mid_epoch_with_a_stateful_loader(tmp_path: Path) -> None:
             self.at = state["at"]
 
     def once(folder: Path, ckpt: Path | None, seed: int) -> Plain:
-        model = Plain()
+        model = kind()
         pl.seed_everything(seed, verbose=False)
         each = pl.callbacks.ModelCheckpoint(
             folder, filename="{step}", every_n_train_steps=3, save_top_k=-1

@@ -267,3 +267,12 @@ def test_the_files_own_list_decides(tmp_path: Path) -> None:
     refused(lambda c: c["state_dict"].pop("head.bias"), r"missing head\.bias")
     refused(lambda c: c["state_dict"].update(other=torch.ones(1)), "extra other")
     refused(lambda c: c[KEY]["kept"].remove("head.bias"), r"extra head\.bias")
+
+
+def test_a_frozen_block_of_a_stack_is_no_teacher_of_another() -> None:
+    """As in N-BEATS of darts, whose last backcast is frozen: an equal name but for the index."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].requires_grad_(False)
+    lp.attach(model, LoRA(r=2, target_modules="all-linear"))
+    assert [name for name, m in model.named_modules() if "peft" in m._modules] == ["0", "1"]

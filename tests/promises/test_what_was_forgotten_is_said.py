@@ -115,3 +115,15 @@ def test_the_table_has_pefts_remaining_types(model_type: str) -> None:
     from lightning_peft.models.target_table import MODEL_TYPES
 
     assert MODEL_TYPES[model_type].lora
+
+
+def test_a_method_whose_layers_are_all_trained_whole() -> None:
+    said = "only 3; name other layers (0, 2 (Linear ×2)), or leave LoRA out and give modules_to"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        lp.attach(net(), lp.LoRA(r=1, target_modules=["3"]), modules_to_save=["3"])
+
+
+def test_a_model_whose_linear_layers_are_all_too_narrow() -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8), "head": nn.Linear(8, 1)})
+    with pytest.raises(ValueError, match=r"LoRA on 'head': .*; or name other layers: rnn \(LSTM"):
+        lp.attach(model, lp.LoRA(r=4, target_modules="all-linear"))

@@ -16,6 +16,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.layers import editable_ops
 from lightning_peft.layers.experts.ops import is_experts
 from lightning_peft.methods.base import WeightMethod
+from lightning_peft.models.adaptable_layers import adaptable_layers
 from lightning_peft.models.target_modules import Selection, select
 from lightning_peft.storage import storage_of
 from lightning_peft.storage.unknown import refuse_unknown_format
@@ -48,11 +49,14 @@ def find_weight_placements(
             site = Site(module, parameter, name, ops, storage_of(module, parameter))
             slot = "" if len(parameters) == 1 else parameter.replace(".", "_")
             placements.append(WeightPlacement(site, slot))
-    return _checked(method, placements, selection)
+    return _checked(method, model, placements, selection)
 
 
 def _checked(
-    method: WeightMethod, placements: list[WeightPlacement], selection: Selection
+    method: WeightMethod,
+    model: nn.Module,
+    placements: list[WeightPlacement],
+    selection: Selection,
 ) -> tuple[list[WeightPlacement], Selection]:
     """The placements at which the method has a meaning.
 
@@ -72,7 +76,9 @@ def _checked(
         else:
             fitting.append(placement)
     if refusal is not None and not fitting:
-        raise refusal
+        matched = {placement.name for placement in placements}
+        others = adaptable_layers(model, lambda name: name not in matched)
+        raise ValueError(f"{refusal}; or name other layers: {others}")
     return fitting, dataclasses.replace(selection, skipped=(*selection.skipped, *unfit))
 
 
