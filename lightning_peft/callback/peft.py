@@ -329,9 +329,13 @@ class PEFT(TrainerCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins: lets gradients reach checkpointed blocks."""
+        """Called when training begins: lets gradients reach checkpointed blocks.
+
+        It also restores the gradients of an accumulation window that a checkpoint cut.
+        """
         check_same_batches(trainer)
         enable_input_require_grads(pl_module)
+        self._resume.restore_gradients(trainer)
         self._first_step = self._first_epoch = True
         self._gradients, self._finite = GradientWatch(), FiniteGradients()
         self._sigterm.install(trainer)
@@ -418,7 +422,7 @@ class PEFT(TrainerCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Called when a checkpoint is loaded: keeps the state that `on_fit_start` restores."""
+        """Called when a checkpoint is loaded: keeps the state that later hooks restore."""
         self._resume.load(trainer, checkpoint)
 
     # ---- the end

@@ -152,6 +152,14 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
+def _is_gradients(value: Any) -> bool:
+    return _is_dicts(value) and all(
+        isinstance(name, str) and isinstance(g, Tensor) and g.is_floating_point()
+        for each in value
+        for name, g in each.items()
+    )
+
+
 _DICT: _Rule = (_is_dict, "a dict")
 _NAMES: _Rule = (_is_names, "a list of names")
 _DICTS: _Rule = (_is_dicts, "a list of dicts")
@@ -172,6 +180,7 @@ _ENTRY: Mapping[str, _Rule] = {
     "kept": _NAMES,
     "tensors": _NAMES,
     "rng": (lambda value: value is None or _is_dicts(value), "a list of states"),
+    "gradients": (_is_gradients, "a list of gradients by name"),
     "optimizers": (
         lambda value: (
             isinstance(value, list)

@@ -12,24 +12,20 @@ from tests.helpers.lightning_package import current
 pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
 
-UNSOLVED = pytest.mark.xfail(
-    reason="the run differs after four SIGINTs in a row; the cause is not known"
-)
-
-
 @pytest.mark.parametrize(
-    ("count", "seed"),
+    ("count", "seed", "ranks"),
     [
-        (3, 1),
-        pytest.param(4, 0, marks=[pytest.mark.slow, UNSOLVED]),
-        *(pytest.param(20, s, marks=pytest.mark.slow) for s in (1, 2)),
+        (3, 1, 1),
+        (2, 1, 2),
+        *(pytest.param(40, 0, ranks, marks=pytest.mark.slow) for ranks in (1, 2)),
     ],
 )
-def test_runs_with_signals_end_equal(count: int, seed: int, tmp_path: Path) -> None:
+def test_runs_with_signals_end_equal(count: int, seed: int, ranks: int, tmp_path: Path) -> None:
     out = run_function(
         "tests.checkpoint.signal_job:main",
-        [str(tmp_path), count, seed],
+        [str(tmp_path), count, seed, ranks],
         tmp_path,
+        timeout=1500,
         environment={"LIGHTNING_PACKAGE": current()},
     )
     assert out.strip().endswith("equal"), out[-3000:]

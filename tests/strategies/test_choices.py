@@ -105,7 +105,7 @@ def test_tensor_parallelism_is_refused() -> None:
 
 @both
 def test_a_schedule_over_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.helpers.distributed.processes import free_port
+    from tests.helpers.rank_forks import free_port
 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     method = AdaLoRA(init_r=2, target_r=1, target_modules="all-linear")
@@ -135,7 +135,7 @@ def test_one_process_works_too(
     text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tests.helpers.distributed.processes import free_port
+    from tests.helpers.rank_forks import free_port
 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     model = Plain()
