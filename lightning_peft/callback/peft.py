@@ -299,16 +299,20 @@ class PEFT(TrainerCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when validation begins: raises if the trained adapters were lost."""
         self._check_not_lost(pl_module)
+        if not is_fitting(trainer):
+            check_same_batches(trainer)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when testing begins: raises if the trained adapters were lost."""
         self._check_not_lost(pl_module)
+        check_same_batches(trainer)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when prediction begins: raises if the trained adapters were lost."""
         self._check_not_lost(pl_module)
+        check_same_batches(trainer)
 
     def _check_not_lost(self, module: pl.LightningModule) -> None:
         if self._io is None or not self._io.lost:
