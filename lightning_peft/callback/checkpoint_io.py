@@ -22,7 +22,7 @@ from lightning_peft.checkpoint.contents import (
     filter_checkpoint,
     is_attached,
     leaks,
-    nonfinite_names,
+    nonfinite_message,
 )
 from lightning_peft.checkpoint.damage import DamagedCheckpointError
 from lightning_peft.checkpoint.forms import CheckpointForm
@@ -158,13 +158,9 @@ class PEFTCheckpointIO(CheckpointIO):
         Raises:
             RuntimeError: they are not; the former file is untouched.
         """
-        bad = nonfinite_names(module, checkpoint["state_dict"])
-        if not bad:
+        text = nonfinite_message(module, checkpoint["state_dict"], path)
+        if not text:
             return True
-        text = (
-            f"{path}: expected finite weights to save, got NaN or infinity in {len(bad)} tensors "
-            f"({', '.join(bad[:3])}); not written, former files are untouched"
-        )
         if self.resuming() and not is_interrupted(module.trainer):
             raise RuntimeError(f"{text}. Resume from one of them with a lower learning rate")
         warnings.warn(text, stacklevel=3)

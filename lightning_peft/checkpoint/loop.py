@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import atomic_file
-from lightning_peft.checkpoint.contents import load_kept
+from lightning_peft.checkpoint.contents import load_kept, nonfinite_message
 from lightning_peft.checkpoint.description import KEY, describe, is_attached
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.checkpoint.plain_data import fields_not_plain
@@ -70,6 +70,7 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
         ValueError: no adapter is attached, or a reserved name in `state`.
         TypeError: a value in `state` that is not plain data.
         OSError: the disk is full; the former file is unchanged.
+        RuntimeError: a trained tensor holds NaN or infinity; the former file is unchanged.
     """
     model = _unwrap_module(module)
     if not is_attached(model):
@@ -100,13 +101,16 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
     if _rank() == 0:
         named = dict(model.named_parameters())
         entry = {"rng": random, "optimizers": [names_of(o, named) for o in optimizers.values()]}
+        weights = gather_tensors(shards)
         checkpoint = {
             **plain,
-            _WEIGHTS: gather_tensors(shards),
+            _WEIGHTS: weights,
             _OPTIMIZERS: [gather_optimizers(each) for each in gathered],
             KEY: {**describe(model), **entry},
         }
         try:
+            if text := nonfinite_message(model, weights, os.fspath(path)):
+                raise RuntimeError(f"{text}. Resume from one of them with a lower learning rate")
             atomic_file.write(checkpoint, path)
         except Exception as caught:
             error = caught
