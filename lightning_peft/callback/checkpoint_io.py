@@ -25,6 +25,7 @@ from lightning_peft.checkpoint.contents import (
     nonfinite_message,
 )
 from lightning_peft.checkpoint.damage import DamagedCheckpointError
+from lightning_peft.checkpoint.description import KEY
 from lightning_peft.checkpoint.forms import CheckpointForm
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.sharded import is_folder, read_folder
@@ -197,6 +198,11 @@ class PEFTCheckpointIO(CheckpointIO):
         if module is None or not is_attached(module):
             return checkpoint
         package = package_of(module)
+        if "state_dict" not in checkpoint:
+            raise ValueError(
+                f"{os.fspath(path)}: expected a checkpoint with 'state_dict', got keys "
+                f"{sorted(map(str, checkpoint))}; resume from another checkpoint"
+            )
         if package is not None:  # a file of `save_checkpoint` has none; Lightning requires one
             checkpoint.setdefault(_VERSION, package.version)
         if self.resuming():
@@ -229,6 +235,9 @@ def _check_training_state(
         check_like(checkpoint["loops"], live, source, "loops", complete=complete)
     if "optimizer_states" in checkpoint and complete:
         absent = [n for n in ("lr_schedulers", "epoch", "global_step") if n not in checkpoint]
+        entry = checkpoint.get(KEY)
+        if isinstance(entry, dict) and "optimizers" in entry and not entry.get("rng"):
+            absent.append(f"{KEY}.rng")
         if absent:
             raise ValueError(
                 f"{source}: expected {', '.join(absent)} beside the optimizer states, found none; "

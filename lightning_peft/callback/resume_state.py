@@ -14,7 +14,7 @@ from lightning_peft.callback.accumulated_gradients import (
     restore_gradients,
 )
 from lightning_peft.callback.gather_rng import gather_rng
-from lightning_peft.callback.optimizer_setup import optimizer_names
+from lightning_peft.callback.optimizer_setup import optimizer_entry
 from lightning_peft.checkpoint.contents import KEY
 from lightning_peft.checkpoint.rng_state import restore_rng
 from lightning_peft.trainers.packages import is_fitting
@@ -37,8 +37,7 @@ class ResumeState:
         """Add the state to a checkpoint, once."""
         if KEY in checkpoint:
             return
-        names = optimizer_names(trainer)
-        checkpoint[KEY] = {"rng": gather_rng(trainer), "optimizers": names}
+        checkpoint[KEY] = {"rng": gather_rng(trainer), **optimizer_entry(trainer)}
         gradients = gather_gradients(trainer)
         if gradients is not None:
             checkpoint[KEY]["gradients"] = gradients

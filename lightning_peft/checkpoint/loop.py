@@ -41,7 +41,7 @@ from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_moved, note_optimizers, start_history
 from lightning_peft.optim.state_check import check_optimizer_state, converted_state
-from lightning_peft.optim.state_names import in_live_order, names_of
+from lightning_peft.optim.state_names import in_live_order, names_of, stepped_names
 from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.storage.dtensor import local
 
@@ -100,7 +100,11 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
     error: Exception | None = None
     if _rank() == 0:
         named = dict(model.named_parameters())
-        entry = {"rng": random, "optimizers": [names_of(o, named) for o in optimizers.values()]}
+        entry = {
+            "rng": random,
+            "optimizers": [names_of(o, named) for o in optimizers.values()],
+            "stepped": [stepped_names(o, named) for o in optimizers.values()],
+        }
         weights = gather_tensors(shards)
         checkpoint = {
             **plain,
@@ -255,14 +259,16 @@ def _optimizer_states(
     if not optimizers:
         return []
     named = dict(model.named_parameters())
-    saved = checkpoint[KEY].get("optimizers")
+    saved, stepped = checkpoint[KEY].get("optimizers"), checkpoint[KEY].get("stepped") or []
     found = []
     for i, (name, optimizer) in enumerate(optimizers.items()):
         state = checkpoint[_OPTIMIZERS][i]
         if saved:
             state = in_live_order(state, saved[i], names_of(optimizer, named), f"state of {name}")
         sharded = _is_sharded(kept_tensors(model))
-        check_optimizer_state(optimizer, state, named, f"state of {name}", sharded=sharded)
+        names = stepped[i] if i < len(stepped) else ()
+        what = f"state of {name}"
+        check_optimizer_state(optimizer, state, named, what, stepped=names, sharded=sharded)
         state = converted_state(optimizer, state)
         found.append(shard_optimizer_state(optimizer, state) if sharded else state)
     return found

@@ -7,24 +7,25 @@ live optimizer needs.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from lightning_peft_kernels.optim.adamw_8bit import BLOCK
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.core.finite import is_finite
+from lightning_peft.optim.needed_state import needed_names
 from lightning_peft.optim.optimizers import PooledOptimizer
 from lightning_peft.optim.state_conversion import to_torch
 from lightning_peft.optim.state_names import names_of
 
 __all__ = ["check_optimizer_state", "converted_state", "is_8bit"]
 
+_MOST_STEPS = 1 << 53  # a float counts no further
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
 _CODES = {"state1", "absmax1", "state2", "absmax2"}
 
@@ -57,6 +58,7 @@ def check_optimizer_state(
     named: Mapping[str, Tensor],
     what: str = "optimizer state",
     *,
+    stepped: Collection[str] = (),
     sharded: bool = False,
 ) -> None:
     """Raise unless a state dict, in live order, can be loaded.
@@ -66,6 +68,7 @@ def check_optimizer_state(
         state_dict: As the file holds it.
         named: The model's parameters by name, for messages.
         what: The file or optimizer, for messages.
+        stepped: Names of the parameters that had a state when the file was written.
         sharded: If True, the state holds all rows of tensors of which the optimizer has some.
 
     Raises:
@@ -78,9 +81,11 @@ def check_optimizer_state(
         zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ):
         problems += [f"group {i}: {line}" for line in _group_problems(group, live)]
-    needed = _needed_names(optimizer, state_dict["param_groups"])
+    needed = needed_names(optimizer, state_dict["param_groups"])
     for key, name, p in zip(_keys(state_dict), names, _params(optimizer), strict=True):
         state = state_dict["state"].get(key)
+        if state is None and name in stepped:
+            problems.append(f"{name}: expected a state, got none")
         if state is not None:
             numel = None if sharded else p.numel()
             lines = _state_problems(optimizer, state, p, needed, numel)
@@ -216,6 +221,8 @@ def _flat_problems(
             yield from _size_problems(key, value, state, p, numel)
         elif isinstance(value, float | int) and not all(map(math.isfinite, _numbers(value))):
             yield f"{key}: expected a finite number, got {str(value)[:40]}"
+        elif key == "step" and not 0 <= value <= _MOST_STEPS:
+            yield f"step: expected a count, got {value}"
 
 
 def _missing(optimizer: Optimizer, state: Mapping[str, Any], needed: set[str] | None) -> set[str]:
@@ -256,6 +263,8 @@ def _tensor_problems(key: str, value: Tensor, p: Tensor | None, numel: int | Non
         yield f"step: expected one number, got shape {list(value.shape)}"
     elif value.device.type != "meta" and not is_finite(value):
         yield f"{key}: expected finite values, got NaN or infinity"
+    elif key == "step" and float(value) > _MOST_STEPS:
+        yield f"step: expected a count, got {float(value)}"
     elif (
         key in ("step", "absmax1", "absmax2", "exp_avg_sq", "max_exp_avg_sq")
         and value.numel()
@@ -280,28 +289,3 @@ def _size_problems(
         yield f"{key}: expected {blocks} blocks, got {value.numel()}"
     elif key in {*_MOMENTS, "max_exp_avg_sq", "momentum_buffer"} and value.numel() != numel:
         yield f"{key}: expected shape {list(p.shape)}, got {list(value.shape)}"
-
-
-# ---- what the live class needs
-
-
-def _needed_names(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> set[str] | None:
-    """Return the names of the tensors that a step of this class keeps; None if it cannot be tried.
-
-    A new optimizer of the class steps once over one small parameter, with the options of the file.
-    """
-    if isinstance(optimizer, PooledOptimizer):
-        return None
-    weight = nn.Parameter(torch.zeros(2, 2))
-    weight.grad = torch.zeros(2, 2)
-    options = {**optimizer.param_groups[0], **groups[0]} if groups else {}
-    options |= {"params": [weight], "fused": None, "foreach": None, "capturable": False}
-    options.pop("param_names", None)
-    try:
-        accepted = inspect.signature(type(optimizer)).parameters
-        given = {k: v for k, v in options.items() if k in accepted}
-        trial = type(optimizer)(**given)
-        trial.step()
-    except Exception:  # a class of the user's, with arguments of its own
-        return None
-    return {k for k, v in trial.state[weight].items() if isinstance(v, Tensor)}
