@@ -293,7 +293,7 @@ class PEFT(TrainerCallback):
         if self.memory_plan is not None and trainer.is_global_zero:
             print(self.memory_plan)
         self._show(trainer, pl_module)
-        self._resume.restore(trainer)
+        self._resume.restore(trainer, find_root(pl_module, self.root))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,10 +8,17 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lightning_peft.callback.accumulated_gradients import (
     Gradients,
     gather_gradients,
     restore_gradients,
+)
+from lightning_peft.callback.finetuning import (
+    has_finetuning,
+    trained_outside,
+    unfreeze_again,
 )
 from lightning_peft.callback.gather_rng import gather_rng
 from lightning_peft.callback.optimizer_setup import optimizer_entry
@@ -31,6 +38,7 @@ class ResumeState:
     def __init__(self) -> None:
         self._rng: list[dict[str, Any]] | None = None
         self._gradients: list[Gradients] | None = None
+        self._trained: list[str] = []
         self._loaded = False
 
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -38,6 +46,8 @@ class ResumeState:
         if KEY in checkpoint:
             return
         checkpoint[KEY] = {"rng": gather_rng(trainer), **optimizer_entry(trainer)}
+        if has_finetuning(trainer):
+            checkpoint[KEY]["trained"] = trained_outside(trainer.lightning_module)
         gradients = gather_gradients(trainer)
         if gradients is not None:
             checkpoint[KEY]["gradients"] = gradients
@@ -48,6 +58,7 @@ class ResumeState:
             return
         entry = checkpoint.get(KEY) or {}
         self._loaded, self._gradients = True, entry.get("gradients")
+        self._trained = entry.get("trained") or []
         late = trainer.strategy.restore_checkpoint_after_setup  # on_fit_start is over
         states = entry.get("rng")
         if states is None:
@@ -66,8 +77,10 @@ class ResumeState:
             return
         self._rng = states
 
-    def restore(self, trainer: pl.Trainer) -> None:
-        """Restore the random states."""
+    def restore(self, trainer: pl.Trainer, root: nn.Module) -> None:
+        """Restore the random states, and unfreeze what was trained outside of `root`."""
+        if has_finetuning(trainer):
+            unfreeze_again(trainer.lightning_module, root, self._trained)
         if self._rng is not None:
             # Later is too late: the first data iterator draws a seed before on_train_start.
             restore_rng(self._rng[trainer.global_rank], trainer.strategy.root_device)

@@ -93,6 +93,10 @@ def _is_numpy_state(value: Any) -> bool:
         and isinstance(value[1], Tensor)
         and value[1].shape == (624,)
         and value[1].dtype == torch.int64
-        and all(type(n) in (int, float) and math.isfinite(n) for n in value[2:])
+        and type(value[2]) in (int, float)
         and 0 <= value[2] <= 624
+        and type(value[3]) in (int, float)
+        and value[3] in (0, 1)
+        and type(value[4]) is float
+        and math.isfinite(value[4])
     )

@@ -186,6 +186,7 @@ _TOP: Mapping[str, _Rule] = {
 _ENTRY: Mapping[str, _Rule] = {
     "kept": _NAMES,
     "tensors": _NAMES,
+    "trained": _NAMES,
     "rng": (lambda value: value is None or _is_dicts(value), "a list of states"),
     "gradients": (_is_gradients, "a list of gradients by name"),
     "stepped": (

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_peft.core.finite import is_finite
 from lightning_peft.optim.needed_state import needed_names
 from lightning_peft.optim.optimizers import PooledOptimizer
+from lightning_peft.optim.option_check import is_number, numbers_in, option_problems
 from lightning_peft.optim.state_conversion import to_torch
 from lightning_peft.optim.state_names import names_of
 
@@ -80,7 +81,7 @@ def check_optimizer_state(
     for i, (group, live) in enumerate(
         zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ):
-        problems += [f"group {i}: {line}" for line in _group_problems(group, live)]
+        problems += [f"group {i}: {line}" for line in option_problems(optimizer, group, live)]
     needed = needed_names(optimizer, state_dict["param_groups"])
     for key, name, p in zip(_keys(state_dict), names, _params(optimizer), strict=True):
         state = state_dict["state"].get(key)
@@ -108,7 +109,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-# ---- structure and groups
+# ---- structure
 
 
 def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
@@ -138,35 +139,6 @@ def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
             f"{what}: expected states of the parameters in its groups, got states of "
             f"{extra[:5]} too; resume from another checkpoint"
         )
-
-
-def _group_problems(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in saved.items():
-        if key == "params" or key not in live:
-            continue
-        if not all(map(math.isfinite, _numbers(live[key]))):
-            continue
-        if any(not math.isfinite(x) for x in _numbers(value)):
-            yield f"{key}: expected finite numbers, got {value!r}"
-        elif _is_number(live[key]) and not _is_number(value):
-            yield f"{key}: expected a number, got {str(value)[:40]!r}"
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, int | float)
-
-
-def _numbers(value: Any) -> list[float]:
-    if isinstance(value, Tensor):
-        return [float(value)] if value.numel() == 1 else []
-    if isinstance(value, list | tuple):
-        return [x for each in value for x in _numbers(each)]
-    try:
-        return [float(value)] if isinstance(value, int | float) else []
-    except OverflowError:  # an integer beyond the range of floats
-        return [math.inf]
 
 
 # ---- the state of one parameter
@@ -209,7 +181,7 @@ def _flat_problems(
     wrong = [
         k
         for k in {"step", *_MOMENTS, *_CODES} & set(state)
-        if not isinstance(state[k], Tensor) and (k != "step" or not _is_number(state[k]))
+        if not isinstance(state[k], Tensor) and (k != "step" or not is_number(state[k]))
     ]
     if wrong:
         for k in sorted(wrong):
@@ -219,7 +191,7 @@ def _flat_problems(
         if isinstance(value, Tensor):
             yield from _tensor_problems(key, value, p, numel)
             yield from _size_problems(key, value, state, p, numel)
-        elif isinstance(value, float | int) and not all(map(math.isfinite, _numbers(value))):
+        elif isinstance(value, float | int) and not all(map(math.isfinite, numbers_in(value))):
             yield f"{key}: expected a finite number, got {str(value)[:40]}"
         elif key == "step" and not 0 <= value <= _MOST_STEPS:
             yield f"step: expected a count, got {value}"
@@ -281,6 +253,8 @@ def _size_problems(
     blocks = -(-numel // BLOCK)
     if key in ("state1", "state2") and value.numel() != numel:
         yield f"{key}: expected {numel} elements, got {value.numel()}"
+    elif key in ("absmax1", "absmax2") and state.get(f"state{key[-1]}", value).dtype != torch.uint8:
+        yield f"state{key[-1]}: expected uint8 beside {key}, got float32"
     elif (
         key in ("absmax1", "absmax2")
         and state.get(f"state{key[-1]}", value).dtype == torch.uint8
