@@ -22,9 +22,10 @@ from lightning_peft.checkpoint.contents import (
     filter_checkpoint,
     is_attached,
     leaks,
-    nonfinite_names,
+    nonfinite_message,
 )
 from lightning_peft.checkpoint.damage import DamagedCheckpointError
+from lightning_peft.checkpoint.description import KEY
 from lightning_peft.checkpoint.forms import CheckpointForm
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.sharded import is_folder, read_folder
@@ -158,13 +159,9 @@ class PEFTCheckpointIO(CheckpointIO):
         Raises:
             RuntimeError: they are not; the former file is untouched.
         """
-        bad = nonfinite_names(module, checkpoint["state_dict"])
-        if not bad:
+        text = nonfinite_message(module, checkpoint["state_dict"], path)
+        if not text:
             return True
-        text = (
-            f"{path}: expected finite weights to save, got NaN or infinity in {len(bad)} tensors "
-            f"({', '.join(bad[:3])}); not written, former files are untouched"
-        )
         if self.resuming() and not is_interrupted(module.trainer):
             raise RuntimeError(f"{text}. Resume from one of them with a lower learning rate")
         warnings.warn(text, stacklevel=3)
@@ -201,6 +198,11 @@ class PEFTCheckpointIO(CheckpointIO):
         if module is None or not is_attached(module):
             return checkpoint
         package = package_of(module)
+        if "state_dict" not in checkpoint:
+            raise ValueError(
+                f"{os.fspath(path)}: expected a checkpoint with 'state_dict', got keys "
+                f"{sorted(map(str, checkpoint))}; resume from another checkpoint"
+            )
         if package is not None:  # a file of `save_checkpoint` has none; Lightning requires one
             checkpoint.setdefault(_VERSION, package.version)
         if self.resuming():
@@ -231,8 +233,17 @@ def _check_training_state(
     if isinstance(checkpoint.get("loops"), dict):
         live = {"fit_loop": trainer.fit_loop.state_dict()}
         check_like(checkpoint["loops"], live, source, "loops", complete=complete)
-    if "optimizer_states" in checkpoint and complete:
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"{source}: expected optimizer states to resume from, got weights alone, as "
+            "ModelCheckpoint(save_weights_only=True) writes them; use load_from_checkpoint and a "
+            "new fit"
+        )
+    if complete:
         absent = [n for n in ("lr_schedulers", "epoch", "global_step") if n not in checkpoint]
+        entry = checkpoint.get(KEY)
+        if isinstance(entry, dict) and "optimizers" in entry and entry.get("rng") is None:
+            absent.append(f"{KEY}.rng")
         if absent:
             raise ValueError(
                 f"{source}: expected {', '.join(absent)} beside the optimizer states, found none; "

@@ -80,6 +80,12 @@ def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> 
                 "layers of the base, which adapters keep as it is; leave it out, name the layers "
                 "in PEFT(modules_to_save=[…]), or keep what it unfreezes out of PEFT(root=…)"
             )
+        if is_instance_of(callback, "BaseFinetuning") and trainer.world_size > 1:
+            raise ValueError(
+                f"PEFT: expected one process with {type(callback).__name__}, got "
+                f"{trainer.world_size}: DDP and FSDP send no gradients of parameters that are "
+                "unfrozen after the start; train the part from the start, or on one process"
+            )
         averages = ("WeightAveraging", "StochasticWeightAveraging")
         if peft.checkpoint == "merged" and any(is_instance_of(callback, a) for a in averages):
             raise ValueError(

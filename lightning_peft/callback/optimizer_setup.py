@@ -23,6 +23,7 @@ from lightning_peft.optim import (
     loraplus_groups,
     names_of,
     repair,
+    stepped_names,
 )
 from lightning_peft.storage.dtensor import is_sharded
 
@@ -34,7 +35,7 @@ __all__ = [
     "finish_optimizers",
     "install_optimizer_setup",
     "layers_of",
-    "optimizer_names",
+    "optimizer_entry",
     "prepare_optimizer_states",
 ]
 
@@ -152,6 +153,13 @@ def optimizer_names(trainer: pl.Trainer) -> list[list[list[str]]]:
     return [names_of(optimizer, named) for optimizer in trainer.strategy.optimizers]
 
 
+def optimizer_entry(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a checkpoint says of its optimizer states: names by group, and names with a state."""
+    named = dict(trainer.lightning_module.named_parameters())
+    stepped = [stepped_names(optimizer, named) for optimizer in trainer.strategy.optimizers]
+    return {"optimizers": optimizer_names(trainer), "stepped": stepped}
+
+
 def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Number, check and convert the optimizer states of a checkpoint for the live optimizers.
 
@@ -173,9 +181,9 @@ def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) ->
         )
     named = dict(trainer.lightning_module.named_parameters())
     sharded = any(is_sharded(p) for p in named.values())
-    saved = ours.get("optimizers")
+    saved, stepped = ours.get("optimizers"), ours.get("stepped") or [[]] * len(states)
     if saved:
-        _check_names(saved, states)
+        _check_names(saved, stepped, states)
         states = [
             in_live_order(state, then, now, f"state of optimizer {i}")
             for i, (state, then, now) in enumerate(zip(states, saved, live, strict=True))
@@ -183,7 +191,8 @@ def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) ->
         checkpoint[KEY] = {**ours, "optimizers": live}
     prepared = []
     for i, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
-        check_optimizer_state(optimizer, state, named, f"state of optimizer {i}", sharded=sharded)
+        what = f"state of optimizer {i}"
+        check_optimizer_state(optimizer, state, named, what, stepped=stepped[i], sharded=sharded)
         changed = converted_state(optimizer, state)
         if changed.get("state") is not state.get("state") and trainer.is_global_zero:
             warnings.warn(
@@ -207,12 +216,13 @@ def _check_schedulers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         check_like(state, live, "checkpoint", f"lr_schedulers[{i}]", complete=same)
 
 
-def _check_names(saved: Any, states: list[Any]) -> None:
+def _check_names(saved: Any, stepped: list[Any], states: list[Any]) -> None:
     """Raise ValueError unless names and states belong together."""
     try:
         sizes = [[len(group["params"]) for group in state["param_groups"]] for state in states]
         fits = [[len(group) for group in each] for each in saved] == sizes
-    except (TypeError, KeyError, AttributeError):
+        fits = fits and len(stepped) == len(states)
+    except (TypeError, LookupError, AttributeError):
         fits = False
     if not fits or not all(isinstance(n, str) for each in saved for group in each for n in group):
         raise ValueError(

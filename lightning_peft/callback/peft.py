@@ -296,22 +296,26 @@ class PEFT(TrainerCallback):
         if self.memory_plan is not None and trainer.is_global_zero:
             print(self.memory_plan)
         self._show(trainer, pl_module)
-        self._resume.restore(trainer)
+        self._resume.restore(trainer, find_root(pl_module, self.root))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when validation begins: raises if the trained adapters were lost."""
         self._check_not_lost(pl_module)
+        if not is_fitting(trainer):
+            check_same_batches(trainer)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when testing begins: raises if the trained adapters were lost."""
         self._check_not_lost(pl_module)
+        check_same_batches(trainer)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when prediction begins: raises if the trained adapters were lost."""
         self._check_not_lost(pl_module)
+        check_same_batches(trainer)
 
     def _check_not_lost(self, module: pl.LightningModule) -> None:
         if self._io is None or not self._io.lost:
@@ -332,10 +336,14 @@ class PEFT(TrainerCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training begins: lets gradients reach checkpointed blocks."""
+        """Called when training begins: lets gradients reach checkpointed blocks.
+
+        It also restores the gradients of an accumulation window that a checkpoint cut.
+        """
         self._resume.iterate_again(trainer)
         check_same_batches(trainer)
         enable_input_require_grads(pl_module)
+        self._resume.restore_gradients(trainer)
         self._first_step = self._first_epoch = True
         self._gradients, self._finite = GradientWatch(), FiniteGradients()
         self._sigterm.install(trainer)
@@ -422,7 +430,7 @@ class PEFT(TrainerCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Called when a checkpoint is loaded: keeps the state that `on_fit_start` restores."""
+        """Called when a checkpoint is loaded: keeps the state that later hooks restore."""
         self._resume.load(trainer, checkpoint)
 
     # ---- the end

@@ -12,8 +12,9 @@ from torch import nn
 from lightning_peft.core.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from lightning_peft.methods.registry import to_dict
 from lightning_peft.storage import config_to_dict
+from lightning_peft.storage.dtensor import is_sharded
 from lightning_peft.strategies.rank_consistency import check_same_model
-from lightning_peft.trainers.packages import package_of
+from lightning_peft.trainers.packages import is_fitting, package_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -67,16 +68,32 @@ def verify_consistent_attach(module: nn.Module) -> Iterator[None]:
 
 
 def check_same_batches(trainer: pl.Trainer) -> None:
-    """Raise on every rank if the ranks have epochs of different lengths.
+    """Raise on every rank if the ranks of a starting stage have different numbers of batches.
 
-    Each step waits for all ranks, so the longer ones would hang at the end of the epoch.
+    Every training step waits for all ranks. Over a sharded model every forward does. The ranks with
+    more batches would hang.
 
     Raises:
-        RuntimeError: with the lengths.
+        RuntimeError: with the numbers.
     """
-    if trainer.world_size > 1:
-        check_same_on_all_ranks(
-            {"batches per epoch": trainer.num_training_batches},
-            "train_dataloader",
-            "use a DistributedSampler, drop_last=True, or limit_train_batches",
-        )
+    if trainer.world_size == 1:
+        return
+    counts: dict[str, object] = {}
+    if is_fitting(trainer):
+        counts["batches per epoch"] = trainer.num_training_batches
+    if any(is_sharded(p) for p in trainer.lightning_module.parameters()):
+        counts |= _evaluated(trainer)
+    check_same_on_all_ranks(
+        counts, "dataloaders", "use a DistributedSampler, drop_last=True, or limit the batches"
+    )
+
+
+def _evaluated(trainer: pl.Trainer) -> dict[str, object]:
+    """Numbers of the batches that the running stage evaluates, by what they are."""
+    stages: tuple[tuple[str, str, object], ...] = (
+        ("fit", "batches per validation", trainer.num_val_batches),
+        ("validate", "batches of validate", trainer.num_val_batches),
+        ("test", "batches of test", trainer.num_test_batches),
+        ("predict", "batches of predict", trainer.num_predict_batches),
+    )
+    return {name: count for stage, name, count in stages if trainer.state.fn == stage}

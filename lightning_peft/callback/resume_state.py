@@ -1,12 +1,27 @@
-"""What a checkpoint holds for the Trainer's resume: random states and optimizer names."""
+"""What a checkpoint holds for the Trainer's resume.
+
+Random states, optimizer names, and the gradients of an open accumulation window.
+"""
 
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from lightning_peft.callback.accumulated_gradients import (
+    Gradients,
+    gather_gradients,
+    restore_gradients,
+)
+from lightning_peft.callback.finetuning import (
+    has_finetuning,
+    trained_outside,
+    unfreeze_again,
+)
 from lightning_peft.callback.gather_rng import gather_rng
-from lightning_peft.callback.optimizer_setup import optimizer_names
+from lightning_peft.callback.optimizer_setup import optimizer_entry
 from lightning_peft.checkpoint.contents import KEY
 from lightning_peft.checkpoint.rng_state import restore_rng
 from lightning_peft.trainers.packages import is_fitting
@@ -18,24 +33,35 @@ __all__ = ["ResumeState"]
 
 
 class ResumeState:
-    """State of a loaded checkpoint that waits until fit starts."""
+    """State of a loaded checkpoint that waits until fit and training start."""
 
     def __init__(self) -> None:
         self._rng: list[dict[str, Any]] | None = None
         self._iterated_early = False
+        self._gradients: list[Gradients] | None = None
+        self._trained: list[str] = []
+        self._loaded = False
 
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Add random states and optimizer names to a checkpoint, once."""
-        if KEY not in checkpoint:
-            names = optimizer_names(trainer)
-            checkpoint[KEY] = {"rng": gather_rng(trainer), "optimizers": names}
+        """Add the state to a checkpoint, once."""
+        if KEY in checkpoint:
+            return
+        checkpoint[KEY] = {"rng": gather_rng(trainer), **optimizer_entry(trainer)}
+        if has_finetuning(trainer):
+            checkpoint[KEY]["trained"] = trained_outside(trainer.lightning_module)
+        gradients = gather_gradients(trainer)
+        if gradients is not None:
+            checkpoint[KEY]["gradients"] = gradients
 
     def load(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Keep the state for `restore`; restore it now if the strategy loads after setup."""
+        """Keep the state until it is restored; restore random states if the strategy is late."""
         if not is_fitting(trainer):
             return
+        entry = checkpoint.get(KEY) or {}
+        self._loaded, self._gradients = True, entry.get("gradients")
+        self._trained = entry.get("trained") or []
         late = trainer.strategy.restore_checkpoint_after_setup  # on_fit_start is over
-        states = (checkpoint.get(KEY) or {}).get("rng")
+        states = entry.get("rng")
         if states is None:
             return
         if len(states) != trainer.world_size:
@@ -53,8 +79,10 @@ class ResumeState:
             return
         self._rng = states
 
-    def restore(self, trainer: pl.Trainer) -> None:
-        """Restore what `load` kept."""
+    def restore(self, trainer: pl.Trainer, root: nn.Module) -> None:
+        """Restore the random states, and unfreeze what was trained outside of `root`."""
+        if has_finetuning(trainer):
+            unfreeze_again(trainer.lightning_module, root, self._trained)
         if self._rng is not None:
             # Later is too late: the first data iterator draws a seed before on_train_start.
             self._iterated_early = trainer.train_dataloader is not None
@@ -73,3 +101,10 @@ class ResumeState:
             loop = trainer.fit_loop
             loop._load_combined_loader_states()
             iter(loop._data_fetcher)  # type: ignore[arg-type]  # on_train_start: it is there
+
+    def restore_gradients(self, trainer: pl.Trainer) -> None:
+        """Restore the gradients of an open window, once the loops know where they are."""
+        loaded, gradients = self._loaded, self._gradients
+        self._loaded, self._gradients = False, None
+        if loaded:
+            restore_gradients(trainer, gradients)

@@ -69,8 +69,8 @@ class SigtermHandler:
     def stop_if_requested(self, trainer: pl.Trainer) -> None:
         """Save a checkpoint and stop if any rank received SIGTERM.
 
-        Inside an accumulation window nothing happens: files hold no gradients, so the window is
-        finished first.
+        Inside an accumulation window nothing happens: the window is finished first, so that the
+        file needs no gradients and fits any number of processes.
 
         Raises:
             SIGTERMException: on every rank, with exit status 143.

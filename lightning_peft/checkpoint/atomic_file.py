@@ -31,7 +31,16 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-__all__ = ["is_local", "publish", "read", "recover", "remove_stale", "temporary_path", "write"]
+__all__ = [
+    "is_local",
+    "publish",
+    "read",
+    "recover",
+    "remove",
+    "remove_stale",
+    "temporary_path",
+    "write",
+]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _HOST = socket.gethostname().replace("-", "_") or "host"
@@ -128,7 +137,7 @@ def publish(temporary: Path, target: Path) -> None:
         os.replace(target, former)
         os.replace(temporary, target)
     _sync_directory(target.parent)
-    _remove(former)
+    remove(former)
 
 
 def recover(path: str | os.PathLike[str]) -> None:
@@ -138,7 +147,7 @@ def recover(path: str | os.PathLike[str]) -> None:
     if not former.exists():
         return
     if target.exists():
-        _remove(former)
+        remove(former)
         return
     try:
         os.replace(former, target)
@@ -150,7 +159,8 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.former")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -194,7 +204,7 @@ def remove_stale(directory: Path) -> None:
     for file in directory.glob(f".*.tmp-{_HOST}-*"):
         pid = file.name.rpartition("-")[2]
         if pid.isdecimal() and int(pid) != os.getpid() and not _alive(int(pid)):
-            _remove(file)
+            remove(file)
 
 
 def _alive(pid: int) -> bool:

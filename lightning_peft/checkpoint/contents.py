@@ -44,7 +44,7 @@ __all__ = [
     "is_attached",
     "leaks",
     "load_kept",
-    "nonfinite_names",
+    "nonfinite_message",
     "verify",
 ]
 
@@ -170,19 +170,25 @@ def _each_state(
     return checkpoint
 
 
-def nonfinite_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """Return the trained tensors of a state that hold NaN or infinity.
+def nonfinite_message(model: nn.Module, state: Mapping[str, Any], path: object) -> str:
+    """Return why a state with NaN or infinity in a trained tensor is not written; "" if finite.
 
     Buffers outside of adapters, such as masks, may hold infinity.
     """
     trained = {strip_compile(n) for n, p in model.named_parameters() if p.requires_grad}
-    return [
+    bad = [
         key
         for key, value in state.items()
         if isinstance(value, Tensor)
         and (in_adapter(key) or strip_compile(key) in trained)
         and not is_finite(value)
     ]
+    if not bad:
+        return ""
+    return (
+        f"{path}: expected finite weights to save, got NaN or infinity in {len(bad)} tensors "
+        f"({', '.join(bad[:3])}); not written, former files are untouched"
+    )
 
 
 def leaks(model: nn.Module, checkpoint: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import atomic_file
-from lightning_peft.checkpoint.contents import adapters_of_file, load_kept
+from lightning_peft.checkpoint.contents import (
+    adapters_of_file,
+    load_kept,
+    nonfinite_message,
+)
 from lightning_peft.checkpoint.description import KEY, describe, is_attached
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.checkpoint.plain_data import fields_not_plain
@@ -40,7 +44,7 @@ from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_moved, note_optimizers, start_history
 from lightning_peft.optim.state_check import check_optimizer_state, converted_state
-from lightning_peft.optim.state_names import in_live_order, names_of
+from lightning_peft.optim.state_names import in_live_order, names_of, stepped_names
 from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.storage.dtensor import local
 
@@ -69,6 +73,7 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
         ValueError: no adapter is attached, or a reserved name in `state`.
         TypeError: a value in `state` that is not plain data.
         OSError: the disk is full; the former file is unchanged.
+        RuntimeError: a trained tensor holds NaN or infinity; the former file is unchanged.
     """
     model = _unwrap_module(module)
     if not is_attached(model):
@@ -98,14 +103,21 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
     error: Exception | None = None
     if _rank() == 0:
         named = dict(model.named_parameters())
-        entry = {"rng": random, "optimizers": [names_of(o, named) for o in optimizers.values()]}
+        entry = {
+            "rng": random,
+            "optimizers": [names_of(o, named) for o in optimizers.values()],
+            "stepped": [stepped_names(o, named) for o in optimizers.values()],
+        }
+        weights = gather_tensors(shards)
         checkpoint = {
             **plain,
-            _WEIGHTS: gather_tensors(shards),
+            _WEIGHTS: weights,
             _OPTIMIZERS: [gather_optimizers(each) for each in gathered],
             KEY: {**describe(model), **entry},
         }
         try:
+            if text := nonfinite_message(model, weights, os.fspath(path)):
+                raise RuntimeError(f"{text}. Resume from one of them with a lower learning rate")
             atomic_file.write(checkpoint, path)
         except Exception as caught:
             error = caught
@@ -255,14 +267,16 @@ def _optimizer_states(
     if not optimizers:
         return []
     named = dict(model.named_parameters())
-    saved = checkpoint[KEY].get("optimizers")
+    saved, stepped = checkpoint[KEY].get("optimizers"), checkpoint[KEY].get("stepped") or []
     found = []
     for i, (name, optimizer) in enumerate(optimizers.items()):
         state = checkpoint[_OPTIMIZERS][i]
         if saved:
             state = in_live_order(state, saved[i], names_of(optimizer, named), f"state of {name}")
         sharded = _is_sharded(kept_tensors(model))
-        check_optimizer_state(optimizer, state, named, f"state of {name}", sharded=sharded)
+        names = stepped[i] if i < len(stepped) else ()
+        what = f"state of {name}"
+        check_optimizer_state(optimizer, state, named, what, stepped=names, sharded=sharded)
         state = converted_state(optimizer, state)
         found.append(shard_optimizer_state(optimizer, state) if sharded else state)
     return found

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["gather_rng_states", "restore_rng", "rng_state"]
+__all__ = ["gather_rng_states", "malformed_generators", "restore_rng", "rng_state"]
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -46,3 +49,54 @@ def restore_rng(state: dict[str, Any], device: torch.device | None = None) -> No
         )
     if "cuda" in state and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+# ---- states from a file
+
+
+def malformed_generators(state: Mapping[str, Any]) -> list[str]:
+    """Names of the generators whose stored state has another form than `rng_state` writes."""
+    rules: dict[str, Callable[[Any], bool]] = {
+        "torch": lambda v: _is_bytes(v) and v.numel() == torch.get_rng_state().numel(),
+        "python": _is_python_state,
+        "numpy": _is_numpy_state,
+        "cuda": _is_bytes,
+    }
+    needed = ("torch", "python")
+    return [
+        n for n, holds in rules.items() if (n in state or n in needed) and not holds(state.get(n))
+    ]
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 1
+
+
+def _is_python_state(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and value[0] == 3
+        and isinstance(value[1], list | tuple)
+        and len(value[1]) == 625
+        and all(type(n) is int and 0 <= n < 1 << 32 for n in value[1])
+        and value[1][-1] <= 624
+        and (value[2] is None or type(value[2]) is float)
+    )
+
+
+def _is_numpy_state(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 5
+        and value[0] == "MT19937"
+        and isinstance(value[1], Tensor)
+        and value[1].shape == (624,)
+        and value[1].dtype == torch.int64
+        and type(value[2]) in (int, float)
+        and 0 <= value[2] <= 624
+        and type(value[3]) in (int, float)
+        and value[3] in (0, 1)
+        and type(value[4]) is float
+        and math.isfinite(value[4])
+    )

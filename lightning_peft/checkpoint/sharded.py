@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import atomic_file
+from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.optim import PooledOptimizer, join_shards, shard
 from lightning_peft.optim.state_pool import local
 from lightning_peft.storage.dtensor import local_rows
@@ -32,9 +33,11 @@ __all__ = [
     "read_folder",
     "shard_optimizer_state",
     "tensor_shards",
+    "write_folder",
 ]
 
 _META = "meta.pt"
+_SHARDED = ("state_dict", "optimizer_states")
 Shard = dict[str, Any]
 
 
@@ -187,6 +190,39 @@ def _like(p: Tensor, part: Tensor) -> Tensor:
 def is_folder(path: Any) -> bool:
     """Whether a path is a checkpoint in shards."""
     return atomic_file.is_local(path) and Path(path).is_dir()
+
+
+def write_folder(checkpoint: Mapping[str, Any], temporary: Path, target: Path) -> None:
+    """Write shards into a temporary folder; rename it when every rank has written its shard.
+
+    Every rank must call it, with the same paths.
+    """
+    if dist.get_rank() == 0 and target.parent.exists():
+        atomic_file.remove_stale(target.parent)
+    try:
+        _fill_folder(checkpoint, temporary)
+    except BaseException:  # of any rank, which may be dead
+        if dist.get_rank() == 0:
+            atomic_file.remove(temporary)
+        raise
+    if dist.get_rank() == 0:
+        atomic_file.publish(temporary, target)
+
+
+def _fill_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Write this rank's shard and, on rank 0, what the shards have in common."""
+    own = {key: checkpoint[key] for key in _SHARDED if key in checkpoint}
+    error: Exception | None = None
+    try:
+        atomic_file.write(own, folder / f"piece-{dist.get_rank()}.pt")
+    except Exception as caught:
+        error = caught
+    raise_on_all_ranks(error, f"saving {folder}")
+    if dist.get_rank() == 0:
+        common = {key: value for key, value in checkpoint.items() if key not in _SHARDED}
+        ranks = dist.get_world_size()
+        atomic_file.write({**common, "shards": ranks}, folder / _META)
+        prune(folder, ranks)
 
 
 def prune(folder: Path, shards: int) -> None:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_peft.checkpoint.description import KEY
+from lightning_peft.checkpoint.rng_state import malformed_generators
 
 __all__ = ["check_like", "check_structure"]
 
@@ -30,7 +30,10 @@ def check_structure(checkpoint: Mapping[str, Any], source: str) -> None:
     if isinstance(entry, Mapping):
         problems += _fields(entry, _ENTRY, f"{KEY}.")
         problems += _roots(entry.get("roots"))
-        problems += _random_states(entry.get("rng"))
+        states: Any = entry.get("rng") if _is_dicts(entry.get("rng")) else ()
+        for i, state in enumerate(states):
+            bad = malformed_generators(state)
+            problems += [f"{KEY}.rng[{i}].{name}: expected a random state" for name in bad]
     if problems:
         more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
@@ -69,14 +72,11 @@ def _unlike(found: Any, live: Any, path: str, complete: bool) -> Iterator[str]:
             yield f"{path}: expected a dict, got {_short(found)}"
             return
         for key, child in live.items():
-            if str(key).endswith("state_dict"):  # of the user's data and of callbacks
-                if key in found and not isinstance(found[key], Mapping):
-                    yield f"{path}.{key}: expected a dict, got {_short(found[key])}"
-            elif key in found:
+            if key in found:
                 yield from _unlike(found[key], child, f"{path}.{key}", complete)
             elif complete:
                 yield f"{path}.{key}: missing"
-    elif type(live) is int and (not _is_number(found) or (live >= 0 and found < -1)):
+    elif type(live) is int and (not _is_number(found) or found < min(live, 0)):
         yield f"{path}: expected a count, got {_short(found)}"
     elif type(live) is list and live and all(_is_number(each) for each in live):
         if not isinstance(found, list | tuple) or len(found) != len(live):
@@ -127,6 +127,12 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _is_optimizers(value: Any) -> bool:
+    return _is_dicts(value) and all(
+        _is_dict(each.get("state")) and _is_dicts(each.get("param_groups")) for each in value
+    )
+
+
 def _is_sites(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(site, list | tuple)
@@ -147,8 +153,17 @@ def _is_fingerprint(value: Any) -> bool:
         isinstance(entry, list | tuple)
         and len(entry) == 3
         and isinstance(entry[0], list | tuple)
+        and all(map(_is_count, entry[0]))
         and all(isinstance(part, str) for part in entry[1:])
         for entry in tensors.values()
+    )
+
+
+def _is_gradients(value: Any) -> bool:
+    return _is_dicts(value) and all(
+        isinstance(name, str) and isinstance(g, Tensor) and g.is_floating_point()
+        for each in value
+        for name, g in each.items()
     )
 
 
@@ -161,7 +176,7 @@ _OPTIONAL: _Rule = (lambda value: value is None or _is_dict(value), "a dict or N
 _TOP: Mapping[str, _Rule] = {
     "state_dict": (_is_named, "a dict by name"),
     "current_model_state": (_is_named, "a dict by name"),
-    "optimizer_states": _DICTS,
+    "optimizer_states": (_is_optimizers, "a list of dicts of 'state' and 'param_groups'"),
     "lr_schedulers": _DICTS,
     "epoch": _COUNT,
     "global_step": _COUNT,
@@ -171,7 +186,13 @@ _TOP: Mapping[str, _Rule] = {
 _ENTRY: Mapping[str, _Rule] = {
     "kept": _NAMES,
     "tensors": _NAMES,
+    "trained": _NAMES,
     "rng": (lambda value: value is None or _is_dicts(value), "a list of states"),
+    "gradients": (_is_gradients, "a list of gradients by name"),
+    "stepped": (
+        lambda value: isinstance(value, list) and all(map(_is_names, value)),
+        "names by optimizer",
+    ),
     "optimizers": (
         lambda value: (
             isinstance(value, list)
@@ -221,31 +242,6 @@ def _roots(roots: Any) -> Iterator[str]:
             absent = [field for field in _ADAPTER if field not in adapter]
             yield from (f"{where}.{name}.{field}: missing" for field in absent)
             yield from _fields(adapter, _ADAPTER, f"{where}.{name}.")
-
-
-def _random_states(states: Any) -> Iterator[str]:
-    size = torch.get_rng_state().numel()
-    for i, state in enumerate(states if _is_dicts(states) else ()):
-        own = state.get("torch")
-        if not isinstance(own, Tensor) or own.dtype != torch.uint8 or own.numel() != size:
-            yield f"{KEY}.rng[{i}].torch: expected {size} bytes, got {_short(own)}"
-        python = state.get("python")
-        if (
-            not isinstance(python, list | tuple)
-            or len(python) != 3
-            or not isinstance(python[1], list | tuple)
-            or len(python[1]) != 625
-            or not all(type(n) is int and 0 <= n < 1 << 32 for n in python[1])
-        ):
-            yield f"{KEY}.rng[{i}].python: expected a state of random, got {_short(python)}"
-        numpy = state.get("numpy")
-        if "numpy" in state and not (
-            isinstance(numpy, list | tuple)
-            and len(numpy) == 5
-            and isinstance(numpy[1], Tensor)
-            and numpy[1].numel() == 624
-        ):
-            yield f"{KEY}.rng[{i}].numpy: expected a state of numpy.random, got {_short(numpy)}"
 
 
 def _numbers(value: Any, path: str) -> Iterator[str]:

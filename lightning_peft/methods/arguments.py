@@ -16,6 +16,7 @@ M = TypeVar("M", bound=type[Method])
 
 #: Arguments that every method has: listed last.
 _LAST = ("target_modules", "exclude_modules", "layers_to_transform")
+_TOO_LARGE = 1 << 63
 #: Arguments of other libraries → how the choice is written here.
 _ELSEWHERE = {
     "use_dora": "DoRA(...)",
@@ -43,7 +44,11 @@ def checked_arguments(cls: M) -> M:
 
 
 def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for an unknown argument, or for a string in the place of a number."""
+    """Raise TypeError for an unknown argument, or for a string in the place of a number.
+
+    Raises:
+        ValueError: an integer that no tensor size can have, in patterns too.
+    """
     fields = [f for f in dataclasses.fields(cast(Any, cls)) if f.init]
     known = {f.name: f for f in fields}
     for name, value in kwargs.items():
@@ -59,6 +64,12 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
                 f"{cls.__name__}: expected a number for {name}, got {value!r}; write "
                 f"{cls.__name__}({form})"
             )
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            if type(number) is int and abs(number) >= _TOO_LARGE:
+                raise ValueError(
+                    f"{cls.__name__}: expected {name} below 2**63, got a number of "
+                    f"{number.bit_length()} bits; give the size that the layers have"
+                )
 
 
 def _unknown(cls: type[Method], name: str, value: Any, known: list[str]) -> str:

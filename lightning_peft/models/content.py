@@ -113,8 +113,10 @@ def _version(t: Tensor) -> int:
 def _sample(t: Tensor) -> Tensor:
     """Return values of every row, at least one in 4,096; of a small tensor fewer."""
     if t.nbytes <= _HASHED_WHOLE or t.ndim < 2:
-        values = t.reshape(-1)[::_SAMPLE_STEP]
-        return values.clone() if values.device.type == "cpu" else values.cpu()
+        sample = t.reshape(-1)[::_SAMPLE_STEP]
+        if sample.device.type == "cpu":
+            return sample.clone(memory_format=torch.contiguous_format)
+        return sample.cpu()
     rows = t.flatten(0, -2) if t.ndim == 3 else t.flatten(1)
     width = rows.shape[1]
     first = torch.arange(rows.shape[0], device=t.device) * 31 % min(width, _SAMPLE_STEP)
@@ -138,7 +140,10 @@ def content_hash(t: Tensor) -> int:
     exchange of two. It is no cryptographic hash.
     """
     kind = zlib.crc32(f"{t.dtype}{list(t.shape)}".encode())
-    flat = t.detach().reshape(-1).contiguous().view(torch.uint8)
+    values = t.detach().reshape(-1)
+    if values.stride() != (1,):  # one element may have any stride, and counts as contiguous
+        values = values.clone(memory_format=torch.contiguous_format)
+    flat = values.view(torch.uint8)
     if flat.device.type == "cpu" and flat.numel() <= _SMALL:
         return (kind << 32) ^ zlib.crc32(flat.numpy().data)
     if flat.storage_offset() % 8:

@@ -13,7 +13,7 @@ from lightning_peft.optim.param_groups import loraplus_groups, repair
 from lightning_peft.optim.replace import OPTIMIZERS, convert_optimizer
 from lightning_peft.optim.state_check import check_optimizer_state, converted_state
 from lightning_peft.optim.state_conversion import from_torch, join_shards, moments, shard, to_torch
-from lightning_peft.optim.state_names import in_live_order, names_of
+from lightning_peft.optim.state_names import in_live_order, names_of, stepped_names
 
 #: The former name of `convert_optimizer`.
 swap = convert_optimizer
@@ -38,6 +38,7 @@ __all__ = [
     "names_of",
     "repair",
     "shard",
+    "stepped_names",
     "swap",
     "to_torch",
 ]

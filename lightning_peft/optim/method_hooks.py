@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import StepContext, WeightMethod
+from lightning_peft.optim.half_precision import check_half_precision
 from lightning_peft.optim.wrappers import unwrap_optimizer
 
 __all__ = ["MethodHooks", "has_step_hooks"]
@@ -91,7 +92,11 @@ class MethodHooks:
         Args:
             optimizer: The optimizer whose step follows.
             grad_scale: Factor of a GradScaler that the gradients still carry.
+
+        Raises:
+            ValueError: the step would make float16 adapters NaN.
         """
+        check_half_precision(unwrap_optimizer(optimizer))
         for method, adapters in self._groups(unwrap_optimizer(optimizer)):
             ctx = self._context(adapters, self.current_step(), grad_scale)
             with torch.enable_grad():

@@ -7,24 +7,26 @@ live optimizer needs.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from lightning_peft_kernels.optim.adamw_8bit import BLOCK
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.core.finite import is_finite
+from lightning_peft.optim.needed_state import needed_names
 from lightning_peft.optim.optimizers import PooledOptimizer
+from lightning_peft.optim.option_check import is_number, numbers_in, option_problems
 from lightning_peft.optim.state_conversion import to_torch
 from lightning_peft.optim.state_names import names_of
 
 __all__ = ["check_optimizer_state", "converted_state", "is_8bit"]
 
+_MOST_STEPS = 1 << 53  # a float counts no further
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
 _CODES = {"state1", "absmax1", "state2", "absmax2"}
 
@@ -57,6 +59,7 @@ def check_optimizer_state(
     named: Mapping[str, Tensor],
     what: str = "optimizer state",
     *,
+    stepped: Collection[str] = (),
     sharded: bool = False,
 ) -> None:
     """Raise unless a state dict, in live order, can be loaded.
@@ -66,6 +69,7 @@ def check_optimizer_state(
         state_dict: As the file holds it.
         named: The model's parameters by name, for messages.
         what: The file or optimizer, for messages.
+        stepped: Names of the parameters that had a state when the file was written.
         sharded: If True, the state holds all rows of tensors of which the optimizer has some.
 
     Raises:
@@ -77,10 +81,12 @@ def check_optimizer_state(
     for i, (group, live) in enumerate(
         zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ):
-        problems += [f"group {i}: {line}" for line in _group_problems(group, live)]
-    needed = _needed_names(optimizer, state_dict["param_groups"])
+        problems += [f"group {i}: {line}" for line in option_problems(optimizer, group, live)]
+    needed = needed_names(optimizer, state_dict["param_groups"])
     for key, name, p in zip(_keys(state_dict), names, _params(optimizer), strict=True):
         state = state_dict["state"].get(key)
+        if state is None and name in stepped:
+            problems.append(f"{name}: expected a state, got none")
         if state is not None:
             numel = None if sharded else p.numel()
             lines = _state_problems(optimizer, state, p, needed, numel)
@@ -103,7 +109,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-# ---- structure and groups
+# ---- structure
 
 
 def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
@@ -133,35 +139,6 @@ def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
             f"{what}: expected states of the parameters in its groups, got states of "
             f"{extra[:5]} too; resume from another checkpoint"
         )
-
-
-def _group_problems(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in saved.items():
-        if key == "params" or key not in live:
-            continue
-        if not all(map(math.isfinite, _numbers(live[key]))):
-            continue
-        if any(not math.isfinite(x) for x in _numbers(value)):
-            yield f"{key}: expected finite numbers, got {value!r}"
-        elif _is_number(live[key]) and not _is_number(value):
-            yield f"{key}: expected a number, got {str(value)[:40]!r}"
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, int | float)
-
-
-def _numbers(value: Any) -> list[float]:
-    if isinstance(value, Tensor):
-        return [float(value)] if value.numel() == 1 else []
-    if isinstance(value, list | tuple):
-        return [x for each in value for x in _numbers(each)]
-    try:
-        return [float(value)] if isinstance(value, int | float) else []
-    except OverflowError:  # an integer beyond the range of floats
-        return [math.inf]
 
 
 # ---- the state of one parameter
@@ -204,7 +181,7 @@ def _flat_problems(
     wrong = [
         k
         for k in {"step", *_MOMENTS, *_CODES} & set(state)
-        if not isinstance(state[k], Tensor) and (k != "step" or not _is_number(state[k]))
+        if not isinstance(state[k], Tensor) and (k != "step" or not is_number(state[k]))
     ]
     if wrong:
         for k in sorted(wrong):
@@ -214,8 +191,10 @@ def _flat_problems(
         if isinstance(value, Tensor):
             yield from _tensor_problems(key, value, p, numel)
             yield from _size_problems(key, value, state, p, numel)
-        elif isinstance(value, float | int) and not all(map(math.isfinite, _numbers(value))):
+        elif isinstance(value, float | int) and not all(map(math.isfinite, numbers_in(value))):
             yield f"{key}: expected a finite number, got {str(value)[:40]}"
+        elif key == "step" and not 0 <= value <= _MOST_STEPS:
+            yield f"step: expected a count, got {value}"
 
 
 def _missing(optimizer: Optimizer, state: Mapping[str, Any], needed: set[str] | None) -> set[str]:
@@ -256,6 +235,8 @@ def _tensor_problems(key: str, value: Tensor, p: Tensor | None, numel: int | Non
         yield f"step: expected one number, got shape {list(value.shape)}"
     elif value.device.type != "meta" and not is_finite(value):
         yield f"{key}: expected finite values, got NaN or infinity"
+    elif key == "step" and float(value) > _MOST_STEPS:
+        yield f"step: expected a count, got {float(value)}"
     elif (
         key in ("step", "absmax1", "absmax2", "exp_avg_sq", "max_exp_avg_sq")
         and value.numel()
@@ -272,6 +253,8 @@ def _size_problems(
     blocks = -(-numel // BLOCK)
     if key in ("state1", "state2") and value.numel() != numel:
         yield f"{key}: expected {numel} elements, got {value.numel()}"
+    elif key in ("absmax1", "absmax2") and state.get(f"state{key[-1]}", value).dtype != torch.uint8:
+        yield f"state{key[-1]}: expected uint8 beside {key}, got float32"
     elif (
         key in ("absmax1", "absmax2")
         and state.get(f"state{key[-1]}", value).dtype == torch.uint8
@@ -280,28 +263,3 @@ def _size_problems(
         yield f"{key}: expected {blocks} blocks, got {value.numel()}"
     elif key in {*_MOMENTS, "max_exp_avg_sq", "momentum_buffer"} and value.numel() != numel:
         yield f"{key}: expected shape {list(p.shape)}, got {list(value.shape)}"
-
-
-# ---- what the live class needs
-
-
-def _needed_names(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> set[str] | None:
-    """Return the names of the tensors that a step of this class keeps; None if it cannot be tried.
-
-    A new optimizer of the class steps once over one small parameter, with the options of the file.
-    """
-    if isinstance(optimizer, PooledOptimizer):
-        return None
-    weight = nn.Parameter(torch.zeros(2, 2))
-    weight.grad = torch.zeros(2, 2)
-    options = {**optimizer.param_groups[0], **groups[0]} if groups else {}
-    options |= {"params": [weight], "fused": None, "foreach": None, "capturable": False}
-    options.pop("param_names", None)
-    try:
-        accepted = inspect.signature(type(optimizer)).parameters
-        given = {k: v for k, v in options.items() if k in accepted}
-        trial = type(optimizer)(**given)
-        trial.step()
-    except Exception:  # a class of the user's, with arguments of its own
-        return None
-    return {k for k, v in trial.state[weight].items() if isinstance(v, Tensor)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_peft.core.names import strip_compile
 
-__all__ = ["Names", "in_live_order", "names_of"]
+__all__ = ["Names", "in_live_order", "names_of", "stepped_names"]
 
 #: Names of an optimizer's parameters, by group.
 Names = list[list[str]]
@@ -23,6 +23,13 @@ def names_of(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> N
         [found.get(id(p), f"unnamed {i}.{j}") for j, p in enumerate(group["params"])]
         for i, group in enumerate(optimizer.param_groups)
     ]
+
+
+def stepped_names(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parameters of which the optimizer holds a state."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [name for group in names_of(optimizer, named) for name in group]
+    return [n for n, p in zip(names, params, strict=True) if optimizer.state.get(p)]
 
 
 def in_live_order(

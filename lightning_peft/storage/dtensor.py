@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["fill_rows", "is_sharded", "local", "local_rows"]
+__all__ = ["fill_rows", "is_sharded", "local", "local_rows", "sharded_like"]
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -42,3 +42,16 @@ def fill_rows(t: Tensor, value: Tensor) -> None:
         return
     first, rows = local_rows(t)
     own.copy_(value[first : first + rows])
+
+
+def sharded_like(t: Tensor, own: Tensor) -> Tensor:
+    """Return a tensor sharded as `t` whose rows on this process are `own`."""
+    if not is_sharded(t):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = t
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=t.shape, stride=t.stride()
+    )

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.core.collectives import raise_on_all_ranks
+from lightning_peft.optim import check_half_precision
 from lightning_peft.optim.state_pool import local
+from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.trainers.packages import is_interrupted
 
 if TYPE_CHECKING:
@@ -87,7 +89,11 @@ class FabricGuards(GradientGuard, FabricStrategy):
         """Step on all ranks or on none: ranks agree on whether the gradients are finite.
 
         A GradScaler skips steps by itself, so nothing is added to it.
+
+        Raises:
+            ValueError: the step would make float16 adapters NaN.
         """
+        check_half_precision(unwrap_optimizer(optimizer))
         if getattr(self.precision, "scaler", None) is not None:
             return super().optimizer_step(optimizer, **kwargs)
         closure: Callable[[], Any] | None = kwargs.pop("closure", None)

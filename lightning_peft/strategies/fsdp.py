@@ -22,11 +22,10 @@ from lightning_peft.checkpoint.sharded import (
     gather_shards,
     gather_tensors,
     optimizer_shard,
-    prune,
     shard_optimizer_state,
     tensor_shards,
+    write_folder,
 )
-from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.models.history import note_moved
 from lightning_peft.optim.wrappers import unwrap_optimizer
 from lightning_peft.storage.dtensor import fill_rows
@@ -210,29 +209,12 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().write_checkpoint(checkpoint, filepath, storage_options)
             return
-        self._write_folder(checkpoint, Path(self.broadcast(filepath)))
-
-    def _write_folder(self, checkpoint: dict[str, Any], target: Path) -> None:
-        """Write shards into a temporary folder; rename it when every rank has written its shard."""
         module = self.lightning_module
         assert module is not None
+        entry = {**describe(module), **(checkpoint.get(KEY) or {})}
+        target = Path(self.broadcast(filepath))
         temporary = Path(self.broadcast(str(atomic_file.temporary_path(target))))
-        if self.is_global_zero and target.parent.exists():
-            atomic_file.remove_stale(target.parent)
-        whole = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
-        piece = {k: v for k, v in checkpoint.items() if k in ("state_dict", "optimizer_states")}
-        error: Exception | None = None
-        try:
-            atomic_file.write(piece, temporary / f"piece-{self.global_rank}.pt")
-        except Exception as caught:
-            error = caught
-        raise_on_all_ranks(error, f"saving {target}")
-        if self.is_global_zero:
-            whole[KEY] = {**describe(module), **(checkpoint.get(KEY) or {})}
-            whole["shards"] = self.world_size
-            atomic_file.write(whole, temporary / "meta.pt")
-            prune(temporary, self.world_size)
-            atomic_file.publish(temporary, target)
+        write_folder({**checkpoint, KEY: entry}, temporary, target)
 
     @override
     def save_checkpoint(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft import IA3, PEFT, LoRAPlus
 from lightning_peft.callback.unused_parameters import explain_unused_parameters
 from tests.helpers.lightning_package import pl
-from tests.helpers.nets import Plain, adapters_of, lora, peft, trainer
+from tests.helpers.nets import Plain, adapters_of, assert_same, lora, peft, trainer
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
 
@@ -196,7 +196,7 @@ class WithHead(Plain):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = nn.Linear(3, 3)
+        self.backbone = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backbone(self.net(x))
@@ -205,20 +205,24 @@ class WithHead(Plain):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
+def finetuning(first: str) -> list[Any]:
+    found = [
+        PEFT(lora(), root="net", report=False),
+        pl.callbacks.BackboneFinetuning(1, verbose=False, backbone_initial_lr=1e-3, train_bn=False),
+    ]
+    return found if first == "peft" else found[::-1]
+
+
 @pytest.mark.parametrize("first", ["peft", "finetuning"])
 def test_finetuning_of_a_part_outside_the_root_resumes(first: str, tmp_path: Path) -> None:
-    def callbacks() -> list[Any]:
-        found = [
-            PEFT(lora(), root="net", report=False),
-            pl.callbacks.BackboneFinetuning(1, verbose=False, backbone_initial_lr=1e-3),
-        ]
-        return found if first == "peft" else found[::-1]
-
-    first_part, second = WithHead(), WithHead()
-    run(first_part, *callbacks(), max_epochs=2, folder=tmp_path)
-    start = WithHead().backbone.weight
-    assert not torch.equal(first_part.backbone.weight, start)  # unfrozen after the first epoch
-    it = run(second, *callbacks(), max_epochs=4, ckpt=str(tmp_path / "last.ckpt"))
-    assert it.global_step == 16
-    assert len(it.optimizers[0].param_groups) == 2
-    assert not torch.equal(second.backbone.weight, start)
+    whole = WithHead()
+    run(whole, *finetuning(first), max_epochs=4, folder=tmp_path)
+    start = WithHead().backbone[0].weight
+    assert not torch.equal(whole.backbone[0].weight, start)  # unfrozen after the first epoch
+    for epoch in range(3):  # before and after that
+        resumed = WithHead()
+        file = str(tmp_path / f"epoch={epoch}.ckpt")
+        it = run(resumed, *finetuning(first), max_epochs=4, ckpt=file)
+        assert it.global_step == 16
+        assert len(it.optimizers[0].param_groups) == 2
+        assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))

@@ -24,7 +24,17 @@ from lightning_peft import (
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.optim import AdamW8bit
 from tests.helpers.lightning_package import fabric
-from tests.helpers.nets import Plain, adapters_of, assert_same, build, loader, lora, peft, trainer
+from tests.helpers.nets import (
+    FEATURES,
+    Plain,
+    adapters_of,
+    assert_same,
+    build,
+    loader,
+    lora,
+    peft,
+    trainer,
+)
 
 NF4 = Quantization("nf4")
 
@@ -230,3 +240,38 @@ def test_the_optimizer_of_fabric_is_converted() -> None:
         loop.backward(nn.functional.cross_entropy(model(x), y))
         optimizer.step()
     assert any(not torch.equal(v, before[k]) for k, v in adapters_of(net).items())
+
+
+def test_half_precision_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    def half() -> tuple[nn.Module, nn.Module]:
+        net = build()
+        attach(net, lora())
+        loop = fabric().Fabric(accelerator="cpu", devices=1, precision="16-true")
+        return net, loop.setup_module(net)
+
+    net, model = half()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    hooks = MethodHooks(model, optimizer)
+    model(torch.ones(2, FEATURES)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"16-mixed.*adamw_8bit"):
+        hooks.before_step(optimizer)
+    convert_optimizer(optimizer, "adamw_8bit")
+    hooks.before_step(optimizer)
+    optimizer.step()
+    save_checkpoint(model, tmp_path / "a.ckpt", optimizer=optimizer)
+    again, wrapped = half()
+    load_checkpoint(wrapped, tmp_path / "a.ckpt")
+    assert_same(adapters_of(again), adapters_of(net))
+    assert all(bool(p.isfinite().all()) for p in trained)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    loop = Loop()
+    save_checkpoint(loop.net, tmp_path / "a.ckpt")
+    former = (tmp_path / "a.ckpt").read_bytes()
+    with torch.no_grad():
+        loop.net.get_parameter("0.peft.default.A")[0, 0] = torch.inf
+    with pytest.raises(RuntimeError, match=r"expected finite.*0\.peft\.default\.A.*not wri"):
+        save_checkpoint(loop.net, tmp_path / "a.ckpt")
+    assert (tmp_path / "a.ckpt").read_bytes() == former

@@ -49,7 +49,7 @@ def publish_and_die(temporary: Path, target: Path, at: int, exchange: bool) -> b
         os.replace, os.rmdir, os.unlink = map(fatal, (os.replace, os.rmdir, os.unlink))  # type: ignore[assignment]
         atomic_file._exchange = fatal(atomic_file._exchange) if exchange else lambda *_: False
         atomic_file._sync_directory = fatal(atomic_file._sync_directory)
-        atomic_file._remove = fatal(atomic_file._remove)
+        atomic_file.remove = fatal(atomic_file.remove)
         try:
             atomic_file.publish(temporary, target)
         finally:
@@ -76,7 +76,7 @@ def test_a_kill_at_any_moment_leaves_one_whole(
         if ended:
             break
         # the next save goes through, whatever was left
-        atomic_file._remove(temporary)
+        atomic_file.remove(temporary)
         make(temporary, new, "newer")
         atomic_file.publish(temporary, target)
         assert text_of(target) == "newer"

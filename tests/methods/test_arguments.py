@@ -73,3 +73,9 @@ def test_print_shows_adapter_and_storage() -> None:
     assert repr(attention).startswith("AdaptedNF4Conv1D(\n  nf=96, nx=32\n  (peft)")
     assert "LoRA: A [2, 32]" in repr(attention)
     assert repr(mlp) == "NF4Conv1D(nf=128, nx=32)"
+
+
+@pytest.mark.parametrize("given", [{"r": 10**400}, {"r": 4, "rank_pattern": {"q": 1 << 63}}])
+def test_a_size_that_no_tensor_has_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"LoHa: expected (r|rank_pattern) below 2\*\*63"):
+        lp.LoHa(**given)

@@ -65,6 +65,14 @@ def test_a_move_or_a_conversion_is_no_change() -> None:
     assert list(changed_tensors(entries, {"t": written})) == ["t"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_conversion_of_a_small_tensor_is_no_change(dtype: torch.dtype) -> None:
+    """Its one sample is a view with a large stride until it is copied."""
+    t = torch.randn(8, 8)
+    assert not changed(t, t.to(dtype))
+    assert content_hash(t.reshape(-1)[::64]) == content_hash(t.reshape(-1)[:1].clone())
+
+
 LARGE = (2100, 2100)  # 17.6 MB
 
 

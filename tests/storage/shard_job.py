@@ -14,8 +14,8 @@ import lightning_peft as lp
 from lightning_peft.storage import storage_of
 from lightning_peft.storage.dtensor import local
 from lightning_peft.strategies.sharding import Options, shard_model
-from tests.helpers.distributed.processes import free_port
 from tests.helpers.nets import Plain
+from tests.helpers.rank_forks import free_port
 from tests.helpers.toy_int8_storage import ToyInt8
 
 

@@ -78,6 +78,20 @@ def test_units_of_a_plain_net() -> None:
         shard_units(net, ["Nothing"])
 
 
+@pytest.mark.parametrize(("name", "beside"), [("experts", "x"), ("branches", "router")])
+def test_experts_are_no_units(name: str, beside: str) -> None:
+    """A rank that no sample sends to an expert would not take part in gathering it."""
+
+    def block() -> nn.Module:
+        parts = {name: nn.ModuleList(nn.Linear(32, 32) for _ in range(8)), beside: nn.Linear(32, 8)}
+        return nn.ModuleDict(parts)
+
+    one = nn.ModuleDict({"block": block(), "ends": nn.ModuleList(nn.Linear(2, 2) for _ in "ab")})
+    assert [n for n, _ in shard_units(one)] == ["ends.0", "ends.1"]
+    deep = nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(2))})
+    assert [n for n, _ in shard_units(deep)] == ["layers.0", "layers.1"]
+
+
 def test_adapters_that_a_batch_may_leave_out() -> None:
     model = BUILDERS["llama"]()
     attach(model, LoRA(r=2))
@@ -105,7 +119,7 @@ def test_tensor_parallelism_is_refused() -> None:
 
 @both
 def test_a_schedule_over_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.helpers.distributed.processes import free_port
+    from tests.helpers.rank_forks import free_port
 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     method = AdaLoRA(init_r=2, target_r=1, target_modules="all-linear")
@@ -135,7 +149,7 @@ def test_one_process_works_too(
     text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tests.helpers.distributed.processes import free_port
+    from tests.helpers.rank_forks import free_port
 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     model = Plain()

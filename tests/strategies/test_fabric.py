@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from tests.helpers.distributed.jobs import Job
 from tests.helpers.distributed.once import made_once
 from tests.helpers.distributed.processes import Processes, difference, result, run
+from tests.helpers.forks import run_function
+from tests.helpers.lightning_package import current
 
 pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
@@ -113,3 +116,15 @@ def test_a_kill_during_a_save_leaves_the_former_file(runs: dict[str, Job], tmp_p
     resumed = Job("again", str(tmp_path), ckpt=str(last), **FSDP)
     run(2, [resumed], tmp_path)
     assert difference(runs["fsdp"], resumed) == 0
+
+
+@pytest.mark.parametrize("strategy", ["peft_ddp", "peft_fsdp"])
+def test_half_precision_is_refused_before_the_first_step(strategy: str, tmp_path: Path) -> None:
+    environment = {"LIGHTNING_PACKAGE": current()}
+    said = [
+        run_function("tests.strategies.half_job:main", [strategy, name], tmp_path, 60, environment)
+        for name in ("", "adamw_8bit")
+    ]
+    assert re.search("error: AdamW: expected an eps.*16-mixed.*adamw_8bit", said[0]), said[0]
+    assert "error:" not in said[1]
+    assert all("finite: True" in each for each in said)

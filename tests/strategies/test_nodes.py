@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.distributed.jobs import Job
-from tests.helpers.distributed.processes import ROOT, difference, environment, free_port, run
+from tests.helpers.distributed.processes import ROOT, difference, environment, run
+from tests.helpers.rank_forks import free_port
 
 
 @pytest.mark.usefixtures("lightning_package")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import torch
 
 from tests.helpers.distributed.jobs import Job
 from tests.helpers.forks import server
+from tests.helpers.rank_forks import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,13 +25,6 @@ def environment() -> dict[str, str]:
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join(map(str, (ROOT / "triton_kernels", ROOT, *filter(None, given))))
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 class Processes:
