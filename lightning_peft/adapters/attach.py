@@ -135,11 +135,18 @@ def attach_within(
             saved = saved_modules(model, modules_to_save)
             plan = plan_attach(model, methods, saved)
             copies = _copies_to_follow(model, plan.adapters)
+            followers = [pair.teacher for pair in copies]
             averaged = {**averaged, **students_of_dense(copies, quantization)}
             packing = (
                 None
                 if quantization is None
-                else plan_quantization(model, quantization, keep=saved, averaged=averaged)
+                else plan_quantization(
+                    model,
+                    quantization,
+                    keep=saved,
+                    frozen=[part for part in plan.frozen if part not in followers],
+                    averaged=averaged,
+                )
             )
             check_copies_stay_dense(plan.adapters, packing)
             unused = unused_rules(model, methods, plan.adapters)
@@ -168,7 +175,8 @@ def attach_within(
         for _, module in adapted_modules(model):
             join_registry(module, registry)
         registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters, new.trained)
-        registry.user_frozen, registry.loose = new.frozen, new.loose
+        registry.user_frozen = list(dict.fromkeys([*plan.frozen, *new.frozen]))
+        registry.loose = new.loose
         registry.skipped, registry.tied = plan.skipped, plan.tied
         activate(model, registry, [adapter_name])
         save_plainly(model)

@@ -13,6 +13,7 @@ from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.models.frozen_parts import frozen_parts, inside, names_part
+from lightning_peft.models.pretrained import pretrained_models
 
 __all__ = ["AttachPlan", "plan_attach"]
 
@@ -28,11 +29,14 @@ class AttachPlan:
         adapters: Planned adapters, in order of building.
         skipped: (name, reason) of layers that matched and are left out.
         tied: Groups of parameter names that share one tensor.
+        frozen: Parts that the user froze and that no adapter goes to; not those inside a
+            pretrained model, which are its base.
     """
 
     adapters: list[PlannedAdapter] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
 
 
 def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str]) -> AttachPlan:
@@ -48,11 +52,18 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
         _add_method(plan, model, method, str(i) if len(methods) > 1 else "", saved, frozen)
     if saved:
         copies = ModulesToSave(modules=tuple(saved))
-        inside = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
+        overlap = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
         plan.adapters += [
-            PlannedAdapter(copies, "saved" if inside else "", p)
+            PlannedAdapter(copies, "saved" if overlap else "", p)
             for p in find_placements(copies, model)[0]
         ]
+    models = pretrained_models(model)
+    plan.frozen = [
+        part
+        for part in frozen
+        if not any(inside(p.placement.name, [part]) for p in plan.adapters)
+        and not any(part != name and inside(part, [name]) for name in models)
+    ]
     for planned in plan.adapters:
         check_swappable(planned.placement.name, planned.placement.module)
     return plan

@@ -16,7 +16,13 @@ from lightning_peft.core.class_swap import Swapped
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.models.modules import fresh_head_names
 
-__all__ = ["NewLayers", "PretrainedLibrary", "find_new_layers", "register_pretrained"]
+__all__ = [
+    "NewLayers",
+    "PretrainedLibrary",
+    "find_new_layers",
+    "pretrained_models",
+    "register_pretrained",
+]
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,11 @@ def find_new_layers(
         if search.trains(head, model.get_submodule(head)):
             found.trained[head] = f"head of the pretrained {owner or type(model).__name__}"
     return found
+
+
+def pretrained_models(model: nn.Module) -> list[str]:
+    """Return the names of the outermost modules whose classes are a library's models."""
+    return [name for name, _ in _pretrained_parts(model)]
 
 
 def _pretrained_parts(model: nn.Module) -> Iterator[tuple[str, PretrainedLibrary]]:

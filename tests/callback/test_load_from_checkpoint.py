@@ -97,7 +97,7 @@ def test_other_ways_to_load_name_this_one(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=names_it):
         in_package(Plain).load_from_checkpoint(path)
     with pytest.raises(RuntimeError, match=names_it):
-        trainer().fit(Plain(), ckpt_path=path, weights_only=True)
+        trainer().fit(Plain(), ckpt_path=path)
     state = torch.load(path, weights_only=True)["state_dict"]
     left = Plain().load_state_dict(state, strict=False)
     assert "lightning_peft.load_from_checkpoint" in left.unexpected_keys[0]
