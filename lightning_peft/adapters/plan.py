@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from torch import nn
 from lightning_peft.adapters.placement.checks import check_swappable
 from lightning_peft.adapters.placement.find import find_placements
 from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.core.names import in_adapter
+from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.models.frozen_parts import frozen_parts, inside, names_part
@@ -92,6 +95,8 @@ def _add_method(
     else:
         unnamed = []
     kept = [p for p in found if not _lies_in(p.name, saved)]
+    if found and not kept and isinstance(method, WeightMethod):
+        _refuse_without_layers(model, method, saved)
     plan.skipped += [
         (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
     ]
@@ -110,6 +115,20 @@ def _add_method(
             for p in find_placements(biases, model)[0]
             if not inside(p.name, unnamed) and not _lies_in(p.name, saved)
         ]
+
+
+def _refuse_without_layers(model: nn.Module, method: WeightMethod, saved: Sequence[str]) -> None:
+    """Raise ValueError: the method has no layers besides those that are trained fully."""
+    others = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if not in_adapter(name) and not _lies_in(name, saved) and ops_for(module) is not None
+    )
+    listed = ", ".join(f"{name} ×{count}" for name, count in others.most_common(12) if name)
+    raise ValueError(
+        f"target_modules: expected a layer for {method.label} besides those that are trained "
+        f"fully, got none besides {', '.join(saved)}; name others: {listed or 'there are none'}"
+    )
 
 
 def _lies_in(name: str, modules: Sequence[str]) -> bool:

@@ -31,8 +31,8 @@ class PretrainedLibrary:
 
     Attributes:
         package: Package of its model classes; classes of modules below it count too.
-        heads: Names of children that are a fresh head.
-        head_getter: Method that returns the head; "" for none.
+        heads: Names of modules inside the model that are a fresh head.
+        head_getter: Method that returns the head, or several; "" for none.
     """
 
     package: str
@@ -50,10 +50,11 @@ class PretrainedLibrary:
     def head_names(self, name: str, module: nn.Module) -> list[str]:
         """Names of the heads of a model of this library."""
         getter: Any = getattr(module, self.head_getter, None) if self.head_getter else None
-        found = getter() if callable(getter) else None
-        heads = [child for child, _ in module.named_children() if child in self.heads]
-        heads += [inner for inner, m in module.named_modules() if inner and m is found]
-        return [join(name, head) for head in dict.fromkeys(heads)]
+        found = getter() if callable(getter) else ()
+        fresh = {id(head) for head in (found if isinstance(found, tuple | list) else [found])}
+        inner = [(n, m) for n, m in module.named_modules() if n]
+        heads = [n for n, m in inner if n in self.heads or id(m) in fresh]
+        return [join(name, head) for head in heads]
 
 
 def _is_model_forward(cls: type) -> bool:
@@ -61,11 +62,15 @@ def _is_model_forward(cls: type) -> bool:
     return ("forward" in vars(cls) and not issubclass(cls, Swapped)) or cls is nn.Module
 
 
+_TORCHVISION_HEADS = (
+    *("fc", "classifier", "heads", "head", "aux_classifier"),
+    *("roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor"),
+)
 _LIBRARIES = [
     PretrainedLibrary("transformers"),  # its heads: `fresh_head_names`
     PretrainedLibrary("transformers_modules"),  # code that came with a checkpoint
     PretrainedLibrary("timm", head_getter="get_classifier"),
-    PretrainedLibrary("torchvision.models", ("fc", "classifier", "heads", "head")),
+    PretrainedLibrary("torchvision.models", _TORCHVISION_HEADS),
     PretrainedLibrary("torchaudio.models"),
     PretrainedLibrary("sentence_transformers"),
     PretrainedLibrary("open_clip"),
@@ -80,8 +85,8 @@ def register_pretrained(package: str, *, heads: Sequence[str] = (), head_getter:
 
     Args:
         package: Package of the model classes, for instance ``"my_company.encoders"``.
-        heads: Names of children that start fresh and are trained fully.
-        head_getter: Method of the models that returns the head.
+        heads: Names of modules in the models that start fresh and are trained fully.
+        head_getter: Method of the models that returns the head, or several heads.
     """
     _LIBRARIES[:] = [library for library in _LIBRARIES if library.package != package]
     _LIBRARIES.insert(0, PretrainedLibrary(package, tuple(heads), head_getter))

@@ -175,6 +175,39 @@ def test_which_layers_are_new(model, want) -> None:
     assert new_layers_of(model(), lp.LoRA()).trained == want
 
 
+class Distilled(Vision):
+    """Has two heads, as timm's DeiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.ModuleDict({"head_dist": nn.Linear(4, 10)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.extra["head_dist"](self.stem(x).mean((2, 3)))
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.fc, self.extra["head_dist"]
+
+
+@pytest.mark.parametrize(
+    "how", [{"heads": ["fc", "extra.head_dist"]}, {"head_getter": "get_classifier"}]
+)
+def test_models_with_two_heads(how, monkeypatch) -> None:
+    monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
+    register_pretrained(Vision.__module__, **how)
+    found = new_layers_of(Distilled(), lp.LoRA(target_modules=["stem"]))
+    assert list(found.trained) == ["fc", "extra.head_dist"]
+
+
+def test_a_method_whose_only_layers_are_the_head_is_refused(monkeypatch) -> None:
+    """All linear layers of a ResNet are its head: LoRA would train nothing beside it."""
+    monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
+    register_pretrained(Vision.__module__, heads=["fc"])
+    message = r"for LoRA besides those that are trained fully, got none besides fc; .*stem ×1"
+    with pytest.raises(ValueError, match=message):
+        lp.attach(Vision(), lp.LoRA(r=2, target_modules="all-linear"), modules_to_save=None)
+
+
 @pytest.mark.parametrize("how", [{"heads": ["fc"]}, {"head_getter": "get_classifier"}])
 def test_libraries_of_the_user(how, monkeypatch) -> None:
     monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
