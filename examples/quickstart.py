@@ -112,7 +112,8 @@ def main(model: str = str(MINILM)) -> None:
     pl.seed_everything(0)
     (head_only := Classifier(model, lr=0.0)).encoder.requires_grad_(False)
     rows = [fine_tune("head-only", head_only, model)]
-    lora = LoRA(r=8, target_modules=["query", "key", "value", "dense"])
+    layers = ["query", "key", "value", "dense"]
+    lora = LoRA(r=8, target_modules=layers, exclude_modules=["pooler"])  # its output is not used
     peft = PEFT(lora, quantization="nf4")  # the new head is found and trained fully
     rows.append(fine_tune("qlora", Classifier(model, lr=2e-3), model, peft))
     rows.append(fine_tune("full", Classifier(model, lr=2e-4), model))

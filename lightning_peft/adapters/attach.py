@@ -52,6 +52,7 @@ from lightning_peft.models.fingerprint import fingerprint
 from lightning_peft.models.frozen_parts import FrozenCopy, frozen_copies, inside
 from lightning_peft.models.history import start_history
 from lightning_peft.models.pretrained import NewLayers
+from lightning_peft.models.saving import save_plainly
 from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.storage import StorageConfig, as_config, require_config
@@ -134,11 +135,18 @@ def attach_within(
             saved = saved_modules(model, modules_to_save)
             plan = plan_attach(model, methods, saved)
             copies = _copies_to_follow(model, plan)
+            followers = [pair.teacher for pair in copies]
             averaged = {**averaged, **students_of_dense(copies, quantization)}
             packing = (
                 None
                 if quantization is None
-                else plan_quantization(model, quantization, keep=saved, averaged=averaged)
+                else plan_quantization(
+                    model,
+                    quantization,
+                    keep=saved,
+                    frozen=[part for part in plan.left_frozen if part not in followers],
+                    averaged=averaged,
+                )
             )
             check_copies_stay_dense(plan.adapters, packing)
             unused = unused_rules(model, methods, plan.adapters)
@@ -167,9 +175,11 @@ def attach_within(
         for _, module in adapted_modules(model):
             join_registry(module, registry)
         registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters, new.trained)
-        registry.user_frozen, registry.loose = new.frozen, new.loose
+        registry.user_frozen = list(dict.fromkeys([*plan.left_frozen, *new.frozen]))
+        registry.loose = new.loose
         registry.skipped, registry.tied = plan.skipped, plan.tied
         activate(model, registry, [adapter_name])
+        save_plainly(model)
         start_history(model, again=packed)
         return parameter_report(model)
     except BaseException:
@@ -177,6 +187,7 @@ def attach_within(
         snapshot.restore(built)
         if packed and base is not None:  # packed layers stay packed: their dense weights are gone
             set_registry(model, _registry_of_packed(base, quantization))
+            save_plainly(model)
         raise
 
 
@@ -222,6 +233,7 @@ def quantize(
         registry.quantization, registry.dense = config, packing.dense
         quantize_layers(model, packing, device, PackingWatch(packed, snapshot.renew))
         guard_fast_path(model)
+        save_plainly(model)
         return parameter_report(model)
     except BaseException:
         base = registry_of(model)
@@ -229,6 +241,7 @@ def quantize(
         if packed and base is not None:
             set_registry(model, _registry_of_packed(base, config))
             guard_fast_path(model)
+            save_plainly(model)
         raise
 
 

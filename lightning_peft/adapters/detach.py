@@ -10,6 +10,7 @@ from lightning_peft.adapters.plain import is_merged_for_good, make_plain, remove
 from lightning_peft.core.registry import AdapterRegistry, forget, is_part, registries_in
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.projection_group import share_inputs
+from lightning_peft.models.saving import restore_saving
 from lightning_peft.models.shared_inputs import children_sharing_input
 
 __all__ = ["detach"]
@@ -56,6 +57,7 @@ def _detach_from(root: nn.Module, registry: AdapterRegistry, names: list[str]) -
         registry.adopted = []
         registry.history = None
         if registry.quantization is None:
+            restore_saving(root)
             forget(root)
 
 

@@ -34,7 +34,8 @@ def merge(
     """Write W' into the weights, in fp32 and with one rounding; forward then runs the plain layers.
 
     The adapters stay attached, so that `unmerge` can take the change back, and layers that no
-    adapter changes stay packed. `merge_and_unload` makes the model plain, for `save_pretrained`.
+    adapter changes stay packed. After it `save_pretrained` of a transformers model writes plain
+    weights; `merge_and_unload` makes the model itself plain.
 
     Args:
         model: A model with adapters.

@@ -14,6 +14,7 @@ from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.models.adaptable_layers import adaptable_layers
 from lightning_peft.models.frozen_parts import frozen_parts, inside, names_part
+from lightning_peft.models.pretrained import pretrained_models
 
 __all__ = ["AttachPlan", "plan_attach"]
 
@@ -30,12 +31,15 @@ class AttachPlan:
         skipped: (name, reason) of layers that matched and are left out.
         tied: Groups of parameter names that share one tensor.
         frozen_parts: Names of the parts that the user froze before attach.
+        left_frozen: Those of them that no adapter goes to; not those inside a
+            pretrained model, which are its base.
     """
 
     adapters: list[PlannedAdapter] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     tied: list[tuple[str, ...]] = field(default_factory=list)
     frozen_parts: list[str] = field(default_factory=list)
+    left_frozen: list[str] = field(default_factory=list)
 
 
 def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str]) -> AttachPlan:
@@ -51,11 +55,18 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
         _add_method(plan, model, method, str(i) if len(methods) > 1 else "", saved, frozen)
     if saved:
         copies = ModulesToSave(modules=tuple(saved))
-        inside = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
+        overlap = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
         plan.adapters += [
-            PlannedAdapter(copies, "saved" if inside else "", p)
+            PlannedAdapter(copies, "saved" if overlap else "", p)
             for p in find_placements(copies, model)[0]
         ]
+    models = pretrained_models(model) if frozen else {}
+    plan.left_frozen = [
+        part
+        for part in frozen
+        if not any(inside(p.placement.name, [part]) for p in plan.adapters)
+        and not any(part != name and inside(part, [name]) for name in models)
+    ]
     for planned in plan.adapters:
         check_swappable(planned.placement.name, planned.placement.module)
     return plan

@@ -56,6 +56,7 @@ def plan_quantization(
     quantization: StorageConfig,
     *,
     keep: Sequence[str] = (),
+    frozen: Sequence[str] = (),
     averaged: Mapping[str, str] = MappingProxyType({}),
 ) -> QuantizationPlan:
     """Choose the layers and check their weights; nothing is changed.
@@ -64,6 +65,7 @@ def plan_quantization(
         model: The model.
         quantization: How.
         keep: Names of modules that stay dense (they are trained whole).
+        frozen: Names of parts that stay dense because their outputs must not change.
         averaged: Parts that are averaged into a dense part, with its name; they stay dense too.
 
     Raises:
@@ -85,6 +87,7 @@ def plan_quantization(
         if layout is None or held_tensors(module):
             continue
         reason = _stays_dense(name, module, layout, quantization, keep, heads, shared, fp32)
+        reason = reason or ("frozen by you" if inside(name, frozen) else "")
         reason = reason or _averaged_into(name, averaged)
         reason = reason or _dense_reason(storage, name, module, layout, quantization)
         if reason:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.finite import is_finite
+from lightning_peft.core.marker import unmarked
 from lightning_peft.core.modules import modules_by_name, persistent_buffers
 from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
@@ -70,14 +71,15 @@ def load_adapter_state_dict(
 
     Args:
         model: A model with the adapters attached.
-        state: Tensors by canonical key, as `adapter_state_dict` returns them.
+        state: Tensors by canonical key, as `adapter_state_dict` returns them; or the
+            ``"state_dict"`` of a checkpoint.
         strict: Whether the key sets must be equal. Unequal shapes and non-finite values always
             raise.
 
     Raises:
         ValueError: missing, extra, misshapen or non-finite tensors, with the list.
     """
-    live = trained_tensors(model)
+    state, live = unmarked(state), trained_tensors(model)
     check_state({**live, **initialized_shapes(model, state)}, state, strict=strict)
     restore_initialized(model, state)
     live = trained_tensors(model)

@@ -164,7 +164,9 @@ def _warn(lines: Sequence[str], step: int) -> None:
         return
     shown = [*lines[:20], *([f"… and {len(lines) - 20} more"] if len(lines) > 20 else [])]
     when = "the first step" if step == 1 else f"{step} steps"
+    parts = "part" if len(lines) == 1 else "parts"
     warnings.warn(
-        f"after {when} {len(lines)} trained parts got no gradient:\n  " + "\n  ".join(shown),
+        f"PEFT: {len(lines)} trained {parts} got no gradient after {when}:\n  "
+        + "\n  ".join(shown),
         stacklevel=4,
     )

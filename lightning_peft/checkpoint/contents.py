@@ -27,6 +27,7 @@ from lightning_peft.checkpoint.kept import kept_base_tensors, kept_tensors, live
 from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.finite import is_finite
+from lightning_peft.core.marker import marked
 from lightning_peft.core.names import in_adapter, strip_compile
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_loaded, note_moved
@@ -113,6 +114,8 @@ def filter_checkpoint(
     if form == "full":
         entry |= {"form": "full", "tensors": sorted(written["state_dict"])}
         written = _each_state(written, lambda state: full_state(model, state))
+    else:
+        written["state_dict"] = marked(written["state_dict"])
     written[KEY] = entry
     return written
 

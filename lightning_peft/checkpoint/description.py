@@ -23,7 +23,8 @@ KEY = "lightning_peft"
 #: Version of that entry; a file with a larger one was written by newer code.
 #: 1: adapters, and what outside of the root required a gradient when the file was written.
 #: 2: also `kept`, the names of all tensors in the file that belong to no adapter.
-FORMAT = 2
+#: 3: also the marker among the tensors (see `core.marker`).
+FORMAT = 3
 
 _PACKAGES = (
     "lightning_peft",

@@ -18,6 +18,7 @@ from lightning_peft.checkpoint.description import FORMAT, KEY
 from lightning_peft.checkpoint.kept import kept_by_live_key, live_tensors
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.models.plain_state import dense_base, plain_state
 from lightning_peft.storage import held_tensors
 from lightning_peft.storage.dtensor import is_sharded
 
@@ -80,7 +81,7 @@ def refuse_unwritable(model: nn.Module, form: CheckpointForm) -> None:
 
 def full_state(model: nn.Module, kept: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state under every key of the live model: the dense base, and the kept tensors."""
-    dense, packed = _dense_base(model)
+    dense, packed = dense_base(model)
     canonical: dict[int, str] = {}
     live = live_tensors(model)
     for key, tensor in live.items():
@@ -93,22 +94,6 @@ def full_state(model: nn.Module, kept: Mapping[str, Any]) -> dict[str, Any]:
         value = kept.get(strip_compile(key), kept.get(canonical.get(id(tensor), ""), tensor))
         full[key] = value.detach() if isinstance(value, Tensor) else value
     return full | dense
-
-
-def _dense_base(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the dequantised weights by live key, and the live keys that hold packed tensors."""
-    dense: dict[str, Tensor] = {}
-    packed: set[str] = set()
-    read: dict[tuple[int, str], Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for key, held in held_tensors(module).items():
-            packed.add(join(name, key))
-            place = (id(module), held.weight)
-            if place not in read:
-                dtype = held.storage.dtype(module, held.weight)
-                read[place] = held.storage.read(module, held.weight, dtype).detach()
-            dense[join(name, held.weight)] = read[place]
-    return dense, packed
 
 
 def without_base(checkpoint: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,13 +210,10 @@ def _merged_state(model: nn.Module) -> dict[str, Any]:
     if not merged:
         merge(model, into="dense", keep_base=True)
     try:
-        dense, packed = _dense_base(model)
-        plain = {
-            key: tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
-            for key, tensor in live_tensors(model).items()
-            if key not in packed and not in_adapter(key)
+        return {
+            key: t.detach().clone() if isinstance(t, Tensor) else t
+            for key, t in plain_state(model).items()
         }
-        return plain | dense
     finally:
         if not merged:
             unmerge(model)

@@ -40,6 +40,7 @@ from lightning_peft.checkpoint.sharded import (
 )
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.collectives import raise_on_all_ranks
+from lightning_peft.core.marker import marked
 from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_moved, note_optimizers, start_history
@@ -111,7 +112,7 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
         weights = gather_tensors(shards)
         checkpoint = {
             **plain,
-            _WEIGHTS: weights,
+            _WEIGHTS: marked(weights),
             _OPTIMIZERS: [gather_optimizers(each) for each in gathered],
             KEY: {**describe(model), **entry},
         }

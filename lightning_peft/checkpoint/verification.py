@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.state_dict import check_state, trained_tensors
 from lightning_peft.checkpoint.description import FORMAT, KEY, describe
+from lightning_peft.core.marker import unmarked
 from lightning_peft.core.names import strip_compile
 from lightning_peft.initialization.restore import initialized_shapes
 from lightning_peft.methods.registry import from_dict, to_dict
@@ -49,12 +50,8 @@ def verify(
     _same_adapters(stored.get("roots"), live["roots"], source)
     held = _list_of_names(stored.get("kept"))
     _same_base(stored["roots"], live["roots"], held, source, resuming)
-    check_state(
-        _expected(model, stored, checkpoint["state_dict"]),
-        checkpoint["state_dict"],
-        strict=True,
-        source=source,
-    )
+    state = unmarked(checkpoint["state_dict"])
+    check_state(_expected(model, stored, state), state, strict=True, source=source)
 
 
 def _expected(

@@ -63,7 +63,7 @@ class AdapterRegistry:
         skipped: (name, reason) of layers that matched and were left out.
         dense: (name, reason) of linear layers that quantisation left dense.
         tied: Groups of parameter names that share one tensor.
-        user_frozen: Parts outside every pretrained model that the user froze.
+        user_frozen: Parts that the user froze, not those inside a pretrained model.
         loose: Trained parameters of the user that no module can train a copy of.
         fingerprint: Fingerprint of the base before quantising.
         adopted: Names of layers that arrived quantised and were adopted.

@@ -21,6 +21,7 @@ from lightning_peft.adapters.new_bias import check_no_new_bias
 from lightning_peft.hf.config import method_class, read_config
 from lightning_peft.hf.files import TENSORS
 from lightning_peft.hf.hub import ADAPTER_FILES, MODEL_FILES, local_directory
+from lightning_peft.hf.joined_files import JoinedFiles
 from lightning_peft.hf.load import load_adapter
 from lightning_peft.hf.model_files import ModelFiles
 from lightning_peft.hf.provenance import Provenance, read_provenance
@@ -119,13 +120,13 @@ def export_merged(
     source = local_directory(adapter, ADAPTER_FILES)
     folder = local_directory(base, MODEL_FILES)
     config = _config(folder)
-    files = ModelFiles(folder)
-    model, provenance = _with_adapter(source, folder, files)
+    stored = ModelFiles(folder)
+    model, files, provenance = _with_adapter(source, folder, stored)
     merger = _merger(model, files, provenance, as_config(quantization), onto, to)
     untied = bool(merger.untied)
     planned = [
-        PlannedTensor(name, to_dtype, files.tensors[stored].shape, form)
-        for name, stored, to_dtype, form in _tensors(files, merger, to)
+        PlannedTensor(name, to_dtype, files.tensors[key].shape, form)
+        for name, key, to_dtype, form in _tensors(files, merger, to)
     ]
 
     def fill(directory: Path) -> None:
@@ -189,27 +190,30 @@ def _config(folder: Path) -> dict[str, Any]:
 # ---- the model without weights
 
 
-def _with_adapter(source: Path, folder: Path, files: ModelFiles) -> tuple[nn.Module, Provenance]:
-    """The skeleton of the base with the adapter attached."""
+def _with_adapter(
+    source: Path, folder: Path, stored: ModelFiles
+) -> tuple[nn.Module, JoinedFiles, Provenance]:
+    """The skeleton of the base with the adapter attached, and the files as it reads them."""
     # An initialisation that rewrites the base writes into every adapted weight.
     method = method_class(read_config(source))()
     rewrites = isinstance(method, WeightMethod) and method.rewrites_base
     model = weightless(skeleton(folder), writable=rewrites)
+    files = JoinedFiles(stored, model)
     file = source / TENSORS
     provenance = read_provenance(file) if file.is_file() else Provenance()
     if file.is_file():
         _fill_copied(model, file, files)
     load_adapter(model, source)
-    return model, provenance
+    return model, files, provenance
 
 
-def _fill_copied(model: nn.Module, file: Path, files: ModelFiles) -> None:
+def _fill_copied(model: nn.Module, file: Path, files: JoinedFiles) -> None:
     """Read the weights that an adapter file holds a copy of: `load_adapter` compares them."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as handle:
         keys = {key.removeprefix("base_model.model.") for key in handle.keys()}  # noqa: SIM118
-    names = stored_names(model, files.tensors)
+    names = stored_names(model, files)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         wrapped = f"{owner}.base_layer.{leaf}"
@@ -219,7 +223,7 @@ def _fill_copied(model: nn.Module, file: Path, files: ModelFiles) -> None:
 
 def _merger(
     model: nn.Module,
-    files: ModelFiles,
+    files: JoinedFiles,
     provenance: Provenance,
     quantization: StorageConfig | None,
     onto: str,
@@ -230,15 +234,15 @@ def _merger(
     check_merge(plan, None)
     check_no_new_bias(plan, "export_merged")
     return WeightMerger(
-        model, files, stored_names(model, files.tensors), plan, provenance, config, onto, to
+        model, files, stored_names(model, files), plan, provenance, config, onto, to
     )
 
 
 def _tensors(
-    files: ModelFiles, merger: WeightMerger, to: torch.dtype | None
+    files: JoinedFiles, merger: WeightMerger, to: torch.dtype | None
 ) -> Iterator[tuple[str, str, torch.dtype, Callable[[], Tensor]]]:
     """(key to write, key to read, dtype, how to form it) of every tensor."""
-    for key, stored in files.tensors.items():
+    for key, stored in files.stored.items():
         own = DTYPES[stored.dtype]
         written = to if to is not None and own.is_floating_point else own
         yield key, key, written, merger.former(key)

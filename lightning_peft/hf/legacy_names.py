@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.names import in_adapter
 from lightning_peft.hf.rename import Renaming, module_path, renamed
-from lightning_peft.hf.targets import is_transformers_model
 from lightning_peft.methods.base import HFFormat
+from lightning_peft.models.saving import is_transformers_model
 
 __all__ = ["current_names", "legacy_names", "namings"]
 

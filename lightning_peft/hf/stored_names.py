@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from lightning_peft.core.names import in_adapter, join
+from lightning_peft.hf.joined_files import JoinedFiles
 from lightning_peft.hf.legacy_names import namings
 
 __all__ = ["stored_names"]
 
 
-def stored_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
+def stored_names(model: nn.Module, files: JoinedFiles) -> dict[str, str]:
     """Map each parameter to its name in the files, tied parameters under each of their names.
 
     The files may have the names of transformers 4, and more or less of the base model's prefix.
@@ -20,7 +21,10 @@ def stored_names(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
     """
     names = [n for n, _ in model.named_parameters(remove_duplicate=False) if not in_adapter(n)]
     spellings = _spellings(model, names)
-    return max(spellings, key=lambda spelling: sum(key in stored for key in spelling.values()))
+    stored = files.stored
+    best = max(spellings, key=lambda spelling: sum(key in stored for key in spelling.values()))
+    renamed = {name: key for name, key in files.names.items() if best.get(name) not in stored}
+    return best | renamed | {name: name for name in files.parts}
 
 
 def _spellings(model: nn.Module, names: list[str]) -> Iterator[dict[str, str]]:

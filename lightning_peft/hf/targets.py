@@ -15,12 +15,12 @@ from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.models.modules import output_embeddings
+from lightning_peft.models.saving import is_transformers_model
 
 __all__ = [
     "compact",
     "compact_names",
     "exact_targets",
-    "is_transformers_model",
     "misread_names",
     "model_root",
     "targeted",
@@ -52,11 +52,6 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
         if not inside and is_transformers_model(module):
             found.append((name, module))
     return found[0] if len(found) == 1 else ("", model)
-
-
-def is_transformers_model(module: nn.Module) -> bool:
-    """True for a `PreTrainedModel`, by class name, so that transformers is not imported."""
-    return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
 
 
 def targeted(config: Mapping[str, Any], root: nn.Module) -> Callable[[str, nn.Module], bool]:

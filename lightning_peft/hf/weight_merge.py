@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,7 +17,8 @@ from lightning_peft.core.modules import tied_parameters
 from lightning_peft.core.names import in_adapter
 from lightning_peft.core.registry import registries_in
 from lightning_peft.core.site import Site
-from lightning_peft.hf.model_files import ModelFiles
+from lightning_peft.hf.joined_files import ExpertPart, JoinedFiles
+from lightning_peft.hf.parameter_change import ParameterChange, parameter_changes
 from lightning_peft.hf.provenance import Provenance
 from lightning_peft.layers import ops_for
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -50,25 +51,6 @@ class MergeError:
         return (self.wrong / self.change) ** 0.5 if self.change else 0.0
 
 
-@dataclass
-class _Change:
-    """What the adapter does to one parameter.
-
-    Attributes:
-        part: The module that reads the parameter.
-        path: Path of the parameter in the module.
-        edits: Adapters that edit the weight.
-        biased: Adapters that edit the weight whose bias this is.
-        copy: A trained copy that replaces the parameter.
-    """
-
-    part: ModuleMerge
-    path: str
-    edits: list[WeightAdapter] = field(default_factory=list)
-    biased: list[WeightAdapter] = field(default_factory=list)
-    copy: Tensor | None = None
-
-
 class WeightMerger:
     """Forms the merged value of each stored tensor.
 
@@ -94,7 +76,7 @@ class WeightMerger:
     def __init__(
         self,
         model: nn.Module,
-        files: ModelFiles,
+        files: JoinedFiles,
         names: Mapping[str, str],
         plan: Sequence[ModuleMerge],
         provenance: Provenance,
@@ -107,15 +89,16 @@ class WeightMerger:
         self._modules = dict(model.named_modules())
         self._packed = _packed_weights(model, quantization)
         self._ties = _ties(model)
-        self.changes = _changes(plan)
+        self.changes = parameter_changes(plan)
+        self._fused: dict[str, tuple[Tensor, int]] = {}
         self.error = {"trained": MergeError(), "original": MergeError()}
         missing = sorted(name for name in self.changes if self._stored(name) not in files.tensors)
         if missing:
             raise ValueError(
                 f"{files.directory}: expected the adapted weights under the model's names, found "
-                f"none for {missing[:3]} and {max(0, len(missing) - 3)} more (files may hold fused "
-                "weights in parts); load the model with from_pretrained and the adapter with "
-                "load_adapter, then merge_and_unload and save_pretrained"
+                f"none for {missing[:3]} and {max(0, len(missing) - 3)} more (files may hold "
+                "weights in another form); load the model with from_pretrained and the adapter "
+                "with load_adapter, then merge_and_unload and save_pretrained"
             )
         self.untied = [group for group in self._ties if self._comes_apart(group)]
 
@@ -123,6 +106,11 @@ class WeightMerger:
 
     def former(self, key: str) -> Callable[[], Tensor]:
         """Return how to form the tensor that is stored under `key`."""
+        if key in self._files.fused:
+            fused, part = self._files.fused[key]
+            if fused in self.changes or (fused in self._packed and self._onto == "trained"):
+                return partial(self._part, fused, part)
+            return partial(self._files.read, key)
         name = next((n for n, k in self._names.items() if k == key), "")
         group = self._group(name)
         if name not in self.changes and group not in self.untied:  # tied weights change as one
@@ -165,6 +153,16 @@ class WeightMerger:
 
     # ---- values
 
+    def _part(self, name: str, part: ExpertPart) -> Tensor:
+        """A part of a fused weight, which is formed with the first and dropped with the last."""
+        if name not in self._fused:
+            form = self._merged if name in self.changes else self._roundtrip
+            self._fused[name] = (form(name), len(self._files.parts[name]))
+        fused, left = self._fused.pop(name)
+        if left > 1:
+            self._fused[name] = (fused, left - 1)
+        return part.cut(fused)
+
     def _read(self, name: str, key: str) -> Tensor:
         tensor = self._files.read(key)
         expected = self._provenance.tensors.get(name)
@@ -189,7 +187,7 @@ class WeightMerger:
             return self._merged_bias(change, original)
         return self._merged_weight(name, change, original)
 
-    def _merged_bias(self, change: _Change, original: Tensor) -> Tensor:
+    def _merged_bias(self, change: ParameterChange, original: Tensor) -> Tensor:
         site = change.biased[0].site
         at = change.part.key(site.parameter)
         weight = self._read(at, self._stored(at))
@@ -200,7 +198,7 @@ class WeightMerger:
         assert bias is not None  # it started as a tensor
         return bias.detach()
 
-    def _merged_weight(self, name: str, change: _Change, original: Tensor) -> Tensor:
+    def _merged_weight(self, name: str, change: ParameterChange, original: Tensor) -> Tensor:
         site = change.edits[0].site
         to = original.dtype if self._dtype is None else self._dtype
         packed = name in self._packed
@@ -238,22 +236,6 @@ class WeightMerger:
         done = torch.stack([_quantized_matrix(M, self._quantization) for M in matrices])
         result = done.reshape(canonical.shape)
         return result.mT if self._packed[name] else result
-
-
-def _changes(plan: Sequence[ModuleMerge]) -> dict[str, _Change]:
-    found: dict[str, _Change] = {}
-    for part in plan:
-        for adapter in part.edits():
-            path = adapter.site.parameter
-            found.setdefault(part.key(path), _Change(part, path)).edits.append(adapter)
-            bias = adapter.site.ops.bias(part.module, path)
-            edit = adapter.edit()
-            if bias is not None and (edit.bias is not None or edit.scale_bias):
-                found.setdefault(part.key(bias), _Change(part, bias)).biased.append(adapter)
-        for other in part.adapters:
-            for path, value in other.copies().items():
-                found.setdefault(part.key(path), _Change(part, path)).copy = value.detach()
-    return found
 
 
 def _packed_weights(model: nn.Module, quantization: StorageConfig | None) -> dict[str, bool]:

@@ -17,7 +17,13 @@ from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.models.modules import fresh_head_names
 
-__all__ = ["NewLayers", "PretrainedLibrary", "find_new_layers", "register_pretrained"]
+__all__ = [
+    "NewLayers",
+    "PretrainedLibrary",
+    "find_new_layers",
+    "pretrained_models",
+    "register_pretrained",
+]
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class PretrainedLibrary:
 
     Attributes:
         package: Package of its model classes; classes of modules below it count too.
-        heads: Names of children that are a fresh head.
-        head_getter: Method that returns the head; "" for none.
+        heads: Names of modules inside the model that are a fresh head.
+        head_getter: Method that returns the head, or several; "" for none.
     """
 
     package: str
@@ -45,10 +51,11 @@ class PretrainedLibrary:
     def head_names(self, name: str, module: nn.Module) -> list[str]:
         """Names of the heads of a model of this library."""
         getter: Any = getattr(module, self.head_getter, None) if self.head_getter else None
-        found = getter() if callable(getter) else None
-        heads = [child for child, _ in module.named_children() if child in self.heads]
-        heads += [inner for inner, m in modules_by_name(module).items() if inner and m is found]
-        return [join(name, head) for head in dict.fromkeys(heads)]
+        found = getter() if callable(getter) else ()
+        fresh = {id(head) for head in (found if isinstance(found, tuple | list) else [found])}
+        inner = [(n, m) for n, m in modules_by_name(module).items() if n]
+        heads = [n for n, m in inner if n in self.heads or id(m) in fresh]
+        return [join(name, head) for head in heads]
 
 
 def _is_model_forward(cls: type) -> bool:
@@ -56,11 +63,15 @@ def _is_model_forward(cls: type) -> bool:
     return ("forward" in vars(cls) and not issubclass(cls, Swapped)) or cls is nn.Module
 
 
+_TORCHVISION_HEADS = (
+    *("fc", "classifier", "heads", "head", "aux_classifier"),
+    *("roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor"),
+)
 _LIBRARIES = [
     PretrainedLibrary("transformers"),  # its heads: `fresh_head_names`
     PretrainedLibrary("transformers_modules"),  # code that came with a checkpoint
     PretrainedLibrary("timm", head_getter="get_classifier"),
-    PretrainedLibrary("torchvision.models", ("fc", "classifier", "heads", "head")),
+    PretrainedLibrary("torchvision.models", _TORCHVISION_HEADS),
     PretrainedLibrary("torchaudio.models"),
     PretrainedLibrary("sentence_transformers"),
     PretrainedLibrary("open_clip"),
@@ -75,8 +86,8 @@ def register_pretrained(package: str, *, heads: Sequence[str] = (), head_getter:
 
     Args:
         package: Package of the model classes, for instance ``"my_company.encoders"``.
-        heads: Names of children that start fresh and are trained fully.
-        head_getter: Method of the models that returns the head.
+        heads: Names of modules in the models that start fresh and are trained fully.
+        head_getter: Method of the models that returns the head, or several heads.
     """
     _LIBRARIES[:] = [library for library in _LIBRARIES if library.package != package]
     _LIBRARIES.insert(0, PretrainedLibrary(package, tuple(heads), head_getter))
@@ -121,6 +132,11 @@ def find_new_layers(
         if search.trains(head, model.get_submodule(head)):
             found.trained[head] = f"head of the pretrained {owner or type(model).__name__}"
     return found
+
+
+def pretrained_models(model: nn.Module) -> list[str]:
+    """Return the names of the outermost modules whose classes are a library's models."""
+    return [name for name, _ in _pretrained_parts(model)]
 
 
 def _pretrained_parts(model: nn.Module) -> Iterator[tuple[str, PretrainedLibrary]]:

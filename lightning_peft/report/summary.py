@@ -62,7 +62,7 @@ class Report:
         dense_kinds: Bytes of the dense base by kind of layer: "embeddings", "norms" …
         storages: Bytes of the quantised base by format.
         trained_fully: (module, reason) of modules that are trained fully.
-        user_frozen: Parts outside every pretrained model that the user froze.
+        user_frozen: Parts that the user froze, not those inside a pretrained model.
         loose: Trained parameters of the user that stay frozen: no module holds them alone.
         skipped: (name, reason) of layers that matched and were left out.
         dense: (name, reason) of linear layers that quantisation left dense.

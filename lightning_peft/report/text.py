@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["report_lines"]
 
 #: Reasons that follow from what the user asked, and need no line.
-_EXPECTED = ("trained whole", "trained whole (modules_to_save)", "output head")
+_EXPECTED = ("trained whole", "trained whole (modules_to_save)", "output head", "frozen by you")
 
 
 def report_lines(report: Report, width: int = 80) -> list[str]:
@@ -26,9 +26,15 @@ def report_lines(report: Report, width: int = 80) -> list[str]:
     share = f"{report.trainable:,} of {report.total:,} parameters = {report.percent:.3f} %"
     sentences = [f"trained {share}", *_trained_fully(report), _memory(report)]
     dense = [(name, why) for name, why in report.dense if why not in _EXPECTED]
-    skipped = [(name, why) for name, why in report.skipped if why not in _EXPECTED[:2]]
+    skipped = [
+        (name, why)
+        for name, why in report.skipped
+        if why not in _EXPECTED[:2] and name not in report.user_frozen
+    ]
     if report.user_frozen:
-        sentences.append(f"frozen by you: {_names(report.user_frozen)}")
+        sentences.append(
+            f"frozen by you: {_names(report.user_frozen)} (name it in target_modules to adapt it)"
+        )
     if report.loose:
         sentences.append(
             f"frozen: {_names(report.loose)} (put it into a module of its own to train it)"

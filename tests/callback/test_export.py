@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 
 import lightning_peft as lp
 from lightning_peft.adapters.state_dict import adapter_state_dict
-from lightning_peft.checkpoint import atomic_file
 from tests.callback.test_new_layers import DATA, Classifier
 from tests.helpers.lightning_package import pl
 from tests.helpers.nets import trainer
+from tests.helpers.stored import stored_tensors
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
 
@@ -30,7 +30,7 @@ def test_the_best_checkpoint_is_exported_and_the_module_stays(tmp_path) -> None:
     )
     peft = lp.PEFT(lp.LoRA(r=2), export_to=tmp_path / "adapter", quantization="nf4")
     trainer(peft, saver, max_epochs=2).fit(model, DataLoader(DATA, 8))
-    best = atomic_file.read(saver.best_model_path)["state_dict"]
+    best = stored_tensors(saver.best_model_path)
     fresh = Classifier()
     lp.load_adapter(fresh, tmp_path / "adapter")
     exported, last = adapter_state_dict(fresh), adapter_state_dict(model)

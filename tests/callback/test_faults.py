@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft import PEFT, LoRA
 from tests.helpers.lightning_package import pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, peft, trainer
+from tests.helpers.stored import stored_tensors
 from tests.helpers.streams import Stream
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
@@ -45,7 +46,7 @@ def test_ten_in_a_row_end_the_run(tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match="in 10 steps in a row"),
     ):
         trainer(peft(), max_epochs=9, folder=tmp_path).fit(model)
-    written = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    written = stored_tensors(tmp_path / "last.ckpt")
     assert all(bool(t.isfinite().all()) for t in written.values())
 
 
@@ -68,7 +69,7 @@ def test_weights_that_are_not_finite_replace_no_file(tmp_path: Path) -> None:
     files = sorted(tmp_path.glob("*.ckpt"))
     assert len(files) == 2
     for file in files:
-        state = torch.load(file, weights_only=True)["state_dict"]
+        state = stored_tensors(file)
         assert all(bool(t.isfinite().all()) for t in state.values())
 
 

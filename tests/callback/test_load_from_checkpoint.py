@@ -1,4 +1,6 @@
-"""`load_from_checkpoint`: hyper-parameters that are objects, and classes with their own loader."""
+"""`load_from_checkpoint`: hyper-parameters that are objects, classes with their own loader, and
+what other ways to load a file of adapters say.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import attach, load_checkpoint, load_from_checkpoint
+from lightning_peft import (
+    attach,
+    load_adapter_state_dict,
+    load_checkpoint,
+    load_from_checkpoint,
+)
 from tests.helpers.lightning_package import in_package, pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, lora, peft, trainer
+from tests.helpers.stored import stored_tensors
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
 
@@ -91,3 +99,27 @@ def test_hyper_parameters_as_one_argument(tmp_path: Path) -> None:
     read = load_from_checkpoint(Grouped, written(model, tmp_path / "a.ckpt"))
     assert read.config["depth"] == 3
     assert_same(adapters_of(read), adapters_of(model))
+
+
+def test_other_ways_to_load_name_this_one(tmp_path: Path) -> None:
+    """What Lightning and torch say of a file of adapters, which they take for a full model."""
+    path = written(Plain(), tmp_path / "a.ckpt")
+    names_it = r"Unexpected key.*\"adapters only: .*lightning_peft\.load_from_checkpoint"
+    with pytest.raises(RuntimeError, match=names_it):
+        in_package(Plain).load_from_checkpoint(path)
+    with pytest.raises(RuntimeError, match=names_it):
+        trainer().fit(Plain(), ckpt_path=path)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    left = Plain().load_state_dict(state, strict=False)
+    assert "lightning_peft.load_from_checkpoint" in left.unexpected_keys[0]
+
+
+def test_the_state_of_a_file_loads_into_attached_adapters(tmp_path: Path) -> None:
+    model = Plain()
+    path = written(model, tmp_path / "a.ckpt")
+    fresh = Plain()
+    attach(fresh, lora(), modules_to_save=["net.3"])
+    state = torch.load(path, weights_only=True)["state_dict"]
+    load_adapter_state_dict(fresh, state)
+    for key, tensor in stored_tensors(path).items():
+        assert torch.equal(fresh.state_dict()[key], tensor), key

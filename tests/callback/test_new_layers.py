@@ -84,6 +84,7 @@ def test_a_head_is_trained_stored_and_stays_dense(tmp_path, capsys) -> None:
         assert model.get_parameter(name).dtype == torch.float32
     assert model.encoder.encoder.layer[0].output.dense._parameters["weight"].dtype == torch.uint8
     assert not any(p.requires_grad for p in model.teacher.parameters())
+    assert torch.equal(model.teacher.weight, before["teacher.weight"])  # neither packed nor moved
     printed = " ".join(capsys.readouterr().out.split())
     assert "trained fully: pool, classifier (new layer next to the pretrained encoder)" in printed
     assert "frozen by you: teacher" in printed
@@ -174,6 +175,39 @@ def test_which_layers_are_new(model, want) -> None:
     assert new_layers_of(model(), lp.LoRA()).trained == want
 
 
+class Distilled(Vision):
+    """Has two heads, as timm's DeiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.ModuleDict({"head_dist": nn.Linear(4, 10)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.extra["head_dist"](self.stem(x).mean((2, 3)))
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        return self.fc, self.extra["head_dist"]
+
+
+@pytest.mark.parametrize(
+    "how", [{"heads": ["fc", "extra.head_dist"]}, {"head_getter": "get_classifier"}]
+)
+def test_models_with_two_heads(how, monkeypatch) -> None:
+    monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
+    register_pretrained(Vision.__module__, **how)
+    found = new_layers_of(Distilled(), lp.LoRA(target_modules=["stem"]))
+    assert list(found.trained) == ["fc", "extra.head_dist"]
+
+
+def test_a_method_whose_only_layers_are_the_head_is_refused(monkeypatch) -> None:
+    """All linear layers of a ResNet are its head: LoRA would train nothing beside it."""
+    monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
+    register_pretrained(Vision.__module__, heads=["fc"])
+    message = r"for LoRA besides those that are trained fully, got none besides fc; .*stem ×1"
+    with pytest.raises(ValueError, match=message):
+        lp.attach(Vision(), lp.LoRA(r=2, target_modules="all-linear"), modules_to_save=None)
+
+
 @pytest.mark.parametrize("how", [{"heads": ["fc"]}, {"head_getter": "get_classifier"}])
 def test_libraries_of_the_user(how, monkeypatch) -> None:
     monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
@@ -194,3 +228,43 @@ def test_attach_finds_them_when_asked() -> None:
     model = Classifier()
     lp.attach(model, lp.LoRA(r=2), modules_to_save=None)
     assert saved(model) == ("pool", "classifier")
+
+
+def _frozen_parts_of(model: nn.Module) -> list[str]:
+    registry = registry_of(model)
+    assert registry is not None
+    return registry.user_frozen
+
+
+@pytest.mark.parametrize("given", [None, (), ["classifier"]])
+def test_what_the_user_froze_computes_the_same(given) -> None:
+    """A frozen pretrained model and a loss net next to the encoder; the encoder is packed."""
+    model = Classifier()
+    model.reference = bert().requires_grad_(False)
+    with fork_seeded_rng(5):
+        for parameter in model.reference.parameters():  # else it would be a copy that follows
+            parameter.data.normal_()
+    model.loss_net = nn.Sequential(nn.Linear(32, 32), nn.Tanh()).requires_grad_(False)
+    before = {k: t.clone() for k, t in model.state_dict().items() if not k.startswith("encoder")}
+    report = lp.attach(model, lp.LoRA(r=2), quantization="nf4", modules_to_save=given)
+    assert _frozen_parts_of(model) == ["teacher", "reference", "loss_net"]
+    assert "frozen by you: teacher, reference, loss_net" in " ".join(str(report).split())
+    for key, value in before.items():
+        if key.startswith(("teacher", "reference", "loss_net")):
+            assert torch.equal(model.state_dict()[key], value), key
+    assert model.encoder.encoder.layer[0].output.dense._parameters["weight"].dtype == torch.uint8
+
+
+def test_layers_that_were_frozen_inside_the_base_are_base() -> None:
+    model = Classifier()
+    model.encoder.encoder.layer[0].requires_grad_(False)
+    lp.attach(model, lp.LoRA(r=2), quantization="nf4", modules_to_save=None)
+    assert model.encoder.encoder.layer[0].output.dense._parameters["weight"].dtype == torch.uint8
+    assert _frozen_parts_of(model) == ["teacher"]
+
+
+def test_a_frozen_part_that_a_method_names_is_adapted_and_packed() -> None:
+    model = Classifier()
+    lp.attach(model, lp.LoRA(r=2, target_modules=["teacher", "query"]), quantization="nf4")
+    assert model.teacher._parameters["weight"].dtype == torch.uint8
+    assert _frozen_parts_of(model) == []

@@ -14,6 +14,7 @@ from lightning_peft import IA3, PEFT, LoRAPlus
 from lightning_peft.callback.unused_parameters import explain_unused_parameters
 from tests.helpers.lightning_package import pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, lora, peft, trainer
+from tests.helpers.stored import stored_tensors
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
 
@@ -186,7 +187,7 @@ def test_what_pruning_did_is_saved(tmp_path: Path) -> None:
     run = trainer(peft(), pruning, max_epochs=1)
     run.fit(module)
     run.save_checkpoint(tmp_path / "a.ckpt")
-    written = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    written = stored_tensors(tmp_path / "a.ckpt")
     live = module.state_dict()["net.0.weight"]  # Lightning makes pruning permanent at the end
     assert 0.4 < float((live == 0).float().mean()) < 0.6
     assert torch.equal(written["net.0.weight"], live)

@@ -23,6 +23,7 @@ from tests.helpers.nets import (
     peft,
     trainer,
 )
+from tests.helpers.stored import stored_tensors
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
 
@@ -87,7 +88,7 @@ def test_resume_with_averages(averaging: Any, peft_first: bool, tmp_path: Path) 
     run(first, 1, tmp_path / "first", *callbacks())
     assert_same(base_of(whole), base_of(first))
     written = torch.load(cut, weights_only=True)
-    assert len(written["state_dict"]) == len(adapters_of(whole))
+    assert len(stored_tensors(written)) == len(adapters_of(whole))
     assert cut.stat().st_size < 60_000
 
 
@@ -154,8 +155,8 @@ def test_only_what_is_trained_is_written(weights_only: bool, tmp_path: Path) -> 
     it.fit(model)
     it.save_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
     written = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert_same(written["state_dict"], adapters_of(model))
-    assert set(written["state_dict"]) == {
+    assert_same(stored_tensors(written), adapters_of(model))
+    assert set(stored_tensors(written)) == {
         *(f"net.{i}.peft.default.{n}" for i in (0, 3) for n in "AB"),
         "net.5.peft.default.weight",
         "net.5.peft.default.bias",
@@ -192,7 +193,7 @@ def test_best_and_last(tmp_path: Path) -> None:
     it = trainer(peft(), best, max_epochs=3)
     it.fit(model)
     it.test(model, ckpt_path="best", verbose=False)
-    stored = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    stored = stored_tensors(best.best_model_path)
     assert_same(adapters_of(model), stored)
     it.fit_loop.max_epochs = 4
     it.fit(model, ckpt_path="last")
@@ -214,13 +215,13 @@ def test_tied_and_compiled_names_are_written_once(tmp_path: Path) -> None:
         it.fit(model)
         files[compiled] = tmp_path / f"{compiled}.ckpt"
         it.save_checkpoint(files[compiled])
-        written = torch.load(files[compiled], weights_only=True)["state_dict"]
+        written = stored_tensors(files[compiled])
         assert len(written) == 6
         assert all(k.startswith("net.") for k in written)
     for compiled in (False, True):  # each reads the other's
         fresh = Aliased(compiled)
         trainer(peft()).validate(fresh, ckpt_path=str(files[not compiled]), verbose=False)
-        stored = torch.load(files[not compiled], weights_only=True)["state_dict"]
+        stored = stored_tensors(files[not compiled])
         assert torch.equal(fresh.alias[0].peft.default.A, stored["net.0.peft.default.A"])
     torch.compiler.reset()
 
@@ -251,7 +252,7 @@ def test_what_lies_outside_the_root_is_written_if_an_optimizer_holds_it(tmp_path
     whole = once(3, tmp_path / "whole")
     resumed = once(3, tmp_path / "parts", tmp_path / "whole" / "epoch=0.ckpt", 99)
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
-    written = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["state_dict"]
+    written = stored_tensors(tmp_path / "whole" / "last.ckpt")
     linear = {f"{m}.{p}" for m in ("head", "warmed_up_later") for p in ("weight", "bias")}
     assert {k for k in written if ".peft." not in k} == {*linear, "seen"}
 
@@ -273,7 +274,7 @@ def test_buffers_that_training_moves_are_written(tmp_path: Path) -> None:
     run(resumed, 3, tmp_path / "p", peft(), ckpt=tmp_path / "whole" / "epoch=1.ckpt", seed=99)
     assert int(whole.steps) == 12
     assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
-    written = torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["state_dict"]
+    written = stored_tensors(tmp_path / "whole" / "last.ckpt")
     others = {k for k in written if ".peft." not in k}
     assert others == {
         "steps",
@@ -288,7 +289,7 @@ def test_asynchronous_writing_holds_the_adapters_alone(tmp_path: Path) -> None:
     it = trainer(peft(), max_epochs=2, folder=tmp_path, plugins=[pl.plugins.io.AsyncCheckpointIO()])
     it.fit(model)
     it.strategy.checkpoint_io.teardown()
-    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    stored = stored_tensors(tmp_path / "last.ckpt")
     assert_same(stored, adapters_of(model))
     assert not list(tmp_path.glob(".*tmp*"))
 
@@ -337,5 +338,5 @@ def test_after_detaching_the_whole_model_is_written(tmp_path: Path) -> None:
             adapted._peft.active.merged = []  # keep the merged weights, drop the adapters
     detach(model)
     it.save_checkpoint(tmp_path / "full.ckpt", weights_only=True)
-    stored = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
+    stored = stored_tensors(tmp_path / "full.ckpt")
     assert set(stored) == {f"net.{k}" for k in build().state_dict()}

@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import lightning_peft as lp
 from lightning_peft.__main__ import main
@@ -113,6 +119,27 @@ def test_architectures(name, tmp_path) -> None:
     want = run(model, inputs)
     again = type(build(name)[0]).from_pretrained(out)
     assert_close("exported", run(again.eval(), inputs), want, floor=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["dense", "nf4"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["experts", "attention"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe", "gpt_oss"])
+def test_experts_that_lie_in_files_of_their_own(name, targets, quantization, tmp_path) -> None:
+    """What `save_pretrained` writes after merging in memory: for some a tensor per expert."""
+    model, inputs = build(name)
+    saved(model, tmp_path / "base")
+    lp.attach(model, lp.LoRA(r=2, target_modules=targets), quantization=quantization)
+    randomise(model, std=0.1)
+    out, report = exported(tmp_path, model)
+    want = run(model, inputs)
+    saved(lp.merge_and_unload(model), tmp_path / "want")
+    got, expected = tensors(out), tensors(tmp_path / "want")
+    assert got.keys() == expected.keys() == tensors(tmp_path / "base").keys()
+    for key, value in expected.items():
+        assert_close(key, got[key], value, floor=1e-6)
+    assert report.error["trained"] < 1e-6
+    again = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert_close("exported", run(again, inputs), want, floor=1e-4)
 
 
 MERGEABLE = [c for c in CASES if c.method.mergeable and c.name != "lora_bias"]
@@ -288,3 +315,23 @@ def test_a_killed_export_leaves_no_directory_and_the_next_cleans_up(tmp_path) ->
     assert left[0].startswith(".out.export-")
     lp.export_merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def test_experts_keep_their_order(tmp_path) -> None:
+    """Names in files are sorted as text, in which expert 10 comes before expert 2."""
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=12,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    base = tensors(saved(model, tmp_path / "base"))
+    assert sum(".experts." in key for key in base) == 36
+    targets = ["gate_up_proj", "down_proj"]
+    lp.attach(model, lp.LoRA(r=2, target_modules=targets), quantization=NF4)
+    randomise(model, std=0.1)
+    out, _ = exported(tmp_path, model)
+    want = tensors(saved(lp.merge_and_unload(model), tmp_path / "want"))
+    for key, value in tensors(out).items():
+        assert_close(key, value, want[key], floor=1e-6)
+    experts = [key for key in base if ".experts." in key]
+    assert not any(torch.equal(tensors(out)[key], base[key]) for key in experts)

@@ -69,7 +69,7 @@ def fit(net, method, tmp_path, **kwargs):
 def test_tokens_of_the_first_step_are_printed(tmp_path, capsys):
     net = closed(build("qwen3_moe")[0], 2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="after the first step")
+        warnings.filterwarnings("error", message=".*got no gradient after the first step")
         module = fit(net, LORA, tmp_path)
     lines = [x for x in capsys.readouterr().out.splitlines() if "tokens per expert" in x]
     assert len(lines) == len(net.model.layers)
