@@ -257,7 +257,7 @@ def test_load_from_checkpoint_refuses_a_full_model(tmp_path: Path) -> None:
 def test_save_weights_only_checkpoints_say_so_on_fit(tmp_path: Path) -> None:
     saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="w", save_weights_only=True)
     trainer(peft(), saving, max_epochs=1).fit(Plain())
-    with pytest.raises(KeyError, match="contains only the model"):
+    with pytest.raises(ValueError, match="got weights alone"):
         trainer(peft(), max_epochs=2).fit(Plain(), ckpt_path=tmp_path / "w.ckpt")
     fresh = Configured()
     trainer(peft()).test(fresh, ckpt_path=str(tmp_path / "w.ckpt"), verbose=False)
