@@ -79,7 +79,7 @@ def attach(
         model: Any module; a Hugging Face model, a LightningModule, or one layer.
         method: One method, or several as a hybrid under one name (applied in this order).
         adapter_name: Letters, digits, ``_`` and ``-``.
-        quantization: Quantise the frozen linear layers, one at a time: ``"nf4"``, or a
+        quantization: Quantise the frozen linear layers, layer by layer. Give ``"nf4"`` or a
             configuration.
         modules_to_save: Names or suffixes of modules that are trained fully. None finds the new
             layers next to a pretrained model, as the callback does.
@@ -208,7 +208,7 @@ def quantize(
     exclude: Sequence[str] = (),
     device: torch.device | str | None = None,
 ) -> Report:
-    """Quantise the linear layers of a model in place, one at a time; the output head stays dense.
+    """Quantise the linear layers of a model in place, layer by layer. The output head stays dense.
 
     Raises:
         ValueError: a weight is not finite; nothing is changed.

@@ -31,8 +31,8 @@ class AttachPlan:
         skipped: (name, reason) of layers that matched and are left out.
         tied: Groups of parameter names that share one tensor.
         frozen_parts: Names of the parts that the user froze before attach.
-        left_frozen: Those of them that no adapter goes to; not those inside a
-            pretrained model, which are its base.
+        left_frozen: Those of them that get no adapter, without parts of a pretrained model, which
+            are its base.
     """
 
     adapters: list[PlannedAdapter] = field(default_factory=list)

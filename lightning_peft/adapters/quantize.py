@@ -1,4 +1,4 @@
-"""Quantises a model: chooses the layers, then packs them one at a time."""
+"""Quantises a model: chooses the layers, then packs them layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges an adapter into weights that are read from files, one at a time."""
+"""Merges an adapter into weights that are read from files, tensor by tensor."""
 
 from __future__ import annotations
 

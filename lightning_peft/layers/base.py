@@ -53,7 +53,7 @@ class MatrixOps(LayerOps):
         return ("weight",)
 
     def bias(self, m: nn.Module, name: str) -> str | None:
-        """Return the path of the bias; None for a layer without one."""
+        """Return the path of the bias, or None if the layer has no bias."""
         return "bias" if own_tensor(m, "bias") is not None else None
 
     def shape(self, m: nn.Module, name: str, natural: torch.Size) -> torch.Size:
@@ -277,7 +277,7 @@ class MatrixOps(LayerOps):
         return y if edit.out_map is None else edit.out_map.apply(y).to(y.dtype)
 
     def bias_of(self, m: nn.Module) -> Tensor | None:
-        """Return the bias; None for a layer without one."""
+        """Return the bias, or None if the layer has no bias."""
         path = self.bias(m, "weight")
         return None if path is None else self.own(m, path)
 

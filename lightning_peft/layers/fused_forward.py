@@ -93,8 +93,8 @@ def _fused_then_scaled(
 ) -> Tensor | None:
     """Return DoRA's form: the fused layer, then one pass for the scale.
 
-    None with a bias. The scale leaves it alone, but the fused layer would round it into the
-    sum.
+    Returns None if the layer has a bias: the scale does not apply to the bias, but the fused layer
+    would round it into the sum.
     """
     if ops.bias_of(m) is not None or not ops.supports("out_scale") or edit.out_scale is None:
         return None
