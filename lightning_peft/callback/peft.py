@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.adapters.followers import follow_outside
+from lightning_peft.callback.arguments import methods_by_name
 from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
@@ -59,7 +60,6 @@ from lightning_peft.checkpoint.forms import (
     check_form,
     refuse_unwritable,
 )
-from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
 from lightning_peft.models.history import note_optimizers, start_history
 from lightning_peft.planner.estimate import Plan
@@ -157,7 +157,7 @@ class PEFT(TrainerCallback):
     ) -> None:
         super().__init__()
         register_strategies()
-        self.adapters = _by_name(method, adapters, adapter_name, modules_to_save, init_from)
+        self.adapters = methods_by_name(method, adapters, adapter_name, modules_to_save, init_from)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
         self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
@@ -451,37 +451,3 @@ class PEFT(TrainerCallback):
         """Called when a stage ends: restores `configure_model` and withdraws the backend."""
         unwrap_configure_model(pl_module)
         self._backend.leave(pl_module)
-
-
-def _by_name(
-    method: Method | list[Method] | None,
-    adapters: dict[str, Method | list[Method]] | None,
-    adapter_name: str,
-    modules_to_save: Sequence[str] | None,
-    init_from: str | Path | None,
-) -> dict[str, list[Method]]:
-    if isinstance(modules_to_save, str):
-        raise TypeError(
-            f"PEFT modules_to_save: expected a list of names, got the string {modules_to_save!r}; "
-            f"write [{modules_to_save!r}]"
-        )
-    if init_from is not None and (method is not None or adapters):
-        raise ValueError(
-            f"PEFT: expected init_from alone, got {method or adapters!r} too; the configuration "
-            "comes from the directory: leave the method out"
-        )
-    alone = method is None and (modules_to_save or init_from is not None)
-    if (method is None) == (not adapters) and not alone:
-        raise ValueError(
-            f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; for a "
-            "method under a name of its own give adapter_name"
-        )
-    if adapters is not None and not isinstance(adapters, dict):
-        raise TypeError(
-            f"PEFT adapters: expected methods by adapter name, got {adapters!r}; write "
-            "PEFT(adapters={'default': LoRA(r=8)})"
-        )
-    for each in [method] if adapters is None else adapters.values():
-        require_methods([] if each is None else each, "PEFT({})")
-    given = adapters if adapters else {adapter_name: [] if method is None else method}
-    return {name: m if isinstance(m, list) else [m] for name, m in given.items()}

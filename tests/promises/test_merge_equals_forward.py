@@ -129,7 +129,7 @@ def run_pairs(layer: Layer, share: float) -> Counter[str]:
 
 @pytest.mark.parametrize("layer", SWEEP_OF_LAYER, ids=lambda layer: layer.name)
 def test_a_share_of_the_pairs(layer: Layer) -> None:
-    counts = run_pairs(layer, 0.01)
+    counts = run_pairs(layer, 0.1)
     assert counts["equal"] > 0
 
 
