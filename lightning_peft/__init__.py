@@ -27,14 +27,24 @@ from lightning_peft.hf.load import load_adapter
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.alora import ALoRA
+from lightning_peft.methods.bd_lora import BDLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
+from lightning_peft.methods.c3a import C3A
+from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
 from lightning_peft.methods.dora import DoRA
+from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.full import Full
+from lightning_peft.methods.gated_lora import GatedLoRA
+from lightning_peft.methods.gralora import GraLoRA
 from lightning_peft.methods.hard_prompt import HardPrompt
+from lightning_peft.methods.hira import HiRA
+from lightning_peft.methods.hra import HRA
 from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.kasa import KaSA
 from lightning_peft.methods.last_layers import LastLayers
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
@@ -44,11 +54,21 @@ from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.p_tuning import PTuning
+from lightning_peft.methods.peanut import PEANuT
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.methods.pvera import PVeRA
 from lightning_peft.methods.quant_aware import QuantAwareLoRA
+from lightning_peft.methods.randlora import RandLoRA
+from lightning_peft.methods.road import RoAd
+from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.sparse_lora import SparseLoRA
+from lightning_peft.methods.super_tuning import SuperTuning
+from lightning_peft.methods.tinylora import TinyLoRA
+from lightning_peft.methods.unilora import UniLoRA
+from lightning_peft.methods.vblora import VBLoRA
 from lightning_peft.methods.vera import VeRA
+from lightning_peft.methods.waveft import WaveFT
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
@@ -96,19 +116,29 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BOFT",
+    "C3A",
+    "HRA",
     "IA3",
     "OFT",
     "PEFT",
+    "ALoRA",
     "AdaLoRA",
     "AdapterMonitor",
+    "BDLoRA",
     "BitFit",
     "BottleneckAdapter",
+    "DeLoRA",
     "DiffPruning",
     "DoRA",
     "ExportReport",
     "ExtractReport",
+    "FourierFT",
     "Full",
+    "GatedLoRA",
+    "GraLoRA",
     "HardPrompt",
+    "HiRA",
+    "KaSA",
     "LastLayers",
     "LoHa",
     "LoKr",
@@ -118,18 +148,28 @@ __all__ = [
     "MethodHooks",
     "MiSS",
     "NormTuning",
+    "PEANuT",
     "PEFTDDPStrategy",
     "PEFTFSDPStrategy",
     "PTuning",
+    "PVeRA",
     "Plan",
     "PrefixTuning",
     "PromptTuning",
     "PruneReport",
     "QuantAwareLoRA",
     "Quantization",
+    "RandLoRA",
     "Report",
+    "RoAd",
+    "SHiRA",
     "SparseLoRA",
+    "SuperTuning",
+    "TinyLoRA",
+    "UniLoRA",
+    "VBLoRA",
     "VeRA",
+    "WaveFT",
     "adapter_names",
     "adapter_state_dict",
     "attach",

@@ -22,6 +22,7 @@ import pytest
 
 import lightning_peft
 from lightning_peft.__main__ import parser
+from lightning_peft.methods.registry import METHODS
 from tests.helpers import docs_prelude
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,12 @@ def test_tables_are_known(page: Path) -> None:
 
 def rows_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_every_method_is_a_public_name() -> None:
+    parts_of_others = {"ModulesToSave", "TrainedBias"}
+    methods = {n for n, cls in METHODS.items() if cls.__module__.startswith("lightning_peft.")}
+    assert methods - parts_of_others <= set(lightning_peft.__all__)
 
 
 @pytest.mark.slow

@@ -151,8 +151,7 @@ def _check_copies(part: ModuleMerge) -> None:
             site = adapter.site
             written.add(site.parameter)
             bias = site.ops.bias(part.module, site.parameter)
-            edit = adapter.edit()
-            if bias and (edit.bias is not None or (edit.out_scale is not None and edit.scale_bias)):
+            if bias and adapter.edit().changes_bias:
                 written.add(bias)
         for path in sorted(written & set(staying)):
             other = staying[path]

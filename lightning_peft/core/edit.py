@@ -86,6 +86,12 @@ class Edit:
             b = self.out_map.apply(b)
         return b
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether `edited_bias` differs from a bias that the layer has."""
+        scaled = self.scale_bias and self.out_scale is not None
+        return self.bias is not None or scaled or self.out_map is not None
+
     def form(self) -> frozenset[str]:
         """Names of the parts that are present: what a kernel is chosen by."""
         parts = {name for name in _PARTS if getattr(self, name) is not None}

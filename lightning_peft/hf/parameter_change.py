@@ -40,8 +40,7 @@ def parameter_changes(plan: Sequence[ModuleMerge]) -> dict[str, ParameterChange]
             path = adapter.site.parameter
             found.setdefault(part.key(path), ParameterChange(part, path)).edits.append(adapter)
             bias = adapter.site.ops.bias(part.module, path)
-            edit = adapter.edit()
-            if bias is not None and (edit.bias is not None or edit.scale_bias):
+            if bias is not None and adapter.edit().changes_bias:
                 found.setdefault(part.key(bias), ParameterChange(part, bias)).biased.append(adapter)
         for other in part.adapters:
             for path, value in other.copies().items():

@@ -59,10 +59,7 @@ def _changes(m: nn.Module, adapter: WeightAdapter, name: str) -> bool:
     site = adapter.site
     if name == site.parameter:
         return True
-    if name != site.ops.bias(m, site.parameter):
-        return False
-    edit = adapter.edit()
-    return edit.bias is not None or (edit.out_scale is not None and edit.scale_bias)
+    return name == site.ops.bias(m, site.parameter) and adapter.edit().changes_bias
 
 
 def _effective(

@@ -121,6 +121,30 @@ def test_architectures(name, tmp_path) -> None:
     assert_close("exported", run(again.eval(), inputs), want, floor=1e-4)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        lp.RoAd(group_size=2, target_modules=["query"]),
+        lp.IA3(target_modules=["query"], feedforward_modules=[]),
+        lp.LoRA(r=2, target_modules=["query"], lora_bias=True),
+    ],
+    ids=["road", "ia3", "lora_bias"],
+)
+def test_changed_biases(method, tmp_path) -> None:
+    model, inputs = build("bert")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("query.bias"):
+                parameter.normal_()
+    saved(model, tmp_path / "base")
+    lp.attach(model, method)
+    randomise(model, std=0.1)
+    out, _ = exported(tmp_path, model)
+    want = run(model, inputs)
+    again = type(model).from_pretrained(out)
+    assert_close("exported", run(again.eval(), inputs), want, floor=1e-4)
+
+
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["dense", "nf4"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["experts", "attention"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe", "gpt_oss"])

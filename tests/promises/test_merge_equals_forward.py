@@ -176,6 +176,19 @@ def test_a_copy_that_stays_would_hide_the_merged_weight() -> None:
     assert_same_bits("output", model(x), y)
 
 
+def test_a_bias_that_stays_would_not_be_mapped() -> None:
+    """RoAd maps the bias too; a layer whose class has its own forward cannot be compared."""
+    (layer,) = (layer for layer in SWEEP_OF_LAYER if layer.name == "mha")
+    road = {type(m).__name__: m for _, m in entries(layer)}["RoAd"]
+    model = attached(layer, a=road, b=lp.BitFit())
+    assert model is not None
+    x = layer.inputs()
+    y = layer.run(model.eval(), x).detach()
+    with pytest.raises(RuntimeError, match=r"in_proj_bias'.*BitFit in 'b'.*merge both"):
+        lp.merge(model, "a")
+    assert_same_bits("output", layer.run(model, x), y)
+
+
 def test_a_staying_adapter_that_reads_the_weight_is_refused() -> None:
     """DoRA's norm is that of the stored weight, which the merge of LoRA changes."""
     model, x = net(a=lp.LoRA(r=2, target_modules=["0"]), b=lp.DoRA(r=2, target_modules=["0"]))

@@ -50,6 +50,7 @@ METHODS: dict[str, Any] = {
     "dora": lp.DoRA(r=4, target_modules="all-linear"),
     "ia3": lp.IA3(target_modules=["qkv", "fc"], feedforward_modules=[]),
     "oft": lp.OFT(block_size=4, target_modules="all-linear"),
+    "road": lp.RoAd(target_modules="all-linear"),
     "bitfit": lp.BitFit(),
     "full and lora": [lp.Full(target_modules=["qkv"]), lp.LoRA(r=4, target_modules=["qkv"])],
 }
