@@ -233,13 +233,7 @@ def _check_training_state(
     if isinstance(checkpoint.get("loops"), dict):
         live = {"fit_loop": trainer.fit_loop.state_dict()}
         check_like(checkpoint["loops"], live, source, "loops", complete=complete)
-    if "optimizer_states" not in checkpoint:
-        raise ValueError(
-            f"{source}: expected optimizer states to resume from, got weights alone, as "
-            "ModelCheckpoint(save_weights_only=True) writes them; use load_from_checkpoint and a "
-            "new fit"
-        )
-    if complete:
+    if "optimizer_states" in checkpoint and complete:
         absent = [n for n in ("lr_schedulers", "epoch", "global_step") if n not in checkpoint]
         entry = checkpoint.get(KEY)
         if isinstance(entry, dict) and "optimizers" in entry and entry.get("rng") is None:

@@ -35,6 +35,7 @@ from lightning_peft.callback.optimizer_setup import (
     layers_of,
 )
 from lightning_peft.callback.packed_writes import explain_packed_writes
+from lightning_peft.callback.pruning import check_pruning
 from lightning_peft.callback.rank_consistency import (
     check_same_batches,
     check_same_configuration,
@@ -342,6 +343,7 @@ class PEFT(TrainerCallback):
         """
         self._resume.iterate_again(trainer)
         check_same_batches(trainer)
+        check_pruning(trainer, pl_module)
         enable_input_require_grads(pl_module)
         self._resume.restore_gradients(trainer)
         self._first_step = self._first_epoch = True
