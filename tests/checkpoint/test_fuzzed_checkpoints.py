@@ -134,16 +134,13 @@ def test_a_damaged_checkpoint_is_refused_or_without_effect(
             changed = copy.deepcopy(whole)
             place, valid = damage(changed, rng)
             torch.save(changed, path)
-        start, raw, message = time.perf_counter(), False, ""
+        start = time.perf_counter()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = resumed(path)
-        except (ValueError, pickle.UnpicklingError, KeyError) as error:
-            found, message = expected, f"{type(error).__name__} {error}"
-            # Lightning's own error for a file without optimizer states is a KeyError.
-            raw = isinstance(error, KeyError) and "contains only the model" not in message
-        assert not raw, (place, message)
+        except (ValueError, pickle.UnpicklingError):
+            found = expected
         if not valid:
             assert_same(found, expected)
         assert time.perf_counter() - start < 10, place
