@@ -64,7 +64,7 @@ def test_a_full_file_loads_strictly_and_resumes(
     assert_same(adapters_of(second), adapters_of(without_stop))
 
 
-@pytest.mark.parametrize("quantization", STORED, ids=["dense", "nf4", "int8"])
+@pytest.mark.parametrize("quantization", STORED[:2], ids=["dense", "nf4"])
 def test_a_library_that_reads_adapters_alone_is_told_how(
     quantization: Quantization | None, tmp_path: Path
 ) -> None:
