@@ -169,7 +169,7 @@ def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) ->
         ValueError: another set of parameters, or groups; states that do not fit; with the names.
     """
     states = checkpoint.get("optimizer_states")
-    if not states:
+    if states is None:
         return
     ours = checkpoint.get(KEY) or {}
     optimizers, live = trainer.strategy.optimizers, optimizer_names(trainer)

@@ -36,6 +36,7 @@ from lightning_peft.callback.optimizer_setup import (
     layers_of,
 )
 from lightning_peft.callback.packed_writes import explain_packed_writes
+from lightning_peft.callback.pruning import check_pruning
 from lightning_peft.callback.rank_consistency import (
     check_same_batches,
     check_same_configuration,
@@ -342,11 +343,21 @@ class PEFT(TrainerCallback):
         """
         self._resume.iterate_again(trainer)
         check_same_batches(trainer)
+        check_pruning(trainer, pl_module)
         enable_input_require_grads(pl_module)
         self._resume.restore_gradients(trainer)
+        # Not only at the start of an epoch, which a resumed run may be past.
+        self._frozen_base.collect(pl_module, find_root(pl_module, self.root))
         self._first_step = self._first_epoch = True
         self._gradients, self._finite = GradientWatch(), FiniteGradients()
         self._sigterm.install(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a batch begins: in a resumed run, restores the window's size."""
+        self._resume.restore_window_size(trainer)
 
     @override
     def on_train_batch_end(

@@ -24,7 +24,7 @@ from lightning_peft.callback.gather_rng import gather_rng
 from lightning_peft.callback.optimizer_setup import optimizer_entry
 from lightning_peft.checkpoint.contents import KEY
 from lightning_peft.checkpoint.rng_state import restore_rng
-from lightning_peft.trainers.packages import is_fitting
+from lightning_peft.trainers.packages import callbacks_of, is_fitting, is_instance_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -40,7 +40,7 @@ class ResumeState:
         self._iterated_early = False
         self._gradients: list[Gradients] | None = None
         self._trained: list[str] = []
-        self._loaded = False
+        self._loaded = self._resumed = False
 
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Add the state to a checkpoint, once."""
@@ -107,4 +107,17 @@ class ResumeState:
         loaded, gradients = self._loaded, self._gradients
         self._loaded, self._gradients = False, None
         if loaded:
+            self._resumed = True
             restore_gradients(trainer, gradients)
+
+    def restore_window_size(self, trainer: pl.Trainer) -> None:
+        """Before the first batch: have schedules of the accumulation window's size act.
+
+        Lightning asks them at the start of an epoch, which the run may be past.
+        """
+        if not self._resumed:
+            return
+        self._resumed = False
+        for callback in callbacks_of(trainer):
+            if is_instance_of(callback, "GradientAccumulationScheduler"):
+                callback.on_train_epoch_start(trainer, trainer.lightning_module)

@@ -24,6 +24,7 @@ from lightning_peft.checkpoint.forms import (
     without_base,
 )
 from lightning_peft.checkpoint.kept import kept_base_tensors, kept_tensors, live_tensors
+from lightning_peft.checkpoint.masked_weights import masked_as_stored
 from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.finite import is_finite
@@ -138,7 +139,8 @@ def complete_checkpoint(
     if "state_dict" not in checkpoint:
         return checkpoint
     checkpoint = adapters_of_file(checkpoint, source)
-    verify(model, checkpoint, source, resuming=resuming)
+    with masked_as_stored(model, checkpoint["state_dict"]):
+        verify(model, checkpoint, source, resuming=resuming)
     # Beside an average the weights themselves stand apart; the average only rounds the start.
     restore_initialized(model, checkpoint.get("current_model_state", checkpoint["state_dict"]))
     return _each_state(dict(checkpoint), lambda state: complete_state(model, state))

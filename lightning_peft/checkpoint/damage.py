@@ -9,6 +9,9 @@ from pathlib import Path
 __all__ = ["DamagedCheckpointError", "damage_of", "newest_undamaged"]
 
 
+_FOLDER = 0x10  # of the attributes in the archive's directory, which no checksum covers
+
+
 class DamagedCheckpointError(ValueError):
     """A checkpoint that cannot be read.
 
@@ -45,10 +48,13 @@ def damage_of(path: Path) -> str:
         try:
             with zipfile.ZipFile(file) as archive:
                 bad = archive.testzip()
+                folders = [e.filename for e in archive.infolist() if e.external_attr & _FOLDER]
         except Exception as error:  # zipfile raises many kinds on damaged directories
             return f"{type(error).__name__}: {error}"
         if bad is not None:
             return f"the checksum of {bad} is wrong"
+        if folders:  # torch would read them as empty, into memory that holds anything
+            return f"{folders[0]} is marked as a folder"
     return ""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.merge import merge, unmerge
 from lightning_peft.checkpoint.description import FORMAT, KEY
 from lightning_peft.checkpoint.kept import kept_by_live_key, live_tensors
+from lightning_peft.core.marker import unmarked
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.models.plain_state import dense_base, plain_state
@@ -169,7 +170,7 @@ class AdaptersOnlyWarning:
     ) -> None:
         """Called before a state dict is loaded; torch tells hooks nothing of `strict`."""
         kept = {prefix + key for key in kept_by_live_key(module)}
-        if any(in_adapter(key) for key in state_dict) and state_dict.keys() <= kept:
+        if any(in_adapter(key) for key in state_dict) and unmarked(state_dict).keys() <= kept:
             warnings.warn(
                 f"{type(module).__name__}.load_state_dict: the state holds adapters alone, as PEFT "
                 "writes it; a strict load reports the base as missing. Give the file to "

@@ -26,6 +26,7 @@ from lightning_peft.checkpoint.contents import (
 )
 from lightning_peft.checkpoint.description import KEY, describe, is_attached
 from lightning_peft.checkpoint.kept import kept_tensors
+from lightning_peft.checkpoint.masked_weights import masked_as_stored
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.rng_state import gather_rng_states, restore_rng
 from lightning_peft.checkpoint.sharded import (
@@ -159,7 +160,8 @@ def load_checkpoint(
     error: Exception | None = None
     try:
         checkpoint = _read(source, weights_only)
-        verify(model, checkpoint, source, resuming=bool(optimizers))
+        with masked_as_stored(model, checkpoint[_WEIGHTS]):
+            verify(model, checkpoint, source, resuming=bool(optimizers))
         _check_state(checkpoint, state, optimizers, source)
         if optimizers and waiting_adapters(model):
             raise ValueError(

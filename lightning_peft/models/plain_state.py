@@ -30,7 +30,10 @@ def dense_base(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     packed: set[str] = set()
     read: dict[tuple[int, str], Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for key, held in held_tensors(module).items():
+        held_here = held_tensors(module)
+        if held_here:
+            packed |= {join(name, key) for key in _own_extras(module)}
+        for key, held in held_here.items():
             packed.add(join(name, key))
             place = (id(module), held.weight)
             if place not in read:
@@ -38,3 +41,10 @@ def dense_base(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
                 read[place] = held.storage.read(module, held.weight, dtype).detach()
             dense[join(name, held.weight)] = read[place]
     return dense, packed
+
+
+def _own_extras(module: nn.Module) -> list[str]:
+    """Keys that a layer's class adds to its state dict: scales that are not registered."""
+    known = {*module._parameters, *module._buffers}
+    state = nn.Module.state_dict(module, keep_vars=True)
+    return [k for k in state if k not in known and k.partition(".")[0] not in module._modules]

@@ -1,9 +1,9 @@
-"""Which tensors an optimizer class keeps per parameter: found by one step of a new one."""
+"""What an optimizer class keeps per parameter: found by one step of a new one."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +12,74 @@ from torch.optim import Optimizer
 
 from lightning_peft.optim.optimizers import PooledOptimizer
 
-__all__ = ["needed_names"]
+__all__ = ["TrialStates", "form_problems", "tensors_of"]
+
+State = Mapping[str, Any]
 
 
-def needed_names(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> set[str] | None:
-    """Return the names of the tensors that a step of this class keeps; None if it cannot be tried.
+class TrialStates:
+    """States after one step of a new optimizer of the live class, with the options of the file.
 
-    A new optimizer of the class steps once over one small parameter, with the options of the file.
+    The step is taken on a small parameter with as many axes as the real one.
+
+    Args:
+        optimizer: The live optimizer.
+        groups: Parameter groups of the file.
     """
-    if isinstance(optimizer, PooledOptimizer):
-        return None
-    weight = nn.Parameter(torch.zeros(2, 2))
-    weight.grad = torch.zeros(2, 2)
-    options = {**optimizer.param_groups[0], **groups[0]} if groups else {}
-    options |= {"params": [weight], "fused": None, "foreach": None, "capturable": False}
-    options.pop("param_names", None)
-    try:
-        accepted = inspect.signature(type(optimizer)).parameters
-        given = {k: v for k, v in options.items() if k in accepted}
-        trial = type(optimizer)(**given)
-        trial.step()
-    except Exception:  # a class of the user's, with arguments of its own
-        return None
-    return {k for k, v in trial.state[weight].items() if isinstance(v, Tensor)}
+
+    def __init__(self, optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._optimizer = optimizer
+        self._groups = groups
+        self._found: dict[tuple[int, torch.Size], State | None] = {}
+
+    def of(self, p: Tensor, group: int) -> State | None:
+        """Return the state of a parameter like `p` in a group; None if it cannot be tried."""
+        if isinstance(self._optimizer, PooledOptimizer):
+            return None
+        key = group, torch.Size(min(size, 2 + i) for i, size in enumerate(p.shape))
+        if key not in self._found:
+            self._found[key] = self._try(*key)
+        return self._found[key]
+
+    def _try(self, group: int, shape: torch.Size) -> State | None:
+        weight = nn.Parameter(torch.zeros(shape))
+        signs = torch.arange(weight.numel()).remainder(2).mul(2).sub(1)
+        weight.grad = signs.reshape(shape).to(weight.dtype)  # what can be negative, is
+        options = {**self._optimizer.param_groups[group], **self._groups[group]}
+        options |= {"params": [weight], "fused": None, "foreach": None, "capturable": False}
+        options.pop("param_names", None)
+        kind = type(self._optimizer)
+        try:
+            accepted = inspect.signature(kind).parameters
+            trial = kind(**{k: v for k, v in options.items() if k in accepted})
+            trial.step()
+        except Exception:  # a class of the user's, with arguments of its own
+            return None
+        return dict(trial.state[weight])
+
+
+def tensors_of(state: State) -> set[str]:
+    """Names of the tensors in a state."""
+    return {name for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def form_problems(state: State, trial: State, p: Tensor, *, sharded: bool) -> Iterator[str]:
+    """Yield the tensors of a stored state whose shape, kind or sign a run cannot have left."""
+    for name in sorted(tensors_of(state) & tensors_of(trial)):
+        value, like = state[name], trial[name]
+        want = _size(like, p)
+        if value.is_floating_point() != like.is_floating_point() or value.is_complex():
+            yield f"{name}: expected a tensor like {like.dtype}, got {value.dtype}"
+        elif not sharded and value.numel() != want.numel():
+            yield f"{name}: expected shape {list(want)}, got {list(value.shape)}"
+        elif value.numel() and bool((like >= 0).all()) and bool((value < 0).any()):
+            yield f"{name}: expected values of at least 0, got {float(value.min())}"
+
+
+def _size(like: Tensor, p: Tensor) -> torch.Size:
+    """Shape for the real parameter of a tensor in the trial state."""
+    if like.ndim != p.ndim:
+        return like.shape
+    small = [min(size, 2 + i) for i, size in enumerate(p.shape)]
+    sizes = zip(like.shape, small, p.shape, strict=True)
+    return torch.Size(real if own == tried else own for own, tried, real in sizes)

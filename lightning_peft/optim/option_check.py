@@ -31,7 +31,8 @@ def option_problems(
         if key == "params" or not numbers or not all(map(math.isfinite, numbers)):
             continue
         got = numbers_in(value)
-        same = all(isinstance(value, t) == isinstance(want, t) for t in (bool, list | tuple))
+        kinds = (bool, list | tuple) if key == "lr" else (bool, list | tuple, Tensor)
+        same = all(isinstance(value, kind) == isinstance(want, kind) for kind in kinds)
         if len(got) != len(numbers) or not same:
             yield f"{key}: expected {_form(want)}, got {str(value)[:40]!r}"
         elif any(abs(x) > _LARGEST for x in got):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,11 +145,13 @@ _PER_GROUP: Mapping[str, float | None] = {
 
 def _scale(schedulers: Sequence[Any], group: int, ratio: float, *, extend: bool) -> None:
     """Group `group` of each scheduler, or its twin behind the last, at `ratio` times the rates."""
-    for scheduler in schedulers:
+    changed: dict[int, list[float]] = {}  # SequentialLR shares a list with its first scheduler
+    for scheduler in _with_inner(schedulers):
         for key, factor in _PER_GROUP.items():
             values = getattr(scheduler, key, None)
-            if not isinstance(values, list):
+            if not isinstance(values, list) or id(values) in changed:
                 continue
+            changed[id(values)] = values
             factor = ratio if factor is None else factor
             if extend:
                 values.append(values[group] * factor)
@@ -158,4 +160,10 @@ def _scale(schedulers: Sequence[Any], group: int, ratio: float, *, extend: bool)
         lambdas = getattr(scheduler, "lr_lambdas", None)
         if extend and lambdas is not None:
             lambdas.append(lambdas[group])
-        _scale(getattr(scheduler, "_schedulers", ()), group, ratio, extend=extend)
+
+
+def _with_inner(schedulers: Sequence[Any]) -> Iterator[Any]:
+    """Yield each scheduler and those that it drives."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from _with_inner(getattr(scheduler, "_schedulers", ()))

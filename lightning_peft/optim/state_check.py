@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.core.finite import is_finite
-from lightning_peft.optim.needed_state import needed_names
+from lightning_peft.optim.needed_state import TrialStates, form_problems, tensors_of
 from lightning_peft.optim.optimizers import PooledOptimizer
 from lightning_peft.optim.option_check import is_number, numbers_in, option_problems
 from lightning_peft.optim.state_conversion import to_torch
@@ -82,14 +82,18 @@ def check_optimizer_state(
         zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ):
         problems += [f"group {i}: {line}" for line in option_problems(optimizer, group, live)]
-    needed = needed_names(optimizer, state_dict["param_groups"])
-    for key, name, p in zip(_keys(state_dict), names, _params(optimizer), strict=True):
+    trials = TrialStates(optimizer, state_dict["param_groups"])
+    groups = [i for i, g in enumerate(optimizer.param_groups) for _ in g["params"]]
+    for key, name, p, i in zip(_keys(state_dict), names, _params(optimizer), groups, strict=True):
         state = state_dict["state"].get(key)
         if state is None and name in stepped:
             problems.append(f"{name}: expected a state, got none")
         if state is not None:
-            numel = None if sharded else p.numel()
-            lines = _state_problems(optimizer, state, p, needed, numel)
+            numel, trial = None if sharded else p.numel(), trials.of(p, i)
+            needed = None if trial is None else tensors_of(trial)
+            lines = list(_state_problems(optimizer, state, p, needed, numel))
+            if trial is not None and not lines and "shards" not in state:
+                lines += form_problems(state, trial, p, sharded=sharded)
             problems += [f"{name}: {line}" for line in lines]
     if problems:
         more = f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else ""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import IA3, PEFT, LoRAPlus
+from lightning_peft import IA3, PEFT, LoRAPlus, load_from_checkpoint
 from lightning_peft.callback.unused_parameters import explain_unused_parameters
 from tests.helpers.lightning_package import pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, lora, peft, trainer
@@ -191,6 +191,48 @@ def test_what_pruning_did_is_saved(tmp_path: Path) -> None:
     live = module.state_dict()["net.0.weight"]  # Lightning makes pruning permanent at the end
     assert 0.4 < float((live == 0).float().mean()) < 0.6
     assert torch.equal(written["net.0.weight"], live)
+
+
+@pytest.mark.parametrize("permanent", [True, False])
+@pytest.mark.parametrize("layer", ["0", "5"])
+def test_a_pruned_run_resumes_and_loads(layer: str, permanent: bool, tmp_path: Path) -> None:
+    def fit(ckpt: Path | None = None, folder: Path | None = None) -> Plain:
+        module = Plain()
+        pruning = pl.callbacks.ModelPruning(
+            "l1_unstructured",
+            parameters_to_prune=[(module.net.get_submodule(layer), "weight")],
+            amount=0.2,
+            apply_pruning=lambda epoch: epoch > 0,
+            use_lottery_ticket_hypothesis=False,
+            make_pruning_permanent=permanent,
+        )
+        run(module, peft(), pruning, max_epochs=4, folder=folder, ckpt=ckpt)
+        return module
+
+    whole = fit(folder=tmp_path)
+    for epoch in range(3):  # before the first pruning and after it
+        resumed = fit(ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+    loaded = load_from_checkpoint(Plain, tmp_path / "epoch=3.ckpt").eval()
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(loaded(x), whole.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "why"),
+    [
+        ("5", {"modules_to_save": ["5"]}, r"net\.5\.weight: has a trained copy"),
+        ("3", {"quantization": "nf4"}, r"net\.3\.weight: packed bytes"),
+    ],
+)
+def test_weights_that_are_not_read_are_not_pruned(
+    layer: str, options: dict[str, Any], why: str
+) -> None:
+    module = Plain()
+    pruned = [(module.net.get_submodule(layer), "weight")]
+    pruning = pl.callbacks.ModelPruning("l1_unstructured", parameters_to_prune=pruned, amount=0.2)
+    with pytest.raises(ValueError, match=f"(?s)ModelPruning: expected weights.*{why}"):
+        run(module, peft(**options), pruning, max_epochs=1)
 
 
 class WithHead(Plain):

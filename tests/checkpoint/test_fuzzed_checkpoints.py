@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import random
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft import PEFT, LoRA, load_from_checkpoint
+from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.description import KEY
 from tests.helpers.lightning_package import pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, trainer
@@ -157,6 +159,45 @@ def test_every_flipped_bit_is_found(written: Path, tmp_path: Path) -> None:
         except (ValueError, pickle.UnpicklingError):
             continue
         assert_same(dict(read.state_dict()), want)
+
+
+@pytest.mark.slow
+def test_no_bit_of_a_small_file_changes_what_is_read(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"a": torch.randn(4, 8), "b": torch.arange(5), "c": [1, 2.5, "x"]}
+    atomic_file.write(content, tmp_path / "a.ckpt")
+    whole = (tmp_path / "a.ckpt").read_bytes()
+    for place in range(8 * len(whole)):
+        assert_refused_or_same(flip(whole, place), content, tmp_path)
+
+
+def test_attributes_in_the_archives_directory_change_nothing(tmp_path: Path) -> None:
+    """No checksum covers them; one marks a tensor as a folder, which torch reads as empty."""
+    content: dict[str, Any] = {"a": torch.randn(4, 8), "b": torch.arange(5), "c": [1, 2.5, "x"]}
+    atomic_file.write(content, tmp_path / "a.ckpt")
+    whole = (tmp_path / "a.ckpt").read_bytes()
+    entries = [found.start() for found in re.finditer(b"PK\x01\x02", whole)]
+    assert len(entries) > 4
+    for start in entries:
+        for place in range(8 * (start + 36), 8 * (start + 42)):
+            assert_refused_or_same(flip(whole, place), content, tmp_path)
+
+
+def flip(content: bytes, place: int) -> bytes:
+    flipped = bytearray(content)
+    flipped[place // 8] ^= 1 << place % 8
+    return bytes(flipped)
+
+
+def assert_refused_or_same(flipped: bytes, want: dict[str, Any], folder: Path) -> None:
+    (folder / "b.ckpt").write_bytes(flipped)
+    try:
+        got = atomic_file.read(folder / "b.ckpt")
+    except (ValueError, pickle.UnpicklingError):
+        return
+    assert list(got) == list(want)
+    assert torch.equal(got["a"], want["a"])
+    assert torch.equal(got["b"], want["b"])
+    assert got["c"] == want["c"]
 
 
 def test_the_newest_undamaged_file_is_named_and_taken(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from lightning_peft.checkpoint.description import KEY
-from tests.checkpoint.window_job import SaveAt
+from tests.checkpoint.window_job import Net, SaveAt
 from tests.helpers.forks import run_function
-from tests.helpers.lightning_package import current
-from tests.helpers.nets import Plain, peft, trainer
+from tests.helpers.lightning_package import current, pl
+from tests.helpers.nets import Plain, assert_same, peft, trainer
+from tests.helpers.streams import Stream
 
 pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
@@ -82,3 +83,20 @@ def test_foreign_gradients_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit(saved, ckpt=changed(saved / "2.ckpt", [{name: gradient}]))
+
+
+def test_a_schedule_of_the_windows_size_goes_on(tmp_path: Path) -> None:
+    """Lightning asks it at the start of an epoch; this one starts in the middle."""
+
+    def ended(folder: Path, *callbacks: Any, ckpt: Path | None = None) -> dict[str, torch.Tensor]:
+        schedule = pl.callbacks.GradientAccumulationScheduler({0: 3})
+        module = Net()
+        pl.seed_everything(1, verbose=False)
+        run = trainer(peft(), schedule, *callbacks, max_epochs=1, default_root_dir=folder)
+        run.fit(module, Stream(12), ckpt_path=ckpt)
+        assert run.global_step == 4
+        return dict(module.state_dict())
+
+    whole = ended(tmp_path, SaveAt(tmp_path))
+    for batch in (4, 5):  # in a window and after one
+        assert_same(ended(tmp_path, ckpt=tmp_path / f"{batch}.ckpt"), whole)
