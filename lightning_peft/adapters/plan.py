@@ -60,6 +60,9 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
             PlannedAdapter(copies, "saved" if overlap else "", p)
             for p in find_placements(copies, model)[0]
         ]
+    for method in methods:
+        if isinstance(method, WeightMethod) and not any(p.method is method for p in plan.adapters):
+            _refuse_without_layers(model, method, saved)
     models = pretrained_models(model) if frozen else {}
     plan.left_frozen = [
         part
@@ -95,8 +98,11 @@ def _add_method(
     else:
         unnamed = []
     kept = [p for p in found if not _lies_in(p.name, saved)]
+<<<<<<< HEAD
     if isinstance(method, WeightMethod) and found and not kept:
         raise ValueError(_all_trained_whole(method, model, [p.name for p in found], saved))
+=======
+>>>>>>> f5de897 (Copies and pickles of a merged model are unmerged alone)
     plan.skipped += [
         (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,38 @@ from lightning_peft.storage.packed import (
 )
 
 __all__ = ["QuantizedStorage"]
+
+
+@dataclass
+class _PackAgain:
+    """Undoes `to_dense`; a deep copy of the module takes its own copy along.
+
+    Attributes:
+        module: The module that holds the weight.
+        name: Name of the weight.
+        spec: Its specification.
+        mixin: The mixin that was taken off; None if it stayed.
+        kept: The packed tensors by key.
+        buffers: Those keys that are buffers.
+    """
+
+    module: nn.Module
+    name: str
+    spec: QuantizedWeightSpec
+    mixin: type[PackedForward] | None
+    kept: dict[str, Any]
+    buffers: list[str]
+
+    def __call__(self) -> None:
+        """Put the packed tensors back."""
+        m = self.module
+        if self.mixin is not None:
+            swap_in(m, self.mixin)
+            vars(m)["_packed"] = {}
+        specs_of(m)[self.name] = self.spec
+        for key, t in self.kept.items():
+            registry = m._buffers if key in self.buffers else m._parameters
+            registry[key] = t
 
 
 class QuantizedStorage(BaseStorage, ABC):
@@ -210,15 +243,10 @@ class QuantizedStorage(BaseStorage, ABC):
         dense = nn.Parameter(W.to(spec.dtype).contiguous(), requires_grad=False)
         m._parameters[name] = dense
 
-        def undo() -> None:
-            if emptied:
-                swap_in(m, mixin)
-                vars(m)["_packed"] = {}
-            specs_of(m)[name] = spec
-            for (key, t), registry in zip(kept.items(), registries, strict=True):
-                registry[key] = t  # type: ignore[index,assignment]
-
-        return undo
+        buffers = [
+            k for k, registry in zip(kept, registries, strict=True) if registry is m._buffers
+        ]
+        return _PackAgain(m, name, spec, mixin if emptied else None, kept, buffers)
 
     # ---- products
 
