@@ -227,8 +227,9 @@ class QuantizedStorage(BaseStorage, ABC):
         """
         specs = specs_of(m)
         spec: QuantizedWeightSpec = specs[name]
-        kept = {t.key: t.tensor for t in self.iter_tensors(m, name)}
-        registries = [m._parameters if key in m._parameters else m._buffers for key in kept]
+        keys = list(spec.keys.values())
+        buffers = [key for key in keys if key in m._buffers]
+        kept: dict[str, Any] = {k: (m._buffers if k in buffers else m._parameters)[k] for k in keys}
         cls: Any = type(m)
         mixin: type[PackedForward] = cls._swap_mixin
         emptied = len(specs) == 1 and not spec.adopted
@@ -237,15 +238,11 @@ class QuantizedStorage(BaseStorage, ABC):
             del vars(m)["_packed"]
         else:
             del specs[name]
-        for key, registry in zip(kept, registries, strict=True):
+        for key in keys:
             if key != name:
-                del registry[key]  # type: ignore[arg-type]
+                del (m._buffers if key in buffers else m._parameters)[key]
         dense = nn.Parameter(W.to(spec.dtype).contiguous(), requires_grad=False)
         m._parameters[name] = dense
-
-        buffers = [
-            k for k, registry in zip(kept, registries, strict=True) if registry is m._buffers
-        ]
         return _PackAgain(m, name, spec, mixin if emptied else None, kept, buffers)
 
     # ---- products
