@@ -60,6 +60,10 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
             PlannedAdapter(copies, "saved" if overlap else "", p)
             for p in find_placements(copies, model)[0]
         ]
+    for method in methods:  # after the copies, whose own refusal says more
+        if isinstance(method, WeightMethod) and not any(p.method is method for p in plan.adapters):
+            found = [p.name for p in find_placements(method, model)[0]]
+            raise ValueError(_all_trained_whole(method, model, found, saved))
     models = pretrained_models(model) if frozen else {}
     plan.left_frozen = [
         part
@@ -95,8 +99,6 @@ def _add_method(
     else:
         unnamed = []
     kept = [p for p in found if not _lies_in(p.name, saved)]
-    if isinstance(method, WeightMethod) and found and not kept:
-        raise ValueError(_all_trained_whole(method, model, [p.name for p in found], saved))
     plan.skipped += [
         (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
     ]

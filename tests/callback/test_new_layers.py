@@ -263,7 +263,7 @@ def test_a_method_whose_only_layers_are_the_head_is_refused(monkeypatch) -> None
     """All linear layers of a ResNet are its head: LoRA would train nothing beside it."""
     monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
     register_pretrained(Vision.__module__, heads=["fc"])
-    message = r"for LoRA besides those that are trained fully, got none besides fc; .*stem ×1"
+    message = r"expected a layer that is not trained whole .*matches only fc; name other layers"
     with pytest.raises(ValueError, match=message):
         lp.attach(Vision(), lp.LoRA(r=2, target_modules="all-linear"), modules_to_save=None)
 
