@@ -49,7 +49,8 @@ def test_one_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "taken"), [("2.6.2", False), ("2.6.3", False), ("2.6.4", True)]
+    ("version", "taken"),
+    [("2.5.3", True), ("2.6.1", True), ("2.6.2", False), ("2.6.3", False), ("2.6.4", True)],
 )
 def test_malicious_lightning_is_never_taken(version: str, taken: bool) -> None:
     extras = {r.name: r for n in EXTRAS for r in map(Requirement, EXTRAS[n])}

@@ -157,8 +157,9 @@ def attach_within(
         registry = ensure_registry(model)
         _remember_base(model, registry, plan.adapters)
         builder = AdapterBuilder(plan.adapters, adapter_name, built)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        registry.loose = list(dict.fromkeys([*registry.loose, *new.loose]))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in registry.loose)
         if packing is not None:
             watch = PackingWatch(packed, snapshot.renew, builder.around_packing)
             quantize_layers(model, packing, device, watch)
@@ -176,7 +177,6 @@ def attach_within(
             join_registry(module, registry)
         registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters, new.trained)
         registry.user_frozen = list(dict.fromkeys([*plan.left_frozen, *new.frozen]))
-        registry.loose = new.loose
         registry.skipped, registry.tied = plan.skipped, plan.tied
         activate(model, registry, [adapter_name])
         save_plainly(model)

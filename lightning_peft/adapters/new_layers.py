@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from lightning_peft.core.registry import registry_of
+from lightning_peft.core.registry import registries_in, registry_of
 from lightning_peft.methods.base import Method
 from lightning_peft.models.pretrained import NewLayers, find_new_layers
 from lightning_peft.models.target_modules import name_rule
 
-__all__ = ["new_layers_of"]
+__all__ = ["new_layers_of", "new_parameters"]
 
 
 def new_layers_of(model: nn.Module, method: Method | Sequence[Method]) -> NewLayers:
@@ -29,6 +29,15 @@ def new_layers_of(model: nn.Module, method: Method | Sequence[Method]) -> NewLay
         requires_grad=requires_grad,
         targeted=lambda name: any(rule(name) for rule in rules),
     )
+
+
+def new_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the new parameters that are trained in place."""
+    return [
+        root.get_parameter(name)
+        for _, root, registry in registries_in(model)
+        for name in registry.loose
+    ]
 
 
 def _rule(method: Method) -> Callable[[str], bool] | None:

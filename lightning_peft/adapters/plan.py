@@ -60,6 +60,10 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
             PlannedAdapter(copies, "saved" if overlap else "", p)
             for p in find_placements(copies, model)[0]
         ]
+    for method in methods:  # after the copies, whose own refusal says more
+        if isinstance(method, WeightMethod) and not any(p.method is method for p in plan.adapters):
+            found = [p.name for p in find_placements(method, model)[0]]
+            raise ValueError(_all_trained_whole(method, model, found, saved))
     models = pretrained_models(model) if frozen else {}
     plan.left_frozen = [
         part
@@ -83,20 +87,18 @@ def _add_method(
     """Add one method, without the layers that are trained as a whole, and its trained biases.
 
     Parts that the user froze get no adapters, unless the method's targets name them or match
-    nothing else.
+    nothing else than layers that are trained as a whole.
     """
     found, selection = find_placements(method, model)
     targets = getattr(method, "target_modules", None)
     unnamed = [part for part in frozen if not names_part(targets, part)]
-    if any(not inside(p.name, unnamed) for p in found):
+    if any(not inside(p.name, unnamed) and not _lies_in(p.name, saved) for p in found):
         left_out = [part for part in unnamed if any(inside(p.name, [part]) for p in found)]
         plan.skipped += [(part, _FROZEN) for part in left_out]
         found = [p for p in found if not inside(p.name, unnamed)]
     else:
         unnamed = []
     kept = [p for p in found if not _lies_in(p.name, saved)]
-    if isinstance(method, WeightMethod) and found and not kept:
-        raise ValueError(_all_trained_whole(method, model, [p.name for p in found], saved))
     plan.skipped += [
         (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
     ]

@@ -56,7 +56,7 @@ def rehome(root: nn.Module) -> bool:
     set_registry(root, registry)
     for name, parameter in root.named_parameters():
         if not in_adapter(name):
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(name in registry.loose)
     return True
 
 
@@ -89,6 +89,8 @@ def _rename_registry(registry: AdapterRegistry, rename: Rename, root: nn.Module,
         pairs[:] = [(new, why) for name, why in pairs if (new := rename(name)) is not None]
     registry.tied = [tuple(renamed(group, rename)) for group in registry.tied]
     registry.adopted = renamed(registry.adopted, rename)
+    registry.user_frozen = renamed(registry.user_frozen, rename)
+    registry.loose = renamed(registry.loose, rename)
     _rename_fingerprint(registry, rename, root, now)
     if registry.history is not None:
         registry.history = move_history(registry.history, rename)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_peft.adapters.new_layers import new_parameters
 from lightning_peft.adapters.state_dict import trained_tensors
 
 __all__ = ["FrozenBase"]
@@ -22,6 +23,7 @@ class FrozenBase:
     def collect(self, module: nn.Module, root: nn.Module) -> None:
         """Find the base's parameters inside `root`, with their names in `module`."""
         ours = {id(t) for t in trained_tensors(module).values()}
+        ours |= {id(p) for p in new_parameters(module)}
         inside = {id(p) for p in root.parameters()} - ours
         self._parameters = [(n, p) for n, p in module.named_parameters() if id(p) in inside]
 

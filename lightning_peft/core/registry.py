@@ -64,7 +64,7 @@ class AdapterRegistry:
         dense: (name, reason) of linear layers that quantisation left dense.
         tied: Groups of parameter names that share one tensor.
         user_frozen: Parts that the user froze, not those inside a pretrained model.
-        loose: Trained parameters of the user that no module can train a copy of.
+        loose: New parameters that are trained in place, see `NewLayers`.
         fingerprint: Fingerprint of the base before quantising.
         adopted: Names of layers that arrived quantised and were adopted.
         members: Number of adapted modules.

@@ -7,6 +7,7 @@ those of the module that was saved, for instance ``classifier.weight``.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.names import in_adapter, join
+from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.files import read_file
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 
-__all__ = ["OUTSIDE", "OutsideModules", "outside_tensors", "read_outside"]
+__all__ = [
+    "OUTSIDE",
+    "OutsideModules",
+    "outside_tensors",
+    "read_outside",
+    "warn_of_new_parameters",
+]
 
 OUTSIDE = "trained_modules.safetensors"
 _KEY = "modules"
@@ -37,6 +45,17 @@ def outside_tensors(
                 state |= {join(inner, path): copy for path, copy in adapter.copies().items()}
         tensors |= {join(name, k): t for k, t in state.items() if t.is_floating_point()}
     return tensors, {_KEY: json.dumps(list(names))}
+
+
+def warn_of_new_parameters(model: nn.Module) -> None:
+    """Say which trained parameters belong to no module that a directory could hold."""
+    names = [join(prefix, name) for prefix, _, r in registries_in(model) for name in r.loose]
+    if names:
+        warnings.warn(
+            f"save_adapter: left out: {', '.join(names)}, trained in place; a checkpoint holds "
+            "them, or put them into a module of their own",
+            stacklevel=3,
+        )
 
 
 @dataclass

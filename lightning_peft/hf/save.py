@@ -22,7 +22,7 @@ from lightning_peft.hf.keys import bias_key, tensor_prefix
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
 from lightning_peft.hf.model_card import model_card
-from lightning_peft.hf.outside import OUTSIDE, outside_tensors
+from lightning_peft.hf.outside import OUTSIDE, outside_tensors, warn_of_new_parameters
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
 from lightning_peft.hf.targets import compact, misread_names, model_root
@@ -100,6 +100,7 @@ def save_adapter(
         config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     metadata = provenance_of(model, adapter_name, strip_compile(prefix))
+    warn_of_new_parameters(model)
     if outside:
         write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
     card = model_card(top, method, config, _storage_label(model, adapter_name), metrics or {})

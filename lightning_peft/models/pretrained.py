@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_peft.core.class_swap import Swapped
 from lightning_peft.core.modules import modules_by_name
@@ -100,7 +101,8 @@ class NewLayers:
     Attributes:
         trained: Module to train fully → why.
         frozen: Parts outside every pretrained model that the user froze.
-        loose: Parameters that a module with pretrained parts holds itself, which stay frozen.
+        loose: New parameters that are trained in place: of a module with pretrained parts, or of
+            a layer under `torch.nn.utils.parametrize`.
     """
 
     trained: dict[str, str] = field(default_factory=dict)
@@ -181,6 +183,9 @@ class _Search:
         own = self._parameters(name, module)
         if not holds and own:
             if self.trains(name, module):
+                if any(is_parametrized(inner) for inner in module.modules()):  # has no copy
+                    self.found.loose += own
+                    return
                 self.found.trained[name] = f"new layer next to the pretrained {self._neighbour()}"
                 return
             if not any(self.requires_grad(key, p) for key, p in own.items()):

@@ -63,7 +63,7 @@ class Report:
         storages: Bytes of the quantised base by format.
         trained_fully: (module, reason) of modules that are trained fully.
         user_frozen: Parts that the user froze, not those inside a pretrained model.
-        loose: Trained parameters of the user that stay frozen: no module holds them alone.
+        loose: New parameters that are trained in place, see `NewLayers`.
         skipped: (name, reason) of layers that matched and were left out.
         dense: (name, reason) of linear layers that quantisation left dense.
         tied: Groups of parameter names that share one tensor.

@@ -36,9 +36,7 @@ def report_lines(report: Report, width: int = 80) -> list[str]:
             f"frozen by you: {_names(report.user_frozen)} (name it in target_modules to adapt it)"
         )
     if report.loose:
-        sentences.append(
-            f"frozen: {_names(report.loose)} (put it into a module of its own to train it)"
-        )
+        sentences.append(f"trained fully: {_names(report.loose)} (new parameter)")
     sentences += _grouped("left out", skipped) + _grouped("stays dense", dense)
     sentences += [f"tied: {' = '.join(names)}" for names in report.tied]
     if report.eval_roots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class DenseStorage(BaseStorage):
         """Already dense: write."""
         bits = self.snapshot(m, name)
         self.write(m, name, W)
-        return lambda: self.restore(m, name, bits)
+        return partial(self.restore, m, name, bits)
 
     def linear(self, m: nn.Module, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with the parameter."""

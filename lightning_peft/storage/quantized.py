@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,38 @@ from lightning_peft.storage.packed import (
 )
 
 __all__ = ["QuantizedStorage"]
+
+
+@dataclass
+class _PackAgain:
+    """Undoes `to_dense`; a deep copy of the module takes its own copy along.
+
+    Attributes:
+        module: The module that holds the weight.
+        name: Name of the weight.
+        spec: Its specification.
+        mixin: The mixin that was taken off; None if it stayed.
+        kept: The packed tensors by key.
+        buffers: Those keys that are buffers.
+    """
+
+    module: nn.Module
+    name: str
+    spec: QuantizedWeightSpec
+    mixin: type[PackedForward] | None
+    kept: dict[str, Any]
+    buffers: list[str]
+
+    def __call__(self) -> None:
+        """Put the packed tensors back."""
+        m = self.module
+        if self.mixin is not None:
+            swap_in(m, self.mixin)
+            vars(m)["_packed"] = {}
+        specs_of(m)[self.name] = self.spec
+        for key, t in self.kept.items():
+            registry = m._buffers if key in self.buffers else m._parameters
+            registry[key] = t
 
 
 class QuantizedStorage(BaseStorage, ABC):
@@ -194,8 +227,9 @@ class QuantizedStorage(BaseStorage, ABC):
         """
         specs = specs_of(m)
         spec: QuantizedWeightSpec = specs[name]
-        kept = {t.key: t.tensor for t in self.iter_tensors(m, name)}
-        registries = [m._parameters if key in m._parameters else m._buffers for key in kept]
+        keys = list(spec.keys.values())
+        buffers = [key for key in keys if key in m._buffers]
+        kept: dict[str, Any] = {k: (m._buffers if k in buffers else m._parameters)[k] for k in keys}
         cls: Any = type(m)
         mixin: type[PackedForward] = cls._swap_mixin
         emptied = len(specs) == 1 and not spec.adopted
@@ -204,21 +238,12 @@ class QuantizedStorage(BaseStorage, ABC):
             del vars(m)["_packed"]
         else:
             del specs[name]
-        for key, registry in zip(kept, registries, strict=True):
+        for key in keys:
             if key != name:
-                del registry[key]  # type: ignore[arg-type]
+                del (m._buffers if key in buffers else m._parameters)[key]
         dense = nn.Parameter(W.to(spec.dtype).contiguous(), requires_grad=False)
         m._parameters[name] = dense
-
-        def undo() -> None:
-            if emptied:
-                swap_in(m, mixin)
-                vars(m)["_packed"] = {}
-            specs_of(m)[name] = spec
-            for (key, t), registry in zip(kept.items(), registries, strict=True):
-                registry[key] = t  # type: ignore[index,assignment]
-
-        return undo
+        return _PackAgain(m, name, spec, mixin if emptied else None, kept, buffers)
 
     # ---- products
 

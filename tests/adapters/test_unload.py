@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,20 @@ def test_the_notes_for_saving_go_with_the_adapters() -> None:
     assert {name: set(vars(m)) for name, m in model.named_modules()} == {
         name: set(attributes) for name, attributes in before.items()
     }
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["dense", "nf4"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_merged_model_is_unmerged_alone(copied, quantization) -> None:
+    model = llama(tie_word_embeddings=True)
+    lp.attach(model, lp.LoRA(r=4, target_modules=["q_proj", "lm_head"]), quantization=quantization)
+    randomise(model, std=0.1)
+    adapted = logits(model)
+    lp.merge(model)
+    merged = logits(model)
+    other = copied(model)
+    lp.unmerge(other)
+    assert_same_bits("the copy", logits(other), adapted)
+    assert_same_bits("the original", logits(model), merged)
+    lp.unmerge(model)
+    assert_same_bits("both", logits(model), adapted)

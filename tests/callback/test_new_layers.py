@@ -120,12 +120,72 @@ def test_a_second_adapter_sees_the_flags_of_the_user() -> None:
     assert [e.modules_to_save for e in registry.adapters.values()] == [("pool", "classifier")] * 2
 
 
-def test_a_parameter_of_the_module_itself_is_named(capsys) -> None:
+class WithQuery(Classifier):
+    """Pools by a vector that the module holds itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(32))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        states = self.encoder(input_ids=ids).last_hidden_state
+        weights = (states @ self.query).softmax(1)[..., None]
+        return self.classifier(self.pool((weights * states).sum(1)))
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_parameter_of_the_module_itself_is_trained_and_stored(
+    quantization, tmp_path, capsys
+) -> None:
+    model = WithQuery()
+    before = model.query.detach().clone()
+    run = fit(model, quantization=quantization)
+    assert "trained fully: query (new parameter)" in " ".join(capsys.readouterr().out.split())
+    assert not torch.equal(model.query, before)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    torch.manual_seed(99)  # another random query and head
+    again = lp.load_from_checkpoint(WithQuery, tmp_path / "last.ckpt")
+    assert torch.equal(again.query, model.query)
+    assert torch.equal(again.eval()(DATA.tensors[0]), model.eval()(DATA.tensors[0]))
+    run = trainer(lp.PEFT(lp.LoRA(r=2), quantization=quantization), max_epochs=2)
+    resumed = WithQuery()
+    run.fit(resumed, DataLoader(DATA, 8), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.query.requires_grad
+
+
+class Normalised(Classifier):
+    """The head's weight is computed from two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.utils.parametrizations.weight_norm(nn.Linear(32, 3))
+
+
+def test_a_parametrised_head_is_trained_in_place_and_stored(tmp_path) -> None:
+    model = Normalised()
+    before = model.classifier.weight.detach().clone()
+    run = fit(model, quantization="nf4")
+    assert not torch.equal(model.classifier.weight, before)
+    with pytest.warns(UserWarning, match="left out: classifier.bias, classifier.parametrizations"):
+        lp.save_adapter(model, tmp_path / "adapter")
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    torch.manual_seed(99)
+    again = lp.load_from_checkpoint(Normalised, tmp_path / "last.ckpt")
+    assert torch.equal(again.eval()(DATA.tensors[0]), model.eval()(DATA.tensors[0]))
+
+
+def test_no_new_parameters_when_names_are_given() -> None:
+    model = WithQuery()
+    fit(model, modules_to_save=())
+    assert not model.query.requires_grad
+
+
+def test_an_encoder_frozen_as_a_preparation_is_adapted() -> None:
     model = Classifier()
-    model.temperature = nn.Parameter(torch.ones(()))
-    fit(model)
-    assert "frozen: temperature" in " ".join(capsys.readouterr().out.split())
-    assert not model.temperature.requires_grad
+    model.encoder.requires_grad_(False)
+    lp.attach(model, lp.LoRA(r=2, target_modules="all-linear"), modules_to_save=None)
+    assert hasattr(model.encoder.encoder.layer[0].output.dense, "peft")
+    assert saved(model) == ("pool", "classifier")
 
 
 class OnAbstractBase(BertPreTrainedModel):
@@ -203,7 +263,7 @@ def test_a_method_whose_only_layers_are_the_head_is_refused(monkeypatch) -> None
     """All linear layers of a ResNet are its head: LoRA would train nothing beside it."""
     monkeypatch.setattr(pretrained, "_LIBRARIES", list(pretrained._LIBRARIES))
     register_pretrained(Vision.__module__, heads=["fc"])
-    message = r"for LoRA besides those that are trained fully, got none besides fc; .*stem ×1"
+    message = r"expected a layer that is not trained whole .*matches only fc; name other layers"
     with pytest.raises(ValueError, match=message):
         lp.attach(Vision(), lp.LoRA(r=2, target_modules="all-linear"), modules_to_save=None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -66,12 +67,21 @@ class BnbStorage(BaseStorage, ABC):
 
 def hold_dense(m: nn.Module, W: Tensor) -> Callable[[], None]:
     """Make the layer a plain `nn.Linear` with this weight; return the undo."""
-    cls, packed = type(m), m._parameters["weight"]
+    undo = _HoldAgain(m, type(m), m._parameters["weight"])
     m.__class__ = nn.Linear
     m._parameters["weight"] = nn.Parameter(W.contiguous(), requires_grad=False)
-
-    def undo() -> None:
-        m.__class__ = cls
-        m._parameters["weight"] = packed
-
     return undo
+
+
+@dataclass
+class _HoldAgain:
+    """Undoes `hold_dense`; a deep copy of the module takes its own copy along."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    packed: nn.Parameter | None
+
+    def __call__(self) -> None:
+        """Put the class and the packed parameter back."""
+        self.module.__class__ = self.cls
+        self.module._parameters["weight"] = self.packed
