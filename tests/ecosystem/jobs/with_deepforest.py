@@ -32,6 +32,8 @@ CONFIG = {
     },
     "accelerator": "cpu",
     "devices": 1,
+    "num_classes": 1,
+    "label_dict": {"Tree": 0},
     "workers": 0,
     "batch_size": 2,
 }
