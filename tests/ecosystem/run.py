@@ -36,7 +36,7 @@ WANTED = {
     "deepforest": ["deepforest", "torchvision"],
     "gluonts": ["gluonts[torch]"],
     "lightly": ["lightly", "torchvision"],
-    "lightly_train": ["lightly-train", "torchvision"],
+    "lightly_train": ["lightly-train", "timm", "torchvision"],
     "lightning_bolts": ["lightning-bolts>=0.7", "torchvision", "setuptools<81"],
     "pytorch_forecasting": ["pytorch-forecasting"],
     # pip otherwise goes back to a release whose metadata are no longer valid.
@@ -122,7 +122,8 @@ def run(job: str, environments: Environments) -> list[dict[str, object]]:
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             cwd=working, capture_output=True, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
-    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"package"')]
+    # A library may have put colours in front of our line.
+    lines = [json.loads(line) for line in re.findall(r'\{"package".*', ran.stdout)]
     rows = [{**row, **{k: v for k, v in line.items() if k in FIELDS}} for line in lines]
     if ran.returncode:
         said = ran.stderr.strip().splitlines()[-1:]

@@ -33,7 +33,9 @@ def fit(module: Any, callbacks: list[Any], ckpt: str | None) -> None:
 def fit_attached(module: Any, callbacks: list[Any], ckpt: str | None) -> None:
     peft = callbacks[0]
     if not any("peft" in m._modules for m in module.modules()):
-        attach(module, peft.adapters["default"], quantization=peft.quantization)
+        attach(
+            module, peft.adapters["default"], quantization=peft.quantization, modules_to_save=None
+        )
     fit(module, [], ckpt)
 
 
