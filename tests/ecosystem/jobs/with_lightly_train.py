@@ -15,7 +15,7 @@ from checks import Case, examine
 from PIL import Image
 from torch import Tensor
 
-from lightning_peft import attach
+from lightning_peft import PEFT, attach
 
 FOLDER = Path(tempfile.mkdtemp(prefix="lightly-train-"))
 (FOLDER / "images").mkdir()
@@ -51,7 +51,10 @@ def fit(net: Any, callbacks: list[Any], ckpt: str | None) -> None:
 
 
 def fit_attached(net: Any, callbacks: list[Any], ckpt: str | None) -> None:
-    peft = callbacks[0]
+    peft = next((c for c in callbacks if isinstance(c, PEFT)), None)
+    if peft is None:
+        fit(net, callbacks, ckpt)
+        return
     if not any("peft" in m._modules for m in net.modules()):
         attach(net, peft.adapters["default"], quantization=peft.quantization, modules_to_save=None)
     fit(net, [], ckpt)

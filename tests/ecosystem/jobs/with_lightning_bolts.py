@@ -11,7 +11,7 @@ from checks import Case, examine
 from pl_bolts.models.vision import ImageGPT
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import attach
+from lightning_peft import PEFT, attach
 
 generator = torch.Generator().manual_seed(0)
 images = torch.rand(16, 8, 8, generator=generator)
@@ -31,7 +31,10 @@ def fit(module: Any, callbacks: list[Any], ckpt: str | None) -> None:
 
 
 def fit_attached(module: Any, callbacks: list[Any], ckpt: str | None) -> None:
-    peft = callbacks[0]
+    peft = next((c for c in callbacks if isinstance(c, PEFT)), None)
+    if peft is None:
+        fit(module, callbacks, ckpt)
+        return
     if not any("peft" in m._modules for m in module.modules()):
         attach(
             module, peft.adapters["default"], quantization=peft.quantization, modules_to_save=None
