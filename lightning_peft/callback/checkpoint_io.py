@@ -26,7 +26,7 @@ from lightning_peft.checkpoint.contents import (
 )
 from lightning_peft.checkpoint.damage import DamagedCheckpointError
 from lightning_peft.checkpoint.description import KEY
-from lightning_peft.checkpoint.forms import CheckpointForm
+from lightning_peft.checkpoint.forms import CheckpointForm, refuse_merged
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.sharded import is_folder, read_folder
 from lightning_peft.checkpoint.structure import check_like
@@ -205,6 +205,7 @@ class PEFTCheckpointIO(CheckpointIO):
             )
         if package is not None:  # a file of `save_checkpoint` has none; Lightning requires one
             checkpoint.setdefault(_VERSION, package.version)
+        refuse_merged(checkpoint, os.fspath(path))
         if self.resuming():
             same = package is not None and checkpoint.get(_VERSION) == package.version
             _check_training_state(module.trainer, checkpoint, os.fspath(path), complete=same)

@@ -43,7 +43,7 @@ WANTED = {
     "pytorch_tabular": ["pytorch_tabular>=1.2", "requests"],
     "scvi_tools": ["scvi-tools"],
     "timm": ["timm", "torchvision"],
-    "torchgeo": ["torchgeo", "torchvision"],
+    "torchgeo": ["torchgeo", "torchvision", "requests"],
     "torch_spatiotemporal": ["torch-spatiotemporal"],
 }
 #: Packages that pin another Lightning, which goes into their own environment.

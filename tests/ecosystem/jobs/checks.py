@@ -7,6 +7,7 @@ the trained one predicts, and the merged model predicts what the adapted one pre
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,7 +115,7 @@ class FirstGradients(TrainerCallback):
         super().__init__()
         self.zero: set[int] | None = None
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *optimizer: Any) -> None:
         if self.zero is None:
             self.zero = {
                 id(p) for p in pl_module.parameters() if p.grad is None or not p.grad.any()
@@ -168,17 +170,17 @@ class _Examination:
         return PEFT(self.method(), quantization=self.quantization, report=False, **self.case.peft)
 
     def build(self) -> Any:
-        torch.manual_seed(1)
+        _seed(1)
         return self.case.build()
 
     def fit(self, subject: Any, ckpt: str | None = None) -> Snapshots:
-        torch.manual_seed(2)
+        _seed(2)
         snapshots = Snapshots(self.folder / "again.ckpt" if ckpt else self.half)
         self.case.fit(subject, [self.callback(), snapshots], ckpt)
         return snapshots
 
     def predict(self, subject: Any) -> Tensor:
-        torch.manual_seed(3)
+        _seed(3)
         self.case.module(subject).eval()
         with torch.no_grad():
             return self.case.predict(subject).detach().clone()
@@ -220,7 +222,7 @@ class _Examination:
     def check_unmoved(self, layers: list[str]) -> None:
         """An adapter may stay only where the plain layer has no gradient in its first step."""
         plain, watch = self.build(), FirstGradients()
-        torch.manual_seed(2)
+        _seed(2)
         self.case.fit(plain, [watch], None)
         assert watch.zero is not None
         module = self.case.module(plain)
@@ -291,6 +293,12 @@ class _Examination:
         unmerge(self.case.module(fresh))
         _require(torch.equal(before, self.predict(fresh)), "unmerged: another prediction")
         return "equal"
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _require(condition: bool, otherwise: str) -> None:
