@@ -130,36 +130,38 @@ def gpu() -> str:
 def ecosystem() -> str:
     """Packages whose modules were trained by `tests/ecosystem/run.py`."""
     rows = _rows(ECOSYSTEM)
-    pairs = dict.fromkeys((r["package"], r["model"]) for r in rows)
     lines = []
-    for package, model in pairs:
+    for package, model in dict.fromkeys((r["package"], r["model"]) for r in rows):
         here = [r for r in rows if (r["package"], r["model"]) == (package, model)]
         first = here[0]
-        name = f"{package} {first['version']}".strip()
-        if not model:
-            lines.append([name, "", "", "", "", "", "", "", first["remark"]])
-            continue
-        stages = [_joined(here, stage) for stage in ("resume", "predict", "merge")]
-        argument = f"`{first['argument']}`" if first["argument"] else ""
-        trained = [_trained(r) for r in here]
-        lines.append([name, first["lightning"], model, first["entry"], *trained, *stages, argument])
-    columns = [
-        "package", "imports", "model", "entry point", "LoRA", "LoRA over NF4", "resumed",
-        "loaded, predicts", "merged, predicts", "given besides, or reason",
-    ]  # fmt: skip
-    lines = [[*line[:4], *[""] * (10 - len(line)), *line[4:]] for line in lines]
+        besides = f"`{first['argument']}`" if first["argument"] else ""
+        lines.append(
+            [
+                f"{package} {first['version']}".strip(),
+                model,
+                first["lightning"],
+                first["entry"],
+                *(_trained(r) for r in here),
+                *[""] * (2 - len(here)),
+                *(_joined(here, stage) for stage in ("resume", "predict", "merge")),
+                " ".join(filter(None, (besides, first["remark"]))),
+            ]
+        )
+    columns = ["package", "model", "Lightning package", "entry point", "LoRA", "LoRA over NF4"]
+    columns += ["resumed", "loaded, predicts", "merged, predicts", "given besides, or reason"]
     return _table(columns, lines) + _origin(rows, "date") if rows else MISSING
 
 
 def _trained(row: dict[str, str]) -> str:
-    if "Error" in row["train"] or not row["adapted"]:
+    if not row["adapted"]:
         return row["train"]
     packed = f", {row['packed']} packed" if row["storage"] == "nf4" else ""
-    return f"{row['adapted']} layers{packed}"
+    still = "" if row["train"] == "trained" else f"; {row['train']}"
+    return f"{row['adapted']} layers{packed}{still}"
 
 
 def _joined(rows: list[dict[str, str]], stage: str) -> str:
-    return "; ".join(dict.fromkeys(r[stage] for r in rows))
+    return "; ".join(dict.fromkeys(r[stage].replace("not reached", "–") for r in rows))
 
 
 TABLES: dict[str, Callable[[], str]] = {

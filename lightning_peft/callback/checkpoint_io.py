@@ -26,7 +26,7 @@ from lightning_peft.checkpoint.contents import (
 )
 from lightning_peft.checkpoint.damage import DamagedCheckpointError
 from lightning_peft.checkpoint.description import KEY
-from lightning_peft.checkpoint.forms import CheckpointForm, form_of
+from lightning_peft.checkpoint.forms import CheckpointForm, refuse_merged
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.sharded import is_folder, read_folder
 from lightning_peft.checkpoint.structure import check_like
@@ -205,6 +205,7 @@ class PEFTCheckpointIO(CheckpointIO):
             )
         if package is not None:  # a file of `save_checkpoint` has none; Lightning requires one
             checkpoint.setdefault(_VERSION, package.version)
+        refuse_merged(checkpoint, os.fspath(path))
         if self.resuming():
             same = package is not None and checkpoint.get(_VERSION) == package.version
             _check_training_state(module.trainer, checkpoint, os.fspath(path), complete=same)
@@ -233,13 +234,13 @@ def _check_training_state(
     if isinstance(checkpoint.get("loops"), dict):
         live = {"fit_loop": trainer.fit_loop.state_dict()}
         check_like(checkpoint["loops"], live, source, "loops", complete=complete)
-    if "optimizer_states" not in checkpoint and form_of(checkpoint) != "merged":
+    if "optimizer_states" not in checkpoint:
         raise ValueError(
             f"{source}: expected optimizer states to resume from, got weights alone, as "
             "ModelCheckpoint(save_weights_only=True) writes them; use load_from_checkpoint and a "
             "new fit"
         )
-    if "optimizer_states" in checkpoint and complete:
+    if complete:
         absent = [n for n in ("lr_schedulers", "epoch", "global_step") if n not in checkpoint]
         entry = checkpoint.get(KEY)
         if isinstance(entry, dict) and "optimizers" in entry and entry.get("rng") is None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_peft.trainers.packages import callbacks_of, is_instance_of, package_of
+from lightning_peft.trainers.packages import (
+    OLDEST,
+    callbacks_of,
+    is_instance_of,
+    is_supported,
+    package_of,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -37,16 +43,25 @@ _STRATEGIES = {
 
 
 def check_trainer(trainer: object) -> None:
-    """Raise unless the Trainer is of `lightning` or `pytorch_lightning`.
+    """Raise unless the Trainer is of a supported version of `lightning` or `pytorch_lightning`.
 
     Raises:
         TypeError: the trainer is of neither package.
+        RuntimeError: the package is too old.
     """
-    if package_of(trainer) is None:
+    package = package_of(trainer)
+    if package is None:
         raise TypeError(
             "PEFT: expected a Trainer of lightning or pytorch_lightning, got "
             f"{type(trainer).__module__}.{type(trainer).__name__}; give the callback to one of "
             "these Trainers, or use attach(model, method) in a loop of your own"
+        )
+    if not is_supported(package.name):
+        oldest = ".".join(map(str, OLDEST))
+        raise RuntimeError(
+            f"PEFT: expected {package.name} {oldest} or later, got {package.version}; upgrade it, "
+            "or, if another package pins it, leave PEFT out: call attach(module, method) before "
+            "fit, and save_checkpoint(module, path) after it"
         )
 
 

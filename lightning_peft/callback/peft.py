@@ -55,7 +55,6 @@ from lightning_peft.callback.unused_parameters import explain_unused_parameters
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import is_attached
 from lightning_peft.checkpoint.forms import (
-    AdaptersOnlyWarning,
     CheckpointForm,
     DenseBaseReader,
     check_form,
@@ -265,8 +264,6 @@ class PEFT(TrainerCallback):
         refuse_unwritable(module, self.checkpoint)
         if self.checkpoint == "full" and self.quantization is not None:
             DenseBaseReader().install(module)
-        if self.checkpoint == "adapters":
-            AdaptersOnlyWarning().install(module)
         io.form, io.fall_back = self.checkpoint, self.fall_back
 
     def _make_plan(self, trainer: pl.Trainer, root: nn.Module) -> None:

@@ -6,7 +6,6 @@ holds every key: of the live adapted module ("full"), or of the module without a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -15,16 +14,14 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.merge import merge, unmerge
 from lightning_peft.checkpoint.description import FORMAT, KEY
-from lightning_peft.checkpoint.kept import kept_by_live_key, live_tensors
-from lightning_peft.core.marker import unmarked
-from lightning_peft.core.names import in_adapter, join, strip_compile
+from lightning_peft.checkpoint.kept import live_tensors
+from lightning_peft.core.names import join, strip_compile
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.models.plain_state import dense_base, plain_state
 from lightning_peft.storage import held_tensors
 from lightning_peft.storage.dtensor import is_sharded
 
 __all__ = [
-    "AdaptersOnlyWarning",
     "CheckpointForm",
     "DenseBaseReader",
     "check_form",
@@ -148,41 +145,6 @@ class DenseBaseReader:
         """Register the hook, once per module."""
         hooks = module._load_state_dict_pre_hooks.values()
         if not any(isinstance(getattr(h, "hook", h), DenseBaseReader) for h in hooks):
-            module.register_load_state_dict_pre_hook(self)
-
-
-class AdaptersOnlyWarning:
-    """Load hook: says that a state holds adapters alone, and how to read such a file.
-
-    Libraries that read their own files back call `load_state_dict` on what the callback wrote.
-    """
-
-    def __call__(
-        self,
-        module: nn.Module,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Called before a state dict is loaded; torch tells hooks nothing of `strict`."""
-        kept = {prefix + key for key in kept_by_live_key(module)}
-        if any(in_adapter(key) for key in state_dict) and unmarked(state_dict).keys() <= kept:
-            warnings.warn(
-                f"{type(module).__name__}.load_state_dict: the state holds adapters alone, as PEFT "
-                "writes it; a strict load reports the base as missing. Give the file to "
-                "Trainer.fit(ckpt_path=...) or lightning_peft.load_checkpoint(module, path), or, "
-                "for a library that reads its own files, give PEFT(checkpoint='full')",
-                stacklevel=4,
-            )
-
-    def install(self, module: nn.Module) -> None:
-        """Register the hook, once per module."""
-        hooks = module._load_state_dict_pre_hooks.values()
-        if not any(isinstance(getattr(h, "hook", h), AdaptersOnlyWarning) for h in hooks):
             module.register_load_state_dict_pre_hook(self)
 
 

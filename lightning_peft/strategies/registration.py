@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from lightning_peft.trainers.packages import is_loaded
+from lightning_peft.trainers.packages import is_loaded, is_supported
 
 __all__ = ["register_strategies"]
 
@@ -24,7 +24,7 @@ def register_strategies() -> None:
     imported later and the Trainer gets ``strategy="peft_ddp"`` before any PEFT callback exists.
     """
     for package, shown_by, registry, module in _REGISTRIES:
-        if not is_loaded(package, shown_by):
+        if not is_loaded(package, shown_by) or not is_supported(package):
             continue
         found = getattr(importlib.import_module(f"{package}.strategies"), registry)
         ours = importlib.import_module(f"lightning_peft.strategies.{module}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 __all__ = [
+    "OLDEST",
     "PACKAGES",
     "LightningPackage",
     "callbacks_of",
@@ -24,10 +26,14 @@ __all__ = [
     "is_instance_of",
     "is_interrupted",
     "is_loaded",
+    "is_supported",
     "loaded_packages",
     "package_of",
+    "version_of",
 ]
 
+#: Oldest version of either package whose Trainer the callback works with.
+OLDEST = (2, 6)
 _ROOTS = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -54,7 +60,7 @@ class LightningPackage:
     @property
     def version(self) -> str:
         """Version of the loaded package."""
-        return str(sys.modules[self.name].__version__)
+        return version_of(self.name)
 
 
 #: In order of preference where several are installed and none is loaded.
@@ -62,6 +68,17 @@ PACKAGES = (
     LightningPackage("lightning.pytorch", "lightning.fabric"),
     LightningPackage("pytorch_lightning", "lightning_fabric"),
 )
+
+
+def version_of(package: str) -> str:
+    """Return the version of a loaded package, also of a part such as `lightning.fabric`."""
+    return str(sys.modules[package.partition(".")[0]].__version__)
+
+
+def is_supported(package: str) -> bool:
+    """Return whether a loaded package is new enough; other libraries may pin an older one."""
+    numbers = [int(part) for part in re.findall(r"\d+", version_of(package))]
+    return numbers[: len(OLDEST)] >= list(OLDEST)
 
 
 def is_loaded(module: str, attribute: str) -> bool:

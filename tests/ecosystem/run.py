@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -35,16 +36,18 @@ WANTED = {
     "deepforest": ["deepforest", "torchvision"],
     "gluonts": ["gluonts[torch]"],
     "lightly": ["lightly", "torchvision"],
-    "lightly_train": ["lightly-train", "torchvision"],
-    "lightning_bolts": ["lightning-bolts", "torchvision"],
+    "lightly_train": ["lightly-train", "timm", "torchvision"],
+    "lightning_bolts": ["lightning-bolts>=0.7", "torchvision", "setuptools<81"],
     "pytorch_forecasting": ["pytorch-forecasting"],
     # pip otherwise goes back to a release whose metadata are no longer valid.
     "pytorch_tabular": ["pytorch_tabular>=1.2", "requests"],
     "scvi_tools": ["scvi-tools"],
     "timm": ["timm", "torchvision"],
-    "torchgeo": ["torchgeo", "torchvision"],
+    "torchgeo": ["torchgeo", "torchvision", "requests"],
     "torch_spatiotemporal": ["torch-spatiotemporal"],
 }
+#: Packages that pin another Lightning, which goes into their own environment.
+OWN_LIGHTNING = ("lightning_bolts",)
 PINS = ("torch", "lightning", "pytorch-lightning")
 OURS = ["numpy", "rich", "safetensors", "typing-extensions"]
 SECONDS = 900
@@ -60,11 +63,15 @@ class Environments:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.pins = folder / "pins.txt"
-        tested = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-        kept = [line for line in tested if line.partition("==")[0] in PINS]
         folder.mkdir(parents=True, exist_ok=True)
-        self.pins.write_text("\n".join(kept) + "\n")
+
+    def constraints(self, names: Sequence[str]) -> Path:
+        """Write the tested versions of these packages to a file."""
+        tested = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+        kept = [line for line in tested if line.partition("==")[0] in names]
+        path = self.folder / f"{'-'.join(names)}.txt"
+        path.write_text("\n".join(kept) + "\n")
+        return path
 
     def python(self, name: str, wanted: list[str], behind: Path | None = None) -> Path:
         """Make an environment and return its interpreter.
@@ -80,9 +87,10 @@ class Environments:
         if behind is not None:
             packages = next((made / "lib").iterdir()) / "site-packages"
             (packages / "zz_base.pth").write_text(f"{behind}\n")
+        pins = self.constraints(("torch",) if name in OWN_LIGHTNING else PINS)
         command = [
             str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-            "--no-warn-conflicts", "-c", str(self.pins), *wanted,
+            "--no-warn-conflicts", "-c", str(pins), *wanted,
         ]  # fmt: skip
         ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if ran.returncode:
@@ -114,7 +122,8 @@ def run(job: str, environments: Environments) -> list[dict[str, object]]:
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             cwd=working, capture_output=True, text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
-    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"package"')]
+    # A library may have put colours in front of our line.
+    lines = [json.loads(line) for line in re.findall(r'\{"package".*', ran.stdout)]
     rows = [{**row, **{k: v for k, v in line.items() if k in FIELDS}} for line in lines]
     if ran.returncode:
         said = ran.stderr.strip().splitlines()[-1:]

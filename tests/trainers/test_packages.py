@@ -9,14 +9,17 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_peft import PEFT, load_from_checkpoint
+from lightning_peft.callback.compatibility import check_trainer
 from lightning_peft.checkpoint.contents import KEY
-from lightning_peft.trainers.packages import package_of
+from lightning_peft.strategies import register_strategies
+from lightning_peft.trainers.packages import is_supported, package_of
 from tests.helpers.lightning_package import INSTALLED, pl, use_package
 from tests.helpers.nets import Plain, adapters_of, assert_same, peft, trainer
 from tests.helpers.site_packages import site_without
@@ -169,3 +172,17 @@ def test_either_package_alone_suffices(package: str, tmp_path: Path) -> None:
     )  # fmt: skip
     print(ran.stdout.splitlines()[-1])
     assert ran.returncode == 0, ran.stdout[-8000:]
+
+
+def test_an_older_package_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lightning-bolts pins pytorch_lightning 1.9; importing us beside it must not fail."""
+    old = types.ModuleType("pytorch_lightning")
+    old.__version__ = "1.9.5"
+    old.Trainer = type("Trainer", (), {"__module__": "pytorch_lightning"})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", old)
+    register_strategies()
+    with pytest.raises(RuntimeError, match=r"pytorch_lightning 2\.6 or later, got 1\.9\.5; upgr"):
+        check_trainer(old.Trainer())
+    for version, supported in (("2.5.9", False), ("2.6.6.post1", True), ("2.10", True)):
+        old.__version__ = version
+        assert is_supported("pytorch_lightning") == supported

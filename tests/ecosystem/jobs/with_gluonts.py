@@ -52,7 +52,8 @@ class Subject:
         return torch.tensor(np.stack([f.mean for f in predictor.predict(dataset)]))
 
 
-COMMON = {"prediction_length": 6, "context_length": 24, "num_batches_per_epoch": 5}
+#: The estimator returns its best epoch: enough batches that the second one is.
+COMMON = {"prediction_length": 6, "context_length": 24, "num_batches_per_epoch": 20}
 MODELS = {
     "SimpleFeedForward": (SimpleFeedForwardEstimator, {**COMMON, "hidden_dimensions": [32, 32]}),
     "DeepAR": (DeepAREstimator, {**COMMON, "freq": "D", "hidden_size": 32}),
