@@ -72,6 +72,7 @@ def attach(
     quantization: StorageConfig | str | None = None,
     modules_to_save: Sequence[str] | None = (),
     device: torch.device | str | None = None,
+    separate_copies: bool = False,
 ) -> Report:
     """Freeze the model, quantise it if asked, and attach an adapter in place.
 
@@ -84,6 +85,9 @@ def attach(
         modules_to_save: Names or suffixes of modules that are trained fully. None finds the new
             layers next to a pretrained model, as the callback does.
         device: Where to quantise; the weights stay there. None means where each weight is.
+        separate_copies: If False, modules in `modules_to_save` that share a tensor (tied
+            embeddings) share its trained copy, and stay tied. If True, each gets a copy of its own,
+            as in peft without ``ensure_weight_tying``.
 
     Returns:
         The report of what matched and what it costs.
@@ -103,6 +107,7 @@ def attach(
         quantization=as_config(quantization),
         modules_to_save=modules_to_save,
         device=device,
+        separate_copies=separate_copies,
     )
 
 
@@ -115,12 +120,14 @@ def attach_within(
     modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
     averaged: Mapping[str, str] = MappingProxyType({}),
+    separate_copies: bool = False,
 ) -> Report:
     """`attach` for a part of a larger module.
 
     Args:
         model: As in `attach`; so are the other arguments.
         averaged: Parts of the model that are averaged into a dense part outside, with its name.
+        separate_copies: As in `attach`.
     """
     new = NewLayers()
     if modules_to_save is None:
@@ -133,7 +140,7 @@ def attach_within(
         check_free_name(model, adapter_name)
         with adopted_layers(model):
             saved = saved_modules(model, modules_to_save)
-            plan = plan_attach(model, methods, saved)
+            plan = plan_attach(model, methods, saved, separate_copies)
             copies = _copies_to_follow(model, plan)
             followers = [pair.teacher for pair in copies]
             averaged = {**averaged, **students_of_dense(copies, quantization)}
@@ -175,7 +182,9 @@ def attach_within(
         share_inputs(model, children_sharing_input(model))
         for _, module in adapted_modules(model):
             join_registry(module, registry)
-        registry.adapters[adapter_name] = _entry(methods, saved, plan.adapters, new.trained)
+        registry.adapters[adapter_name] = _entry(
+            methods, saved, plan.adapters, new.trained, separate_copies
+        )
         registry.user_frozen = list(dict.fromkeys([*plan.left_frozen, *new.frozen]))
         registry.skipped, registry.tied = plan.skipped, plan.tied
         activate(model, registry, [adapter_name])
@@ -281,7 +290,8 @@ def _entry(
     saved: list[str],
     planned: Sequence[PlannedAdapter],
     reasons: dict[str, str],
+    separate_copies: bool,
 ) -> AdapterEntry:
     sites = [(p.placement.site, p.method.label) for p in planned if not p.placement.paths]
     described = [(site.label, tuple(site.shape), label) for site, label in sites]
-    return AdapterEntry(methods, tuple(saved), reasons, described)
+    return AdapterEntry(methods, tuple(saved), separate_copies, reasons, described)

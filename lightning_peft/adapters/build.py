@@ -17,6 +17,7 @@ from lightning_peft.layers.adapted import adapt, is_adapted
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.weight_adapter import WeightAdapter, initial_shared
 from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.modules_to_save import ModulesToSave
 from lightning_peft.storage import storage_of
 
 __all__ = ["AdapterBuilder", "guard_fast_path", "unguard_fast_path"]
@@ -47,7 +48,8 @@ class AdapterBuilder:
         self._weight_adapters = built
         self._adapter_name = adapter_name
         self._built: set[int] = set()
-        self._copies: dict[int, nn.Parameter] = {}
+        self._copies: dict[str, dict[int, nn.Parameter]] = {}
+        self._by_site: dict[int, WeightAdapter] = {}
         self._shared: dict[str, _Shared] = {}
 
     @contextmanager
@@ -88,14 +90,21 @@ class AdapterBuilder:
         training = module.training
         container = adapt(module, site.ops).peft
         _rebind_forward(module)
-        adapter = placement.build(planned.method, self._adapter_name, self._copies)
+        method = planned.method
+        group = method.group(placement.name) if isinstance(method, ModulesToSave) else ""
+        copies = self._copies.setdefault(group, {})
+        adapter = placement.build(method, self._adapter_name, copies)
         if isinstance(adapter, WeightAdapter):
             self._weight_adapters.append(adapter)
+            self._by_site[id(site)] = adapter
             held = self._held(planned, adapter)
             adapter.shared_buffers, adapter.shared_trained = held.frozen, held.trained
+            if site.tied_to is not None:
+                adapter.tied_trained = self._by_site[id(site.tied_to)]._parameters
             for name, buffer in held.site_buffers.get(id(site), {}).items():
                 adapter.register_buffer(name, buffer)
-            if adapter.method.starts_from_weight and site.device.type != "meta":
+            fresh = not adapter.tied_trained and site.device.type != "meta"
+            if adapter.method.starts_from_weight and fresh:
                 adapter.initialize_from_weight(originals.get(site.parameter))
         adapter.to(site.device)
         adapter.train(training)

@@ -42,8 +42,15 @@ class AttachPlan:
     left_frozen: list[str] = field(default_factory=list)
 
 
-def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str]) -> AttachPlan:
+def plan_attach(
+    model: nn.Module,
+    methods: Sequence[Method],
+    saved: Sequence[str],
+    separate_copies: bool = False,
+) -> AttachPlan:
     """Plan the adapters of `methods` and the trained copies of the modules in `saved`.
+
+    With `separate_copies`, each of these modules gets its own copy of a tensor that they share.
 
     Raises:
         ValueError: nothing matches but layers in `saved`, a method has no meaning at a layer, or a
@@ -54,7 +61,7 @@ def plan_attach(model: nn.Module, methods: Sequence[Method], saved: Sequence[str
     for i, method in enumerate(methods):
         _add_method(plan, model, method, str(i) if len(methods) > 1 else "", saved, frozen)
     if saved:
-        copies = ModulesToSave(modules=tuple(saved))
+        copies = ModulesToSave(modules=tuple(saved), tied=not separate_copies)
         overlap = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
         plan.adapters += [
             PlannedAdapter(copies, "saved" if overlap else "", p)

@@ -33,7 +33,7 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
                         tensor.copy_(fresh[key])
             if not isinstance(adapter, WeightAdapter):
                 continue
-            if adapter.method.starts_from_weight:
+            if adapter.method.starts_from_weight and not adapter.tied_trained:
                 adapter.initialize_from_weight(None)
             if adapter.shared_trained:
                 sharing.setdefault(id(adapter.shared_trained), []).append(adapter)

@@ -155,6 +155,7 @@ def _attach(module: nn.Module, prefix: str, stored: Mapping[str, Any]) -> None:
             modules_to_save=adapter["modules_to_save"],
             device=None,
             averaged=averaged,
+            separate_copies=bool(adapter.get("separate_copies")),
         )
         quantization = None
     record = registry_of(root)

@@ -67,7 +67,9 @@ def _describe_root(record: AdapterRegistry) -> dict[str, Any]:
 
 
 def _describe_adapter(entry: AdapterEntry) -> dict[str, Any]:
+    separate = {"separate_copies": True} if entry.separate_copies else {}
     return {
+        **separate,
         "methods": [to_dict(m) for m in entry.methods],
         "modules_to_save": [strip_compile(name) for name in entry.modules_to_save],
         "sites": [

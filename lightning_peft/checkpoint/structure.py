@@ -207,12 +207,15 @@ _ROOT: Mapping[str, _Rule] = {
     "quantization": _OPTIONAL,
     "fingerprint": (_is_fingerprint, "shape, dtype and hash by name"),
 }
+#: Fields of an adapter that a file may leave out.
+_OPTIONAL_FIELDS = ("separate_copies",)
 _ADAPTER: Mapping[str, _Rule] = {
     "methods": (
         lambda value: _is_dicts(value) and not any(map(_holds_tensors, value)),
         "a list of dicts of plain data",
     ),
     "modules_to_save": _NAMES,
+    "separate_copies": (lambda value: isinstance(value, bool), "true or false"),
     "sites": (_is_sites, "name, shape and method per layer"),
 }
 
@@ -239,7 +242,7 @@ def _roots(roots: Any) -> Iterator[str]:
             if not isinstance(adapter, Mapping):
                 yield f"{where}.{name}: expected a dict, got {_short(adapter)}"
                 continue
-            absent = [field for field in _ADAPTER if field not in adapter]
+            absent = [field for field in _ADAPTER if field not in (*adapter, *_OPTIONAL_FIELDS)]
             yield from (f"{where}.{name}.{field}: missing" for field in absent)
             yield from _fields(adapter, _ADAPTER, f"{where}.{name}.")
 

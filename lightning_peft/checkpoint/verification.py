@@ -130,6 +130,9 @@ def _differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:
     )
     if want_saved != have_saved:
         lines.append(f"modules_to_save: {want_saved} in the file, {have_saved} attached")
+    separate = [bool(side.get("separate_copies")) for side in (stored, live)]
+    if separate[0] != separate[1]:
+        lines.append(f"separate_copies: {separate[0]} in the file, {separate[1]} attached")
     want_sites = {(strip_compile(label), tuple(shape)) for label, shape, _ in stored["sites"]}
     have_sites = {(strip_compile(label), tuple(shape)) for label, shape, _ in live["sites"]}
     lines += [

@@ -20,6 +20,7 @@ __all__ = [
     "persistent_buffers",
     "required_tensor",
     "tied_ids",
+    "tied_modules",
     "tied_parameters",
 ]
 
@@ -88,6 +89,13 @@ def tied_ids(model: nn.Module) -> set[int]:
     """Return the ids of the parameters that several places hold."""
     groups = tied_parameters(model)
     return {id(first.module._parameters[first.key]) for first, *_ in groups}
+
+
+def tied_modules(model: nn.Module, key: str = "weight") -> list[list[str]]:
+    """Return the groups of module names whose `key` is one tensor."""
+    groups = [[place for place in group if place.key == key] for group in tied_parameters(model)]
+    names = [[place.name.rpartition(".")[0] for place in group] for group in groups]
+    return [group for group in names if len(group) > 1]
 
 
 def persistent_buffers(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:

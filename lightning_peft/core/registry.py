@@ -41,12 +41,14 @@ class AdapterEntry:
     Attributes:
         methods: Methods of the adapter; more than one form a hybrid.
         modules_to_save: Names of the modules that are trained as a whole.
+        separate_copies: Whether each of them has a copy of its own of a tensor that they share.
         reasons: Module of `modules_to_save` that was found to be new → why.
         sites: (label, canonical shape, name of the method) of every weight it acts on.
     """
 
     methods: list[Method]
     modules_to_save: tuple[str, ...] = ()
+    separate_copies: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
     sites: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)
 

@@ -8,7 +8,7 @@ It never sees whether the weight is packed (`Storage`) nor whether the layer is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,8 @@ class Site:
         name: Fully qualified name of the module, for messages and patterns.
         ops: How an Edit acts on this kind of layer.
         storage: Where the weight lives.
+        tied_to: The embedding's site whose trained tensors this site reads: a method that keeps
+            tied weights tied has one set of tensors for both.
     """
 
     module: nn.Module
@@ -41,6 +43,7 @@ class Site:
     name: str
     ops: LayerOps
     storage: Storage
+    tied_to: Site | None = field(default=None, kw_only=True)
 
     @property
     def label(self) -> str:

@@ -28,8 +28,14 @@ from lightning_peft.hf.keys import PREFIX, Reading, read_keys
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.source import Source, read_source
-from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights
-from lightning_peft.hf.values import COPY, ValueMatcher, Values, saved_modules
+from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights, tied_with
+from lightning_peft.hf.values import (
+    COPY,
+    ValueMatcher,
+    Values,
+    has_separate_copies,
+    saved_modules,
+)
 from lightning_peft.layers import adaptable, ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.prompt.adapter import PromptAdapter
@@ -118,7 +124,8 @@ def _load(
         method = _method(model, source, reading)
         saved = saved_modules(source, reading)
         names = [join(source.prefix, name) for name in saved]
-        planned = plan_attach(model, [method], names).adapters
+        separate = has_separate_copies(source, saved)
+        planned = plan_attach(model, [method], names, separate).adapters
         values = ValueMatcher(method, source, reading, saved).match(planned)
         if isinstance(method, SequenceMethod):
             reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
@@ -136,6 +143,7 @@ def _load(
             quantization=quantization,
             modules_to_save=[*names, *more],
             device=device,
+            separate_copies=separate,
         )
     try:
         count = _copy(model, adapter_name, values, reading.shared)
@@ -213,8 +221,12 @@ def _check_targets(source: Source, reading: Reading) -> None:
     config = source.config
     wants = targeted(config, source.top)
     modules = dict(source.top.named_modules())
+    tied = set[str]()
+    if config.get("ensure_weight_tying"):
+        targets = {e.path for e in reading.entries if wants(e.path, modules[e.path])}
+        tied = tied_with(source.top, targets)
     for e in reading.entries:
-        e.by_weight = not wants(e.path, modules[e.path])
+        e.by_weight = e.path not in tied and not wants(e.path, modules[e.path])
     if not reading.entries:
         raise ValueError(
             f"adapter file: expected tensors named as {list(source.format.tensors.values())} "
@@ -228,7 +240,7 @@ def _check_targets(source: Source, reading: Reading) -> None:
         return  # the architecture's usual choice when the file was made; the tensors say which
     unread = bypassed(list(modules.items()))
     _check_none_bypassed(reading, unread)
-    expected = set(_expected_targets(source, modules, unread))
+    expected = tied.union(_expected_targets(source, modules, unread))
     have = {e.target for e in reading.entries}
     missing = sorted(expected - have)
     extra = sorted(have - expected)
@@ -276,7 +288,10 @@ def _check_base(source: Source, reading: Reading) -> None:
     """
     problems = []
     saved_prefix = source.format.saved_prefix
-    parameters = dict(source.top.named_parameters()) | dict(source.top.named_buffers())
+    parameters: dict[str, Tensor] = {
+        **dict(source.top.named_parameters(remove_duplicate=False)),
+        **dict(source.top.named_buffers(remove_duplicate=False)),
+    }
     for key, tensor in reading.other.items():
         head = PREFIX if key.startswith(PREFIX) else saved_prefix
         name = re.sub(r"(\.base_layer)+\.(?=[^.]+$)", ".", key.removeprefix(head))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.modules import is_conv1d
+from lightning_peft.core.modules import is_conv1d, tied_modules
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.config import base_config
@@ -348,3 +348,21 @@ def _add_saved(
         if isinstance(adapter.method, ModulesToSave):
             for parameter, value in adapter.copies().items():
                 tensors[fmt.saved_prefix + join(path, parameter)] = value
+    if fmt.peft_type == "LORA" and _copies_are_tied(top, found):
+        config["ensure_weight_tying"] = True
+
+
+def _copies_are_tied(top: nn.Module, found: _Found) -> bool:
+    """Whether modules tied to the input embedding share one trained copy, all of them.
+
+    peft ties them again only then, and if it knows one of their names.
+    """
+    copies: dict[int, set[str]] = {}
+    for path, _, adapter in found:
+        if isinstance(adapter.method, ModulesToSave) and "weight" in adapter.copies():
+            copies.setdefault(id(adapter.copies()["weight"]), set()).add(path)
+    tied = [set(group) for group in tied_modules(top)]
+    return any(
+        paths in tied and {p.rpartition(".")[2] for p in paths} & {"embed_tokens", "lm_head"}
+        for paths in copies.values()
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.modules import is_conv1d
+from lightning_peft.core.modules import is_conv1d, tied_modules
 from lightning_peft.core.name_patterns import ends_with_pattern, fullmatch
 from lightning_peft.core.names import in_adapter, matches_suffix
 from lightning_peft.core.site import Site
@@ -25,6 +25,7 @@ __all__ = [
     "model_root",
     "targeted",
     "targeted_weights",
+    "tied_with",
 ]
 
 
@@ -153,6 +154,12 @@ def targeted_weights(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Whether peft would adapt this weight under this config's ``target_parameters``."""
     targets = config.get("target_parameters") or ()
     return lambda name: matches_suffix(name, targets)
+
+
+def tied_with(root: nn.Module, names: Collection[str]) -> set[str]:
+    """Return the modules that share their weight with one of these modules."""
+    groups = [set(group) for group in tied_modules(root)]
+    return {name for group in groups if group & set(names) for name in group}
 
 
 def exact_targets(model: nn.Module, sites: Sequence[Site]) -> list[str] | str:

@@ -14,11 +14,12 @@ from lightning_peft.core.names import in_adapter, join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
+from lightning_peft.hf.targets import tied_with
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.models.modules import fork_seeded_rng
 
-__all__ = ["COPY", "ValueMatcher", "Values", "saved_modules"]
+__all__ = ["COPY", "ValueMatcher", "Values", "has_separate_copies", "saved_modules"]
 
 #: (id of the module, weight or path of the copy, our tensor name) → value to copy after attaching.
 Values = dict[tuple[int, str, str], Tensor]
@@ -41,10 +42,14 @@ def saved_modules(source: Source, reading: Reading) -> dict[str, dict[str, Tenso
     """
     wanted = tuple(source.config.get("modules_to_save") or ())
     adapted = {e.path for e in reading.entries}
+    modules = [(n, m) for n, m in source.top.named_modules() if n]
+    matched = {n for n, _ in modules if wanted and n.endswith(wanted) and n not in adapted}
+    if source.config.get("ensure_weight_tying"):  # peft saves the tied modules too
+        matched |= tied_with(source.top, matched)
     saved: dict[str, dict[str, Tensor]] = {}
     problems: list[str] = []
-    for name, module in source.top.named_modules():
-        if not wanted or not name or not name.endswith(wanted) or name in adapted:
+    for name, module in modules:
+        if name not in matched:
             continue
         if any(name.startswith(f"{outer}.") for outer in saved):
             continue
@@ -60,6 +65,33 @@ def saved_modules(source: Source, reading: Reading) -> dict[str, dict[str, Tenso
             "adapter file: modules_to_save: nothing was loaded:\n  " + "\n  ".join(problems[:20])
         )
     return {name: found for name, found in saved.items() if found}
+
+
+def has_separate_copies(source: Source, saved: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether the file has separate copies of tensors that modules of the model share.
+
+    With ``ensure_weight_tying`` peft trains one copy and writes it once per module; without it, it
+    trains one copy per module. Files that do not state the option have separate copies if these
+    differ.
+
+    Raises:
+        ValueError: copies that should be tied differ.
+    """
+    groups: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, found in saved.items():
+        parameters = dict(source.top.get_submodule(name).named_parameters())
+        for key, tensor in found.items():
+            groups.setdefault(id(parameters[key]), []).append((join(name, key), tensor))
+    shared = [group for group in groups.values() if len(group) > 1]
+    differing = [g for g in shared if any(not torch.equal(g[0][1], t) for _, t in g[1:])]
+    tied = source.config.get("ensure_weight_tying")
+    if tied and differing:
+        raise ValueError(
+            "adapter file: expected equal copies of tied weights with ensure_weight_tying = true, "
+            f"got others for {[name for name, _ in differing[0]]}; set it to false in "
+            "adapter_config.json to load them as separate copies"
+        )
+    return bool(differing) or (tied is False and bool(shared))
 
 
 def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) -> list[str]:
@@ -245,8 +277,10 @@ def _initial_tensors(method: Method, placement: Placement) -> Mapping[str, Tenso
     if placement.paths:
         return {p.replace(".", "__"): parameter_at(placement.module, p) for p in placement.paths}
     if isinstance(method, WeightMethod):
+        site = placement.site
         with fork_seeded_rng(0), torch.no_grad():
-            return method.parameters(placement.site)
+            initial = method.parameters(site.tied_to or site)
+            return initial if site.tied_to is None else method.of_tied(initial, site)
     return {}
 
 

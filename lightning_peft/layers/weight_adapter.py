@@ -43,6 +43,7 @@ class WeightAdapter(Adapter):
     Attributes:
         shared_buffers: Frozen tensors that all sites of the method share; not owned.
         shared_trained: Trained tensors that all sites of the method share; not owned.
+        tied_trained: Trained tensors of the adapter at `Site.tied_to`; not owned.
         observer: The hook that finds the facts of a batch; the method's first adapter holds it.
         facts: Facts about the batch at hand, for methods that read them (`BatchObserver`).
         rewrite: The base weight that the initialisation replaced, None if it replaced none.
@@ -52,6 +53,7 @@ class WeightAdapter(Adapter):
     method: WeightMethod
     shared_buffers: Mapping[str, Tensor]
     shared_trained: Mapping[str, Tensor]
+    tied_trained: Mapping[str, Any]
     observer: BatchObserver | None
     facts: Mapping[str, Tensor]
     rewrite: BaseRewrite | None
@@ -60,6 +62,7 @@ class WeightAdapter(Adapter):
         super().__init__(method, site, adapter_name)
         self.shared_buffers = {}
         self.shared_trained = {}
+        self.tied_trained = {}
         self.observer = None
         self.facts = {}
         self.rewrite = None
@@ -78,8 +81,10 @@ class WeightAdapter(Adapter):
         return adapter
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by the method's own names, shared ones included."""
+        """All tensors by the method's own names, shared and tied ones included."""
         own: dict[str, Any] = {**self._parameters, **self._buffers}
+        if self.tied_trained:
+            own |= self.method.of_tied(self.tied_trained, self.site)
         return {**self.shared_buffers, **self.shared_trained, **own}
 
     def edit(self) -> Edit:

@@ -126,6 +126,17 @@ class WeightMethod(Targeted):
         """Trained tensors that all sites share, at their start; held once, as `shared` is."""
         return {}
 
+    @property
+    def adapts_tied(self) -> bool:
+        """Whether modules that share an adapted embedding's weight are adapted with it, by the same
+        trained tensors.
+        """
+        return False
+
+    def of_tied(self, p: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
+        """The trained tensors at `site`, as views of those at `site.tied_to`."""
+        return p
+
     def site_buffers(self, sites: Sequence[Site]) -> Sequence[Mapping[str, Tensor]]:
         """Buffers of each site that depend on all sites: its number, a draw that runs over layers.
 

@@ -74,6 +74,8 @@ class LoRA(WeightMethod):
         freeze_A: LoRA-FA (arXiv:2308.03303): A keeps its start and B alone is trained. The input
             is not kept for the backward; the callback projects the gradient of B, so that the step
             of ΔW is nearest to that of full fine-tuning.
+        ensure_weight_tying: Where an embedding is adapted, adapt the modules tied to it with the
+            same A and B, transposed.
         precondition: Riemannian preconditioning (arXiv:2402.02347): the callback multiplies the
             gradient of each factor by the other's inverse Gram matrix before the step.
 
@@ -96,6 +98,7 @@ class LoRA(WeightMethod):
     experts: Literal["each", "shared"] | None = "each"
     freeze_A: bool = False
     precondition: bool = False
+    ensure_weight_tying: bool = False
 
     hf: ClassVar[HFFormat] = lora_exchange.FORMAT
 
@@ -201,6 +204,13 @@ class LoRA(WeightMethod):
             "trained; exclude it",
         )
         require(
+            site.tied_to is None
+            or not (type(self) is not LoRA or self.lora_bias or self.precondition),
+            f"{self.label} on {site.label!r}: expected plain LoRA without lora_bias and "
+            f"precondition on weights that are tied, got ensure_weight_tying=True with "
+            f"{self.label}; leave ensure_weight_tying out",
+        )
+        require(
             not (site.is_embedding and self.lora_bias),
             f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got "
             "lora_bias=True",
@@ -208,8 +218,21 @@ class LoRA(WeightMethod):
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A and B (and bias_B) at their start, without the one that is frozen."""
+        if site.tied_to is not None:
+            return {}
         p = self._factors(site)
         return {k: t for k, t in p.items() if k != self._frozen}
+
+    @property
+    def adapts_tied(self) -> bool:
+        """As `ensure_weight_tying` says."""
+        return self.ensure_weight_tying
+
+    def of_tied(self, p: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
+        """ΔWᵀ = Aᵀ Bᵀ for a head, whose weight is the transpose of the embedding's."""
+        if site.tied_to is None or site.tied_to.is_embedding == site.is_embedding:
+            return p
+        return {"A": p["B"].mT, "B": p["A"].mT}
 
     @property
     def _frozen(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.name_patterns import ends_with_pattern
+from lightning_peft.core.pruning_masks import held
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import InitData, WeightMethod
 from lightning_peft.methods.checks import match_site
@@ -190,9 +191,31 @@ def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[s
             key = f"{site.name}.{site.parameter}" if e.by_weight else site.name
             ranks, alphas = _first(key, want[0], ranks), _first(key, want[1], alphas)
     fields: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    if config.get("ensure_weight_tying"):
+        fields["ensure_weight_tying"] = _are_tied(entries)
     if start in _BASE_STARTS:
         fields["init"] = start
     return fields
+
+
+def _are_tied(entries: Sequence[HFEntry]) -> bool:
+    """Whether layers that share a weight have the factors of the embedding among them.
+
+    On encoder-decoder models peft ties the head alone, and trains the other embeddings apart.
+    """
+    shared: dict[int, list[HFEntry]] = {}
+    for e in entries:
+        if {"A", "B"} <= set(e.tensors):
+            shared.setdefault(id(held(e.site.module, e.site.parameter)), []).append(e)
+    for group in shared.values():
+        leader = next((e for e in group if e.site.is_embedding), group[0])
+        for e in group:
+            A, B = leader.tensors["A"], leader.tensors["B"]
+            if e.site.is_embedding != leader.site.is_embedding:
+                A, B = B.mT, A.mT
+            if not (torch.equal(A, e.tensors["A"]) and torch.equal(B, e.tensors["B"])):
+                return False
+    return True
 
 
 def _pattern(config: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
@@ -225,6 +248,7 @@ FORMAT = HFFormat(
         "use_rslora": "use_rslora",
         "lora_bias": "lora_bias",
         "bias": "bias",
+        "ensure_weight_tying": "ensure_weight_tying",
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
     },
@@ -242,7 +266,6 @@ FORMAT = HFFormat(
             "monteclora_config",
             "lora_ga_config",
             "megatron_core",
-            "ensure_weight_tying",
             "qalora_group_size",
         ),
     ),
@@ -257,6 +280,7 @@ FORMAT = HFFormat(
         "use_rslora": False,
         "lora_bias": False,
         "bias": "none",
+        "ensure_weight_tying": False,
         "rank_pattern": {},
         "alpha_pattern": {},
     },

@@ -19,9 +19,18 @@ class ModulesToSave(SelectMethod):
 
     Attributes:
         modules: Fully qualified names, relative to the model that attach was given.
+        tied: Whether modules that share a tensor share its copy. If False, each module gets a copy
+            of its own, as in peft without ``ensure_weight_tying``.
     """
 
     modules: tuple[str, ...] | list[str] = ()
+    tied: bool = True
+
+    def group(self, name: str) -> str:
+        """The modules whose copies are tied with those of this module; "" for all of them."""
+        if self.tied:
+            return ""
+        return next(m for m in self.modules if name == m or name.startswith(f"{m}."))
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether the parameter lies in one of the modules."""

@@ -133,7 +133,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _check_adapters(module: nn.Module) -> None:
     for name, adapted in adapted_modules(module):
         for adapter in adapters_of(adapted):
-            trained = list(adapter.shared_trained) if isinstance(adapter, WeightAdapter) else []
+            trained = (
+                [*adapter.shared_trained, *adapter.tied_trained]
+                if isinstance(adapter, WeightAdapter)
+                else []
+            )
             if trained:
                 raise ValueError(
                     f"peft_fsdp: expected adapters that own what they train, got "

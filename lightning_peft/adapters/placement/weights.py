@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lightning_peft.adapters.placement.placement import WeightPlacement
+from lightning_peft.adapters.placement.tied import with_tied
 from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, matches_suffix
 from lightning_peft.core.protocols import LayerOps
@@ -49,6 +50,8 @@ def find_weight_placements(
             site = Site(module, parameter, name, ops, storage_of(module, parameter))
             slot = "" if len(parameters) == 1 else parameter.replace(".", "_")
             placements.append(WeightPlacement(site, slot))
+    if method.adapts_tied:
+        placements = with_tied(placements, model, ops_of)
     return _checked(method, model, placements, selection)
 
 
