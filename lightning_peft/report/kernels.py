@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_peft_kernels.launch import FAILURES
 from torch import nn
 
 from lightning_peft.core.edit import Edit
@@ -21,7 +22,7 @@ from lightning_peft.storage.dtensor import is_sharded
 if TYPE_CHECKING:
     from lightning_peft.report.summary import Group
 
-__all__ = ["KernelWords", "groups_over_one_input", "kernel_lines"]
+__all__ = ["KernelWords", "groups_over_one_input", "kernel_lines", "replaced_lines"]
 
 _LOW_RANK = frozenset({"low_rank"})
 
@@ -87,6 +88,14 @@ def kernel_lines(groups: Sequence[Group]) -> list[str]:
     return [
         f"kernels: {', '.join(dict.fromkeys(layers))}: {words}"
         for words, layers in by_words.items()
+    ]
+
+
+def replaced_lines() -> list[str]:
+    """One line per kernel that a device of this process refused, with the reason."""
+    return [
+        f"kernels: {op} ({configuration}) does not run on {device}: {reason}"
+        for (op, configuration, device), reason in FAILURES.items()
     ]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning_peft_kernels import use_backend
+from lightning_peft_kernels.chips import CHIPS
+from lightning_peft_kernels.launch import FAILURES
 from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.methods.base import Method
 from tests.helpers.dispatch import group_projections
+from tests.helpers.fake_gpu import GPUS
 from tests.helpers.peft_exchange import build
 from tests.helpers.tiny_models import BUILDERS
 
@@ -31,7 +34,7 @@ def words(model: nn.Module, method: Method, quantization: lp.Quantization | None
         (
             lp.LoRA(r=2),
             lp.Quantization("nf4", block_size=32, compute="fp8"),
-            "fused; fp8: no e4m3 products on cpu: multiplied in fp32",
+            "fused; fp8: no e4m3 products on cpu: multiplied in the dtype of x",
         ),
     ],
     ids=str,
@@ -74,6 +77,17 @@ def test_a_bias_that_dora_does_not_scale() -> None:
 def test_a_preference_is_told() -> None:
     with use_backend("torch"):
         assert words(BUILDERS["llama"](), lp.LoRA(r=2), NF4) == {"fused; torch: requested"}
+
+
+def test_a_kernel_that_the_device_refused_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, model = torch.device("cpu"), BUILDERS["llama"]()
+    lp.quantize(model, NF4)
+    monkeypatch.setitem(CHIPS, cpu, GPUS["sm_90"].chip)
+    monkeypatch.setitem(FAILURES, ("dequantize_4bit", "float32", cpu), "PTXASError: no such chip")
+    report = lp.attach(model, lp.LoRA(r=2))
+    told = "dequantize_4bit does not run on cpu: PTXASError: no such chip"
+    assert {g.fused for g in report.groups} == {f"fused; torch: {told}"}
+    assert f"kernels: {told.replace(' does', ' (float32) does', 1)}" in report.kernels
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import BLOCK, code_cells, dynamic_map
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.optim.step_inputs import PooledStep
 
 __all__ = ["aot_specs", "pooled_8bit_step_kernel", "step_triton"]
@@ -132,7 +133,9 @@ def step_triton(work: PooledStep) -> None:
     )
     blocks = _blocks(numels, device)
     lion = work.code2 is None or work.absmax2 is None
-    pooled_8bit_step_kernel[(blocks.shape[0],)](
+    launch(
+        pooled_8bit_step_kernel,
+        (blocks.shape[0],),
         table.to(device, non_blocking=True),
         blocks,
         work.hyper,
