@@ -50,7 +50,8 @@ class KernelWords:
         if site.batch_shape:
             return _on_experts(self._edits[key], site)
         why = _why_not_fused(self._edits[key], site)
-        return why or "; ".join(filter(None, ("fused", _product_kernel(site))))
+        parts = ("fused", _wide_ranks(adapter), _product_kernel(site))
+        return why or "; ".join(filter(None, parts))
 
 
 def _why_not_fused(edit: Edit, site: Site) -> str:
@@ -63,6 +64,17 @@ def _why_not_fused(edit: Edit, site: Site) -> str:
         form = _LOW_RANK
     found = site.storage.fused(form, site.module, site.parameter)
     return str(found) if isinstance(found, Reason) else ""
+
+
+def _wide_ranks(adapter: WeightAdapter) -> str:
+    """Say that products of the adapter run in its wider dtype; "" if it is as wide as the base."""
+    base = adapter.site.dtype
+    found = {t.dtype for t in adapter.parameters() if t.dtype.itemsize > base.itemsize}
+    if not base.is_floating_point or not found:
+        return ""
+    wide = str(min(found, key=str)).removeprefix("torch.")
+    name = str(base).removeprefix("torch.")
+    return f"low rank in {wide} unless autocast is on (`.to(torch.{name})` is faster)"
 
 
 def _on_experts(edit: Edit, site: Site) -> str:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tests.helpers.fake_gpu import FakeDriver, use_fake_gpu
 
-__all__ = ["FIELDS", "Cell", "cells", "run_cells", "run_refused"]
+__all__ = ["FIELDS", "Cell", "cells", "run_cells", "run_refused", "run_strided"]
 
 CPU = torch.device("cpu")
 FIELDS = ("chip", "cell", "kernels", "shared", "limit", "stages", "instead")
@@ -214,6 +214,31 @@ def _run(cell: Cell, chip: str, driver: FakeDriver) -> dict[str, object]:
         "stages": max((one.stages for one in found), default=0),
         "instead": "; ".join(failed),
     }
+
+
+def run_strided(chip: str) -> None:
+    """Give ops strided vectors and rows; kernels must receive them without gaps."""
+    driver = use_fake_gpu(chip)
+    q, every_other = _packed(N=64, K=64), slice(None, None, 2)
+
+    def strided(*shape: int) -> Tensor:
+        return torch.ones(*shape[:-1], 2 * shape[-1], dtype=torch.bfloat16)[..., every_other]
+
+    u, vector = strided(32, 64), strided(64)
+    op = torch.ops.lightning_peft
+    op.output_scale(u.contiguous(), vector, vector)
+    op.output_scale_backward(u.contiguous(), u.contiguous(), vector)
+    op.nf4_small_batch(
+        strided(3, 64), *q, [64, 64], strided(3, 8), strided(64, 8), vector, "nf4", 64
+    )
+    op.seeded_dropout(u, torch.zeros(1, dtype=torch.int64), 0.5)
+    op.rank_gradients(u, strided(32, 8), strided(64, 8), 1.0)
+    op.quantize_rows_e4m3(u)
+    for one in driver.launched:
+        strides = [a.stride() for a in one.arguments if isinstance(a, Tensor)]
+        whole = [a.is_contiguous() for a in one.arguments if isinstance(a, Tensor)]
+        assert all(whole), (one.kernel, strides)
+    print(*sorted({one.kernel for one in driver.launched}), flush=True)
 
 
 def run_refused(chip: str) -> None:

@@ -58,6 +58,17 @@ def test_a_kernel_that_the_chip_refuses_is_replaced_in_training(tmp_path: Path) 
     assert reason.startswith("rank_gradients does not run on cpu: _gradients_kernel: OutOfResou")
 
 
+def test_kernels_receive_no_strided_tensors(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    printed = run_function(
+        "tests.helpers.chip_cells:run_strided",
+        ["sm_90"],
+        tmp_path,
+        environment={"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    assert len(printed.split()) == 8, printed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chip", GPUS)

@@ -74,6 +74,16 @@ def test_a_bias_that_dora_does_not_scale() -> None:
     assert by_name["with"].startswith("a bias that is not scaled")
 
 
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["dense", "nf4"])
+def test_adapters_wider_than_the_base_are_told(quantization: lp.Quantization | None) -> None:
+    model = BUILDERS["llama"]().to(torch.bfloat16)
+    wide = "low rank in float32 unless autocast is on (`.to(torch.bfloat16)` is faster)"
+    (told,) = words(model, lp.LoRA(r=2), quantization)
+    assert told.startswith(f"fused; {wide}")
+    model.to(torch.bfloat16)
+    assert lp.parameter_report(model).groups[0].fused == told.replace(f"; {wide}", "")
+
+
 def test_a_preference_is_told() -> None:
     with use_backend("torch"):
         assert words(BUILDERS["llama"](), lp.LoRA(r=2), NF4) == {"fused; torch: requested"}

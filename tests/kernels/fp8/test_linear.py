@@ -21,6 +21,7 @@ from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
 
 from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.fake_gpu import GPUS
+from tests.helpers.traffic import Traffic
 
 CPU = torch.device("cpu")
 
@@ -104,6 +105,16 @@ def test_forward_and_gradients_against_fp64(
     assert_close("dA", A.grad, 0.5 * (g @ b).T @ z, floor=floor)
     assert_close("dB", B.grad, 0.5 * g.T @ (z @ a.T), floor=floor)
     assert_close("dbias", bias.grad, g.sum(0), floor=floor)
+
+
+def test_the_low_rank_is_added_in_its_product() -> None:
+    """Both ways: a sum of its own would read and write [M, N] once more."""
+    q = quantize_4bit(torch.randn(32, 64))
+    x, A, B = (torch.randn(s, requires_grad=True) for s in ((9, 64), (4, 64), (32, 4)))
+    with Traffic() as traffic:
+        fp8_lora_linear(x, q, (32, 64), e4m3_scale(q), None, A, B, 2.0).backward(torch.ones(9, 32))
+    assert traffic.calls["addmm_"] == 2
+    assert not traffic.calls["add_"]
 
 
 def test_dropout_uses_one_mask_and_leaves_the_base_alone() -> None:

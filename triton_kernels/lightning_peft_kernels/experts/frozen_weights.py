@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -50,15 +51,21 @@ class _Selected:
     """Experts that `fill` will be called for."""
 
     def __init__(self, experts: list[int], device: torch.device) -> None:
-        self.experts = experts
-        self.index = torch.tensor(experts, device=device)
+        self.experts, self.device = experts, device
 
     def take(self, t: Tensor, first: int, n: int) -> Tensor:
         """Return t of n selected experts from position `first`; a view if they are neighbours."""
         low = self.experts[first]
         if self.experts[first : first + n] == list(range(low, low + n)):
             return t[low : low + n]
-        return t.index_select(0, self.index[first : first + n])
+        return t.index_select(0, self._index[first : first + n])
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """The experts on the device. If only a GPU knows the counts, all of them are selected, so
+        this copy, for which the host would wait, is not made there.
+        """
+        return torch.tensor(self.experts, device=self.device)
 
 
 class WeightSource(Protocol):

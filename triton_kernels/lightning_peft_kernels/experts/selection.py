@@ -13,7 +13,7 @@ __all__ = ["EXPERT_ROWS", "experts_detail", "select_experts"]
 
 # Mean rows per expert up to which the grouped product decodes packed experts on the fly. Not
 # measured; arithmetic for an H200 (4.3 TB/s, 790 TFLOP/s). Dequantising moves 4.5 bytes per weight:
-# 1.05 ps. Decoding takes 9 instructions per weight and tile of 64 rows, 0.27 ps, and the product
+# 1.05 ps. Decoding takes 16 instructions per weight and tile of 64 rows, 0.55 ps, and the product
 # then runs at half the library's rate. Both cost the same near 128 rows; half of that leaves room
 # for effects that the sum omits.
 EXPERT_ROWS = 64

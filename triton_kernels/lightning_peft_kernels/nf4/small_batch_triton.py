@@ -21,14 +21,14 @@ from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
 from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.nf4.block_scale_triton import block_scale
+from lightning_peft_kernels.nf4.selection import FEW_TOKENS
 from lightning_peft_kernels.tools.aot import spec
 
 if TYPE_CHECKING:
     from lightning_peft_kernels.nf4.ops import Packed4bit
 
-__all__ = ["GEMV_ROWS", "aot_specs", "decode"]
+__all__ = ["aot_specs", "decode"]
 
-GEMV_ROWS = 4  # rows of x up to which products and sums beat matrix instructions
 _ROWS, _WORDS = 16, 64
 _BLOCK_N, _BLOCK_K = 64, 128
 _PROGRAMS = 528  # four per multiprocessor of 132: K is cut further to reach this number
@@ -205,7 +205,7 @@ def decode(
     tables = (code(kind, device), dynamic_map(True, device))
     what = {"BLOCK_SIZE": block_size, "NESTED": nested}
     packed = q.packed.reshape(-1)
-    if M <= GEMV_ROWS:
+    if M <= FEW_TOKENS:
         columns, step = triton.cdiv(N, _ROWS), _WORDS
         per_part, parts = _cut(K // 8, step, columns * M)
         part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
