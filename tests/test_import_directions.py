@@ -39,7 +39,14 @@ FLOORS: list[tuple[str, ...]] = [
 # the kernel package are what its folders share.
 ROOT_MODULES = {
     "lightning_peft": ("__main__", "extend"),
-    "lightning_peft_kernels": ("autograd", "dispatch", "malloc", "registration"),
+    "lightning_peft_kernels": (
+        "autograd",
+        "chips",
+        "dispatch",
+        "launch",
+        "malloc",
+        "registration",
+    ),
 }
 
 # Who may import what, besides the standard library, torch and our own packages.

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning_peft_kernels.dispatch import select_product
 from lightning_peft_kernels.lora.rank_gradients import rank_gradients, rank_gradients_reference
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
+from lightning_peft_kernels.nf4.selection import select_product
 from lightning_peft_kernels.nf4.small_batch import nf4_small_batch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_peft_kernels.fp8.linear import e4m3_scale, fp8_lora_linear, select_fp8
+from lightning_peft_kernels.fp8.linear import fp8_lora_linear
+from lightning_peft_kernels.fp8.products import e4m3_scale, select_fp8
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn

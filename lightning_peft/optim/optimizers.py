@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 from lightning_peft_kernels.optim.adamw_8bit import PooledStep, pooled_8bit_step
+from lightning_peft_kernels.optim.step_inputs import rows_on
 from torch import Tensor
 
 from lightning_peft.optim.state_conversion import pack
@@ -99,7 +100,7 @@ class PooledOptimizer(torch.optim.Optimizer):
             found, pool = founds[device], pools[device]
             skipped = vars(self).setdefault("_skipped", {})
             skipped[device] = skipped.get(device, 0) + found
-            rows = torch.tensor([pool.rows[item.param] for item in part], device=device)
+            rows = pool.rows_of(tuple(item.param for item in part))
             pool.steps.index_add_(0, rows, (1 - found).expand(len(part)))
             if device.type == "cpu" and float(found):
                 continue
@@ -134,16 +135,12 @@ class PooledOptimizer(torch.optim.Optimizer):
 
     def _hyper(self, pool: StatePool, items: list[_Item]) -> Tensor:
         """Rows for `pooled_8bit_step`, in fp64 until the last."""
-        device = pool.steps.device
-        told = torch.tensor(
-            [
-                (float(g["lr"]), g["weight_decay"], g["eps"], *map(float, g["betas"]))
-                for _, _, g in items
-            ],
-            dtype=torch.float64,
-        ).to(device, non_blocking=True)
-        lr, decay, eps, beta1, beta2 = told.unbind(1)
-        rows = torch.tensor([pool.rows[item.param] for item in items], device=device)
+        told = [
+            (float(g["lr"]), g["weight_decay"], g["eps"], *map(float, g["betas"]))
+            for _, _, g in items
+        ]
+        lr, decay, eps, beta1, beta2 = rows_on(pool.steps.device, told, torch.float64).unbind(1)
+        rows = pool.rows_of(tuple(item.param for item in items))
         step, eps = self._sizes(lr, eps, beta1, beta2, pool.steps[rows].double())
         return torch.stack(
             [1 - lr * decay, step, eps, beta1, 1 - beta1, beta2, 1 - beta2], 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_peft_kernels.launch import FAILURES
 from torch import nn
 
 from lightning_peft.core.edit import Edit
@@ -21,7 +22,7 @@ from lightning_peft.storage.dtensor import is_sharded
 if TYPE_CHECKING:
     from lightning_peft.report.summary import Group
 
-__all__ = ["KernelWords", "groups_over_one_input", "kernel_lines"]
+__all__ = ["KernelWords", "groups_over_one_input", "kernel_lines", "replaced_lines"]
 
 _LOW_RANK = frozenset({"low_rank"})
 
@@ -49,7 +50,8 @@ class KernelWords:
         if site.batch_shape:
             return _on_experts(self._edits[key], site)
         why = _why_not_fused(self._edits[key], site)
-        return why or "; ".join(filter(None, ("fused", _product_kernel(site))))
+        parts = ("fused", _wide_ranks(adapter), _product_kernel(site))
+        return why or "; ".join(filter(None, parts))
 
 
 def _why_not_fused(edit: Edit, site: Site) -> str:
@@ -62,6 +64,17 @@ def _why_not_fused(edit: Edit, site: Site) -> str:
         form = _LOW_RANK
     found = site.storage.fused(form, site.module, site.parameter)
     return str(found) if isinstance(found, Reason) else ""
+
+
+def _wide_ranks(adapter: WeightAdapter) -> str:
+    """Say that products of the adapter run in its wider dtype; "" if it is as wide as the base."""
+    base = adapter.site.dtype
+    found = {t.dtype for t in adapter.parameters() if t.dtype.itemsize > base.itemsize}
+    if not base.is_floating_point or not found:
+        return ""
+    wide = str(min(found, key=str)).removeprefix("torch.")
+    name = str(base).removeprefix("torch.")
+    return f"low rank in {wide} unless autocast is on (`.to(torch.{name})` is faster)"
 
 
 def _on_experts(edit: Edit, site: Site) -> str:
@@ -87,6 +100,14 @@ def kernel_lines(groups: Sequence[Group]) -> list[str]:
     return [
         f"kernels: {', '.join(dict.fromkeys(layers))}: {words}"
         for words, layers in by_words.items()
+    ]
+
+
+def replaced_lines() -> list[str]:
+    """One line per kernel that a device of this process refused, with the reason."""
+    return [
+        f"kernels: {op} ({configuration}) does not run on {device}: {reason}"
+        for (op, configuration, device), reason in FAILURES.items()
     ]
 
 

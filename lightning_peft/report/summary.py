@@ -17,7 +17,12 @@ from lightning_peft.layers import ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.report.kernels import KernelWords, groups_over_one_input, kernel_lines
+from lightning_peft.report.kernels import (
+    KernelWords,
+    groups_over_one_input,
+    kernel_lines,
+    replaced_lines,
+)
 from lightning_peft.report.text import report_lines
 from lightning_peft.storage import held_tensors
 
@@ -119,7 +124,11 @@ def parameter_report(model: nn.Module) -> Report:
     report.trained_fully = list(dict.fromkeys(report.trained_fully))
     _count(model, report)
     report.groups = _groups(model)
-    report.kernels = [*kernel_lines(report.groups), *groups_over_one_input(model)]
+    report.kernels = [
+        *kernel_lines(report.groups),
+        *replaced_lines(),
+        *groups_over_one_input(model),
+    ]
     return report
 
 

@@ -16,8 +16,8 @@ from lightning_peft_kernels import (
     use_backend,
 )
 from lightning_peft_kernels.dropout import ops as dropout_ops
-from lightning_peft_kernels.nf4 import ops as nf4_ops
-from lightning_peft_kernels.nf4 import small_batch
+from lightning_peft_kernels.lora import selection as lora_selection
+from lightning_peft_kernels.nf4 import selection as nf4_selection
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
@@ -30,11 +30,11 @@ def seen(monkeypatch):
     found = []
     select = dispatch.select
 
-    def spy(op, device, dtype, backend=None):
+    def spy(op, device, dtype, backend=None, detail=""):
         found.append((op, backend or current_backend()))
-        return select(op, device, dtype, backend)
+        return select(op, device, dtype, backend, detail)
 
-    for module in (dispatch, nf4_ops, small_batch, dropout_ops):
+    for module in (dispatch, nf4_selection, lora_selection):
         monkeypatch.setattr(module, "select", spy)
     return found
 

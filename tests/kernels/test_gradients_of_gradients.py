@@ -7,7 +7,8 @@ import torch
 from lightning_peft_kernels.experts.grouped_linear import grouped_linear, nf4_grouped_linear
 from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.experts.low_rank import add_low_rank
-from lightning_peft_kernels.fp8.linear import e4m3_scale, fp8_lora_linear
+from lightning_peft_kernels.fp8.linear import fp8_lora_linear
+from lightning_peft_kernels.fp8.products import e4m3_scale
 from lightning_peft_kernels.lora.linear import lora_linear
 from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit

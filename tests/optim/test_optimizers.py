@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_peft.optim import OPTIMIZERS, convert_optimizer, join_shards, shard, to_torch
 
@@ -180,6 +181,37 @@ def test_states_cut_and_join(cut: int, exact: bool) -> None:
     joined = join_shards([shard(state, 0, cut), shard(state, cut, 1000 - cut)])
     assert torch.equal(joined["state1"], state["state1"]) or not exact
     assert (joined["state1"].int() - state["state1"].int()).abs().float().mean() < 1.0
+
+
+class DeviceTensors(TorchFunctionMode):
+    """Counts tensors that are made on a device from Python numbers: the host waits for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, ...]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.tensor and (kwargs or {}).get("device") is not None:
+            self.made.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_step_makes_no_tensor_on_the_device_from_numbers(name: str) -> None:
+    """After the first step, also if another set of parameters gets gradients."""
+    params = [torch.nn.Parameter(torch.randn(300)) for _ in range(3)]
+    optimizer = OPTIMIZERS[name](params, lr=1e-2)
+    counts = []
+    for given in (params, params[:2], params, params[:2]):
+        optimizer.zero_grad()
+        for p in given:
+            p.grad = torch.ones_like(p)
+        with DeviceTensors() as found:
+            optimizer.step()
+        counts.append(len(found.made))
+    assert counts == [1, 1, 0, 0]
 
 
 def test_scheduler_hooks_and_closure_stay() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning_peft_kernels import use_backend
+from lightning_peft_kernels.chips import CHIPS
+from lightning_peft_kernels.launch import FAILURES
 from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.methods.base import Method
 from tests.helpers.dispatch import group_projections
+from tests.helpers.fake_gpu import GPUS
 from tests.helpers.peft_exchange import build
 from tests.helpers.tiny_models import BUILDERS
 
@@ -31,7 +34,7 @@ def words(model: nn.Module, method: Method, quantization: lp.Quantization | None
         (
             lp.LoRA(r=2),
             lp.Quantization("nf4", block_size=32, compute="fp8"),
-            "fused; fp8: no e4m3 products on cpu: multiplied in fp32",
+            "fused; fp8: no e4m3 products on cpu: multiplied in the dtype of x",
         ),
     ],
     ids=str,
@@ -71,9 +74,30 @@ def test_a_bias_that_dora_does_not_scale() -> None:
     assert by_name["with"].startswith("a bias that is not scaled")
 
 
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["dense", "nf4"])
+def test_adapters_wider_than_the_base_are_told(quantization: lp.Quantization | None) -> None:
+    model = BUILDERS["llama"]().to(torch.bfloat16)
+    wide = "low rank in float32 unless autocast is on (`.to(torch.bfloat16)` is faster)"
+    (told,) = words(model, lp.LoRA(r=2), quantization)
+    assert told.startswith(f"fused; {wide}")
+    model.to(torch.bfloat16)
+    assert lp.parameter_report(model).groups[0].fused == told.replace(f"; {wide}", "")
+
+
 def test_a_preference_is_told() -> None:
     with use_backend("torch"):
         assert words(BUILDERS["llama"](), lp.LoRA(r=2), NF4) == {"fused; torch: requested"}
+
+
+def test_a_kernel_that_the_device_refused_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, model = torch.device("cpu"), BUILDERS["llama"]()
+    lp.quantize(model, NF4)
+    monkeypatch.setitem(CHIPS, cpu, GPUS["sm_90"].chip)
+    monkeypatch.setitem(FAILURES, ("dequantize_4bit", "float32", cpu), "PTXASError: no such chip")
+    report = lp.attach(model, lp.LoRA(r=2))
+    told = "dequantize_4bit does not run on cpu: PTXASError: no such chip"
+    assert {g.fused for g in report.groups} == {f"fused; torch: {told}"}
+    assert f"kernels: {told.replace(' does', ' (float32) does', 1)}" in report.kernels
 
 
 @pytest.mark.parametrize(

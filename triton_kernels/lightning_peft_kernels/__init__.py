@@ -26,7 +26,8 @@ from lightning_peft_kernels.experts.grouped_linear import (
 )
 from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.experts.low_rank import add_low_rank, add_low_rank_reference
-from lightning_peft_kernels.fp8.linear import e4m3_scale, fp8_lora_linear, select_fp8
+from lightning_peft_kernels.fp8.linear import fp8_lora_linear
+from lightning_peft_kernels.fp8.products import e4m3_scale, select_fp8
 from lightning_peft_kernels.lora.linear import lora_linear, lora_linear_reference
 from lightning_peft_kernels.nf4.linear import (
     nf4_linear,

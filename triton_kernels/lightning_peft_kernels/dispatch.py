@@ -1,7 +1,8 @@
 """Selects the implementation of each op, with a reason.
 
-Each `select_*` function decides from the device, the dtype, the number of tokens, the shape and the
-requested backend. The returned `Decision` carries the reason, which the preflight report prints.
+`select` decides from the device, the dtype and the requested backend; `select_*` functions beside
+the ops also read the chip, the number of tokens and the shape. The returned `Decision` carries the
+reason, which the preflight report prints. `run` runs what was selected.
 
 The requested backend belongs to a context, not to the process: `use_backend` applies inside its
 `with` block, in the current thread or task. Ops read it in forward and hand it to their backward,
@@ -11,60 +12,32 @@ which autograd may run in another thread.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
+from lightning_peft_kernels.chips import chip_of
+from lightning_peft_kernels.launch import attempt, failure
+
 __all__ = [
-    "CROSSINGS",
-    "EXPERT_ROWS",
-    "FLOAT32_TOKENS",
     "Backend",
     "Decision",
-    "architecture",
     "checkpoint_contexts",
-    "crossing",
+    "configuration",
     "current_backend",
+    "run",
     "select",
-    "select_experts",
-    "select_group",
-    "select_one_pass",
-    "select_product",
     "triton_available",
     "use_backend",
 ]
 
 Backend = Literal["auto", "triton", "torch"]
-
-# Architecture → (least N, most tokens), first match wins: up to this many tokens the product that
-# decodes the weight on the fly beats dequantise + library product. Not measured with these kernels:
-# the values are the table that bitsandbytes 0.50.2 calibrated on these chips, cut at the 64 rows
-# that these kernels take. If K ≥ N and N < 8448, the tokens of the last row apply.
-CROSSINGS: dict[str, tuple[tuple[int, int], ...]] = {
-    "sm_80": ((8448, 64), (4224, 16), (0, 4)),
-    "sm_90": ((25344, 64), (16896, 48), (8448, 32), (4224, 16), (0, 4)),
-    "sm_100": ((8448, 32), (0, 4)),
-    "gfx942": ((0, 4),),
-}
-# q, k, v and gate, up of a Llama block of width 1024, 16 to 1,024 tokens, forward and backward: as
-# one product 0.94 to 1.16 of the time (benchmarks/cpu/projections.py, 2026-11-21).
-GROUPED_ON_CPU = "no faster as one product"
-# Mean rows per expert up to which the grouped product decodes packed experts on the fly. Not
-# measured; arithmetic for an H200 (4.3 TB/s, 790 TFLOP/s). Dequantising moves 4.5 bytes per weight:
-# 1.05 ps. Decoding takes 9 instructions per weight and tile of 64 rows, 0.27 ps, and the product
-# then runs at half the library's rate. Both cost the same near 128 rows; half of that leaves room
-# for effects that the sum omits.
-EXPERT_ROWS = 64
-# fp32 products spill in these kernels, and their tiles exceed an A100's shared memory. Up to four
-# tokens no matrix instruction is used.
-FLOAT32_TOKENS = 4
-_WIDE = "tiles of two bytes per element"
-_EVIDENCE = "as calibrated by bitsandbytes, not measured with these kernels"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,14 +46,15 @@ class Decision:
 
     Attributes:
         backend: ``"triton"`` or ``"torch"``. Products with a packed base use ``"fused"``,
-            ``"dequantize"``, ``"scaled_mm"`` or ``"emulated"``; layers that share an input use
-            ``"grouped"`` or ``"apart"``.
+            ``"bitsandbytes"``, ``"dequantize"``, ``"scaled_mm"``, ``"scaled_rows"`` or
+            ``"emulated"``; layers that share an input use ``"grouped"`` or ``"apart"``.
         reason: One clause for the report.
     """
 
     backend: Literal[
-        "triton", "torch", "fused", "dequantize", "scaled_mm", "emulated", "grouped", "apart"
-    ]
+        "triton", "torch", "fused", "bitsandbytes", "dequantize", "scaled_mm", "scaled_rows",
+        "emulated", "grouped", "apart",
+    ]  # fmt: skip
     reason: str
 
 
@@ -142,7 +116,11 @@ def triton_available() -> bool:
 
 
 def select(
-    op: str, device: torch.device, dtype: torch.dtype, backend: Backend | None = None
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Backend | None = None,
+    detail: str = "",
 ) -> Decision:
     """Select the implementation of `op` for tensors on `device` in `dtype`.
 
@@ -151,6 +129,7 @@ def select(
         device: Device of the tensors.
         dtype: Dtype of the tensors.
         backend: Requested backend; default `current_backend()`.
+        detail: What else distinguishes the kernel that would run.
 
     Raises:
         RuntimeError: ``"triton"`` is requested but cannot run.
@@ -160,6 +139,9 @@ def select(
         return Decision("torch", "requested")
     blocked = _why_not_triton(device, dtype)
     if blocked is None:
+        failed = failure(op, configuration(dtype, detail), device)
+        if failed and requested == "auto":
+            return Decision("torch", f"{op} does not run on {device}: {failed}")
         return Decision(
             "triton", "requested" if requested == "triton" else f"{op} on {device.type}"
         )
@@ -168,109 +150,43 @@ def select(
     return Decision("torch", blocked)
 
 
-def architecture(device: torch.device) -> str:
-    """Return the row of `CROSSINGS` for a CUDA or ROCm device.
-
-    A chip without a row of its own uses the nearest older one.
-    """
-    if torch.version.hip is not None:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+def configuration(dtype: torch.dtype, detail: str = "") -> str:
+    """Name a kernel of an op: by its dtype, and `detail` if one dtype has several kernels."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}, {detail}" if detail else name
 
 
-def crossing(architecture: str, shape: Sequence[int]) -> int:
-    """Return the most tokens for which a product decodes the weight [N, K] on the fly."""
-    N, K = shape
-    table = CROSSINGS[architecture]
-    if K >= N and N < 8448:
-        return table[-1][1]
-    return next(tokens for least, tokens in table if least <= N)
-
-
-def select_product(
+def run(
+    op: str,
     device: torch.device,
     dtype: torch.dtype,
-    tokens: int,
-    shape: Sequence[int],
-    backend: Backend | None = None,
-) -> Decision:
-    """Select ``"fused"`` or ``"dequantize"`` for x [tokens, K] times a packed W [N, K]."""
-    base = select("nf4_small_batch", device, dtype, backend)
-    if base.backend == "torch":
-        return Decision("dequantize", base.reason)
-    if not 1 <= tokens <= 64 or shape[1] % 8:
-        return Decision("dequantize", f"{tokens} tokens, K = {shape[1]}")
-    if dtype.itemsize > 2 and tokens > FLOAT32_TOKENS:
-        return Decision("dequantize", f"{tokens} tokens, {dtype}: {_WIDE}")
-    chip = architecture(device)
-    most = crossing(chip, shape)
-    reason = f"{tokens} tokens, crossing {most} on {chip} ({_EVIDENCE})"
-    return Decision("fused" if tokens <= most else "dequantize", reason)
-
-
-def select_one_pass(
-    device: torch.device, dtype: torch.dtype, rank: int, backend: Backend | None = None
-) -> Decision:
-    """Select whether one pass over dY computes both gradients of a low rank."""
-    base = select("rank_gradients", device, dtype, backend)
-    if base.backend == "torch":
-        return base
-    if dtype.itemsize > 2:
-        return Decision("torch", f"{dtype}: {_WIDE}")
-    most = 16 if torch.version.hip is not None else 32  # above, registers spill or no time is saved
-    if rank > most:
-        return Decision("torch", f"rank {rank}, one pass up to {most}")
-    return Decision("triton", base.reason)
-
-
-def select_experts(
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    experts: int,
-    shape: Sequence[int],
-    backend: Backend | None = None,
-) -> Decision:
-    """Select ``"fused"`` or ``"dequantize"`` for grouped rows times packed W [experts, N, K].
-
-    The decision uses the mean number of rows per expert: only the device knows how rows spread.
-    """
-    base = select("nf4_grouped_linear", device, dtype, backend)
-    if base.backend == "torch":
-        return Decision("dequantize", base.reason)
-    if shape[1] % 2 or dtype.itemsize > 2:
-        why = f"K = {shape[1]}" if shape[1] % 2 else f"{dtype}: {_WIDE}"
-        return Decision("dequantize", why)
-    mean = rows / experts
-    reason = f"{mean:.0f} rows per expert, crossing {EXPERT_ROWS} (by arithmetic, not measured)"
-    return Decision("fused" if mean <= EXPERT_ROWS else "dequantize", reason)
-
-
-def select_group(
-    device: torch.device,
-    dtype: torch.dtype,
-    tokens: int | None,
-    shapes: Sequence[Sequence[int]],
-) -> Decision:
-    """Select ``"grouped"`` or ``"apart"`` for packed layers [N_i, K] that share x [tokens, K].
+    backend: Backend,
+    triton: Callable[[], T],
+    otherwise: Callable[[], T],
+    *,
+    cpu: Callable[[], T] | None = None,
+) -> T:
+    """Run the selected implementation of `op`; a kernel that cannot be launched is replaced.
 
     Args:
-        device: Device of x.
-        dtype: Dtype of x.
-        tokens: Rows of x; None before a call.
-        shapes: (N_i, K) of each layer.
+        op: Name of the op.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+        backend: Requested backend.
+        triton: Launches the kernels.
+        otherwise: Computes the same result without them.
+        cpu: Computes it for CPU tensors, whichever backend is requested: weights may be packed on
+            the host before a run on a GPU.
     """
-    if device.type != "cuda":
-        return Decision("apart", f"{device.type}: {GROUPED_ON_CPU}")
-    alone = [select_product(device, dtype, tokens or 1 << 20, shape) for shape in shapes]
-    if any(decision.backend == "fused" for decision in alone):
-        return Decision("apart", f"{tokens} tokens: each product decodes its own weight")
-    return Decision("grouped", f"{len(shapes)} layers over one input, one product")
+    if cpu is not None and device.type == "cpu" and chip_of(device) is None:
+        return cpu()
+    if select(op, device, dtype, backend).backend != "triton":
+        return otherwise()
+    return attempt(op, configuration(dtype), device, backend, triton, otherwise)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
+    if chip_of(device) is None:
         return f"{device.type} tensors"
     if not triton_available():
         return "triton is not installed"

@@ -17,27 +17,22 @@ def define_op(
     *,
     fake: Callable[..., Any],
     default: Callable[..., Any],
-    cpu: Callable[..., Any] | None = None,
 ) -> None:
-    """Define one op: its schema, its shape rule and its implementations.
+    """Define one op: its schema, its shape rule and its implementation.
 
-    An op whose implementations differ by backend takes ``str backend="auto"`` as its last argument;
-    torch leaves it out of the call if it has this value, so the implementations repeat the default.
+    An op whose implementation differs by backend takes ``str backend="auto"`` as its last argument;
+    torch leaves it out of the call if it has this value, so the implementation repeats the default.
     Callers pass the requested backend, so that a backward in another thread or in a compiled graph
     uses it too.
 
     Args:
         schema: Name, arguments and results in torch's schema language.
         fake: Computes shapes and dtypes of the results, for meta and fake tensors.
-        default: Implementation for CUDA, and for every device without one of its own. It selects
-            between Triton and torch.
-        cpu: Implementation for CPU tensors, if it differs.
+        default: Implementation for every device. It selects between Triton, torch and the CPU's.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
-    if cpu is not None:
-        _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"lightning_peft::{name}", fake, lib=_LIBRARY)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning_peft_kernels.dispatch import select_group
 from lightning_peft_kernels.fp8.linear import fp8_lora_linear
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
+from lightning_peft_kernels.nf4.selection import select_group
 from torch import Tensor
 
 from lightning_peft.core.class_swap import base_class

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning_peft_kernels.dispatch import select
 from lightning_peft_kernels.experts.grouped_linear import Groups, nf4_grouped_linear
-from lightning_peft_kernels.fp8.linear import select_fp8
+from lightning_peft_kernels.fp8.products import select_fp8
 from lightning_peft_kernels.nf4.linear import nf4_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit
 from torch import Tensor, nn

@@ -6,7 +6,8 @@ import itertools
 import sys
 
 import torch
-from lightning_peft_kernels import dispatch
+from lightning_peft_kernels.chips import CHIPS, nvidia_chip
+from lightning_peft_kernels.experts import selection
 from lightning_peft_kernels.experts.grouped_linear import (
     grouped_linear_reference,
     nf4_grouped_linear,
@@ -102,12 +103,12 @@ def used_only() -> int:
 def layer() -> int:
     """The layer as a GPU runs it, on either side of the crossing, with gradients."""
     n, chosen = 0, set()
-    dispatch._why_not_triton = lambda device, dtype: None
+    CHIPS[torch.device("cpu")] = nvidia_chip(9, 0, 232_448)
     Groups.on_host = property(lambda self: False)
     # An odd K is not decoded in the product; blocks that end inside an expert are all made.
     sizes = [(48, 64, 3), (48, 64, 0), (20, 21, 0), (10, 10, 2)]
     for (N, K, tail), most in itertools.product(sizes, (64, 0)):
-        dispatch.EXPERT_ROWS = most
+        selection.EXPERT_ROWS = most
         counts = [4, 0, 9, 1]
         groups = Groups.counted(counts, sum(counts) + tail, torch.device("cpu"))
         q, W = packed_experts(torch.randn(4, N, K), 64, True)
@@ -123,7 +124,7 @@ def layer() -> int:
             error = (got[: len(expert)].double() - truth).abs().max() / truth.abs().max()
             assert error < 3e-3, (N, K, tail, most, float(error))
             assert not got[len(expert) :].any(), "rows of nobody"
-        decision = dispatch.select_experts(x.device, x.dtype, groups.rows, 4, (N, K))
+        decision = selection.select_experts(x.device, x.dtype, groups.rows, 4, (N, K))
         chosen.add(decision.backend)
         n += 1
     assert chosen == {"fused", "dequantize"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
-from lightning_peft_kernels.fp8.linear import (
+from lightning_peft_kernels.chips import CHIPS
+from lightning_peft_kernels.dispatch import Decision
+from lightning_peft_kernels.fp8.linear import fp8_lora_linear
+from lightning_peft_kernels.fp8.products import (
     dequantize_e4m3,
     e4m3_scale,
-    fp8_lora_linear,
     quantize_rows_e4m3,
     scaled_mm,
     select_fp8,
@@ -16,6 +20,8 @@ from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
 
 from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.fake_gpu import GPUS
+from tests.helpers.traffic import Traffic
 
 CPU = torch.device("cpu")
 
@@ -101,6 +107,16 @@ def test_forward_and_gradients_against_fp64(
     assert_close("dbias", bias.grad, g.sum(0), floor=floor)
 
 
+def test_the_low_rank_is_added_in_its_product() -> None:
+    """Both ways: a sum of its own would read and write [M, N] once more."""
+    q = quantize_4bit(torch.randn(32, 64))
+    x, A, B = (torch.randn(s, requires_grad=True) for s in ((9, 64), (4, 64), (32, 4)))
+    with Traffic() as traffic:
+        fp8_lora_linear(x, q, (32, 64), e4m3_scale(q), None, A, B, 2.0).backward(torch.ones(9, 32))
+    assert traffic.calls["addmm_"] == 2
+    assert not traffic.calls["add_"]
+
+
 def test_dropout_uses_one_mask_and_leaves_the_base_alone() -> None:
     q = quantize_4bit(torch.zeros(64, 64))
     eye = torch.eye(64)
@@ -158,6 +174,39 @@ def test_the_chip_s_recipe_on_the_cpu_is_the_emulation() -> None:
     except RuntimeError as error:
         pytest.skip(f"this torch has no row-wise scaled product on a CPU: {error}")
     assert_close("product", recipe, emulated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["scaled_rows", "emulated"])
+def test_products_without_scales_per_row(
+    way: Literal["scaled_rows", "emulated"], dtype: torch.dtype
+) -> None:
+    """Against fp64, with sums that exceed the range of fp16 before they are scaled."""
+    x8, sx = quantize_rows_e4m3(torch.rand(7, 512) * 3)
+    w8, sw = (torch.rand(32, 512) * 448).to(torch.float8_e4m3fn), torch.tensor([0.01])
+    want = (x8.double() * sx.double()) @ (w8.double() * sw.double()).T
+    found = scaled_mm(x8, sx, w8, sw, dtype, Decision(way, "a test"), fast=False)
+    exact = want.to(torch.bfloat16) if way == "scaled_rows" else want.to(dtype)
+    floor = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[exact.dtype]
+    assert_close("product", found, want, floor=floor)
+
+
+@pytest.mark.parametrize(
+    ("chip", "backend"),
+    [
+        ("sm_75", "emulated"),
+        ("sm_86", "emulated"),
+        ("sm_89", "scaled_mm"),
+        ("sm_90", "scaled_mm"),
+        ("sm_120", "scaled_rows"),
+        ("gfx942", "emulated"),
+    ],
+)
+def test_products_by_chip(chip: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHIPS, CPU, GPUS[chip].chip)
+    decision = select_fp8((32, 64), CPU)
+    assert decision.backend == backend
+    assert backend == "scaled_mm" or chip in decision.reason
 
 
 def test_opcheck() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_peft_kernels import dispatch
+from lightning_peft_kernels.chips import CHIPS
 from lightning_peft_kernels.lora.rank_gradients import rank_gradients
+from lightning_peft_kernels.lora.selection import select_one_pass
 
 from tests.helpers.compare import assert_close
+from tests.helpers.fake_gpu import GPUS
 
 
 def given(M: int, N: int, R: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -47,7 +49,8 @@ def test_compiles_without_a_graph_break() -> None:
 
 def test_one_pass_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert dispatch.select_one_pass(cpu, torch.bfloat16, 8).reason == "cpu tensors"
-    monkeypatch.setattr(dispatch, "_why_not_triton", lambda device, dtype: None)
-    found = [dispatch.select_one_pass(cpu, torch.bfloat16, r).backend for r in (1, 32, 33)]
-    assert found == ["triton", "triton", "torch"]
+    assert select_one_pass(cpu, torch.bfloat16, 8).reason == "cpu tensors"
+    for name, most in (("sm_75", 0), ("sm_86", 32), ("gfx942", 16), ("gfx1100", 0)):
+        monkeypatch.setitem(CHIPS, cpu, GPUS[name].chip)
+        found = {r: select_one_pass(cpu, torch.bfloat16, r).backend for r in (1, 16, 32, 33)}
+        assert found == {r: "triton" if r <= most else "torch" for r in found}, name

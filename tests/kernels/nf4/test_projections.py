@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning_peft_kernels.nf4 import linear, projections
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
 from lightning_peft_kernels.nf4.projections import (
@@ -14,6 +15,7 @@ from lightning_peft_kernels.nf4.projections import (
 from torch import Tensor
 
 from tests.helpers.compare import assert_close
+from tests.helpers.traffic import Traffic
 
 
 def layers(K: int, sizes: list[tuple[int, int]], dtype: torch.dtype) -> list[Projection]:
@@ -79,6 +81,30 @@ def test_outputs_and_gradients(
     for name, want in truth.items():
         if want.numel():
             assert_close(name, got[name], want, same_dtype=plain[name], floor=floor)
+
+
+@pytest.mark.parametrize("widths", [(512, 128, 128), (1792, 1792)], ids=["q, k, v", "gate, up"])
+def test_a_group_moves_fewer_bytes_than_its_layers(
+    widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Llama block of 8B, an eighth as wide, forward and backward; both decode W for free."""
+    K, M, dtype = 512, 256, torch.bfloat16
+    group = layers(K, [(N, 16) for N in widths], dtype)
+    W = torch.randn(sum(widths), K).to(dtype)
+    monkeypatch.setattr(projections, "stacked_weights", lambda *given: W)
+    monkeypatch.setattr(linear, "weight_for_product", lambda q, packing, *given: W[: packing[0][0]])
+    moved = {}
+    for together in (True, False):
+        x = torch.randn(M, K).to(dtype).requires_grad_()
+        dYs = [torch.randn(M, N).to(dtype) for N in widths]
+        with Traffic() as traffic:
+            if together:
+                ys = nf4_grouped_projections(x, group)
+            else:
+                ys = [nf4_lora_linear(x, p.q, p.shape, p.bias, p.A, p.B, 1.5) for p in group]
+            torch.autograd.backward(ys, dYs)
+        moved[together] = traffic.bytes
+    assert moved[True] < moved[False], moved
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

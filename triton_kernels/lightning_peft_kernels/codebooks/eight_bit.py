@@ -6,11 +6,13 @@ half, c the lowest code of that cell and t the lower half of its decision point 
 code is c + [lower half > t], and the table entry
     cell[j] = (c << 16) + 65535 − t − (j << 16)        gives        code = (bits + cell[j]) >> 16.
 A value on a decision point goes to the lower code.
+
+A table stays on its device as long as the process runs: a captured graph may read it.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ ZERO_CODE = {True: 127, False: 0}  # code of 0 in the signed and in the unsigned
 _SIGN_OFFSET = 32768  # upper halves of folded negatives are −32768…−1
 
 
-@lru_cache(maxsize=4)
+@cache
 def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
     """Return the values [256] fp32 of the dynamic 8-bit type, ascending: seven even decades.
 
@@ -53,7 +55,7 @@ def dynamic_map(signed: bool = True, device: str = "cpu") -> Tensor:
     return torch.cat(values).sort().values.to(device)
 
 
-@lru_cache(maxsize=4)
+@cache
 def decision_points(signed: bool, device: str = "cpu") -> Tensor:
     """Return the midpoints [255] fp32 between neighbouring values of a map."""
     values = dynamic_map(signed)
@@ -65,7 +67,7 @@ def nearest_codes(values: Tensor, signed: bool) -> Tensor:
     return torch.searchsorted(decision_points(signed, str(values.device)), values).to(torch.uint8)
 
 
-@lru_cache(maxsize=4)
+@cache
 def code_cells(signed: bool, device: str = "cpu") -> Tensor:
     """Return the table: int32 [65536] for the signed map (entry j + 32768), [32768] unsigned."""
     bits = decision_points(signed).view(torch.int32)
@@ -81,7 +83,7 @@ def code_cells(signed: bool, device: str = "cpu") -> Tensor:
     return wrapped.to(torch.int32).to(device)
 
 
-@lru_cache(maxsize=2)
+@cache
 def code_pairs(signed: bool) -> Tensor:
     """Return pairs of values, int64 [65536]: entry c0 + 256·c1 is (map[c0], map[c1])."""
     values = dynamic_map(signed)
@@ -90,7 +92,7 @@ def code_pairs(signed: bool) -> Tensor:
     return torch.stack([low, high], dim=1).contiguous().view(torch.int64).reshape(-1)
 
 
-@lru_cache(maxsize=2)
+@cache
 def coarse_cells() -> Tensor:
     """Return codes [65536] uint8 of the signed map for values in steps of 2/65535 from −1.
 

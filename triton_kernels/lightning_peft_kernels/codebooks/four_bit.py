@@ -1,8 +1,11 @@
-"""Code tables of 4-bit quantisation, as bitsandbytes defines them, and their decision points."""
+"""Code tables of 4-bit quantisation, as bitsandbytes defines them, and their decision points.
+
+A table stays on its device as long as the process runs: a captured graph may read it.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,27 +39,27 @@ NF4_CELLS = 1 << 14  # cells per unit: 32 KiB, and few values share a cell with 
 SPLIT_CELL = 128
 
 
-@lru_cache(maxsize=16)
+@cache
 def code(kind: str, device: str = "cpu") -> Tensor:
     """Return values [16] fp32 by code."""
     values = torch.tensor(_NF4 if kind == "nf4" else _FP4, dtype=torch.float32)
     return (values + 0.0).to(device)  # −0 → +0, as in bitsandbytes' table for dequantising
 
 
-@lru_cache(maxsize=4)
+@cache
 def fp4_order(device: str = "cpu") -> Tensor:
     """Return codes [16] uint8 by the rank of their value."""
     return torch.tensor(_FP4_ORDER, dtype=torch.uint8, device=device)
 
 
-@lru_cache(maxsize=8)
+@cache
 def midpoints(kind: str, device: str = "cpu") -> Tensor:
     """Return decision points [15] fp32; a value on a decision point gets the lower code."""
     values = code(kind).sort().values
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
-@lru_cache(maxsize=2)
+@cache
 def nf4_cells() -> Tensor:
     """Return NF4 codes uint8 by cell, [2 · NF4_CELLS + 1].
 

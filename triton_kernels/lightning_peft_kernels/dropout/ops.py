@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import Context
-from lightning_peft_kernels.dispatch import Backend, current_backend, select
+from lightning_peft_kernels.dispatch import Backend, current_backend, run
 from lightning_peft_kernels.registration import define_backward, define_op
 
 __all__ = [
@@ -69,7 +69,7 @@ def seeded_dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return x * keep * (1.0 / (1.0 - p))
 
 
-def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
+def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
     generator, n = torch.Generator().manual_seed(int(seed)), x.numel()
     words = torch.empty(-(-n // 4), dtype=torch.int64).random_(
         -(1 << 63), None, generator=generator
@@ -81,11 +81,18 @@ def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float, backend: Backend = "a
 
 
 def _seeded_dropout(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
-    if select("seeded_dropout", x.device, x.dtype, backend).backend == "triton":
+    def by_kernel() -> Tensor:
         from lightning_peft_kernels.dropout.triton import dropout
 
         return dropout(x.contiguous(), seed, p)
-    return seeded_dropout_reference(x, seed, p)
+
+    def by_torch() -> Tensor:
+        return seeded_dropout_reference(x, seed, p)
+
+    def by_generator() -> Tensor:
+        return _seeded_dropout_cpu(x, seed, p)
+
+    return run("seeded_dropout", x.device, x.dtype, backend, by_kernel, by_torch, cpu=by_generator)
 
 
 def _seeded_dropout_fake(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
@@ -115,7 +122,6 @@ define_op(
     "seeded_dropout(Tensor x, Tensor seed, float p, str backend='auto') -> Tensor",
     fake=_seeded_dropout_fake,
     default=_seeded_dropout,
-    cpu=_seeded_dropout_cpu,
 )
 define_backward("seeded_dropout", setup_context=_setup_context, backward=_backward)
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "dropout", "dropout_kernel"]
@@ -41,7 +42,9 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     n = x.numel()
     if n:
         grid = (triton.cdiv(n, 4 * _COUNTERS),)
-        dropout_kernel[grid](x, y, seed, n, p, 1.0 / (1.0 - p), COUNTERS=_COUNTERS, num_warps=4)
+        launch(
+            dropout_kernel, grid, x, y, seed, n, p, 1.0 / (1.0 - p), COUNTERS=_COUNTERS, num_warps=4
+        )
     return y
 
 

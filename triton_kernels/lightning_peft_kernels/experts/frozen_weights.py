@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
-from lightning_peft_kernels.dispatch import Backend, select, select_experts
+from lightning_peft_kernels.dispatch import Backend, configuration, run
 from lightning_peft_kernels.experts.groups import GroupLayout, Groups
 from lightning_peft_kernels.experts.products import grouped_product, unassigned_rows
+from lightning_peft_kernels.experts.selection import experts_detail, select_experts
+from lightning_peft_kernels.launch import attempt
 from lightning_peft_kernels.nf4 import cpu as nf4_cpu
 from lightning_peft_kernels.nf4.ops import dequantize_4bit
 from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
@@ -48,15 +51,21 @@ class _Selected:
     """Experts that `fill` will be called for."""
 
     def __init__(self, experts: list[int], device: torch.device) -> None:
-        self.experts = experts
-        self.index = torch.tensor(experts, device=device)
+        self.experts, self.device = experts, device
 
     def take(self, t: Tensor, first: int, n: int) -> Tensor:
         """Return t of n selected experts from position `first`; a view if they are neighbours."""
         low = self.experts[first]
         if self.experts[first : first + n] == list(range(low, low + n)):
             return t[low : low + n]
-        return t.index_select(0, self.index[first : first + n])
+        return t.index_select(0, self._index[first : first + n])
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """The experts on the device. If only a GPU knows the counts, all of them are selected, so
+        this copy, for which the host would wait, is not made there.
+        """
+        return torch.tensor(self.experts, device=self.device)
 
 
 class WeightSource(Protocol):
@@ -145,27 +154,35 @@ class _PackedWeight:
     def on_device(self, X: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
         """Decode in the product, or dequantise the active experts first."""
         shape, ends = (self.N, self.K), groups.offsets
-        how = select_experts(X.device, X.dtype, groups.rows, self.experts, shape, self.backend)
-        if how.backend == "dequantize":
+
+        def by_library() -> Tensor:
             W = self._active(X.dtype, ends)
             return grouped_product(X, W if transposed else W.mT, _without_counts(groups))
-        from lightning_peft_kernels.experts.grouped_linear_triton import grouped_linear_4bit
 
-        Y: Tensor = grouped_linear_4bit(
-            X.contiguous(), self.q, shape, ends, self.kind, self.block_size, transposed=transposed
-        )
-        if not groups.has_unassigned_rows:
-            return Y
-        return Y.masked_fill_(unassigned_rows(ends, X.shape[0]), 0.0)
+        def by_kernel() -> Tensor:
+            from lightning_peft_kernels.experts.grouped_linear_triton import grouped_linear_4bit
+
+            Y: Tensor = grouped_linear_4bit(
+                X.contiguous(), self.q, shape, ends, self.kind, self.block_size,
+                transposed=transposed,
+            )  # fmt: skip
+            if not groups.has_unassigned_rows:
+                return Y
+            return Y.masked_fill_(unassigned_rows(ends, X.shape[0]), 0.0)
+
+        how = select_experts(X.device, X.dtype, groups.rows, self.experts, shape, self.backend)
+        if how.backend == "dequantize":
+            return by_library()
+        name = configuration(X.dtype, experts_detail(groups.rows, self.experts))
+        return attempt("nf4_grouped_linear", name, X.device, self.backend, by_kernel, by_library)
 
     def _active(self, dtype: torch.dtype, ends: Tensor) -> Tensor:
         """Return W [E, N, K] with the active experts written; all of them without a kernel."""
         device = self.q.packed.device
         self.prepare(list(range(self.experts)))
         W = torch.empty(self.experts, self.N, self.K, dtype=dtype, device=device)
-        full_blocks = self.N * self.K % self.block_size == 0
-        how = select("dequantize_4bit", device, dtype, self.backend)
-        if full_blocks and how.backend == "triton":
+
+        def by_kernel() -> Tensor:
             from lightning_peft_kernels.experts.grouped_linear_triton import (
                 dequantize_active_experts,
             )
@@ -174,8 +191,14 @@ class _PackedWeight:
             return dequantize_active_experts(
                 packed, self._scales, ends, self.kind, self.block_size, W
             )
-        self.fill(W, 0)
-        return W
+
+        def one_by_one() -> Tensor:
+            self.fill(W, 0)
+            return W
+
+        if self.N * self.K % self.block_size:  # a block ends inside an expert
+            return one_by_one()
+        return run("dequantize_experts", device, dtype, self.backend, by_kernel, one_by_one)
 
 
 def _nested_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:

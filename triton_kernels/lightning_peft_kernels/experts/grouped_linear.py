@@ -9,8 +9,9 @@ skips idle experts if most are idle.
 
 Weights that are packed or need a cast are dequantised a few experts at a time into a reused buffer,
 in backward too, and only for experts with rows. No E×N×K tensor is allocated. If only the device
-knows the counts (CUDA), the product decodes a packed weight on the fly up to `dispatch.EXPERT_ROWS`
-rows per expert. Above that, the active experts are dequantised into a temporary E×N×K buffer.
+knows the counts (CUDA), the product decodes a packed weight on the fly where the chip allows it, up
+to `selection.EXPERT_ROWS` rows per expert. Above that, the active experts are dequantised into a
+temporary E×N×K buffer.
 
 Rows beyond the last group (expert-parallel sentinels) give zeros.
 """
@@ -78,7 +79,7 @@ def nf4_grouped_linear(
     """Compute `grouped_linear` with W packed per expert; differentiable in X only.
 
     With counts on the host, the active experts are dequantised a few at a time; without, see
-    `dispatch.select_experts`.
+    `selection.select_experts`.
 
     Args:
         X: [S, K] floating, sorted by expert.

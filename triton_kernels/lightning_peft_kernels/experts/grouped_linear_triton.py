@@ -21,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft_kernels.chips import chip_of, pipeline_stages, tile_rows
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.nf4.block_scale_triton import block_scale
 from lightning_peft_kernels.tools.aot import spec
 
@@ -242,18 +244,19 @@ def grouped_linear_4bit(
     out = torch.empty(S, N if transposed else K, dtype=X.dtype, device=X.device)
     if not S:
         return out
-    rows = max(16, min(64, triton.next_power_of_2(2 * S // E)))
+    rows = tile_rows(2 * S // E)
     tiles = S // rows + min(E, S)  # full tiles, and a ragged one per expert
     if transposed:
         kernel, columns, block_n = _forward_kernel, triton.cdiv(N, _BLOCK_N), _BLOCK_N
     else:
         kernel, columns, block_n = _backward_kernel, triton.cdiv(K, _BLOCK_K), _backward_n(rows)
-    kernel[(tiles, columns)](
-        X, q.packed, absmax, absmax2, q.offset if nested else absmax,
+    launch(
+        kernel, (tiles, columns), X, q.packed, absmax, absmax2, q.offset if nested else absmax,
         code(kind, device), dynamic_map(True, device), ends, out,
         E, N, K, absmax.shape[1], absmax2.shape[1],
         BLOCK_SIZE=block_size, NESTED=nested, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=rows,
-        BLOCK_N=block_n, BLOCK_K=_BLOCK_K, num_warps=_warps(rows), num_stages=3,
+        BLOCK_N=block_n, BLOCK_K=_BLOCK_K, num_warps=_warps(rows),
+        num_stages=pipeline_stages(chip_of(X.device), rows),
     )  # fmt: skip
     return out
 
@@ -281,7 +284,8 @@ def dequantize_active_experts(
     """
     words = packed.reshape(-1).view(torch.int32)
     width = 32 * _WARPS
-    _dequantize_active_kernel[(triton.cdiv(words.numel(), width * _STEPS),)](
+    launch(
+        _dequantize_active_kernel, (triton.cdiv(words.numel(), width * _STEPS),),
         words, scales, code(kind, str(packed.device)), ends, out,
         words.numel(), words.numel() // ends.shape[0],
         BLOCK_SIZE=block_size, WORDS=width, STEPS=_STEPS, num_warps=_WARPS,

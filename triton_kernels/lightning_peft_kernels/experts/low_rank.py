@@ -5,7 +5,7 @@ saved. The backward is written by hand:
     dZ = s · dY B[e]      dB[e] = dYᵀ Z      dA[e] = dZᵀ X      dX = dZ A[e]      by rows of e
 
 A GPU adds the second product in place, which saves two passes over [S, N], and computes dZ and dB
-in one pass over dY, up to the rank of `dispatch.select_one_pass`. A CPU cuts few rows per expert
+in one pass over dY, up to the rank of `select_one_pass`. A CPU cuts few rows per expert
 into blocks (`row_blocks`): one batched product instead of one call per expert. Other cases use
 library products.
 """
@@ -13,7 +13,7 @@ library products.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,12 +27,16 @@ from lightning_peft_kernels.autograd import (
     gradients_of,
     is_double_backward,
 )
-from lightning_peft_kernels.dispatch import Backend, current_backend, select_one_pass
+from lightning_peft_kernels.dispatch import Backend, configuration, current_backend
 from lightning_peft_kernels.experts.groups import ActiveExperts, GroupLayout, Groups
 from lightning_peft_kernels.experts.products import grouped_product, grouped_weight_gradient
 from lightning_peft_kernels.experts.row_blocks import RowBlocks
+from lightning_peft_kernels.launch import attempt
+from lightning_peft_kernels.lora.selection import rank_detail, select_one_pass
 
 __all__ = ["add_low_rank", "add_low_rank_reference"]
+
+T = TypeVar("T")
 
 
 def add_low_rank_reference(
@@ -119,12 +123,19 @@ class _AddLowRank(KernelFunction):
         ctx.has_unassigned_rows, ctx.active = layout.has_unassigned_rows, layout.active
         if spec.in_place:
             ctx.mark_dirty(y)
-        if spec.in_place and y.dtype == Z.dtype and _uses_kernel(Z, spec.backend):
+
+        def by_kernel() -> Tensor:
             from lightning_peft_kernels.experts.low_rank_triton import add_low_rank_product_
 
             return add_low_rank_product_(y, Z, B.contiguous(), layout.offsets)
-        low = grouped_product(Z, B, layout).to(y.dtype)
-        return y.add_(low) if spec.in_place else y + low
+
+        def by_products() -> Tensor:
+            low = grouped_product(Z, B, layout).to(y.dtype)
+            return y.add_(low) if spec.in_place else y + low
+
+        if not spec.in_place or y.dtype != Z.dtype:
+            return by_products()
+        return _run(_ADD, Z, spec.backend, by_kernel, by_products)
 
     @staticmethod
     def backward(ctx: _ProductContext, dY: Tensor) -> Grads:
@@ -139,19 +150,27 @@ class _AddLowRank(KernelFunction):
 
             return dY, *_gradients_by_torch(product, ctx, dY, X, A, B), None, None
         g = dY.to(Z.dtype)
-        dX = dA = dB = dZ = None
-        if needs_B and (needs_X or needs_A) and _uses_kernel(Z, spec.backend):
+        dX = dA = None
+
+        def by_kernel() -> tuple[Tensor | None, Tensor | None]:
             from lightning_peft_kernels.experts.low_rank_triton import expert_low_rank_gradients
 
-            dZ, dB = expert_low_rank_gradients(
+            return expert_low_rank_gradients(
                 g.contiguous(), Z, B.contiguous(), offsets, spec.scaling
             )
-        else:
+
+        def by_products() -> tuple[Tensor | None, Tensor | None]:
+            dZ = None
             if needs_X or needs_A:
                 dZ = grouped_product(g, B.mT, layout)
                 if spec.scaling != 1.0:
                     dZ *= spec.scaling
-            dB = grouped_weight_gradient(g, Z, layout) if needs_B else None
+            return dZ, grouped_weight_gradient(g, Z, layout) if needs_B else None
+
+        both = needs_B and (needs_X or needs_A)
+        dZ, dB = (
+            _run(_GRADIENTS, Z, spec.backend, by_kernel, by_products) if both else by_products()
+        )
         if dZ is not None:
             dA = grouped_weight_gradient(dZ, X, layout) if needs_A else None
             dX = grouped_product(dZ, A.mT, layout) if needs_X else None
@@ -258,8 +277,17 @@ def _gradients_by_torch(
     return gradients_of(formula, (X, A, B), ctx.needs_input_grad[1:4], dY)
 
 
-def _uses_kernel(Z: Tensor, backend: Backend) -> bool:
-    """Whether the Triton kernel runs; not while compiling, where a trace records ops only."""
+_ADD, _GRADIENTS = "expert_low_rank", "expert_rank_gradients"
+
+
+def _run(
+    op: str, Z: Tensor, backend: Backend, by_kernel: Callable[[], T], by_products: Callable[[], T]
+) -> T:
+    """Run the kernel if it is selected; not while compiling, where a trace records ops only."""
     if not Z.shape[0] or torch.compiler.is_compiling():
-        return False
-    return select_one_pass(Z.device, Z.dtype, Z.shape[1], backend).backend == "triton"
+        return by_products()
+    rank = Z.shape[1]
+    if select_one_pass(Z.device, Z.dtype, rank, backend, op).backend == "torch":
+        return by_products()
+    name = configuration(Z.dtype, rank_detail(rank))
+    return attempt(op, name, Z.device, backend, by_kernel, by_products)

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft_kernels.chips import tile_rows
 from lightning_peft_kernels.experts.grouped_linear_triton import tile_of
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.lora.rank_gradients_triton import BLOCK_N, WARPS, sum_parts
 from lightning_peft_kernels.tools.aot import spec
 
@@ -104,9 +106,10 @@ def _gradients_kernel(
 def add_low_rank_product_(y: Tensor, Z: Tensor, B: Tensor, ends: Tensor) -> Tensor:
     """Add Z B[e]ᵀ to y [S, N] in place; Z [S, R], B [E, N, R] contiguous, R ≤ 32."""
     (S, R), (E, N) = Z.shape, B.shape[:2]
-    rows = max(16, min(_BLOCK_M, triton.next_power_of_2(2 * S // E)))
+    rows = tile_rows(2 * S // E)
     tiles = S // rows + min(E, S)
-    _add_product_kernel[(tiles, triton.cdiv(N, _UP_N))](
+    launch(
+        _add_product_kernel, (tiles, triton.cdiv(N, _UP_N)),
         Z, B, ends, y, E, N, R, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=rows, BLOCK_N=_UP_N,
         BLOCK_R=max(16, triton.next_power_of_2(R)), num_warps=4,
     )  # fmt: skip
@@ -125,8 +128,8 @@ def expert_low_rank_gradients(
     columns = triton.cdiv(N, BLOCK_N)
     parts = torch.empty(columns, S, R, dtype=torch.float32, device=dY.device)
     dB = torch.empty_like(B)
-    _gradients_kernel[(columns, E)](
-        dY, Z, B, ends, parts, dB, S, N, R,
+    launch(
+        _gradients_kernel, (columns, E), dY, Z, B, ends, parts, dB, S, N, R,
         BLOCK_M=_BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, num_warps=WARPS, num_stages=2,
     )  # fmt: skip
     return sum_parts(parts, dY.dtype, scaling), dB

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "quantize_rows"]
@@ -52,9 +53,10 @@ def quantize_rows(
     out = torch.empty(M, K, dtype=dtype, device=x.device)
     scale = torch.empty(M, 1, dtype=torch.float32, device=x.device)
     if M:
-        _quantize_rows_kernel[(M,)](
-            x, out, scale, K, LARGEST=largest, LEAST=least, BLOCK=_BLOCK, num_warps=_WARPS
-        )
+        launch(
+            _quantize_rows_kernel, (M,), x, out, scale, K,
+            LARGEST=largest, LEAST=least, BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
     return out, scale
 
 

@@ -101,15 +101,6 @@ def lora_branch_by_torch(
     return F.linear(F.linear(z, A) * spec.scaling, B).to(x.dtype)
 
 
-def lora_branch(
-    x2: Tensor, A: Tensor, B: Tensor, spec: LoRASpec, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (s · drop(x) Aᵀ Bᵀ [M, N], S [M, R], seed or None)."""
-    S, seed = lora_down(x2, A, spec)
-    y = F.linear(S, B)
-    return (y if y.dtype == out_dtype else y.to(out_dtype)), S, seed
-
-
 def lora_up_backward(dS: Tensor, A: Tensor, seed: Tensor | None, spec: LoRASpec) -> Tensor:
     """Return the branch's part of dX: drop(dS A) [M, K], with the mask of forward."""
     low = dS @ A

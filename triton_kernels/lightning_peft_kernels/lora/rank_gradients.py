@@ -6,7 +6,7 @@ Two products read dY twice: 4 bytes per element in bf16, which dominates at R â‰
 dY once and writes partial sums of both gradients in fp32. With 256 columns and 1,024 rows per
 program these take R/64 + R/256 bytes per element and are read once more: 2.6 bytes in all at
 R = 16, 3.3 at R = 32. Larger ranks lose the gain to partial sums and use two products
-(`dispatch.select_one_pass`).
+(`select_one_pass`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import Backend, current_backend, select_one_pass
+from lightning_peft_kernels.dispatch import Backend, configuration, current_backend
+from lightning_peft_kernels.launch import attempt
+from lightning_peft_kernels.lora.selection import rank_detail, select_one_pass
 from lightning_peft_kernels.registration import define_op
 
 __all__ = ["rank_gradients", "rank_gradients_reference"]
@@ -50,12 +52,19 @@ def rank_gradients(
 def _rank_gradients(
     dY: Tensor, S: Tensor, B: Tensor, scaling: float, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    how = select_one_pass(dY.device, dY.dtype, B.shape[1], backend)
-    if how.backend == "torch" or not dY.numel():
-        return rank_gradients_reference(dY, S, B, scaling)
-    from lightning_peft_kernels.lora.rank_gradients_triton import low_rank_gradients
+    def by_kernel() -> tuple[Tensor, Tensor]:
+        from lightning_peft_kernels.lora.rank_gradients_triton import low_rank_gradients
 
-    return low_rank_gradients(dY.contiguous(), S.contiguous(), B.contiguous(), scaling)
+        return low_rank_gradients(dY.contiguous(), S.contiguous(), B.contiguous(), scaling)
+
+    def by_products() -> tuple[Tensor, Tensor]:
+        return rank_gradients_reference(dY, S, B, scaling)
+
+    rank = B.shape[1]
+    if not dY.numel() or select_one_pass(dY.device, dY.dtype, rank, backend).backend == "torch":
+        return by_products()
+    name = configuration(dY.dtype, rank_detail(rank))
+    return attempt("rank_gradients", name, dY.device, backend, by_kernel, by_products)
 
 
 def _rank_gradients_fake(

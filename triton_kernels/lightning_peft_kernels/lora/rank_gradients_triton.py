@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["BLOCK_N", "WARPS", "aot_specs", "low_rank_gradients", "sum_parts"]
@@ -67,8 +68,9 @@ def _sum_kernel(part_ptr, out_ptr, parts, size, scaling, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     sum = tl.zeros((BLOCK,), tl.float32)
-    for p in range(parts):
-        sum += tl.load(part_ptr + p * size + i, mask=inside, other=0.0)
+    for _ in range(parts):
+        sum += tl.load(part_ptr + i, mask=inside, other=0.0)
+        part_ptr += size  # parts · size may exceed 31 bits
     tl.store(out_ptr + i, (sum * scaling).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -82,7 +84,8 @@ def low_rank_gradients(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tupl
     parts = triton.cdiv(M, rows)
     dS_parts = torch.empty(columns, M, R, dtype=torch.float32, device=dY.device)
     dB_parts = torch.empty(parts, N, R, dtype=torch.float32, device=dY.device)
-    _gradients_kernel[(columns, parts)](
+    launch(
+        _gradients_kernel, (columns, parts),
         dY, S, B, dS_parts, dB_parts, M, N, R, rows,
         BLOCK_M=_BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, num_warps=WARPS, num_stages=2,
     )  # fmt: skip
@@ -93,9 +96,10 @@ def sum_parts(parts: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
     """Sum the leading axis in order and multiply by `scaling`."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     size = out.numel()
-    _sum_kernel[(triton.cdiv(size, 1024),)](
-        parts, out, len(parts), size, scaling, BLOCK=1024, num_warps=4
-    )
+    launch(
+        _sum_kernel, (triton.cdiv(size, 1024),), parts, out, len(parts), size, scaling,
+        BLOCK=1024, num_warps=4,
+    )  # fmt: skip
     return out
 
 

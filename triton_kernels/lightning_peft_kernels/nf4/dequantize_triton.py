@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.nf4.block_scale_triton import block_scale
 from lightning_peft_kernels.tools.aot import spec
 
@@ -158,15 +159,17 @@ def dequantize(
     if transposed:
         N, K = shape
         grid2 = (triton.cdiv(N, _ROWS), triton.cdiv(K, 8 * _COLUMN_WORDS))
-        _dequantize_transposed_kernel[grid2](
-            *pointers, N, K, **what, ROWS=_ROWS, WORDS=_COLUMN_WORDS, **extra
-        )
+        launch(
+            _dequantize_transposed_kernel, grid2, *pointers, N, K,
+            **what, ROWS=_ROWS, WORDS=_COLUMN_WORDS, **extra,
+        )  # fmt: skip
         return out
     width = 32 * _WARPS
     grid = (triton.cdiv(words.numel(), width * _STEPS),)
-    _dequantize_kernel[grid](
-        *pointers, words.numel(), n, **what, WORDS=width, STEPS=_STEPS, **extra
-    )
+    launch(
+        _dequantize_kernel, grid, *pointers, words.numel(), n,
+        **what, WORDS=width, STEPS=_STEPS, **extra,
+    )  # fmt: skip
     return out
 
 

@@ -34,7 +34,7 @@ from lightning_peft_kernels.autograd import (
     is_double_backward,
     unflatten_rows,
 )
-from lightning_peft_kernels.dispatch import Backend, current_backend, select_product
+from lightning_peft_kernels.dispatch import Backend, current_backend
 from lightning_peft_kernels.lora.linear import (
     LoRASpec,
     lora_backward,
@@ -44,6 +44,7 @@ from lightning_peft_kernels.lora.linear import (
 )
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
 from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
+from lightning_peft_kernels.nf4.selection import select_product
 from lightning_peft_kernels.nf4.small_batch import nf4_small_batch
 from lightning_peft_kernels.nf4.weight_buffers import weight_for_product
 
@@ -89,8 +90,8 @@ class _NF4Linear(KernelFunction):
     ) -> Tensor:
         x2 = flatten_rows(x)
         shape, kind, block_size = packing
-        how = select_product(x.device, x.dtype, x2.shape[0], shape, backend)
-        if how.backend == "fused":
+        how = select_product(x.device, x.dtype, x2.shape[0], shape, backend, block_size)
+        if how.backend != "dequantize":
             y = nf4_small_batch(
                 x2, q, shape, bias=bias, kind=kind, block_size=block_size, backend=backend
             )
@@ -136,8 +137,8 @@ class _NF4LoRALinear(KernelFunction):
         x2 = flatten_rows(x)
         S, seed = lora_down(x2, A, spec)
         shape, kind, block_size = packing
-        how = select_product(x.device, x.dtype, x2.shape[0], shape, spec.backend)
-        if spec.dtype == x.dtype and how.backend == "fused":
+        how = select_product(x.device, x.dtype, x2.shape[0], shape, spec.backend, block_size)
+        if spec.dtype == x.dtype and how.backend != "dequantize":
             y = nf4_small_batch(
                 x2, q, shape, S, B, bias, kind=kind, block_size=block_size, backend=spec.backend
             )

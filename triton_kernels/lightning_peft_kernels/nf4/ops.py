@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import Backend, current_backend, select
+from lightning_peft_kernels.dispatch import Backend, current_backend, run
 from lightning_peft_kernels.nf4 import cpu as nf4_cpu
 from lightning_peft_kernels.nf4.packed import Packed4bit
 from lightning_peft_kernels.nf4.reference import (
@@ -74,20 +74,23 @@ def _four_tensors(W: Tensor, q: Packed4bit) -> _QuantizedTensors:
 def _quantize(
     W: Tensor, kind: str, block_size: int, double_quant: bool, backend: Backend = "auto"
 ) -> _QuantizedTensors:
-    if kind == "nf4" and select("quantize_4bit", W.device, W.dtype, backend).backend == "triton":
+    def by_kernel() -> Packed4bit:
         from lightning_peft_kernels.nf4.quantize_triton import quantize
 
-        return _four_tensors(W, Packed4bit(*quantize(W, block_size, double_quant)))
-    q = quantize_4bit_reference(W, kind=kind, block_size=block_size, double_quant=double_quant)
-    return _four_tensors(W, q)
+        return Packed4bit(*quantize(W, block_size, double_quant))
 
+    def by_torch() -> Packed4bit:
+        return quantize_4bit_reference(
+            W, kind=kind, block_size=block_size, double_quant=double_quant
+        )
 
-def _quantize_cpu(
-    W: Tensor, kind: str, block_size: int, double_quant: bool, backend: Backend = "auto"
-) -> _QuantizedTensors:
+    def by_lookup() -> Packed4bit:
+        return _quantize_nf4_cpu(W.detach().reshape(-1), block_size, double_quant)
+
     if kind != "nf4":
-        return _quantize(W, kind, block_size, double_quant, backend)
-    return _four_tensors(W, _quantize_nf4_cpu(W.detach().reshape(-1), block_size, double_quant))
+        return _four_tensors(W, by_torch())
+    q = run("quantize_4bit", W.device, W.dtype, backend, by_kernel, by_torch, cpu=by_lookup)
+    return _four_tensors(W, q)
 
 
 def _quantize_fake(
@@ -108,7 +111,6 @@ define_op(
     "(Tensor, Tensor, Tensor, Tensor)",
     fake=_quantize_fake,
     default=_quantize,
-    cpu=_quantize_cpu,
 )
 
 
@@ -186,14 +188,20 @@ def _dequantize_into(
     out: Tensor | None,
 ) -> Tensor:
     device = q.packed.device
-    if device.type == "cpu":
-        return _dequantize_cpu_into(q, shape, dtype, kind, block_size, out)
-    if select("dequantize_4bit", device, dtype, backend).backend == "triton":
+
+    def by_kernel() -> Tensor:
         from lightning_peft_kernels.nf4.dequantize_triton import dequantize
 
         return dequantize(q, shape, dtype, kind, block_size, out)
-    W = dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
-    return W if out is None else out.copy_(W)
+
+    def by_torch() -> Tensor:
+        W = dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
+        return W if out is None else out.copy_(W)
+
+    def by_lookup() -> Tensor:
+        return _dequantize_cpu_into(q, shape, dtype, kind, block_size, out)
+
+    return run("dequantize_4bit", device, dtype, backend, by_kernel, by_torch, cpu=by_lookup)
 
 
 def _dequantize(

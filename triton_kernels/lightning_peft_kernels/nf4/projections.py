@@ -2,8 +2,9 @@
 
     y_i = x W_iᵀ + s_i · drop_i(x) A_iᵀ B_iᵀ + bias_i          i = 1 … g, W_i [N_i, K] packed
 
-The weights are dequantised below each other into one buffer [ΣN, K]. Forward is then one product,
-and so is dX = [dY_1 … dY_g] · [W_1; …; W_g], instead of g products and g − 1 passes over dX.
+The weights are dequantised below each other into one buffer [ΣN, K], so forward is one product. In
+backward, dX sums dY_i · W_i in place over the rows of that buffer: one product over all dY would
+first have to copy them side by side.
 Without dropout the A_i are stacked, so x and dX each take part in one rank-sized product. With
 dropout each layer draws its own seed, in order, which gives the mask that the layer would draw by
 itself. Each y_i owns its columns of one [M, ΣN] buffer: a strided tensor, but no view for autograd.
@@ -22,6 +23,7 @@ from lightning_peft_kernels.autograd import (
     Context,
     Grads,
     KernelFunction,
+    add_product,
     apply_or_forward,
     autocast_off,
     flatten_rows,
@@ -131,9 +133,9 @@ def _up(
     group: _Group,
 ) -> list[Tensor]:
     """y_i = S_i B_iᵀ + x W_iᵀ + bias_i, summed in the order of a single layer."""
-    branches = [S @ B.mT for S, B in zip(Ss, Bs, strict=True)]
     if torch.compiler.is_compiling():  # a graph cannot hold tensors that share memory unseen
-        y = torch.cat([b.to(x2.dtype) for b in branches], 1).addmm(x2, W.mT)
+        branches = [(S @ B.mT).to(x2.dtype) for S, B in zip(Ss, Bs, strict=True)]
+        y = torch.cat(branches, 1).addmm(x2, W.mT)
         return [
             part.clone() if bias is None else part + bias
             for part, bias in zip(y.split(group.rows, 1), biases, strict=True)
@@ -141,8 +143,11 @@ def _up(
     y = x2.new_empty(x2.shape[0], sum(group.rows))
     # For autograd these parts are tensors of their own, so the caller may change them in place.
     parts: list[Tensor] = list(torch.ops.aten.unsafe_split_with_sizes(y, group.rows, 1))
-    for part, branch in zip(parts, branches, strict=True):
-        part.copy_(branch)
+    for part, S, B in zip(parts, Ss, Bs, strict=True):
+        if S.dtype == y.dtype:
+            torch.mm(S, B.mT, out=part)
+        else:
+            part.copy_(S @ B.mT)
     y.addmm_(x2, W.mT)
     for part, bias in zip(parts, biases, strict=True):
         if bias is not None:
@@ -207,8 +212,11 @@ class _GroupedProjections(KernelFunction):
         dAs = _down_backward(dSs, x2, seeds, group, needs_As)
         dX = None
         if W is not None:
-            low = _up_backward(dSs, As, seeds, group)
-            dX = torch.addmm(low.to(dYs[0].dtype), torch.cat(rows_dYs, 1), W).view(x.shape)
+            dX = _up_backward(dSs, As, seeds, group).to(dYs[0].dtype)
+            # One product per layer on its rows of W: joining all dY would copy them first.
+            for dY, part in zip(rows_dYs, W.split(group.rows), strict=True):
+                dX = add_product(dX, dY, part)
+            dX = dX.view(x.shape)
         return dX, None, None, *d_biases, *dAs, *dBs
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import midpoints
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "quantize"]
@@ -126,7 +127,9 @@ def quantize(
     per_program = max(_ELEMENTS // block_size, 1)
     extra: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
     if n:
-        _quantize_kernel[(triton.cdiv(blocks, per_program),)](
+        launch(
+            _quantize_kernel,
+            (triton.cdiv(blocks, per_program),),
             flat,
             midpoints("nf4", str(device)),
             packed,
@@ -143,7 +146,9 @@ def quantize(
     codes = torch.empty(blocks, dtype=torch.uint8, device=device)
     absmax2 = torch.empty(-(-blocks // 256), dtype=torch.float32, device=device)
     if n:
-        _quantize_scales_kernel[(absmax2.numel(),)](
+        launch(
+            _quantize_scales_kernel,
+            (absmax2.numel(),),
             absmax,
             offset,
             dynamic_map(True, str(device)),

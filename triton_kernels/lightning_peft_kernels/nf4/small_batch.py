@@ -1,9 +1,9 @@
 """y = x Wᵀ + S Bᵀ + bias for few rows of x, decoding the 4-bit W [N, K] inside the product.
 
 Shapes: x [M, K] with M ≤ 64, S = s · x Aᵀ [M, R], B [N, R], bias [N]. Reads the packed weight once
-(0.516 N·K bytes); dequantising to a buffer moves 4.5 N·K. Above the crossing (`dispatch.CROSSINGS`)
-the library product of the dequantised weight is faster. Forward only: dX dequantises and
-multiplies.
+(0.516 N·K bytes); dequantising to a buffer moves 4.5 N·K. `select_product` chooses between our
+kernels, bitsandbytes' and the library product of the dequantised weight. Forward only: dX
+dequantises and multiplies.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import FLOAT32_TOKENS, Backend, current_backend, select
+from lightning_peft_kernels.dispatch import Backend, configuration, current_backend
+from lightning_peft_kernels.launch import attempt
+from lightning_peft_kernels.nf4 import bitsandbytes_product
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
 from lightning_peft_kernels.nf4.packed import Packed4bit
+from lightning_peft_kernels.nf4.selection import select_product, small_batch_detail
 from lightning_peft_kernels.registration import define_op
 
 __all__ = ["nf4_small_batch", "nf4_small_batch_reference"]
@@ -53,18 +56,29 @@ def _small_batch(
     backend: Backend = "auto",
 ) -> Tensor:
     q = Packed4bit(packed, absmax, absmax2, offset)
-    most = FLOAT32_TOKENS if x.dtype.itemsize > 2 else 64
-    fits = x.shape[1] % 8 == 0 and 1 <= x.shape[0] <= most
-    if fits and select("nf4_small_batch", x.device, x.dtype, backend).backend == "triton":
+
+    def add_low_rank(y: Tensor) -> Tensor:
+        return y if S is None or B is None else y.addmm_(S, B.mT)
+
+    def by_library() -> Tensor:
+        W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size, backend=backend)
+        return add_low_rank(torch.nn.functional.linear(x, W, bias))
+
+    def by_kernel() -> Tensor:
         from lightning_peft_kernels.nf4.small_batch_triton import decode
 
-        S, B = (None if t is None else t.contiguous() for t in (S, B))
-        return decode(x.contiguous(), q, shape[0], S, B, bias, kind, block_size)
-    W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size, backend=backend)
-    y = torch.nn.functional.linear(x, W, bias)
-    if S is not None and B is not None:
-        y += S @ B.mT
-    return y
+        s, b, c = (None if t is None else t.contiguous() for t in (S, B, bias))
+        return decode(x.contiguous(), q, shape[0], s, b, c, kind, block_size)
+
+    device, tokens = x.device, x.shape[0]
+    how = select_product(device, x.dtype, tokens, shape, backend, block_size)
+    if how.backend == "bitsandbytes":
+        y = bitsandbytes_product.multiply(x, q, shape, bias, kind, block_size)
+        return add_low_rank(y)
+    if how.backend == "dequantize":
+        return by_library()
+    name = configuration(x.dtype, small_batch_detail(tokens))
+    return attempt("nf4_small_batch", name, device, backend, by_kernel, by_library)
 
 
 def _small_batch_fake(

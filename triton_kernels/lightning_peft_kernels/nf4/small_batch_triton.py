@@ -16,17 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft_kernels.chips import chip_of, pipeline_stages, tile_rows
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.nf4.block_scale_triton import block_scale
+from lightning_peft_kernels.nf4.selection import FEW_TOKENS
 from lightning_peft_kernels.tools.aot import spec
 
 if TYPE_CHECKING:
     from lightning_peft_kernels.nf4.ops import Packed4bit
 
-__all__ = ["GEMV_ROWS", "aot_specs", "decode"]
+__all__ = ["aot_specs", "decode"]
 
-GEMV_ROWS = 4  # rows of x up to which products and sums beat matrix instructions
 _ROWS, _WORDS = 16, 64
 _BLOCK_N, _BLOCK_K = 64, 128
 _PROGRAMS = 528  # four per multiprocessor of 132: K is cut further to reach this number
@@ -203,11 +205,12 @@ def decode(
     tables = (code(kind, device), dynamic_map(True, device))
     what = {"BLOCK_SIZE": block_size, "NESTED": nested}
     packed = q.packed.reshape(-1)
-    if M <= GEMV_ROWS:
+    if M <= FEW_TOKENS:
         columns, step = triton.cdiv(N, _ROWS), _WORDS
         per_part, parts = _cut(K // 8, step, columns * M)
         part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
-        _gemv_kernel[(columns, parts, M)](
+        launch(
+            _gemv_kernel, (columns, parts, M),
             x, packed.view(torch.int32), *scales, *tables, part, M, N, K, per_part, **what,
             ROWS=_ROWS, WORDS=_WORDS, num_warps=4,
         )  # fmt: skip
@@ -215,14 +218,17 @@ def decode(
         columns = triton.cdiv(N, _BLOCK_N)
         per_part, parts = _cut(K, _BLOCK_K, columns)
         part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
-        block_m = max(16, triton.next_power_of_2(M))
-        _gemm_kernel[(columns, parts)](
+        block_m = tile_rows(M)
+        launch(
+            _gemm_kernel, (columns, parts),
             x, packed, *scales, *tables, part, M, N, K, per_part, **what,
-            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=4, num_stages=3,
+            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=4,
+            num_stages=pipeline_stages(chip_of(x.device), block_m),
         )  # fmt: skip
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     R = 0 if S is None else S.shape[1]
-    _epilogue_kernel[(triton.cdiv(N, 128), M)](
+    launch(
+        _epilogue_kernel, (triton.cdiv(N, 128), M),
         part, part if S is None else S, part if B is None else B, part if bias is None else bias,
         y, M, N, parts, R=R, BLOCK_R=16, HAS_BIAS=bias is not None, BLOCK_N=128, num_warps=4,
     )  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import BLOCK, dequantize_blocks, quantize_blocks
-from lightning_peft_kernels.dispatch import Backend, current_backend, select
+from lightning_peft_kernels.dispatch import Backend, current_backend, run
 from lightning_peft_kernels.optim.adamw_8bit_cpu import step_cpu
 from lightning_peft_kernels.optim.step_inputs import PooledStep
 from lightning_peft_kernels.registration import define_op
@@ -90,14 +90,16 @@ def _step(
         params, grads, starts, hyper, code1, absmax1, code2, absmax2, grad_scale, found_inf,
         maximize,
     )  # fmt: skip
-    if select("pooled_8bit_step", code1.device, params[0].dtype, backend).backend == "triton":
+
+    def by_kernel() -> None:
         from lightning_peft_kernels.optim.adamw_8bit_triton import step_triton
 
         step_triton(work)
-    elif code1.device.type == "cpu":
-        step_cpu(work)
-    else:
-        pooled_8bit_step_reference(work)
+
+    def by_torch() -> None:
+        (step_cpu if code1.device.type == "cpu" else pooled_8bit_step_reference)(work)
+
+    run("pooled_8bit_step", code1.device, params[0].dtype, backend, by_kernel, by_torch)
 
 
 def _step_fake(*fields: object) -> None:

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_peft_kernels.codebooks.eight_bit import BLOCK, code_cells, dynamic_map
-from lightning_peft_kernels.optim.step_inputs import PooledStep
+from lightning_peft_kernels.launch import launch
+from lightning_peft_kernels.optim.step_inputs import PooledStep, rows_on
 
 __all__ = ["aot_specs", "pooled_8bit_step_kernel", "step_triton"]
 
@@ -123,17 +124,16 @@ def step_triton(work: PooledStep) -> None:
     device = str(work.code1.device)
     grads = [g.contiguous() for g in work.grads]
     numels = tuple(p.numel() for p in work.params)
-    table = torch.tensor(
-        [
-            (p.data_ptr(), g.data_ptr(), n, s // BLOCK)
-            for p, g, n, s in zip(work.params, grads, numels, work.starts, strict=True)
-        ],
-        dtype=torch.int64,
-    )
+    table = [
+        (p.data_ptr(), g.data_ptr(), n, s // BLOCK)
+        for p, g, n, s in zip(work.params, grads, numels, work.starts, strict=True)
+    ]
     blocks = _blocks(numels, device)
     lion = work.code2 is None or work.absmax2 is None
-    pooled_8bit_step_kernel[(blocks.shape[0],)](
-        table.to(device, non_blocking=True),
+    launch(
+        pooled_8bit_step_kernel,
+        (blocks.shape[0],),
+        rows_on(work.code1.device, table, torch.int64),
         blocks,
         work.hyper,
         work.code1,

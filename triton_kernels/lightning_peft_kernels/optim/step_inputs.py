@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["PooledStep"]
+__all__ = ["PooledStep", "rows_on"]
+
+
+def rows_on(device: torch.device, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    """Return rows of numbers as a tensor on the device; the host does not wait for the copy.
+
+    A copy from pinned memory runs on the stream; torch keeps that memory until then.
+    """
+    on_host = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 class PooledStep(NamedTuple):

@@ -22,7 +22,7 @@ from lightning_peft_kernels.autograd import (
     in_functorch_transform,
     is_double_backward,
 )
-from lightning_peft_kernels.dispatch import Backend, current_backend, select
+from lightning_peft_kernels.dispatch import Backend, current_backend, run
 from lightning_peft_kernels.registration import define_op
 
 __all__ = ["output_scale", "output_scale_reference"]
@@ -40,11 +40,15 @@ def _unbiased(u: Tensor, g: Tensor) -> Tensor:
 
 
 def _output_scale(u: Tensor, g: Tensor, bias: Tensor | None, backend: Backend = "auto") -> Tensor:
-    if select("output_scale", u.device, u.dtype, backend).backend == "triton":
+    def by_kernel() -> Tensor:
         from lightning_peft_kernels.scale.triton import forward
 
-        return forward(u, g, bias)
-    return output_scale_reference(u, g, bias)
+        return forward(u, g.contiguous(), None if bias is None else bias.contiguous())
+
+    def by_torch() -> Tensor:
+        return output_scale_reference(u, g, bias)
+
+    return run("output_scale", u.device, u.dtype, backend, by_kernel, by_torch)
 
 
 def _output_scale_fake(
@@ -57,13 +61,18 @@ def _output_scale_backward(
     dY: Tensor, u: Tensor, g: Tensor, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (du, dg, dbias) of dY, u [M, N]; the sums are fp32 or wider."""
-    if select("output_scale", u.device, u.dtype, backend).backend == "triton":
+
+    def by_kernel() -> tuple[Tensor, Tensor, Tensor]:
         from lightning_peft_kernels.scale.triton import backward
 
-        return backward(dY, u, g)
-    wide = torch.promote_types(u.dtype, torch.float32)
-    d = dY.to(wide)
-    return (d * g.to(wide)).to(u.dtype), (d * u.to(wide)).sum(0), d.sum(0)
+        return backward(dY, u, g.contiguous())
+
+    def by_torch() -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(u.dtype, torch.float32)
+        d = dY.to(wide)
+        return (d * g.to(wide)).to(u.dtype), (d * u.to(wide)).sum(0), d.sum(0)
+
+    return run("output_scale_backward", u.device, u.dtype, backend, by_kernel, by_torch)
 
 
 def _output_scale_backward_fake(

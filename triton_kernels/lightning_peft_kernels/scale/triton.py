@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_peft_kernels.launch import launch
 from lightning_peft_kernels.tools.aot import spec
 
 __all__ = ["aot_specs", "backward", "forward"]
@@ -82,8 +83,8 @@ def forward(u: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty_like(u)
     grid = (triton.cdiv(N, _COLUMNS), triton.cdiv(M, _ROWS))
     if y.numel():
-        _forward_kernel[grid](
-            u, g, g if bias is None else bias, y, M, N,
+        launch(
+            _forward_kernel, grid, u, g, g if bias is None else bias, y, M, N,
             HAS_BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
     return y
@@ -96,7 +97,8 @@ def backward(dY: Tensor, u: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = max(triton.cdiv(M, _ROWS * _STEPS), 1)
     sums = torch.empty(2, blocks, N, dtype=torch.float32, device=u.device)
     if N:
-        _backward_kernel[(triton.cdiv(N, _COLUMNS), blocks)](
+        launch(
+            _backward_kernel, (triton.cdiv(N, _COLUMNS), blocks),
             dY, u, g, du, sums[0], sums[1], M, N,
             ROWS=_ROWS, COLUMNS=_COLUMNS, STEPS=_STEPS, num_warps=4,
         )  # fmt: skip

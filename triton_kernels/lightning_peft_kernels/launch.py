@@ -1,0 +1,134 @@
+"""The one place that launches Triton kernels, and what happens if a kernel does not compile.
+
+A kernel that needs more than the chip has, or that the compiler refuses, raises before anything
+runs. The op then takes another implementation, for the rest of the process, and says so once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["FAILURES", "LaunchError", "attempt", "failure", "launch"]
+
+T = TypeVar("T")
+# RuntimeErrors of Triton's compiler: a pass that fails, and a host without a C compiler. A
+# RuntimeError of a kernel that ran (an illegal address) must not be taken for one of these.
+_COMPILER_MESSAGES = ("PassManager::run failed", "Failed to find C compiler")
+
+#: (op, configuration, device) → why its kernel does not run there.
+FAILURES: dict[tuple[str, str, torch.device], str] = {}
+
+
+class LaunchError(RuntimeError):
+    """A kernel could not be compiled or loaded for a device. Nothing has run."""
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], first: Tensor, /, *others: Any, **options: Any
+) -> None:
+    """Launch a kernel on the device of its first argument and on that device's current stream.
+
+    Triton launches on the current device, whichever device the arguments are on.
+
+    Args:
+        kernel: `@triton.jit` function.
+        grid: Programs per axis.
+        first: First argument of the kernel.
+        others: Remaining arguments.
+        options: Compile-time constants and options of the compiler.
+
+    Raises:
+        LaunchError: The kernel does not compile or does not fit the device.
+    """
+    device = first.device
+    try:
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            kernel[grid](first, *others, **options)
+        else:
+            with torch.cuda.device(device):
+                kernel[grid](first, *others, **options)
+    except Exception as error:
+        if not _before_launch(error):
+            raise
+        raise LaunchError(f"{kernel.__name__}: {_reason(error)}") from error
+
+
+def attempt(
+    op: str,
+    configuration: str,
+    device: torch.device,
+    requested: str,
+    run: Callable[[], T],
+    otherwise: Callable[[], T],
+    *,
+    alternative: str = "torch",
+) -> T:
+    """Run an op's kernels; if one cannot be launched, remember it and run the alternative.
+
+    Args:
+        op: Name of the op.
+        configuration: What distinguishes this kernel from others of the op, as `failure` is asked.
+        device: Device of the tensors.
+        requested: Requested backend; ``"triton"`` allows no alternative.
+        run: Launches the kernels. It changes no argument before its last launch.
+        otherwise: Computes the same result without them.
+        alternative: Name of `otherwise` for the warning.
+
+    Raises:
+        LaunchError: A kernel cannot be launched and the backend ``"triton"`` is requested.
+    """
+    try:
+        return run()
+    except LaunchError as error:
+        if requested == "triton":
+            raise
+        _remember(op, configuration, device, str(error), alternative)
+    return otherwise()
+
+
+def failure(op: str, configuration: str, device: torch.device) -> str:
+    """Return why a kernel of this op does not run on the device; "" if no launch has failed."""
+    return FAILURES.get((op, configuration, device), "")
+
+
+# A traced graph reads it as a constant; the ops in the graph ask again when they run.
+vars(failure)["_dynamo_marked_constant"] = True
+
+
+def _remember(
+    op: str, configuration: str, device: torch.device, reason: str, alternative: str
+) -> None:
+    key = op, configuration, device
+    if key in FAILURES:
+        return
+    FAILURES[key] = reason
+    warnings.warn(
+        f"{op} ({configuration}): expected a kernel that runs on {device}, got {reason}; "
+        f"{alternative} computes it from now on. Results are the same, speed may differ.",
+        stacklevel=3,
+    )
+
+
+def _before_launch(error: Exception) -> bool:
+    """Whether an error of Triton was raised before anything ran on the device."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    if isinstance(error, (CompilationError, OutOfResources, PTXASError)):
+        return True
+    # The launcher is compiled on the host, which may lack headers.
+    if isinstance(error, subprocess.CalledProcessError):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith(_COMPILER_MESSAGES)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[-1][:200].rstrip(".") if lines else "no message"
+    return f"{type(error).__name__}: {told}"

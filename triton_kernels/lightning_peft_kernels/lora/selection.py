@@ -1,0 +1,44 @@
+"""Selects how the two gradients of a low rank are computed."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_peft_kernels.chips import WIDE, chip_of
+from lightning_peft_kernels.dispatch import Backend, Decision, select
+
+__all__ = ["rank_detail", "select_one_pass"]
+
+
+def select_one_pass(
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int,
+    backend: Backend | None = None,
+    op: str = "rank_gradients",
+) -> Decision:
+    """Select whether one pass over dY computes both gradients of a low rank.
+
+    Args:
+        device: Device of dY.
+        dtype: Dtype of dY.
+        rank: The rank.
+        backend: Requested backend; default `current_backend()`.
+        op: The op whose kernels run: of one layer, or of experts.
+    """
+    base = select(op, device, dtype, backend, rank_detail(rank))
+    chip = chip_of(device)
+    if base.backend == "torch" or chip is None:
+        return base
+    if dtype.itemsize > 2:
+        return Decision("torch", f"{dtype}: {WIDE}")
+    if chip.no_matrix:
+        return Decision("torch", f"{chip.name}: {chip.no_matrix}")
+    if rank > chip.one_pass_rank:  # registers spill, or no time is saved
+        return Decision("torch", f"rank {rank}, one pass up to {chip.one_pass_rank}")
+    return base
+
+
+def rank_detail(rank: int) -> str:
+    """Name the kernel that computes the gradients of a low rank."""
+    return f"rank up to {16 if rank <= 16 else 32}"
