@@ -48,6 +48,7 @@ from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.quant_aware import QuantAwareLoRA
 from lightning_peft.methods.sparse_lora import SparseLoRA
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
@@ -129,6 +130,7 @@ __all__ = [
     "Quantization",
     "Report",
     "SparseLoRA",
+    "TrainableTokens",
     "VeRA",
     "adapter_names",
     "adapter_state_dict",
