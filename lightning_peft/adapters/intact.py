@@ -67,6 +67,6 @@ def _check_copies(what: str, path: str, module: Adapted) -> None:
 def _raise(what: str, label: str, adapter_name: str, got: str) -> None:
     raise RuntimeError(
         f"{what}: expected {label!r} as adapter {adapter_name!r} was attached to it, got {got}: "
-        "the model was changed after attach. Call model.resize_token_embeddings(...) before attach or "
-        "load_adapter; build the model again, resize it, and attach to that"
+        "the model was changed after attach. Call model.resize_token_embeddings(...) before "
+        "attach or load_adapter; build the model again, resize it, and attach to that"
     )
