@@ -152,6 +152,33 @@ def ecosystem() -> str:
     return _table(columns, lines) + _origin(rows, "date") if rows else MISSING
 
 
+def chat_tokens() -> str:
+    """Trained parameters and memory of new tokens, by the planner."""
+    import lightning_peft as lp
+
+    sizes = {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16,
+        "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"],
+    }  # fmt: skip
+    layers = ["q_proj", "v_proj"]
+    tied = {"ensure_weight_tying": True}
+    choices: dict[str, tuple[lp.LoRA, list[str]]] = {
+        "LoRA alone": (lp.LoRA(target_modules=layers), []),
+        "and 4 rows": (lp.LoRA(target_modules=layers, trainable_token_indices=[1, 2, 3, 4]), []),
+        "and LoRA on the embedding": (
+            lp.LoRA(target_modules=[*layers, "embed_tokens"], **tied),
+            [],
+        ),
+        "and a copy of the table": (lp.LoRA(target_modules=layers), ["embed_tokens", "lm_head"]),
+    }
+    lines = []
+    for label, (method, saved) in choices.items():
+        plan = lp.estimate_memory(sizes, method, modules_to_save=saved)
+        lines.append([label, f"{plan.trainable:,}", f"{plan.resident / 1e9:.2f}"])
+    return _table(["", "trained parameters", "weights, gradients and AdamW, GB"], lines)
+
+
 def _trained(row: dict[str, str]) -> str:
     if not row["adapted"]:
         return row["train"]
@@ -165,5 +192,6 @@ def _joined(rows: list[dict[str, str]], stage: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (compare_methods, planner, guideline, methods, versions, gpu, ecosystem)
+    f.__name__: f
+    for f in (compare_methods, planner, guideline, methods, versions, gpu, ecosystem, chat_tokens)
 }

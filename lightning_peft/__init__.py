@@ -65,6 +65,7 @@ from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.sparse_lora import SparseLoRA
 from lightning_peft.methods.super_tuning import SuperTuning
 from lightning_peft.methods.tinylora import TinyLoRA
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.unilora import UniLoRA
 from lightning_peft.methods.vblora import VBLoRA
 from lightning_peft.methods.vera import VeRA
@@ -166,6 +167,7 @@ __all__ = [
     "SparseLoRA",
     "SuperTuning",
     "TinyLoRA",
+    "TrainableTokens",
     "UniLoRA",
     "VBLoRA",
     "VeRA",

@@ -73,6 +73,7 @@ METHOD_IMPORTS = (
     "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
+    "lightning_peft.core.replaced_rows",
     "lightning_peft.core.rotation",
     "lightning_peft.core.site",
     "lightning_peft.core.sparse",
@@ -86,6 +87,7 @@ METHOD_IMPORTS = (
     "lightning_peft.methods.lora_start",  # LoRA's initialisations
     "lightning_peft.methods.prompt_exchange",
     "lightning_peft.methods.registry",
+    "lightning_peft.methods.token_indices",
 )
 
 
@@ -328,6 +330,7 @@ NO_METHODS = (
     "lora_gradients",
     "lora_start",
     "registry",
+    "token_indices",
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.activation import disable_adapters
+from lightning_peft.adapters.intact import check_intact
 from lightning_peft.adapters.merge_module import Into, MergeSettings, check_finite, merge_module
 from lightning_peft.adapters.merge_plan import ModuleMerge, check_merge, names_to_merge, plan_merge
 from lightning_peft.adapters.merge_report import MergeReport, SiteError
@@ -58,6 +59,7 @@ def merge(
     """
     if into not in ("dense", "storage"):
         raise ValueError(f"merge: into: expected 'dense' or 'storage', got {into!r}")
+    check_intact(model, "merge")
     wanted = names_to_merge(model, names)
     plan = plan_merge(model, wanted)
     if not keep_base:  # a former call failed halfway: its modules are merged for good

@@ -12,6 +12,7 @@ from lightning_peft.adapters.placement.find import find_placements
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.models.adaptable_layers import adaptable_layers
 from lightning_peft.models.frozen_parts import frozen_parts, inside, names_part
 from lightning_peft.models.pretrained import pretrained_models
@@ -105,6 +106,8 @@ def _add_method(
         found = [p for p in found if not inside(p.name, unnamed)]
     else:
         unnamed = []
+    if isinstance(method, TrainableTokens):
+        _check_tokens(method, [p.name for p in found], saved, plan)
     kept = [p for p in found if not _lies_in(p.name, saved)]
     plan.skipped += [
         (p.name, "trained whole (modules_to_save)") for p in found if _lies_in(p.name, saved)
@@ -116,6 +119,9 @@ def _add_method(
         for placement in kept:
             method.check(placement.site)
     plan.adapters += [PlannedAdapter(method, key, p) for p in kept]
+    tokens = method.trained_tokens() if isinstance(method, WeightMethod) else None
+    if tokens is not None:
+        _add_method(plan, model, TrainableTokens(tokens), f"{key}tokens", saved, frozen)
     which = method.trained_biases() if isinstance(method, WeightMethod) else "none"
     if which != "none":
         biases = TrainedBias(modules=None if which == "all" else tuple(p.name for p in kept))
@@ -124,6 +130,20 @@ def _add_method(
             for p in find_placements(biases, model)[0]
             if not inside(p.name, unnamed) and not _lies_in(p.name, saved)
         ]
+
+
+def _check_tokens(
+    method: TrainableTokens, names: Sequence[str], saved: Sequence[str], plan: AttachPlan
+) -> None:
+    """Raise ValueError if an embedding with trained rows is adapted or trained whole as well."""
+    whole = [n for n in names if _lies_in(n, saved)]
+    adapted = [p.placement.name for p in plan.adapters if p.placement.name in names]
+    for found, how in ((whole, "is in modules_to_save"), (adapted, "has another adapter")):
+        if found:
+            raise ValueError(
+                f"{method.label}: expected an embedding that is not trained otherwise, got "
+                f"{found[0]!r}, which {how}; choose one of the two"
+            )
 
 
 def _all_trained_whole(

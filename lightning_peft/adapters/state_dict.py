@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.intact import check_intact
 from lightning_peft.core.finite import is_finite
 from lightning_peft.core.marker import unmarked
 from lightning_peft.core.modules import modules_by_name, persistent_buffers
@@ -59,8 +60,10 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
 
     Raises:
         KeyError: no adapter of that name.
+        RuntimeError: an adapted layer was replaced or resized after attach.
     """
     _require(model, adapter_name)
+    check_intact(model, "adapter_state_dict")
     return {k: t.detach() for k, t in trained_tensors(model, adapter_name).items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.adapters.intact import check_intact
 from lightning_peft.adapters.rehome import seen_from
 from lightning_peft.checkpoint.kept import kept_base_tensors
 from lightning_peft.core.names import strip_compile
@@ -48,6 +49,7 @@ def describe(model: nn.Module, kept: Iterable[str] | None = None) -> dict[str, A
         model: The model.
         kept: Names of the tensors in the file that belong to no adapter; None finds them.
     """
+    check_intact(model, "checkpoint")
     roots = {
         strip_compile(prefix): _describe_root(seen_from(root, registry))
         for prefix, root, registry in registries_in(model)

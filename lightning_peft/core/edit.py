@@ -1,7 +1,7 @@
 """Edit: the normal form of every weight method.
 
 W' = M · diag(out_scale) · (W + Σ terms) · Rᵀ · diag(in_scale);   b' = M · (b + Δb) [· out_scale
-if scale_bias]
+if scale_bias]; then some rows of W' are replaced
 
 acting on x as   y = M (out_scale ∘ ((x ∘ in_scale) R (W + Σ terms)ᵀ)) + b', M the output map.
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.core.rotation import Rotation
 from lightning_peft.core.terms import LowRank, Term, as_low_rank
 
@@ -46,7 +47,8 @@ class Edit:
         in_scale: [channels], multiplies the input.
         out_scale: [out], multiplies the output.
         rotation: Rotates the input.
-        out_map: Maps the output, after everything else.
+        out_map: Maps the output, after everything else but `replaced`.
+        replaced: Rows that act in place of the weight's, whatever the other parts did to them.
         bias: Δb [out], added to the bias.
         scale_bias: Whether `out_scale` multiplies the bias too (IA3 does, DoRA does not).
         dropout: Probability of dropping an element of the input of `terms`, in training.
@@ -57,6 +59,7 @@ class Edit:
     out_scale: Tensor | None = None
     rotation: Rotation | None = None
     out_map: OutMap | None = None
+    replaced: ReplacedRows | None = None
     bias: Tensor | None = None
     scale_bias: bool = False
     dropout: float = 0.0
@@ -74,7 +77,7 @@ class Edit:
             W = self.out_scale.unsqueeze(-1) * W
         if self.out_map is not None:
             W = self.out_map.apply(W.mT).mT
-        return W
+        return W if self.replaced is None else self.replaced.matrix(W)
 
     def edited_bias(self, b: Tensor | None) -> Tensor | None:
         """b' [out]; None where there is neither a bias nor a change of it."""
@@ -113,6 +116,7 @@ class Edit:
             and self.out_scale is None
             and self.rotation is None
             and self.out_map is None
+            and self.replaced is None
             and self.bias is None
         )
 
@@ -128,7 +132,7 @@ class Edit:
     @property
     def on_experts(self) -> bool:
         """Whether it acts on rows sorted by expert; else W' of all experts is formed."""
-        mapped = self.rotation is not None or self.out_map is not None
+        mapped = any(p is not None for p in (self.rotation, self.out_map, self.replaced))
         return not mapped and all(hasattr(t, "add_grouped") for t in self.terms)
 
     @property
@@ -138,7 +142,7 @@ class Edit:
         return all(isinstance(t, LowRank) or hasattr(t, "to_low_rank") for t in self.terms)
 
 
-_PARTS = ("in_scale", "out_scale", "rotation", "out_map", "bias")
+_PARTS = ("in_scale", "out_scale", "rotation", "out_map", "replaced", "bias")
 
 
 def low_rank_terms(edits: Sequence[Edit]) -> list[LowRank]:

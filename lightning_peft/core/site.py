@@ -94,6 +94,10 @@ class Site:
         """Device of the stored weight."""
         return held(self.module, self.parameter).device
 
+    def shares_weight_with(self, other: Site) -> bool:
+        """Whether the weights are one tensor (tied layers)."""
+        return held(self.module, self.parameter) is held(other.module, other.parameter)
+
     @property
     def is_embedding(self) -> bool:
         """Whether the layer's input is ids (an embedding)."""

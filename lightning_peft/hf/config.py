@@ -308,10 +308,6 @@ def base_config(root: nn.Module, fmt: HFFormat) -> dict[str, Any]:
         base_model_name_or_path=name if isinstance(name, str) else "",
         revision=None,
         inference_mode=True,
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        modules_to_save=None,
     )
     return config
 

@@ -48,12 +48,14 @@ class Reading:
 
     Attributes:
         entries: Adapted weights.
+        rows: Trained token rows, by the embedding's name.
         shared: Tensors that occur once for the model, by our names.
         other: All other tensors: trained copies, biases, copies of the base.
         notes: The tensors left out, each with the reason.
     """
 
     entries: list[HFEntry] = field(default_factory=list)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     other: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -29,6 +29,7 @@ from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.source import Source, read_source
 from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights, tied_with
+from lightning_peft.hf.token_rows import match_token_rows, split_token_rows
 from lightning_peft.hf.values import (
     COPY,
     ValueMatcher,
@@ -41,6 +42,7 @@ from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_a
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.report.summary import Report
 from lightning_peft.storage import StorageConfig, as_config, storage_of
@@ -127,6 +129,8 @@ def _load(
         separate = has_separate_copies(source, saved)
         planned = plan_attach(model, [method], names, separate).adapters
         values = ValueMatcher(method, source, reading, saved).match(planned)
+        rows = match_token_rows(planned, reading.rows, source.config, source.prefix)
+        values |= rows
         if isinstance(method, SequenceMethod):
             reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
         else:
@@ -152,7 +156,7 @@ def _load(
         if quantization is not None:
             detach(model, adapter_name)
         raise
-    layers = len({e.path for e in reading.entries})
+    layers = len({e.path for e in reading.entries} | {module for module, *_ in rows})
     report.notes += [
         f"{adapter_name}: {count} tensors loaded into {layers} of {layers} layers",
         *reading.notes,
@@ -164,8 +168,12 @@ def _read(source: Source) -> Reading:
     """Sort the file's tensors and compare the adapted layers with the config's targets."""
     fmt, config = source.format, source.config
     saved = config.get("modules_to_save") or ()
-    reading = read_keys(fmt, source.tensors, source.top, source.prefix, saved)
+    rows, tensors = split_token_rows(source.tensors)
+    reading = read_keys(fmt, tensors, source.top, source.prefix, saved)
+    reading.rows = rows
     reading.notes += source.notes
+    if issubclass(source.method, TrainableTokens):
+        return reading
     _add_entries_by_config(source, reading)
     if fmt.tensors:
         _check_targets(source, reading)
@@ -175,6 +183,8 @@ def _read(source: Source) -> Reading:
 def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
     """Build the method that the config describes, for exactly the layers of the file."""
     fields = method_fields(source.method, source.config, reading.entries)
+    if issubclass(source.method, TrainableTokens):
+        fields["target_modules"] = source.config.get("target_modules")
     if reading.entries:
         fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
     return source.method(**fields)
@@ -299,12 +309,9 @@ def _check_base(source: Source, reading: Reading) -> None:
         if not key.startswith(head) or base is None:
             problems.append(f"extra {key}")
         elif base.shape != tensor.shape:
-            problems.append(
-                f"{key}: a copy of the base of shape {list(tensor.shape)}, the base has "
-                f"{list(base.shape)}"
-            )
+            problems.append(f"{key}: {_other_size(tensor, base)}")
         elif not torch.equal(base.detach().cpu().to(tensor.dtype), tensor):
-            problems.append(f"{key}: a copy of the base that differs from this one")
+            problems.append(f"{key}: {_other_rows(name, tensor, base)}")
         else:
             reading.notes.append(f"{key}: equal to the base, left out")
     if problems:
@@ -312,6 +319,27 @@ def _check_base(source: Source, reading: Reading) -> None:
             "adapter file: expected the base model it was trained on and no further tensors; "
             "nothing was loaded:\n  " + "\n  ".join(problems[:20])
         )
+
+
+def _other_size(tensor: Tensor, base: Tensor) -> str:
+    found = f"a copy of the base of shape {list(tensor.shape)}, the base has {list(base.shape)}"
+    if tensor.ndim == 2 and base.ndim == 2 and tensor.shape[1] == base.shape[1]:
+        found += f"; call model.resize_token_embeddings({len(tensor)}) before load_adapter"
+    return found
+
+
+def _other_rows(name: str, tensor: Tensor, base: Tensor) -> str:
+    """Say which rows of a copy of the base differ: new tokens are random in every process."""
+    held = base.detach().cpu().to(tensor.dtype)
+    rows = (held != tensor).flatten(1).any(1).nonzero().flatten().tolist() if held.ndim > 1 else []
+    found = "a copy of the base that differs from this one"
+    if not 0 < len(rows) < len(held):
+        return found
+    return (
+        f"{found} in {len(rows)} of {len(held)} rows ({rows[:5]}); if these are new tokens, put "
+        f"the file's rows into the model first: model.get_parameter({name!r}).data.copy_("
+        "safetensors.torch.load_file(file)[key])"
+    )
 
 
 # ---- copying

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.intact import check_intact
 from lightning_peft.core.modules import is_conv1d, tied_modules
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
@@ -26,12 +27,14 @@ from lightning_peft.hf.outside import OUTSIDE, outside_tensors, warn_of_new_para
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
 from lightning_peft.hf.targets import compact, misread_names, model_root
+from lightning_peft.hf.token_rows import add_token_rows
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.methods.base import HFEntry, HFFormat, Method
+from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.storage import storage_for
 
 __all__ = ["save_adapter"]
@@ -83,16 +86,19 @@ def save_adapter(
     """
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
+    check_intact(model, "save_adapter")
     prefix, top = model_root(model, root)
     found, outside = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)
-    entries = _entries(found, method, fmt, misread_names(top, fmt))
+    weights = [each for each in found if not isinstance(each[2].method, TrainableTokens)]
+    entries = _entries(weights, method, fmt, misread_names(top, fmt))
     config = _config(top, method, fmt, entries, uniform=uniform)
     if fmt.tensors:
         _name_targets(top, entries, config)
     tensors = _file_tensors(fmt, entries)
     _add_shared(found, fmt, tensors)
     _add_biases(found, tensors)
+    add_token_rows(top, found, method, config, tensors)
     _add_saved(model, top, found, fmt, adapter_name, strip_compile(prefix), config, tensors)
     if not fmt.tensors:
         add_heads(top, fmt, config, tensors)
@@ -184,8 +190,14 @@ def _outside(model: nn.Module, adapter_name: str, prefix: str) -> list[str]:
 
 def _one_method(found: _Found) -> tuple[Method, HFFormat]:
     methods: list[Method] = []
+    has_tokens = any(
+        isinstance(a.method, WeightMethod) and a.method.trained_tokens() is not None
+        for _, _, a in found
+    )
     for _, _, adapter in found:
-        helper = isinstance(adapter.method, ModulesToSave | TrainedBias)
+        helper = isinstance(adapter.method, ModulesToSave | TrainedBias) or (
+            has_tokens and isinstance(adapter.method, TrainableTokens)
+        )
         if not helper and adapter.method not in methods:
             methods.append(adapter.method)
     labels = [m.label for m in methods]
@@ -336,6 +348,12 @@ def _add_saved(
                 names.append(full[len(prefix) :].removeprefix("."))
     if not names:
         return
+    if not fmt.saves_modules:
+        raise ValueError(
+            f"save_adapter: expected no modules_to_save, which peft's {fmt.peft_type} does not "
+            f"have, got {sorted(names)}; attach LoRA with trainable_token_indices, or keep the "
+            "adapter with adapter_state_dict()"
+        )
     config["modules_to_save"] = sorted(names)
     for name, module in top.named_modules():
         inside = any(name.startswith(f"{n}.") for n in names) or in_adapter(name)

@@ -99,7 +99,6 @@ def _peft(
         )
     config = read_config(folder)
     method = method_class(config)
-    _check_options(config)
     fmt = format_of(method)
     tensors = read_tensors(folder, [fmt.tensors[name] for name in fmt.integers])
     prefix, top = model_root(model, root)
@@ -108,15 +107,6 @@ def _peft(
     outside = read_outside(model, folder)
     notes = [n for n in (fused, note, *outside.notes) if n]
     return Source(config, tensors, method, prefix, top, notes, outside)
-
-
-def _check_options(config: Mapping[str, Any]) -> None:
-    tokens = config.get("trainable_token_indices")
-    if tokens and config["peft_type"] != "TRAINABLE_TOKENS":
-        raise ValueError(
-            f"{CONFIG}: trainable_token_indices: expected none, got {str(tokens)[:60]}; rows of an "
-            "embedding are not replaced one by one here: merge that part with peft first"
-        )
 
 
 def _single_file(path: Path) -> Path:

@@ -17,6 +17,7 @@ from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import tied_with
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.models.modules import fork_seeded_rng
 
 __all__ = ["COPY", "ValueMatcher", "Values", "has_separate_copies", "saved_modules"]
@@ -149,6 +150,8 @@ class ValueMatcher:
             method, placement = each.method, each.placement
             if isinstance(method, ModulesToSave):
                 self._match_copies(placement)
+            elif isinstance(method, TrainableTokens):
+                continue  # `match_token_rows` has them
             elif isinstance(method, TrainedBias):
                 self._match_biases(placement, adapted.get(id(placement.module), ()))
             elif self.source.format.tensors:

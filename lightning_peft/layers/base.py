@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from lightning_peft.core.edit import Edit, apply_edits
 from lightning_peft.core.modules import own_tensor, required_tensor
 from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.layers.base_forward import run_base
 from lightning_peft.layers.fused_forward import forward_fused
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch
 from lightning_peft.layers.projection_group import output_of_group
-from lightning_peft.layers.weight_adapter import WeightAdapter
+from lightning_peft.layers.weight_adapter import WeightAdapter, check_replaced
 
 __all__ = ["MatrixOps"]
 
@@ -127,6 +128,12 @@ class MatrixOps(LayerOps):
         """Return `diag(scale) y`, with `scale` [out]."""
         return y * self.per_output(m, scale).to(y.dtype)
 
+    def put_replaced(
+        self, m: nn.Module, x: Tensor, y: Tensor, replaced: ReplacedRows, b: Tensor | None
+    ) -> Tensor:
+        """Return the output y with that of the replaced rows; b is the bias inside y."""
+        raise TypeError(f"{type(self).__name__}: expected an embedding or a linear layer")
+
     # ---- forward
     def forward(
         self,
@@ -144,6 +151,8 @@ class MatrixOps(LayerOps):
                 return y
         edits = [a.edit() for a in adapters]
         mix = current_mixed_batch()
+        if mix is None and len(adapters) > 1:
+            check_replaced(adapters)
         if mix is None:
             y = forward_fused(self, m, adapters, edits, x)
             if y is not None:
@@ -220,7 +229,11 @@ class MatrixOps(LayerOps):
         last = len(edits) - 1
         for i, (name, e) in enumerate(zip(names, edits, strict=True)):
             v = self._add_terms(m, adapters[i], e, inputs[i], _pick(y, rows[i]))
-            y = _put(y, rows[i], self._scale_output(m, e, v, biases[name]))
+            v = self._scale_output(m, e, v, biases[name])
+            if e.replaced is not None:
+                b = e.edited_bias(biases[name])
+                v = self.put_replaced(m, inputs[i], v, e.replaced, b)
+            y = _put(y, rows[i], v)
             if i < last:
                 biases[name] = e.edited_bias(biases[name])
         return y
@@ -287,7 +300,7 @@ class MatrixOps(LayerOps):
 
 
 _OUT_SCALE = frozenset({"out_scale"})
-_WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale", "out_map"})
+_WEIGHT_PARTS = frozenset({"in_scale", "rotation", "out_scale", "out_map", "replaced"})
 
 
 def _pick(t: Tensor, rows: Tensor | None) -> Tensor:

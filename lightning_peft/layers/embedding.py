@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.core.pruning_masks import held
+from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.layers.base import MatrixOps
 
 __all__ = ["EmbeddingOps"]
@@ -19,7 +20,7 @@ __all__ = ["EmbeddingOps"]
 class EmbeddingOps(MatrixOps):
     """`nn.Embedding` and subclasses that multiply their output by ``embed_scale`` (Gemma, BART)."""
 
-    on_activations = frozenset({"out_scale"})
+    on_activations = frozenset({"out_scale", "replaced"})
     is_embedding = True
 
     def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
@@ -53,6 +54,18 @@ class EmbeddingOps(MatrixOps):
         h = F.embedding(x, A.mT, _padding(m)) * scaling
         y: Tensor = F.linear(h, B) * _output_scale(m, B.dtype)
         return y
+
+    def put_replaced(
+        self, m: nn.Module, x: Tensor, y: Tensor, replaced: ReplacedRows, b: Tensor | None
+    ) -> Tensor:
+        """Look the replaced tokens up in their own rows, in the dtype of the output."""
+        ids, rows = replaced.ids, replaced.rows.to(y.dtype)
+        padding = _padding(m)
+        if padding is not None:  # the padding row takes no gradient here, as in nn.Embedding
+            rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
+        at = torch.searchsorted(ids, x.to(ids.dtype)).clamp(max=len(ids) - 1)
+        found = F.embedding(at, rows) * _output_scale(m, y.dtype)
+        return torch.where((ids[at] == x).unsqueeze(-1), found.to(y.dtype), y)
 
     def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
         """[dim]."""

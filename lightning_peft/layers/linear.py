@@ -5,12 +5,14 @@ out].
 from __future__ import annotations
 
 import torch
+from lightning_peft_kernels.autograd import in_functorch_transform
 from lightning_peft_kernels.dispatch import select
 from lightning_peft_kernels.scale.ops import output_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.core.protocols import WeightLayout
+from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.example_inputs import random_inputs
 from lightning_peft.storage import storage_of
@@ -33,7 +35,18 @@ class _FeaturesOps(MatrixOps):
         width = self.shape(m, "weight", storage.shape(m, "weight"))[-1]
         return random_inputs(m, storage.dtype(m, "weight"), (4, width))
 
-    on_activations = MatrixOps.on_activations | {"out_map"}
+    on_activations = MatrixOps.on_activations | {"out_map", "replaced"}
+
+    def put_replaced(
+        self, m: nn.Module, x: Tensor, y: Tensor, replaced: ReplacedRows, b: Tensor | None
+    ) -> Tensor:
+        """Compute the replaced outputs, with their bias, into their places."""
+        ids = replaced.ids
+        bias = None if b is None else b[ids].to(x.dtype)
+        columns = F.linear(x, replaced.rows.to(x.dtype), bias).to(y.dtype)
+        if y._base is None and not in_functorch_transform():  # the base call's own output
+            return y.index_copy_(-1, ids, columns)
+        return y.index_copy(-1, ids, columns)
 
     def scale_out(self, m: nn.Module, y: Tensor, scale: Tensor) -> Tensor:
         """Y diag(scale); one kernel each way where there is one, which saves passes in backward."""

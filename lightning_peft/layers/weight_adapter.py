@@ -19,7 +19,7 @@ from lightning_peft.layers.mixed_batch import current_mixed_batch
 if TYPE_CHECKING:
     from lightning_peft.methods.base import WeightMethod
 
-__all__ = ["BaseRewrite", "WeightAdapter", "initial_shared"]
+__all__ = ["BaseRewrite", "WeightAdapter", "check_replaced", "initial_shared"]
 
 
 @dataclass
@@ -137,7 +137,7 @@ class WeightAdapter(Adapter):
             original: The weight before it was packed; None reads the stored weight.
         """
         site = self.site
-        W = site.weight(torch.float32) if original is None else original
+        W = site.weight(self.method.start_dtype) if original is None else original
         values = dict(self.tensors())
         base = self.values_from_weight(values, site, W)
         with torch.no_grad():
@@ -199,6 +199,21 @@ class WeightAdapter(Adapter):
     def can_reset(self) -> bool:
         """Whether the initialisation left the base alone and needed no data."""
         return self.rewrite is None and (self.awaits_data or not self.method.needs_data)
+
+
+def check_replaced(adapters: Sequence[WeightAdapter]) -> None:
+    """Raise ValueError if two adapters that act together replace one row of a weight."""
+    owners: dict[int, str] = {}
+    for adapter in adapters:
+        ids = adapter.method.replaced_ids(adapter.site)
+        shared = sorted(owners.keys() & set(ids))
+        if shared:
+            raise ValueError(
+                f"{adapter.site.label!r}: expected adapters that train different tokens, got "
+                f"{shared[:5]} in both {owners[shared[0]]!r} and {adapter.adapter_name!r}; "
+                "activate one of them with set_adapter"
+            )
+        owners |= dict.fromkeys(ids, adapter.adapter_name)
 
 
 def initial_shared(

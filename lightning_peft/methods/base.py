@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
@@ -106,6 +107,9 @@ class Targeted(Method):
 @dataclass(frozen=True)
 class WeightMethod(Targeted):
     """Changes weights: lowers to an Edit at each site."""
+
+    #: Dtype in which `initialise` gets the weight; None for the stored one, without a copy.
+    start_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     def check(self, site: Site) -> None:
         """Raise ValueError where the method has no meaning at this site; nothing is changed yet."""
@@ -233,6 +237,14 @@ class WeightMethod(Targeted):
     def trained_biases(self) -> str:
         """``"none"``, ``"all"`` or ``"adapted"``: biases that are trained too."""
         return "none"
+
+    def trained_tokens(self) -> list[int] | dict[str, list[int]] | None:
+        """Token ids whose embeddings are trained too, or layer name → token ids."""
+        return None
+
+    def replaced_ids(self, site: Site) -> Sequence[int]:
+        """Rows of the vocabulary that `edit` replaces."""
+        return ()
 
     def lr_multipliers(self, site: Site) -> Mapping[str, float]:
         """Tensor → factor on the learning rate of the user's optimizer."""

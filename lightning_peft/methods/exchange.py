@@ -151,6 +151,7 @@ class HFFormat:
             ``"up"`` [out, r], ``"out"`` [out], ``"in"`` [channels], ``"vector"`` [out, 1] or [1,
             channels]. Absent: alike in every kind.
         saved_prefix: Prefix of a module's path in ``modules_to_save``.
+        saves_modules: Whether peft's type has ``modules_to_save``.
         pack: Our tensors → peft's content.
         unpack: The way back.
         to_config: Sets the config entries that depend on the tensors.
@@ -175,6 +176,7 @@ class HFFormat:
     lookup: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, str] = field(default_factory=dict)
     saved_prefix: str = "base_model.model."
+    saves_modules: bool = True
     pack: Pack | None = None
     unpack: Unpack | None = None
     to_config: ToConfig | None = None

@@ -35,6 +35,7 @@ from lightning_peft.methods.lora_start import (
     start_from_gradient,
 )
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.token_indices import TokenIndices, check_token_indices
 
 __all__ = ["LoRA"]
 
@@ -76,6 +77,8 @@ class LoRA(WeightMethod):
             of ΔW is nearest to that of full fine-tuning.
         ensure_weight_tying: Where an embedding is adapted, adapt the modules tied to it with the
             same A and B, transposed.
+        trainable_token_indices: Rows of the input embedding that are trained too, as by
+            `TrainableTokens`: token ids, or layer name → token ids.
         precondition: Riemannian preconditioning (arXiv:2402.02347): the callback multiplies the
             gradient of each factor by the other's inverse Gram matrix before the step.
 
@@ -99,6 +102,7 @@ class LoRA(WeightMethod):
     freeze_A: bool = False
     precondition: bool = False
     ensure_weight_tying: bool = False
+    trainable_token_indices: TokenIndices | None = None
 
     hf: ClassVar[HFFormat] = lora_exchange.FORMAT
 
@@ -123,6 +127,10 @@ class LoRA(WeightMethod):
             f"{self.label}: expected experts in ('each', 'shared', None), got {self.experts!r}",
         )
         check_options(self.label, self.init, self.init_options)
+        if self.trainable_token_indices is not None:
+            check_token_indices(
+                f"{self.label} trainable_token_indices", self.trainable_token_indices
+            )
         require(
             not self.freeze_A or not (self.needs_data or self.init == "mica" or self.precondition),
             f"{self.label}: expected freeze_A without precondition and with a start that trains B "
@@ -354,6 +362,10 @@ class LoRA(WeightMethod):
                 project_frozen_down(p, self.scaling(site, p["A"].shape[-2]))
             elif self.precondition:
                 precondition(p)
+
+    def trained_tokens(self) -> TokenIndices | None:
+        """As `trainable_token_indices` says."""
+        return self.trainable_token_indices
 
     def trained_biases(self) -> str:
         """Biases of the base trained beside the edit."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.name_patterns import ends_with_pattern
-from lightning_peft.core.pruning_masks import held
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import InitData, WeightMethod
 from lightning_peft.methods.checks import match_site
@@ -203,15 +202,13 @@ def _are_tied(entries: Sequence[HFEntry]) -> bool:
 
     On encoder-decoder models peft ties the head alone, and trains the other embeddings apart.
     """
-    shared: dict[int, list[HFEntry]] = {}
-    for e in entries:
-        if {"A", "B"} <= set(e.tensors):
-            shared.setdefault(id(held(e.site.module, e.site.parameter)), []).append(e)
-    for group in shared.values():
-        leader = next((e for e in group if e.site.is_embedding), group[0])
-        for e in group:
+    complete = [e for e in entries if {"A", "B"} <= set(e.tensors)]
+    for leader in (e for e in complete if e.site.is_embedding):
+        for e in complete:
+            if not e.site.shares_weight_with(leader.site):
+                continue
             A, B = leader.tensors["A"], leader.tensors["B"]
-            if e.site.is_embedding != leader.site.is_embedding:
+            if not e.site.is_embedding:
                 A, B = B.mT, A.mT
             if not (torch.equal(A, e.tensors["A"]) and torch.equal(B, e.tensors["B"])):
                 return False
@@ -249,6 +246,7 @@ FORMAT = HFFormat(
         "lora_bias": "lora_bias",
         "bias": "bias",
         "ensure_weight_tying": "ensure_weight_tying",
+        "trainable_token_indices": "trainable_token_indices",
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
     },
@@ -281,6 +279,7 @@ FORMAT = HFFormat(
         "lora_bias": False,
         "bias": "none",
         "ensure_weight_tying": False,
+        "trainable_token_indices": None,
         "rank_pattern": {},
         "alpha_pattern": {},
     },

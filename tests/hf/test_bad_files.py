@@ -109,7 +109,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "option on": (config(use_qalora=True), ValueError, "use_qalora = True"),
     "replicated layers": (config(layer_replication=[[0, 1]]), ValueError, "layer_replication"),
     "random start": (config(init_lora_weights="pissa_niter_4"), ValueError, "'pissa_niter_4'"),
-    "tokens": (config(trainable_token_indices=[1, 2]), ValueError, "trainable_token_indices"),
+    "tokens": (config(trainable_token_indices=[1, 2]), ValueError, "missing .*trainable_tokens"),
     "empty file": (write(TENSORS, b""), ValueError, "whole safetensors file, got 0 bytes"),
     "truncated": (truncate, ValueError, "whole safetensors file"),
     "absurd header": (write(TENSORS, HUGE_HEADER), ValueError, "whole safetensors file"),

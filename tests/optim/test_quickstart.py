@@ -23,7 +23,7 @@ def benchmark() -> Any:
 @pytest.mark.parametrize(
     ("steps", "every"),
     [
-        (4, 8),
+        pytest.param(4, 8, marks=pytest.mark.slow),
         pytest.param(12, 1, marks=pytest.mark.slow),
         pytest.param(300, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
     ],

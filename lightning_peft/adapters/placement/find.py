@@ -11,6 +11,7 @@ from lightning_peft.adapters.placement.blocks import find_block_placements
 from lightning_peft.adapters.placement.copies import find_copy_placements
 from lightning_peft.adapters.placement.placement import Placement
 from lightning_peft.adapters.placement.prompts import find_prompt_placements
+from lightning_peft.adapters.placement.tokens import find_token_placements
 from lightning_peft.adapters.placement.weights import find_weight_placements
 from lightning_peft.methods.base import (
     BlockMethod,
@@ -19,6 +20,7 @@ from lightning_peft.methods.base import (
     SequenceMethod,
     WeightMethod,
 )
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.models.target_modules import Selection
 
 __all__ = ["find_placements"]
@@ -40,6 +42,7 @@ def find_placements(
 
 
 find_placements.register(WeightMethod, find_weight_placements)
+find_placements.register(TrainableTokens, find_token_placements)
 find_placements.register(BlockMethod, find_block_placements)
 find_placements.register(SequenceMethod, find_prompt_placements)
 find_placements.register(SelectMethod, find_copy_placements)

@@ -19,11 +19,18 @@ def with_tied(
     placements: Sequence[WeightPlacement],
     model: nn.Module,
     ops_of: Callable[[nn.Module], LayerOps | None],
+    keep: Callable[[str, str], bool] = lambda name, leader: False,
 ) -> list[WeightPlacement]:
     """Tie the modules that share an embedding's weight to the placement of that embedding.
 
     Modules that are not among the placements are added. Tied ones come last, because they read the
     embedding's tensors.
+
+    Args:
+        placements: The placements by `target_modules`.
+        model: The model.
+        ops_of: Ops of a module that can be edited, else None.
+        keep: Whether a placement (name, name of the embedding) stays on its own.
     """
     by_name = {p.name: p for p in placements}
     tied: dict[str, WeightPlacement] = {}
@@ -35,6 +42,8 @@ def with_tied(
         for name in group:
             module = model.get_submodule(name)
             ops = ops_of(module)
+            if name in by_name and name != first and keep(name, first):
+                continue
             if name != first and ops is not None:
                 storage = storage_of(module, "weight")
                 site = Site(module, "weight", name, ops, storage, tied_to=leader)
