@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 
@@ -46,6 +47,7 @@ OPS = (
 SHAPE = (272, 512, 100)
 _SMALL_SHAPE = (80, 192, 20)  # the interpreter takes seconds for more
 _SECONDS = 600
+WORKER = "lightning_peft.diagnostics.check_worker"
 
 
 def check_device(
@@ -55,6 +57,7 @@ def check_device(
     ops: Sequence[str] = OPS,
     shape: tuple[int, int, int] | None = None,
     told: Callable[[Verdict], None] | None = None,
+    worker: str = WORKER,
 ) -> tuple[Verdicts, str]:
     """Check the kernels of a device and store the verdicts beside those that are there.
 
@@ -67,6 +70,7 @@ def check_device(
         ops: Ops to check.
         shape: (N, K, tokens) of the products; the default is small.
         told: Called with each verdict.
+        worker: Module that a process runs to serve a request.
 
     Returns:
         The verdicts by op and configuration, and why they could not be stored, or "".
@@ -79,7 +83,7 @@ def check_device(
     each = [request] if short else [replace(request, ops=(op,)) for op in ops]
     found: Verdicts = {}
     for one in each:
-        for verdict in _run(one):
+        for verdict in _run(one, worker):
             found[verdict.op, verdict.configuration] = verdict
             if told is not None:
                 told(verdict)
@@ -103,24 +107,29 @@ def ensure_checked(device: torch.device) -> tuple[Verdicts, str]:
         return check_device(device, short=True)
 
 
-def _run(request: Request) -> Iterator[Verdict]:
+def _run(request: Request, worker: str) -> Iterator[Verdict]:
     """Run a request; an op that ends its process gets a verdict, and the others go on."""
-    remaining = request.ops
-    while remaining:
-        running = yield from _run_once(replace(request, ops=remaining))
+    done: list[str] = []
+    while request.ops:
+        running = yield from _run_once(replace(request, done=tuple(done)), worker, done)
         if running is None:
             return
         op, configuration, detail = running
         yield Verdict(op, configuration, "crashed", detail)
-        remaining = tuple(name for name in remaining if name != op)
+        request = replace(request, ops=tuple(name for name in request.ops if name != op))
 
 
-def _run_once(request: Request) -> Generator[Verdict, None, tuple[str, str, str] | None]:
-    """Yield verdicts; return (op, configuration, message) of the check that ended the process."""
+def _run_once(
+    request: Request, worker: str, done: list[str]
+) -> Generator[Verdict, None, tuple[str, str, str] | None]:
+    """Yield verdicts; return (op, configuration, message) of the check that ended the process.
+
+    Names of finished checks are added to `done`.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if request.device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "lightning_peft.diagnostics.check_worker"]
+    command = [sys.executable, "-m", worker]
     starts: list[str] = []
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -128,12 +137,17 @@ def _run_once(request: Request) -> Generator[Verdict, None, tuple[str, str, str]
             text=True, env=environment,
         )  # fmt: skip
         assert process.stdout is not None  # a pipe was asked for
+        limit = threading.Timer(_SECONDS, process.kill)  # a kernel that never ends
+        limit.start()
         for line in process.stdout:
             entry = json.loads(line)
             starts = entry.get("starts", [])
             if not starts:
-                yield Verdict(**entry)
-        status = process.wait(_SECONDS)
+                verdict = Verdict(**entry)
+                done.append(f"{verdict.op} ({verdict.configuration})")
+                yield verdict
+        status = process.wait()
+        limit.cancel()
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [f"exit status {status}"])[-1]
     if status and not starts:

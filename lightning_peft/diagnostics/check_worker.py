@@ -33,12 +33,14 @@ class Request:
         device: Where kernels run; ``"cpu"`` is Triton's interpreter.
         shape: (N, K, tokens) of the products.
         ops: Ops to check.
+        done: Checks to leave out, each as "op (configuration)".
         short: Whether only one configuration per op is checked.
     """
 
     device: str
     shape: tuple[int, int, int]
     ops: tuple[str, ...]
+    done: tuple[str, ...] = ()
     short: bool = False
 
 
@@ -51,7 +53,8 @@ def run_request(request: Request) -> Iterator[tuple[Check, Verdict | None]]:
     use_verdicts(device, {})  # what an earlier check found must not decide this one
     for check in kernel_checks(device, Shape(*request.shape), interpreted=interpreted):
         asked = check.op in request.ops and (check.short or not request.short)
-        if not asked or not check.applies:
+        done = f"{check.op} ({check.configuration})" in request.done
+        if not asked or done or not check.applies:
             continue
         yield check, None
         yield check, _verdict(check, timed=not interpreted)
