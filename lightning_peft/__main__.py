@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lightning_peft.diagnostics.cli import add_check
 from lightning_peft.hf.cli import add_merge
 from lightning_peft.planner.cli import add_plan
 
@@ -18,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(required=True, dest="command")
     add_plan(commands)
     add_merge(commands)
+    add_check(commands)
     return made
 
 

@@ -31,7 +31,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("optim", "report", "models"),
     ("initialization",),
     ("adapters",),
-    ("planner", "checkpoint", "hf"),
+    ("planner", "checkpoint", "hf", "diagnostics"),
     ("strategies", "recipes"),
     ("callback",),
 ]
@@ -46,6 +46,7 @@ ROOT_MODULES = {
         "launch",
         "malloc",
         "registration",
+        "verdicts",
     ),
 }
 

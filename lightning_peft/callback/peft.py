@@ -27,6 +27,7 @@ from lightning_peft.callback.gradient_checks import (
     enable_input_require_grads,
     unused_layers,
 )
+from lightning_peft.callback.kernel_check import check_kernels
 from lightning_peft.callback.liger import apply_liger
 from lightning_peft.callback.memory_plan import make_plan
 from lightning_peft.callback.method_hooks import TrainerMethodHooks, grad_scale
@@ -326,8 +327,10 @@ class PEFT(TrainerCallback):
         )
 
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Before the report, whose decisions leave out kernels that the check found wrong.
+        found = check_kernels(trainer.strategy.root_device, self.kernels)
         report = parameter_report(find_root(module, self.root))
-        report.notes += self._notes
+        report.notes += [*self._notes, *found]
         if self.report and trainer.is_global_zero:
             print_report(report, f"PEFT {', '.join(self.names)}")
         log_configuration(trainer, find_root(module, self.root), self.names, report)

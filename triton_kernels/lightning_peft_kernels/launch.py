@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["FAILURES", "LaunchError", "attempt", "failure", "launch"]
+from lightning_peft_kernels.verdicts import Verdict, device_key, read_verdicts
+
+__all__ = ["FAILURES", "LaunchError", "attempt", "failure", "launch", "use_verdicts"]
 
 T = TypeVar("T")
 # RuntimeErrors of Triton's compiler: a pass that fails, and a host without a C compiler. A
@@ -23,6 +25,8 @@ _COMPILER_MESSAGES = ("PassManager::run failed", "Failed to find C compiler")
 
 #: (op, configuration, device) → why its kernel does not run there.
 FAILURES: dict[tuple[str, str, torch.device], str] = {}
+# Devices whose stored verdicts are in `FAILURES`.
+_READ: set[torch.device] = set()
 
 
 class LaunchError(RuntimeError):
@@ -93,8 +97,22 @@ def attempt(
 
 
 def failure(op: str, configuration: str, device: torch.device) -> str:
-    """Return why a kernel of this op does not run on the device; "" if no launch has failed."""
+    """Return why a kernel of this op does not run on the device; "" if nothing is against it.
+
+    A launch failed in this process, or the check on such a device found the kernel wrong.
+    """
+    if device.type == "cuda" and device not in _READ:
+        use_verdicts(device, read_verdicts(device_key(device)))
     return FAILURES.get((op, configuration, device), "")
+
+
+def use_verdicts(device: torch.device, found: Mapping[tuple[str, str], Verdict]) -> None:
+    """Take the verdicts on a device over: no kernel runs that the check found wrong."""
+    _READ.add(device)
+    for (op, configuration), verdict in found.items():
+        if verdict.outcome != "ok":
+            reason = f"{verdict.outcome} in the check: {verdict.detail}"
+            FAILURES[op, configuration, device] = reason
 
 
 # A traced graph reads it as a constant; the ops in the graph ask again when they run.

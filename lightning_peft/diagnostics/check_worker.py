@@ -1,0 +1,98 @@
+"""Runs checks of kernels in a process of its own, so that a fault ends nothing else.
+
+    python -m lightning_peft.diagnostics.check_worker REQUEST
+
+prints one line of JSON before each check and one with its verdict after it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from time import perf_counter_ns
+
+import torch
+from lightning_peft_kernels.chips import CHIPS, nvidia_chip
+from lightning_peft_kernels.launch import use_verdicts
+from lightning_peft_kernels.verdicts import Verdict
+
+from lightning_peft.diagnostics.kernel_checks import Check, kernel_checks
+from lightning_peft.diagnostics.pairs import Shape
+
+__all__ = ["Request", "run_request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a worker is asked for.
+
+    Attributes:
+        device: Where kernels run; ``"cpu"`` is Triton's interpreter.
+        shape: (N, K, tokens) of the products.
+        ops: Ops to check.
+        done: Checks to leave out, each as "op (configuration)".
+        short: Whether only one configuration per op is checked.
+    """
+
+    device: str
+    shape: tuple[int, int, int]
+    ops: tuple[str, ...]
+    done: tuple[str, ...] = ()
+    short: bool = False
+
+
+def run_request(request: Request) -> Iterator[tuple[Check, Verdict | None]]:
+    """Yield every check twice: before it runs, without a verdict, and after."""
+    device = torch.device(request.device)
+    interpreted = device.type == "cpu"
+    if interpreted:
+        CHIPS[device] = nvidia_chip(9, 0, 232_448)
+    use_verdicts(device, {})  # what an earlier check found must not decide this one
+    for check in kernel_checks(device, Shape(*request.shape), interpreted=interpreted):
+        asked = check.op in request.ops and (check.short or not request.short)
+        done = f"{check.op} ({check.configuration})" in request.done
+        if not asked or done or not check.applies:
+            continue
+        yield check, None
+        yield check, _verdict(check, timed=not interpreted)
+
+
+def _verdict(check: Check, *, timed: bool) -> Verdict:
+    try:
+        error = check.error()
+    except Exception as raised:
+        if type(raised).__name__ == "AcceleratorError":
+            raise  # the device is lost to this process: its end is the verdict
+        lines = [line for line in str(raised).splitlines() if line.strip()] or [""]
+        told = f"{type(raised).__name__}: {lines[-1].strip()[:200]}"
+        return Verdict(check.op, check.configuration, "refused", told)
+    if error:
+        return Verdict(check.op, check.configuration, "wrong", error)
+    return Verdict(check.op, check.configuration, "ok", "", _time(check) if timed else 0.0)
+
+
+def _time(check: Check) -> float:
+    """Return the median of five runs in microseconds, with inputs and reference."""
+    times = []
+    for _ in range(5):
+        start = perf_counter_ns()
+        check.run()
+        torch.cuda.synchronize()
+        times.append((perf_counter_ns() - start) / 1e3)
+    return statistics.median(times)
+
+
+def main(text: str) -> None:
+    """Serve one request."""
+    given = json.loads(text)
+    lists = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    for check, verdict in run_request(Request(**{**given, **lists})):
+        line = asdict(verdict) if verdict else {"starts": [check.op, check.configuration]}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

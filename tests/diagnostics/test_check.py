@@ -1,0 +1,199 @@
+"""The check of kernels: its processes, its verdicts and what follows from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_peft_kernels import verdicts
+from lightning_peft_kernels.launch import FAILURES, failure
+from lightning_peft_kernels.verdicts import (
+    Verdict,
+    device_key,
+    file_of,
+    read_verdicts,
+    store_verdicts,
+    verdict_lock,
+)
+
+from lightning_peft.__main__ import main
+from lightning_peft.diagnostics import check_runner
+from lightning_peft.diagnostics.check_runner import OPS, check_device, ensure_checked
+from lightning_peft.diagnostics.kernel_checks import kernel_checks
+from lightning_peft.diagnostics.pairs import Pair, Shape, bits, close
+
+CPU = torch.device("cpu")
+WORKER = "tests.helpers.failing_worker"
+GOOD = Verdict("scale", "float16", "ok", "", 12.5)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep the user's cache, and what this process knows, out of the tests."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LIGHTNING_PEFT_CACHE", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(verdicts, "_hash_of_sources", lambda: "sources")
+    FAILURES.clear()
+    return folder
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_an_op_that_ends_its_process_is_named_and_the_others_are_checked(short: bool) -> None:
+    ops = ("first", "crashes", "wrong", "last")
+    told: list[Verdict] = []
+    found, why = check_device(CPU, short=short, ops=ops, told=told.append, worker=WORKER)
+    assert why == ""
+    assert list(found.values()) == told
+    outcomes = {f"{op} {configuration}": v.outcome for (op, configuration), v in found.items()}
+    want = {
+        "first float16": "ok",
+        "crashes float16": "crashed",
+        "wrong float16": "wrong",
+        "last float16": "ok",
+    }
+    more = {f"{op} float32": "ok" for op in ("first", "wrong", "last")}
+    assert outcomes == (want if short else want | more)
+    assert found["crashes", "float16"].detail == "illegal memory access"
+    assert failure("crashes", "float16", CPU) == "crashed in the check: illegal memory access"
+    assert failure("last", "float16", CPU) == ""
+    assert read_verdicts(device_key(CPU)) == found
+
+
+def test_a_process_that_does_not_start_says_nothing_about_kernels(cache: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"ended at its start \(the device is busy\); no kernel"):
+        check_device(CPU, ops=("nothing",), worker=WORKER)
+    assert not FAILURES
+    assert read_verdicts(device_key(CPU)) == {}
+
+
+def test_verdicts_are_kept_beside_earlier_ones() -> None:
+    check_device(CPU, ops=("first",), worker=WORKER)
+    check_device(CPU, ops=("wrong",), worker=WORKER)
+    assert {op for op, _ in read_verdicts(device_key(CPU))} == {"first", "wrong"}
+
+
+def test_another_state_of_the_sources_is_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device(CPU, ops=("first",), worker=WORKER)
+    monkeypatch.setattr(verdicts, "_hash_of_sources", lambda: "changed")
+    assert read_verdicts(device_key(CPU)) == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"key": {}, "verdicts": []}', '{"verdicts": 1}'])
+def test_a_file_that_cannot_be_used_counts_as_absent(text: str) -> None:
+    key = device_key(CPU)
+    file = file_of(key)
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.warns(UserWarning, match=r"expected verdicts on kernels.*check"):
+        assert read_verdicts(key) == {}
+    assert store_verdicts(key, {("scale", "float16"): GOOD}) == ""
+    assert read_verdicts(key) == {("scale", "float16"): GOOD}
+
+
+def test_a_foreign_file_names_its_device() -> None:
+    key = device_key(CPU)
+    store_verdicts(key, {})
+    stored = json.loads(file_of(key).read_text())
+    stored["key"]["device"] = "NVIDIA H100"
+    file_of(key).write_text(json.dumps(stored))
+    with pytest.warns(UserWarning, match="NVIDIA H100"):
+        assert read_verdicts(key) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_the_verdicts_hold(cache: Path) -> None:
+    cache.write_text("a file")
+    with pytest.warns(UserWarning, match="expected verdicts on kernels"):
+        found, why = check_device(CPU, ops=("wrong",), short=True, worker=WORKER)
+    assert "not written" in why
+    assert found["wrong", "float16"].outcome == "wrong"
+    assert failure("wrong", "float16", CPU)
+    with verdict_lock(device_key(CPU)):
+        pass
+
+
+def test_two_at_once_check_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, both = [], threading.Barrier(2)
+
+    def check(device: torch.device, *, short: bool) -> tuple[check_runner.Verdicts, str]:
+        runs.append(short)
+        found = {("scale", "float16"): GOOD}
+        return found, store_verdicts(device_key(device), found)
+
+    monkeypatch.setattr(check_runner, "check_device", check)
+    found = []
+
+    def ask() -> None:
+        both.wait()
+        found.append(ensure_checked(CPU)[0])
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs == [True]
+    assert found == [{("scale", "float16"): GOOD}] * 2
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (bits("W", torch.ones(2), torch.ones(2)), ""),
+        (bits("W", torch.ones(2), torch.tensor([1.0, 1.5])), "W: error 0.5, limit 0"),
+        (close("y", torch.full((2,), torch.nan), torch.ones(2)), "y: error nan"),
+        (close("y", torch.ones(2).half(), torch.full((2,), 1.003)), ""),
+        (close("y", torch.ones(2).half(), torch.full((2,), 1.01)), "y: error 0.01, limit 0.00404"),
+        (Pair("y", torch.ones(2), torch.ones(3), 1.0), "y: shape (2,), expected (3,)"),
+    ],
+)
+def test_limits(pair: Pair, message: str) -> None:
+    assert pair.violation().startswith(message)
+    assert bool(pair.violation()) == bool(message)
+
+
+def test_every_op_has_a_check_of_its_own() -> None:
+    found = list(kernel_checks(CPU, Shape(64, 64, 8), interpreted=False))
+    assert {check.op for check in found} == set(OPS)
+    names = [(check.op, check.configuration) for check in found]
+    assert len(set(names)) == len(names)
+
+
+def test_two_broken_kernels_are_switched_off() -> None:
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("switched_off_script.py")
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip().endswith("agrees")
+
+
+@pytest.mark.slow
+def test_the_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    assert main(["check", "--short"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("no CUDA device: Triton's interpreter runs the kernels")
+    assert "0 will not be used" in printed
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    assert main(["check", "--device", "cuda:0"]) == 2
+    assert "expected a device of this machine, got cuda:0" in capsys.readouterr().err
