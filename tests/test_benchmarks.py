@@ -19,6 +19,7 @@ SCRIPTS = {
     "gpu/training.py": "tokens_per_s",
     "gpu/experts.py": "median_ms",
 }
+QUICK = ("gpu/kernel_ops.py", "gpu/training.py")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -30,7 +31,13 @@ def test_every_gpu_benchmark_is_run_here() -> None:
     assert {f"gpu/{p.name}" for p in FOLDER.glob("gpu/*.py")} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [
+        script if script in QUICK else pytest.param(script, marks=pytest.mark.slow)
+        for script in SCRIPTS
+    ],
+)
 def test_smoke(script: str, tmp_path: Path) -> None:
     run_script(FOLDER / script, ["--smoke", "--csv", str(tmp_path / "rows.csv")], tmp_path)
     found = rows(tmp_path / "rows.csv")

@@ -77,14 +77,14 @@ def test_serving(example: ModuleType) -> None:
     assert example.main(smoke=True, keep=False)["difference"] < 1e-5
 
 
-@named("summaries")
+@named("summaries", slow=True)
 def test_summaries(example: ModuleType) -> None:
     rows = example.main(smoke=True, keep=False)
     assert float(rows["first words of the body"][0]) > 0
     assert len(rows) == 4
 
 
-@named("summaries")
+@named("summaries", slow=True)
 def test_scores_of_a_summary(example: ModuleType) -> None:
     assert example.scores(["a b c"], ["a b c"])[:2] == ("1.000", "1.000")
     assert example.scores(["a a a a"], ["b c d e"]) == ("0.000", "0.000", "0.000", "0.750")

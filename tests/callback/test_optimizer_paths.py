@@ -193,6 +193,7 @@ def test_what_pruning_did_is_saved(tmp_path: Path) -> None:
     assert torch.equal(written["net.0.weight"], live)
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("permanent", [True, False])
 @pytest.mark.parametrize("layer", ["0", "5"])
 def test_a_pruned_run_resumes_and_loads(layer: str, permanent: bool, tmp_path: Path) -> None:
