@@ -1,4 +1,4 @@
-"""Attaching from inside a run: idempotent, on the part of the module that was asked for."""
+"""Attaches adapters inside a run: idempotent, on the module or on the part that `root` names."""
 
 from __future__ import annotations
 

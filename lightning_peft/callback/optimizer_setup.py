@@ -111,7 +111,7 @@ def finish_optimizers(
         module: The LightningModule.
         strategy: Holds the optimizers and their proxies.
         layers: What `layers_of` saw before anything was attached.
-        name: Of the optimizer to put in place of the user's.
+        name: Name of the optimizer that replaces the user's.
 
     Raises:
         RuntimeError: a trained parameter is in no optimizer (`configure_optimizers` may have

@@ -90,7 +90,7 @@ class ResumeState:
             self._rng = None
 
     def iterate_again(self, trainer: pl.Trainer) -> None:
-        """Start the data anew if it was started before the state of the run was restored.
+        """Restart the data iterator if it was created before the run's state was restored.
 
         A `configure_optimizers` that reads `trainer.estimated_stepping_batches` does that. The
         first iterator drew its seed from another random state, and a stateful loader began at its

@@ -110,7 +110,7 @@ class Edit:
         return self._only_terms and len(self.terms) > 0 and self._all_low_rank
 
     @property
-    def _only_terms(self) -> bool:  # spelled out: asked for in every forward of every layer
+    def _only_terms(self) -> bool:  # spelled out: every forward of every layer reads it
         return (
             self.in_scale is None
             and self.out_scale is None

@@ -136,7 +136,7 @@ def _run_once(
             [*command, json.dumps(asdict(request))], stdout=subprocess.PIPE, stderr=errors,
             text=True, env=environment,
         )  # fmt: skip
-        assert process.stdout is not None  # a pipe was asked for
+        assert process.stdout is not None  # Popen was given PIPE
         limit = threading.Timer(_SECONDS, process.kill)  # a kernel that never ends
         limit.start()
         for line in process.stdout:

@@ -27,7 +27,7 @@ __all__ = ["Request", "run_request"]
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is asked for.
+    """The work of one worker process.
 
     Attributes:
         device: Where kernels run; ``"cpu"`` is Triton's interpreter.

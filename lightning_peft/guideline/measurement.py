@@ -15,13 +15,13 @@ class Measured(NamedTuple):
             to prose, a small decoder).
         method: Name of the class.
         variant: The row: the class with its start or form; ``"MAM"`` has two classes.
-        score_name: Of `score`: accuracy in percent, or perplexity.
+        score_name: Name of `score`: accuracy in percent, or perplexity.
         score: Mean over seeds.
         to_full: Distance of the mean to that of full fine-tuning.
-        seeds: How many.
+        seeds: Number of seeds.
         percent: Share of trained parameters.
-        peak_mb: Of a training step, model included.
-        nbytes: Of the adapter.
+        peak_mb: Peak memory of a training step in MB, model included.
+        nbytes: Size of the adapter in bytes.
         step_ms: Median of a training step on the CPU; None where it was not timed.
     """
 

@@ -203,7 +203,7 @@ def _factors(m: Adapted, training: bool) -> tuple[LowRank, float] | None:
 
 
 def share_inputs(model: nn.Module, declared: Iterable[tuple[nn.Module, Sequence[str]]]) -> None:
-    """Bind adapted layers to their groups, anew.
+    """Bind adapted layers to their groups; former bindings are dropped.
 
     Args:
         model: The root.

@@ -42,7 +42,7 @@ class RecurrentOps(WeightsOps):
         """As any module; the flat list that the kernels take is shadowed too.
 
         Its weak references are blanked for the while: the module would find tensors that it has not
-        seen and make the list anew from its attributes.
+        seen and rebuild the list from its attributes.
         """
         with super().substituted(m, tensors):
             attributes = vars(m)

@@ -96,7 +96,7 @@ class AdaLoRA(WeightMethod):
         tinit: Steps before pruning starts.
         tfinal: Steps at the end with the final budget.
         deltaT: Steps between two prunings.
-        beta1, beta2: Of the averages of importance and of its uncertainty.
+        beta1, beta2: Decay rates of the averages of importance and of its uncertainty.
         orth_reg_weight: Weight of Σ ‖A Aᵀ − I‖ + ‖Bᵀ B − I‖, averaged over tensors.
         total_step: Optimizer steps of the run; None takes the trainer's.
         dropout: Probability of dropping an input element of the branch, in training.

@@ -31,8 +31,9 @@ V = TypeVar("V")
 
 
 def match_pattern(patterns: Mapping[str, V], name: str, default: V) -> V:
-    """Value of the first pattern that matches a layer's name, as peft does it:
-    ``(.*\\.)?PATTERN$``.
+    """Return the value of the first pattern that matches a layer's name.
+
+    As in peft, a pattern matches if ``(.*\\.)?PATTERN$`` does.
     """
     for pattern, value in patterns.items():
         if ends_with_pattern(pattern, strip_compile(name)):

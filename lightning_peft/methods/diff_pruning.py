@@ -85,7 +85,7 @@ class DiffPruning(WeightMethod):
         return p
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
-        """tau and fixed [1]; mask [*, out, in] where a density is asked for."""
+        """tau and fixed [1]; mask [*, out, in] if `density` is given."""
         b = {"tau": torch.full((1,), self.temperature), "fixed": torch.zeros(1)}
         if self.density is not None:
             shape = (site.out_features, site.in_features)

@@ -149,7 +149,7 @@ class HFFormat:
         lookup: Names on an embedding where they differ (``"A": "lora_embedding_A"``).
         axes: Our tensor name → meaning of its axes, for the layer kind: ``"down"`` [r, in],
             ``"up"`` [out, r], ``"out"`` [out], ``"in"`` [channels], ``"vector"`` [out, 1] or [1,
-            channels]. Absent: alike in every kind.
+            channels]. Absent: equal in every kind.
         saved_prefix: Prefix of a module's path in ``modules_to_save``.
         saves_modules: Whether peft's type has ``modules_to_save``.
         pack: Our tensors → peft's content.

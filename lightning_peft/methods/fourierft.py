@@ -59,7 +59,7 @@ class FourierFT(SpectralMethod):
     Attributes:
         n_frequency: n ≤ in · out.
         scaling: Factor of the transform.
-        seed: Of the frequencies, the same for layers of one shape.
+        seed: Seed of the frequencies; layers of one shape share them.
         n_frequency_pattern: Layer name pattern → n_frequency.
         zero_start: Coefficients start at zero, so that the output is unchanged; else normal, as in
             the paper.

@@ -31,7 +31,7 @@ def mam(
         n: Virtual tokens of the prefix.
         hidden: Width of the prefix's network; None: no network.
         reduction_factor: Width of the model over the adapter's bottleneck.
-        scaling: Of the adapter's output.
+        scaling: Factor of the adapter's output.
     """
     network: dict[str, Any] = {} if hidden is None else {"projection": True, "hidden": hidden}
     return [
@@ -55,9 +55,9 @@ def unipelt(
         n: Virtual tokens of the prefix.
         hidden: Width of the prefix's network.
         r: Rank of LoRA.
-        alpha: Of LoRA.
+        alpha: LoRA's alpha.
         reduction_factor: Width of the model over the adapter's bottleneck.
-        target_modules: Of LoRA; None means the architecture's usual choice, query and value.
+        target_modules: LoRA's layers; None means the architecture's usual choice, query and value.
         gate: ``"sequence"``: one value for a text, as in the paper. ``"token"``: for decoders that
             generate: each token its own, and none on the prefix, so that a cached forward equals a
             full one.

@@ -270,8 +270,9 @@ class LoRA(WeightMethod):
         return self.init in ("olora", "loftq") or self.init.startswith("pissa")
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
-        """The frozen factor; A and B as they started, which the plain form for exchange needs:
-        B A − B₀ A₀ is the change.
+        """Return the frozen factor, and the initial A₀ and B₀ if the base was rewritten.
+
+        The plain form for exchange needs them: its change is B A − B₀ A₀.
         """
         name = self._frozen
         frozen = {name: self._factors(site)[name]} if name else {}
@@ -351,7 +352,7 @@ class LoRA(WeightMethod):
 
     @property
     def has_step_hooks(self) -> bool:
-        """Gradients are changed before the step only where that was asked for."""
+        """Gradients are changed before the step only by options that need it."""
         asked = self.freeze_A or self.precondition
         return asked or overrides_step_hooks(type(self), LoRA)
 

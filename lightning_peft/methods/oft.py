@@ -100,15 +100,15 @@ class OFT(WeightMethod):
     """y = (x R) Wᵀ + b, R = diag of blocks (I − Q)⁻¹-like Cayley transforms of skew-symmetric Q.
 
     Attributes:
-        block_size: Rows of a block; where it does not divide the input's size, the nearest divisor
-            is taken. 0 where `r` is given.
-        r: Number of blocks instead.
-        block_share: One block for all.
+        block_size: Rows of a block; if it does not divide the input's size, the nearest divisor is
+            used. 0 if `r` is given.
+        r: Number of blocks, instead of `block_size`.
+        block_share: If True, all blocks share their values.
         coft: Keep each Q within `eps` of zero.
-        eps: Of `coft`.
+        eps: Largest distance of Q from zero, with `coft`.
         cayley_neumann: Approximate the transform by a Neumann series: cheaper on large blocks, not
-            orthogonal for large Q. Off: exact.
-        terms: Of the series.
+            orthogonal for large Q. If False, the transform is exact.
+        terms: Number of terms of the Neumann series.
 
     Raises:
         ValueError: not exactly one of block_size and r, terms < 1, eps ≤ 0.

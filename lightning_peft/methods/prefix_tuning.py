@@ -107,7 +107,7 @@ class _Prefix(nn.Module):
 class PrefixTuning(SequenceMethod):
     """Trained keys and values. In an encoder-decoder those of the decoder's self-attention, which
     is where Hugging Face peft has them too: encoders take no cached keys, and keys of
-    cross-attention are made anew from the encoder's output. In a transformer of your own those of
+    cross-attention are recomputed from the encoder's output. In a transformer of your own those of
     the `nn.MultiheadAttention` modules that `target_modules` names.
 
     Attributes:

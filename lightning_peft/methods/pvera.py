@@ -81,7 +81,7 @@ class PVeRA(WeightMethod):
     Attributes:
         r: Rank of the shared factors; may exceed a layer's size.
         d_initial: Start of d; b starts at zero.
-        seed: Of the shared factors.
+        seed: Seed of the shared factors.
         dropout: Probability of dropping an input element of the branch, in training.
         sample: Whether training samples; False trains the mean alone.
         sample_at_inference: Whether eval samples too.

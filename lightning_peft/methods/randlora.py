@@ -58,7 +58,7 @@ class RandLoRA(WeightMethod):
     Attributes:
         r: Rank of a base; min(in, out) / r bases, rounded up.
         alpha: Scale numerator.
-        seed: Of the frozen draw.
+        seed: Seed of the frozen factors.
         sparse: Ternary bases, a third of whose entries are not zero.
         very_sparse: The same, fewer: 1 in √(smallest width).
         dropout: Probability of dropping an input element of the branch, in training.

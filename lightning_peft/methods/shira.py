@@ -48,7 +48,7 @@ class SHiRA(WeightMethod):
 
     Attributes:
         r: Sets the number of entries; r (in + out) ≤ in · out.
-        seed: Of the places, the same for layers of one shape; None draws from the run's seed.
+        seed: Seed of the trained places; layers of one shape share them. None uses the run's seed.
 
     Raises:
         ValueError: r < 1.

@@ -17,7 +17,7 @@ class SpectralMethod(WeightMethod):
 
     Attributes:
         n_frequency: n ≤ in · out.
-        seed: Of the places, the same for layers of one shape.
+        seed: Seed of the places; layers of one shape share them.
         n_frequency_pattern: Layer name pattern → n_frequency.
     """
 

@@ -49,7 +49,7 @@ class TinyLoRA(WeightMethod):
         r: Triplets; at most as many as the weight has.
         u: Numbers of v, one vector per group of layers.
         weight_tying: 0: a group per layer; 1: one group.
-        seed: Of the frozen random P [u, r, r]: seed + number of the layer.
+        seed: Seed of the frozen random P [u, r, r]; layer i uses seed + i.
         init: v starts at ``"zeros"``, or ``"uniform"`` within ± `bound`.
         bound: See `init`.
         dropout: Probability of dropping an input element of the branch, in training.

@@ -45,8 +45,8 @@ class UniLoRA(WeightMethod):
 
     Attributes:
         r: Rank.
-        length: Of θ, which all layers share.
-        seed: Of the places, which run over all layers in the order of the model.
+        length: Length of θ, which all layers share.
+        seed: Seed of the places, which run over all layers in the order of the model.
         dropout: Probability of dropping an input element of the branch, in training.
         bound: θ starts uniform within ± this.
 

@@ -99,8 +99,7 @@ class VeRA(WeightMethod):
     Attributes:
         r: Rank of the shared factors; may exceed a layer's size.
         d_initial: Start of d; b starts at zero.
-        seed: Of the shared factors: Kaiming-uniform, first A, then B, from a generator of their
-            own.
+        seed: Seed of the shared factors: Kaiming-uniform, A then B, from a separate generator.
         dropout: Probability of dropping an input element of the branch, in training.
 
     Raises:

@@ -82,7 +82,7 @@ class WaveFT(SpectralMethod):
         scaling: Factor of the change.
         family: Daubechies' wavelet, ``"db1"`` … ``"db10"``.
         use_idwt: Whether the coefficients are a spectrum; False trains entries of ΔW itself.
-        seed: Of the places, the same for layers of one shape.
+        seed: Seed of the places; layers of one shape share them.
         n_frequency_pattern: Layer name pattern → n_frequency.
 
     Raises:

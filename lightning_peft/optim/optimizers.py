@@ -248,7 +248,7 @@ class PooledOptimizer(torch.optim.Optimizer):
 
 
 class AdamW8bit(PooledOptimizer):
-    """AdamW (arXiv:1711.05101) with blockwise 8-bit moments, 2.03 bytes an element."""
+    """AdamW (arXiv:1711.05101) with blockwise 8-bit moments, 2.03 bytes per element."""
 
 
 class PagedAdamW8bit(AdamW8bit):
@@ -258,7 +258,7 @@ class PagedAdamW8bit(AdamW8bit):
 
 
 class Lion8bit(PooledOptimizer):
-    """Lion (arXiv:2302.06675) with a blockwise 8-bit momentum, 1.02 bytes an element."""
+    """Lion (arXiv:2302.06675) with a blockwise 8-bit momentum, 1.02 bytes per element."""
 
     FIELDS = {name: FIELDS_8BIT[name] for name in ("state1", "absmax1")}
 

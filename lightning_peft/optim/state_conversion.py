@@ -103,7 +103,7 @@ def to_torch(state_dict: Mapping[str, Any], shapes: Mapping[int, torch.Size]) ->
 
 def shard(state: Mapping[str, Any], first: int, length: int) -> dict[str, Tensor]:
     """Elements [first, first + length) of an 8-bit state. Bytes move where `first` is a multiple
-    of 256; elsewhere the values are quantised anew (an error of one code, once)."""
+    of 256; elsewhere the values are requantised (an error of one code, once)."""
     fields = [name for name in state if name != "step"]
     if "shards" in state:
         return _of_shards(state, first, length)
@@ -120,7 +120,7 @@ def shard(state: Mapping[str, Any], first: int, length: int) -> dict[str, Tensor
 
 
 def _of_shards(state: Mapping[str, Any], first: int, length: int) -> dict[str, Tensor]:
-    """The shard that is exactly this range, byte for byte; else quantised anew."""
+    """Return the shard of exactly this range byte for byte; requantise otherwise."""
     start = 0
     for part in state["shards"]:
         if start == first and part["state1"].numel() == length:
@@ -135,7 +135,7 @@ def _of_shards(state: Mapping[str, Any], first: int, length: int) -> dict[str, T
 def join_shards(shards: Sequence[Mapping[str, Tensor]], *, exact: bool = False) -> dict[str, Any]:
     """Neighbouring ranges as one; bytes move where all but the last are whole blocks.
 
-    Where they are not, values are quantised anew, or, if `exact`, the shards are kept side by side
+    Where they are not, values are requantised, or, if `exact`, the shards are kept side by side
     under ``"shards"``, which `pack` and `shard` read.
     """
     fields = [name for name in shards[0] if name != "step"]

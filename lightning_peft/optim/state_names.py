@@ -41,7 +41,7 @@ def in_live_order(
         state_dict: As `torch.optim.Optimizer.state_dict` made it.
         saved: Names it was saved with, by group.
         live: Names in the optimizer that will load it.
-        what: Of the optimizer, for messages.
+        what: Name of the optimizer, for messages.
 
     Raises:
         ValueError: a parameter is in one of the two only, or moved to another group.

@@ -47,7 +47,7 @@ def estimate_memory(
 ) -> Plan:
     """Count the memory of one rank on the meta device; nothing is loaded, nothing is changed.
 
-    Activations come from one training step over fake tensors, made when they are first asked for:
+    Activations come from one training step over fake tensors, traced on first use:
     of the Hugging Face model inside, or of a module with an `example_input_array`.
 
     Args:

@@ -17,7 +17,7 @@ from lightning_peft.storage import Quantization, StorageConfig, storage_for
 
 __all__ = ["OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]
 
-# name → (full-size states in the parameter's own dtype, further bytes an element)
+# name → (full-size states in the parameter's own dtype, further bytes per element)
 OPTIMIZER_BYTES: dict[str, tuple[int, float]] = {
     "adamw": (2, 0.0),
     "adam": (2, 0.0),
@@ -37,7 +37,7 @@ _STATES = ("base weights", "adapters", _FULL, GRADIENTS, "optimizer state")
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for; see `estimate_memory`."""
+    """The choices that a plan is made for; see `estimate_memory`."""
 
     method: tuple[Any, ...] | None  # None is plain full fine-tuning
     quantization: StorageConfig | None
@@ -82,7 +82,7 @@ class Plan:
     """Memory of one rank, by part; nothing was loaded.
 
     Attributes:
-        choice: What was asked for.
+        choice: The choices that the plan is made for.
         sizes: Elements and bytes of the model, on one rank without sharding.
         budget: Bytes that a rank has, if given.
         sample: Size of one sample in words: tokens, or pixels of an image.

@@ -15,7 +15,7 @@ class ExtractedLayer:
 
     Attributes:
         name: The weight.
-        rank: Of the factors.
+        rank: Rank of the factors.
         energy: 1 − ‖ΔW − BA‖² / ‖ΔW‖², before factors are fitted to inputs.
         change: ‖ΔW‖ / ‖W‖, how far fine-tuning moved it.
     """

@@ -54,10 +54,10 @@ class FactorisedLayer:
     """One layer.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         rank: k; 0 where the layer was left as it was, because factors would be larger.
         energy: Share of Σσ² that is kept.
-        parameters: Of the weight, before and after.
+        parameters: Number of parameters of the weight, before and after.
     """
 
     name: str
@@ -72,7 +72,7 @@ class FactoriseReport:
 
     Attributes:
         layers: One entry a layer that was looked at.
-        parameters: Of the whole model, before and after.
+        parameters: Number of parameters of the model, before and after.
         output_error: ‖after − before‖ / ‖before‖ of the output on the batch given; None without
             one.
     """

@@ -1,7 +1,7 @@
 """Factors fitted so that a model's outputs come nearest to another's on example inputs.
 
 Each layer's best factors do not make the best model: errors add up along the layers, and do not
-matter alike. A few passes over inputs without labels make up for much of it.
+matter equally. A few passes over inputs without labels make up for much of it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ adapter's own change is masked: train with `SparseLoRA`. torch.nn.utils.prune an
 `ModelPruning` work on the same layers, before or during training: their masks are read with the
 weight. Masks belong to the base, which checkpoints do not hold: a run that must resume is pruned
 where the module is built (`prune_magnitude`, or torch's pruning and its `remove`), a run under
-`ModelPruning` starts anew. Han et al. 2015, arXiv:1506.02626.
+`ModelPruning` starts again. Han et al. 2015, arXiv:1506.02626.
 """
 
 from __future__ import annotations

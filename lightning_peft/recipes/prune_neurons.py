@@ -44,8 +44,9 @@ class NeuronReport:
 
     Attributes:
         blocks: Layer out of the block → neurons before and after.
-        parameters: Of the whole model, before and after.
-        seconds: Of one forward on the batch given, median of 5, before and after; None without one.
+        parameters: Number of parameters of the model, before and after.
+        seconds: Median time of 5 forward passes on `batch`, before and after; None if no batch
+            is given.
         output_error: ‖after − before‖ / ‖before‖ of the output on that batch.
     """
 
@@ -82,7 +83,7 @@ def remove_neurons(
 
     Args:
         model: A dense model without adapters.
-        share: Of the neurons of a block, in [0, 1).
+        share: Fraction of a block's neurons to remove, in [0, 1).
         blocks: (names of the layers in, name of the layer out), full names; None finds the usual
             ones.
         batch: An example input on which time and error are measured.

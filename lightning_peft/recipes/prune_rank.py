@@ -250,7 +250,7 @@ _FACTORS = ("A", "B", "A0", "B0")
 
 
 def _pruned(root: nn.Module, method: LoRA, cuts: dict[_Key, _Cut]) -> LoRA:
-    """The same method with the new ranks, scale 1, for exactly these layers."""
+    """Return the method with the new ranks and scale 1, for exactly these layers."""
     ranks = {c.site.name: c.A.shape[-2] for c in cuts.values()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # Longest names first: a pattern also matches names that end in it.

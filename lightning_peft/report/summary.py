@@ -31,7 +31,7 @@ __all__ = ["Group", "Report", "parameter_report"]
 
 @dataclass
 class Group:
-    """Layers of one suffix that are adapted alike.
+    """Layers of one suffix that are adapted in the same way.
 
     Attributes:
         layers: Suffix, for instance ``q_proj``.

@@ -86,7 +86,7 @@ def as_bytes(t: Tensor) -> Tensor:
 
 
 def to_bytes(t: Tensor) -> Tensor:
-    """uint8 with the same leading axes, so that tensors cut by rows are cut alike.
+    """uint8 with the same leading axes, so that cutting tensors by rows cuts the bytes with them.
 
     A vector becomes [n, bytes per element], a scalar [1, bytes].
     """

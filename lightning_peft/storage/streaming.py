@@ -38,7 +38,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     """Give every meta tensor memory; buffers that no file holds get their values again.
 
     Raises:
-        RuntimeError: a buffer whose value nobody can tell.
+        RuntimeError: a buffer has no known value.
     """
     lost = [
         (name, module)

@@ -67,7 +67,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             are read and quantised row by row.
 
     Raises:
-        ValueError: tensor parallelism is asked for.
+        ValueError: the options ask for tensor parallelism.
     """
 
     strategy_name = "peft_fsdp"

@@ -147,7 +147,7 @@ class _InMemory:
 
 
 def start_after_base(module: nn.Module) -> None:
-    """Trained copies start from the base that was just read; both are sharded alike."""
+    """Trained copies start from the base that was just read; both have the same shards."""
     with torch.no_grad():
         for _, adapted in adapted_modules(module):
             for adapter in adapters_of(adapted):

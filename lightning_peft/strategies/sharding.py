@@ -63,7 +63,7 @@ def shard_model(
         Names of the units.
 
     Raises:
-        RuntimeError: a tensor is on the meta device and nobody says where from; the bytes changed.
+        RuntimeError: a tensor is on the meta device and has no source; or the bytes changed.
         ValueError: adapters that cannot be sharded.
     """
     from torch.distributed.fsdp import (

@@ -35,7 +35,8 @@ class UsageTracker:
         self.ran[i] = self.ran[i] or torch.is_grad_enabled()
 
     def leave_out(self, optimizer: Optimizer, device: torch.device) -> None:
-        """Set the gradients of layers that ran nowhere to None; begin anew for this optimizer."""
+        """Set the gradients of layers that ran on no rank to None, and reset the record of this
+        optimizer."""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         mine = [
             (i, [p for p in layer.peft.parameters() if id(p) in owned])

@@ -2,7 +2,7 @@
 
 Several methods take `axes`, the meaning of a tensor's axes in the method's table: ``"down"`` [r,
 in], ``"up"`` [out, r], ``"out"`` [out], ``"in"`` [channels], ``"vector"`` [out, 1] or [1,
-channels], and ``""`` for axes that are alike in every layer kind.
+channels], and ``""`` for axes that are equal in every layer kind.
 """
 
 from __future__ import annotations

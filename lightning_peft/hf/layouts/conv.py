@@ -80,8 +80,7 @@ class ConvLayout(MatrixLayout[_ConvNd]):
         own = torch.stack([blocks[g, :, g] for g in range(m.groups)])
         if own.count_nonzero() != t.count_nonzero() or not torch.equal(own, own[:1].expand_as(own)):
             raise ValueError(
-                f"expected an A that keeps to each of the {m.groups} groups alike, got one that "
-                "mixes channels: no weight of this grouped convolution equals it; exclude the "
-                "layer"
+                f"expected an A of {m.groups} equal diagonal blocks, one per group, got another "
+                "one: no weight of this grouped convolution equals it; exclude the layer"
             )
         return own[0].flatten(1)

@@ -188,7 +188,10 @@ def _note(m: FusedExperts, groups: Groups) -> None:
 def _mask_of_rows(
     adapters: Sequence[WeightAdapter], tokens: int, routing: _Routing
 ) -> dict[str, Tensor]:
-    """Adapter name → [S, 1] whether a pair's token is under it; empty where all rows are alike."""
+    """Return, by adapter name, which pairs' tokens it acts on [S, 1].
+
+    Empty if every row uses the same adapters.
+    """
     mix = current_mixed_batch()
     if mix is None:
         return {}

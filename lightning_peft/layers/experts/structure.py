@@ -41,7 +41,7 @@ class Form(NamedTuple):
 
 def is_presorted(module: nn.Module) -> bool:
     """Llama 4's experts: [E, in, out], gate and up concatenated, the input sorted by the caller
-    with equally many rows an expert.
+    with the same number of rows per expert.
     """
     return any(c.__name__ == "Llama4TextExperts" for c in type(module).__mro__)
 

@@ -15,7 +15,7 @@ from lightning_peft.core.per_thread import exclusive
 __all__ = ["PrefixCache", "preserve_cache", "unused_prefix_layers", "with_prefix"]
 
 
-#: Makes the pairs anew, with a graph of their own.
+#: Recomputes the pairs, with a graph of their own.
 Again = Callable[[], Sequence[tuple[Tensor, Tensor]]]
 
 #: (layer, its keys) → factor of its keys and values, or None.
@@ -88,11 +88,11 @@ def with_prefix(
     Args:
         past: The caller's cache, filled in place; None makes one.
         pairs: One a layer.
-        config: Of the model.
+        config: Configuration of the model.
         crossed: Whether the layers have cross attention too.
         keep: Whether the cache is to grow with the text; without it the prefix alone is held.
-        again: Makes the pairs anew in every layer.
-        factor: Of every layer's pair, asked for when the layer runs; for a prefix alone.
+        again: Recomputes the pairs in every layer.
+        factor: Returns the factor of a layer's pair when the layer runs; for a single prefix.
     """
     if past is None and not keep:
         cache: Any = PrefixCache(pairs, config, again, factor)
