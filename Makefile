@@ -54,7 +54,7 @@ package: $(READY)  ## Wheel and sdist into dist/, installed and tried in a fresh
 	$(PY) -m build --no-isolation
 	$(PY) -m pytest -q tests/test_packaging.py
 
-aot: $(READY)  ## Every Triton kernel compiled for four chips: registers, shared memory, spills
+aot: $(READY)  ## Every Triton kernel compiled for nine chips: registers, shared memory, spills
 	$(PY) -m lightning_peft_kernels.tools.aot --csv benchmarks/results/aot.csv
 
 # SMOKE=1 runs all of it on tiny shapes, on a CPU too.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from lightning_peft_kernels.codebooks.eight_bit import ZERO_CODE
 from lightning_peft_kernels.dispatch import Decision, configuration, select, use_backend
 from lightning_peft_kernels.dropout.ops import seeded_dropout, seeded_dropout_reference
 from lightning_peft_kernels.fp8.products import e4m3_scale, select_fp8
@@ -156,9 +157,12 @@ def _step(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[Pair]:
     p, g = randn(shape.N, shape.K).to(dtype), randn(shape.N, shape.K, seed=1).to(dtype)
     hyper = torch.tensor([[0.99, 1e-3, 1e-8, 0.9, 0.1, 0.999, 1e-3]])
     n = -(-p.numel() // 256) * 256
-    codes = torch.randint(0, 256, (2, n), generator=torch.Generator().manual_seed(2))
-    state = [codes[0].to(torch.uint8), torch.rand(n // 256), codes[1].to(torch.uint8),
-             torch.rand(n // 256)]  # fmt: skip
+    draw = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 256, (2, n), generator=draw).to(torch.uint8)
+    for signed, row in zip((True, False), codes, strict=True):
+        row[p.numel() :] = ZERO_CODE[signed]  # what a pool holds between tensors
+    scales = torch.rand(2, n // 256, generator=draw)
+    state = [codes[0], scales[0], codes[1], scales[1]]
     results = []
     for where in (torch.device("cpu"), device):
         tensors = [t.clone().to(where) for t in (p, g, hyper, *state)]

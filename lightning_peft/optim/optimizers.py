@@ -100,7 +100,7 @@ class PooledOptimizer(torch.optim.Optimizer):
             found, pool = founds[device], pools[device]
             skipped = vars(self).setdefault("_skipped", {})
             skipped[device] = skipped.get(device, 0) + found
-            rows = pool.rows_of(tuple(item.param for item in part))
+            rows = pool.rows_of([item.param for item in part])
             pool.steps.index_add_(0, rows, (1 - found).expand(len(part)))
             if device.type == "cpu" and float(found):
                 continue
@@ -140,7 +140,7 @@ class PooledOptimizer(torch.optim.Optimizer):
             for _, _, g in items
         ]
         lr, decay, eps, beta1, beta2 = rows_on(pool.steps.device, told, torch.float64).unbind(1)
-        rows = pool.rows_of(tuple(item.param for item in items))
+        rows = pool.rows_of([item.param for item in items])
         step, eps = self._sizes(lr, eps, beta1, beta2, pool.steps[rows].double())
         return torch.stack(
             [1 - lr * decay, step, eps, beta1, 1 - beta1, beta2, 1 - beta2], 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from lightning_peft_kernels.codebooks.eight_bit import ZERO_CODE
 from lightning_peft_kernels.optim.adamw_8bit import BLOCK
+from lightning_peft_kernels.optim.step_inputs import rows_on
 from torch import Tensor
 
 from lightning_peft.optim.paged_memory import allocate, prefetch
@@ -49,7 +50,6 @@ class StatePool:
         self.starts = {p: sum(padded[:i]) for i, p in enumerate(params)}
         self.rows = {p: i for i, p in enumerate(params)}
         self.steps = torch.zeros(len(params), device=device)
-        self._rows_on_device: dict[tuple[int, ...], Tensor] = {}
         sizes = {name: total // f.every * f.dtype.itemsize for name, f in fields.items()}
         self.buffer = allocate(sum(sizes.values()), device, paged)
         self.managed = paged and device.type == "cuda" and self.buffer.numel() > 0
@@ -68,16 +68,9 @@ class StatePool:
                 view = self.fields[name][first : first + -(-shard.numel() // field.every)]
                 self.views[p][name] = view.view(shard.shape) if field.shaped else view
 
-    def rows_of(self, params: tuple[Tensor, ...]) -> Tensor:
-        """Return the rows of `params` in `steps`, on the device.
-
-        The host would wait for this copy, so the rows of every set of parameters that took a step
-        are kept: all of them, or those that got a gradient.
-        """
-        rows = tuple(self.rows[p] for p in params)
-        if rows not in self._rows_on_device:
-            self._rows_on_device[rows] = torch.tensor(rows, device=self.steps.device)
-        return self._rows_on_device[rows]
+    def rows_of(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the rows of `params` in `steps`, on the device."""
+        return rows_on(self.steps.device, [self.rows[p] for p in params], torch.int64)
 
     def fill(self, p: Tensor, state: Mapping[str, Tensor]) -> None:
         """Copy a saved state of `p` in."""

@@ -165,19 +165,28 @@ def test_every_op_has_a_check_of_its_own() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_two_broken_kernels_are_switched_off() -> None:
+def interpreted(script: str, *arguments: str) -> str:
+    """What a script prints, with Triton's interpreter."""
     pytest.importorskip("triton")
-    script = Path(__file__).with_name("switched_off_script.py")
     run = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip().endswith("agrees")
+    return run.stdout.strip()
+
+
+def test_two_broken_kernels_are_switched_off() -> None:
+    assert interpreted("switched_off_script.py").endswith("agrees")
+
+
+@pytest.mark.slow
+def test_every_kernel_in_bf16() -> None:
+    assert interpreted("bf16_script.py").endswith("checks agree")
 
 
 @pytest.mark.slow

@@ -10,49 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning_peft_kernels.chips import CHIPS, Chip, amd_chip, nvidia_chip
+from lightning_peft_kernels.chips import CHIPS
+from lightning_peft_kernels.tools.targets import TARGETS as GPUS
+from lightning_peft_kernels.tools.targets import Target
 
-__all__ = ["GPUS", "FakeGPU", "Launched", "use_fake_gpu"]
-
-
-@dataclass(frozen=True)
-class FakeGPU:
-    """What a driver says about one chip.
-
-    Attributes:
-        backend: ``"cuda"`` or ``"hip"``.
-        architecture: 75, or ``"gfx942"``.
-        lanes: Threads per warp.
-        shared: Bytes of shared memory per block.
-        processors: Multiprocessors.
-    """
-
-    backend: str
-    architecture: int | str
-    lanes: int
-    shared: int
-    processors: int
-
-    @property
-    def chip(self) -> Chip:
-        """What the kernels are selected by."""
-        if isinstance(self.architecture, int):
-            return nvidia_chip(*divmod(self.architecture, 10), self.shared)
-        return amd_chip(self.architecture, self.shared)
-
-
-#: T4, A100, A10, 4090, H100, B200, 5090, MI300, RX 7900.
-GPUS = {
-    "sm_75": FakeGPU("cuda", 75, 32, 65_536, 40),
-    "sm_80": FakeGPU("cuda", 80, 32, 166_912, 108),
-    "sm_86": FakeGPU("cuda", 86, 32, 101_376, 72),
-    "sm_89": FakeGPU("cuda", 89, 32, 101_376, 128),
-    "sm_90": FakeGPU("cuda", 90, 32, 232_448, 132),
-    "sm_100": FakeGPU("cuda", 100, 32, 232_448, 148),
-    "sm_120": FakeGPU("cuda", 120, 32, 101_376, 170),
-    "gfx942": FakeGPU("hip", "gfx942", 64, 65_536, 304),
-    "gfx1100": FakeGPU("hip", "gfx1100", 32, 65_536, 96),
-}
+__all__ = ["GPUS", "FakeDriver", "Launched", "use_fake_gpu"]
 
 
 @dataclass(frozen=True)
@@ -75,14 +37,14 @@ class Launched:
 class _Utilities:
     """Properties and loading of binaries."""
 
-    def __init__(self, gpu: FakeGPU) -> None:
+    def __init__(self, gpu: Target) -> None:
         self.gpu = gpu
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """Return the limits of the chip."""
         return {
             "max_shared_mem": self.gpu.shared,
-            "multiprocessor_count": self.gpu.processors,
+            "multiprocessor_count": 100,
             "warpSize": self.gpu.lanes,
         }
 
@@ -96,7 +58,7 @@ class _Utilities:
 class FakeDriver:
     """The driver that Triton talks to."""
 
-    def __init__(self, gpu: FakeGPU) -> None:
+    def __init__(self, gpu: Target) -> None:
         from triton.backends.compiler import GPUTarget
 
         self.gpu, self.launched = gpu, list[Launched]()

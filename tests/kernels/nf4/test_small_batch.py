@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning_peft_kernels.nf4 import bitsandbytes_product
 from lightning_peft_kernels.nf4.ops import quantize_4bit
 from lightning_peft_kernels.nf4.small_batch import nf4_small_batch, nf4_small_batch_reference
 
@@ -39,3 +40,37 @@ def test_compiles_without_a_graph_break() -> None:
     x = torch.randn(2, 64)
     made = torch.compile(nf4_small_batch, fullgraph=True, backend="aot_eager")(x, q, (8, 64))
     assert_close("y", made, nf4_small_batch(x, q, (8, 64)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_bitsandbytes_multiplies_our_bytes(kind: str, nested: bool, bias: bool) -> None:
+    """Its op on a CPU; on a GPU the arguments are the same."""
+    pytest.importorskip("bitsandbytes")
+    N, K = 48, 128
+    q = quantize_4bit(torch.randn(N, K) / K**0.5, kind=kind, double_quant=nested)
+    x, b = torch.randn(3, K), torch.randn(N) if bias else None
+    y = bitsandbytes_product.multiply(x, q, (N, K), b, kind, 64)
+    wide = None if b is None else b.double()
+    want = nf4_small_batch_reference(x.double(), q, (N, K), bias=wide, kind=kind)
+    assert_close("y", y, want, floor=1e-5)
+
+
+def test_the_rule_of_bitsandbytes_gives_the_most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the first number of tokens that it refuses; none where blocks cross rows."""
+
+    def rule(index: int | None, dtype: torch.dtype, tokens: int, N: int, K: int) -> bool:
+        return tokens < 8 or 10 <= tokens <= 64 if N > 64 else True
+
+    bitsandbytes_product._fused_tokens.cache_clear()
+    monkeypatch.setattr(bitsandbytes_product, "_rule", lambda: rule)
+    device = torch.device("cuda", 0)
+
+    def most(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> int | None:
+        return bitsandbytes_product.fused_tokens(device, dtype, shape, 64)
+
+    found = most((128, 64)), most((64, 64)), most((128, 96)), most((128, 64), torch.float64)
+    bitsandbytes_product._fused_tokens.cache_clear()
+    assert found == (7, 1536, 0, None)
+    assert bitsandbytes_product.fused_tokens(torch.device("cpu"), torch.bfloat16, (8, 8), 8) is None

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from lightning_peft_kernels.tools import aot
 from lightning_peft_kernels.tools.aot import Row, broken
+from lightning_peft_kernels.tools.targets import TARGETS
 
 from tests.helpers.forks import run_function
 
@@ -54,7 +55,7 @@ def test_one_configuration_of_each_kernel_for_hopper() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration(target: str) -> None:
     assert run("--targets", target)[-1].endswith("0 broken")
 

@@ -314,6 +314,7 @@ def aot_specs() -> list[dict[str, Any]]:
                         tile | {"BLOCK_N": block_n},
                         num_warps=_warps(rows),
                         gemm=gemm,
+                        rows=rows,
                         fast=nested and rows == 16,
                     )
                 )

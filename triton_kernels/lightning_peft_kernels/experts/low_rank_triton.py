@@ -139,17 +139,20 @@ def aot_specs() -> list[dict[str, Any]]:
     """Configurations to compile ahead of time."""
     specs = []
     for R in (16, 32):
-        skip = {"gfx942": "spills: two products"} if R > 16 else {}
         for rows in (16, 64):
             tile = {"BLOCK_E": 128, "BLOCK_M": rows, "BLOCK_N": _UP_N, "BLOCK_R": R}
             types = [*["*bf16"] * 2, "*i32", "*bf16", *["i32"] * 3]
             name = f"experts low rank r {R} {rows} rows"
             fast = R == rows == 16
-            specs.append(spec(name, _add_product_kernel, types, tile, gemm=rows == 64, fast=fast))
+            specs.append(
+                spec(
+                    name, _add_product_kernel, types, tile, gemm=rows == 64, rank=R, fast=fast
+                )
+            )  # fmt: skip
         tile = {"BLOCK_M": _BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_R": R}
         types = [*["*bf16"] * 3, "*i32", "*fp32", "*bf16", *["i32"] * 3]
         specs.append(
             spec(f"experts rank gradients r {R}", _gradients_kernel, types, tile, num_warps=WARPS,
-                 num_stages=2, gemm=True, skip=skip, fast=R == 16)
+                 num_stages=2, gemm=True, rank=R, fast=R == 16)
         )  # fmt: skip
     return specs

@@ -259,7 +259,7 @@ def aot_specs() -> list[dict[str, Any]]:
             name = f"decode gemm {label} {block_m} rows"
             fast = nested and block_m == 16
             types = ["*bf16", "*u8", *scales]
-            specs.append(spec(name, _gemm_kernel, types, tile, gemm=True, fast=fast))
+            specs.append(spec(name, _gemm_kernel, types, tile, gemm=True, rows=block_m, fast=fast))
     types = ["*fp32", "*bf16", "*bf16", "*bf16", "*bf16", "i32", "i32", "i32"]
     for R in (16, 256):
         tile = {"R": R, "BLOCK_R": 16, "HAS_BIAS": True, "BLOCK_N": 128}

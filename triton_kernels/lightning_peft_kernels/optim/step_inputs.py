@@ -11,7 +11,9 @@ from torch import Tensor
 __all__ = ["PooledStep", "rows_on"]
 
 
-def rows_on(device: torch.device, rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+def rows_on(
+    device: torch.device, rows: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype
+) -> Tensor:
     """Return rows of numbers as a tensor on the device; the host does not wait for the copy.
 
     A copy from pinned memory runs on the stream; torch keeps that memory until then.

@@ -9,7 +9,8 @@ products of 64 rows and more use `wgmma` on sm_90.
 Each compilation runs in its own process, forked from one that has imported Triton: an LLVM error
 ends its process. A module with kernels lists them in `aot_specs()`, with the keys
     name, fn, signature (every argument, in order), constexprs, attrs, num_warps, num_stages,
-and optionally options (compiler), gemm (must use `wgmma`), skip ({target: reason}), fast.
+and optionally options (compiler), gemm (must use `wgmma`), rows or rank (of a product, by which
+`targets` leaves a configuration out or changes its stages), only (``"cuda"`` or ``"hip"``), fast.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TARGETS", "Row", "broken", "compile_one", "spec", "specs", "table"]
+from lightning_peft_kernels.tools.targets import TARGETS, stages_for, why_left_out
+
+__all__ = ["Row", "broken", "compile_one", "spec", "specs", "table"]
 
 MODULES = (
     "lightning_peft_kernels.nf4.dequantize_triton",
@@ -41,13 +44,6 @@ MODULES = (
     "lightning_peft_kernels.dropout.triton",
     "lightning_peft_kernels.optim.adamw_8bit_triton",
 )
-# Target → (backend, architecture, lanes per warp, bytes of shared memory per block).
-TARGETS: dict[str, tuple[str, Any, int, int]] = {
-    "sm_80": ("cuda", 80, 32, 166_912),
-    "sm_90": ("cuda", 90, 32, 232_448),
-    "sm_100": ("cuda", 100, 32, 232_448),
-    "gfx942": ("hip", "gfx942", 64, 65_536),
-}
 
 
 @dataclass
@@ -57,11 +53,11 @@ class Row:
     Attributes:
         kernel: Name and configuration.
         target: One of `TARGETS`.
-        registers: Per thread (vector registers on gfx942); -1 if compiling failed.
+        registers: Per thread (vector registers on AMD); -1 if compiling failed.
         shared: Bytes per block.
-        spills: Bytes per thread: stack and local memory (scratch on gfx942).
+        spills: Bytes per thread: stack and local memory (scratch on AMD).
         matrix: Matrix instruction used, or "-".
-        instructions: Static count of machine instructions; 0 on gfx942.
+        instructions: Static count of machine instructions; 0 on AMD.
         outcome: "ok", "skipped: reason", or the error.
         gemm: If True, a matrix instruction over full warp groups is expected.
     """
@@ -96,7 +92,7 @@ def spec(
         constexprs: Value by name.
         num_warps: Warps per program.
         num_stages: Stages of software pipelining.
-        more: options, gemm, skip, fast.
+        more: options, gemm, rows, rank, only, fast.
     """
     names = [n for n in fn.arg_names if n not in constexprs]
     signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constexprs, "constexpr")
@@ -125,7 +121,7 @@ def broken(row: Row) -> str:
         return ""
     if row.outcome != "ok":
         return row.outcome
-    limit = TARGETS[row.target][3]
+    limit = TARGETS[row.target].shared
     if row.spills:
         return f"{row.spills} bytes spilled"
     if row.shared > limit:
@@ -142,22 +138,24 @@ def compile_one(spec: dict[str, Any], target: str) -> Row:
     from triton.compiler import compile as triton_compile
 
     row = Row(spec["name"], target, gemm=bool(spec.get("gemm")))
-    reason = spec.get("skip", {}).get(target)
+    at = TARGETS[target]
+    reason = why_left_out(spec, at.chip)
     if reason:
         row.outcome = f"skipped: {reason}"
         return row
-    backend, architecture, lanes, _ = TARGETS[target]
     source = ASTSource(
         fn=spec["fn"],
         signature=spec["signature"],
         constexprs=spec["constexprs"],
         attrs=spec["attrs"],
     )
-    options = {"num_warps": spec["num_warps"], "num_stages": spec["num_stages"]}
+    options = {"num_warps": spec["num_warps"], "num_stages": stages_for(spec, at.chip)}
     options.update(spec.get("options", {}))
-    kernel = triton_compile(source, target=GPUTarget(backend, architecture, lanes), options=options)
+    kernel = triton_compile(
+        source, target=GPUTarget(at.backend, at.architecture, at.lanes), options=options
+    )
     row.shared = int(kernel.metadata.shared)
-    if backend == "cuda":
+    if at.backend == "cuda":
         _read_cubin(row, kernel.asm["cubin"], kernel.asm["ptx"])
     else:
         _read_amdgcn(row, kernel.asm["amdgcn"])
