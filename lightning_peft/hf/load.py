@@ -187,7 +187,16 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
         fields["target_modules"] = source.config.get("target_modules")
     if reading.entries:
         fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
-    return source.method(**fields)
+    method = source.method(**fields)
+    refuse = source.format.refuse
+    for e in reading.entries if refuse is not None else ():
+        reason = refuse(method, e.site) if refuse is not None else ""
+        if reason:
+            raise ValueError(
+                f"adapter file: {method.label} on {e.path!r} has no equal here: {reason}; exclude "
+                "the layer, or merge the adapter with peft; nothing was loaded"
+            )
+    return method
 
 
 def _add_entries_by_config(source: Source, reading: Reading) -> None:
@@ -240,7 +249,8 @@ def _check_targets(source: Source, reading: Reading) -> None:
     if not reading.entries:
         raise ValueError(
             f"adapter file: expected tensors named as {list(source.format.tensors.values())} "
-            f"behind '{PREFIX}<layer>.', found none; nothing would be adapted"
+            f"behind '{PREFIX}<layer>.', found none, but {sorted(reading.other)[:3]}; nothing was "
+            "loaded"
         )
     if config.get("target_modules") is None and not config.get("target_parameters"):
         if "target_modules" not in config:

@@ -224,6 +224,8 @@ def _entries(
         site = adapter.site
         layout = layout_for(site.ops, module)
         reason = layout.refusal(site.parameter) if isinstance(adapter, WeightAdapter) else ""
+        if isinstance(adapter, WeightAdapter):
+            reason = reason or fmt.refusal(layout)
         reason = reason or (fmt.refuse(method, site) if fmt.refuse is not None else "")
         if reason:
             raise ValueError(
