@@ -362,7 +362,7 @@ def _copy(model: nn.Module, adapter_name: str, values: Values, shared: Mapping[s
     missing = dict(shared)
     for _, module in adapted_modules(model):
         for adapter in adapters_of(module, adapter_name):
-            for path, copied in adapter.copies().items():
+            for path, copied in adapter.substitutes().items():
                 key = (id(module), path, COPY)
                 if key in values:
                     live.append((copied, values[key]))

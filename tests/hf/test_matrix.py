@@ -74,10 +74,13 @@ def test_cell(name: str, kind: str, tmp_path: Path) -> None:
     randomise(model)
     with torch.no_grad():
         want = layer.run(model.eval(), x)
+    refusal = ""
     try:
         lp.save_adapter(model, tmp_path)
     except ValueError as error:
-        assert "peft" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert "peft" in refusal
         assert not list(tmp_path.iterdir()), "a refusal writes nothing"
         return
     with warnings.catch_warnings(record=True) as caught:
