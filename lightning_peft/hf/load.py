@@ -81,7 +81,8 @@ def load_adapter(
         quantization: Quantise the frozen base too: ``"nf4"``, or a configuration.
         root: Name of the module inside `model` whose layer names the file uses. By default, the
             one Hugging Face model inside `model`, or `model` itself.
-        alpha: lora_alpha of a loralib file, which does not hold it.
+        alpha: lora_alpha of a file that does not hold it: loralib's, and Kohya's or diffusers'
+            without an alpha in the tensors or in the header.
         enable_lora: loralib's argument of MergedLinear, needed if some parts are off.
         modules_to_save: Modules to train fully besides those of the directory, as in `attach`.
         device: Where to quantise, as in `attach`.

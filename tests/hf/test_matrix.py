@@ -53,7 +53,12 @@ KINDS = {
 }
 METHODS = {case.name: case.method for case in CASES}
 #: Warnings of peft about the layer or the environment, not about the file.
-_NOT_OURS = ("Merging is not supported", "CUDA", "r is odd", "has no bias", "randlora_A")
+_NOT_OURS = (
+    *("Merging is not supported", "CUDA", "boft_n_butterfly_factor"),
+    "r is odd",
+    "has no bias",
+    "randlora_A",
+)
 
 
 @pytest.mark.sweep(0.12)
