@@ -172,6 +172,10 @@ def merge_module(part: ModuleMerge, settings: MergeSettings, steps: list[UndoSte
             _require_finite(part.key(path), value)
             _untie(module, path, part.key(path), settings, steps)
             overwrite(parameter_at(module, path), value, steps)
+    for adapter in part.adapters:
+        for path, value in adapter.substitutes().items():
+            if path not in copies:  # running statistics
+                overwrite(module.get_buffer(path), value, steps)
     module._peft.active.merged = [n for n in settings.names if n in module.peft]
     refresh(module)
     requantised = [

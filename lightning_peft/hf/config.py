@@ -18,6 +18,7 @@ from lightning_peft.methods.base import HFEntry, HFFormat
 __all__ = [
     "CONFIG",
     "base_config",
+    "check_known",
     "format_of",
     "method_class",
     "method_fields",
@@ -223,7 +224,7 @@ def method_fields(
             effect is on.
     """
     fmt = format_of(cls)
-    _check_known(fmt, config)
+    check_known(fmt, config)
     fields: dict[str, Any] = {}
     for ours, theirs in fmt.config.items():
         if theirs not in config and theirs not in fmt.defaults:
@@ -246,7 +247,8 @@ def method_fields(
     return fields
 
 
-def _check_known(fmt: HFFormat, config: Mapping[str, Any]) -> None:
+def check_known(fmt: HFFormat, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if an option is on whose effect is not known."""
     carried = {*fmt.config.values(), *fmt.defaults, *fmt.ignored, *fmt.when}
     for key, value in config.items():
         if key in _COMMON or key in carried:
@@ -256,7 +258,8 @@ def _check_known(fmt: HFFormat, config: Mapping[str, Any]) -> None:
         if value not in (None, False, 0, "", [], {}):  # an option that is off changes nothing
             raise ValueError(
                 f"{CONFIG}: expected the known fields of {fmt.peft_type}, got also {key} = "
-                f"{_short(value)}, whose effect is not known here; remove it if it has none"
+                f"{_short(value)}, which changes the layers or what they compute; merge the "
+                "adapter with peft (merge_and_unload), or train without it"
             )
 
 

@@ -14,9 +14,18 @@ from torch import Tensor
 
 from lightning_peft.hf.config import CONFIG
 
-__all__ = ["TENSORS", "checked", "read_file", "read_tensors", "write_adapter", "write_tensors"]
+__all__ = [
+    "BATCHES",
+    "TENSORS",
+    "checked",
+    "read_file",
+    "read_tensors",
+    "write_adapter",
+    "write_tensors",
+]
 
 TENSORS = "adapter_model.safetensors"
+BATCHES = "num_batches_tracked"  # of a BatchNorm in modules_to_save, an integer
 _MOST_AXES = 8  # a convolution in three dimensions over experts has 6
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)  # peft takes the smallest
 
@@ -42,7 +51,7 @@ def read_tensors(directory: Path, integers: Sequence[str] = ()) -> dict[str, Ten
                 "(safetensors.torch.save_file(torch.load(path, weights_only=True), ...))"
             )
         raise FileNotFoundError(f"{directory}: expected {TENSORS}, found none")
-    return read_file(path, integers)[0]
+    return read_file(path, (*integers, BATCHES))[0]
 
 
 def read_file(path: Path, integers: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:

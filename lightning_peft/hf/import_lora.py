@@ -5,6 +5,7 @@ Values that a file does not hold are arguments or are refused by name, never gue
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.names import join
+from lightning_peft.hf.header_scale import header_scales
 from lightning_peft.hf.import_names import PARSERS, Layer, check_complete, kind_of
 from lightning_peft.hf.import_places import places_of
 from lightning_peft.hf.keys import PREFIX
@@ -54,7 +56,7 @@ def foreign_adapter(
         tensors: The file's tensors.
         source: Name of the file, for messages.
         root: Name of the module whose layer names the file uses.
-        alpha: loralib's lora_alpha, which its files do not hold.
+        alpha: lora_alpha of layers for which neither tensors nor header state it.
         enable_lora: loralib's argument of MergedLinear, which its files do not hold.
         metadata: Metadata of the safetensors file.
 
@@ -67,24 +69,24 @@ def foreign_adapter(
             f"{source}: expected a LoRA file of peft, Kohya, diffusers or loralib, got tensors "
             f"named as {sorted(tensors)[:3]}; nothing was loaded"
         )
-    if kind != "loralib" and (alpha is not None or enable_lora is not None):
+    if kind != "loralib" and enable_lora is not None:
         raise ValueError(
-            f"load_adapter: alpha, enable_lora: expected with a loralib file, got a {kind} one, "
-            "which says its own"
+            f"load_adapter: enable_lora: expected with a loralib file, got a {kind} one, which "
+            "says its own"
         )
     layers, other = PARSERS[kind](tensors, source)
     check_complete(layers, source)
     notes: list[str] = []
     if kind == "loralib":
         _loralib_scale(layers, alpha, source)
-    else:
-        if other:
-            raise ValueError(
-                f"{source}: expected LoRA tensors only, got also {sorted(other)[:5]}, of "
-                f"{len(other)}, whose place in a {kind} file is not certain; nothing was loaded"
-            )
-        _scale(kind, layers, metadata, source, notes)
+    elif other:
+        raise ValueError(
+            f"{source}: expected LoRA tensors only, got also {sorted(other)[:5]}, of "
+            f"{len(other)}, whose place in a {kind} file is not certain; nothing was loaded"
+        )
     places = places_of(model, root, layers, source)
+    if kind != "loralib":
+        _scale(kind, layers, alpha, metadata, source, notes)
     return _in_peft(model, layers, places, other, enable_lora, source, notes)
 
 
@@ -92,26 +94,40 @@ def foreign_adapter(
 
 
 def _scale(
-    kind: str, layers: Sequence[Layer], metadata: Mapping[str, str], source: str, notes: list[str]
+    kind: str,
+    layers: Sequence[Layer],
+    alpha: float | None,
+    metadata: Mapping[str, str],
+    source: str,
+    notes: list[str],
 ) -> None:
-    """Set missing alphas: scale 1 for Kohya, and for diffusers if all ranks are equal."""
-    if "lora_adapter_metadata" in metadata:
-        raise ValueError(
-            f"{source}: expected scales in the tensors, got lora_adapter_metadata in the header; "
-            "save the adapter from diffusers' model.save_lora_adapter as a peft directory instead"
-        )
+    """Set missing alphas from the header, or from the argument; none is guessed."""
     silent = [e for e in layers if not e.alpha]
-    ranks = {e.factors()[0].shape[0] for e in layers}
-    if kind == "diffusers" and silent and len(ranks) > 1:
+    if alpha is not None and not silent:
         raise ValueError(
-            f"{source}: expected an alpha beside each layer, or one rank, got ranks "
-            f"{sorted(ranks)} and no alpha for {silent[0].label!r}: programs differ in the scale "
-            "they then take; nothing was loaded"
+            f"load_adapter: alpha: expected with a file that lacks its scale, got a {kind} one, "
+            "which says its own"
         )
+    scales = header_scales(metadata, source) if silent else []
+    read = 0
     for e in silent:
-        e.alpha = float(e.factors()[0].shape[0])
-    if silent:
-        notes.append(f"{len(silent)} layers have no alpha in the file: scale 1, as {kind} reads it")
+        rank = e.factors()[0].shape[0]
+        found = (scale.of(e.label, rank) for scale in scales)
+        e.alpha = next((value for value in found if value is not None), None)
+        read += e.alpha is not None
+        e.alpha = alpha if e.alpha is None else e.alpha
+    if read:
+        notes.append(f"{read} layers have their scale from the file's header")
+    lacking = [e for e in silent if e.alpha is None]
+    if lacking:
+        ranks = sorted({e.factors()[0].shape[0] for e in lacking})
+        raise ValueError(
+            f"{source}: expected an alpha in the tensors or in the header, got ranks {ranks} and "
+            f"no alpha for {lacking[0].label!r} and {len(lacking) - 1} more; give alpha= of the "
+            f"training run (alpha = rank is scale 1, which {kind} takes); nothing was loaded"
+        )
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"load_adapter: alpha: expected a positive number, got {alpha}")
 
 
 def _loralib_scale(layers: Sequence[Layer], alpha: float | None, source: str) -> None:

@@ -181,7 +181,7 @@ def _read_module(
     for place, found in places.items():
         parameter = weights[place]
         site = Site(module, parameter, join(prefix, name), ops, storage_of(module, parameter))
-        reason = layout.refusal(parameter)
+        reason = layout.refusal(parameter) or fmt.refusal(layout)
         if reason:
             problems.append(f"{site.label}: {reason}; exclude the layer")
             continue

@@ -81,7 +81,8 @@ def load_adapter(
         quantization: Quantise the frozen base too: ``"nf4"``, or a configuration.
         root: Name of the module inside `model` whose layer names the file uses. By default, the
             one Hugging Face model inside `model`, or `model` itself.
-        alpha: lora_alpha of a loralib file, which does not hold it.
+        alpha: lora_alpha of a file that does not hold it: loralib's, and Kohya's or diffusers'
+            without an alpha in the tensors or in the header.
         enable_lora: loralib's argument of MergedLinear, needed if some parts are off.
         modules_to_save: Modules to train fully besides those of the directory, as in `attach`.
         device: Where to quantise, as in `attach`.
@@ -187,7 +188,16 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
         fields["target_modules"] = source.config.get("target_modules")
     if reading.entries:
         fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
-    return source.method(**fields)
+    method = source.method(**fields)
+    refuse = source.format.refuse
+    for e in reading.entries if refuse is not None else ():
+        reason = refuse(method, e.site) if refuse is not None else ""
+        if reason:
+            raise ValueError(
+                f"adapter file: {method.label} on {e.path!r} has no equal here: {reason}; exclude "
+                "the layer, or merge the adapter with peft; nothing was loaded"
+            )
+    return method
 
 
 def _add_entries_by_config(source: Source, reading: Reading) -> None:
@@ -240,7 +250,8 @@ def _check_targets(source: Source, reading: Reading) -> None:
     if not reading.entries:
         raise ValueError(
             f"adapter file: expected tensors named as {list(source.format.tensors.values())} "
-            f"behind '{PREFIX}<layer>.', found none; nothing would be adapted"
+            f"behind '{PREFIX}<layer>.', found none, but {sorted(reading.other)[:3]}; nothing was "
+            "loaded"
         )
     if config.get("target_modules") is None and not config.get("target_parameters"):
         if "target_modules" not in config:
@@ -352,7 +363,7 @@ def _copy(model: nn.Module, adapter_name: str, values: Values, shared: Mapping[s
     missing = dict(shared)
     for _, module in adapted_modules(model):
         for adapter in adapters_of(module, adapter_name):
-            for path, copied in adapter.copies().items():
+            for path, copied in adapter.substitutes().items():
                 key = (id(module), path, COPY)
                 if key in values:
                     live.append((copied, values[key]))

@@ -17,7 +17,7 @@ from lightning_peft.core.modules import is_conv1d, tied_modules
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.config import base_config
-from lightning_peft.hf.files import write_adapter, write_tensors
+from lightning_peft.hf.files import BATCHES, write_adapter, write_tensors
 from lightning_peft.hf.hub import upload
 from lightning_peft.hf.keys import bias_key, tensor_prefix
 from lightning_peft.hf.layouts import layout_for
@@ -225,6 +225,8 @@ def _entries(
         site = adapter.site
         layout = layout_for(site.ops, module)
         reason = layout.refusal(site.parameter) if isinstance(adapter, WeightAdapter) else ""
+        if isinstance(adapter, WeightAdapter):
+            reason = reason or fmt.refusal(layout)
         reason = reason or (fmt.refuse(method, site) if fmt.refuse is not None else "")
         if reason:
             raise ValueError(
@@ -360,11 +362,12 @@ def _add_saved(
         if inside or not name.endswith(tuple(names)):
             continue
         for key, value in module.state_dict().items():
-            if value.is_floating_point() and not in_adapter(key):
+            counts = key.rpartition(".")[2] == BATCHES
+            if (value.is_floating_point() or counts) and not in_adapter(key):
                 tensors[fmt.saved_prefix + join(name, key)] = value
     for path, _, adapter in found:
         if isinstance(adapter.method, ModulesToSave):
-            for parameter, value in adapter.copies().items():
+            for parameter, value in adapter.substitutes().items():
                 tensors[fmt.saved_prefix + join(path, parameter)] = value
     if fmt.peft_type == "LORA" and _copies_are_tied(top, found):
         config["ensure_weight_tying"] = True

@@ -12,7 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.hf.config import CONFIG, format_of, method_class, missing_config, read_config
+from lightning_peft.hf.config import (
+    CONFIG,
+    check_known,
+    format_of,
+    method_class,
+    missing_config,
+    read_config,
+)
 from lightning_peft.hf.files import checked, read_file, read_tensors
 from lightning_peft.hf.import_lora import foreign_adapter
 from lightning_peft.hf.legacy_experts import fused_experts
@@ -100,6 +107,7 @@ def _peft(
     config = read_config(folder)
     method = method_class(config)
     fmt = format_of(method)
+    check_known(fmt, config)
     tensors = read_tensors(folder, [fmt.tensors[name] for name in fmt.integers])
     prefix, top = model_root(model, root)
     config, tensors, fused = fused_experts(top, config, tensors)

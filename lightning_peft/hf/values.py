@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.placement.placement import Placement, PlannedAdapter
-from lightning_peft.core.modules import parameter_at
+from lightning_peft.adapters.placement.placement import (
+    CopyPlacement,
+    Placement,
+    PlannedAdapter,
+)
+from lightning_peft.core.modules import parameter_at, persistent_buffers
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.core.site import Site
+from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import tied_with
@@ -58,7 +63,8 @@ def saved_modules(source: Source, reading: Reading) -> dict[str, dict[str, Tenso
         found = {k[len(head) :]: t for k, t in reading.other.items() if k.startswith(head)}
         problems += _copy_problems(module, head, found)
         parameters = {n for n, _ in module.named_parameters()}
-        saved[name] = {k: t for k, t in found.items() if k in parameters}
+        copied = parameters | _statistics(module)
+        saved[name] = {k: t for k, t in found.items() if k in copied}
         for key in found:
             del reading.other[head + key]
     if problems:
@@ -82,7 +88,8 @@ def has_separate_copies(source: Source, saved: Mapping[str, Mapping[str, Tensor]
     for name, found in saved.items():
         parameters = dict(source.top.get_submodule(name).named_parameters())
         for key, tensor in found.items():
-            groups.setdefault(id(parameters[key]), []).append((join(name, key), tensor))
+            if key in parameters:
+                groups.setdefault(id(parameters[key]), []).append((join(name, key), tensor))
     shared = [group for group in groups.values() if len(group) > 1]
     differing = [g for g in shared if any(not torch.equal(g[0][1], t) for _, t in g[1:])]
     tied = source.config.get("ensure_weight_tying")
@@ -99,7 +106,9 @@ def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) ->
     """Return the differences between a module's own tensors and those that a file has for it."""
     expected = {k: t for k, t in module.state_dict().items() if not in_adapter(k)}
     parameters = {n for n, _ in module.named_parameters()}
-    problems = [f"missing {head}{k}" for k in expected if k not in found]
+    copied = parameters | _statistics(module)
+    needed = [k for k in expected if k.rpartition(".")[2] != BATCHES]
+    problems = [f"missing {head}{k}" for k in needed if k not in found]
     for key, tensor in found.items():
         if key not in expected:
             problems.append(f"extra {head}{key}")
@@ -107,9 +116,20 @@ def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) ->
             problems.append(
                 f"{head}{key}: expected shape {list(expected[key].shape)}, got {list(tensor.shape)}"
             )
-        elif key not in parameters and not torch.equal(tensor, expected[key].to(tensor)):
+        elif key not in copied and not torch.equal(tensor, expected[key].to(tensor)):
             problems.append(f"{head}{key}: a buffer that differs from the base's")
     return problems
+
+
+def _statistics(module: nn.Module) -> set[str]:
+    """Running statistics that attaching copies with the parameters next to them."""
+    return {
+        join(name, key)
+        for name, inner in module.named_modules()
+        if getattr(inner, "track_running_stats", False)
+        and inner._parameters.get("weight") is not None
+        for key in persistent_buffers(inner, recurse=False)
+    }
 
 
 # ---- every placement
@@ -180,9 +200,11 @@ class ValueMatcher:
         path = self._path(placement)
         owner = self._owner(path)
         assert owner is not None  # attach plans copies of `saved` alone
-        for p in placement.paths:
+        statistics = placement.statistics if isinstance(placement, CopyPlacement) else ()
+        for p in (*placement.paths, *statistics):
             key = join(path, p)[len(owner) + 1 :]
-            self.values[id(placement.module), p, COPY] = self.saved[owner][key]
+            if key in self.saved[owner]:  # earlier files have no num_batches_tracked
+                self.values[id(placement.module), p, COPY] = self.saved[owner][key]
 
     def _match_biases(self, placement: Placement, adapted: Sequence[str]) -> None:
         path, module = self._path(placement), placement.module

@@ -130,7 +130,7 @@ def _forward_with_copies(
     if mix is not None:
         return _forward_copies_by_row(module, active, run, mix, args, kwargs)
     state = module._peft
-    copies = {path: copy for a in active.trained_copies for path, copy in a.copies().items()}
+    copies = {path: copy for a in active.trained_copies for path, copy in a.substitutes().items()}
     with state.ops.substituted(module, copies):
         return _forward(module, run, active.edits, active.blocks, args, kwargs)
 
@@ -153,7 +153,7 @@ def _forward_copies_by_row(
             path: copy
             for a in active.trained_copies
             if a.adapter_name == name
-            for path, copy in a.copies().items()
+            for path, copy in a.substitutes().items()
         }
         edits = [a for a in active.edits if a.adapter_name == name]
         blocks = [a for a in active.blocks if a.adapter_name == name]

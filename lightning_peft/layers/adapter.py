@@ -64,6 +64,10 @@ class Adapter(nn.Module, ABC):
         """Trained copies by the path of the parameter that each one replaces."""
         return {}
 
+    def substitutes(self) -> dict[str, Tensor]:
+        """Tensors that the module reads in place of its own, by path."""
+        return self.copies()
+
     def switch_base(self, acts: bool, *, was_interrupted: bool = False) -> None:
         """Put the base weight that belongs to an acting or an idle adapter into the module."""
 

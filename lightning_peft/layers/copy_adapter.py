@@ -24,9 +24,11 @@ class CopyAdapter(Adapter):
 
     Attributes:
         paths: Name of each copy → path of the parameter that it replaces.
+        statistics: Names of running statistics that are copied too.
     """
 
     method: SelectMethod
+    statistics: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -58,6 +60,17 @@ class CopyAdapter(Adapter):
         own: dict[str, Any] = self._parameters
         return {path: own[name] for name, path in self.paths.items()}
 
+    def copy_statistics(self, names: Sequence[str]) -> None:
+        """Copy these running statistics: training moves the copy, and the base keeps its own."""
+        self.statistics = tuple(names)
+        for name in names:
+            self.register_buffer(name, self.site.module.get_buffer(name).detach().clone())
+
+    def substitutes(self) -> dict[str, Tensor]:
+        """Everything that the module reads in place of its own: copies, and statistics."""
+        own: dict[str, Any] = self._buffers
+        return {**self.copies(), **{name: own[name] for name in self.statistics}}
+
     def activate(self, active: ActiveAdapters) -> None:
         """Act in place of the module's parameters."""
         active.trained_copies.append(self)
@@ -66,8 +79,12 @@ class CopyAdapter(Adapter):
         """Hold the module's own parameters, in a copy of another module's adapter."""
         with torch.no_grad():
             for key, tensor in self.initial_tensors(None).items():
-                self.get_parameter(key).copy_(tensor)
+                (self.get_buffer if key in self.statistics else self.get_parameter)(key).copy_(
+                    tensor
+                )
 
     def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
-        """The parameters that were copied."""
-        return {key: parameter_at(self.site.module, path) for key, path in self.paths.items()}
+        """The parameters and statistics that were copied."""
+        module = self.site.module
+        parameters = {key: parameter_at(module, path) for key, path in self.paths.items()}
+        return {**parameters, **{name: module.get_buffer(name) for name in self.statistics}}

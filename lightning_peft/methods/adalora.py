@@ -57,6 +57,11 @@ def _pattern(config: Mapping[str, Any], site: Site) -> Tensor | None:
     return None
 
 
+def _refuse(method: AdaLoRA, site: Site) -> str:
+    grouped = getattr(site.module, "groups", 1) != 1
+    return "peft's AdaLoRA knows no grouped convolution" if grouped else ""
+
+
 def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     masks = {e.path: e.own["mask"].bool().tolist() for e in entries}
     pruned = any(not all(mask) for mask in masks.values())
@@ -120,7 +125,6 @@ class AdaLoRA(WeightMethod):
     hf = HFFormat(
         peft_type="ADALORA",
         tensors={"A": "lora_A", "B": "lora_B", "E": "lora_E"},
-        axes={"A": "down", "B": "up"},
         config={
             "init_r": "init_r",
             "target_r": "target_r",
@@ -156,6 +160,8 @@ class AdaLoRA(WeightMethod):
         unpack=_unpack,
         to_config=_to_config,
         from_config=_from_config,
+        kinds=("Linear", "Conv1D", "Conv2d"),
+        refuse=_refuse,
     )
 
     def __post_init__(self) -> None:
@@ -181,13 +187,9 @@ class AdaLoRA(WeightMethod):
         )
 
     def check(self, site: Site) -> None:
-        """Rank against the layer's size; one budget over matrices, not over stacks of experts."""
-        most = min(site.out_features, site.in_features)
-        require(
-            self.init_r <= most,
-            f"{self.label} on {site.label!r}: expected init_r <= min(in_features, out_features) = "
-            f"{most}, got {self.init_r}; lower it, or exclude the layer",
-        )
+        """One budget over matrices, not over stacks of experts. The rank may exceed the layer's
+        size, as in peft: the budget prunes it.
+        """
         require(
             not site.batch_shape,
             f"{self.label} on {site.label!r}: expected one matrix, got a stack of experts; "

@@ -329,6 +329,9 @@ class SelectMethod(Targeted):
 
     may_be_empty: ClassVar[bool] = False
 
+    #: Whether a normalisation layer's running statistics are copied with its parameters.
+    copies_statistics: ClassVar[bool] = False
+
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether this parameter of `owner` is trained."""
         raise TypeError(f"{self.label}: expected a method with `selects`, found none")

@@ -37,10 +37,6 @@ def _unpack(
     return {k: t.reshape(-1) if k == "s" else t for k, t in p.items()}
 
 
-def _refuse(method: BOFT, site: Site) -> str:
-    return "peft's BOFT unfolds patches of a convolution otherwise" if site.kernel_size else ""
-
-
 def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
     """The number of stages is that of the tensors: without its CUDA extension peft trains one
     whatever the config says.
@@ -93,7 +89,8 @@ class BOFT(WeightMethod):
         pack=_pack,
         unpack=_unpack,
         from_config=_from_config,
-        refuse=_refuse,
+        kinds=("Linear", "Conv2d"),
+        unequal={"Conv2d": "peft's BOFT unfolds the patches of a convolution in another order"},
     )
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class DoRA(LoRA):
         axes={**LoRA.hf.axes, "magnitude": "out"},
         fixed={**LoRA.hf.fixed, "use_dora": True},
         when={"use_dora": True},
+        kinds=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "experts"),
         uniform=None,
     )
 

@@ -12,7 +12,7 @@ Reading takes the same steps in reverse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +31,11 @@ __all__ = [
 
 class LayerLayout(Protocol):
     """Peft's layout of one module; `lightning_peft.hf.layouts` has one per layer kind."""
+
+    @property
+    def kind(self) -> str:
+        """The layer kind in peft's words: ``"Linear"``, ``"Conv1D"``, ``"Embedding"`` …"""
+        ...
 
     def nested_paths(self, adapted: Sequence[str]) -> dict[str, str]:
         """Map each weight to the path below the module that its tensors have in a file."""
@@ -156,6 +161,8 @@ class HFFormat:
         unpack: The way back.
         to_config: Sets the config entries that depend on the tensors.
         from_config: Fields that do not carry over by name.
+        kinds: Layer kinds that peft's type adapts (`LayerLayout.kind`); None for all.
+        unequal: Layer kinds that it adapts, but computes otherwise → how.
         uniform: Change entries and config to what servers take that know no patterns; None where
             there are none.
         refuse: (method, site) → why this cannot be exchanged, "" where it can.
@@ -181,8 +188,19 @@ class HFFormat:
     unpack: Unpack | None = None
     to_config: ToConfig | None = None
     from_config: FromConfig | None = None
+    kinds: Collection[str] | None = None
+    unequal: Mapping[str, str] = field(default_factory=dict)
     uniform: ToConfig | None = None
     refuse: Refuse | None = None
+
+    def refusal(self, layout: LayerLayout) -> str:
+        """Why a layer of this kind cannot be exchanged; "" if it can."""
+        kind = layout.kind
+        if self.kinds is not None and kind not in self.kinds:
+            return (
+                f"peft's {self.peft_type} adapts {', '.join(sorted(self.kinds))} only, not {kind}"
+            )
+        return self.unequal.get(kind, "")
 
     def oriented(self, entry: HFEntry) -> dict[str, Tensor]:
         """Return the entry's tensors with thin factors as peft has them; its own inverse.

@@ -83,6 +83,7 @@ class IA3(WeightMethod):
         unpack=_unpack,
         to_config=_to_config,
         from_config=_from_config,
+        kinds=("Linear", "Conv1D", "Conv2d", "Conv3d"),
         refuse=lambda method, site: "peft's IA3 multiplies only" if method.mode == "add" else "",
     )
 

@@ -81,6 +81,7 @@ class LoHa(WeightMethod):
             "alpha_pattern": {},
         },
         ignored=("init_weights",),
+        kinds=("Linear", "Conv1d", "Conv2d"),
     )
 
     def __post_init__(self) -> None:

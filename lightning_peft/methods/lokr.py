@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Kronecker
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
 from lightning_peft.methods.registry import register
 
@@ -32,17 +32,43 @@ def factorization(n: int, factor: int = -1) -> tuple[int, int]:
 
 
 def _pack(method: LoKr, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A full w2 has the kernel's axes in the file."""
+    """A full w2 has the kernel's axes in the file; t2 has two of them on Conv1d as well."""
     packed = dict(p)
     if "w2" in p and site.kernel_size:
         packed["w2"] = p["w2"].reshape(p["w2"].shape[0], -1, *site.kernel_size)
+    if "t2" in p and len(site.kernel_size) == 1:
+        packed["t2"] = p["t2"].unsqueeze(-1)
     return packed
 
 
 def _unpack(
     method: LoKr, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    return {k: t.flatten(1) if k == "w2" else t for k, t in p.items()}
+    tensors = {k: t.flatten(1) if k == "w2" else t for k, t in p.items()}
+    if "t2" in p and len(site.kernel_size) == 1:
+        tensors["t2"] = p["t2"].squeeze(-1)
+    return tensors
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    reshaped = any(len(e.site.kernel_size) == 1 and "w2" in e.tensors for e in entries)
+    return {"conv1d": "reshaped"} if reshaped else {}
+
+
+def _refuse(method: LoKr, site: Site) -> str:
+    if site.batch_shape:
+        return "there experts take LoRA alone"
+    kernel = site.kernel_size
+    if len(kernel) == 1 and method.conv1d == "exact" and method.has_full_w2(site):
+        return (
+            "peft multiplies w1 with other axes of a full w2 there: attach LoKr(conv1d='reshaped') "
+            "to train what peft computes"
+        )
+    flat = len(kernel) == 1 or (1 in kernel and any(k != 1 for k in kernel))
+    thin = method.use_effective_conv2d and method.rank(site) == 1
+    if thin and flat and not method.has_full_w2(site):
+        return "peft 0.21 fails in the forward of rank 1 over a kernel with an axis of length 1"
+    return ""
 
 
 @register
@@ -63,6 +89,8 @@ class LoKr(WeightMethod):
         use_effective_conv2d: Low rank over the kernel's axes too, in convolutions.
         rank_pattern: Layer name pattern → rank.
         alpha_pattern: The same for alpha.
+        conv1d: ``"exact"``: ΔW = w1 ⊗ w2 on `nn.Conv1d` too; ``"reshaped"``: peft's product of w1
+            with a full w2 there, whose entries are in another order.
 
     Raises:
         ValueError: r < 1, alpha ≤ 0, a probability outside [0, 1), decompose_factor 0 or below -1.
@@ -78,6 +106,7 @@ class LoKr(WeightMethod):
     use_effective_conv2d: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    conv1d: Literal["exact", "reshaped"] = "exact"
 
     hf = HFFormat(
         peft_type="LOKR",
@@ -113,7 +142,9 @@ class LoKr(WeightMethod):
             "alpha_pattern": {},
         },
         ignored=("init_weights",),
-        refuse=lambda method, site: "there experts take LoRA alone" if site.batch_shape else "",
+        kinds=("Linear", "Conv1d", "Conv2d"),
+        refuse=_refuse,
+        from_config=_from_config,
         pack=_pack,
         unpack=_unpack,
     )
@@ -124,6 +155,10 @@ class LoKr(WeightMethod):
         for name in ("rank_dropout", "module_dropout"):
             p = getattr(self, name)
             require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
+        require(
+            self.conv1d in ("exact", "reshaped"),
+            f"{self.label}: expected conv1d in ('exact', 'reshaped'), got {self.conv1d!r}",
+        )
         require(
             self.decompose_factor == -1 or self.decompose_factor >= 1,
             f"{self.label}: expected decompose_factor -1 or >= 1, got {self.decompose_factor}",
@@ -142,6 +177,13 @@ class LoKr(WeightMethod):
         r: int = match_site(self.rank_pattern, site, self.r)
         return r
 
+    def has_full_w2(self, site: Site) -> bool:
+        """Whether w2 has no factors at this site."""
+        _, b = factorization(site.out_features, self.decompose_factor)
+        width = math.prod(site.kernel_size)
+        _, d = factorization(site.in_features // width, self.decompose_factor)
+        return self.rank(site) >= max(b, d) / 2
+
     def scaling(self, site: Site) -> float:
         """α/r at this site."""
         return float(match_site(self.alpha_pattern, site, self.alpha) / self.rank(site))
@@ -157,7 +199,7 @@ class LoKr(WeightMethod):
             shapes = {"w1_a": (a, r), "w1_b": (r, c)}
         else:
             shapes = {"w1": (a, c)}
-        if r >= max(b, d) / 2:
+        if self.has_full_w2(site):
             shapes["w2"] = (b, d * width)
         elif self.use_effective_conv2d and any(k != 1 for k in kernel):
             shapes |= {"t2": (r, r, *kernel), "w2_a": (r, b), "w2_b": (r, d)}
@@ -185,7 +227,11 @@ class LoKr(WeightMethod):
             w2 = torch.einsum("ijk,jr,ip->prk", t2, p["w2_b"], p["w2_a"]).flatten(1)
         else:
             w2 = p["w2_a"] @ p["w2_b"]
-        term = Kronecker(w1, w2, self.scaling(site))
+        term: Kronecker | Dense = Kronecker(w1, w2, self.scaling(site))
+        kernel = site.kernel_size
+        if self.conv1d == "reshaped" and len(kernel) == 1 and "w2" in p:
+            product = torch.kron(w1, w2.unflatten(1, (-1, *kernel)))
+            term = Dense(self.scaling(site) * product.reshape(site.shape))
         if not (training and self.rank_dropout):
             return Edit(terms=(term,))
         kept = (torch.rand(site.out_features, device=w1.device) > self.rank_dropout).to(w1.dtype)

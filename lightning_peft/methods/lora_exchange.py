@@ -237,7 +237,7 @@ FORMAT = HFFormat(
     peft_type="LORA",
     tensors={"A": "lora_A.weight", "B": "lora_B.weight", "bias_B": "lora_B.bias"},
     lookup={"A": "lora_embedding_A", "B": "lora_embedding_B"},
-    axes={"A": "down", "B": "up"},
+    axes={"A": "down", "B": "up", "bias_B": "bias"},
     config={
         "r": "r",
         "alpha": "lora_alpha",

@@ -112,10 +112,6 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
     return {"form": start if isinstance(start, str) else "default"}
 
 
-def _refuse(method: MiSS, site: Site) -> str:
-    return "" if site.ops.features_last and not site.batch_shape else "peft: linear only"
-
-
 @register
 @dataclass(frozen=True)
 class MiSS(WeightMethod):
@@ -145,7 +141,7 @@ class MiSS(WeightMethod):
         defaults={"mini_r": 1, "miss_dropout": 0.0, "init_weights": True},
         to_config=_to_config,
         from_config=_from_config,
-        refuse=_refuse,
+        kinds=("Linear",),
     )
 
     def __post_init__(self) -> None:

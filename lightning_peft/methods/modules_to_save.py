@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,6 +23,8 @@ class ModulesToSave(SelectMethod):
         tied: Whether modules that share a tensor share its copy. If False, each module gets a copy
             of its own, as in peft without ``ensure_weight_tying``.
     """
+
+    copies_statistics: ClassVar[bool] = True
 
     modules: tuple[str, ...] | list[str] = ()
     tied: bool = True

@@ -147,6 +147,7 @@ class OFT(WeightMethod):
         ignored=("init_weights", "fan_in_fan_out", "module_dropout"),
         to_config=_to_config,
         from_config=_from_config,
+        kinds=("Linear", "Conv2d"),
         refuse=_refuse,
     )
 

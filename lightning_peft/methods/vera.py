@@ -131,6 +131,7 @@ class VeRA(WeightMethod):
             "save_projection": True,
         },
         ignored=("init_weights", "fan_in_fan_out"),
+        kinds=("Linear", "Conv1D"),
     )
 
     def __post_init__(self) -> None:

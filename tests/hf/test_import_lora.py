@@ -155,6 +155,14 @@ GOOD: dict[str, Callable[[Pipeline], tuple[State, Pipeline]]] = {
 }
 
 
+#: Files that lack their scale → the alpha that is scale 1, if all layers have one rank.
+WITHOUT: dict[str, float | None] = {
+    "kohya without alpha": None,
+    "diffusers, lora.down": 4.0,
+    "diffusers, lora_linear_layer": 2.0,
+}
+
+
 @pytest.mark.parametrize("how", ["state", "file", "directory"])
 @pytest.mark.parametrize("name", GOOD)
 def test_read(name: str, how: str, tmp_path: Path) -> None:
@@ -163,13 +171,17 @@ def test_read(name: str, how: str, tmp_path: Path) -> None:
     before = outputs(model)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(state, file)
-    report = lp.load_adapter(model, {"state": state, "file": file, "directory": tmp_path}[how])
+    path: Any = {"state": state, "file": file, "directory": tmp_path}[how]
+    alpha = WITHOUT.get(name)
+    if name in WITHOUT:
+        with pytest.raises(ValueError, match=r"no alpha for .* give alpha="):
+            lp.load_adapter(model, path)
+    if alpha is None and name in WITHOUT:
+        return  # ranks differ: no one alpha is scale 1 for all
+    report = lp.load_adapter(model, path, alpha=alpha)
     assert_close("outputs", outputs(model), outputs(want), floor=1e-4)
     assert not torch.equal(outputs(model), before)
     assert any("6 of 6 layers" in note for note in report.notes)
-    assert any("no alpha" in n for n in report.notes) == (
-        name in ("kohya without alpha", "diffusers, lora.down", "diffusers, lora_linear_layer")
-    )
     lp.merge(model)
     assert_close("merged", outputs(model), outputs(want), floor=1e-4)
 
@@ -185,7 +197,7 @@ def test_processors_of_old_diffusers() -> None:
         head = f"down_blocks.0.attn1.processor.{key}"
         state |= {f"{head}.down.weight": down, f"{head}.up.weight": up}
         change(want.get_submodule(path), down, up, 1.0)
-    lp.load_adapter(model, state)
+    lp.load_adapter(model, state, alpha=4.0)
     with torch.no_grad():
         assert_close("output", model(IMAGE), want(IMAGE), floor=1e-4)
 
@@ -391,8 +403,56 @@ def test_a_part_that_is_missing() -> None:
 def test_alpha_of_a_file_that_says_its_own() -> None:
     model = pipeline()
     state, _ = kohya(model)
-    with pytest.raises(ValueError, match="expected with a loralib file, got a kohya one"):
+    with pytest.raises(ValueError, match="got a kohya one, which says its own"):
         lp.load_adapter(model, state, alpha=4.0)
+
+
+A, B = torch.ones(4, 16), torch.full((16, 4), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scale"),
+    [
+        ({"lora_alpha": "64", "r": "4"}, 16.0),
+        ({"lora_alpha": "8"}, 2.0),
+        ({"transformer.lora_alpha": "2", "transformer.r": "4"}, 0.5),
+        ({"ss_network_alpha": "1.0", "ss_network_dim": "4"}, 0.25),
+        ({"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 6}'}, 1.5),
+        ({"lora_adapter_metadata": '{"r": 4, "lora_alpha": 6, "use_rslora": true}'}, 3.0),
+        ({"lora_adapter_metadata": '{"r": 4, "alpha_pattern": {"to_q": 2}}'}, 0.5),
+    ],
+)
+def test_scales_of_the_header(metadata: dict[str, str], scale: float, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"transformer": nn.ModuleDict({"to_q": nn.Linear(16, 16)})})
+    layer, x = model["transformer"]["to_q"], torch.randn(3, 16)
+    want = layer(x) + scale * x @ A.T @ B.T
+    file = tmp_path / "lora.safetensors"
+    names = ("transformer.to_q.lora_A.weight", "transformer.to_q.lora_B.weight")
+    save_file(dict(zip(names, (A, B), strict=True)), file, metadata=metadata)
+    report = lp.load_adapter(model, file)
+    assert_close("output", layer(x), want, floor=1e-5)
+    assert "1 layers have their scale from the file's header" in report.notes
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "no alpha for"),
+        ({"ss_network_alpha": "None"}, "no alpha for"),
+        ({"lora_alpha": "8", "r": "16"}, r"got ranks \[4\] and no alpha"),
+        ({"lora_alpha": "much"}, "positive number, got 'much'"),
+        ({"lora_adapter_metadata": "{"}, "expected JSON"),
+        ({"lora_adapter_metadata": '{"r": 4, "use_dora": true}'}, "plain LoRA, got use_dora"),
+    ],
+)
+def test_headers_without_a_certain_scale(
+    metadata: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"to_q": nn.Linear(16, 16)})
+    file = tmp_path / "lora.safetensors"
+    save_file({"to_q.lora_A.weight": A, "to_q.lora_B.weight": B}, file, metadata=metadata)
+    with pytest.raises(ValueError, match=message):
+        lp.load_adapter(model, file)
 
 
 OTHERS = {

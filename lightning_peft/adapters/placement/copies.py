@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.adapters.placement.inside import inside_targets
 from lightning_peft.adapters.placement.placement import CopyPlacement
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import modules_by_name, persistent_buffers
 from lightning_peft.core.names import in_adapter
 from lightning_peft.core.site import Site
 from lightning_peft.layers import PLAIN, ops_for
@@ -40,7 +40,9 @@ def find_copy_placements(
         if paths:
             storage = storage_of(module, paths[0])
             site = Site(module, paths[0], name, ops_for(module) or PLAIN, storage)
-            placements.append(CopyPlacement(site, parameters=tuple(paths)))
+            counted = method.copies_statistics and getattr(module, "track_running_stats", False)
+            statistics = tuple(persistent_buffers(module, recurse=False)) if counted else ()
+            placements.append(CopyPlacement(site, "", tuple(paths), statistics))
     if not placements and not method.may_be_empty:
         raise ValueError(
             f"{method.label}: expected at least one parameter to train, found none that it selects "

@@ -130,9 +130,11 @@ class CopyPlacement(Placement):
 
     Attributes:
         parameters: Paths of these parameters inside the module.
+        statistics: Names of its running statistics, which are copied with them.
     """
 
     parameters: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -143,7 +145,9 @@ class CopyPlacement(Placement):
         self, method: SelectMethod, adapter_name: str, copies: dict[int, nn.Parameter]
     ) -> CopyAdapter:
         """Trained copies of the parameters."""
-        return CopyAdapter(method, self.site, adapter_name, self.parameters, copies)
+        adapter = CopyAdapter(method, self.site, adapter_name, self.parameters, copies)
+        adapter.copy_statistics(self.statistics)
+        return adapter
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.hf.layouts.base import MatrixLayout
@@ -13,6 +14,11 @@ __all__ = ["MultiheadAttentionLayout"]
 
 class MultiheadAttentionLayout(MatrixLayout[nn.MultiheadAttention]):
     """A joint input projection, and an output projection inside peft's wrapper."""
+
+    @property
+    def kind(self) -> str:
+        """``"MultiheadAttention"``."""
+        return "MultiheadAttention"
 
     def refusal(self, name: str) -> str:
         """Separate q, k and v projections: peft knows only the joint one."""
@@ -26,11 +32,25 @@ class MultiheadAttentionLayout(MatrixLayout[nn.MultiheadAttention]):
     def to_peft(self, name: str, axes: str, t: Tensor) -> Tensor:
         """Halve B of the output projection, whose change peft 0.21 adds twice.
 
-        It is added once by itself and once by the wrapped projection, in forward and in merge.
+        It is added once by itself and once by the wrapped projection, in forward and in merge
+        (peft#3774). Its lora_bias is added once, and that of the joint projection never.
+
+        Raises:
+            ValueError: a bias of the joint projection that is not 0.
         """
-        return t / 2 if name == "out_proj.weight" and axes == "up" else t
+        if name != "out_proj.weight":
+            if axes == "bias" and t.any():
+                raise ValueError(
+                    "save_adapter: nn.MultiheadAttention: expected no lora_bias, which peft leaves "
+                    "out on the joint input projection, got a trained one; keep the adapter with "
+                    "adapter_state_dict()"
+                )
+            return t
+        return t / 2 if axes == "up" else t
 
     def from_peft(self, name: str, axes: str, t: Tensor) -> Tensor:
         """Inverse of `to_peft`, exact."""
         t = super().from_peft(name, axes, t)
-        return t * 2 if name == "out_proj.weight" and axes == "up" else t
+        if name != "out_proj.weight":
+            return torch.zeros_like(t) if axes == "bias" else t
+        return t * 2 if axes == "up" else t

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.modules import is_conv1d
 from lightning_peft.core.protocols import LayerOps
 
 __all__ = ["M", "MatrixLayout", "UnknownLayout"]
@@ -32,6 +33,13 @@ class MatrixLayout(Generic[M]):
     def __init__(self, ops: LayerOps, module: M) -> None:
         self.ops = ops
         self.module = module
+
+    @property
+    def kind(self) -> str:
+        """The layer kind in peft's words."""
+        if self.ops.is_embedding:
+            return "Embedding"
+        return "Conv1D" if is_conv1d(self.module) else "Linear"
 
     def refusal(self, name: str) -> str:
         """Why no peft file can hold an adapter of this weight; "" if one can."""

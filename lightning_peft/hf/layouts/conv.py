@@ -20,6 +20,11 @@ _PER_CHANNEL = ("out", "in", "vector")
 class ConvLayout(MatrixLayout[_ConvNd]):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: factors have the axes of the kernel."""
 
+    @property
+    def kind(self) -> str:
+        """``"Conv1d"``, ``"Conv2d"`` or ``"Conv3d"``."""
+        return f"Conv{len(self.module.kernel_size)}d"
+
     def refusal(self, name: str) -> str:
         """Geometries that peft's A does not share with the base."""
         m = self.module

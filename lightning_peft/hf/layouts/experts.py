@@ -20,6 +20,11 @@ __all__ = ["ExpertsLayout", "RouterLayout"]
 class ExpertsLayout(MatrixLayout[nn.Module]):
     """Fused experts: A [r·E, in] expert-major, B [out, r·E] rank-major."""
 
+    @property
+    def kind(self) -> str:
+        """``"experts"``."""
+        return "experts"
+
     def is_target_parameter(self, name: str) -> bool:
         """Always: experts are parameters, not layers."""
         return True
@@ -87,6 +92,11 @@ class ExpertsLayout(MatrixLayout[nn.Module]):
 
 class RouterLayout(MatrixLayout[nn.Module]):
     """A router that is no `nn.Linear`: one matrix, adapted as a parameter."""
+
+    @property
+    def kind(self) -> str:
+        """``"router"``."""
+        return "router"
 
     def is_target_parameter(self, name: str) -> bool:
         """Always: a router is no layer that peft knows."""
