@@ -154,9 +154,11 @@ class ProjectionGroup:
     def _outputs(
         self, x: Tensor | None, factors: Sequence[tuple[LowRank, float]]
     ) -> list[Tensor] | Reason:
-        """Ask the storage; a merge may have given some members another one since they were bound."""
+        """Ask the storage; since they were bound, a merge may have given some members another."""
         storage, *others = (weight_adapters_of(m)[0].site.storage for m in self.members)
-        if not isinstance(storage, SupportsFusedGroup) or any(s.label != storage.label for s in others):
+        if not isinstance(storage, SupportsFusedGroup) or any(
+            s.label != storage.label for s in others
+        ):
             return Reason("stored in different ways")
         return storage.fused_group(self.members, x, factors)
 
