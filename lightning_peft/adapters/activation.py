@@ -23,11 +23,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
     Raises:
         KeyError: a name that is not attached.
-        ValueError: two of them replace the same base weight.
+        ValueError: a name twice, or two adapters that replace the same base weight.
     """
-    wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
     registries = list(registries_in(model))
-    _require_known("set_adapter", wanted, [r for _, _, r in registries])
+    wanted = _known_names("set_adapter", names, [r for _, _, r in registries])
     for _, root, registry in registries:
         activate(root, registry, [n for n in wanted if n in registry.adapters])
 
@@ -85,24 +84,30 @@ def use_adapters(
 
     Raises:
         KeyError: a name that is not attached.
+        ValueError: a name twice.
         RuntimeError: in a forward, if an initialisation changed the base that threads share, or
             other adapters are merged.
     """
-    wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
     own = registry_of(model)
     registries = [r for _, _, r in registries_in(model)] if own is None else [own]
-    _require_known("use_adapters", wanted, registries)
+    wanted = _known_names("use_adapters", names, registries)
     choices = [(r, tuple(n for n in wanted if n in r.adapters)) for r in registries]
     return chosen_adapters(tuple(choices))
 
 
-def _require_known(what: str, names: Sequence[str], registries: Sequence[AdapterRegistry]) -> None:
+def _known_names(
+    what: str, names: str | Sequence[str] | None, registries: Sequence[AdapterRegistry]
+) -> list[str]:
+    wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
     known = {n for r in registries for n in r.adapters}
-    for name in names:
+    for name in wanted:
         if name not in known:
             raise KeyError(
                 f"{what}: expected one of {sorted(known)}, got {name!r}; attach it first"
             )
+        if wanted.count(name) > 1:
+            raise ValueError(f"{what}: expected each adapter once, got {wanted}; name it once")
+    return wanted
 
 
 @contextmanager

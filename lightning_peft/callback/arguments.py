@@ -8,7 +8,14 @@ from pathlib import Path
 from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
 
-__all__ = ["methods_by_name"]
+__all__ = ["check_paths", "methods_by_name"]
+
+
+def check_paths(**given: str | Path | None) -> None:
+    """Raise TypeError unless each argument is a path or None."""
+    for name, path in given.items():
+        if path is not None and not isinstance(path, str | Path):
+            raise TypeError(f"PEFT {name}: expected a directory, got {path!r}; give its path")
 
 
 def methods_by_name(

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.adapters.followers import follow_outside
-from lightning_peft.callback.arguments import methods_by_name
+from lightning_peft.callback.arguments import check_paths, methods_by_name
 from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
@@ -158,6 +158,7 @@ class PEFT(TrainerCallback):
     ) -> None:
         super().__init__()
         register_strategies()
+        check_paths(init_from=init_from, export_to=export_to)
         self.adapters = methods_by_name(method, adapters, adapter_name, modules_to_save, init_from)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer

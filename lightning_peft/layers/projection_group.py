@@ -148,8 +148,19 @@ class ProjectionGroup:
         """Return why the members run one by one, as far as it is known before a call; or ""."""
         if not self.members:
             return "a copy of the module"
-        decision = _storage(self.members[0]).fused_group(self.members, None, [])
+        decision = self._outputs(None, [])
         return str(decision) if isinstance(decision, Reason) else ""
+
+    def _outputs(
+        self, x: Tensor | None, factors: Sequence[tuple[LowRank, float]]
+    ) -> list[Tensor] | Reason:
+        """Ask the storage; since they were bound, a merge may have given some members another."""
+        storage, *others = (weight_adapters_of(m)[0].site.storage for m in self.members)
+        if not isinstance(storage, SupportsFusedGroup) or any(
+            s.label != storage.label for s in others
+        ):
+            return Reason("stored in different ways")
+        return storage.fused_group(self.members, x, factors)
 
     def _run_all(self, x: Tensor) -> Tensor | None:
         """Compute all members: return the first one's output, keep the others'."""
@@ -160,7 +171,7 @@ class ProjectionGroup:
         known = [f for f in factors if f is not None]
         if len(known) < len(factors):
             return None
-        outputs = _storage(first).fused_group(self.members, x, known)
+        outputs = self._outputs(x, known)
         if isinstance(outputs, Reason):
             return None
         _thread.pending = _Pending(
@@ -172,12 +183,6 @@ class ProjectionGroup:
             edits={id(m): acting_adapters(m).edits for m in others},
         )
         return outputs[0]
-
-
-def _storage(m: Adapted) -> SupportsFusedGroup:
-    storage = (acting_adapters(m).edits or weight_adapters_of(m))[0].site.storage
-    assert isinstance(storage, SupportsFusedGroup)  # `_bind_groups` looked
-    return storage
 
 
 def _can_share(x: Tensor) -> bool:

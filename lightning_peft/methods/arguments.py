@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,8 @@ M = TypeVar("M", bound=type[Method])
 #: Arguments that every method has: listed last.
 _LAST = ("target_modules", "exclude_modules", "layers_to_transform")
 _TOO_LARGE = 1 << 63
+#: Annotations that are checked → how the message calls them.
+_NUMBERS = {"int": "a whole number", "float": "a number"}
 #: Arguments of other libraries → how the choice is written here.
 _ELSEWHERE = {
     "use_dora": "DoRA(...)",
@@ -44,7 +47,7 @@ def checked_arguments(cls: M) -> M:
 
 
 def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for an unknown argument, or for a string in the place of a number.
+    """Raise TypeError for an unknown argument, or for another thing than a number in its place.
 
     Raises:
         ValueError: an integer that no tensor size can have, in patterns too.
@@ -56,20 +59,43 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             raise TypeError(_unknown(cls, name, value, list(known)))
     positional = [f.name for f in fields if not f.kw_only]
     for name, value in {**dict(zip(positional, args, strict=False)), **kwargs}.items():
-        if type(known[name].default) in (int, float) and isinstance(value, str):
+        if not _is_of_kind(value, str(known[name].type)):
             form = f"{name}={known[name].default}"
-            if name not in kwargs and "target_modules" in known:
+            if isinstance(value, float) and value.is_integer():
+                form = f"{name}={int(value)}"
+            elif isinstance(value, str) and name not in kwargs and "target_modules" in known:
                 form = f"target_modules={value!r}"
             raise TypeError(
-                f"{cls.__name__}: expected a number for {name}, got {value!r}; write "
-                f"{cls.__name__}({form})"
+                f"{cls.__name__}: expected {_NUMBERS[str(known[name].type)]} for {name}, got "
+                f"{value!r}; write {cls.__name__}({form})"
             )
+        _check_pattern(cls, name, str(known[name].type), value)
         for number in value.values() if isinstance(value, Mapping) else [value]:
             if type(number) is int and abs(number) >= _TOO_LARGE:
                 raise ValueError(
                     f"{cls.__name__}: expected {name} below 2**63, got a number of "
                     f"{number.bit_length()} bits; give the size that the layers have"
                 )
+
+
+def _is_of_kind(value: object, annotation: str) -> bool:
+    """Whether a value fits a field of numbers; True for other fields. True is no number."""
+    if annotation not in _NUMBERS:
+        return True
+    kind = numbers.Integral if annotation == "int" else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_pattern(cls: type[Method], name: str, annotation: str, value: object) -> None:
+    """Raise TypeError where a pattern gives a layer something else than a number."""
+    inner = annotation.removeprefix("dict[str, ").removesuffix("]")
+    if inner == annotation or not isinstance(value, Mapping):
+        return
+    for layer, number in value.items():
+        if not _is_of_kind(number, inner):
+            raise TypeError(
+                f"{cls.__name__} {name}: expected {_NUMBERS[inner]} for {layer!r}, got {number!r}"
+            )
 
 
 def _unknown(cls: type[Method], name: str, value: Any, known: list[str]) -> str:

@@ -349,9 +349,12 @@ def _nothing(
     if get_close_matches(given, ["all-linear"], 1, 0.8):
         text += "; did you mean 'all-linear'?"
     if unfit:
-        kinds = sorted({type(model.get_submodule(n)).__name__ for n in unfit})
+        matched = [model.get_submodule(n) for n in unfit]
+        kinds = sorted({type(m).__name__ for m in matched})
+        reasons = sorted({why for m in matched if (why := uneditable(m))})
         text += (
-            f" that can be adapted (it matches {', '.join(unfit[:3])} of type {', '.join(kinds)})"
+            f" that can be adapted (it matches {', '.join(unfit[:3])} of type {', '.join(kinds)}"
+            f"{''.join(f'; {why}' for why in reasons)})"
         )
     if skipped:
         text += "; left out: " + ", ".join(f"{n} ({why})" for n, why in skipped[:5])

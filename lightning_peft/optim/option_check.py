@@ -59,7 +59,7 @@ def is_number(value: Any) -> bool:
 def numbers_in(value: Any) -> list[float]:
     """The numbers in an option; NaN is returned as infinity, which compares."""
     if isinstance(value, Tensor):
-        return numbers_in(float(value)) if value.numel() == 1 and not value.is_complex() else []
+        return numbers_in(value.item()) if value.numel() == 1 and not value.is_complex() else []
     if isinstance(value, list | tuple):
         return [x for each in value for x in numbers_in(each)]
     if isinstance(value, float) and math.isnan(value):

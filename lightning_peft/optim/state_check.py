@@ -28,6 +28,7 @@ __all__ = ["check_optimizer_state", "converted_state", "is_8bit"]
 
 _MOST_STEPS = 1 << 53  # a float counts no further
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
+_SECOND = {"exp_avg_sq", "state2"}
 _CODES = {"state1", "absmax1", "state2", "absmax2"}
 
 
@@ -176,6 +177,10 @@ def _flat_problems(
     numel: int | None = None,
 ) -> Iterator[str]:
     missing = _missing(optimizer, state, needed)
+    unused = sorted(_unused(optimizer, state, needed))
+    if not missing and unused:
+        yield f"expected none of {', '.join(unused)}: it was saved by another optimizer class"
+        return
     if missing:
         yield (
             f"expected {', '.join(sorted(missing))}, got {', '.join(sorted(map(str, state)))}: it "
@@ -219,6 +224,15 @@ def _missing(optimizer: Optimizer, state: Mapping[str, Any], needed: set[str] | 
     if codes and needed == {"step", *_MOMENTS}:  # converted on loading
         return ({"step"} | codes | {c.replace("1", "2") for c in codes}) - has
     return needed - has
+
+
+def _unused(optimizer: Optimizer, state: Mapping[str, Any], needed: set[str] | None) -> set[str]:
+    """Return second moments that the live optimizer would drop, as Lion those of AdamW."""
+    if isinstance(optimizer, PooledOptimizer):
+        keeps_them = bool(_SECOND & set(optimizer.FIELDS))
+    else:
+        keeps_them = needed is None or bool(_SECOND & needed)
+    return set() if keeps_them else _SECOND & set(state)
 
 
 def _tensor_problems(key: str, value: Tensor, p: Tensor | None, numel: int | None) -> Iterator[str]:

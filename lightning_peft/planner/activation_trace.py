@@ -5,8 +5,9 @@ Long stacks of equal blocks are run at two lengths and extrapolated; so is the b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +93,7 @@ def _run(
     net, kind = runnable(model)
     meter = Meter((LOGITS,) if fused_loss else ())
     with ExitStack() as stack:
+        stack.enter_context(_unlogged("torch._subclasses.fake_tensor"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(filled(model, meter))
         stack.enter_context(plain_attention(net))
@@ -115,6 +117,17 @@ def _run(
             loss.backward()
         del loss
     return Trace(meter.peaks.get("forward", {}), meter.peaks.get("backward", {}))
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Keep a logger quiet: what a step over fake tensors raises is in the plan's own words."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _loss(out: object) -> Tensor:

@@ -32,7 +32,9 @@ def add_plan(commands: Any) -> None:
     plan.add_argument("--optimizer")
     plan.add_argument("--precision", default="bf16")
     plan.add_argument("--batch-size", type=int, default=1)
-    plan.add_argument("--sequence-length", type=int, default=512)
+    plan.add_argument(
+        "--sequence-length", type=int, help="default: 512, or the most the model takes"
+    )
     plan.add_argument("--checkpointing", action="store_true")
     plan.add_argument("--strategy", help="ddp or fsdp")
     plan.add_argument("--world-size", type=int, default=1)

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft.methods.base import Method
 from lightning_peft.models.modules import head_names, hf_models
 from lightning_peft.planner.activation_trace import UNTRACEABLE, Trace, trace
-from lightning_peft.planner.example_inputs import NoInputs
+from lightning_peft.planner.example_inputs import NoInputs, usual_length
 from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
 from lightning_peft.planner.plan import OPTIMIZER_BYTES, Choice, Plan, Step
 from lightning_peft.storage import StorageConfig, as_config, storage_for
@@ -37,7 +37,7 @@ def estimate_memory(
     optimizer: str | None = None,
     precision: str = "bf16",
     batch_size: int = 1,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     checkpointing: bool = False,
     strategy: str | None = None,
     world_size: int = 1,
@@ -61,7 +61,7 @@ def estimate_memory(
             Lightning's ``"bf16-mixed"`` (the base as the module has it), ``"bf16-true"``,
             ``"32-true"`` and the same with 16.
         batch_size: Samples a rank.
-        sequence_length: Tokens a sample.
+        sequence_length: Tokens a sample; None for 512, or for what the model has positions for.
         checkpointing: Whether blocks are recomputed in backward.
         strategy: None, ``"ddp"`` or ``"fsdp"``.
         world_size: Number of ranks.
@@ -74,8 +74,9 @@ def estimate_memory(
             unknown name, memory below the weights.
     """
     for name, n in (
-        *(("batch_size", batch_size), ("sequence_length", sequence_length)),
-        *(("world_size", world_size), ("memory", 1 if memory is None else memory)),
+        *(("batch_size", batch_size), ("world_size", world_size)),
+        ("sequence_length", 1 if sequence_length is None else sequence_length),
+        ("memory", 1 if memory is None else memory),
     ):
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"{name}: expected a whole number >= 1, got {n!r}")
@@ -87,20 +88,21 @@ def estimate_memory(
             f"{storage_for(quantization).label!r}; packed weights cannot be trained: choose an "
             "adapter, for instance LoRA()"
         )
+    source = meta_model(model_or_config)
     choice = Choice(
         method=methods,
         quantization=quantization,
         optimizer=_named("optimizer", optimizer or "adamw", OPTIMIZER_BYTES),
         precision=_named("precision", _SAME.get(precision, precision), PRECISIONS),
         batch_size=batch_size,
-        sequence_length=sequence_length,
+        sequence_length=usual_length(source) if sequence_length is None else sequence_length,
         checkpointing=checkpointing,
         strategy=_STRATEGIES[_named("strategy", strategy or "auto", _STRATEGIES)],
         world_size=world_size,
         liger=liger,
         modules_to_save=tuple(modules_to_save),
     )
-    plan = _plan(meta_model(model_or_config), choice, memory, {})
+    plan = _plan(source, choice, memory, {})
     if memory is not None:
         plan.require_weights(memory)
     return plan

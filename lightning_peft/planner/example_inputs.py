@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_map
 
 from lightning_peft.models.modules import hf_models
 
-__all__ = ["NoInputs", "example_inputs", "runnable"]
+__all__ = ["NoInputs", "example_inputs", "runnable", "usual_length"]
+
+
+_LENGTH = 512
 
 
 class NoInputs(ValueError):
@@ -34,6 +37,13 @@ def runnable(model: nn.Module) -> tuple[Any, str]:
         f"{type(model).__name__}: expected a Hugging Face model inside or an example_input_array, "
         "found neither; set example_input_array to have activations counted"
     )
+
+
+def usual_length(model: nn.Module) -> int:
+    """Return 512, or how many positions the Hugging Face models inside have."""
+    configs = [net.config.get_text_config() for _, net in hf_models(model)]
+    positions = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min([_LENGTH, *(n for n in positions if isinstance(n, int) and n > 0)])
 
 
 def example_inputs(net: Any, kind: str, batch_size: int, sequence_length: int) -> Any:

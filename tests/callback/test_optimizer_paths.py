@@ -104,6 +104,15 @@ def test_another_optimizer_class_is_named(tmp_path: Path) -> None:
         run(Plain(), peft(), ckpt=str(tmp_path / "sgd" / "last.ckpt"), max_epochs=2)
 
 
+@pytest.mark.parametrize("saved", [None, "adamw_8bit"])
+def test_the_moments_of_adamw_are_not_read_as_those_of_lion(
+    saved: str | None, tmp_path: Path
+) -> None:
+    run(Plain(), peft(optimizer=saved), folder=tmp_path, max_epochs=1)
+    with pytest.raises(ValueError, match=r"(?s)Lion8bit can go on.*another optimizer class"):
+        run(Plain(), peft(optimizer="lion_8bit"), ckpt=str(tmp_path / "last.ckpt"), max_epochs=2)
+
+
 # ---- gradients
 
 

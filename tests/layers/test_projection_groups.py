@@ -285,6 +285,29 @@ def test_a_member_in_another_mode_or_merged_keeps_all_apart(calls: list[int]) ->
     assert calls == [3]
 
 
+@pytest.mark.parametrize("merged", [["q"], ["k"], ["k", "v"]])
+def test_a_member_that_a_merge_made_dense_keeps_all_apart(
+    merged: list[str], calls: list[int]
+) -> None:
+    model = build().eval()
+    attach(model, LoRA(r=2, target_modules=merged), adapter_name="merged")
+    set_adapter(model, ["default", "merged"])
+    with torch.no_grad():
+        for name in merged:
+            model.get_parameter(f"{name}.peft.merged.B").normal_()
+    x = torch.randn(3, K)
+    group_projections(False)
+    want = model(x)
+    group_projections(True)
+    merge(model, "merged")
+    calls.clear()
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert calls == []
+    unmerge(model)
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert calls == [3]
+
+
 def test_other_forms_and_dense_weights_run_alone(calls: list[int]) -> None:
     x = torch.randn(3, K)
     same(build(method=DoRA(r=4, target_modules="all-linear")), x)

@@ -29,10 +29,16 @@ from tests.helpers.peft_exchange import build
         (lambda: lp.LoRA(lora_alpha=16), r"got lora_alpha=16; write LoRA\(alpha=16\)"),
         (lambda: lp.LoRA(drop_out=0.1), r"write LoRA\(dropout=0.1\)"),
         (lambda: lp.LoRA(use_dora=True), r"write DoRA\("),
-        (lambda: lp.LoRA(r="8"), "expected a number for r, got '8'"),
+        (lambda: lp.LoRA(r="8"), "expected a whole number for r, got '8'"),
+        (lambda: lp.LoRA(r=8.0), r"got 8.0; write LoRA\(r=8\)"),
+        (lambda: lp.LoRA(r=True), "expected a whole number for r, got True"),
+        (lambda: lp.LoRA(alpha=None), r"expected a number for alpha, got None; write LoRA\(alpha"),
+        (lambda: lp.LoRA(rank_pattern={"q": 2.0}), "rank_pattern: .* whole number for 'q', got 2"),
+        (lambda: lp.LoRA(alpha_pattern={"q": "8"}), "alpha_pattern: .* a number for 'q', got '8'"),
+        (lambda: lp.PEFT(lp.LoRA(), export_to=3), "PEFT export_to: expected a directory, got 3"),
         (lambda: lp.LoHa(frequency=3), "got frequency=3; write one of r, "),
     ],
-    ids=range(12),
+    ids=range(18),
 )
 def test_the_right_form_is_named(make: Any, match: str) -> None:
     with pytest.raises(TypeError, match=match):
@@ -43,6 +49,20 @@ def test_a_misspelt_all_linear_asks_back() -> None:
     model, _ = build("llama")
     with pytest.raises(ValueError, match="did you mean 'all-linear'"):
         lp.attach(model, lp.LoRA(target_modules="all-linears"))
+
+
+def test_a_layer_whose_weight_is_computed_says_by_what() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"it matches 0, .*; weight computed by .*parametrize\)"):
+        lp.attach(model, lp.LoRA(r=2, target_modules=[r"0"]))
+
+
+@pytest.mark.parametrize("activate", [lp.set_adapter, lp.use_adapters])
+def test_an_adapter_is_named_once(activate: Any) -> None:
+    model, _ = build("llama")
+    lp.attach(model, lp.LoRA(r=2))
+    with pytest.raises(ValueError, match=r"expected each adapter once, got \['default', 'default"):
+        activate(model, ["default", "default"])
 
 
 def test_methods_stay_ordinary_dataclasses() -> None:

@@ -12,6 +12,8 @@ import torch
 from lightning_peft_kernels.nf4 import weight_buffers
 from torch import nn
 from transformers import (
+    BertConfig,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -40,6 +42,20 @@ def mistral(vocabulary: int = 32_005) -> MistralConfig:
 
 def tiny(layers: int = 2) -> LlamaConfig:
     return LlamaConfig(num_hidden_layers=layers, **SIZES)
+
+
+def test_the_length_is_one_that_the_model_has_positions_for() -> None:
+    short = GPT2Config(n_positions=64, n_layer=2, n_embd=32, n_head=2, vocab_size=64)
+    plan = estimate_memory(short, LoRA(r=2))
+    assert plan.choice.sequence_length == 64
+    assert plan.parts[ACTIVATIONS] > 0
+    assert estimate_memory(tiny(), LoRA()).choice.sequence_length == 512
+
+
+def test_nothing_is_logged_about_fake_tensors(caplog: pytest.LogCaptureFixture) -> None:
+    short = BertConfig(max_position_embeddings=64, num_hidden_layers=2)
+    assert "needs data to run" in str(estimate_memory(short, LoRA(r=2), sequence_length=65))
+    assert not caplog.records
 
 
 # ---- golden figures
