@@ -27,7 +27,7 @@ from lightning_peft_kernels.fp8.products import select_fp8
 from lightning_peft_kernels.launch import FAILURES
 from lightning_peft_kernels.lora.linear import lora_linear
 from lightning_peft_kernels.lora.selection import select_one_pass
-from lightning_peft_kernels.nf4.linear import nf4_linear
+from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
 from lightning_peft_kernels.nf4.selection import select_product
 from lightning_peft_kernels.optim.adamw_8bit import pooled_8bit_step
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tests.helpers.fake_gpu import FakeDriver, use_fake_gpu
 
-__all__ = ["FIELDS", "Cell", "cells", "run_cells", "run_refused", "run_strided"]
+__all__ = ["FIELDS", "Cell", "cells", "run_cells", "run_layer", "run_refused", "run_strided"]
 
 CPU = torch.device("cpu")
 FIELDS = ("chip", "cell", "kernels", "shared", "limit", "stages", "instead")
@@ -239,6 +239,20 @@ def run_strided(chip: str) -> None:
         whole = [a.is_contiguous() for a in one.arguments if isinstance(a, Tensor)]
         assert all(whole), (one.kernel, strides)
     print(*sorted({one.kernel for one in driver.launched}), flush=True)
+
+
+def run_layer(chip: str) -> None:
+    """Print the launches of one adapted NF4 layer, forward and backward."""
+    driver = use_fake_gpu(chip)
+    x, A, B = (
+        torch.ones(s, dtype=torch.bfloat16, requires_grad=True)
+        for s in ((128, 256), (8, 256), (128, 8))
+    )
+    y = nf4_lora_linear(x, _packed(N=128, K=256), (128, 256), None, A, B, 0.5)
+    forward = len(driver.launched)
+    y.sum().backward()
+    names = [one.kernel.strip("_") for one in driver.launched]
+    print(" ".join(names[:forward]), "|", " ".join(names[forward:]), flush=True)
 
 
 def run_refused(chip: str) -> None:

@@ -58,6 +58,19 @@ def test_a_kernel_that_the_chip_refuses_is_replaced_in_training(tmp_path: Path) 
     assert reason.startswith("rank_gradients does not run on cpu: _gradients_kernel: OutOfResou")
 
 
+def test_launches_of_an_adapted_layer(tmp_path: Path) -> None:
+    """A budget: W is dequantised once each way, and one pass gives both rank gradients."""
+    pytest.importorskip("triton")
+    printed = run_function(
+        "tests.helpers.chip_cells:run_layer",
+        ["sm_86"],
+        tmp_path,
+        environment={"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    backward = "dequantize_kernel gradients_kernel sum_kernel sum_kernel"
+    assert printed.strip() == f"dequantize_kernel | {backward}"
+
+
 def test_kernels_receive_no_strided_tensors(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     printed = run_function(
