@@ -70,8 +70,6 @@ def attempt(
     requested: str,
     run: Callable[[], T],
     otherwise: Callable[[], T],
-    *,
-    alternative: str = "torch",
 ) -> T:
     """Run an op's kernels; if one cannot be launched, remember it and run the alternative.
 
@@ -82,7 +80,6 @@ def attempt(
         requested: Requested backend; ``"triton"`` allows no alternative.
         run: Launches the kernels. It changes no argument before its last launch.
         otherwise: Computes the same result without them.
-        alternative: Name of `otherwise` for the warning.
 
     Raises:
         LaunchError: A kernel cannot be launched and the backend ``"triton"`` is requested.
@@ -92,7 +89,7 @@ def attempt(
     except LaunchError as error:
         if requested == "triton":
             raise
-        _remember(op, configuration, device, str(error), alternative)
+        _remember(op, configuration, device, str(error))
     return otherwise()
 
 
@@ -119,16 +116,14 @@ def use_verdicts(device: torch.device, found: Mapping[tuple[str, str], Verdict])
 vars(failure)["_dynamo_marked_constant"] = True
 
 
-def _remember(
-    op: str, configuration: str, device: torch.device, reason: str, alternative: str
-) -> None:
+def _remember(op: str, configuration: str, device: torch.device, reason: str) -> None:
     key = op, configuration, device
     if key in FAILURES:
         return
     FAILURES[key] = reason
     warnings.warn(
         f"{op} ({configuration}): expected a kernel that runs on {device}, got {reason}; "
-        f"{alternative} computes it from now on. Results are the same, speed may differ.",
+        "torch computes it from now on. Results are the same, speed may differ.",
         stacklevel=3,
     )
 
