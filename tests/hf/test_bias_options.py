@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.methods.beft import BEFT
 from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.peft_exchange import by_peft, in_peft, loaded, trained
 
@@ -66,3 +67,16 @@ def test_another_word(name: str) -> None:
     with pytest.raises(ValueError, match="expected bias in"):
         ours(**own, bias="some")
     lp.attach(copy.deepcopy(net()), ours(**own, target_modules=["0"]))
+
+
+def test_beft_both_ways(tmp_path: Path) -> None:
+    base = net()
+    model = trained(base, BEFT(target_modules=["0", "2"]))
+    lp.save_adapter(model, tmp_path / "ours")
+    assert_close("ours in peft", in_peft(base, tmp_path / "ours")(X), model(X), floor=1e-5)
+    assert_same_bits("ours again", loaded(base, tmp_path / "ours")(X), model(X))
+    other = by_peft(base, tmp_path / "peft", peft.BeftConfig, target_modules=["0"])
+    assert_close("peft here", loaded(base, tmp_path / "peft")(X), other(X), floor=1e-5)
+    adds = trained(base, lp.IA3(mode="add", target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"attach BEFT\(\)"):
+        lp.save_adapter(adds, tmp_path / "ia3")
