@@ -30,6 +30,7 @@ from lightning_peft.hf.skeleton import skeleton, weightless
 from lightning_peft.hf.stored_names import stored_names
 from lightning_peft.hf.weight_merge import WeightMerger
 from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.storage import StorageConfig, as_config
 
 __all__ = ["ExportReport", "export_merged"]
@@ -195,8 +196,9 @@ def _with_adapter(
 ) -> tuple[nn.Module, JoinedFiles, Provenance]:
     """The skeleton of the base with the adapter attached, and the files as it reads them."""
     # An initialisation that rewrites the base writes into every adapted weight.
-    method = method_class(read_config(source))()
-    rewrites = isinstance(method, WeightMethod) and method.rewrites_base
+    cls = method_class(read_config(source))
+    weights = issubclass(cls, WeightMethod) and not issubclass(cls, TrainableTokens)
+    rewrites = weights and bool(getattr(cls(), "rewrites_base", False))
     model = weightless(skeleton(folder), writable=rewrites)
     files = JoinedFiles(stored, model)
     file = source / TENSORS

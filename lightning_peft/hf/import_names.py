@@ -36,6 +36,7 @@ COMPONENTS = {
     "lora_te1": ("text_encoder",),
     "lora_te2": ("text_encoder_2",),
     "lora_te3": ("text_encoder_3",),
+    "diffusion_model": ("diffusion_model", "transformer", "unet"),  # ComfyUI's word
     **{n: (n,) for n in ("unet", "transformer", "prior", "text_encoder")},
     **{f"text_encoder_{i}": (f"text_encoder_{i}",) for i in (2, 3)},
 }

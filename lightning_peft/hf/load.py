@@ -26,6 +26,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
 from lightning_peft.hf.keys import PREFIX, Reading, read_keys
 from lightning_peft.hf.layouts import layout_for
+from lightning_peft.hf.norm_layers import split_norm_layers
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.source import Source, read_source
 from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights, tied_with
@@ -42,6 +43,7 @@ from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_a
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod
+from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.report.summary import Report
@@ -158,6 +160,7 @@ def _load(
             detach(model, adapter_name)
         raise
     layers = len({e.path for e in reading.entries} | {module for module, *_ in rows})
+    layers += len(reading.norms)
     report.notes += [
         f"{adapter_name}: {count} tensors loaded into {layers} of {layers} layers",
         *reading.notes,
@@ -170,8 +173,9 @@ def _read(source: Source) -> Reading:
     fmt, config = source.format, source.config
     saved = config.get("modules_to_save") or ()
     rows, tensors = split_token_rows(source.tensors)
+    norms, tensors = split_norm_layers(tensors)
     reading = read_keys(fmt, tensors, source.top, source.prefix, saved)
-    reading.rows = rows
+    reading.rows, reading.norms = rows, norms
     reading.notes += source.notes
     if issubclass(source.method, TrainableTokens):
         return reading
@@ -186,6 +190,15 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
     fields = method_fields(source.method, source.config, reading.entries)
     if issubclass(source.method, TrainableTokens):
         fields["target_modules"] = source.config.get("target_modules")
+    if issubclass(source.method, NormTuning):
+        layers = dict(source.top.named_modules())
+        unknown = [n for n in reading.norms if "norm" not in type(layers.get(n)).__name__.lower()]
+        if unknown or not reading.norms:
+            raise ValueError(
+                f"adapter file: LN_TUNING: expected normalisation layers of "
+                f"{type(source.top).__name__}, got {unknown[:5] or 'none'}; nothing was loaded"
+            )
+        fields["target_modules"] = [join(source.prefix, name) for name in reading.norms]
     if reading.entries:
         fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
     method = source.method(**fields)

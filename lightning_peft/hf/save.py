@@ -23,6 +23,7 @@ from lightning_peft.hf.keys import bias_key, tensor_prefix
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
 from lightning_peft.hf.model_card import model_card
+from lightning_peft.hf.norm_layers import add_norm_layers
 from lightning_peft.hf.outside import OUTSIDE, outside_tensors, warn_of_new_parameters
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
@@ -32,8 +33,15 @@ from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
+from lightning_peft.methods.base import (
+    HFEntry,
+    HFFormat,
+    Method,
+    SequenceMethod,
+    WeightMethod,
+)
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.storage import storage_for
 
@@ -90,7 +98,8 @@ def save_adapter(
     prefix, top = model_root(model, root)
     found, outside = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)
-    weights = [each for each in found if not isinstance(each[2].method, TrainableTokens)]
+    apart = TrainableTokens | NormTuning
+    weights = [each for each in found if not isinstance(each[2].method, apart)]
     entries = _entries(weights, method, fmt, misread_names(top, fmt))
     config = _config(top, method, fmt, entries, uniform=uniform)
     if fmt.tensors:
@@ -99,8 +108,9 @@ def save_adapter(
     _add_shared(found, fmt, tensors)
     _add_biases(found, tensors)
     add_token_rows(top, found, method, config, tensors)
+    add_norm_layers(top, found, config, tensors)
     _add_saved(model, top, found, fmt, adapter_name, strip_compile(prefix), config, tensors)
-    if not fmt.tensors:
+    if isinstance(method, SequenceMethod):
         add_heads(top, fmt, config, tensors)
     if names == "legacy":
         config, tensors = legacy_names(top, fmt, config, tensors)

@@ -22,6 +22,7 @@ from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import tied_with
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
+from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.models.modules import fork_seeded_rng
 
@@ -170,6 +171,8 @@ class ValueMatcher:
             method, placement = each.method, each.placement
             if isinstance(method, ModulesToSave):
                 self._match_copies(placement)
+            elif isinstance(method, NormTuning):
+                self._match_norm(placement)
             elif isinstance(method, TrainableTokens):
                 continue  # `match_token_rows` has them
             elif isinstance(method, TrainedBias):
@@ -205,6 +208,22 @@ class ValueMatcher:
             key = join(path, p)[len(owner) + 1 :]
             if key in self.saved[owner]:  # earlier files have no num_batches_tracked
                 self.values[id(placement.module), p, COPY] = self.saved[owner][key]
+
+    def _match_norm(self, placement: Placement) -> None:
+        path = self._path(placement)
+        found = self.reading.norms.get(path, {})
+        state = placement.module.state_dict()
+        self.problems += [f"extra {path}.{key}" for key in found if key not in state]
+        for key in state:
+            if key not in found:
+                self.problems.append(f"missing {path}.{key}")
+            elif found[key].shape != state[key].shape:
+                shapes = f"{list(state[key].shape)}, got {list(found[key].shape)}"
+                self.problems.append(f"{path}.{key}: expected shape {shapes}")
+            elif key in placement.paths:
+                self.values[id(placement.module), key, COPY] = found[key]
+            else:
+                self.problems.append(f"{path}.{key}: LN_TUNING copies it, no copy is kept here")
 
     def _match_biases(self, placement: Placement, adapted: Sequence[str]) -> None:
         path, module = self._path(placement), placement.module

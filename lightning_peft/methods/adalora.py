@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFEntry, HFFormat, StepContext, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import empty_like_site, require, require_bias
 from lightning_peft.methods.registry import register
 
 __all__ = ["AdaLoRA"]
@@ -105,6 +105,7 @@ class AdaLoRA(WeightMethod):
         orth_reg_weight: Weight of Σ ‖A Aᵀ − I‖ + ‖Bᵀ B − I‖, averaged over tensors.
         total_step: Optimizer steps of the run; None takes the trainer's.
         dropout: Probability of dropping an input element of the branch, in training.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"lora_only"``.
 
     Raises:
         ValueError: init_r < 1, target_r outside [1, init_r], negative steps, betas outside [0, 1).
@@ -121,11 +122,13 @@ class AdaLoRA(WeightMethod):
     orth_reg_weight: float = 0.5
     total_step: int | None = None
     dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     hf = HFFormat(
         peft_type="ADALORA",
         tensors={"A": "lora_A", "B": "lora_B", "E": "lora_E"},
         config={
+            "bias": "bias",
             "init_r": "init_r",
             "target_r": "target_r",
             "alpha": "lora_alpha",
@@ -138,8 +141,9 @@ class AdaLoRA(WeightMethod):
             "total_step": "total_step",
             "dropout": "lora_dropout",
         },
-        fixed={"r": 8, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True},
+        fixed={"r": 8, "fan_in_fan_out": False, "init_lora_weights": True},
         defaults={
+            "bias": "none",
             "target_r": 8,
             "tinit": 0,
             "tfinal": 0,
@@ -166,6 +170,7 @@ class AdaLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_bias(self.label, self.bias, "lora_only")
         require(self.init_r >= 1, f"{self.label}: expected init_r >= 1, got {self.init_r}")
         require(
             1 <= self.target_r <= self.init_r,
@@ -216,6 +221,10 @@ class AdaLoRA(WeightMethod):
             **{f"uncertainty_{k}": empty_like_site(site, *s).zero_() for k, s in shapes.items()},
             "mask": kept,
         }
+
+    def trained_biases(self) -> str:
+        """As `bias` says."""
+        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A low-rank change; s does not follow the pruning."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import empty_like_site, require, require_bias
 from lightning_peft.methods.registry import register
 
 __all__ = ["BOFT", "butterfly"]
@@ -57,6 +57,7 @@ class BOFT(WeightMethod):
         block_num: Number of blocks instead.
         n_butterfly: Stages m; in_features must be a multiple of block_size · 2^(m − 1).
         dropout: Probability of a block being the identity, in training, in one stage at random.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"boft_only"``.
 
     Raises:
         ValueError: not exactly one of block_size and block_num, n_butterfly < 1, dropout outside
@@ -67,19 +68,22 @@ class BOFT(WeightMethod):
     block_num: int = 0
     n_butterfly: int = 1
     dropout: float = 0.0
+    bias: Literal["none", "all", "boft_only"] = "none"
 
     hf = HFFormat(
         peft_type="BOFT",
         tensors={"R": "boft_R", "s": "boft_s"},
         axes={"s": "vector"},
         config={
+            "bias": "bias",
             "block_size": "boft_block_size",
             "block_num": "boft_block_num",
             "n_butterfly": "boft_n_butterfly_factor",
             "dropout": "boft_dropout",
         },
-        fixed={"bias": "none", "fan_in_fan_out": False},
+        fixed={"fan_in_fan_out": False},
         defaults={
+            "bias": "none",
             "boft_block_size": 4,
             "boft_block_num": 0,
             "boft_n_butterfly_factor": 1,
@@ -95,6 +99,7 @@ class BOFT(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_bias(self.label, self.bias, "boft_only")
         size, number = self.block_size, self.block_num
         require(
             size >= 0 and number >= 0 and (size > 0) != (number > 0),
@@ -145,6 +150,10 @@ class BOFT(WeightMethod):
             "R": empty_like_site(site, self.n_butterfly, number, size, size).zero_(),
             "s": torch.nn.init.ones_(empty_like_site(site, site.out_features)),
         }
+
+    def trained_biases(self) -> str:
+        """As `bias` says."""
+        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A rotation and an output scale; the bias is not scaled."""

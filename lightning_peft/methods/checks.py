@@ -20,6 +20,7 @@ __all__ = [
     "match_pattern",
     "match_site",
     "require",
+    "require_bias",
     "require_dropout",
     "require_features",
     "require_matrix",
@@ -69,6 +70,14 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_bias(label: str, bias: str, only: str) -> None:
+    """Raise ValueError unless `bias` is none, all, or the word for those of adapted layers."""
+    require(
+        bias in ("none", "all", only),
+        f"{label}: expected bias in ('none', 'all', {only!r}), got {bias!r}",
+    )
 
 
 def require_dropout(label: str, p: float) -> None:

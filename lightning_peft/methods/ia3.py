@@ -22,6 +22,9 @@ from lightning_peft.methods.registry import register
 __all__ = ["IA3"]
 
 
+_ADDS = "peft's IA3 multiplies only; its BEFT adds: attach BEFT()"
+
+
 def _pack(method: IA3, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """[1, in] where the input is scaled, [out, 1] where the output is."""
     return {"scale": p["scale"].unsqueeze(0 if method.scales_input(site) else 1)}
@@ -84,7 +87,7 @@ class IA3(WeightMethod):
         to_config=_to_config,
         from_config=_from_config,
         kinds=("Linear", "Conv1D", "Conv2d", "Conv3d"),
-        refuse=lambda method, site: "peft's IA3 multiplies only" if method.mode == "add" else "",
+        refuse=lambda method, site: _ADDS if method.mode == "add" else "",
     )
 
     def __post_init__(self) -> None:

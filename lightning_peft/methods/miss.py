@@ -18,7 +18,7 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Grouped, Term
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import empty_like_site, require, require_bias
 from lightning_peft.methods.registry import register
 
 __all__ = ["MiSS", "Tiled"]
@@ -123,6 +123,7 @@ class MiSS(WeightMethod):
         dropout: Probability of dropping an input element of the branch, in training.
         form: ``"default"``; ``"mini"``: D [r, mini_r] repeated along out; ``"bat"``: each block
             W_oi becomes W_oi + W_oi D_o + D_o (r divides in and out; the weight is formed).
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"MiSS_only"``.
 
     Raises:
         ValueError: r < 1, mini_r < 1, dropout outside [0, 1), an unknown form.
@@ -132,13 +133,14 @@ class MiSS(WeightMethod):
     mini_r: int = 1
     dropout: float = 0.0
     form: Literal["default", "mini", "bat"] = "default"
+    bias: Literal["none", "all", "MiSS_only"] = "none"
 
     hf = HFFormat(
         peft_type="MISS",
         tensors={"D": "miss_block"},
-        config={"r": "r", "mini_r": "mini_r", "dropout": "miss_dropout"},
-        fixed={"bias": "none"},
-        defaults={"mini_r": 1, "miss_dropout": 0.0, "init_weights": True},
+        config={"bias": "bias", "r": "r", "mini_r": "mini_r", "dropout": "miss_dropout"},
+        fixed={},
+        defaults={"bias": "none", "mini_r": 1, "miss_dropout": 0.0, "init_weights": True},
         to_config=_to_config,
         from_config=_from_config,
         kinds=("Linear",),
@@ -146,6 +148,7 @@ class MiSS(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_bias(self.label, self.bias, "MiSS_only")
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(self.mini_r >= 1, f"{self.label}: expected mini_r >= 1, got {self.mini_r}")
         require(
@@ -183,6 +186,10 @@ class MiSS(WeightMethod):
         else:
             shape = (self.r, self.mini_r if self.form == "mini" else site.out_features)
         return {"D": empty_like_site(site, *shape).zero_()}
+
+    def trained_biases(self) -> str:
+        """As `bias` says."""
+        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A tiled change; for ``"bat"`` one that is formed from the weight."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft.methods.base import SelectMethod
+from lightning_peft.methods.base import HFFormat, SelectMethod
 from lightning_peft.methods.registry import register
 
 __all__ = ["NormTuning"]
@@ -28,6 +28,8 @@ class NormTuning(SelectMethod):
     """
 
     bias: bool = True
+
+    hf = HFFormat(peft_type="LN_TUNING", tensors={}, config={})
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether the parameter belongs to a normalisation itself, not to a module inside it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, in_functorch_transform
@@ -18,7 +18,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import empty_like_site, require, require_bias
 from lightning_peft.methods.registry import register
 
 __all__ = ["OFT", "cayley", "nearest_divisor", "skew"]
@@ -109,6 +109,7 @@ class OFT(WeightMethod):
         cayley_neumann: Approximate the transform by a Neumann series: cheaper on large blocks, not
             orthogonal for large Q. If False, the transform is exact.
         terms: Number of terms of the Neumann series.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"oft_only"``.
 
     Raises:
         ValueError: not exactly one of block_size and r, terms < 1, eps ≤ 0.
@@ -121,11 +122,13 @@ class OFT(WeightMethod):
     eps: float = 6e-5
     cayley_neumann: bool = False
     terms: int = 5
+    bias: Literal["none", "all", "oft_only"] = "none"
 
     hf = HFFormat(
         peft_type="OFT",
         tensors={"triangle": "oft_R.weight"},
         config={
+            "bias": "bias",
             "block_size": "oft_block_size",
             "r": "r",
             "block_share": "block_share",
@@ -134,8 +137,9 @@ class OFT(WeightMethod):
             "cayley_neumann": "use_cayley_neumann",
             "terms": "num_cayley_neumann_terms",
         },
-        fixed={"module_dropout": 0.0, "bias": "none", "fan_in_fan_out": False},
+        fixed={"module_dropout": 0.0, "fan_in_fan_out": False},
         defaults={
+            "bias": "none",
             "oft_block_size": 32,
             "r": 0,
             "block_share": False,
@@ -153,6 +157,7 @@ class OFT(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_bias(self.label, self.bias, "oft_only")
         require(
             self.block_size >= 0 and self.r >= 0 and (self.block_size > 0) != (self.r > 0),
             f"{self.label}: expected exactly one of block_size and r above 0, got "
@@ -196,6 +201,10 @@ class OFT(WeightMethod):
         b = self.block(site)
         blocks = 1 if self.block_share else site.in_features // b
         return {"triangle": empty_like_site(site, blocks, b * (b - 1) // 2).zero_()}
+
+    def trained_biases(self) -> str:
+        """As `bias` says."""
+        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A rotation of the input."""

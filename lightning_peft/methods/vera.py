@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, check_no_double_backward
@@ -18,7 +19,7 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import empty_like_site, require, require_bias
 from lightning_peft.methods.registry import register
 
 __all__ = ["VeRA", "Vectors"]
@@ -101,6 +102,7 @@ class VeRA(WeightMethod):
         d_initial: Start of d; b starts at zero.
         seed: Seed of the shared factors: Kaiming-uniform, A then B, from a separate generator.
         dropout: Probability of dropping an input element of the branch, in training.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"vera_only"``.
 
     Raises:
         ValueError: r < 1, dropout outside [0, 1).
@@ -110,6 +112,7 @@ class VeRA(WeightMethod):
     d_initial: float = 0.1
     seed: int = 0
     dropout: float = 0.0
+    bias: Literal["none", "all", "vera_only"] = "none"
 
     hf = HFFormat(
         peft_type="VERA",
@@ -118,13 +121,15 @@ class VeRA(WeightMethod):
         optional=("A", "B"),
         axes={"b": ""},
         config={
+            "bias": "bias",
             "r": "r",
             "d_initial": "d_initial",
             "seed": "projection_prng_key",
             "dropout": "vera_dropout",
         },
-        fixed={"save_projection": True, "fan_in_fan_out": False, "bias": "none"},
+        fixed={"save_projection": True, "fan_in_fan_out": False},
         defaults={
+            "bias": "none",
             "d_initial": 0.1,
             "projection_prng_key": 0,
             "vera_dropout": 0.0,
@@ -136,6 +141,7 @@ class VeRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        require_bias(self.label, self.bias, "vera_only")
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(
             0.0 <= self.dropout < 1.0,
@@ -161,6 +167,10 @@ class VeRA(WeightMethod):
             "b": empty_like_site(site, site.out_features).zero_(),
             "d": empty_like_site(site, self.r).fill_(self.d_initial),
         }
+
+    def trained_biases(self) -> str:
+        """As `bias` says."""
+        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A low-rank change; a stack of matrices has its vectors multiplied into the factors."""

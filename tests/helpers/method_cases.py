@@ -11,6 +11,7 @@ import pytest
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.bd_lora import BDLoRA
+from lightning_peft.methods.beft import BEFT
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.delora import DeLoRA
@@ -165,6 +166,7 @@ CASES = [
     Case("ia3", IA3()),
     Case("ia3_input", IA3(feedforward_modules=["0"]), skip=_IDS),
     Case("ia3_add", IA3(mode="add"), skip=_IDS),
+    Case("beft", BEFT(), skip=_IDS, quick=_QUICK),
     Case("vera", VeRA(r=8)),
     Case("adalora", AdaLoRA(init_r=4, target_r=2)),
     Case("loha", LoHa(r=2)),

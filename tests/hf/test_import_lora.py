@@ -434,6 +434,20 @@ def test_scales_of_the_header(metadata: dict[str, str], scale: float, tmp_path: 
     assert "1 layers have their scale from the file's header" in report.notes
 
 
+@pytest.mark.parametrize("inside", ["", "diffusion_model", "transformer"])
+def test_names_of_comfyui(inside: str) -> None:
+    part = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(16, 16)})])})
+    model = nn.ModuleDict({inside: part}) if inside else part
+    layer, x = part["blocks"][0]["q"], torch.randn(3, 16)
+    want = layer(x) + 0.5 * x @ A.T @ B.T
+    head = "diffusion_model.blocks.0.q"
+    state = {f"{head}.lora_A.weight": A, f"{head}.lora_B.weight": B}
+    lp.load_adapter(model, {**state, f"{head}.alpha": torch.tensor(2.0)})
+    assert_close("output", layer(x), want, floor=1e-5)
+    with pytest.raises(ValueError, match="without a certain place"):
+        lp.load_adapter(nn.ModuleDict({"other": nn.Linear(16, 16)}), state, alpha=2.0)
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import lightning_peft as lp
 from tests.helpers.compare import assert_close, assert_same_bits
@@ -171,3 +172,25 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     loose = trained(base, lp.TrainableTokens([3], tied=False))
     with pytest.raises(ValueError, match=r"\['lm_head'\], tied to it"):
         lp.save_adapter(loose, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        (lp.TrainableTokens(IDS), {}),
+        (lp.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]}), {}),
+        (
+            lp.LoRA(r=2, target_modules=["q_proj"]),
+            {"modules_to_save": ["embed_tokens", "lm_head"], "separate_copies": True},
+        ),
+    ],
+    ids=["rows", "head", "separate"],
+)
+def test_export_of_a_tied_model(method: Any, more: dict[str, Any], tmp_path: Path) -> None:
+    base, inputs, _, _ = models("llama")
+    model = trained(base, method, **more)
+    lp.save_adapter(model, tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    lp.export_merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", dtype="float32")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert_close("merged", run(merged, inputs), run(model, inputs), floor=FLOOR)

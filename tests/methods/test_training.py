@@ -23,6 +23,8 @@ METHODS: dict[str, tuple[str, Any]] = {
     "hard": ("t5", lp.HardPrompt(n=2)),
     "parallel": ("bert", lp.BottleneckAdapter("parallel")),
     "mam": ("gpt2", [lp.PrefixTuning(n=2), lp.BottleneckAdapter("parallel")]),
+    "tokens": ("gpt2", lp.TrainableTokens([3, 5])),
+    "tokens beside LoRA": ("t5", lp.LoRA(r=2, trainable_token_indices=[3, 5])),
     "norm": ("t5", lp.NormTuning()),
     "last": ("bert", lp.LastLayers(1)),
     "diff": (

@@ -1,0 +1,61 @@
+"""Trained normalisation layers in a Hugging Face peft directory (``LN_TUNING``).
+
+peft copies each layer as a whole: `<layer>.ln_tuning_layers.<parameter>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.names import in_adapter, join
+from lightning_peft.hf.keys import PREFIX
+from lightning_peft.hf.targets import compact
+from lightning_peft.layers.adapter import Adapter
+from lightning_peft.methods.norm_tuning import NormTuning
+
+__all__ = ["add_norm_layers", "split_norm_layers"]
+
+_LAYERS = ".ln_tuning_layers."
+
+
+def split_norm_layers(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return (parameters by layer name, the other tensors) of a file."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        head, found, leaf = key.removeprefix(PREFIX).rpartition(_LAYERS)
+        if found and key.startswith(PREFIX):
+            layers.setdefault(head, {})[leaf] = tensor
+        else:
+            rest[key] = tensor
+    return layers, rest
+
+
+def add_norm_layers(
+    top: nn.Module,
+    found: Sequence[tuple[str, nn.Module, Adapter]],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Add the layers of `NormTuning` and their names.
+
+    Raises:
+        ValueError: a layer with running statistics, which peft copies too.
+    """
+    trained = [(p, m, a) for p, m, a in found if isinstance(a.method, NormTuning)]
+    for path, module, adapter in trained:
+        if getattr(module, "track_running_stats", False):
+            raise ValueError(
+                f"save_adapter: NormTuning on {path!r}: peft's LN_TUNING has running statistics of "
+                "its own there; train it with modules_to_save, or exclude the layer"
+            )
+        state = {k: t for k, t in module.state_dict().items() if not in_adapter(k)}
+        for key, value in {**state, **adapter.copies()}.items():
+            tensors[PREFIX + join(path, _LAYERS.strip("."), key)] = value.detach()
+    if trained:
+        config["target_modules"] = compact(top, [path for path, _, _ in trained])
