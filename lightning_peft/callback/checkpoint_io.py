@@ -163,7 +163,10 @@ class PEFTCheckpointIO(CheckpointIO):
         if not text:
             return True
         if self.resuming() and not is_interrupted(module.trainer):
-            raise RuntimeError(f"{text}. Resume from one of them with a lower learning rate")
+            raise RuntimeError(
+                f"{text}. Resume from one of them with a lower learning rate, "
+                "or without the batch that had bad values"
+            )
         warnings.warn(text, stacklevel=3)
         return False
 

@@ -31,7 +31,7 @@ from lightning_peft.core.finite import is_finite
 from lightning_peft.core.marker import marked
 from lightning_peft.core.names import in_adapter, strip_compile
 from lightning_peft.initialization.restore import restore_initialized
-from lightning_peft.models.history import note_loaded, note_moved
+from lightning_peft.models.history import not_finite_at_start, note_loaded, note_moved
 from lightning_peft.storage.dtensor import fill_rows, is_sharded
 
 __all__ = [
@@ -176,16 +176,17 @@ def _each_state(
 
 
 def nonfinite_message(model: nn.Module, state: Mapping[str, Any], path: object) -> str:
-    """Return why a state with NaN or infinity in a trained tensor is not written; "" if finite.
+    """Return why a state with NaN or infinity is not written; "" if it can be.
 
-    Buffers outside of adapters, such as masks, may hold infinity.
+    Everything that a file is read for must be finite, running statistics too: a file with other
+    values is refused on reading. Buffers that were not finite from the start may stay so.
     """
-    trained = {strip_compile(n) for n, p in model.named_parameters() if p.requires_grad}
+    kept = kept_tensors(model).keys() - not_finite_at_start(model)
     bad = [
         key
         for key, value in state.items()
         if isinstance(value, Tensor)
-        and (in_adapter(key) or strip_compile(key) in trained)
+        and (in_adapter(key) or strip_compile(key) in kept)
         and not is_finite(value)
     ]
     if not bad:

@@ -119,7 +119,10 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
         }
         try:
             if text := nonfinite_message(model, weights, os.fspath(path)):
-                raise RuntimeError(f"{text}. Resume from one of them with a lower learning rate")
+                raise RuntimeError(
+                    f"{text}. Resume from one of them with a lower learning rate, "
+                    "or without the batch that had bad values"
+                )
             atomic_file.write(checkpoint, path)
         except Exception as caught:
             error = caught

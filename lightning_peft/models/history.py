@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_peft.core.finite import is_finite
 from lightning_peft.core.modules import modules_by_name, parameters_by_name, persistent_buffers
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in, registry_of
@@ -21,13 +22,14 @@ from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.models.content import Contents, changed_tensors, take_content
 from lightning_peft.models.relocation import relocation, stray_registries
 from lightning_peft.storage import held_tensors
-from lightning_peft.storage.dtensor import is_sharded
+from lightning_peft.storage.dtensor import is_sharded, local
 
 __all__ = [
     "ModelHistory",
     "base_tensors",
     "histories_in",
     "move_history",
+    "not_finite_at_start",
     "note_loaded",
     "note_moved",
     "note_optimizers",
@@ -47,10 +49,12 @@ class ModelHistory:
     Attributes:
         content: Content of each tensor at the start, by canonical name.
         kept: Names of the tensors that files hold from now on.
+        not_finite: Names of the buffers that held NaN or infinity at the start, such as masks.
     """
 
     content: Contents = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
+    not_finite: set[str] = field(default_factory=set)
 
 
 def start_history(model: nn.Module, again: Iterable[str] = ()) -> ModelHistory:
@@ -68,6 +72,8 @@ def start_history(model: nn.Module, again: Iterable[str] = ()) -> ModelHistory:
         if name not in found.content or name.startswith(rewritten)
     }
     found.content |= take_content(tensors)
+    buffers = {strip_compile(name) for name in persistent_buffers(model)}
+    found.not_finite |= {n for n in buffers & tensors.keys() if not is_finite(local(tensors[n]))}
     return found
 
 
@@ -93,18 +99,23 @@ def _history_from_root(model: nn.Module) -> ModelHistory:
     for registry in stray_registries(model):
         if registry.history is not None:
             moved = move_history(registry.history, relocation(model)[0])
-            found = ModelHistory(found.content | moved.content, found.kept | moved.kept)
+            found = ModelHistory(
+                found.content | moved.content,
+                found.kept | moved.kept,
+                found.not_finite | moved.not_finite,
+            )
     return found
 
 
 def move_history(history: ModelHistory, rename: Callable[[str], str | None]) -> ModelHistory:
     """Return the history under other names; a name that becomes None is left out."""
     content = {rename(name): entry for name, entry in history.content.items()}
-    kept = {rename(name) for name in history.kept}
-    return ModelHistory(
-        {name: entry for name, entry in content.items() if name is not None},
-        {name for name in kept if name is not None},
+    kept, not_finite = (
+        {new for name in names if (new := rename(name)) is not None}
+        for names in (history.kept, history.not_finite)
     )
+    known = {name: entry for name, entry in content.items() if name is not None}
+    return ModelHistory(known, kept, not_finite)
 
 
 def histories_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModelHistory]]:
@@ -207,6 +218,15 @@ def tensors_to_keep(model: nn.Module) -> dict[str, Tensor]:
     ]
     known = base_tensors(model) if kept else {}
     return {name: known[name] for name in kept if name in known}
+
+
+def not_finite_at_start(model: nn.Module) -> set[str]:
+    """Return the canonical names of buffers that held NaN or infinity from the start."""
+    return {
+        join(strip_compile(prefix), name)
+        for prefix, _, history in histories_in(model)
+        for name in history.not_finite
+    }
 
 
 def _keep(model: nn.Module, names: set[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import PEFT, LoRA
+from lightning_peft import PEFT, LoRA, load_from_checkpoint
 from tests.helpers.lightning_package import pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, peft, trainer
 from tests.helpers.stored import stored_tensors
@@ -71,6 +71,40 @@ def test_weights_that_are_not_finite_replace_no_file(tmp_path: Path) -> None:
     for file in files:
         state = stored_tensors(file)
         assert all(bool(t.isfinite().all()) for t in state.values())
+
+
+class Normed(Plain):
+    """Its statistics meet a NaN in the second epoch; its mask has an infinity from the start."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.current_epoch == 1:
+            self.norm(batch[0] * torch.nan)
+        self.mask[0] -= 1
+        return super().training_step([self.norm(batch[0]), *batch[1:]], batch_idx)
+
+
+@pytest.mark.parametrize("root", [None, "net"])
+@pytest.mark.parametrize("form", ["adapters", "full", "merged"])
+def test_statistics_that_are_not_finite_replace_no_file(
+    root: str | None, form: Any, tmp_path: Path
+) -> None:
+    saver = pl.callbacks.ModelCheckpoint(
+        tmp_path, save_top_k=1, save_last=True, save_on_train_epoch_end=True
+    )
+    with pytest.raises(RuntimeError, match=r"expected finite weights to save.*norm\.running_mean"):
+        trainer(peft(root=root, checkpoint=form), saver, max_epochs=3).fit(Normed())
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 2
+    if form != "merged":
+        module = load_from_checkpoint(Normed, files[0])
+        assert module.mask.isinf().tolist() == [False, True]
 
 
 # ---- SIGTERM
