@@ -323,6 +323,7 @@ def bases_in(path: Path) -> set[str]:
 
 # Files of methods/ that define no method of their own.
 NO_METHODS = (
+    "arguments",
     "base",
     "checks",
     "daubechies",
@@ -330,6 +331,7 @@ NO_METHODS = (
     "hybrids",
     "lora_gradients",
     "lora_start",
+    "refused",
     "registry",
     "token_indices",
 )

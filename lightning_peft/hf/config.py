@@ -14,6 +14,7 @@ from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.name_patterns import check_pattern, is_plain
 from lightning_peft.methods import METHODS, Method
 from lightning_peft.methods.base import HFEntry, HFFormat
+from lightning_peft.methods.refused import check_not_refused
 
 __all__ = [
     "CONFIG",
@@ -176,6 +177,7 @@ def method_class(config: Mapping[str, Any]) -> type[Method]:
     Raises:
         ValueError: a ``peft_type`` that no method here writes, or a variant of it.
     """
+    check_not_refused(config, CONFIG)
     known = {cls.hf.peft_type for cls in METHODS.values() if cls.hf is not None}
     peft_type = config["peft_type"]
     if peft_type not in known:

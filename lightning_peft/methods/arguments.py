@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from lightning_peft.methods.base import Method
+from lightning_peft.methods.refused import REFUSED_OPTIONS
 
 __all__ = ["checked_arguments", "require_methods"]
 
@@ -101,6 +102,11 @@ def _check_pattern(cls: type[Method], name: str, annotation: str, value: object)
 def _unknown(cls: type[Method], name: str, value: Any, known: list[str]) -> str:
     theirs = {} if cls.hf is None else {peft: ours for ours, peft in cls.hf.config.items()}
     near = difflib.get_close_matches(name, known, 1, 0.7)
+    if name in REFUSED_OPTIONS:
+        return (
+            f"{cls.__name__}: expected arguments that it has, got {name}={value!r}: "
+            f"{REFUSED_OPTIONS[name]}"
+        )
     if name in theirs:
         form = f"{cls.__name__}({theirs[name]}={value!r})"
     elif name in _ELSEWHERE:

@@ -106,8 +106,13 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "saved absent": (config(modules_to_save=["lm_head"]), ValueError, ("missing "
                                                                       "base_model.model.lm_head")),
     "unknown field": (config(shiny_option=3), ValueError, "shiny_option = 3"),
-    "option on": (config(use_qalora=True), ValueError, "use_qalora = True"),
-    "replicated layers": (config(layer_replication=[[0, 1]]), ValueError, "layer_replication"),
+    "option on": (config(use_qalora=True), ValueError, "use_qalora: .*GPTQ layers.*NF4"),
+    "replicated layers": (
+        config(layer_replication=[[0, 1]]), ValueError,
+        "layer_replication: .*peft's own merge is wrong. Build the deeper model first",
+    ),
+    "FRoD": (config(peft_type="FROD"), ValueError, "got FROD: .*another dtype.*Merge it with peft"),
+    "ShadowPEFT": (config(peft_type="SHADOW"), ValueError, "second transformer.*Run it with peft"),
     "random start": (config(init_lora_weights="pissa_niter_4"), ValueError, "'pissa_niter_4'"),
     "tokens": (config(trainable_token_indices=[1, 2]), ValueError, "missing .*trainable_tokens"),
     "empty file": (write(TENSORS, b""), ValueError, "whole safetensors file, got 0 bytes"),

@@ -37,8 +37,10 @@ from tests.helpers.peft_exchange import build
         (lambda: lp.LoRA(alpha_pattern={"q": "8"}), "alpha_pattern: .* a number for 'q', got '8'"),
         (lambda: lp.PEFT(lp.LoRA(), export_to=3), "PEFT export_to: expected a directory, got 3"),
         (lambda: lp.LoHa(frequency=3), "got frequency=3; write one of r, "),
+        (lambda: lp.LoRA(layer_replication=[[0, 1]]), "merge is wrong. Build the deeper model"),
+        (lambda: lp.LoRA(use_qalora=True), "GPTQ layers.*Train LoRA on a base in NF4"),
     ],
-    ids=range(18),
+    ids=range(20),
 )
 def test_the_right_form_is_named(make: Any, match: str) -> None:
     with pytest.raises(TypeError, match=match):
