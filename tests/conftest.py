@@ -76,6 +76,7 @@ def seed_all(seed: int) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> int:
     """Every test starts from the same generators, whichever tests ran before it."""
+    torch.set_grad_enabled(True)  # an example that ends by an error may leave it off
     seed_all(SEED)
     return SEED
 
