@@ -33,13 +33,16 @@ def check_intact(model: nn.Module, what: str) -> None:
         seen = seen_from(root, registry)
         modules = {strip_compile(name): module for name, module in adapted_modules(root)}
         for name, entry in seen.adapters.items():
-            live = dict(_weights(modules, name))
+            live: dict[str, list[tuple[int, ...]]] = {}  # a layer may have several adapters
+            for label, found in _weights(modules, name):
+                live.setdefault(label, []).append(found)
             for label, shape, _ in entry.sites:
-                found = live.get(strip_compile(label))
-                if found is None:
+                shapes = live.get(strip_compile(label))
+                if shapes is None:
                     _raise(what, join(prefix, label), name, "a new layer without it")
-                if found != tuple(shape):
-                    _raise(what, join(prefix, label), name, f"shape {found} instead of {shape}")
+                elif tuple(shape) not in shapes:
+                    got = f"shape {shapes[0]} instead of {tuple(shape)}"
+                    _raise(what, join(prefix, label), name, got)
         for path, module in modules.items():
             _check_copies(what, join(prefix, path), module)
 

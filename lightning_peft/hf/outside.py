@@ -42,7 +42,7 @@ def outside_tensors(
         state = {k: t for k, t in module.state_dict().items() if not in_adapter(k)}
         for inner, adapted in adapted_modules(module):
             for adapter in adapters_of(adapted, adapter_name):
-                state |= {join(inner, path): copy for path, copy in adapter.copies().items()}
+                state |= {join(inner, path): copy for path, copy in adapter.substitutes().items()}
         tensors |= {join(name, k): t for k, t in state.items() if t.is_floating_point()}
     return tensors, {_KEY: json.dumps(list(names))}
 
@@ -78,7 +78,7 @@ class OutsideModules:
             join(name, path): copy
             for name, module in adapted_modules(model)
             for adapter in adapters_of(module, adapter_name)
-            for path, copy in adapter.copies().items()
+            for path, copy in adapter.substitutes().items()
         }
         places: Mapping[str, Tensor] = {**dict(model.named_buffers()), **copies}
         with torch.no_grad():

@@ -172,6 +172,8 @@ MERGEABLE = [c for c in CASES if c.method.mergeable and c.name != "lora_bias"]
 @pytest.mark.sweep(0.25)
 @pytest.mark.parametrize("case", MERGEABLE, ids=lambda c: c.name)
 def test_methods(case, tmp_path) -> None:
+    if case.name == "beft":
+        pytest.skip("it adds a bias where the library's config knows none")
     model, inputs = build("llama")
     saved(model, tmp_path / "base")
     plain = run(model, inputs)

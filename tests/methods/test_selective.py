@@ -190,7 +190,7 @@ def test_reset_and_state() -> None:
 
 
 def test_export_is_refused() -> None:
-    for method in (Full(), BitFit(), LastLayers(), NormTuning()):
+    for method in (Full(), BitFit(), LastLayers()):
         model, _ = built("bert")
         lp.attach(model, method)
         with pytest.raises(ValueError, match=r"merge\(\)"):
