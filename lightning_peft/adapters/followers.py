@@ -1,7 +1,8 @@
 """Copies of adapters on a frozen copy of the adapted part, such as an EMA teacher.
 
 Code that averages a student into a teacher walks through `parameters()` of both. So the teacher
-gets copies of the student's adapters: equal at the start, never trained, saved with the others.
+gets copies of the student's adapters: never trained, saved with the others. They leave the
+teacher's function as it is, so copies of adapters that begin at random begin at zero.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from lightning_peft.adapters.merge import merge
 from lightning_peft.adapters.merge_plan import names_to_merge, plan_merge
 from lightning_peft.adapters.new_bias import check_no_new_bias
 from lightning_peft.adapters.plain import is_merged_for_good, make_plain
-from lightning_peft.core.modules import ParameterPlace, tied_parameters
+from lightning_peft.core.modules import ParameterPlace, persistent_buffers, tied_parameters
 from lightning_peft.core.registry import registries_in
 from lightning_peft.layers.adapted import adapted_modules
 
@@ -30,8 +30,8 @@ def merge_and_unload(model: M, dtype: torch.dtype | str | None = None) -> M:
 
     Args:
         model: A model with adapters, merged or not; or one that `quantize` quantised.
-        dtype: Dtype of the floating tensors, for instance ``"bfloat16"``. None keeps the dtype
-            that each weight has, or had before it was quantised.
+        dtype: Dtype of the floating tensors of the state dict, for instance ``"bfloat16"``. None
+            keeps the dtype that each weight has, or had before it was quantised.
 
     Raises:
         RuntimeError: a method has no merged form, or the adapter trains a bias that the library's
@@ -111,7 +111,10 @@ def _tie_again(group: list[ParameterPlace]) -> bool:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    model.to(dtype)
+    """Cast what a state dict holds; frequencies of rotary embeddings and the like stay exact."""
+    for tensor in (*model.parameters(), *persistent_buffers(model).values()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if isinstance(getattr(config, "dtype", None), torch.dtype):

@@ -29,6 +29,7 @@ __all__ = [
     "NotMergeable",
     "Term",
     "as_low_rank",
+    "changes_weight",
     "concat_ranks",
 ]
 
@@ -108,6 +109,16 @@ class Folds(Protocol):
     def to_low_rank(self) -> LowRank:
         """Return the change as a LowRank with its factors multiplied out."""
         ...
+
+
+def changes_weight(term: Term) -> bool:
+    """Whether a term is more than zeros; False on meta and without a matrix: nothing is known."""
+    try:
+        thin = as_low_rank(term)
+        parts = (term.matrix(),) if thin is None else (thin.A, thin.B)
+    except NotMergeable:
+        return False
+    return all(not t.is_meta and bool(t.any()) for t in parts)
 
 
 def as_low_rank(term: Term) -> LowRank | None:

@@ -13,6 +13,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.layers import adaptable, ops_for
 from lightning_peft.methods.base import HFEntry, HFFormat
+from lightning_peft.models.modules import hf_models
 from lightning_peft.models.target_modules import bypassed
 from lightning_peft.storage import storage_of
 
@@ -83,10 +84,17 @@ def read_keys(
     modules = dict(top.named_modules())
     unknown = sorted(p for p in groups if _split(p, modules)[0] not in modules)
     if unknown:
+        parts = [
+            part
+            for part, _ in hf_models(top)
+            if part and all(f"{part}.{_split(p, modules)[0]}" in modules for p in unknown)
+        ]
+        advice = f"name its part: PEFT(root={parts[0]!r}), or load_adapter on it" if parts else ""
         raise ValueError(
             f"adapter file: expected modules of {type(top).__name__}, got tensors for "
             f"{len(unknown)} others, as {unknown[:3]}; the first modules here are "
-            f"{[n for n, m in modules.items() if adaptable(m)][:3]}; is this the right base model?"
+            f"{[n for n, m in modules.items() if adaptable(m)][:3]}; "
+            f"{advice or 'is this the right base model?'}"
         )
     by_module: dict[str, dict[str, dict[str, Tensor]]] = {}
     for path, found in groups.items():

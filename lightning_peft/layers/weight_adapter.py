@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.core.terms import changes_weight
 from lightning_peft.layers.adapted_state import ActiveAdapters
 from lightning_peft.layers.adapter import Adapter, SiteRNG, default_cpu
 from lightning_peft.layers.batch_facts import BatchObserver
@@ -179,8 +180,13 @@ class WeightAdapter(Adapter):
         return self.observer is not None
 
     def keep_function_of_base(self) -> None:
-        """Subtract the initial change from the base of a copied adapter."""
+        """Let a copied adapter start at the base.
+
+        Its initial change is subtracted from the base if the original's was. Otherwise trained
+        tensors that change the weight already, as random ones do, become zero.
+        """
         if self.rewrite is None:
+            self._start_at_zero()
             return
         site = self.site
         with torch.no_grad():
@@ -189,6 +195,14 @@ class WeightAdapter(Adapter):
                 base -= term.matrix().to(base)
             self.rewrite = BaseRewrite(site.storage.snapshot(site.module, site.parameter))
             site.write(base)
+
+    def _start_at_zero(self) -> None:
+        with torch.no_grad():
+            changes = [term.matrix() for term in self.edit().terms if changes_weight(term)]
+            if changes and bool(torch.stack(changes).sum(0).any()):
+                for t in (*self._parameters.values(), *self.shared_trained.values()):
+                    if t is not None:
+                        t.zero_()
 
     def remove_hooks(self) -> None:
         """Remove the hook that finds the facts of a batch."""

@@ -68,6 +68,8 @@ class Report:
         storages: Bytes of the quantised base by format.
         trained_fully: (module, reason) of modules that are trained fully.
         user_frozen: Parts that the user froze, not those inside a pretrained model.
+        followers: Layers with copies of adapters that are not trained, such as those of an EMA
+            teacher; they are in no group.
         loose: New parameters that are trained in place, see `NewLayers`.
         skipped: (name, reason) of layers that matched and were left out.
         dense: (name, reason) of linear layers that quantisation left dense.
@@ -87,6 +89,7 @@ class Report:
     storages: dict[str, int] = field(default_factory=dict)
     trained_fully: list[tuple[str, str]] = field(default_factory=list)
     user_frozen: list[str] = field(default_factory=list)
+    followers: list[str] = field(default_factory=list)
     loose: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     dense: list[tuple[str, str]] = field(default_factory=list)
@@ -124,6 +127,9 @@ def parameter_report(model: nn.Module) -> Report:
     report.trained_fully = list(dict.fromkeys(report.trained_fully))
     _count(model, report)
     report.groups = _groups(model)
+    report.followers = [
+        name for name, m in adapted_modules(model) if any(a.follows for a in adapters_of(m))
+    ]
     report.kernels = [
         *kernel_lines(report.groups),
         *replaced_lines(),
@@ -137,6 +143,8 @@ def _groups(model: nn.Module) -> list[Group]:
     found: dict[tuple[str, str, str, str], list[Adapter]] = {}
     for name, module in adapted_modules(model):
         for adapter in adapters_of(module):
+            if adapter.follows:
+                continue
             path = re.sub(r"\d+", "*", name) or type(module).__name__
             key = (path, adapter.method.label, adapter.site.storage.label, words.of(adapter))
             found.setdefault(key, []).append(adapter)

@@ -31,10 +31,7 @@ def report_lines(report: Report, width: int = 80) -> list[str]:
         for name, why in report.skipped
         if why not in _EXPECTED[:2] and name not in report.user_frozen
     ]
-    if report.user_frozen:
-        sentences.append(
-            f"frozen by you: {_names(report.user_frozen)} (name it in target_modules to adapt it)"
-        )
+    sentences += _frozen_by_user(report)
     if report.loose:
         sentences.append(f"trained fully: {_names(report.loose)} (new parameter)")
     sentences += _grouped("left out", skipped) + _grouped("stays dense", dense)
@@ -75,6 +72,24 @@ def _trained_fully(report: Report) -> list[str]:
     for name, why in report.trained_fully:
         by_reason.setdefault(why, []).append(name)
     return [f"trained fully: {_names(names)} ({why})" for why, names in by_reason.items()]
+
+
+def _frozen_by_user(report: Report) -> list[str]:
+    followed = [
+        part
+        for part in report.user_frozen
+        if any(name == part or name.startswith(f"{part}.") for name in report.followers)
+    ]
+    others = [part for part in report.user_frozen if part not in followed]
+    lines = []
+    if others:
+        lines.append(f"frozen by you: {_names(others)} (name it in target_modules to adapt it)")
+    if followed:
+        lines.append(
+            f"frozen by you: {_names(followed)} (a copy of an adapted part: it has copies of the "
+            "adapters, for code that averages; they are never trained)"
+        )
+    return lines
 
 
 def _memory(report: Report) -> str:

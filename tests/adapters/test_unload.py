@@ -151,6 +151,15 @@ def test_a_base_without_an_adapter_is_dequantised_too() -> None:
     assert_close("dense", logits(model), want, floor=1e-5)
 
 
+def test_a_narrow_dtype_leaves_the_rotary_frequencies_exact(tmp_path) -> None:
+    model = llama()
+    lp.attach(model, lp.LoRA(r=4))
+    lp.merge_and_unload(model, dtype="bfloat16")
+    fresh = reloaded(model, tmp_path)
+    assert torch.equal(model.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)
+    assert torch.equal(logits(model), logits(fresh))
+
+
 def test_dtype_casts_the_model_and_its_config(tmp_path) -> None:
     model = llama()
     lp.attach(model, lp.LoRA(r=4), quantization=NF4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
@@ -90,3 +91,10 @@ def test_the_old_way_points_here(tmp_path) -> None:
     lp.load_adapter(model, tmp_path / "adapter")
     with pytest.raises(RuntimeError, match=r"PEFT\(init_from=directory\)"):
         trainer(lp.PEFT(lp.LoRA())).fit(model, DataLoader(DATA, 8))
+
+
+def test_a_part_that_fits_is_named(tmp_path) -> None:
+    first_run(tmp_path)
+    module = nn.ModuleDict({"student": Classifier().encoder, "teacher": Classifier().encoder})
+    with pytest.raises(ValueError, match=r"name its part: PEFT\(root='student'\)"):
+        lp.load_adapter(module, tmp_path / "adapter")

@@ -6,6 +6,7 @@ What was ever trained or owned by an optimizer, and every tensor of the base who
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,3 +277,50 @@ def test_a_frozen_block_of_a_stack_is_no_teacher_of_another() -> None:
     model[2].requires_grad_(False)
     lp.attach(model, LoRA(r=2, target_modules="all-linear"))
     assert [name for name, m in model.named_modules() if "peft" in m._modules] == ["0", "1"]
+
+
+class Pair(nn.Module):
+    """A student and a frozen copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lp.FourierFT(n_frequency=20),
+        lp.C3A(block_size=4),
+        lp.UniLoRA(r=2),
+        lp.VBLoRA(r=2, vector_length=4, num_vectors=8, topk=2),
+        lp.LoRA(r=2, init="pissa"),
+    ],
+    ids=lambda m: m.label,
+)
+def test_adapters_that_begin_at_random_leave_the_teacher_as_it_is(method: Any) -> None:
+    model, x = Pair(), torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    want = model.teacher(x)
+    report = lp.attach(model, dataclasses.replace(method, target_modules="all-linear"))
+    assert report.followers == ["teacher.0", "teacher.2"]
+    assert [group.path for group in report.groups] == ["student.*"]
+    assert "frozen by you: teacher (a copy of an adapted part" in str(report)
+    torch.testing.assert_close(model.teacher(x), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [lp.FourierFT(n_frequency=20), lp.C3A(block_size=4)], ids=repr)
+def test_a_teacher_of_such_adapters_is_the_average_of_the_weights(method: Any) -> None:
+    model, x = Pair(), torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    lp.attach(model, dataclasses.replace(method, target_modules="all-linear"))
+    dense = copy.deepcopy(Pair().teacher)
+    for _ in range(3):
+        with torch.no_grad():
+            for p in model.student.parameters():
+                if p.requires_grad:
+                    p.add_(0.1)
+        update_momentum(model.student, model.teacher, 0.9)
+        merged = lp.merge_and_unload(copy.deepcopy(model)).student
+        update_momentum(merged, dense, 0.9)
+    torch.testing.assert_close(model.teacher(x), dense(x), rtol=1e-4, atol=1e-5)
