@@ -33,12 +33,14 @@ from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.c3a import C3A
+from lightning_peft.methods.deft import DEFT
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.full import Full
 from lightning_peft.methods.gated_lora import GatedLoRA
+from lightning_peft.methods.glora import GLoRA
 from lightning_peft.methods.gralora import GraLoRA
 from lightning_peft.methods.hard_prompt import HardPrompt
 from lightning_peft.methods.hira import HiRA
@@ -53,10 +55,12 @@ from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.osf import OSF
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.peanut import PEANuT
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.methods.psoft import PSOFT
 from lightning_peft.methods.pvera import PVeRA
 from lightning_peft.methods.quant_aware import QuantAwareLoRA
 from lightning_peft.methods.randlora import RandLoRA
@@ -118,10 +122,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BOFT",
     "C3A",
+    "DEFT",
     "HRA",
     "IA3",
     "OFT",
+    "OSF",
     "PEFT",
+    "PSOFT",
     "ALoRA",
     "AdaLoRA",
     "AdapterMonitor",
@@ -135,6 +142,7 @@ __all__ = [
     "ExtractReport",
     "FourierFT",
     "Full",
+    "GLoRA",
     "GatedLoRA",
     "GraLoRA",
     "HardPrompt",

@@ -108,6 +108,11 @@ class Site:
         """Whether the layer adds a bias."""
         return self.ops.bias(self.module, self.parameter) is not None
 
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The layer's bias [out], detached; None without one."""
+        path = self.ops.bias(self.module, self.parameter)
+        return None if path is None else held(self.module, path).detach().to(dtype)
+
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Canonical weight [*batch, out, in], detached, dequantised where packed."""
         natural = self.storage.read(self.module, self.parameter, dtype)

@@ -14,10 +14,12 @@ from lightning_peft.methods.bd_lora import BDLoRA
 from lightning_peft.methods.beft import BEFT
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
+from lightning_peft.methods.deft import DEFT
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.fourierft import FourierFT
+from lightning_peft.methods.glora import GLoRA
 from lightning_peft.methods.gralora import GraLoRA
 from lightning_peft.methods.hira import HiRA
 from lightning_peft.methods.hra import HRA
@@ -29,7 +31,9 @@ from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.oft import OFT
+from lightning_peft.methods.osf import OSF
 from lightning_peft.methods.peanut import PEANuT
+from lightning_peft.methods.psoft import PSOFT
 from lightning_peft.methods.pvera import PVeRA
 from lightning_peft.methods.quant_aware import QuantAwareLoRA
 from lightning_peft.methods.randlora import RandLoRA
@@ -57,6 +61,8 @@ class Case:
         same_start: Whether it equals the base up to rounding.
         skip: Layer, storage or check → why the row does not run there.
         quick: Layers where the row is not marked slow; None means all.
+        no_gradient: Tensors whose gradient may vanish, since the layer or the one behind it
+            cancels what they add.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Case:
     same_start: bool = True
     skip: Mapping[str, str] = field(default_factory=dict)
     quick: frozenset[str] | None = None
+    no_gradient: frozenset[str] = frozenset()
 
     def marks(self, layer: str) -> Any:
         """Marks of the row's cell on a layer."""
@@ -108,6 +115,9 @@ _ODD_OUT = {"odd": "refused: 7 outputs", "nf4_odd": "refused: 7 outputs"}
 _NO_GS = {"depthwise": "refused: in_features < r"}
 _ODD_IN = {"conv2d": "refused: an odd number of inputs", "depthwise": "refused: 9 inputs"}
 _SMALL = {"depthwise": "refused: more places than entries"}
+# b' = b + b ∘ D + E on biases that are zero, and in front of a normalisation.
+_CANCELLED = frozenset("BDE")
+_NO_TRIPLETS = {"depthwise": "refused: one triplet"}
 _NO_BIAS = frozenset(["no_bias"])
 _NO_FOURS = dict.fromkeys(
     ["odd", "nf4_odd", "conv1d", "conv2d", "conv3d", "depthwise", "reflect"],
@@ -237,5 +247,24 @@ CASES = [
     Case("waveft", WaveFT(n_frequency=20), quick=_QUICK),
     Case("waveft_db3", WaveFT(n_frequency=20, family="db3"), quick=frozenset(["odd"])),
     Case("waveft_entries", WaveFT(n_frequency=20, use_idwt=False), quick=_NO_BIAS),
+    Case("deft", DEFT(r=2), exact_start=False, quick=_QUICK),
+    Case("deft_qr", DEFT(r=2, decomposition="qr", alpha=4.0), exact_start=False, quick=_NO_BIAS),
+    Case("para", DEFT(r=2, para=True), exact_start=False, same_start=False, quick=_NO_BIAS),
+    Case("glora", GLoRA(r=2), no_gradient=_CANCELLED, quick=_QUICK | {"conv2d"}),
+    Case(
+        "glora_constant",
+        GLoRA(weight_form="constant", weight_to_bias="vector", bias_form="none"),
+        no_gradient=_CANCELLED,
+        quick=frozenset(["conv1d_gpt2"]),
+    ),
+    Case(
+        "glora_vector",
+        GLoRA(r=2, weight_form="vector", weight_to_bias="vector", bias_form="vector"),
+        no_gradient=_CANCELLED,
+        quick=_NO_BIAS,
+    ),
+    Case("psoft", PSOFT(r=2), skip=_NO_TRIPLETS, quick=_QUICK),
+    Case("psoft_full", PSOFT(r=2, orthogonal=False), skip=_NO_TRIPLETS, quick=_NO_BIAS),
+    Case("osf", OSF(), exact_start=False, skip=_NO_TRIPLETS, quick=_QUICK | {"no_bias"}),
     Case("diff_pruning", DiffPruning(sample=False, alpha_init=0.0, structured=True)),
 ]

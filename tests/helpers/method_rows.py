@@ -79,17 +79,19 @@ class Row:
         method: What is attached.
         skip: Kind of model or storage → the reason, which the error at attach says too.
         exact: Whether the model starts as the base, bit for bit.
+        no_gradient: Tensors whose gradient may vanish.
     """
 
     method: Any
     skip: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
+    no_gradient: frozenset[str] = frozenset()
 
 
 _DENSE_COPY = {"nf4": "expected a dense weight"}
 _OWN = {"plain": "target_modules"}
 ROWS: dict[str, Row] = {
-    **{c.name: Row(c.method, {}, c.exact_start) for c in CASES},
+    **{c.name: Row(c.method, {}, c.exact_start, c.no_gradient) for c in CASES},
     "houlsby": Row(lp.BottleneckAdapter("houlsby", reduction_factor=2, non_linearity="gelu")),
     "pfeiffer": Row(lp.BottleneckAdapter("pfeiffer", reduction_factor=2, non_linearity="gelu")),
     "parallel": Row(lp.BottleneckAdapter("parallel", non_linearity="gelu")),

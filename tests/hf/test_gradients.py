@@ -4,13 +4,16 @@ since both keep them under other names and in other shapes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_peft as lp
 from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.methods import C3A  # type: ignore[attr-defined]
 from lightning_peft.methods.c3a import Circulant
@@ -21,7 +24,8 @@ from tests.hf.test_methods import ROWS, TARGETS
 NEW = list(ROWS)[list(ROWS).index("kasa") :]
 QUICK = {"hra", "road_1", "hira", "vblora", "randlora", "waveft"}
 # peft's backward of C3A is wrong for the input of a layer: tested against the formula below.
-OTHERS = [n for n in NEW if n != "c3a"]
+# peft's OSF projects gradients in hooks: tested below, where ours are projected too.
+OTHERS = [n for n in NEW if n != "c3a" and not n.startswith("osf")]
 
 
 def gradients(model: nn.Module, tensors: list[Tensor], inputs: dict[str, Any]) -> Tensor:
@@ -64,6 +68,29 @@ def test_c3a_has_the_gradient_of_its_formula() -> None:
     for what, a, b in zip(("dX", "dc"), got, want, strict=True):
         assert_close(what, a, b)
     assert C3A().init == "xavier_uniform"
+
+
+def test_osf_projects_gradients_as_peft_does(tmp_path: Path) -> None:
+    """On tall, wide and square layers; peft does it by hooks, ours after the backward pass."""
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    base, inputs = build("llama")
+    theirs = by_peft(base, tmp_path, peft.OSFConfig, target_modules=targets, effective_rank=5)
+    ours = loaded(base, tmp_path).eval()
+
+    def values(tensors: Iterable[Tensor]) -> Tensor:
+        grads = [t.grad.flatten() for t in tensors if t.grad is not None]
+        return torch.cat(grads).sort().values
+
+    for model in (theirs, ours):
+        y = model(**inputs).logits
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+        (y * weights).sum().backward()
+    mine = [t for t in trained_tensors(ours).values() if t.grad is not None]
+    before = values(mine)
+    lp.MethodHooks(ours).before_step(torch.optim.SGD(mine, lr=0.1))
+    found = [values(theirs.parameters()), values(mine)]
+    assert_close("projected gradients", found[1], found[0], floor=1e-4)
+    assert (before - found[1]).norm() > 0.01 * before.norm(), "nothing was projected"
 
 
 def test_pvera_samples_as_peft_does(tmp_path: Path) -> None:

@@ -286,6 +286,53 @@ ROWS = {
         {"n_frequency": 40, "use_idwt": False},
         quick=(),
     ),
+    "deft": Row(
+        methods.DEFT,
+        {"r": 4, "alpha": 8.0},
+        peft.DeftConfig,
+        {"r": 4, "alpha": 8},
+        quick=("llama", "gpt2"),
+    ),
+    "deft qr": Row(
+        methods.DEFT,
+        {"r": 4, "decomposition": "qr"},
+        peft.DeftConfig,
+        {"r": 4, "decomposition_method": "qr"},
+        quick=BERT,
+    ),
+    "para": Row(
+        methods.DEFT, {"r": 4, "para": True}, peft.DeftConfig, {"r": 4, "para": True}, quick=BERT
+    ),
+    "glora": Row(methods.GLoRA, {"r": 4}, peft.GloraConfig, {"r": 4}, NO_CONV1D, ("llama", "bert")),
+    "glora vector": Row(
+        methods.GLoRA,
+        {"weight_form": "vector", "weight_to_bias": "vector", "bias_form": "vector"},
+        peft.GloraConfig,
+        {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        NO_CONV1D,
+        BERT,
+    ),
+    "glora constant": Row(
+        methods.GLoRA,
+        {"weight_form": "constant", "weight_to_bias": "none", "bias_form": "none"},
+        peft.GloraConfig,
+        {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+        NO_CONV1D,
+        (),
+    ),
+    "psoft": Row(methods.PSOFT, {"r": 8}, peft.PsoftConfig, {"r": 8}, NO_CONV1D, LLAMA),
+    "psoft full": Row(
+        methods.PSOFT,
+        {"r": 8, "orthogonal": False, "mag_a": False, "split": "pissa_init"},
+        peft.PsoftConfig,
+        {"r": 8, "psoft_orth": False, "psoft_mag_a": False, "ab_svd_init": "pissa_init"},
+        NO_CONV1D,
+        BERT,
+    ),
+    "osf": Row(methods.OSF, {}, peft.OSFConfig, {}, NO_CONV1D, LLAMA),
+    "osf share": Row(
+        methods.OSF, {"kept": 0.75}, peft.OSFConfig, {"effective_rank": 0.75}, NO_CONV1D, BERT
+    ),
 }
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],

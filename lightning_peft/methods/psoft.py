@@ -1,0 +1,163 @@
+"""PSOFT: a rotation in the space of a weight's leading directions. Openreview FSHrinMArK, 2025."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    require,
+    require_dropout,
+    require_matrix,
+)
+from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.registry import register
+
+__all__ = ["PSOFT"]
+_TENSORS = {"q": "psoft_R.weight", "a": "psoft_R.vector_a", "b": "psoft_R.vector_b"}
+
+
+@register
+@dataclass(frozen=True)
+class PSOFT(WeightMethod):
+    """ΔW = s B (R − I) A; B A are the weight's r leading triplets, R = diag(b) C diag(a).
+
+    C = (I + Q)(I − Q)⁻¹ is orthogonal, with Q skew-symmetric. s cancels in ΔW: B is divided by it.
+
+    Files hold R alone, as peft's do. On loading, A and B come from the weight again; where another
+    linear-algebra library returns a singular vector with the other sign, R no longer fits.
+
+    Attributes:
+        r: Triplets; at most min(in_features, out_features).
+        alpha: Scale numerator, s = alpha / r; it changes the split of the triplets alone.
+        orthogonal: If False, C is a full matrix.
+        mag_a, mag_b: Whether the diagonals are trained; without one it is 1.
+        split: ``"psoft_init"``: A has orthonormal rows; ``"pissa_init"``: A and B share the
+            singular values.
+        dropout: Probability of dropping an input element of the branch, in training.
+
+    Raises:
+        ValueError: r < 1, alpha not above 0, an unknown split, dropout outside [0, 1).
+    """
+
+    r: int = 32
+    alpha: float = 32.0
+    orthogonal: bool = True
+    mag_a: bool = True
+    mag_b: bool = True
+    split: Literal["psoft_init", "pissa_init"] = "psoft_init"
+    dropout: float = 0.0
+
+    hf = HFFormat(
+        peft_type="PSOFT",
+        tensors=_TENSORS,
+        unwritten=("A", "B"),
+        config={
+            "r": "r",
+            "alpha": "psoft_alpha",
+            "orthogonal": "psoft_orth",
+            "mag_a": "psoft_mag_a",
+            "mag_b": "psoft_mag_b",
+            "split": "ab_svd_init",
+            "dropout": "psoft_dropout",
+        },
+        fixed={
+            "psoft_svd": "full",
+            "use_cayley_neumann": False,
+            "fan_in_fan_out": False,
+            "init_weights": True,
+        },
+        defaults={
+            "r": 32,
+            "psoft_alpha": 32,
+            "psoft_orth": True,
+            "psoft_mag_a": True,
+            "psoft_mag_b": True,
+            "ab_svd_init": "psoft_init",
+            "psoft_dropout": 0.0,
+        },
+        ignored=(
+            *("init_weights", "fan_in_fan_out", "psoft_svd_lowrank_niter", "random_seed"),
+            *("num_cayley_neumann_terms", "cayley_neumann_eps"),
+        ),
+        refuse=refuse_all_but_linear,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
+        require(self.alpha > 0, f"{self.label}: expected alpha > 0, got {self.alpha}")
+        require(
+            self.split in ("psoft_init", "pissa_init"),
+            f"{self.label}: expected split in ('psoft_init', 'pissa_init'), got {self.split!r}",
+        )
+        require_dropout(self.label, self.dropout)
+
+    def check(self, site: Site) -> None:
+        """One matrix with r triplets."""
+        require_matrix(self.label, site)
+        most = min(site.out_features, site.in_features)
+        require(
+            self.r <= most,
+            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) = "
+            f"{most}, got r = {self.r}; lower r or exclude the layer",
+        )
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """q zeros (the upper triangle of Q), or C = I; a and b [r] ones."""
+        r = self.r
+        q = empty_like_site(site, r * (r - 1) // 2).zero_()
+        full = torch.nn.init.eye_(empty_like_site(site, r, r))
+        trained = {"a": self.mag_a, "b": self.mag_b}
+        ones = {k: empty_like_site(site, r).fill_(1.0) for k, on in trained.items() if on}
+        return {"q": q if self.orthogonal else full, **ones}
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """A [r, in], B [out, r], filled from the weight."""
+        return {
+            "A": empty_like_site(site, self.r, site.in_features).zero_(),
+            "B": empty_like_site(site, site.out_features, self.r).zero_(),
+        }
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """A and B are factors of the weight."""
+        return True
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """The leading singular triplets."""
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[:, : self.r], S[: self.r] * self.r / self.alpha, Vh[: self.r]
+        if self.split == "psoft_init":
+            p["A"], p["B"] = Vh.contiguous(), U * S
+        else:
+            p["A"], p["B"] = S.sqrt().unsqueeze(1) * Vh, U * S.sqrt()
+        return None
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """A low-rank change."""
+        q = p["q"]
+        eye = torch.eye(self.r, dtype=q.dtype, device=q.device)
+        R = self._cayley(q, eye) if self.orthogonal else q
+        R = p["b"].unsqueeze(1) * R if self.mag_b else R
+        R = R * p["a"] if self.mag_a else R
+        low_rank = LowRank(p["A"], p["B"] @ (R - eye), self.alpha / self.r)
+        return Edit(terms=(low_rank,), dropout=self.dropout)
+
+    def _cayley(self, q: Tensor, eye: Tensor) -> Tensor:
+        rows, columns = torch.triu_indices(self.r, self.r, 1, device=q.device)
+        upper = torch.zeros_like(eye).index_put((rows, columns), q)
+        Q = upper - upper.mT
+        wide = (eye + Q).float() if q.dtype.itemsize < 4 else eye + Q
+        # X (I − Q) = I + Q, where I − Q = (I + Q)ᵀ.
+        R: Tensor = torch.linalg.solve(wide.mT, wide, left=False)
+        return R.to(q.dtype)
