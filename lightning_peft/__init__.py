@@ -29,6 +29,7 @@ from lightning_peft.initialization.data_driven import start_from_data
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.alora import ALoRA
 from lightning_peft.methods.bd_lora import BDLoRA
+from lightning_peft.methods.beft import BEFT
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
@@ -120,6 +121,7 @@ register_strategies()
 __version__ = "0.1.0"
 
 __all__ = [
+    "BEFT",
     "BOFT",
     "C3A",
     "DEFT",

@@ -14,6 +14,7 @@ from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.methods.alora import ALoRA
 from lightning_peft.methods.registry import METHODS
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from tests.helpers.lightning_package import InPackage
 from tests.helpers.method_rows import (
     MODELS,
@@ -68,12 +69,16 @@ def method_of(row: str, kind: str, batch: dict[str, Tensor]) -> Any:
     if row == "alora":  # acts from a token of the batch on
         tokens = batch["input_ids"][0, :1].tolist()
         return placed(ALoRA(r=2, invocation_tokens=tokens), kind)
+    if row == "trainable_tokens":
+        return TrainableTokens(sorted(set(batch["input_ids"].flatten().tolist()))[:3])
     return placed(ROWS[row].method, kind)
 
 
 CELLS = [
     ("alora", "decoder", "dense"),
     ("alora", "decoder", "nf4"),
+    ("trainable_tokens", "decoder", "dense"),
+    ("trainable_tokens", "decoder", "nf4"),
     *(
         (row, kind, storage)
         for row in ROWS
@@ -92,7 +97,7 @@ def first_of_its_kind(row: str) -> bool:
 
 
 def marks(row: str, kind: str, storage: str) -> Any:
-    if row == "alora":
+    if row in ("alora", "trainable_tokens"):
         quick = storage == "dense"
     else:
         quick = diagonal(row, kind, storage) and first_of_its_kind(row)
@@ -131,4 +136,4 @@ def test_all_stages(row: str, kind: str, storage: str) -> None:
 def test_the_rows_hold_every_method() -> None:
     rows = {type(m).__name__ for row in ROWS.values() for m in parts_of(row)}
     by_others = {"ModulesToSave", "TrainedBias"}  # of modules_to_save= and LoRA(bias=)
-    assert rows | {"ALoRA"} | by_others == set(METHODS)
+    assert rows | {"ALoRA", "TrainableTokens"} | by_others == set(METHODS)
