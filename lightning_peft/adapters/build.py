@@ -106,7 +106,8 @@ class AdapterBuilder:
             fresh = not adapter.tied_trained and site.device.type != "meta"
             if adapter.method.starts_from_weight and fresh:
                 adapter.initialize_from_weight(originals.get(site.parameter))
-        adapter.to(site.device)
+        if any(t.device != site.device for t in _held_tensors(adapter)):  # `to` is slow
+            adapter.to(site.device)
         adapter.train(training)
         slot = "_".join(part for part in (planned.key, placement.slot) if part)
         _hold(container, self._adapter_name, slot, adapter)
@@ -122,6 +123,15 @@ class AdapterBuilder:
             ]
             self._shared[key] = _hold_shared(adapter, sites)
         return self._shared[key]
+
+
+def _held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a module and of its children."""
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _held_tensors(child)
 
 
 @dataclass(frozen=True)
