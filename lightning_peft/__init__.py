@@ -27,6 +27,7 @@ from lightning_peft.hf.load import load_adapter
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.adamss import AdaMSS
 from lightning_peft.methods.alora import ALoRA
 from lightning_peft.methods.bd_lora import BDLoRA
 from lightning_peft.methods.beft import BEFT
@@ -133,6 +134,7 @@ __all__ = [
     "PSOFT",
     "ALoRA",
     "AdaLoRA",
+    "AdaMSS",
     "AdapterMonitor",
     "BDLoRA",
     "BitFit",

@@ -54,12 +54,13 @@ from tests.helpers.peft_exchange import build
         (lambda: methods.WaveFT(family="haar"), "family in .*got 'haar'"),
         (lambda: methods.KaSA(beta=-1.0), "beta >= 0 and gamma >= 0, got -1.0"),
         (lambda: methods.BDLoRA(r=3, nblocks=2), "divides every rank, got nblocks = 2, r = 3"),
+        (lambda: methods.AdaMSS(clusters=65), "clusters <= 64, got 65"),
         (lambda: methods.DEFT(decomposition="svd"), "decomposition in .*got 'svd'"),
         (lambda: methods.GLoRA(weight_form="none"), "weight_form in .*got 'none'"),
         (lambda: methods.PSOFT(split="lora"), "split in .*got 'lora'"),
         (lambda: methods.OSF(kept=0), "above 0, got kept = 0"),
     ],
-    ids=range(38),
+    ids=range(39),
 )
 def test_values(make, match) -> None:
     with pytest.raises(ValueError, match=match):

@@ -63,6 +63,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "liger_kernel": ("callback",),
     "matplotlib": ("callback",),
     "numpy": ("methods",),  # UniLoRA draws its places as peft does
+    "sklearn": ("methods",),  # AdaMSS finds clusters as peft does
     "rich": ("report", "adapters", "callback", "hf"),
     "huggingface_hub": ("hf", "planner"),
 }

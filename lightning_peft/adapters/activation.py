@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 
 from lightning_peft.core.registry import AdapterRegistry, is_part, registries_in, registry_of
-from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh
+from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, unsettled
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.mixed_batch import chosen_adapters, mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -44,8 +44,9 @@ def activate(root: nn.Module, registry: AdapterRegistry, names: list[str]) -> No
         registry.active = names
     for _, module in modules:
         active = module._peft.active
+        visited = unsettled(module, names)
         active.names = [n for n in names if n in module.peft]
-        for adapter in adapters_of(module):
+        for adapter in visited:
             acts = adapter.adapter_name in active.names
             adapter.requires_grad_(acts and not adapter.follows)
             adapter.switch_base(acts)

@@ -34,7 +34,7 @@ class OutputCheck:
         self._before = self._run()
         staying = [a for a in module._peft.active.edits if a not in part.adapters]
         self._read_by_staying = {a.site.parameter for a in staying} if compares else set()
-        self._weights = self._effective_weights()
+        self._effective = self._effective_values()
         kernels = [a.site.storage.product_kernel(module, a.site.parameter) for a in part.edits()]
         self._eight_bits = any(kernel.startswith("fp8") for kernel in kernels)
 
@@ -47,9 +47,10 @@ class OutputCheck:
         Raises:
             RuntimeError: the difference is more than rounding and `weight_error` explain.
         """
-        for key, W in self._effective_weights().items():
-            change = relative_change(W, self._weights[key])
-            self._require(change, _ROUNDING[torch.float32] + 4 * weight_error, "effective weight")
+        for (path, what), value in self._effective_values().items():
+            allowed = _ROUNDING[torch.float32] + 4 * weight_error
+            change = relative_change(value, self._effective[path, what])
+            self._require(change, allowed, f"effective {what}")
         before, after = self._before, self._run()
         if before is None or after is None:
             return None
@@ -72,20 +73,34 @@ class OutputCheck:
             + "; the layer is as before: keep it attached, or merge all adapters together"
         )
 
-    def _effective_weights(self) -> dict[str, Tensor]:
-        """Return W' in fp32 of each weight that an adapter acts on which stays."""
+    def _effective_values(self) -> dict[tuple[str, str], Tensor]:
+        """Return W' and b' in fp32 of each weight that an adapter acts on which stays."""
         active = self._part.module._peft.active
-        found: dict[str, Tensor] = {}
+        found: dict[tuple[str, str], Tensor] = {}
         with torch.no_grad():
             for path in self._read_by_staying:
                 acting = [a for a in active.edits if a.site.parameter == path]
                 site = acting[0].site
-                copies = [c[path] for a in active.trained_copies if path in (c := a.copies())]
+                edits = [a.edit() for a in acting]
                 start = site.weight(torch.float32)
-                if copies:
-                    start = site.ops.to_canonical(site.module, path, copies[-1].detach().float())
-                found[path] = apply_edits(site, [a.edit() for a in acting], start).clone()
+                copied = self._copy_of(path)
+                if copied is not None:
+                    start = site.ops.to_canonical(site.module, path, copied)
+                found[path, "weight"] = apply_edits(site, edits, start).clone()
+                bias = site.ops.bias(site.module, path)
+                b = self._copy_of(bias)
+                b = site.bias(torch.float32) if b is None else b
+                for edit in edits:
+                    b = edit.edited_bias(b)
+                if b is not None:
+                    found[path, "bias"] = b.clone()
         return found
+
+    def _copy_of(self, path: str | None) -> Tensor | None:
+        """Return the trained copy that acts in place of a parameter, in fp32."""
+        active = self._part.module._peft.active
+        copies = [c[path] for a in active.trained_copies if path in (c := a.copies())]
+        return copies[-1].detach().float() if copies else None
 
     def _run(self) -> Tensor | None:
         if self._inputs is None:

@@ -39,6 +39,9 @@ def _chosen(module: nn.Module, state: AdaptedState, names: Sequence[str]) -> Act
         found = ActiveAdapters(names=[n for n in names if n in module.peft])  # type: ignore[operator]
         found.replace(a for n in found.names for a in _adapters(module, n))
         state.choices[key] = found
+        held: Any = module.peft
+        every: list[Any] = [a for name in held for a in _adapters(module, name)]
+        state.rewriting = [a for a in every if getattr(a, "rewrite", None) is not None]
     _check_base(state, found)
     return found
 

@@ -40,6 +40,7 @@ __all__ = [
     "is_adapted",
     "refresh",
     "release",
+    "unsettled",
     "weight_adapters_of",
 ]
 
@@ -195,9 +196,10 @@ def release(module: Adapted) -> None:
 
 def adapters_of(module: Adapted, name: str | None = None) -> list[Adapter]:
     """Adapters of one module, in order of attaching; only those of `name` if it is given."""
-    entries = [e for key, e in module.peft.items() if name is None or key == name]
+    held_by_name = module.peft._modules  # one lookup, however many adapters there are
+    entries = held_by_name.values() if name is None else [held_by_name.get(name)]
     # An entry is an adapter or holds several; trained biases lie inside the adapter they go with.
-    held = [child for entry in entries for child in (entry, *entry.children())]
+    held = [c for e in entries if e is not None for c in (e, *e.children())]
     return [child for child in held if isinstance(child, Adapter)]
 
 
@@ -215,9 +217,24 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 def refresh(module: Adapted) -> None:
     """Recompute which adapters act, after names, merged or disabled changed."""
-    active = module._peft.active
-    active.replace(a for name in active.acting_names() for a in adapters_of(module, name))
     state = module._peft
+    active = state.active
+    active.replace(a for name in active.acting_names() for a in adapters_of(module, name))
     state.choices.clear()
-    state.rewriting = [a for a in weight_adapters_of(module) if a.rewrite is not None]
-    state.is_exclusive = state.ops.is_opaque or any(a.copies() for a in adapters_of(module))
+    entries = _entries(module)
+    if entries != state.known:
+        state.known = entries
+        state.is_exclusive = state.ops.is_opaque or any(a.copies() for a in adapters_of(module))
+
+
+def unsettled(module: Adapted, names: Sequence[str]) -> list[Adapter]:
+    """Adapters whose state may change if `names` act: those, those that act now, and new ones."""
+    state, entries = module._peft, _entries(module)
+    new = [n for n, e in entries.items() if state.settled.get(n) is not e]
+    visited = dict.fromkeys([*new, *state.active.names, *names])
+    state.settled = entries
+    return [a for n in visited for a in adapters_of(module, n)]
+
+
+def _entries(module: Adapted) -> dict[str, nn.Module]:
+    return {n: e for n, e in module.peft._modules.items() if e is not None}

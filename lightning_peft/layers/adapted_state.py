@@ -109,7 +109,10 @@ class AdaptedState:
         merge_undo: The changes made by a merge; None while nothing is merged.
         telemetry: Observations for reports and checks.
         choices: Acting adapters by the names that a thread chose; see `acting`.
-        rewriting: Adapters whose initialisation rewrote the base.
+        rewriting: Adapters whose initialisation rewrote the base, by the last of `choices`.
+        known: Entries of `peft` that `is_exclusive` was found for.
+        settled: Entries of `peft` whose gradients and base bits follow `active`. Activating others
+            visits the entries that change, not all.
         is_exclusive: Whether one thread at a time runs the forward, which puts tensors on the
             module for a moment.
         prompt_lengths: (prompt positions, text positions) of this thread's last forward, handed to
@@ -125,6 +128,8 @@ class AdaptedState:
     telemetry: Telemetry = field(default_factory=Telemetry)
     choices: dict[tuple[str, ...], ActiveAdapters] = field(default_factory=dict)
     rewriting: list[WeightAdapter] = field(default_factory=list)
+    known: dict[str, nn.Module] = field(default_factory=dict)
+    settled: dict[str, nn.Module] = field(default_factory=dict)
     is_exclusive: bool = False
     prompt_lengths: PerThread[tuple[int, int]] = field(
         default_factory=lambda: PerThread(_no_lengths)

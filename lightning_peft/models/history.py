@@ -18,7 +18,7 @@ from lightning_peft.core.finite import is_finite
 from lightning_peft.core.modules import modules_by_name, parameters_by_name, persistent_buffers
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in, registry_of
-from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from lightning_peft.models.content import Contents, changed_tensors, take_content
 from lightning_peft.models.relocation import relocation, stray_registries
 from lightning_peft.storage import held_tensors
@@ -160,8 +160,8 @@ def _rewritten_by_adapters(model: nn.Module) -> set[str]:
         if module._peft.active.merged or module._peft.merge_undo is not None:
             found |= {join(name, key) for key, _ in module.named_parameters()}
             continue
-        for adapter in module._peft.rewriting:
-            if not adapter.follows:
+        for adapter in weight_adapters_of(module):
+            if adapter.rewrite is not None and not adapter.follows:
                 weight = adapter.site.parameter
                 held = [k for k, t in held_tensors(module).items() if t.weight == weight]
                 found |= {join(name, key) for key in held or [weight]}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.adamss import AdaMSS
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.bd_lora import BDLoRA
 from lightning_peft.methods.beft import BEFT
@@ -247,6 +248,8 @@ CASES = [
     Case("waveft", WaveFT(n_frequency=20), quick=_QUICK),
     Case("waveft_db3", WaveFT(n_frequency=20, family="db3"), quick=frozenset(["odd"])),
     Case("waveft_entries", WaveFT(n_frequency=20, use_idwt=False), quick=_NO_BIAS),
+    Case("adamss", AdaMSS(r=3, clusters=2), quick=_QUICK),
+    Case("adamss_ranks", AdaMSS(r=3, clusters=3, rank_per_cluster=2), quick=_NO_BIAS),
     Case("deft", DEFT(r=2), exact_start=False, quick=_QUICK),
     Case("deft_qr", DEFT(r=2, decomposition="qr", alpha=4.0), exact_start=False, quick=_NO_BIAS),
     Case("para", DEFT(r=2, para=True), exact_start=False, same_start=False, quick=_NO_BIAS),

@@ -22,6 +22,8 @@ BANK = (
 )
 UNI = peft.UniLoraConfig, {"r": 2, "theta_d_length": 32, "save_indices": True}
 
+MSS = peft.AdamssConfig, {"r": 9}
+
 
 def first(t: torch.Tensor, value: int) -> torch.Tensor:
     t = t.clone()
@@ -38,6 +40,7 @@ CASES = {
     "places left out": (SUPER, "supertuning_indices", lambda t: None, "missing .*_indices"),
     "vector outside": (BANK, "logits_A_topk_indices", lambda t: first(t, 12), "0 to 11, got"),
     "bank left out": (BANK, "vblora_vector_bank", lambda t: None, "which all layers share"),
+    "other clusters": (MSS, "adamss_B.0", lambda t: t[1:].contiguous(), "rows in cluster 0, as th"),
     "entry outside": (UNI, "unilora_indices_A", lambda t: first(t, 32), "0 to 31, got"),
 }
 

@@ -286,6 +286,15 @@ ROWS = {
         {"n_frequency": 40, "use_idwt": False},
         quick=(),
     ),
+    "adamss": Row(methods.AdaMSS, {"r": 12}, peft.AdamssConfig, {"r": 12}, NO_CONV1D, LLAMA),
+    "adamss ranks": Row(
+        methods.AdaMSS,
+        {"r": 9, "clusters": 3, "rank_per_cluster": 4, "seed": 2},
+        peft.AdamssConfig,
+        {"r": 9, "num_subspaces": 3, "subspace_rank": 4, "random_seed": 2},
+        NO_CONV1D,
+        BERT,
+    ),
     "deft": Row(
         methods.DEFT,
         {"r": 4, "alpha": 8.0},

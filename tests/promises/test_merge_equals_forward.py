@@ -198,6 +198,18 @@ def test_a_staying_adapter_that_reads_the_weight_is_refused() -> None:
     assert_same_bits("output", model(x), y)
 
 
+def test_a_staying_adapter_that_reads_the_bias_is_refused() -> None:
+    """GLoRA scales the stored bias, which the merge of BitFit changes; kinds without an example
+    input are compared by their effective values alone.
+    """
+    layer = next(each for each in LAYERS if each.name == "mha")
+    methods = dict(entries(layer))
+    model = attached(layer, a=methods["BitFit"], b=methods["glora"])
+    assert model is not None
+    with pytest.raises(RuntimeError, match="expected the same effective bias"):
+        lp.merge(model, "a")
+
+
 @pytest.mark.parametrize("where", ["bias", "weight"])
 def test_nan_in_a_copy_is_refused(where: str) -> None:
     model, _ = net(a=lp.Full(target_modules=["0"]))

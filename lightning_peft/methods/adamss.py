@@ -1,0 +1,184 @@
+"""AdaMSS: rows of the weight in clusters, a low-rank change for each. peft 0.21, tuners/adamss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank
+from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.checks import empty_like_site, require, require_matrix
+from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.registry import register
+
+__all__ = ["AdaMSS"]
+_MOST = 64  # clusters that a file may have
+
+
+def _clusters(X: Tensor, n: int) -> Tensor:
+    """Cluster of each row, by peft's call of scikit-learn: int64."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError(
+            "AdaMSS: expected scikit-learn, whose k-means peft uses, found none; run pip install "
+            "scikit-learn"
+        ) from error
+    means = KMeans(n_clusters=n, init="random", n_init=1, max_iter=10, random_state=123456789)
+    return torch.from_numpy(means.fit_predict(X.float().numpy())).long()
+
+
+def _pack(method: AdaMSS, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors per cluster, of no more ranks than it has rows."""
+    found = {"N": p["N"], "cluster": p["cluster"]}
+    for k, A in enumerate(p["A"]):
+        B = p["B"][p["cluster"] == k]
+        rank = max(1, min(len(B), method.rank_per_cluster))
+        found[f"A{k}"], found[f"B{k}"] = A[:rank].contiguous(), B[:, :rank].contiguous()
+    return found
+
+
+def _unpack(
+    method: AdaMSS, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """A file of peft does not say which rows are whose: the base is clustered again."""
+    if "cluster" in p:
+        cluster = p["cluster"].long()
+    else:
+        cluster = method.directions(site, site.weight(torch.float32).cpu())[2]
+    found = {name: torch.zeros_like(t) for name, t in method.parameters(site).items()}
+    for k in range(len(found["A"])):
+        rows, A, B = cluster == k, p[f"A{k}"], p[f"B{k}"]
+        require(
+            len(B) == int(rows.sum()) and B.shape[1] == len(A) <= method.rank_per_cluster,
+            f"expected {int(rows.sum())} rows in cluster {k}, as this base has them, got {len(B)}; "
+            "load it on the base of its training",
+        )
+        found["A"][k, : len(A)] = A
+        found["B"][rows] = torch.nn.functional.pad(B, (0, method.rank_per_cluster - len(A)))
+    return {**found, "N": p["N"], "cluster": cluster}
+
+
+@register
+@dataclass(frozen=True)
+class AdaMSS(WeightMethod):
+    """Row i of ΔW is B[i] A[k] N, k the row's cluster; the last column of N acts on the bias.
+
+    N holds the r leading right singular vectors of [W | b], frozen. B starts at zeros. Clusters
+    are found by scikit-learn's k-means over the left ones, and again when a file of peft is read.
+    With r = out_features all rows are equally far apart, and rounding decides on the clusters.
+
+    Attributes:
+        r: Directions of N; at most as many as the weight has, where it stops.
+        clusters: Number of clusters; at most out_features, where it stops.
+        rank_per_cluster: Rank of a cluster's change.
+        seed: Seed of the randomised decomposition.
+
+    Raises:
+        ValueError: a number below 1, clusters above 64.
+    """
+
+    r: int = 100
+    clusters: int = 5
+    rank_per_cluster: int = 1
+    seed: int = 0
+
+    hf = HFFormat(
+        peft_type="ADAMSS",
+        tensors={
+            "N": "adamss_newB",
+            "cluster": "adamss_cluster",
+            **{f"{k}{i}": f"adamss_{k}.{i}" for k in "AB" for i in range(_MOST)},
+        },
+        optional=("cluster",),  # peft neither writes nor reads it
+        integers=("cluster",),
+        config={
+            "r": "r",
+            "clusters": "num_subspaces",
+            "rank_per_cluster": "subspace_rank",
+            "seed": "random_seed",
+        },
+        fixed={"init_weights": "orthogonal", "use_asa": False, "use_dynamic_rank": False},
+        defaults={"r": 100, "num_subspaces": 5, "subspace_rank": 1, "random_seed": 0},
+        ignored=(
+            *("init_weights", "asa_target_subspaces", "init_warmup", "final_warmup"),
+            *("mask_interval", "asa_importance_beta", "asa_uncertainty_beta"),
+            *("asa_schedule_exponent", "svd_threshold"),
+        ),
+        pack=_pack,
+        unpack=_unpack,
+        refuse=refuse_all_but_linear,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("r", "clusters", "rank_per_cluster"):
+            got = getattr(self, name)
+            require(got >= 1, f"{self.label}: expected {name} >= 1, got {got}")
+        require(
+            self.clusters <= _MOST,
+            f"{self.label}: expected clusters <= {_MOST}, got {self.clusters}",
+        )
+
+    def check(self, site: Site) -> None:
+        """One matrix."""
+        require_matrix(self.label, site)
+
+    def _sizes(self, site: Site) -> tuple[int, int, int]:
+        width = site.in_features + site.has_bias
+        clusters = min(self.clusters, site.out_features)
+        return clusters, min(self.r, site.out_features, width), width
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """A [clusters, rank, r], filled from the weight; B [out, rank] zeros."""
+        clusters, r, _ = self._sizes(site)
+        return {
+            "A": empty_like_site(site, clusters, self.rank_per_cluster, r).zero_(),
+            "B": empty_like_site(site, site.out_features, self.rank_per_cluster).zero_(),
+        }
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """N [r, in (+ 1)] and cluster [out], filled from the weight."""
+        _, r, width = self._sizes(site)
+        cluster = empty_like_site(site, site.out_features).zero_().long()
+        return {"N": empty_like_site(site, r, width).zero_(), "cluster": cluster}
+
+    def directions(self, site: Site, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Left singular vectors [out, r], right ones [r, in (+ 1)], cluster [out]."""
+        clusters, r, _ = self._sizes(site)
+        b = site.bias(W.dtype)
+        M = W if b is None else torch.cat([W, b.to(W.device).unsqueeze(1)], dim=1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            U, _, V = torch.svd_lowrank(M.cpu(), q=r, niter=2)
+        return U, V.mT, _clusters(U, clusters)
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """A, N and the clusters are the weight's."""
+        return True
+
+    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
+        """A[k]: orthonormal rows in the space of the cluster's left vectors."""
+        U, N, cluster = self.directions(site, W)
+        p["N"], p["cluster"], p["A"] = N.contiguous(), cluster, torch.zeros_like(p["A"])
+        for k in range(len(p["A"])):
+            leading = torch.linalg.svd(U[cluster == k], full_matrices=False)[2]
+            rank = min(len(leading), self.rank_per_cluster)
+            p["A"][k, :rank] = leading[:rank].to(p["A"])
+        return None
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """Low rank: the factors of all clusters, one below another."""
+        A = p["A"].flatten(0, 1) @ p["N"].to(p["A"].dtype)
+        here = torch.nn.functional.one_hot(p["cluster"], len(p["A"])).to(p["B"].dtype)
+        used = torch.arange(self.rank_per_cluster, device=here.device) < here.sum(0).unsqueeze(1)
+        B = (here.unsqueeze(2) * p["B"].unsqueeze(1) * used).flatten(1)
+        change = LowRank(A[:, : site.in_features], B)
+        return Edit(terms=(change,), bias=B @ A[:, -1] if site.has_bias else None)
