@@ -38,14 +38,14 @@ def shape_of(model: nn.Module) -> tuple[list[type], list[str], list[list[str]]]:
 
 @pytest.mark.parametrize(("layer", "case"), cells())
 def test_detach_and_unload(layer: Layer, case: Case) -> None:
+    if layer.name.startswith("bnb"):
+        pytest.skip("bitsandbytes' own layers are plain for transformers; see its tests")
     plain = layer.build().eval()
     before, bits = shape_of(plain), {k: v.clone() for k, v in plain.state_dict().items()}
     model = layer.build().eval()
     model.load_state_dict(plain.state_dict())
     if case.name == "loftq" and layer.quantization is None:
         pytest.skip("LoftQ needs a quantised base")
-    if layer.name.startswith("bnb"):
-        pytest.skip("bitsandbytes' own layers are plain for transformers; see its tests")
     lp.attach(model, method_for(case), quantization=layer.quantization)
     move(model)
     x = layer.inputs()
@@ -61,6 +61,10 @@ def test_detach_and_unload(layer: Layer, case: Case) -> None:
     reasons = [a.why_not_mergeable() for m in model.modules() for a in _adapters(m)]
     if any(reasons):
         with pytest.raises(RuntimeError, match="no merged form"):
+            lp.merge_and_unload(model)
+        return
+    if (layer.name, case.name) == ("no_bias", "beft"):
+        with pytest.raises(RuntimeError, match="a change of the weight alone.*BEFT"):
             lp.merge_and_unload(model)
         return
     out = lp.merge_and_unload(model)

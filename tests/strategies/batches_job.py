@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from tests.helpers.lightning_package import current
 from tests.helpers.nets import CLASSES, FEATURES, Plain, peft, trainer
 from tests.helpers.rank_forks import run_ranks
 
@@ -20,6 +22,7 @@ def batches(count: int) -> DataLoader[Any]:
 
 
 def stage(strategy: str, name: str, uneven: str, rank: int) -> None:
+    importlib.import_module(current())  # before the callback: it registers the strategies there
     run = trainer(
         peft(),
         devices=2,

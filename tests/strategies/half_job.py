@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from lightning_peft import attach, convert_optimizer
+from lightning_peft import attach, convert_optimizer, register_strategies
 from tests.helpers.lightning_package import fabric
 from tests.helpers.nets import FEATURES, build, lora
 
 
 def main(strategy: str, optimizer_name: str) -> None:
     torch.set_num_threads(1)
-    loop = fabric().Fabric(accelerator="cpu", devices=1, strategy=strategy, precision="16-true")
+    package = fabric()
+    register_strategies()  # the package may have been imported after ours
+    loop = package.Fabric(accelerator="cpu", devices=1, strategy=strategy, precision="16-true")
     loop.launch()
     net = build()
     attach(net, lora())
