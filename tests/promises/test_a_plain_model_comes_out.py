@@ -64,7 +64,7 @@ def test_detach_and_unload(layer: Layer, case: Case) -> None:
             lp.merge_and_unload(model)
         return
     if (layer.name, case.name) == ("no_bias", "beft"):
-        with pytest.raises(RuntimeError, match="a change of the weight alone.*BEFT"):
+        with pytest.raises(RuntimeError, match=r"a change of the weight alone.*BEFT"):
             lp.merge_and_unload(model)
         return
     out = lp.merge_and_unload(model)
