@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft.checkpoint.description import KEY
 from lightning_peft.checkpoint.structure import check_like
@@ -157,7 +158,29 @@ def optimizer_entry(trainer: pl.Trainer) -> dict[str, Any]:
     """What a checkpoint says of its optimizer states: names by group, and names with a state."""
     named = dict(trainer.lightning_module.named_parameters())
     stepped = [stepped_names(optimizer, named) for optimizer in trainer.strategy.optimizers]
-    return {"optimizers": optimizer_names(trainer), "stepped": stepped}
+    classes = [_class_name(optimizer) for optimizer in trainer.strategy.optimizers]
+    return {"optimizers": optimizer_names(trainer), "stepped": stepped, "classes": classes}
+
+
+def _class_name(optimizer: Optimizer) -> str:
+    """Name of the optimizer's class; Lightning's and our subclasses keep the name they replace."""
+    return (
+        type(optimizer)
+        .__name__.removeprefix("Lightning")
+        .removeprefix("Paged")
+        .removesuffix("8bit")
+    )
+
+
+def _warn_of_other_classes(saved: object, optimizers: Sequence[Optimizer]) -> None:
+    """Warn if a state is continued by another class, whose step reads it differently."""
+    live = [_class_name(optimizer) for optimizer in optimizers]
+    if isinstance(saved, list) and len(saved) == len(live) and saved != live:
+        warnings.warn(
+            f"PEFT: the checkpoint was trained with {saved}, and configure_optimizers returns "
+            f"{live}; the state is continued as it is. Return the former class to resume exactly",
+            stacklevel=3,
+        )
 
 
 def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -201,6 +224,8 @@ def prepare_optimizer_states(trainer: pl.Trainer, checkpoint: dict[str, Any]) ->
                 stacklevel=2,
             )
         prepared.append(changed)
+    if trainer.is_global_zero:
+        _warn_of_other_classes(ours.get("classes"), optimizers)
     checkpoint["optimizer_states"] = prepared
     _check_schedulers(trainer, checkpoint)
 

@@ -279,3 +279,18 @@ def test_finetuning_of_a_part_outside_the_root_resumes(first: str, tmp_path: Pat
         assert it.global_step == 16
         assert len(it.optimizers[0].param_groups) == 2
         assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+def test_another_class_with_the_same_state_is_named(tmp_path: Path) -> None:
+    def run(kind: type[torch.optim.Optimizer], **more: object) -> None:
+        class Net(Plain):
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return kind([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+        fit = trainer(peft(), max_epochs=2 if more else 1)
+        fit.fit(Net(), **more)
+        fit.save_checkpoint(tmp_path / "a.ckpt")
+
+    run(torch.optim.AdamW)
+    with pytest.warns(UserWarning, match=r"trained with \['AdamW'\].*returns \['RAdam'\]"):
+        run(torch.optim.RAdam, ckpt_path=str(tmp_path / "a.ckpt"))
