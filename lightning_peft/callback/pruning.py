@@ -18,7 +18,7 @@ __all__ = ["check_pruning"]
 
 
 def check_pruning(trainer: pl.Trainer, module: nn.Module) -> None:
-    """Raise if a `ModelPruning` callback prunes a packed weight, or one with a trained copy.
+    """Raise if a `ModelPruning` callback prunes a packed weight or a weight with a trained copy.
 
     Raises:
         ValueError: with the weights.

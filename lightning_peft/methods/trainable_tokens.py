@@ -97,7 +97,7 @@ class TrainableTokens(WeightMethod):
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
-        """rows [k, width], filled from the weight; none where a tied embedding has them."""
+        """Return `rows` [k, width] from the weight, or nothing if a tied embedding holds them."""
         if site.tied_to is not None:
             return {}
         width = site.out_features if site.is_embedding else site.in_features

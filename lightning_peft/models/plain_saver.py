@@ -31,7 +31,7 @@ class PlainSaver(HfQuantizer):  # type: ignore[misc]
     """Lets `save_pretrained` write the plain model, or nothing.
 
     Args:
-        replaced: The quantizer of the library that loaded the model; None for a dense model.
+        replaced: The quantizer of the library that loaded the model, or None if the model is dense.
     """
 
     def __init__(self, replaced: HfQuantizer | None) -> None:

@@ -83,7 +83,7 @@ def damage(content: dict[str, Any], rng: random.Random) -> tuple[tuple[Any, ...]
     """Replace or remove one value, somewhere.
 
     Returns:
-        Its place, and whether the file is still one that a run could have written.
+        The changed place, and whether a run could have written the changed file.
     """
     groups: dict[Any, list[tuple[Any, ...]]] = {}
     for place in places(content):
