@@ -101,8 +101,8 @@ def damage(content: dict[str, Any], rng: random.Random) -> tuple[tuple[Any, ...]
     else:
         parent[place[-1]] = value = rng.choice(VALUES)
         if isinstance(former, Tensor) and isinstance(value, Tensor):
-            alike = former.shape == value.shape and former.dtype == value.dtype
-            valid = alike and bool(value.isfinite().all())
+            fits = former.shape == value.shape and former.dtype == value.dtype
+            valid = fits and bool(value.isfinite().all())
     return place, valid
 
 
