@@ -21,6 +21,7 @@ from lightning_peft.core.registry import registry_of
 from lightning_peft.methods.registry import from_dict
 from lightning_peft.models.frozen_parts import frozen_copies
 from lightning_peft.models.history import start_history
+from lightning_peft.models.saving import save_plainly
 from lightning_peft.storage import config_from_dict
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def load_from_checkpoint(
         for prefix, root in stored["roots"].items():
             if prefix not in teachers:
                 _attach(module, prefix, root, source)
+    for prefix in stored["roots"]:
+        save_plainly(module, around=module.get_submodule(prefix))
     follow_outside(module)
     start_history(module)
     if not _has_own_loader(module_class):
