@@ -30,7 +30,11 @@ from tests.helpers.released import RELEASED, save_state, write
 from tests.helpers.stored import stored_tensors
 
 IDS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(1))
-FORMATS = pytest.mark.parametrize("name", RELEASED)
+QUICK = ("fp8", "fp8 experts", "mxfp4", "int4 experts", "nvfp4")
+FORMATS = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in RELEASED],
+)
 
 
 @pytest.fixture(scope="module")
@@ -369,6 +373,7 @@ def test_copies(name: str, folders: Folders, tmp_path: Path) -> None:
     assert_same_bits("detached", logits(model), logits(twin))
 
 
+@pytest.mark.slow
 def test_compiled(folders: Folders) -> None:
     model = attached(packed(folders, "fp8 experts"), LoRA(r=4, target_modules="all-linear"))
     layer = model.model.layers[0]
