@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft import PEFT, AdaLoRA, LoRA, attach, register_strategies
-from lightning_peft.checkpoint.sharded import prune, read_folder
+from lightning_peft.checkpoint.shard_folder import prune, read_folder
 from lightning_peft.optim import AdamW8bit, join_shards, moments, shard
 from lightning_peft.strategies.ddp import may_skip, reentrant
 from lightning_peft.strategies.shard_units import shard_units
