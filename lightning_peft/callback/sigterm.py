@@ -110,13 +110,20 @@ class SigtermHandler:
 
 def requeue_signal(trainer: pl.Trainer) -> int | None:
     """Return the signal on which Lightning requeues the SLURM job; None if it does not."""
-    environment: Any = getattr(trainer.strategy, "cluster_environment", None)
-    if not is_instance_of(environment, "SLURMEnvironment") or not environment.auto_requeue:
+    environment = _requeueing(trainer)
+    if environment is None:
         return None
     number = environment.requeue_signal
     # Another program's handler (submitit) stays as it is.
     ours = number is not None and is_instance_of(signal.getsignal(number), "_HandlersCompose")
     return int(number) if ours else None
+
+
+def _requeueing(trainer: pl.Trainer) -> Any:
+    """Return the SLURM environment if Lightning requeues the job, else None."""
+    environment: Any = getattr(trainer._accelerator_connector, "cluster_environment", None)
+    slurm = is_instance_of(environment, "SLURMEnvironment")
+    return environment if slurm and environment.auto_requeue else None
 
 
 def _save(trainer: pl.Trainer) -> None:
@@ -128,9 +135,7 @@ def _save(trainer: pl.Trainer) -> None:
     callback = trainer.checkpoint_callback
     folder = getattr(callback, "dirpath", None) or trainer.default_root_dir
     named = target = Path(folder) / FILE
-    environment: Any = getattr(trainer.strategy, "cluster_environment", None)
-    requeued = is_instance_of(environment, "SLURMEnvironment") and environment.auto_requeue
-    if requeued and is_local(trainer.default_root_dir):
+    if _requeueing(trainer) is not None and is_local(trainer.default_root_dir):
         connector = trainer._checkpoint_connector
         target = Path(connector.hpc_save_path(trainer.default_root_dir))
     path = Path(trainer.strategy.broadcast(str(target)))

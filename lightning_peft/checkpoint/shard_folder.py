@@ -36,7 +36,7 @@ __all__ = [
 
 _META = "meta.pt"
 _SHARDED = ("state_dict", "optimizer_states")
-_PATIENCE = 10.0  # seconds until a network file system must show a file that another machine wrote
+_PATIENCE = 5.0  # seconds until a network file system must show a file that another machine wrote
 
 
 def is_folder(path: Any) -> bool:

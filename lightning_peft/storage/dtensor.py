@@ -21,13 +21,13 @@ class ShardGroup(NamedTuple):
     """The ranks over which a tensor is cut by rows.
 
     Attributes:
-        index: Position of this rank among them.
-        count: Their number.
+        position: Position of this rank among them.
+        size: Their number.
         group: Their process group.
     """
 
-    index: int
-    count: int
+    position: int
+    size: int
     group: Any
 
 

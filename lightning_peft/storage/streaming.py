@@ -236,9 +236,9 @@ def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
     if ranks is None:
         return scales
     total = p.shape.numel() // p.block_size
-    largest = -(-p.shape[0] // ranks.count) * (p.shape[-1] // p.block_size)
+    largest = -(-p.shape[0] // ranks.size) * (p.shape[-1] // p.block_size)
     padded = torch.nn.functional.pad(scales, (0, largest - scales.numel()))
-    parts = [torch.empty_like(padded) for _ in range(ranks.count)]
+    parts = [torch.empty_like(padded) for _ in range(ranks.size)]
     dist.all_gather(parts, padded, group=ranks.group)
     return torch.cat(parts)[:total]  # only the last parts are short
 

@@ -283,7 +283,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             return None
         names = frozenset([*groups, *map(strip_compile, groups)])
         first = next(iter(groups.values()))
-        return OwnRows(first.index, first.count, names)
+        return OwnRows(first.position, first.size, names)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -111,7 +111,9 @@ def root_units(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> list
             if module is None or not name or any(_overlap(name, other) for other, _ in taken):
                 continue
             ends.append((name, module))
-    joined = [{n for n, m in ends if _holds(n, place)} for place in _tied_names(model)]
+    tied = _tied_names(model)
+    ends = _without_outer_ties(ends, tied)
+    joined = [{n for n, _ in ends if _holds(n, place)} for place in tied]
     found: list[Unit] = []
     for name, module in ends:
         group = next((g for g in joined if name in g and len(g) > 1), {name})
@@ -119,6 +121,23 @@ def root_units(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> list
             continue
         found.append([(n, m) for n, m in ends if n in group] or [(name, module)])
     return found
+
+
+def _without_outer_ties(
+    ends: list[tuple[str, nn.Module]], tied: Sequence[Sequence[str]]
+) -> list[tuple[str, nn.Module]]:
+    """Return the ends that share no tensor with other modules, such as the bias of BERT's head."""
+    while True:
+        bound = {
+            name
+            for group in tied
+            if not all(any(_holds(end, [place]) for end, _ in ends) for place in group)
+            for name, _ in ends
+            if _holds(name, group)
+        }
+        if not bound:
+            return ends
+        ends = [(name, module) for name, module in ends if name not in bound]
 
 
 def _module_of(getter: object) -> nn.Module | None:

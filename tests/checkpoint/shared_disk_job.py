@@ -55,7 +55,7 @@ def attempt(place: str, saved: str) -> None:
     """Print the statuses, and which files are left."""
     statuses, seconds = run_ranks(partial(fit, place, saved, None, 2), 2)
     left = sorted(str(p.relative_to(place)) for p in Path(place).rglob("*.pt") if p.is_file())
-    print(statuses, round(seconds, 1), left)
+    print(statuses, round(seconds, 1), left, flush=True)
 
 
 def refused(place: str) -> None:

@@ -109,9 +109,9 @@ def main(place: str, strategy: str, requeue: bool, name: str, everyone: bool) ->
     )
     left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*ckpt*") if not p.is_dir())
     log = folder / "scontrol.log"
-    print("statuses", statuses, "seconds", round(seconds, 1))
-    print("left", left)
-    print("scontrol", log.read_text().split("\n")[:-1] if log.exists() else [])
+    print("statuses", statuses, "seconds", round(seconds, 1), flush=True)
+    print("left", left, flush=True)
+    print("scontrol", log.read_text().split("\n")[:-1] if log.exists() else [], flush=True)
     for at in (folder, uninterrupted):
         statuses, _ = run_ranks(partial(as_task, at, strategy, requeue, ranks, None), ranks, LIMIT)
         assert set(statuses) == {0}, statuses
