@@ -294,6 +294,7 @@ def _name_targets(top: nn.Module, entries: list[HFEntry], config: dict[str, Any]
     if parameters:
         config["target_parameters"] = sorted(parameters)
         _check_target_parameters(config, sorted(parameters))
+        _check_recurrent_biases(config, entries)
     if "fan_in_fan_out" in config:  # peft's word for GPT-2's [in, out] weights
         config["fan_in_fan_out"] = any(is_conv1d(e.site.module) for e in entries)
 
@@ -315,6 +316,16 @@ def _check_target_parameters(config: dict[str, Any], names: list[str]) -> None:
             )
     if config.get("lora_dropout"):
         config["lora_dropout"] = 0.0
+
+
+def _check_recurrent_biases(config: Mapping[str, Any], entries: list[HFEntry]) -> None:
+    recurrent = [e.path for e in entries if e.layout.kind == "recurrent"]
+    if recurrent and config.get("bias", "none") != "none":
+        raise ValueError(
+            f"save_adapter: {recurrent[0]!r}: expected bias='none' next to a recurrent layer, got "
+            f"bias={config['bias']!r}: peft 0.21 takes its switch for biases for a tensor and "
+            "cannot read the file; keep the adapter with adapter_state_dict()"
+        )
 
 
 def _places(entries: list[HFEntry]) -> dict[int, dict[str, str]]:

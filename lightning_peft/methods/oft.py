@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.rotation import BlockRotation
+from lightning_peft.core.rotation import BlockRotation, neumann
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require, require_bias
 from lightning_peft.methods.registry import register
 
-__all__ = ["OFT", "cayley", "nearest_divisor", "neumann", "skew"]
+__all__ = ["OFT", "cayley", "nearest_divisor", "skew"]
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
@@ -225,22 +225,6 @@ class OFT(WeightMethod):
         eps = self.eps / len(Q) ** 0.5
         norm = torch.linalg.matrix_norm(Q, keepdim=True)
         return torch.where(norm <= eps, Q, eps * Q / norm)
-
-
-def neumann(Q: Tensor, terms: int) -> Tensor:
-    """I + 2Q + 2Q² + … + Qⁿ, `terms` terms in all; 3 are computed as 4, as in peft."""
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    if terms == 5:  # (I + Q²)(I + 2Q + Q²): two products instead of three
-        square = Q @ Q
-        half = torch.add(eye + square, Q, alpha=2)
-        return torch.baddbmm(half, square, half) if Q.ndim == 3 else torch.addmm(half, square, half)
-    R, power = eye.expand_as(Q), Q
-    terms = 4 if terms == 3 else terms
-    for i in range(1, terms):
-        power = power if i == 1 else power @ Q
-        last = i == terms - 1 and i > 1
-        R = torch.add(R, power, alpha=1 if last else 2)
-    return R
 
 
 def cayley(Q: Tensor) -> Tensor:

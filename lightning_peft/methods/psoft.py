@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.rotation import neumann
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
@@ -20,7 +21,6 @@ from lightning_peft.methods.checks import (
     require_matrix,
 )
 from lightning_peft.methods.exchange import refuse_all_but_linear
-from lightning_peft.methods.oft import neumann
 from lightning_peft.methods.registry import register
 
 __all__ = ["PSOFT"]

@@ -88,7 +88,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear": (lambda: nn.Linear(6, 6), {"target_parameters": ["other.weight"]}),
     "square Conv1D": (lambda: Conv1D(6, 6), {"target_parameters": ["part.weight"]}),
     "Conv1D": (lambda: Conv1D(8, 6), {"target_parameters": ["part.weight"]}),
-    "lstm": (lambda: nn.LSTM(6, 6), {"target_parameters": ["part.weight_ih_l0", "part.weight_hh_l0"]}),
+    "lstm": (
+        lambda: nn.LSTM(6, 6),
+        {"target_parameters": ["part.weight_ih_l0", "part.weight_hh_l0"]},
+    ),
     "attention": (Attention, {"target_parameters": ["attn.in_proj_weight"]}),
 }
 

@@ -38,7 +38,7 @@ class ConvLayout(MatrixLayout[_ConvNd]):
             )
         if any(d != 1 for d in m.dilation):
             found["dilation"] = (
-                f"peft convolves without dilation there, the base has {tuple(m.dilation)}"
+                f"peft convolves there without dilation, the base has {tuple(m.dilation)}"
             )
         return found
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_peft.core.modules import own_tensor
 from lightning_peft.hf.layouts.base import MatrixLayout
 from lightning_peft.hf.layouts.experts import stack_from_peft, stack_to_peft
+from lightning_peft.storage import storage_of
 
 __all__ = ["ParametersLayout"]
 
@@ -23,7 +23,7 @@ class ParametersLayout(MatrixLayout[nn.Module]):
 
     def refusal(self, name: str) -> str:
         """A stack of one, which peft adds to as if it were [out, in]."""
-        shape = own_tensor(self.module, name).shape
+        shape = storage_of(self.module, name).shape(self.module, name)
         return "peft takes a stack of one for a matrix" if len(shape) == 3 and shape[0] == 1 else ""
 
     def is_target_parameter(self, name: str) -> bool:
@@ -54,7 +54,7 @@ class ParametersLayout(MatrixLayout[nn.Module]):
 
     def from_peft(self, name: str, axes: str, t: Tensor) -> Tensor:
         """Inverse of `to_peft`."""
-        shape = own_tensor(self.module, name).shape
+        shape = storage_of(self.module, name).shape(self.module, name)
         if len(shape) == 3:
             return stack_from_peft(axes, t, shape[0])
         return super().from_peft(name, axes, t)
