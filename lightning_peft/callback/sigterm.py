@@ -35,8 +35,8 @@ class SigtermHandler:
     handlers are not used on several processes under a strategy without adapter support.
 
     Under SLURM the signal of a requeue is deferred to the same moment. There Lightning's handler
-    saves and requeues the job, on every rank. SIGTERM saves, but never requeues: a job that SLURM preempts is
-    requeued by SLURM.
+    saves and requeues the job, on every rank. SIGTERM saves, but never requeues: SLURM itself
+    requeues a job that it preempts.
     """
 
     def __init__(self) -> None:
