@@ -45,6 +45,7 @@ ROOT_MODULES = {
         "dispatch",
         "launch",
         "malloc",
+        "races",
         "registration",
         "verdicts",
     ),

@@ -26,6 +26,7 @@ __all__ = [
     "BASE",
     "Choices",
     "MixedBatch",
+    "any_mixed_batch",
     "chosen_adapters",
     "current_choices",
     "current_mixed_batch",
@@ -180,6 +181,11 @@ class _Scopes:
 _current: ContextVar[MixedBatch | None] = ContextVar("mixed_batch", default=None)
 _recomputation: ContextVar[_Recomputation | None] = ContextVar("recomputation", default=None)
 _scopes = _Scopes()
+
+
+def any_mixed_batch() -> bool:
+    """Whether any thread may have a mixed batch or a choice of its own; False costs one call."""
+    return _scopes.exist
 
 
 def current_mixed_batch() -> MixedBatch | None:
