@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lightning_peft.diagnostics.bench_cli import add_bench
 from lightning_peft.diagnostics.cli import add_check
 from lightning_peft.hf.cli import add_merge
 from lightning_peft.planner.cli import add_plan
@@ -21,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_merge(commands)
     add_check(commands, meta_model)
+    add_bench(commands)
     return made
 
 

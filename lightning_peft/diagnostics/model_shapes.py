@@ -55,15 +55,19 @@ def shapes_of(model: nn.Module) -> ModelShapes:
     experts: Counter[tuple[int, int, int]] = Counter()
     for _, module in adapted_modules(model):
         for adapter in weight_adapters_of(module):
-            shape = tuple(adapter.site.shape)
             if not adapter.site.storage.is_quantized:
                 continue
-            if len(shape) == 3:
-                experts[shape] += 1
+            *lead, N, K = adapter.site.shape
+            if lead:
+                experts[lead[0], N, K] += 1
             else:
-                linear[shape] += 1
+                linear[N, K] += 1
         group = module._peft.projection_group
         if group is not None and group.members[0] is module:
             sites = [weight_adapters_of(m)[0].site for m in group.members]
             groups[(*(s.out_features for s in sites), sites[0].in_features)] += 1
-    return ModelShapes(*(tuple(k for k, _ in c.most_common()) for c in (linear, groups, experts)))
+    return ModelShapes(
+        tuple(shape for shape, _ in linear.most_common()),
+        tuple(shape for shape, _ in groups.most_common()),
+        tuple(shape for shape, _ in experts.most_common()),
+    )

@@ -149,8 +149,8 @@ class Packed4bitModule(PackedReads, PackedForward):
             return y if z is x else y.to(x.dtype)
         # A subclass with a forward of its own reads `weight`.
         with weight_in_place(module, read_natural(module, "weight", x.dtype)):
-            y: Tensor = super().forward(x, *args, **kwargs)
-        return y
+            own: Tensor = super().forward(x, *args, **kwargs)
+        return own
 
 
 def spec_for(M: Tensor, transposed: bool, config: Quantization) -> FourBitSpec:
