@@ -62,6 +62,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "bitsandbytes": ("storage", "optim", "lightning_peft_kernels", "diagnostics"),
     "peft": ("diagnostics",),
     "transformers": ("models", "layers", "hf", "planner", "storage", "recipes", "diagnostics"),
+    "fsspec": ("checkpoint",),  # a dependency of Lightning; shards at an address
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),
     "matplotlib": ("callback",),
