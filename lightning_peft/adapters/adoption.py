@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.class_swap import PackedForward, swap_in, swap_out
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import in_adapter
 from lightning_peft.core.registry import ensure_registry
 from lightning_peft.layers import ops_for
@@ -30,7 +30,7 @@ def adopted_layers(model: nn.Module) -> Iterator[None]:
     """
     names: list[str] = []
     try:
-        for name, module in modules_by_name(model).items():
+        for name, module in base_modules(model).items():
             if in_adapter(name) or isinstance(module, PackedForward):
                 continue
             if _adopt(name, module):
@@ -62,7 +62,7 @@ def _adopt(name: str, module: nn.Module) -> bool:
 
 def release_adopted(model: nn.Module, names: Sequence[str]) -> None:
     """Give layers back to the library that made them; names that are gone are passed over."""
-    modules = modules_by_name(model)
+    modules = base_modules(model)
     for name in names:
         module = modules.get(name)
         mixin: Any = vars(type(module)).get("_swap_mixin")

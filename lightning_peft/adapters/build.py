@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.placement.placement import PlannedAdapter
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapt, is_adapted
 from lightning_peft.layers.adapter import Adapter
@@ -188,9 +188,9 @@ def _keep_off_fast_path(*args: object) -> None:
 
 def guard_fast_path(model: nn.Module) -> None:
     """Make `nn.TransformerEncoderLayer` call its adapted and its packed children in eval too."""
-    for layer in modules_by_name(model).values():
+    for layer in base_modules(model).values():
         if isinstance(layer, nn.TransformerEncoderLayer):
-            for child in modules_by_name(layer).values():
+            for child in base_modules(layer).values():
                 _guard(child)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.layouts import layout_for
@@ -81,7 +82,7 @@ def read_keys(
     """
     reading = Reading()
     groups = _groups(fmt, tensors, top, tuple(saved), reading)
-    modules = dict(top.named_modules())
+    modules = base_modules(top)
     unknown = sorted(p for p in groups if _split(p, modules)[0] not in modules)
     if unknown:
         parts = [

@@ -94,7 +94,7 @@ def save_adapter(
     """
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
-    check_intact(model, "save_adapter")
+    check_intact(model, "save_adapter", adapter_name)
     prefix, top = model_root(model, root)
     found, outside = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)

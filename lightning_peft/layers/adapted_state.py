@@ -128,8 +128,8 @@ class AdaptedState:
     telemetry: Telemetry = field(default_factory=Telemetry)
     choices: dict[tuple[str, ...], ActiveAdapters] = field(default_factory=dict)
     rewriting: list[WeightAdapter] = field(default_factory=list)
-    known: dict[str, nn.Module] = field(default_factory=dict)
-    settled: dict[str, nn.Module] = field(default_factory=dict)
+    known: dict[str, nn.Module | None] = field(default_factory=dict)
+    settled: dict[str, nn.Module | None] = field(default_factory=dict)
     is_exclusive: bool = False
     prompt_lengths: PerThread[tuple[int, int]] = field(
         default_factory=lambda: PerThread(_no_lengths)

@@ -40,11 +40,18 @@ class InitData(StrEnum):
         NONE: No data.
         INPUTS: Inputs of the layer.
         GRADIENTS: Gradients of the layer's weight.
+        COVARIANCE: Second moments of the layer's inputs.
     """
 
     NONE = ""
     INPUTS = "inputs"
     GRADIENTS = "gradients"
+    COVARIANCE = "covariance"
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the start takes its change out of the base (`WeightMethod.residual`)."""
+        return self in (InitData.GRADIENTS, InitData.COVARIANCE)
 
 
 def overrides_step_hooks(cls: type[Any], base: type[Any]) -> bool:
@@ -197,8 +204,8 @@ class WeightMethod(Targeted):
         Args:
             p: Tensors as attached.
             site: The site.
-            found: Principal directions of the inputs [k, in], or the mean gradient of the weight
-                [out, in]; fp32.
+            found: Principal directions of the inputs [k, in], the mean gradient of the weight
+                [out, in], or second moments of the inputs [in, in]; fp32.
             singular_values: Singular values [k] of the directions.
         """
         raise TypeError(f"{self.label}: expected a method with `from_data`, found none")
