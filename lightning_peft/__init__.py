@@ -55,6 +55,7 @@ from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.monteclora import MonteCLoRA
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.osf import OSF
@@ -74,6 +75,7 @@ from lightning_peft.methods.tinylora import TinyLoRA
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.unilora import UniLoRA
 from lightning_peft.methods.vblora import VBLoRA
+from lightning_peft.methods.velora import VeLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
 from lightning_peft.optim.method_hooks import MethodHooks
@@ -160,6 +162,7 @@ __all__ = [
     "MergeReport",
     "MethodHooks",
     "MiSS",
+    "MonteCLoRA",
     "NormTuning",
     "PEANuT",
     "PEFTDDPStrategy",
@@ -182,6 +185,7 @@ __all__ = [
     "TrainableTokens",
     "UniLoRA",
     "VBLoRA",
+    "VeLoRA",
     "VeRA",
     "WaveFT",
     "adapter_names",

@@ -131,7 +131,7 @@ def _groups(
     for key, tensor in tensors.items():
         rest = key.removeprefix(PREFIX)
         suffix = next((s for s in suffixes if rest.endswith(f".{s}") or rest == s), None)
-        if any(f".{name}" in key for name in fmt.dropped):
+        if suffix is None and any(f".{name}" in key for name in fmt.dropped):
             into.notes.append(f"{key}: left out, it acts in training alone")
         elif key in whole:
             into.shared[whole[key]] = tensor
