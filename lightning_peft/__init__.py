@@ -10,6 +10,7 @@ from lightning_peft.adapters.activation import (
     adapter_names,
     disable_adapters,
     set_adapter,
+    task_ids,
     use_adapters,
 )
 from lightning_peft.adapters.attach import attach, quantize
@@ -50,6 +51,7 @@ from lightning_peft.methods.hra import HRA
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.kasa import KaSA
 from lightning_peft.methods.last_layers import LastLayers
+from lightning_peft.methods.lily import Lily
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
@@ -61,6 +63,7 @@ from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.osf import OSF
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.peanut import PEANuT
+from lightning_peft.methods.poly import Poly
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.psoft import PSOFT
@@ -155,6 +158,7 @@ __all__ = [
     "HiRA",
     "KaSA",
     "LastLayers",
+    "Lily",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -170,6 +174,7 @@ __all__ = [
     "PTuning",
     "PVeRA",
     "Plan",
+    "Poly",
     "PrefixTuning",
     "PromptTuning",
     "PruneReport",
@@ -214,6 +219,7 @@ __all__ = [
     "save_checkpoint",
     "set_adapter",
     "start_from_data",
+    "task_ids",
     "tokens_per_expert",
     "unmerge",
     "use_adapters",

@@ -159,7 +159,7 @@ def attach_within(
             )
             check_copies_stay_dense(plan.adapters, packing)
             unused = unused_rules(model, methods, plan.adapters)
-            readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
+            readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_tokens]
             observed = [(m, stack_of(model, m)) for m in readers]
         for line in unused:
             warnings.warn(line, stacklevel=3)

@@ -103,6 +103,8 @@ class AdapterBuilder:
                 adapter.tied_trained = self._by_site[id(site.tied_to)]._parameters
             for name, buffer in held.site_buffers.get(id(site), {}).items():
                 adapter.register_buffer(name, buffer)
+            for name, owner in held.owners.get(id(site), {}).items():
+                adapter.borrow(name, self._by_site[id(owner)])
             fresh = not adapter.tied_trained and site.device.type != "meta"
             if adapter.method.starts_from_weight and fresh:
                 adapter.initialize_from_weight(originals.get(site.parameter))
@@ -142,11 +144,13 @@ class _Shared:
         frozen: Live buffers of the holder; the mapping follows `.to()`.
         trained: Live parameters of the holder.
         site_buffers: Buffers that depend on all sites, by the site's id.
+        owners: Trained tensors that another site owns, by the id of the site that borrows.
     """
 
     frozen: Mapping[str, Tensor]
     trained: Mapping[str, Tensor]
     site_buffers: Mapping[int, Mapping[str, Tensor]]
+    owners: Mapping[int, Mapping[str, Site]]
 
 
 def _hold_shared(adapter: WeightAdapter, sites: Sequence[Site]) -> _Shared:
@@ -162,7 +166,9 @@ def _hold_shared(adapter: WeightAdapter, sites: Sequence[Site]) -> _Shared:
         adapter.add_module("shared_tensors", holder)
     buffers = zip(sites, method.site_buffers(sites), strict=True)
     live: Any = holder
-    return _Shared(live._buffers, live._parameters, {id(s): b for s, b in buffers})
+    pairs = zip(sites, method.owners(sites), strict=True)
+    owners = {id(s): {name: sites[i] for name, i in found.items()} for s, found in pairs}
+    return _Shared(live._buffers, live._parameters, {id(s): b for s, b in buffers}, owners)
 
 
 def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapter) -> None:

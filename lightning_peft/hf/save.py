@@ -104,6 +104,12 @@ def save_adapter(
     config = _config(top, method, fmt, entries, uniform=uniform)
     if fmt.tensors:
         _name_targets(top, entries, config)
+        if fmt.shares_by_target and isinstance(config["target_modules"], str):
+            raise ValueError(
+                f"save_adapter: expected layers that a list of names selects, since peft's "
+                f"{fmt.peft_type} shares tensors by entry of the list, got "
+                f"{config['target_modules']!r}; keep the adapter with adapter_state_dict()"
+            )
     tensors = _file_tensors(fmt, entries)
     _add_shared(found, fmt, tensors)
     _add_biases(found, tensors)

@@ -137,6 +137,13 @@ class WeightMethod(Targeted):
         """Trained tensors that all sites share, at their start; held once, as `shared` is."""
         return {}
 
+    def owners(self, sites: Sequence[Site]) -> Sequence[Mapping[str, int]]:
+        """Trained tensors of each site that are those of another: name → number of the owner.
+
+        Sites come in the order of `named_modules()`; an owner comes before the sites that share.
+        """
+        return [{} for _ in sites]
+
     @property
     def adapts_tied(self) -> bool:
         """Whether modules that share an adapted embedding's weight are adapted with it, by the same
@@ -226,6 +233,11 @@ class WeightMethod(Targeted):
     @property
     def reads_batch(self) -> bool:
         """Whether `edit` reads facts about the batch beside the method's tensors."""
+        return False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether those facts follow from the token ids, by `batch_facts`."""
         return False
 
     def batch_facts(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -157,6 +157,8 @@ class HFFormat:
             channels]. Absent: equal in every kind.
         saved_prefix: Prefix of a module's path in ``modules_to_save``.
         saves_modules: Whether peft's type has ``modules_to_save``.
+        shares_by_target: Whether layers that one entry of ``target_modules`` matches share tensors
+            in peft, so that a regular expression would share them all.
         pack: Our tensors → peft's content.
         unpack: The way back.
         to_config: Sets the config entries that depend on the tensors.
@@ -184,6 +186,7 @@ class HFFormat:
     axes: Mapping[str, str] = field(default_factory=dict)
     saved_prefix: str = "base_model.model."
     saves_modules: bool = True
+    shares_by_target: bool = False
     pack: Pack | None = None
     unpack: Unpack | None = None
     to_config: ToConfig | None = None

@@ -134,7 +134,7 @@ def _check_adapters(module: nn.Module) -> None:
     for name, adapted in adapted_modules(module):
         for adapter in adapters_of(adapted):
             trained = (
-                [*adapter.shared_trained, *adapter.tied_trained]
+                [*adapter.shared_trained, *adapter.tied_trained, *adapter.borrowed]
                 if isinstance(adapter, WeightAdapter)
                 else []
             )
