@@ -19,6 +19,7 @@ from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.hard_prompt import hard_prompt_ids
 from lightning_peft.adapters.merge import MergeReport, merge, unmerge
 from lightning_peft.adapters.reset import reset_adapters
+from lightning_peft.adapters.route import route
 from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from lightning_peft.adapters.unload import merge_and_unload
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
@@ -30,12 +31,14 @@ from lightning_peft.initialization.data_driven import start_from_data
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.adamss import AdaMSS
 from lightning_peft.methods.alora import ALoRA
+from lightning_peft.methods.arrow import Arrow
 from lightning_peft.methods.bd_lora import BDLoRA
 from lightning_peft.methods.beft import BEFT
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.c3a import C3A
+from lightning_peft.methods.cartridge import Cartridge
 from lightning_peft.methods.deft import DEFT
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
@@ -58,6 +61,7 @@ from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.monteclora import MonteCLoRA
+from lightning_peft.methods.multitask_prompt import MultitaskPrompt
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.osf import OSF
@@ -141,9 +145,11 @@ __all__ = [
     "AdaLoRA",
     "AdaMSS",
     "AdapterMonitor",
+    "Arrow",
     "BDLoRA",
     "BitFit",
     "BottleneckAdapter",
+    "Cartridge",
     "DeLoRA",
     "DiffPruning",
     "DoRA",
@@ -167,6 +173,7 @@ __all__ = [
     "MethodHooks",
     "MiSS",
     "MonteCLoRA",
+    "MultitaskPrompt",
     "NormTuning",
     "PEANuT",
     "PEFTDDPStrategy",
@@ -215,6 +222,7 @@ __all__ = [
     "quantize",
     "register_strategies",
     "reset_adapters",
+    "route",
     "save_adapter",
     "save_checkpoint",
     "set_adapter",

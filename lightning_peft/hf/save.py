@@ -252,7 +252,7 @@ def _entries(
         own = {
             k: t.detach().cpu()
             for k, t in adapter.tensors().items()
-            if k not in fmt.prefix and k not in fmt.unwritten
+            if isinstance(adapter, WeightAdapter) and k not in fmt.prefix and k not in fmt.unwritten
         }
         packed = own if fmt.pack is None or not own else fmt.pack(method, site, own)
         by_weight = layout.is_target_parameter(site.parameter) or (
@@ -325,7 +325,7 @@ def _add_shared(found: _Found, fmt: HFFormat, tensors: dict[str, Tensor]) -> Non
         own = adapter.tensors()
         if isinstance(adapter, PromptAdapter):
             with torch.no_grad():
-                own = {"P": adapter.prompt_embeddings().cpu()}
+                own = {**own, "P": adapter.prompt_embeddings().cpu()}
             own = dict(fmt.pack(adapter.method, adapter.site, own)) if fmt.pack else own
         for name, tensor in own.items():
             if name not in fmt.prefix:

@@ -333,6 +333,18 @@ class SequenceMethod(Targeted):
         """The positions: [n, width], or [n, keys and values of all layers]."""
         raise TypeError(f"{self.label}: expected a method with `prompt_embeddings`, found none")
 
+    def prompts(
+        self, module: nn.Module, site: SequenceSite, facts: Mapping[str, Tensor], batch: int
+    ) -> Tensor:
+        """The positions of a batch: `prompt_embeddings`, or [batch, n, width] if rows differ.
+
+        Args:
+            module: As in `prompt_embeddings`; so is `site`.
+            facts: What is known about the samples, such as their task.
+            batch: Rows of the batch.
+        """
+        return self.prompt_embeddings(module, site)
+
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Make `prompt_embeddings` return `table`.
 

@@ -40,7 +40,7 @@ _CONFIG = nested_config(
 
 
 def _pack(method: MonteCLoRA, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add what peft's sampler drew last; it draws anew before it reads them."""
+    """Add what peft's sampler drew last; it draws again before it reads them."""
     r, n = len(p["log_std"]), len(p["log_concentration"])
     last = {"variance": torch.eye(r), "weights": torch.full((n,), 1 / n)}
     return {**lora_exchange.pack(method, site, p), **last}
