@@ -85,6 +85,7 @@ from lightning_peft.methods.vblora import VBLoRA
 from lightning_peft.methods.velora import VeLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
+from lightning_peft.methods.xlora import XLoRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
@@ -200,6 +201,7 @@ __all__ = [
     "VeLoRA",
     "VeRA",
     "WaveFT",
+    "XLoRA",
     "adapter_names",
     "adapter_state_dict",
     "attach",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
+from lightning_peft.core.class_swap import Swapped, base_class, swap_in, swap_out
 from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.core.modules import base_modules, first_argument
 from lightning_peft.core.outside_reads import own_forward
@@ -26,7 +26,8 @@ from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.block import BlockAdapter, apply_block
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch, without_mixed_batch
 from lightning_peft.layers.outside_reads import read_effective
-from lightning_peft.layers.prompt.forward import forward_with_prompt
+from lightning_peft.layers.prompt.forward import forward_names, forward_with_prompt
+from lightning_peft.layers.router_adapter import forward_routed
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ class Adapted(Swapped):
         run = super().forward
         if active.prompts:
             run = partial(_run_with_prompt, self, active, run)
+        if active.routers:
+            names = forward_names(base_class(self))
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            return forward_routed(active.routers[-1], run, given)
         if active.trained_copies:
             return _forward_with_copies(self, active, run, args, kwargs)
         if not active.edits and not active.blocks:

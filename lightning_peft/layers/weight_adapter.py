@@ -15,7 +15,7 @@ from lightning_peft.core.terms import changes_weight
 from lightning_peft.layers.adapted_state import ActiveAdapters
 from lightning_peft.layers.adapter import Adapter, SiteRNG, default_cpu
 from lightning_peft.layers.batch_facts import BatchObserver
-from lightning_peft.layers.mixed_batch import current_facts, current_mixed_batch
+from lightning_peft.layers.mixed_batch import current_facts, current_gates, current_mixed_batch
 
 if TYPE_CHECKING:
     from lightning_peft.methods.base import WeightMethod
@@ -98,7 +98,8 @@ class WeightAdapter(Adapter):
         tensors = self.tensors()
         if self.method.reads_batch:
             tensors |= self._facts_of_rows()
-        return self.method.edit(tensors, self.site)
+        edit, gates = self.method.edit(tensors, self.site), current_gates()
+        return edit if gates is None else gates.on(edit, self.adapter_name, self.site)
 
     def _facts_of_rows(self) -> dict[str, Tensor]:
         """Facts of the rows that are under this adapter."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.site import BlockSite, SequenceSite, Site
+from lightning_peft.core.site import BlockSite, RouterSite, SequenceSite, Site
 from lightning_peft.methods.exchange import HFEntry, HFFormat
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "HFFormat",
     "InitData",
     "Method",
+    "RouterMethod",
     "SelectMethod",
     "SequenceMethod",
     "StepContext",
@@ -352,6 +353,25 @@ class SequenceMethod(Targeted):
             ValueError: another shape, or a module that computes its embeddings.
         """
         raise ValueError(f"{self.label}: expected a method whose table can be set, found none")
+
+
+@dataclass(frozen=True)
+class RouterMethod(Targeted):
+    """Says how much each of several adapters acts on a token, by a first pass without them."""
+
+    mergeable: ClassVar[bool] = False
+
+    def experts(self) -> Sequence[str]:
+        """Names of the adapters, which are attached before."""
+        raise TypeError(f"{self.label}: expected a method with `experts`, found none")
+
+    def module(self, site: RouterSite) -> nn.Module:
+        """The module that holds the trained tensors, initialised."""
+        raise TypeError(f"{self.label}: expected a method with `module`, found none")
+
+    def gates(self, module: nn.Module, hidden: Tensor, site: RouterSite) -> Tensor:
+        """Factors [..., layers or 1, experts] from hidden states [..., width] of the first pass."""
+        raise TypeError(f"{self.label}: expected a method with `gates`, found none")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_factors_are_shared_and_stay_shared() -> None:
             assert len({id(a.tensors()["A"]) for a in group}) == -(-len(group) // 2)
             assert len({id(a.tensors()["R"]) for a in group}) == len(group)
         optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
-        made(**inputs, labels=inputs["input_ids"]).loss.backward()
+        made(**{**inputs, "labels": inputs["input_ids"]}).loss.backward()
         optimizer.step()
     state = lp.adapter_state_dict(model)
     assert sum(k.endswith(".B") for k in state) == 2
