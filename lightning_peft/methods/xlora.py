@@ -104,7 +104,7 @@ class XLoRA(RouterMethod):
     def gates(self, module: nn.Module, hidden: Tensor, site: RouterSite) -> Tensor:
         """[..., layers or 1, adapters]."""
         logits: Tensor = cast(_Classifier, module).layers(hidden)
-        g: Tensor = logits.unflatten(-1, (-1, len(self.adapters)))  # type: ignore[no-untyped-call]
+        g: Tensor = logits.unflatten(-1, (-1, len(self.adapters)))
         if self.softmax:
             g = (g / self.temperature).softmax(-1)
         if self.top_k is not None:
