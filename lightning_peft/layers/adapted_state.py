@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_peft.layers.direct_forward import DirectForward
     from lightning_peft.layers.projection_group import ProjectionGroup
     from lightning_peft.layers.prompt.adapter import PromptAdapter
+    from lightning_peft.layers.router_adapter import RouterAdapter
     from lightning_peft.layers.weight_adapter import WeightAdapter
 
 __all__ = ["ActiveAdapters", "AdaptedState", "MergeUndo", "Telemetry", "UndoStep", "state_of"]
@@ -35,6 +36,7 @@ class ActiveAdapters:
         edits: Acting adapters that change weights.
         blocks: Acting adapters that add a module.
         prompts: Acting adapters that add positions to the sequence.
+        routers: Acting adapters that decide how much others act.
         trained_copies: Acting adapters whose copies replace the module's parameters.
     """
 
@@ -44,6 +46,7 @@ class ActiveAdapters:
     edits: list[WeightAdapter] = field(default_factory=list)
     blocks: list[BlockAdapter] = field(default_factory=list)
     prompts: list[PromptAdapter] = field(default_factory=list)
+    routers: list[RouterAdapter] = field(default_factory=list)
     trained_copies: list[CopyAdapter] = field(default_factory=list)
 
     def acting_names(self) -> list[str]:
@@ -53,6 +56,7 @@ class ActiveAdapters:
     def replace(self, acting: Iterable[Adapter]) -> None:
         """Let exactly these adapters act. Each kind gets a new list."""
         self.edits, self.blocks, self.prompts, self.trained_copies = [], [], [], []
+        self.routers = []
         for adapter in acting:
             adapter.activate(self)
 
@@ -131,8 +135,8 @@ class AdaptedState:
     telemetry: Telemetry = field(default_factory=Telemetry)
     choices: dict[tuple[str, ...], ActiveAdapters] = field(default_factory=dict)
     rewriting: list[WeightAdapter] = field(default_factory=list)
-    known: dict[str, nn.Module] = field(default_factory=dict)
-    settled: dict[str, nn.Module] = field(default_factory=dict)
+    known: dict[str, nn.Module | None] = field(default_factory=dict)
+    settled: dict[str, nn.Module | None] = field(default_factory=dict)
     is_exclusive: bool = False
     prompt_lengths: PerThread[tuple[int, int]] = field(
         default_factory=lambda: PerThread(_no_lengths)

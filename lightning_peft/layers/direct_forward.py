@@ -77,7 +77,7 @@ def _nothing() -> None:
 
 def bind_direct(module: nn.Module, ops: LayerOps, active: ActiveAdapters) -> DirectForward | None:
     """Return the short way through a layer; None if it has none."""
-    others = active.blocks or active.prompts or active.trained_copies
+    others = active.blocks or active.prompts or active.trained_copies or active.routers
     if len(active.edits) != 1 or others or not ops.is_one_product:
         return None
     (adapter,) = active.edits

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import low_rank_terms
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.protocols import Reason, Storage
 from lightning_peft.core.terms import LowRank, concat_ranks
 from lightning_peft.layers.acting import acting_adapters
-from lightning_peft.layers.adapted import Adapted, weight_adapters_of
+from lightning_peft.layers.adapted import Adapted, first_weight_adapter
 from lightning_peft.layers.group_outputs import HAND_OFF
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -167,8 +167,10 @@ class ProjectionGroup:
 
 
 def _storage_of(m: Adapted) -> Storage:
-    edits = m._peft.active.edits or weight_adapters_of(m)
-    return edits[0].site.storage
+    edits = m._peft.active.edits
+    first = edits[0] if edits else first_weight_adapter(m)
+    assert first is not None  # a member has one
+    return first.site.storage
 
 
 def _can_share(x: Tensor) -> bool:
@@ -200,7 +202,7 @@ def share_inputs(model: nn.Module, declared: Iterable[tuple[nn.Module, Sequence[
         model: The root.
         declared: (module, names of its children that read one tensor).
     """
-    for module in modules_by_name(model).values():
+    for module in base_modules(model).values():
         if isinstance(module, Adapted):
             module._peft.projection_group = None
     for parent, names in declared:
@@ -213,10 +215,10 @@ def _bind_groups(layers: Sequence[nn.Module]) -> None:
     for m in layers:
         if not isinstance(m, Adapted):
             continue
-        edited = weight_adapters_of(m)
-        if not edited or "forward" in vars(m) or len(m._peft.ops.parameters(m)) > 1:
+        first = first_weight_adapter(m)
+        if first is None or "forward" in vars(m) or len(m._peft.ops.parameters(m)) > 1:
             continue
-        site = edited[0].site
+        site = first.site
         if isinstance(site.storage, SupportsFusedGroup):
             alike.setdefault((site.in_features, site.storage.label), []).append(m)
     for members in alike.values():
