@@ -124,9 +124,13 @@ class BlockCall:
         return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
 
 
-@torch.compiler.disable(reason="torch.compile does not trace hooks of saved tensors")
-def _outside_graphs(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _call(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return run(args, kwargs)
+
+
+_outside_graphs: Callable[[Callable[..., Any], Any, Any], Any] = torch.compiler.disable(
+    _call, reason="torch.compile does not trace hooks of saved tensors"
+)
 
 
 def _needs_graph(leaf: object) -> bool:

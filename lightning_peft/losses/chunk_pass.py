@@ -83,9 +83,8 @@ def chunked_loss(
         )
     leaves = [leaf for leaf, _ in run.trained.values()]
     sums = [total for _, total in run.trained.values()]
-    attached: Tensor = _WithGradients.apply(
-        value, later, run.hidden_gradient, sums, hidden, *leaves
-    )
+    known = value, later, run.hidden_gradient, sums
+    attached: Tensor = _WithGradients.apply(*known, hidden, *leaves)  # type: ignore[no-untyped-call]
     return attached
 
 

@@ -20,6 +20,8 @@ from lightning_peft.losses.token_loss import TokenLoss
 
 __all__ = ["DeferredLogits", "LossHead"]
 
+_Number = float  # the class has a method of that name
+
 
 class LossHead(Protocol):
     """An output head that computes logits, or their loss.
@@ -223,12 +225,12 @@ class DeferredLogits:
     __hash__ = object.__hash__
 
     def __mul__(self, other: Any) -> Any:
-        return torch.mul(self, other)  # type: ignore[call-overload]
+        return self.__torch_function__(torch.mul, (), (self, other))
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return torch.div(self, other)  # type: ignore[call-overload]
+        return self.__torch_function__(torch.div, (), (self, other))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -273,7 +275,7 @@ class DeferredLogits:
         ignore_index: int = -100,
         reduce: bool | None = None,
         reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        label_smoothing: _Number = 0.0,
     ) -> Tensor | None:
         """Return the loss; None for targets that are no class indices, or older arguments."""
         if not isinstance(target, Tensor) or target.dtype != torch.int64:

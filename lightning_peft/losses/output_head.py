@@ -100,7 +100,7 @@ class _HeadCall:
         return DeferredLogits(self, hidden, dtype)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.head._call_impl if self.inner is None else self.inner
+        run: Callable[..., Any] = self.head._call_impl if self.inner is None else self.inner
         return run(*args, **kwargs)
 
     def logits(self, hidden: Tensor) -> Tensor:

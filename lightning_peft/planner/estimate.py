@@ -163,8 +163,13 @@ def _plan(
 
     key = replace(
         choice,
-        **{"optimizer": "", "strategy": None, "world_size": 1, "replicas": 1, "allowances": ()},
-        **{"reshard_after_forward": True, "cpu_offload": False},
+        optimizer="",
+        strategy=None,
+        world_size=1,
+        replicas=1,
+        allowances=(),
+        reshard_after_forward=True,
+        cpu_offload=False,
     )
 
     def run(prepared: nn.Module, batch_size: int) -> Trace:
