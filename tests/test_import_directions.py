@@ -59,6 +59,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "triton": ("lightning_peft_kernels",),
     "bitsandbytes": ("storage", "optim", "lightning_peft_kernels"),
     "transformers": ("models", "layers", "hf", "planner", "storage", "recipes"),
+    "fsspec": ("checkpoint",),  # a dependency of Lightning; shards at an address
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),
     "matplotlib": ("callback",),
