@@ -72,7 +72,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
 METHOD_IMPORTS = (
     "lightning_peft_kernels.autograd",
+    "lightning_peft.core.collectives",  # VeLoRA's direction is that of all processes
     "lightning_peft.core.edit",
+    "lightning_peft.core.input_dtype",
     "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
@@ -90,6 +92,7 @@ METHOD_IMPORTS = (
     "lightning_peft.methods.lora_start",  # LoRA's initialisations
     "lightning_peft.methods.prompt_exchange",
     "lightning_peft.methods.registry",
+    "lightning_peft.methods.tasks",  # task ids of the batch
     "lightning_peft.methods.token_indices",
 )
 
