@@ -29,7 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("storage",),
     ("methods", "layers"),
     ("optim", "report", "models"),
-    ("initialization",),
+    ("initialization", "activations", "losses"),
     ("adapters",),
     ("planner", "checkpoint", "hf", "diagnostics"),
     ("strategies", "recipes"),
