@@ -40,7 +40,7 @@ class LycorisLayer(Layer):
         for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
             if name in self.parts:
                 return int(self.parts[name].shape[0])
-        return max(*self.parts["lokr_w1"].shape, *self.parts["lokr_w2"].shape[:2])
+        return int(max(*self.parts["lokr_w1"].shape, *self.parts["lokr_w2"].shape[:2]))
 
     @property
     def is_full(self) -> bool:
