@@ -18,6 +18,7 @@ __all__ = [
     "parameter_at",
     "parameters_by_name",
     "persistent_buffers",
+    "require_module",
     "required_tensor",
     "tied_ids",
     "tied_modules",
@@ -45,9 +46,20 @@ def modules_by_name(root: nn.Module) -> dict[str, nn.Module]:
     Same names and order as `nn.Module.named_modules`, whose nested generators pass each module
     through one frame per level; `attach` walks the tree some thirty times.
     """
+    require_module(root)
     found: dict[str, nn.Module] = {}
     _collect(root, "", set(), found)
     return found
+
+
+def require_module(model: object) -> None:
+    """Raise TypeError for what is no module: a class, a path, None."""
+    if not isinstance(model, nn.Module):
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            got, remedy = f"the class {model.__name__}", f"build one: {model.__name__}(...)"
+        else:
+            got, remedy = repr(model)[:80], "give the model itself"
+        raise TypeError(f"model: expected an nn.Module, got {got}; {remedy}")
 
 
 def _collect(m: nn.Module, name: str, seen: set[nn.Module], found: dict[str, nn.Module]) -> None:

@@ -27,6 +27,7 @@ from lightning_peft.storage.dtensor import is_sharded, local
 __all__ = [
     "ModelHistory",
     "base_tensors",
+    "changed_base",
     "histories_in",
     "move_history",
     "not_finite_at_start",
@@ -207,6 +208,20 @@ def note_moved(model: nn.Module) -> None:
             found: list[set[str]] = [set()] * dist.get_world_size()
             dist.all_gather_object(found, history.kept)
             history.kept = set().union(*found)
+
+
+def changed_base(model: nn.Module) -> list[str]:
+    """Return canonical names of tensors of the base that no longer are as the module's code made
+    them: trained, owned by an optimizer, read from a file, or moved.
+
+    Nothing is noted. Tensors under FSDP2 are compared by the rows of this process.
+    """
+    found = set(tensors_to_keep(model))
+    for prefix, module, history in histories_in(model):
+        tensors = {n: t for n, t in _watched(module).items() if n not in history.kept}
+        changed = changed_tensors(history.content, tensors)
+        found |= {join(strip_compile(prefix), name) for name in changed}
+    return [name for name in base_tensors(model) if name in found]
 
 
 def tensors_to_keep(model: nn.Module) -> dict[str, Tensor]:
