@@ -16,11 +16,11 @@ from lightning_peft.adapters.followers import follow_outside
 from lightning_peft.callback.attach import averaged_parts
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import KEY, complete_checkpoint
-from lightning_peft.checkpoint.sharded import is_folder, read_folder
+from lightning_peft.checkpoint.shard_folder import is_folder, read_folder
 from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.core.allocation_limit import AllocationLimit
 from lightning_peft.core.registry import registry_of
-from lightning_peft.hf.files import CONFIG
+from lightning_peft.hf.config import CONFIG
 from lightning_peft.methods.registry import from_dict
 from lightning_peft.models.frozen_parts import frozen_copies
 from lightning_peft.models.history import start_history
