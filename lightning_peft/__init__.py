@@ -6,6 +6,8 @@ Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.activations.config import Activations
+from lightning_peft.activations.limit import limit_activations
 from lightning_peft.adapters.activation import (
     adapter_names,
     disable_adapters,
@@ -29,6 +31,8 @@ from lightning_peft.hf.load import load_adapter
 from lightning_peft.hf.load_packed import load_packed
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
+from lightning_peft.losses.chunked_cross_entropy import chunked_cross_entropy
+from lightning_peft.losses.output_head import chunk_losses
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.adamss import AdaMSS
 from lightning_peft.methods.alora import ALoRA
@@ -146,6 +150,7 @@ __all__ = [
     "PEFT",
     "PSOFT",
     "ALoRA",
+    "Activations",
     "AdaLoRA",
     "AdaMSS",
     "AdapterMonitor",
@@ -208,6 +213,8 @@ __all__ = [
     "adapter_names",
     "adapter_state_dict",
     "attach",
+    "chunk_losses",
+    "chunked_cross_entropy",
     "combine",
     "convert_optimizer",
     "cpt_loss",
@@ -217,6 +224,7 @@ __all__ = [
     "export_merged",
     "extract_lora",
     "hard_prompt_ids",
+    "limit_activations",
     "load_adapter",
     "load_adapter_state_dict",
     "load_checkpoint",

@@ -27,13 +27,16 @@ from lightning_peft.layers.gates import Gates
 __all__ = [
     "BASE",
     "Choices",
+    "Hooks",
     "MixedBatch",
+    "any_mixed_batch",
     "batch_facts",
     "chosen_adapters",
     "current_choices",
     "current_facts",
     "current_gates",
     "current_mixed_batch",
+    "hooks_in_force",
     "mixed_batch",
     "saves_for_recomputation",
     "without_mixed_batch",
@@ -44,7 +47,8 @@ BASE = "__base__"  # a row under no adapter, as Hugging Face peft spells it
 #: Adapter names by the registry of the model that they are for.
 Choices = tuple[tuple[AdapterRegistry, tuple[str, ...]], ...]
 
-_Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
+#: Hooks for saved tensors: pack and unpack.
+Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
 
 
 class MixedBatch:
@@ -77,7 +81,7 @@ class MixedBatch:
         self.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.last_node: int | None = None
         self.backward = _current_backward()
-        self.outer_hooks: _Hooks | None = None
+        self.outer_hooks: Hooks | None = None
         self._index: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def note_layer(self, active: Iterable[str]) -> None:
@@ -195,6 +199,11 @@ class _Scopes:
 _current: ContextVar[MixedBatch | None] = ContextVar("mixed_batch", default=None)
 _recomputation: ContextVar[_Recomputation | None] = ContextVar("recomputation", default=None)
 _scopes = _Scopes()
+
+
+def any_mixed_batch() -> bool:
+    """Whether any thread may have a mixed batch or a choice of its own; False costs one call."""
+    return _scopes.exist
 
 
 def current_mixed_batch() -> MixedBatch | None:
@@ -326,14 +335,20 @@ def _block(batch: MixedBatch) -> Iterator[None]:
 # ---- tensors saved inside a block
 
 
-def saves_for_recomputation(hooks: _Hooks | None) -> bool:
+def hooks_in_force() -> Hooks | None:
+    """Return the hooks for saved tensors that the innermost context put in force."""
+    found: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found
+
+
+def saves_for_recomputation(hooks: Hooks | None) -> bool:
     """Return whether hooks for saved tensors are others than those of a mixed batch."""
     return hooks is not None and hooks[0] is not _pack
 
 
-def _outer_hooks() -> _Hooks | None:
+def _outer_hooks() -> Hooks | None:
     """Return the hooks in force; those around the enclosing block if there is one."""
-    hooks: _Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = hooks_in_force()
     if hooks is None or hooks[0] is not _pack:
         return hooks
     enclosing = _current.get()

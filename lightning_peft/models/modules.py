@@ -18,6 +18,7 @@ __all__ = [
     "fresh_head_names",
     "head_names",
     "hf_models",
+    "input_embeddings",
     "output_embeddings",
 ]
 
@@ -60,6 +61,16 @@ def hf_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if isinstance(getattr(getattr(module, "config", None), "model_type", None), str):
             taken.append(name)
             yield name, module
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the layer that the model's `get_input_embeddings` names, None if there is none."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        found = getter() if callable(getter) else None
+    except NotImplementedError:  # models without an embedding
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -30,8 +30,9 @@ class Quantization(StorageConfig):
             weight at 64. 4 bit only.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: dtype that weights are
             dequantised to; None means the dtype they had.
-        compute: ``"auto"``, or ``"fp8"`` for e4m3 products with the frozen base on chips that
-            have them.
+        compute: ``"auto"``; ``"fp8"`` for e4m3 products with the frozen base on chips that have
+            them; ``"bf16"`` for bf16 products with it wherever no gradient is needed (generation in
+            an fp32 model). 4 bit only.
         exclude_modules: Suffixes of layers that stay dense, in addition to the output head.
 
     Raises:
@@ -42,7 +43,7 @@ class Quantization(StorageConfig):
     block_size: int = 64
     double_quant: bool = True
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    compute: Literal["auto", "fp8"] = "auto"
+    compute: Literal["auto", "fp8", "bf16"] = "auto"
     exclude_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class Quantization(StorageConfig):
         _one_of("kind", self.kind, ("nf4", "fp4", "int8"))
         _one_of("block_size", self.block_size, tuple(2**i for i in range(5, 13)))
         _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16", "float16", None))
-        _one_of("compute", self.compute, ("auto", "fp8"))
+        _one_of("compute", self.compute, ("auto", "fp8", "bf16"))
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
