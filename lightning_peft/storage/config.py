@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_peft.core.value_types import require_fit
+
 __all__ = ["Quantization", "StorageConfig"]
 
 
@@ -37,6 +39,7 @@ class Quantization(StorageConfig):
 
     Raises:
         ValueError: an unknown kind, block size or dtype.
+        TypeError: `double_quant` or `exclude_modules` of another type.
     """
 
     kind: Literal["nf4", "fp4", "int8"] = "nf4"
@@ -52,6 +55,10 @@ class Quantization(StorageConfig):
         _one_of("block_size", self.block_size, tuple(2**i for i in range(5, 13)))
         _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16", "float16", None))
         _one_of("compute", self.compute, ("auto", "fp8", "bf16"))
+        require_fit("Quantization", "double_quant", self.double_quant, bool, "double_quant=True")
+        names = self.exclude_modules
+        form = f"[{names!r}]" if isinstance(names, str) else "a list"
+        require_fit("Quantization", "exclude_modules", names, list[str] | None, form)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
