@@ -120,6 +120,11 @@ class WeightMethod(Targeted):
     #: Dtype in which `initialise` gets the weight; None for the stored one, without a copy.
     start_dtype: ClassVar[torch.dtype | None] = torch.float32
 
+    @property
+    def edit_refers_to_tensors(self) -> bool:
+        """Whether `edit` only arranges the adapter's tensors and fixed numbers."""
+        return False
+
     def check(self, site: Site) -> None:
         """Raise ValueError where the method has no meaning at this site; nothing is changed yet."""
 
