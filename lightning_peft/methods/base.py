@@ -101,9 +101,10 @@ class Targeted(Method):
     """Which modules.
 
     Attributes:
-        target_modules: ``"all-linear"`` (without the output head), suffixes, or a regular
-            expression of full names; None means the architecture's usual choice.
-        exclude_modules: Suffixes or a regular expression.
+        target_modules: ``"all-linear"`` (without the output head), suffixes, a part of a
+            vision-language model (``"language"``, ``"vision"``, ``"language+vision"``), or a
+            regular expression of full names; None means the architecture's usual choice.
+        exclude_modules: Suffixes, a part, or a regular expression.
         layers_to_transform: Numbers of the blocks; None means all.
     """
 
