@@ -4,8 +4,9 @@
     python docs/check_site.py site --links           # links only, without a browser
     python docs/check_site.py site --browser /usr/bin/chromium --pictures folder
 
-Each page is opened at 1280 and 420 pixels, light and dark. It fails if a code box is wider than the
-page or hides part of its text, if the page scrolls sideways, or if a script of the page raised.
+Each page is opened at 1280 and 420 pixels. It fails if a code box is wider than the page or hides
+part of its text, if the page scrolls sideways, or if a script of the page raised. The pictures are
+screenshots in the light and in the dark mode.
 """
 
 from __future__ import annotations
@@ -108,28 +109,26 @@ def open_pages(site: Path, browser: str | None, pictures: Path | None) -> list[s
         if program is not None:
             options["executable_path"] = program
         chromium = play.chromium.launch(**options)
-        for width in WIDTHS:
-            for scheme in ("light", "dark"):
-                context = chromium.new_context(
-                    viewport={"width": width, "height": 900}, color_scheme=scheme
-                )
-                tab = context.new_page()
-                errors: list[str] = []
-                tab.on("pageerror", lambda e, errors=errors: errors.append(str(e)))
-                for path in pages:
-                    name = path.relative_to(site).parent.as_posix()
-                    tab.goto(f"{address}/{name}/", wait_until="load")
-                    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        for scheme in ("light", "dark") if pictures else ("light",):
+            tab = chromium.new_page(color_scheme=scheme)
+            errors: list[str] = []
+            tab.on("pageerror", lambda e, errors=errors: errors.append(str(e)))
+            for path in pages:
+                name = path.relative_to(site).parent.as_posix()
+                tab.goto(f"{address}/{name}/", wait_until="load")
+                tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+                for width in WIDTHS:
+                    tab.set_viewport_size({"width": width, "height": 900})
                     where = f"{name} at {width}, {scheme}"
                     found += [f"{where}: {problem}" for problem in tab.evaluate(MEASURE)]
-                    found += [f"{where}: {e}" for e in errors]
-                    errors.clear()
                     if pictures is not None:
-                        file = f"{name.replace('/', '_') or 'index'}-{width}-{scheme}.png"
-                        tab.screenshot(path=str(pictures / file), full_page=True)
-                context.close()
+                        file = f"{name.replace('/', '_')}-{width}-{scheme}.png"
+                        tab.screenshot(path=str(pictures / file))
+                found += [f"{name}, {scheme}: {e}" for e in errors]
+                errors.clear()
+            tab.close()
         chromium.close()
-    print(f"{len(pages)} pages at {WIDTHS} pixels, light and dark")
+    print(f"{len(pages)} pages at {WIDTHS} pixels")
     return found
 
 
@@ -141,7 +140,7 @@ def main() -> None:
     parser.add_argument("site", type=Path)
     parser.add_argument("--links", action="store_true", help="check links only")
     parser.add_argument("--browser", help="path of a Chromium")
-    parser.add_argument("--pictures", type=Path, help="folder for a screenshot of each page")
+    parser.add_argument("--pictures", type=Path, help="folder for screenshots")
     options = parser.parse_args()
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
