@@ -21,7 +21,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("register_strategies", "load_from_checkpoint"),
     ),
     "attach": (
-        *("attach", "quantize", "Quantization", "detach", "set_adapter", "disable_adapters"),
+        *(
+            "attach",
+            "quantize",
+            "Quantization",
+            "load_packed",
+            "detach",
+            "set_adapter",
+            "disable_adapters",
+        ),
         *("use_adapters", "adapter_names", "combine", "reset_adapters", "start_from_data"),
         "hard_prompt_ids",
     ),

@@ -24,6 +24,7 @@ from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.checkpoint.loop import load_checkpoint, save_checkpoint
 from lightning_peft.hf.export import ExportReport, export_merged
 from lightning_peft.hf.load import load_adapter
+from lightning_peft.hf.load_packed import load_packed
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
 from lightning_peft.methods.adalora import AdaLoRA
@@ -201,6 +202,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_checkpoint",
     "load_from_checkpoint",
+    "load_packed",
     "merge",
     "merge_and_unload",
     "parameter_report",

@@ -59,6 +59,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "triton": ("lightning_peft_kernels",),
     "bitsandbytes": ("storage", "optim", "lightning_peft_kernels"),
     "transformers": ("models", "layers", "hf", "planner", "storage", "recipes"),
+    "fsspec": ("checkpoint",),  # a dependency of Lightning; shards at an address
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),
     "matplotlib": ("callback",),
@@ -378,7 +379,11 @@ def test_the_reader_sees(source: str, target: str, type_only: bool, tmp_path: Pa
 
 
 #: Files that derive classes from transformers'; they are imported when such a model is adapted.
-DERIVES = ("lightning_peft.layers.prompt.prefix_cache", "lightning_peft.models.plain_saver")
+DERIVES = (
+    "lightning_peft.hf.packed_quantizer",
+    "lightning_peft.layers.prompt.prefix_cache",
+    "lightning_peft.models.plain_saver",
+)
 
 
 def test_extras_are_imported_where_they_are_used() -> None:

@@ -18,6 +18,7 @@ from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach_checks import (
     check_copies_stay_dense,
     check_free_name,
+    check_starts_can_be_written,
     checked_methods,
     saved_modules,
 )
@@ -52,6 +53,7 @@ from lightning_peft.models.fingerprint import fingerprint
 from lightning_peft.models.frozen_parts import FrozenCopy, frozen_copies, inside
 from lightning_peft.models.history import start_history
 from lightning_peft.models.pretrained import NewLayers
+from lightning_peft.models.quantized_config import forget_quantization
 from lightning_peft.models.saving import save_plainly
 from lightning_peft.models.shared_inputs import children_sharing_input
 from lightning_peft.report.summary import Report, parameter_report
@@ -156,6 +158,7 @@ def attach_within(
                 )
             )
             check_copies_stay_dense(plan.adapters, packing)
+            check_starts_can_be_written(plan.adapters, packing)
             unused = unused_rules(model, methods, plan.adapters)
             readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
             observed = [(m, stack_of(model, m)) for m in readers]
@@ -171,6 +174,8 @@ def attach_within(
             watch = PackingWatch(packed, snapshot.renew, builder.around_packing)
             quantize_layers(model, packing, device, watch)
             registry.quantization, registry.dense = quantization, packing.dense
+            if packing.transcoded:
+                forget_quantization(model)
         builder.finish()
         for reader, stack in observed:
             observe_batch(model, reader, stack, adapter_name)
@@ -241,6 +246,8 @@ def quantize(
             registry.fingerprint = fingerprint(model)
         registry.quantization, registry.dense = config, packing.dense
         quantize_layers(model, packing, device, PackingWatch(packed, snapshot.renew))
+        if packing.transcoded:
+            forget_quantization(model)
         guard_fast_path(model)
         save_plainly(model)
         return parameter_report(model)

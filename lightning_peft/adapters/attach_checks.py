@@ -148,3 +148,22 @@ def check_copies_stay_dense(
                 "copy of, got one that is to be quantised; exclude it from the quantization, or "
                 "use an adapter"
             )
+
+
+def check_starts_can_be_written(
+    planned: Sequence[PlannedAdapter], packing: QuantizationPlan | None
+) -> None:
+    """Raise ValueError if a start rewrites a weight that its released format would round."""
+    packed = () if packing is None else packing.layers
+    transcoded = {id(m) for _, m, _ in packed}
+    for each in planned:
+        method, placement = each.method, each.placement
+        if not isinstance(method, WeightMethod) or not method.rewrites_base:
+            continue
+        storage = placement.site.storage
+        if storage.exports and id(placement.module) not in transcoded:
+            raise ValueError(
+                f"{method.label} on {placement.name!r}: expected a base that the start can rewrite "
+                f"without loss, got {storage.label}, which rounds the residual; use "
+                "init='default', or transcode the base with quantization='nf4'"
+            )

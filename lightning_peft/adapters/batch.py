@@ -26,6 +26,13 @@ def stack_of(model: nn.Module, method: WeightMethod) -> nn.Module:
             "LoRA, or attach to the model itself"
         )
     stack: nn.Module = found[0].base_model
+    getter = getattr(stack, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    # OPT, BART and others call the decoder inside of their base model, with the ids.
+    while isinstance(inner := getattr(stack, "decoder", None), nn.Module) and any(
+        m is embedding for m in inner.modules()
+    ):
+        stack = inner
     return stack
 
 

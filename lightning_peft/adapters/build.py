@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.core.class_swap import rebind_forward
 from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapt, is_adapted
@@ -89,7 +90,7 @@ class AdapterBuilder:
         self._built.add(id(module))
         training = module.training
         container = adapt(module, site.ops).peft
-        _rebind_forward(module)
+        rebind_forward(module)
         method = planned.method
         group = method.group(placement.name) if isinstance(method, ModulesToSave) else ""
         copies = self._copies.setdefault(group, {})
@@ -173,13 +174,6 @@ def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapt
     if adapter_name not in container:
         container[adapter_name] = nn.ModuleDict()
     container[adapter_name].add_module(slot, adapter)
-
-
-def _rebind_forward(module: nn.Module) -> None:
-    """accelerate stores the forward it replaced on the instance; point it at the swapped class."""
-    if "_old_forward" in vars(module):
-        cls: Any = type(module)
-        vars(module)["_old_forward"] = cls.forward.__get__(module)
 
 
 def _keep_off_fast_path(*args: object) -> None:

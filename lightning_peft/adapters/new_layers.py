@@ -9,7 +9,7 @@ from torch import nn
 from lightning_peft.core.registry import registries_in, registry_of
 from lightning_peft.methods.base import Method
 from lightning_peft.models.pretrained import NewLayers, find_new_layers
-from lightning_peft.models.target_modules import name_rule
+from lightning_peft.models.target_rules import name_rule
 
 __all__ = ["new_layers_of", "new_parameters"]
 

@@ -13,7 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_peft.core.names import strip_compile
-from lightning_peft.storage.dtensor import local, sharded_like
+from lightning_peft.storage.dtensor import is_sharded, local, sharded_like
+from lightning_peft.strategies.unreduced_gradients import (
+    set_unreduced_gradients,
+    unreduced_gradients,
+)
 from lightning_peft.trainers.packages import is_fitting, is_interrupted
 
 if TYPE_CHECKING:
@@ -31,11 +35,12 @@ def gather_gradients(trainer: pl.Trainer) -> list[Gradients] | None:
     """
     if not is_fitting(trainer) or not trainer.fit_loop.epoch_loop._should_accumulate():
         return None
-    own = {
-        name: local(p.grad.detach()).to("cpu", copy=True)
+    unreduced = unreduced_gradients(trainer.lightning_module)
+    found = {
+        name: unreduced.get(id(p), None if p.grad is None else local(p.grad))
         for name, p in _trained(trainer).items()
-        if p.grad is not None
     }
+    own = {n: g.detach().to("cpu", copy=True) for n, g in found.items() if g is not None}
     if trainer.world_size == 1:
         return [own]
     if is_interrupted(trainer):  # other ranks may be anywhere, so no collective can run
@@ -62,8 +67,12 @@ def restore_gradients(trainer: pl.Trainer, gathered: list[Gradients] | None) -> 
             )
         return
     trained = _trained(trainer)
+    unreduced: dict[int, Tensor] = {}
     for name, gradient in gathered[trainer.global_rank].items():
         p = trained.get(name)
+        if p is not None and is_sharded(p) and p.shape == gradient.shape:
+            unreduced[id(p)] = gradient.to(p.dtype)
+            continue
         if p is None or local(p).shape != gradient.shape:
             want = "a trained parameter" if p is None else f"shape {list(local(p).shape)}"
             raise ValueError(
@@ -71,6 +80,7 @@ def restore_gradients(trainer: pl.Trainer, gathered: list[Gradients] | None) -> 
                 "checkpoint; resume from a checkpoint that was saved after an optimizer step"
             )
         p.grad = sharded_like(p, gradient.to(local(p).device, p.dtype))
+    set_unreduced_gradients(trainer.lightning_module, unreduced)
 
 
 def _trained(trainer: pl.Trainer) -> dict[str, Tensor]:

@@ -28,7 +28,8 @@ from lightning_peft.checkpoint.damage import DamagedCheckpointError
 from lightning_peft.checkpoint.description import KEY
 from lightning_peft.checkpoint.forms import CheckpointForm, refuse_merged
 from lightning_peft.checkpoint.plain_data import fields_not_plain
-from lightning_peft.checkpoint.sharded import is_folder, read_folder
+from lightning_peft.checkpoint.shard_folder import is_folder, read_file, read_folder
+from lightning_peft.checkpoint.sharded import OwnRows
 from lightning_peft.checkpoint.structure import check_like
 from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.trainers.packages import is_instance_of, is_interrupted, package_of
@@ -50,11 +51,13 @@ class AtomicCheckpointIO(CheckpointIO):
 
     Args:
         remote: Lightning's plain plugin, which handles remote paths and storage options.
+        own_rows: Returns the rows of sharded tensors that this rank reads; None for all rows.
     """
 
-    def __init__(self, remote: CheckpointIO) -> None:
+    def __init__(self, remote: CheckpointIO, own_rows: Callable[[], OwnRows | None]) -> None:
         super().__init__()
         self.remote = remote
+        self.own_rows = own_rows
 
     @override
     def save_checkpoint(
@@ -79,8 +82,11 @@ class AtomicCheckpointIO(CheckpointIO):
         """Read a file or a folder of shards; plain data only, unless the caller asks for more."""
         if atomic_file.is_local(path):
             atomic_file.recover(path)
+        own = self.own_rows()
         if is_folder(path):
-            return read_folder(Path(path))
+            return read_folder(path, own)
+        if own is not None and weights_only is not False and atomic_file.is_local(path):
+            return read_file(Path(path), own)
         if weights_only is False and atomic_file.is_local(path) and map_location is None:
             return atomic_file.read(path, weights_only=False)
         if weights_only is False or not atomic_file.is_local(path):
@@ -266,17 +272,21 @@ def install_checkpoint_io(strategy: Strategy, resuming: Callable[[], bool]) -> P
         base = package.fabric_submodule("plugins.io").CheckpointIO
         for cls in (AtomicCheckpointIO, PEFTCheckpointIO):
             base.register(cls)
-    ours = PEFTCheckpointIO(_atomic(found), lambda: strategy.lightning_module, resuming)
+    own_rows: Callable[[], OwnRows | None] = getattr(strategy, "own_rows", lambda: None)
+    writer = _atomic(found, own_rows)
+    ours = PEFTCheckpointIO(writer, lambda: strategy.lightning_module, resuming)
     strategy.checkpoint_io = ours
     return ours
 
 
-def _atomic(plugin: CheckpointIO) -> CheckpointIO:
+def _atomic(plugin: CheckpointIO, own_rows: Callable[[], OwnRows | None]) -> CheckpointIO:
     """Replace Lightning's plain writer by the atomic one. A user's own plugin is kept."""
     if type(plugin).__name__ == "TorchCheckpointIO" and is_instance_of(plugin, "TorchCheckpointIO"):
-        return AtomicCheckpointIO(plugin)
+        return AtomicCheckpointIO(plugin, own_rows)
     inner: Any = getattr(plugin, "_checkpoint_io", None)
     if is_instance_of(plugin, "AsyncCheckpointIO") and type(inner).__name__ == "TorchCheckpointIO":
         writer: Any = plugin
-        writer._checkpoint_io = AtomicCheckpointIO(inner)  # the setter would keep the former plugin
+        writer._checkpoint_io = AtomicCheckpointIO(
+            inner, own_rows
+        )  # the setter would keep the former plugin
     return plugin

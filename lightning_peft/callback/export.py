@@ -12,7 +12,7 @@ from torch import nn
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import load_kept
 from lightning_peft.checkpoint.kept import kept_tensors
-from lightning_peft.checkpoint.sharded import is_folder, read_folder
+from lightning_peft.checkpoint.shard_folder import is_folder, read_folder
 from lightning_peft.hf.save import save_adapter
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _values_of(module: nn.Module, path: str) -> Iterator[None]:
         yield
         return
     before = {key: tensor.detach().clone() for key, tensor in kept_tensors(module).items()}
-    checkpoint = read_folder(Path(path)) if is_folder(path) else atomic_file.read(path)
+    checkpoint = read_folder(path) if is_folder(path) else atomic_file.read(path)
     load_kept(module, checkpoint["state_dict"])
     try:
         yield

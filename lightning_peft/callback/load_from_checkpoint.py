@@ -21,6 +21,7 @@ from lightning_peft.core.registry import registry_of
 from lightning_peft.methods.registry import from_dict
 from lightning_peft.models.frozen_parts import frozen_copies
 from lightning_peft.models.history import start_history
+from lightning_peft.models.saving import save_plainly
 from lightning_peft.storage import config_from_dict
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ def load_from_checkpoint(
     with AllocationLimit.for_loading(module, checkpoint["state_dict"].values()):
         for prefix, root in stored["roots"].items():
             if prefix not in teachers:
-                _attach(module, prefix, root)
+                _attach(module, prefix, root, source)
+    for prefix in stored["roots"]:
+        save_plainly(module, around=module.get_submodule(prefix))
     follow_outside(module)
     start_history(module)
     if not _has_own_loader(module_class):
@@ -142,8 +145,31 @@ def _require_net(module: pl.LightningModule, source: str) -> None:
         )
 
 
-def _attach(module: nn.Module, prefix: str, stored: Mapping[str, Any]) -> None:
-    root = module.get_submodule(prefix)
+def _attach(module: nn.Module, prefix: str, stored: Mapping[str, Any], source: str) -> None:
+    """Attach the adapters that the file describes for one root.
+
+    Raises:
+        ValueError: the module lacks the root or the layers; it is another class, or another net.
+    """
+    kind = type(module).__name__
+    try:
+        root = module.get_submodule(prefix)
+    except AttributeError:
+        raise ValueError(
+            f"{source}: expected a module with a part {prefix!r}, which the file's adapters belong "
+            f"to, got {kind} without it; give the class and arguments of the trained module"
+        ) from None
+    try:
+        _attach_all(module, root, prefix, stored)
+    except ValueError as error:
+        raise ValueError(
+            f"{source}: expected a module with the layers of the file's adapters, got {kind}, "
+            f"which does not take them ({error}); give the class and arguments of the trained "
+            "module"
+        ) from error
+
+
+def _attach_all(module: nn.Module, root: nn.Module, prefix: str, stored: Mapping[str, Any]) -> None:
     quantization = config_from_dict(stored["quantization"])
     averaged = averaged_parts(module, prefix, quantization)
     for name, adapter in stored["adapters"].items():

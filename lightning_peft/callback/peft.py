@@ -63,6 +63,7 @@ from lightning_peft.checkpoint.forms import (
 )
 from lightning_peft.methods.base import Method
 from lightning_peft.models.history import note_optimizers, start_history
+from lightning_peft.models.saving import save_plainly
 from lightning_peft.planner.estimate import Plan
 from lightning_peft.report.summary import parameter_report
 from lightning_peft.report.tokens import stop_counting
@@ -252,6 +253,7 @@ class PEFT(TrainerCallback):
                 averaged=averaged_parts(module, self.root, self.quantization),
                 init_from=self.init_from,
             )
+        save_plainly(module, around=root)
         follow_outside(module)
         start_history(module)
         self._backend.keep(root)

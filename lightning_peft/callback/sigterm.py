@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from lightning_peft.callback.superseded import FILE, link_as_last
+from lightning_peft.callback.superseded import FILE, link_as_last, link_checkpoint
+from lightning_peft.checkpoint.atomic_file import is_local
 from lightning_peft.trainers.packages import is_instance_of, package_of
 
 if TYPE_CHECKING:
@@ -28,17 +29,20 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class SigtermHandler:
-    """A signal handler that only sets a flag.
+    """Signal handlers that only set a flag.
 
-    Lightning's own handler starts a collective, which hangs when it interrupts another one. This
-    handler is not used on several processes under a strategy without adapter support, nor under
-    SLURM, whose requeueing Lightning handles.
+    Lightning's own handlers start collectives, which hang when they interrupt another one. These
+    handlers are not used on several processes under a strategy without adapter support.
+
+    Under SLURM the signal of a requeue is deferred to the same moment. There Lightning's handler
+    saves and requeues the job, on every rank. SIGTERM saves, but never requeues: SLURM itself
+    requeues a job that it preempts.
     """
 
     def __init__(self) -> None:
-        self.received = False
-        self._former: Handler = None
-        self._installed = False
+        self.received: set[int] = set()
+        self._former: dict[int, Handler] = {}
+        self._requeue: int | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> SigtermHandler:
         return SigtermHandler()
@@ -47,27 +51,28 @@ class SigtermHandler:
         return SigtermHandler, ()
 
     def install(self, trainer: pl.Trainer) -> None:
-        """Take over the signal; in the main thread only."""
+        """Take over the signals; in the main thread only."""
         supported = trainer.world_size == 1 or getattr(trainer.strategy, "knows_peft", False)
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if not supported or is_instance_of(environment, "SLURMEnvironment") or self._installed:
+        if not supported or self._former:
             return
         if threading.current_thread() is not threading.main_thread():
             return
-        self.received, self._installed = False, True
-        self._former = signal.signal(signal.SIGTERM, self._receive)
+        self.received, self._requeue = set(), requeue_signal(trainer)
+        for number in {int(signal.SIGTERM), self._requeue}:
+            if number is not None:
+                self._former[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received.add(number)
 
     def restore(self) -> None:
-        """Restore the former handler."""
-        if self._installed:
-            self._installed = False
-            signal.signal(signal.SIGTERM, self._former or signal.SIG_DFL)
+        """Restore the former handlers."""
+        for number, former in self._former.items():
+            signal.signal(number, former or signal.SIG_DFL)
+        self._former = {}
 
     def stop_if_requested(self, trainer: pl.Trainer) -> None:
-        """Save a checkpoint and stop if any rank received SIGTERM.
+        """Requeue the job, or save a checkpoint and stop, if any rank received the signal.
 
         Inside an accumulation window nothing happens: the window is finished first, so that the
         file needs no gradients and fits any number of processes.
@@ -75,24 +80,69 @@ class SigtermHandler:
         Raises:
             SIGTERMException: on every rank, with exit status 143.
         """
-        if not self._installed or trainer.fit_loop.epoch_loop._should_accumulate():
+        if not self._former or trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        requested = self.received
-        if trainer.world_size > 1:
-            flag = torch.tensor(float(requested), device=trainer.strategy.root_device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            requested = bool(flag)
-        if not requested:
+        stop, requeue = self._agreed(trainer)
+        if requeue and self._requeue is not None:
+            self.received.discard(self._requeue)
+            former = self._former[self._requeue]
+            if callable(former):
+                former(self._requeue, None)
+        if not stop:
             return
-        callback = trainer.checkpoint_callback
-        folder = getattr(callback, "dirpath", None) or trainer.default_root_dir
-        path = Path(trainer.strategy.broadcast(str(Path(folder) / FILE)))
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero and path.exists():
-            link_as_last(path, trainer)
-        trainer.strategy.barrier("sigterm")
-        _log.info("SIGTERM: saved %s after step %d; ending", path, trainer.global_step)
+        if self._requeue != signal.SIGTERM:  # else Lightning's handler has just saved
+            _save(trainer)
         package = package_of(trainer)
         assert package is not None  # `PEFT.setup` checked the Trainer
         exceptions = package.submodule("utilities.exceptions")
         raise exceptions.SIGTERMException(128 + signal.SIGTERM)
+
+    def _agreed(self, trainer: pl.Trainer) -> tuple[bool, bool]:
+        """Return whether any rank received SIGTERM, and the signal of a requeue."""
+        own = [signal.SIGTERM in self.received, self._requeue in self.received]
+        if trainer.world_size == 1:
+            return own[0], own[1]
+        flags = torch.tensor(list(map(float, own)), device=trainer.strategy.root_device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stop, requeue = flags.tolist()
+        return bool(stop), bool(requeue)
+
+
+def requeue_signal(trainer: pl.Trainer) -> int | None:
+    """Return the signal on which Lightning requeues the SLURM job; None if it does not."""
+    environment = _requeueing(trainer)
+    if environment is None:
+        return None
+    number = environment.requeue_signal
+    # Another program's handler (submitit) stays as it is.
+    ours = number is not None and is_instance_of(signal.getsignal(number), "_HandlersCompose")
+    return int(number) if ours else None
+
+
+def _requeueing(trainer: pl.Trainer) -> Any:
+    """Return the SLURM environment if Lightning requeues the job, else None."""
+    environment: Any = getattr(trainer._accelerator_connector, "cluster_environment", None)
+    slurm = is_instance_of(environment, "SLURMEnvironment")
+    return environment if slurm and environment.auto_requeue else None
+
+
+def _save(trainer: pl.Trainer) -> None:
+    """Save where the next start looks: for `ckpt_path="last"`, and for a requeued SLURM job.
+
+    A job that SLURM starts again has the same arguments. Without a `ckpt_path`, Lightning takes the
+    newest ``hpc_ckpt_<n>.ckpt`` in `default_root_dir`.
+    """
+    callback = trainer.checkpoint_callback
+    folder = getattr(callback, "dirpath", None) or trainer.default_root_dir
+    named = target = Path(folder) / FILE
+    if _requeueing(trainer) is not None and is_local(trainer.default_root_dir):
+        connector = trainer._checkpoint_connector
+        target = Path(connector.hpc_save_path(trainer.default_root_dir))
+    path = Path(trainer.strategy.broadcast(str(target)))
+    trainer.save_checkpoint(path)
+    if trainer.is_global_zero and path.exists():
+        if named != path:
+            link_checkpoint(path, named)
+        link_as_last(named, trainer)
+    trainer.strategy.barrier("sigterm")
+    _log.info("SIGTERM: saved %s after step %d; ending", path, trainer.global_step)

@@ -14,7 +14,7 @@ from lightning_peft.checkpoint import atomic_file
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["FILE", "SupersededFiles", "link_as_last"]
+__all__ = ["FILE", "SupersededFiles", "link_as_last", "link_checkpoint"]
 
 #: Name of the checkpoint. It is saved in the folder of the trainer's ModelCheckpoint.
 FILE = "sigterm.ckpt"
@@ -26,11 +26,17 @@ def link_as_last(path: Path, trainer: pl.Trainer) -> Path:
     Lightning takes the newest file whose name starts as that of ModelCheckpoint's last file.
     """
     last = getattr(trainer.checkpoint_callback, "CHECKPOINT_NAME_LAST", "last")
-    link = path.with_name(f"{last}-{path.name}")
+    return link_checkpoint(path, path.with_name(f"{last}-{path.name}"))
+
+
+def link_checkpoint(path: Path, link: Path) -> Path:
+    """Give a checkpoint another name, which replaces what has that name; return the new name."""
     _remove(link)
+    link.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.is_dir():
-            link.symlink_to(path.name, target_is_directory=True)
+            near = path.name if path.parent == link.parent else path.absolute()
+            link.symlink_to(near, target_is_directory=True)
         else:
             os.link(path, link)
     except OSError:  # a file system without links

@@ -195,8 +195,13 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def temporary_path(target: Path) -> Path:
-    """Return the path beside `target` to write to first; it names this process."""
-    return target.with_name(f".{target.name}.tmp-{_HOST}-{os.getpid()}")
+    """Return the path beside `target` to write to first; it names this process.
+
+    Under SLURM, Lightning reads numbers from every file name with ``ckpt_``. A temporary file must
+    not be taken for a checkpoint.
+    """
+    name = target.name.replace("ckpt_", "ckpt-")
+    return target.with_name(f".{name}.tmp-{_HOST}-{os.getpid()}")
 
 
 def remove_stale(directory: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +28,12 @@ from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.checkpoint.masked_weights import masked_as_stored
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.rng_state import gather_rng_states, restore_rng
+from lightning_peft.checkpoint.shard_folder import is_folder, read_folder
 from lightning_peft.checkpoint.sharded import (
     gather_optimizers,
     gather_shards,
     gather_tensors,
-    is_folder,
     optimizer_shard,
-    read_folder,
     shard_optimizer_state,
     tensor_shards,
 )
@@ -255,7 +253,7 @@ def _read(source: str, weights_only: bool) -> dict[str, Any]:
     if atomic_file.is_local(source):
         atomic_file.recover(source)
     if is_folder(source):
-        checkpoint = read_folder(Path(source))
+        checkpoint = read_folder(source)
     else:
         checkpoint = atomic_file.read(source, weights_only=weights_only)
     if _WEIGHTS not in checkpoint:

@@ -1,15 +1,15 @@
 """A checkpoint in shards, one per rank, and the complete file that they form.
 
 A piece holds this process's rows of everything a checkpoint holds of the model, and its part of the
-optimizers' state. Pieces are joined in memory for a file, or written beside each other as a folder
-(`piece-<rank>.pt` and, last, `meta.pt`). The whole is what a single process would have written, so
-any strategy reads it, on any number of processes.
+optimizers' state. Pieces are joined in memory for a file, or written as a folder (`shard_folder`).
+The result is what a single process would have written, so any strategy reads it, on any number of
+processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +17,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.checkpoint import atomic_file
-from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.optim import PooledOptimizer, join_shards, shard
 from lightning_peft.optim.state_pool import local
 from lightning_peft.storage.dtensor import local_rows
 
 __all__ = [
+    "OwnRows",
     "gather_optimizers",
     "gather_shards",
     "gather_tensors",
-    "is_folder",
     "optimizer_shard",
-    "prune",
-    "read_folder",
+    "own_part",
     "shard_optimizer_state",
     "tensor_shards",
-    "write_folder",
 ]
 
-_META = "meta.pt"
-_SHARDED = ("state_dict", "optimizer_states")
 Shard = dict[str, Any]
 
 
@@ -90,28 +84,77 @@ def gather_shards(own: Shard) -> list[Shard]:
     return shards or []
 
 
-def gather_tensors(shards: Sequence[Shard]) -> dict[str, Tensor]:
-    """The whole tensors."""
-    whole = {}
+@dataclass(frozen=True)
+class OwnRows:
+    """The rows of sharded tensors that one rank holds.
+
+    Attributes:
+        index: Position of the rank among those that a tensor is cut over.
+        count: Number of these ranks.
+        names: Keys of the sharded tensors of a state dict; other tensors are held by every rank.
+    """
+
+    index: int
+    count: int
+    names: frozenset[str]
+
+    def of(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the first row and the number of rows, as `torch.chunk` cuts them."""
+        size = -(-shape[0] // self.count)
+        first = min(self.index * size, shape[0])
+        return first, min(size, shape[0] - first)
+
+
+def gather_tensors(shards: Sequence[Shard], own: OwnRows | None = None) -> dict[str, Tensor]:
+    """Join the shards of a state dict.
+
+    Args:
+        shards: One per rank that wrote.
+        own: If given, only these rows are read; the other rows of a sharded tensor are zero, and
+            take no memory.
+    """
+    full = {}
     for name, first in shards[0].items():
-        if list(first["rows"].shape) == first["shape"]:  # one process holds all, or all hold it
-            whole[name] = first["rows"]
+        shape = first["shape"]
+        limited = own is not None and name in own.names and bool(shape)
+        if list(first["rows"].shape) == shape and not limited:  # every process holds all rows
+            full[name] = first["rows"]
             continue
-        out = torch.empty(first["shape"], dtype=first["rows"].dtype)
-        for piece in shards:
-            rows = piece[name]["rows"]
-            out[piece[name]["first"] : piece[name]["first"] + rows.shape[0]] = rows
-        whole[name] = out
-    return whole
+        start, rows = own.of(shape) if limited and own is not None else (0, shape[0])
+        parts = [(piece[name]["first"], piece[name]["rows"]) for piece in shards]
+        full[name] = _join_rows(parts, shape, first["rows"].dtype, start, start + rows)
+    return full
 
 
-def gather_optimizers(shards: Sequence[Shard]) -> dict[str, Any]:
-    """The state dict that one process would have had."""
-    states = {key: _join([piece["state"][key] for piece in shards]) for key in shards[0]["state"]}
+def _join_rows(
+    parts: Sequence[tuple[int, Tensor]],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Return a tensor whose rows from `start` to `stop` come from the parts; zero elsewhere."""
+    out = torch.zeros(shape, dtype=dtype)
+    for first, rows in parts:
+        low, high = max(start, first), min(stop, first + rows.shape[0])
+        if low < high:
+            out[low:high] = rows[low - first : high - first]
+    return out
+
+
+def gather_optimizers(shards: Sequence[Shard], own: OwnRows | None = None) -> dict[str, Any]:
+    """Join the shards of an optimizer's state dict.
+
+    Args:
+        shards: One per rank that wrote.
+        own: If given, only these rows are read, except for 8-bit state, which is read completely.
+    """
+    keys = shards[0]["state"]
+    states = {key: _join([piece["state"][key] for piece in shards], own) for key in keys}
     return {"state": states, "param_groups": shards[0]["param_groups"]}
 
 
-def _join(parts: Sequence[Shard]) -> dict[str, Any]:
+def _join(parts: Sequence[Shard], own: OwnRows | None) -> dict[str, Any]:
     shape, one = parts[0]["shape"], parts[0]["state"]
     n = torch.Size(shape).numel()
     if "state1" in one:
@@ -119,17 +162,31 @@ def _join(parts: Sequence[Shard]) -> dict[str, Any]:
             return dict(one)
         held = sorted((p for p in parts if p["state"]["state1"].numel()), key=lambda p: p["first"])
         return join_shards([p["state"] for p in held], exact=True)
-    whole: dict[str, Any] = {}
+    full: dict[str, Any] = {}
     for name, value in one.items():
-        if not isinstance(value, Tensor) or value.ndim == 0 or list(value.shape) == shape:
-            whole[name] = value
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            full[name] = value
             continue
-        out = torch.empty(n, dtype=value.dtype)
-        for part in parts:
-            flat = part["state"][name].reshape(-1)
-            out[part["first"] : part["first"] + flat.numel()] = flat
-        whole[name] = out.view(shape)
-    return whole
+        if list(value.shape) == shape and own is None:
+            full[name] = value
+            continue
+        width = n // shape[0] if shape[0] else 0
+        first, rows = (0, shape[0]) if own is None else own.of(shape)
+        flat = [(part["first"], part["state"][name].reshape(-1)) for part in parts]
+        joined = _join_rows(flat, [n], value.dtype, first * width, (first + rows) * width)
+        full[name] = joined.view(shape)
+    return full
+
+
+def own_part(checkpoint: Mapping[str, Any], own: OwnRows) -> dict[str, Any]:
+    """Return a checkpoint of one file, of whose sharded weights only this rank's rows are read."""
+    shard = {
+        name: {"shape": list(t.shape), "first": 0, "rows": t}
+        for name, t in checkpoint["state_dict"].items()
+        if isinstance(t, Tensor)
+    }
+    weights = {**checkpoint["state_dict"], **gather_tensors([shard], own)}
+    return {**checkpoint, "state_dict": weights}
 
 
 # ---- given out
@@ -182,79 +239,3 @@ def _like(p: Tensor, part: Tensor) -> Tensor:
         stride=p.stride(),
     )
     return made
-
-
-# ---- as a folder
-
-
-def is_folder(path: Any) -> bool:
-    """Whether a path is a checkpoint in shards."""
-    return atomic_file.is_local(path) and Path(path).is_dir()
-
-
-def write_folder(checkpoint: Mapping[str, Any], temporary: Path, target: Path) -> None:
-    """Write shards into a temporary folder; rename it when every rank has written its shard.
-
-    Every rank must call it, with the same paths.
-    """
-    if dist.get_rank() == 0 and target.parent.exists():
-        atomic_file.remove_stale(target.parent)
-    try:
-        _fill_folder(checkpoint, temporary)
-    except BaseException:  # of any rank, which may be dead
-        if dist.get_rank() == 0:
-            atomic_file.remove(temporary)
-        raise
-    if dist.get_rank() == 0:
-        atomic_file.publish(temporary, target)
-
-
-def _fill_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Write this rank's shard and, on rank 0, what the shards have in common."""
-    own = {key: checkpoint[key] for key in _SHARDED if key in checkpoint}
-    error: Exception | None = None
-    try:
-        atomic_file.write(own, folder / f"piece-{dist.get_rank()}.pt")
-    except Exception as caught:
-        error = caught
-    raise_on_all_ranks(error, f"saving {folder}")
-    if dist.get_rank() == 0:
-        common = {key: value for key, value in checkpoint.items() if key not in _SHARDED}
-        ranks = dist.get_world_size()
-        atomic_file.write({**common, "shards": ranks}, folder / _META)
-        prune(folder, ranks)
-
-
-def prune(folder: Path, shards: int) -> None:
-    """Remove what an interrupted save left: shards of more processes than there are."""
-    kept = {_META, *(f"piece-{rank}.pt" for rank in range(shards))}
-    for file in folder.iterdir():
-        if file.name not in kept:
-            file.unlink()
-
-
-def read_folder(path: Path) -> dict[str, Any]:
-    """The whole checkpoint from its shards.
-
-    Raises:
-        ValueError: a piece is missing or cannot be read.
-    """
-    if not (path / _META).exists():
-        raise ValueError(
-            f"{path}: expected a folder with {_META}, which is written last, got "
-            f"{sorted(p.name for p in path.iterdir())[:10]}; it was never finished: take another "
-            "checkpoint"
-        )
-    meta = atomic_file.read(path / _META)
-    files = [path / f"piece-{rank}.pt" for rank in range(meta.pop("shards"))]
-    missing = [f.name for f in files if not f.exists()]
-    if missing:
-        raise ValueError(f"{path}: expected {len(files)} shards, {missing} are missing")
-    shards = [atomic_file.read(f) for f in files]
-    meta["state_dict"] = gather_tensors([p["state_dict"] for p in shards])
-    if "optimizer_states" in shards[0]:
-        count = len(shards[0]["optimizer_states"])
-        meta["optimizer_states"] = [
-            gather_optimizers([p["optimizer_states"][i] for p in shards]) for i in range(count)
-        ]
-    return meta

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["check_same_on_all_ranks", "raise_on_all_ranks"]
+__all__ = ["check_same_on_all_ranks", "gather_from_all_ranks", "raise_on_all_ranks"]
 
 
-def _gathered(own: object) -> list[Any]:
+def gather_from_all_ranks(own: object) -> list[Any]:
+    """Return every rank's value by rank; this process's alone if there is no process group."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [own]
     answers: list[Any] = [None] * dist.get_world_size()
@@ -24,7 +26,7 @@ def raise_on_all_ranks(error: Exception | None, what: str) -> None:
     Raises:
         RuntimeError: another process failed, with its rank and message.
     """
-    answers = _gathered(None if error is None else f"{type(error).__name__}: {error}")
+    answers = gather_from_all_ranks(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, text in enumerate(answers):
@@ -32,13 +34,22 @@ def raise_on_all_ranks(error: Exception | None, what: str) -> None:
             raise RuntimeError(f"{what}: expected no error on any process, rank {rank} got {text}")
 
 
+def _hash_of(data: Mapping[str, Any]) -> str:
+    text = "\n".join(f"{key}: {data[key]!r}" for key in sorted(data))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_same_on_all_ranks(own: Mapping[str, Any], what: str, advice: str) -> None:
     """Compare plain data between all processes.
+
+    Hashes are sent first, and the data only if they differ.
 
     Raises:
         RuntimeError: on every process, with the first entries that differ and who has what.
     """
-    answers = _gathered(dict(own))
+    if len(set(gather_from_all_ranks(_hash_of(own)))) == 1:
+        return
+    answers = gather_from_all_ranks(dict(own))
     first, lines = answers[0], []
     for rank, other in enumerate(answers[1:], 1):
         for key in sorted(set(first) | set(other)):

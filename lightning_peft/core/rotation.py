@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_peft.core.input_dtype import to_adapter_dtype
 
-__all__ = ["BlockRotation", "Rotation"]
+__all__ = ["BlockRotation", "Rotation", "neumann"]
 
 
 class Rotation(Protocol):
@@ -107,3 +107,22 @@ def _by_stretches(x: Tensor, blocks: Tensor) -> Tensor:
     n, k, _ = blocks.shape
     y = torch.bmm(x.reshape(-1, n, k).transpose(0, 1), blocks)
     return y.transpose(0, 1).reshape(x.shape)
+
+
+def neumann(Q: Tensor, terms: int) -> Tensor:
+    """(I + Q)(I − Q)⁻¹ as a series: I + 2Q + 2Q² + … + Qⁿ, `terms` terms in all.
+
+    3 terms are computed as 4, as in peft.
+    """
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    if terms == 5:  # (I + Q²)(I + 2Q + Q²): two products instead of three
+        square = Q @ Q
+        half = torch.add(eye + square, Q, alpha=2)
+        return torch.baddbmm(half, square, half) if Q.ndim == 3 else torch.addmm(half, square, half)
+    R, power = eye.expand_as(Q), Q
+    terms = 4 if terms == 3 else terms
+    for i in range(1, terms):
+        power = power if i == 1 else power @ Q
+        last = i == terms - 1 and i > 1
+        R = torch.add(R, power, alpha=1 if last else 2)
+    return R

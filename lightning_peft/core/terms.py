@@ -195,7 +195,8 @@ class Kronecker:
     def matrix(self) -> Tensor:
         """ΔW, formed."""
         if self.C.ndim == 2:
-            return self.scaling * torch.kron(self.C, self.D)
+            # torch.kron views its result by shape, which fails on some strides.
+            return self.scaling * torch.kron(self.C.contiguous(), self.D.contiguous())
         product = torch.einsum("...ac,...bd->...abcd", self.C, self.D)
         return self.scaling * product.flatten(-4, -3).flatten(-2)
 

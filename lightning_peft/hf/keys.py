@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.layouts import layout_for
-from lightning_peft.layers import adaptable, ops_for
+from lightning_peft.hf.targets import targeted_weights
+from lightning_peft.layers import adaptable, ops_for, parameter_ops
 from lightning_peft.methods.base import HFEntry, HFFormat
 from lightning_peft.models.modules import hf_models
 from lightning_peft.models.target_modules import bypassed
@@ -65,7 +67,11 @@ class Reading:
 
 
 def read_keys(
-    fmt: HFFormat, tensors: Mapping[str, Tensor], top: nn.Module, prefix: str, saved: Iterable[str]
+    fmt: HFFormat,
+    tensors: Mapping[str, Tensor],
+    top: nn.Module,
+    prefix: str,
+    config: Mapping[str, Any],
 ) -> Reading:
     """Sort a file's tensors by place in the model.
 
@@ -74,13 +80,13 @@ def read_keys(
         tensors: As in the file, in current layer names.
         top: The module whose names the file uses.
         prefix: Its name in the caller's model.
-        saved: ``modules_to_save`` of the config.
+        config: As in adapter_config.json.
 
     Raises:
         ValueError: tensors for a module that is not there or cannot hold them, with the list.
     """
     reading = Reading()
-    groups = _groups(fmt, tensors, top, tuple(saved), reading)
+    groups = _groups(fmt, tensors, top, tuple(config.get("modules_to_save") or ()), reading)
     modules = dict(top.named_modules())
     unknown = sorted(p for p in groups if _split(p, modules)[0] not in modules)
     if unknown:
@@ -106,7 +112,7 @@ def read_keys(
         if name in unread and _no_change(places):
             reading.notes.append(f"{name}: left out, its change is 0 ({unread[name]})")
             continue
-        _read_module(fmt, name, modules[name], places, prefix, reading, problems)
+        _read_module(fmt, name, modules[name], places, prefix, config, reading, problems)
     if problems:
         raise ValueError("adapter file: nothing was loaded:\n  " + "\n  ".join(problems[:20]))
     return reading
@@ -173,18 +179,21 @@ def _read_module(
     module: nn.Module,
     places: Mapping[str, Mapping[str, Tensor]],
     prefix: str,
+    config: Mapping[str, Any],
     reading: Reading,
     problems: list[str],
 ) -> None:
-    ops = ops_for(module)
-    if ops is None or not adaptable(module):
+    ops, named = parameter_ops(module), targeted_weights(config)
+    single = [] if ops is None else [w for w in ops.parameters(module) if named(f"{name}.{w}")]
+    if ops is None or not (single or adaptable(module)):
         problems.append(
             f"{name}: expected a layer whose weight can be adapted, got {type(module).__name__}"
         )
         return
-    layout = layout_for(ops, module)
+    layout = layout_for(ops, module, config.get("peft_version"))
+    reading.notes += [f"{name}: {note}" for note in [layout.note] if note]
     try:
-        weights = layout.weights_by_path(places)
+        weights = layout.weights_by_path(places, single)
     except ValueError as error:
         problems.append(f"{name}: {error}")
         return
@@ -195,7 +204,7 @@ def _read_module(
         if reason:
             problems.append(f"{site.label}: {reason}; exclude the layer")
             continue
-        entry = HFEntry(name, site, layout, None, {})
+        entry = HFEntry(name, site, layout, None, {}, by_weight=parameter in single)
         _add_tensors(entry, fmt, found, problems)
         reading.entries.append(entry)
 
@@ -208,7 +217,7 @@ def _add_tensors(
     entry: HFEntry, fmt: HFFormat, found: Mapping[str, Tensor], problems: list[str]
 ) -> None:
     """Give the entry the file's tensors under our names, in canonical axes."""
-    ours = {fmt.name(entry.site, name): name for name in fmt.tensors}
+    ours = {fmt.name(entry, name): name for name in fmt.tensors}
     for theirs, tensor in found.items():
         name = ours.get(theirs)
         if name is None:

@@ -38,7 +38,7 @@ from lightning_peft.hf.values import (
     has_separate_copies,
     saved_modules,
 )
-from lightning_peft.layers import adaptable, ops_for
+from lightning_peft.layers import adaptable, ops_for, parameter_ops
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -171,10 +171,9 @@ def _load(
 def _read(source: Source) -> Reading:
     """Sort the file's tensors and compare the adapted layers with the config's targets."""
     fmt, config = source.format, source.config
-    saved = config.get("modules_to_save") or ()
     rows, tensors = split_token_rows(source.tensors)
     norms, tensors = split_norm_layers(tensors)
-    reading = read_keys(fmt, tensors, source.top, source.prefix, saved)
+    reading = read_keys(fmt, tensors, source.top, source.prefix, config)
     reading.rows, reading.norms = rows, norms
     reading.notes += source.notes
     if issubclass(source.method, TrainableTokens):
@@ -192,12 +191,14 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
         fields["target_modules"] = source.config.get("target_modules")
     if issubclass(source.method, NormTuning):
         layers = dict(source.top.named_modules())
-        unknown = [n for n in reading.norms if "norm" not in type(layers.get(n)).__name__.lower()]
+        unknown = [n for n in reading.norms if n not in layers or list(layers[n].children())]
         if unknown or not reading.norms:
             raise ValueError(
-                f"adapter file: LN_TUNING: expected normalisation layers of "
-                f"{type(source.top).__name__}, got {unknown[:5] or 'none'}; nothing was loaded"
+                f"adapter file: LN_TUNING: expected layers of {type(source.top).__name__} without "
+                f"parts, got {unknown[:5] or 'none'}; nothing was loaded"
             )
+        norms = ["norm" in type(layers[n]).__name__.lower() for n in reading.norms]
+        fields["any_layer"] = not all(norms)
         fields["target_modules"] = [join(source.prefix, name) for name in reading.norms]
     if reading.entries:
         fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
@@ -304,12 +305,12 @@ def _expected_targets(
     """Yield the names of the layers, and of single weights, that the config targets."""
     wants, named = targeted(source.config, source.top), targeted_weights(source.config)
     for name, module in modules.items():
-        if not name or name in unread or not adaptable(module):
+        if not name or name in unread:
             continue
-        if wants(name, module):
+        if adaptable(module) and wants(name, module):
             yield name
             continue
-        ops = ops_for(module)
+        ops = parameter_ops(module)
         weights = () if ops is None else ops.parameters(module)
         yield from (f"{name}.{w}" for w in weights if named(f"{name}.{w}"))
 

@@ -16,6 +16,7 @@ from lightning_peft.adapters.intact import check_intact
 from lightning_peft.core.modules import is_conv1d, tied_modules
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
+from lightning_peft.core.site import Site
 from lightning_peft.hf.config import base_config
 from lightning_peft.hf.files import BATCHES, write_adapter, write_tensors
 from lightning_peft.hf.hub import upload
@@ -43,7 +44,7 @@ from lightning_peft.methods.base import (
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
-from lightning_peft.storage import storage_for
+from lightning_peft.storage import storage_for, storage_of
 
 __all__ = ["save_adapter"]
 
@@ -105,7 +106,7 @@ def save_adapter(
     if fmt.tensors:
         _name_targets(top, entries, config)
     tensors = _file_tensors(fmt, entries)
-    _add_shared(found, fmt, tensors)
+    _add_shared(found, fmt, entries, config, tensors)
     _add_biases(found, tensors)
     add_token_rows(top, found, method, config, tensors)
     add_norm_layers(top, found, config, tensors)
@@ -255,7 +256,32 @@ def _entries(
         entries.append(
             HFEntry(path, site, layout, method, dict(packed), own=own, by_weight=by_weight)
         )
-    return entries
+    return [*entries, *_unchanged_weights(entries)]
+
+
+def _unchanged_weights(entries: list[HFEntry]) -> list[HFEntry]:
+    """Changes of 0 for the other weights of modules that peft adapts as a whole."""
+    by_module: dict[int, list[HFEntry]] = {}
+    for e in entries:
+        if e.layout.adapts_all_weights:
+            by_module.setdefault(id(e.site.module), []).append(e)
+    found = []
+    for group in by_module.values():
+        (e, *_), have = group, {each.site.parameter for each in group}
+        for weight in e.site.ops.parameters(e.site.module):
+            if weight in have:
+                continue
+            storage = storage_of(e.site.module, weight)
+            site = Site(e.site.module, weight, e.site.name, e.site.ops, storage)
+            r = e.tensors["A"].shape[0]
+            tensors = {
+                "A": torch.zeros(r, site.in_features),
+                "B": torch.zeros(site.out_features, r),
+            }
+            if "bias_B" in e.tensors:
+                tensors["bias_B"] = torch.zeros(site.out_features)
+            found.append(HFEntry(e.path, site, e.layout, e.method, tensors, own=tensors))
+    return found
 
 
 def _name_targets(top: nn.Module, entries: list[HFEntry], config: dict[str, Any]) -> None:
@@ -268,6 +294,7 @@ def _name_targets(top: nn.Module, entries: list[HFEntry], config: dict[str, Any]
     if parameters:
         config["target_parameters"] = sorted(parameters)
         _check_target_parameters(config, sorted(parameters))
+        _check_recurrent_biases(config, entries)
     if "fan_in_fan_out" in config:  # peft's word for GPT-2's [in, out] weights
         config["fan_in_fan_out"] = any(is_conv1d(e.site.module) for e in entries)
 
@@ -282,13 +309,23 @@ def _check_target_parameters(config: dict[str, Any], names: list[str]) -> None:
     for key in ("use_dora", "lora_bias", *(["peft_type"] if other else [])):
         if config.get(key):
             raise ValueError(
-                f"save_adapter: expected no weight of experts, routers or layers of their old "
-                f"names under {key}={config[key]}, got {names[:3]}: peft 0.21 cannot adapt a "
-                "weight so; exclude them (exclude_modules), or keep the adapter with "
+                "save_adapter: expected layers that peft adapts as modules under "
+                f"{key}={config[key]}, got {names[:3]}, which it adapts as single weights, by "
+                "plain LoRA only; exclude them (exclude_modules), or keep the adapter with "
                 "adapter_state_dict()"
             )
     if config.get("lora_dropout"):
         config["lora_dropout"] = 0.0
+
+
+def _check_recurrent_biases(config: Mapping[str, Any], entries: list[HFEntry]) -> None:
+    recurrent = [e.path for e in entries if e.layout.kind == "recurrent"]
+    if recurrent and config.get("bias", "none") != "none":
+        raise ValueError(
+            f"save_adapter: {recurrent[0]!r}: expected bias='none' next to a recurrent layer, got "
+            f"bias={config['bias']!r}: peft 0.21 takes its switch for biases for a tensor and "
+            "cannot read the file; keep the adapter with adapter_state_dict()"
+        )
 
 
 def _places(entries: list[HFEntry]) -> dict[int, dict[str, str]]:
@@ -309,12 +346,22 @@ def _file_tensors(fmt: HFFormat, entries: list[HFEntry]) -> dict[str, Tensor]:
         parameter = e.site.parameter
         head = tensor_prefix(e.path, places[id(e.site.module)].get(parameter, ""))
         for name, tensor in fmt.oriented(e).items():
-            key = f"{head.removesuffix('.')}.{fmt.name(e.site, name)}"
+            key = f"{head.removesuffix('.')}.{fmt.name(e, name)}"
             tensors[key] = e.layout.to_peft(parameter, fmt.axes.get(name, ""), tensor)
     return tensors
 
 
-def _add_shared(found: _Found, fmt: HFFormat, tensors: dict[str, Tensor]) -> None:
+def _add_shared(
+    found: _Found,
+    fmt: HFFormat,
+    entries: list[HFEntry],
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    if fmt.pack_shared is not None:
+        own = {k: t for _, _, a in found for k, t in a.tensors().items() if k in fmt.prefix}
+        tensors |= fmt.pack_shared(entries, own, config)
+        return
     for _, _, adapter in found:
         own = adapter.tensors()
         if isinstance(adapter, PromptAdapter):

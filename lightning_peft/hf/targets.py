@@ -174,6 +174,7 @@ def exact_targets(model: nn.Module, sites: Sequence[Site]) -> list[str] | str:
         name
         for name, found in modules.items()
         if len(found) == len(found[0].ops.parameters(found[0].module))
+        and ops_for(found[0].module) is not None
     }
     if len(whole) == len(modules):
         return compact(model, whole)

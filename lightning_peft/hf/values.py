@@ -15,7 +15,6 @@ from lightning_peft.adapters.placement.placement import (
 )
 from lightning_peft.core.modules import parameter_at, persistent_buffers
 from lightning_peft.core.names import in_adapter, join
-from lightning_peft.core.site import Site
 from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
@@ -291,7 +290,7 @@ class ValueMatcher:
         extra = sorted(set(tensors) - set(initial) - set(buffers))
 
         def named(name: str) -> str:
-            return f"{entry.path}.{_peft_name(fmt, site, name)}"
+            return f"{entry.path}.{_peft_name(fmt, entry, name)}"
 
         problems = [f"missing {named(k)}" for k in wanted if k not in tensors]
         problems += [f"extra {named(k)}" for k in extra]
@@ -299,7 +298,7 @@ class ValueMatcher:
             if name in known and tensor.shape != known[name].shape:
                 axes = fmt.axes.get(name, "")
                 expected = entry.layout.to_peft(site.parameter, axes, known[name]).shape
-                got = entry.shapes.get(_peft_name(fmt, site, name), tuple(tensor.shape))
+                got = entry.shapes.get(_peft_name(fmt, entry, name), tuple(tensor.shape))
                 problems.append(f"{named(name)}: expected shape {list(expected)}, got {list(got)}")
         return problems
 
@@ -328,6 +327,6 @@ def _initial_tensors(method: Method, placement: Placement) -> Mapping[str, Tenso
     return {}
 
 
-def _peft_name(fmt: HFFormat, site: Site, name: str) -> str:
+def _peft_name(fmt: HFFormat, entry: HFEntry, name: str) -> str:
     """Return peft's name of our tensor; our own for one that the table does not list."""
-    return fmt.name(site, name) if name in fmt.tensors else name
+    return fmt.name(entry, name) if name in fmt.tensors else name

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.conv import ConvOps
+from lightning_peft.layers.direct_parameters import DirectParametersOps, direct_matrices
 from lightning_peft.layers.embedding import EmbeddingOps
 from lightning_peft.layers.experts.ops import ExpertsOps, is_experts
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
@@ -17,9 +18,17 @@ from lightning_peft.layers.recurrent import RecurrentOps
 from lightning_peft.layers.router import RouterOps, is_router
 from lightning_peft.storage.unknown import computed_weight
 
-__all__ = ["PLAIN", "adaptable", "editable_ops", "ops_for", "register_layer", "uneditable"]
+__all__ = [
+    "PLAIN",
+    "adaptable",
+    "editable_ops",
+    "ops_for",
+    "parameter_ops",
+    "register_layer",
+    "uneditable",
+]
 
-_CONV, _RECURRENT = ConvOps(), RecurrentOps()
+_CONV, _RECURRENT, _DIRECT = ConvOps(), RecurrentOps(), DirectParametersOps()
 
 #: Qualified class name → ops. By name, so that no optional package is imported to look one up.
 _BY_CLASS: dict[str, LayerOps] = {
@@ -89,6 +98,16 @@ def ops_for(module: nn.Module) -> LayerOps | None:
         if ops is not None:
             return ops
     return next((ops for test, ops in _BY_TEST if test(module)), None)
+
+
+def parameter_ops(module: nn.Module) -> LayerOps | None:
+    """Ops for single weights of a module: those of its kind, or of its own parameters.
+
+    None if it has none that could be named.
+    """
+    if uneditable(module):
+        return None
+    return ops_for(module) or (_DIRECT if direct_matrices(module) else None)
 
 
 def editable_ops(module: nn.Module) -> LayerOps | None:

@@ -16,7 +16,7 @@ from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFEntry, HFFormat, StepContext, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_bias
+from lightning_peft.methods.checks import empty_like_site, require, require_bias, require_shape
 from lightning_peft.methods.registry import register
 
 __all__ = ["AdaLoRA"]
@@ -40,8 +40,9 @@ def _unpack(
     n = int(kept.sum())
     if not {"A", "B", "E"} <= set(p):
         return dict(p)
-    if p["A"].shape[0] != n or p["B"].shape[1] != n or p["E"].numel() != n:
+    if p["A"].shape[0] != n or p["B"].shape[1] != n:
         raise ValueError(f"expected {n} triplets by rank_pattern")
+    require_shape("lora_E", p["E"], (n, 1))
     A = torch.zeros(len(kept), p["A"].shape[1], dtype=p["A"].dtype)
     B = torch.zeros(p["B"].shape[0], len(kept), dtype=p["B"].dtype)
     E = torch.zeros(len(kept), dtype=p["E"].dtype)
@@ -165,6 +166,7 @@ class AdaLoRA(WeightMethod):
         to_config=_to_config,
         from_config=_from_config,
         kinds=("Linear", "Conv1D", "Conv2d"),
+        follows=("dilation",),
         refuse=_refuse,
     )
 

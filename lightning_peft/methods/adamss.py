@@ -107,6 +107,8 @@ class AdaMSS(WeightMethod):
         fixed={"init_weights": "orthogonal", "use_asa": False, "use_dynamic_rank": False},
         defaults={"r": 100, "num_subspaces": 5, "subspace_rank": 1, "random_seed": 0},
         ignored=(
+            # Both act in training, or at the start, alone: the tensors say what became of it.
+            *("use_asa", "use_dynamic_rank"),
             *("init_weights", "asa_target_subspaces", "init_warmup", "final_warmup"),
             *("mask_interval", "asa_importance_beta", "asa_uncertainty_beta"),
             *("asa_schedule_exponent", "svd_threshold"),

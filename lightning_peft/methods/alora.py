@@ -15,7 +15,7 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, NotMergeable, Term
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import refuse_all_but_features
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
 
@@ -78,7 +78,7 @@ class ALoRA(LoRA):
         LoRA.hf,
         config={**LoRA.hf.config, "invocation_tokens": "alora_invocation_tokens"},
         when={**LoRA.hf.when, "alora_invocation_tokens": True},
-        refuse=refuse_all_but_linear,
+        refuse=refuse_all_but_features,
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,14 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
     fields = {
         ours: blocks[theirs] for ours, theirs in _KEYS.items() if blocks.get(theirs) is not None
     }
-    return {**lora_exchange.from_config(config, entries), **fields}
+    return {**lora_exchange.from_config(config, entries, reduces=False), **fields}
+
+
+def _unpack(
+    method: BDLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """A and B as they are: blocks have no product to reduce a rank by."""
+    return dict(p)
 
 
 @register
@@ -71,9 +78,12 @@ class BDLoRA(LoRA):
     nblocks: int = 1
     match_strict: bool = True
 
+    limits_rank: ClassVar[bool] = False  # the product of two blocks may need it
+
     hf = dataclasses.replace(
         LoRA.hf,
         when={**LoRA.hf.when, "use_bdlora": True},
+        unpack=_unpack,
         to_config=_to_config,
         from_config=_from_config,
         uniform=None,

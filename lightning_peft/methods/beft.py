@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat
-from lightning_peft.methods.checks import require
+from lightning_peft.methods.checks import require, require_shape
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.registry import register
 
@@ -24,6 +24,8 @@ def _pack(method: BEFT, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor
 def _unpack(
     method: BEFT, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
+    for t in p.values():
+        require_shape("beft_bias", t, (1, site.out_features))
     return {k: t.reshape(-1) for k, t in p.items()}
 
 

@@ -13,7 +13,13 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_bias
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    require,
+    require_bias,
+    require_shape,
+)
+from lightning_peft.methods.exchange import refuse_uneven_conv2d
 from lightning_peft.methods.registry import register
 
 __all__ = ["BOFT", "butterfly"]
@@ -28,13 +34,20 @@ def butterfly(n: int, blocks: int, size: int) -> Tensor:
 
 
 def _pack(method: BOFT, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"R": p["R"], "s": p["s"].unsqueeze(1)}
+    return {"R": p["R"], "s": p["s"].reshape(_scale_shape(site))}
 
 
 def _unpack(
     method: BOFT, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
+    if "s" in p:
+        require_shape("boft_s", p["s"], _scale_shape(site))
     return {k: t.reshape(-1) if k == "s" else t for k, t in p.items()}
+
+
+def _scale_shape(site: Site) -> tuple[int, int]:
+    """[out, 1], and [1, out] on a convolution."""
+    return (1, site.out_features) if site.kernel_size else (site.out_features, 1)
 
 
 def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
@@ -73,7 +86,6 @@ class BOFT(WeightMethod):
     hf = HFFormat(
         peft_type="BOFT",
         tensors={"R": "boft_R", "s": "boft_s"},
-        axes={"s": "vector"},
         config={
             "bias": "bias",
             "block_size": "boft_block_size",
@@ -94,7 +106,7 @@ class BOFT(WeightMethod):
         unpack=_unpack,
         from_config=_from_config,
         kinds=("Linear", "Conv2d"),
-        unequal={"Conv2d": "peft's BOFT unfolds the patches of a convolution in another order"},
+        refuse=refuse_uneven_conv2d,
     )
 
     def __post_init__(self) -> None:

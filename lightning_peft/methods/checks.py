@@ -72,6 +72,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError where a tensor of a file has another shape than `shape`."""
+    require(
+        tuple(t.shape) == tuple(shape),
+        f"expected {name} of shape {list(shape)}, got {list(t.shape)}",
+    )
+
+
 def require_bias(label: str, bias: str, only: str) -> None:
     """Raise ValueError unless `bias` is none, all, or the word for those of adapted layers."""
     require(

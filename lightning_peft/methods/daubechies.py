@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 __all__ = ["FAMILIES", "synthesis", "synthesis_filters"]
 
-#: Name → vanishing moments; filters have twice as many taps.
-FAMILIES = {f"db{n}": n for n in range(1, 11)}
+#: Name → vanishing moments; filters have twice as many taps. The symlets of 2 and 3 are the same.
+FAMILIES = {f"db{n}": n for n in range(1, 11)} | {"sym2": 2, "sym3": 3}
 
 
 def _roots(coefficients: list[complex]) -> list[complex]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.core.site import Site
 
@@ -26,6 +26,7 @@ __all__ = [
     "LayerLayout",
     "refuse_all_but_features",
     "refuse_all_but_linear",
+    "refuse_uneven_conv2d",
 ]
 
 
@@ -37,11 +38,21 @@ class LayerLayout(Protocol):
         """The layer kind in peft's words: ``"Linear"``, ``"Conv1D"``, ``"Embedding"`` …"""
         ...
 
+    @property
+    def geometry(self) -> Mapping[str, str]:
+        """Options of the layer that not every type of peft follows → what peft does instead."""
+        ...
+
+    @property
+    def adapts_all_weights(self) -> bool:
+        """True if peft adapts all weights of the module at once, and warns of missing ones."""
+        ...
+
     def nested_paths(self, adapted: Sequence[str]) -> dict[str, str]:
         """Map each weight to the path below the module that its tensors have in a file."""
         ...
 
-    def swaps_factors(self, name: str) -> bool:
+    def swaps_factors(self, name: str, *, by_weight: bool = False) -> bool:
         """True if peft reads the weight as its transpose, so that ΔW = B A is (Bᵀ)(Aᵀ) there."""
         ...
 
@@ -70,6 +81,26 @@ def refuse_all_but_linear(method: object, site: Site) -> str:
     if type(site.module).__name__.endswith("Conv1D") and hasattr(site.module, "nf"):
         return "peft adapts nn.Linear only, not GPT-2's Conv1D"
     return refuse_all_but_features(method, site)
+
+
+def refuse_uneven_conv2d(method: object, site: Site) -> str:
+    """Why a type of peft that forms W' of a Conv2d for one stride, one padding and a square kernel
+    cannot take this one.
+    """
+    m = site.module
+    if not isinstance(m, nn.Conv2d):
+        return ""
+    if m.groups > 1:
+        return "peft adapts no convolution with groups here"
+    if isinstance(m.padding, str):
+        return f"peft adapts no convolution with padding={m.padding!r} here"
+    for name in ("kernel_size", "stride", "padding"):
+        first, second = getattr(m, name)
+        if first != second:
+            return (
+                f"peft takes the {name} for the same on both axes, this layer has {first, second}"
+            )
+    return ""
 
 
 @dataclass
@@ -121,6 +152,10 @@ Refuse = Callable[[Any, Any], str]
 ToConfig = Callable[[Sequence[HFEntry], dict[str, Any]], None]
 #: (config, entries) → fields that do not carry over by name; ValueError with the reason.
 FromConfig = Callable[[Mapping[str, Any], Sequence[HFEntry]], dict[str, Any]]
+#: (entries, shared tensors by our names, config): change the config; tensors by their full keys.
+PackShared = Callable[
+    [Sequence[HFEntry], Mapping[str, Tensor], dict[str, Any]], Mapping[str, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -159,10 +194,12 @@ class HFFormat:
         saves_modules: Whether peft's type has ``modules_to_save``.
         pack: Our tensors → peft's content.
         unpack: The way back.
+        pack_shared: Writes the tensors of `prefix`, where their keys alone do not say how.
         to_config: Sets the config entries that depend on the tensors.
         from_config: Fields that do not carry over by name.
         kinds: Layer kinds that peft's type adapts (`LayerLayout.kind`); None for all.
         unequal: Layer kinds that it adapts, but computes otherwise → how.
+        follows: Options of a layer (`LayerLayout.geometry`) that its computation follows.
         uniform: Change entries and config to what servers take that know no patterns; None where
             there are none.
         refuse: (method, site) → why this cannot be exchanged, "" where it can.
@@ -186,10 +223,12 @@ class HFFormat:
     saves_modules: bool = True
     pack: Pack | None = None
     unpack: Unpack | None = None
+    pack_shared: PackShared | None = None
     to_config: ToConfig | None = None
     from_config: FromConfig | None = None
     kinds: Collection[str] | None = None
     unequal: Mapping[str, str] = field(default_factory=dict)
+    follows: Collection[str] = ()
     uniform: ToConfig | None = None
     refuse: Refuse | None = None
 
@@ -200,7 +239,8 @@ class HFFormat:
             return (
                 f"peft's {self.peft_type} adapts {', '.join(sorted(self.kinds))} only, not {kind}"
             )
-        return self.unequal.get(kind, "")
+        ignored = [reason for name, reason in layout.geometry.items() if name not in self.follows]
+        return self.unequal.get(kind, "") or next(iter(ignored), "")
 
     def oriented(self, entry: HFEntry) -> dict[str, Tensor]:
         """Return the entry's tensors with thin factors as peft has them; its own inverse.
@@ -209,7 +249,7 @@ class HFFormat:
         stay canonical.
         """
         oriented = dict(entry.tensors)
-        if not entry.layout.swaps_factors(entry.site.parameter):
+        if not entry.layout.swaps_factors(entry.site.parameter, by_weight=entry.by_weight):
             return oriented
         thin = {self.axes.get(name, ""): name for name in oriented}
         down, up = thin.get("down"), thin.get("up")
@@ -217,10 +257,7 @@ class HFFormat:
             oriented[down], oriented[up] = oriented[up].mT, oriented[down].mT
         return oriented
 
-    def name(self, site: Site, tensor: str) -> str:
-        """Their name of our tensor at this site."""
-        return (
-            self.lookup.get(tensor, self.tensors[tensor])
-            if site.is_embedding
-            else self.tensors[tensor]
-        )
+    def name(self, entry: HFEntry, tensor: str) -> str:
+        """Their name of our tensor at this weight."""
+        is_lookup = entry.site.is_embedding and not entry.by_weight
+        return self.lookup.get(tensor, self.tensors[tensor]) if is_lookup else self.tensors[tensor]

@@ -22,7 +22,6 @@ from lightning_peft.methods.checks import (
     require,
     require_dropout,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
 from lightning_peft.methods.registry import register
 
 __all__ = ["Hadamard", "HiRA"]
@@ -45,7 +44,11 @@ class Hadamard(FormedTerm):
 
 
 def _refuse(method: HiRA, site: Site) -> str:
-    return "" if site.is_embedding else refuse_all_but_features(method, site)
+    if getattr(site.module, "groups", 1) > 1:
+        return "peft adapts no convolution with groups here"
+    if len(site.kernel_size) == 3 and site.kernel_size[:2] == (1, 1):
+        return "peft takes a Conv3d whose kernel starts with 1, 1 for a Conv2d of size 1"
+    return ""
 
 
 @register
@@ -75,6 +78,8 @@ class HiRA(WeightMethod):
         fixed={"fan_in_fan_out": False, "init_weights": True},
         defaults={"r": 32, "rank_pattern": {}, "hira_dropout": 0.0},
         ignored=("init_weights", "fan_in_fan_out"),
+        kinds=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
+        follows=("dilation",),
         refuse=_refuse,
     )
 

@@ -21,7 +21,7 @@ from lightning_peft.methods.checks import (
     require_features,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import refuse_uneven_conv2d
 from lightning_peft.methods.registry import register
 
 __all__ = ["HRA", "Reflections"]
@@ -77,7 +77,8 @@ class HRA(WeightMethod):
         fixed={"bias": "none", "init_weights": True},
         defaults={"r": 8, "apply_GS": False},
         ignored=("init_weights",),
-        refuse=refuse_all_but_linear,
+        kinds=("Linear", "Conv2d"),
+        refuse=refuse_uneven_conv2d,
     )
 
     def __post_init__(self) -> None:

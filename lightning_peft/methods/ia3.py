@@ -16,7 +16,7 @@ from lightning_peft.core.name_patterns import fullmatch
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import empty_like_site, require, require_shape
 from lightning_peft.methods.registry import register
 
 __all__ = ["IA3"]
@@ -33,6 +33,11 @@ def _pack(method: IA3, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]
 def _unpack(
     method: IA3, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
+    scale = p.get("scale")
+    if scale is not None and scale.ndim == 2:  # a convolution's is flat already
+        inside = method.scales_input(site)
+        size = site.in_features if inside else site.out_features
+        require_shape("ia3_l", scale, (1, size) if inside else (size, 1))
     return {k: t.reshape(-1) for k, t in p.items()}
 
 
@@ -87,6 +92,7 @@ class IA3(WeightMethod):
         to_config=_to_config,
         from_config=_from_config,
         kinds=("Linear", "Conv1D", "Conv2d", "Conv3d"),
+        follows=("dilation", "padding_mode"),
         refuse=lambda method, site: _ADDS if method.mode == "add" else "",
     )
 

@@ -82,6 +82,7 @@ class LoHa(WeightMethod):
         },
         ignored=("init_weights",),
         kinds=("Linear", "Conv1d", "Conv2d"),
+        follows=("dilation",),
     )
 
     def __post_init__(self) -> None:

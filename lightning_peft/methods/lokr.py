@@ -143,6 +143,7 @@ class LoKr(WeightMethod):
         },
         ignored=("init_weights",),
         kinds=("Linear", "Conv1d", "Conv2d"),
+        follows=("dilation",),
         refuse=_refuse,
         from_config=_from_config,
         pack=_pack,
@@ -230,7 +231,7 @@ class LoKr(WeightMethod):
         term: Kronecker | Dense = Kronecker(w1, w2, self.scaling(site))
         kernel = site.kernel_size
         if self.conv1d == "reshaped" and len(kernel) == 1 and "w2" in p:
-            product = torch.kron(w1, w2.unflatten(1, (-1, *kernel)))
+            product = torch.kron(w1.contiguous(), w2.contiguous().unflatten(1, (-1, *kernel)))
             term = Dense(self.scaling(site) * product.reshape(site.shape))
         if not (training and self.rank_dropout):
             return Edit(terms=(term,))

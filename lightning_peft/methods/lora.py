@@ -104,6 +104,9 @@ class LoRA(WeightMethod):
     ensure_weight_tying: bool = False
     trainable_token_indices: TokenIndices | None = None
 
+    #: Whether a rank above min(out, in) would be a waste.
+    limits_rank: ClassVar[bool] = True
+
     hf: ClassVar[HFFormat] = lora_exchange.FORMAT
 
     def __post_init__(self) -> None:
@@ -173,7 +176,7 @@ class LoRA(WeightMethod):
         """Rank against the layer's size; odd ranks cannot be split in two for ``"orthogonal"``."""
         r, most = self.rank(site), min(site.out_features, site.in_features)
         require(
-            r <= most,
+            r <= most or not self.limits_rank,
             f"{self.label} on {site.label!r}: expected 1 <= r <= min(in_features, out_features) = "
             f"{most}, got r = {r}; lower r, or set it for this layer with rank_pattern, or exclude "
             "it",

@@ -152,8 +152,16 @@ def uniform(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
     config.update(r=most, lora_alpha=most, rank_pattern={}, alpha_pattern={}, use_rslora=False)
 
 
-def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    """Return the patterns, checked against the tensors and extended where our rank differs."""
+def from_config(
+    config: Mapping[str, Any], entries: Sequence[HFEntry], *, reduces: bool = True
+) -> dict[str, Any]:
+    """Return the patterns, checked against the tensors and extended where our rank differs.
+
+    Args:
+        config: As in the file.
+        entries: The adapted weights.
+        reduces: Whether `unpack` reduces a rank above min(out, in).
+    """
     start = config.get("init_lora_weights", True)
     if start not in (*_PLAIN_STARTS, *_BASE_STARTS):
         raise ValueError(
@@ -180,7 +188,7 @@ def from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[s
                 f"{e.path!r}: expected rank {r} by adapter_config.json, got {e.names_and_shapes()}"
             )
         s = alpha / math.sqrt(r) if rslora else alpha / r
-        ours = min(found, site.out_features, site.in_features)
+        ours = min(found, site.out_features, site.in_features) if reduces else found
         want = (ours, alpha if ours == r else _alpha(s, ours, rslora))
         have = {**settings, "rank_pattern": ranks, "alpha_pattern": alphas}
         if (

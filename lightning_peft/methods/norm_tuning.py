@@ -25,15 +25,19 @@ class NormTuning(SelectMethod):
 
     Attributes:
         bias: Whether shifts are trained too, not only scales.
+        any_layer: Whether layers that are no normalisation are trained too, if `target_modules`
+            names them. peft's ``LN_TUNING`` takes any layer.
     """
 
     bias: bool = True
+    any_layer: bool = False
 
     hf = HFFormat(peft_type="LN_TUNING", tensors={}, config={})
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether the parameter belongs to a normalisation itself, not to a module inside it."""
         parts = [n for n, _ in owner.named_children() if n != "peft"]
-        if "norm" not in type(owner).__name__.lower() or parts:
+        named = self.any_layer and self.target_modules is not None
+        if parts or not (named or "norm" in type(owner).__name__.lower()):
             return False
         return self.bias or name.rpartition(".")[2] != "bias"

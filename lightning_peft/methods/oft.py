@@ -1,4 +1,4 @@
-"""OFT: the input rotated by an orthogonal block-diagonal matrix, W' = W Rᵀ. Qiu et al. 2023,
+"""OFT: features rotated by an orthogonal block-diagonal matrix, W' = W Rᵀ. Qiu et al. 2023,
 arXiv:2306.07280; input side as in OFTv2, arXiv:2506.19847.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.rotation import BlockRotation
+from lightning_peft.core.rotation import BlockRotation, neumann
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require, require_bias
@@ -73,7 +73,14 @@ def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return upper, at.index_copy(0, upper, torch.arange(1, len(upper) + 1, device=device))
 
 
+def _features(site: Site) -> int:
+    """Width of what is rotated: the input, or an embedding's output."""
+    return site.out_features if site.is_embedding else site.in_features
+
+
 def _refuse(method: OFT, site: Site) -> str:
+    if site.is_embedding:
+        return ""
     if any(k != 1 for k in site.kernel_size):
         return "peft folds overlapping patches into sums there: its output differs at the start"
     return ""
@@ -108,7 +115,7 @@ class OFT(WeightMethod):
         eps: Largest distance of Q from zero, with `coft`.
         cayley_neumann: Approximate the transform by a Neumann series: cheaper on large blocks, not
             orthogonal for large Q. If False, the transform is exact.
-        terms: Number of terms of the Neumann series.
+        terms: Number of terms of the Neumann series; 3 are computed as 4, as in peft.
         bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"oft_only"``.
 
     Raises:
@@ -127,6 +134,7 @@ class OFT(WeightMethod):
     hf = HFFormat(
         peft_type="OFT",
         tensors={"triangle": "oft_R.weight"},
+        lookup={"triangle": "oft_embedding_R.weight"},
         config={
             "bias": "bias",
             "block_size": "oft_block_size",
@@ -151,7 +159,7 @@ class OFT(WeightMethod):
         ignored=("init_weights", "fan_in_fan_out", "module_dropout"),
         to_config=_to_config,
         from_config=_from_config,
-        kinds=("Linear", "Conv2d"),
+        kinds=("Linear", "Conv2d", "Embedding"),
         refuse=_refuse,
     )
 
@@ -167,12 +175,7 @@ class OFT(WeightMethod):
         require(self.eps > 0, f"{self.label}: expected eps > 0, got {self.eps}")
 
     def check(self, site: Site) -> None:
-        """A rotation of features: not of ids, not of a stack of matrices."""
-        require(
-            not site.is_embedding,
-            f"{self.label} on {site.label!r}: expected a layer with features for input, got an "
-            "embedding; exclude it",
-        )
+        """A rotation of features, not of a stack of matrices."""
         require(
             not site.batch_shape,
             f"{self.label} on {site.label!r}: expected one matrix, got a stack of experts; "
@@ -181,25 +184,25 @@ class OFT(WeightMethod):
         require(
             self.block(site) > 1,
             f"{self.label} on {site.label!r}: expected blocks of two rows at least, got 1 "
-            f"(in_features = {site.in_features}), which rotates nothing; choose another block_size "
+            f"(features = {_features(site)}), which rotates nothing; choose another block_size "
             "or exclude the layer",
         )
         require(
-            not self.r or site.in_features % self.r == 0,
-            f"{self.label} on {site.label!r}: expected a number of blocks that divides in_features "
-            f"= {site.in_features}, got r = {self.r}; give block_size instead",
+            not self.r or _features(site) % self.r == 0,
+            f"{self.label} on {site.label!r}: expected a number of blocks that divides the width "
+            f"({_features(site)}), got r = {self.r}; give block_size instead",
         )
 
     def block(self, site: Site) -> int:
         """Rows of a block at this site."""
         if self.r:
-            return site.in_features // self.r
-        return nearest_divisor(site.in_features, self.block_size)
+            return _features(site) // self.r
+        return nearest_divisor(_features(site), self.block_size)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """triangle [blocks, b(b − 1)/2] zeros: R = I."""
         b = self.block(site)
-        blocks = 1 if self.block_share else site.in_features // b
+        blocks = 1 if self.block_share else _features(site) // b
         return {"triangle": empty_like_site(site, blocks, b * (b - 1) // 2).zero_()}
 
     def trained_biases(self) -> str:
@@ -207,34 +210,21 @@ class OFT(WeightMethod):
         return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
-        """A rotation of the input."""
+        """A rotation of the input; of an embedding's output, whose input is ids."""
         b = self.block(site)
         Q = skew(p["triangle"], b)
         if self.coft:
             Q = Q + (self._near(Q) - Q).detach()
-        R = self._neumann(Q) if self.cayley_neumann else cayley(Q)
+        R = neumann(Q, self.terms) if self.cayley_neumann else cayley(Q)
         if self.block_share:
-            R = R.expand(site.in_features // b, b, b)
-        return Edit(rotation=BlockRotation(((None, R),)))
+            R = R.expand(_features(site) // b, b, b)
+        turn = BlockRotation(((None, R),))
+        return Edit(out_map=turn) if site.is_embedding else Edit(rotation=turn)
 
     def _near(self, Q: Tensor) -> Tensor:
         eps = self.eps / len(Q) ** 0.5
         norm = torch.linalg.matrix_norm(Q, keepdim=True)
         return torch.where(norm <= eps, Q, eps * Q / norm)
-
-    def _neumann(self, Q: Tensor) -> Tensor:
-        """I + 2Q + 2Q² + … + Qⁿ, `terms` terms in all."""
-        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        if self.terms == 5:  # (I + Q²)(I + 2Q + Q²): two products instead of three
-            square = Q @ Q
-            half = torch.add(eye + square, Q, alpha=2)
-            return torch.baddbmm(half, square, half)
-        R, power = eye.expand_as(Q), Q
-        for i in range(1, self.terms):
-            power = power if i == 1 else power @ Q
-            last = i == self.terms - 1 and i > 1
-            R = torch.add(R, power, alpha=1 if last else 2)
-        return R
 
 
 def cayley(Q: Tensor) -> Tensor:

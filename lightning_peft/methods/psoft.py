@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.rotation import neumann
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,
     require,
@@ -24,6 +25,16 @@ from lightning_peft.methods.registry import register
 
 __all__ = ["PSOFT"]
 _TENSORS = {"q": "psoft_R.weight", "a": "psoft_R.vector_a", "b": "psoft_R.vector_b"}
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    if config["psoft_svd"] != "full":
+        raise ValueError(
+            "adapter_config.json: psoft_svd: expected 'full', whose factors of the weight are the "
+            f"same in every process, got {config['psoft_svd']!r}: they are approximated from "
+            "random vectors and not in the file; merge the adapter with peft (merge_and_unload)"
+        )
+    return {}
 
 
 @register
@@ -44,9 +55,13 @@ class PSOFT(WeightMethod):
         split: ``"psoft_init"``: A has orthonormal rows; ``"pissa_init"``: A and B share the
             singular values.
         dropout: Probability of dropping an input element of the branch, in training.
+        cayley_neumann: Approximate C by a Neumann series, which is not orthogonal for large Q.
+        terms: Number of terms of the series; 3 are computed as 4, as in peft.
+        eps: Largest norm of Q in the series; None for no bound.
 
     Raises:
-        ValueError: r < 1, alpha not above 0, an unknown split, dropout outside [0, 1).
+        ValueError: r < 1, alpha not above 0, an unknown split, dropout outside [0, 1), terms < 1,
+            eps not above 0.
     """
 
     r: int = 32
@@ -56,6 +71,9 @@ class PSOFT(WeightMethod):
     mag_b: bool = True
     split: Literal["psoft_init", "pissa_init"] = "psoft_init"
     dropout: float = 0.0
+    cayley_neumann: bool = False
+    terms: int = 5
+    eps: float | None = None
 
     hf = HFFormat(
         peft_type="PSOFT",
@@ -69,10 +87,12 @@ class PSOFT(WeightMethod):
             "mag_b": "psoft_mag_b",
             "split": "ab_svd_init",
             "dropout": "psoft_dropout",
+            "cayley_neumann": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+            "eps": "cayley_neumann_eps",
         },
         fixed={
             "psoft_svd": "full",
-            "use_cayley_neumann": False,
             "fan_in_fan_out": False,
             "init_weights": True,
         },
@@ -84,11 +104,13 @@ class PSOFT(WeightMethod):
             "psoft_mag_b": True,
             "ab_svd_init": "psoft_init",
             "psoft_dropout": 0.0,
+            "use_cayley_neumann": False,
+            "num_cayley_neumann_terms": 5,
+            "cayley_neumann_eps": None,
+            "psoft_svd": "full",
         },
-        ignored=(
-            *("init_weights", "fan_in_fan_out", "psoft_svd_lowrank_niter", "random_seed"),
-            *("num_cayley_neumann_terms", "cayley_neumann_eps"),
-        ),
+        ignored=("init_weights", "fan_in_fan_out", "psoft_svd_lowrank_niter", "random_seed"),
+        from_config=_from_config,
         refuse=refuse_all_but_linear,
     )
 
@@ -101,6 +123,8 @@ class PSOFT(WeightMethod):
             f"{self.label}: expected split in ('psoft_init', 'pissa_init'), got {self.split!r}",
         )
         require_dropout(self.label, self.dropout)
+        require(self.terms >= 1, f"{self.label}: expected terms >= 1, got {self.terms}")
+        require(self.eps is None or self.eps > 0, f"{self.label}: expected eps > 0, got {self.eps}")
 
     def check(self, site: Site) -> None:
         """One matrix with r triplets."""
@@ -157,6 +181,11 @@ class PSOFT(WeightMethod):
         rows, columns = torch.triu_indices(self.r, self.r, 1, device=q.device)
         upper = torch.zeros_like(eye).index_put((rows, columns), q)
         Q = upper - upper.mT
+        if self.cayley_neumann:
+            if self.eps is not None:
+                norm = torch.linalg.matrix_norm(Q)
+                Q = torch.where(norm > self.eps, Q * (self.eps / (norm + 1e-12)), Q)
+            return neumann(Q, self.terms)
         wide = (eye + Q).float() if q.dtype.itemsize < 4 else eye + Q
         # X (I − Q) = I + Q, where I − Q = (I + Q)ᵀ.
         R: Tensor = torch.linalg.solve(wide.mT, wide, left=False)

@@ -47,6 +47,14 @@ def _unpack(
     return {k: t for k, t in p.items() if not k.endswith("_copy")}
 
 
+def _pack_shared(
+    entries: Sequence[HFEntry], shared: Mapping[str, Tensor], config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The bases once more per layer, as peft 0.21 writes them: its load warns without."""
+    places = ["base_model.", *(f"base_model.model.{e.path}." for e in entries)]
+    return {f"{place}randlora_{name}": t.detach() for place in places for name, t in shared.items()}
+
+
 @register
 @dataclass(frozen=True)
 class RandLoRA(WeightMethod):
@@ -107,6 +115,7 @@ class RandLoRA(WeightMethod):
         },
         ignored=("init_weights", "fan_in_fan_out", "save_projection"),
         unpack=_unpack,
+        pack_shared=_pack_shared,
         from_config=_from_config,
         refuse=refuse_all_but_features,
     )

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lightning_peft.core.names import strip_compile
 
-__all__ = ["fingerprint", "fingerprint_differences", "sampled_hash"]
+__all__ = [
+    "fingerprint",
+    "fingerprint_differences",
+    "hash_of_samples",
+    "sample_positions",
+    "sampled_hash",
+]
 
 _SAMPLES = 64  # elements per tensor: 290 tensors of a 7 B model are sampled in a few milliseconds
 
@@ -40,14 +46,24 @@ def sampled_hash(t: Tensor) -> str:
     """Return a hash of elements at even distances; "" for a tensor without content."""
     if t.device.type == "meta" or t.numel() == 0:
         return ""
-    step = max(1, t.numel() // _SAMPLES)
     if t.is_contiguous():
+        step = max(1, t.numel() // _SAMPLES)
         chosen = t.reshape(-1)[::step][:_SAMPLES]
     else:  # an expanded tensor would take the memory of all its elements
-        places = torch.arange(0, t.numel(), step, device=t.device)[:_SAMPLES]
+        places = sample_positions(t.numel()).to(t.device)
         chosen = t[torch.unravel_index(places, t.shape)]
-    chosen = chosen.cpu().contiguous()
-    return hashlib.sha256(chosen.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hash_of_samples(chosen)
+
+
+def sample_positions(numel: int) -> Tensor:
+    """Return the flat indices of the sampled elements of a tensor, at even distances."""
+    return torch.arange(0, numel, max(1, numel // _SAMPLES))[:_SAMPLES]
+
+
+def hash_of_samples(samples: Tensor) -> str:
+    """Return the hash of sampled values, which depends on their dtype."""
+    held = samples.cpu().contiguous()
+    return hashlib.sha256(held.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def fingerprint_differences(stored: dict[str, Any], live: dict[str, Any]) -> list[str]:

@@ -19,9 +19,16 @@ def is_transformers_model(module: nn.Module) -> bool:
     return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
 
 
-def save_plainly(model: nn.Module) -> None:
-    """Let every transformers model inside save plain weights, or refuse; once per model."""
+def save_plainly(model: nn.Module, around: nn.Module | None = None) -> None:
+    """Let every transformers model inside save plain weights, or refuse; once per model.
+
+    Args:
+        model: Where to look for transformers models.
+        around: If given, only models that contain this module.
+    """
     for module in _transformers_models(model):
+        if around is not None and not any(part is around for part in module.modules()):
+            continue
         from lightning_peft.models.plain_saver import PlainSaver
 
         found = vars(module).get(_QUANTIZER)

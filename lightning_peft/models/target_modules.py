@@ -7,36 +7,31 @@ never selected: an adapter there would have no effect.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import nn
 
 from lightning_peft.core.modules import is_conv1d, modules_by_name, tied_parameters
-from lightning_peft.core.name_patterns import check_pattern, fullmatch
 from lightning_peft.core.names import (
     in_adapter,
     join,
     matches_suffix,
-    nearest_names,
-    strip_compile,
     with_parents,
 )
 from lightning_peft.layers import ops_for, uneditable
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.modules import head_names, hf_models
+from lightning_peft.models.target_errors import no_match
+from lightning_peft.models.target_rules import block_rule, name_rule
 from lightning_peft.models.target_table import MODEL_TYPES, Family
 
 __all__ = [
     "Selection",
-    "block_rule",
     "bypassed",
     "default_targets",
     "feedforward_targets",
-    "name_rule",
     "select",
 ]
 
@@ -73,8 +68,8 @@ def select(
     Args:
         model: The root; names are relative to it.
         target_modules: ``"all-linear"``; a list of names or suffixes (at a dot); a regular
-            expression for full names; or None for the architecture's usual choice. None selects
-            the root itself if it can be adapted.
+            expression for full names; or None for the architecture's usual choice. None and
+            ``"all-linear"`` select the root itself if it can be adapted.
         exclude_modules: A list or a regular expression, as above.
         layers_to_transform: Indices of the repeated blocks.
         adaptable: Tells if a module's weights can be edited.
@@ -86,7 +81,7 @@ def select(
     """
     modules = [(n, m) for n, m in modules_by_name(model).items() if not in_adapter(n)]
     tied = tuple(tuple(place.name for place in group) for group in tied_parameters(model))
-    if target_modules is None and adaptable(model):
+    if target_modules in (None, "all-linear") and adaptable(model):
         return Selection(("",), (), tied)
     matches = _matcher(model, target_modules, kind_hint, modules, adaptable)
     matched = _matched(modules, matches, exclude_modules, layers_to_transform)
@@ -97,7 +92,7 @@ def select(
     left_out = {n for n, _ in skipped}
     names = tuple(n for n in fitting if n not in left_out)
     if not names:
-        raise ValueError(_nothing(model, target_modules, modules, skipped, unfit, adaptable))
+        raise ValueError(no_match(model, target_modules, modules, skipped, unfit, adaptable))
     skipped += [(n, _why_unfit(model.get_submodule(n))) for n in unfit if _leafy(model, n)]
     return Selection(names, tuple(skipped), tied)
 
@@ -185,54 +180,6 @@ def _matcher(
         (not prefix or name.startswith(prefix + ".")) and matches_suffix(name, suffixes)
         for prefix, suffixes in choices
     )
-
-
-def name_rule(rule: str | Sequence[str] | None) -> Callable[[str], bool]:
-    """Return the rule for names: suffixes at a dot, a bare name, or a regular expression."""
-    if rule is None:
-        return lambda name: False
-    if isinstance(rule, str):
-        if re.fullmatch(r"[\w-]+", rule):
-            return lambda name: matches_suffix(name, (rule,))
-        try:
-            check_pattern(rule)
-        except ValueError as error:
-            raise ValueError(
-                "target_modules, exclude_modules: expected a layer's name, a list of suffixes or a "
-                f"regular expression, got {rule[:80]!r} ({error})"
-            ) from None
-        return lambda name: any(fullmatch(rule, n) for n in {name, strip_compile(name)})
-    suffixes = tuple(rule)
-    return lambda name: matches_suffix(name, suffixes)
-
-
-def block_rule(
-    modules: Sequence[tuple[str, nn.Module]], layers: int | Sequence[int] | None
-) -> Callable[[str], bool]:
-    """Return the rule that a name is in a repeated block of these indices; None allows all."""
-    if layers is None:
-        return lambda name: True
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    lists = [n for n, m in modules if isinstance(m, nn.ModuleList) and len(m) > 0]
-    if not lists:
-        raise ValueError(
-            f"layers_to_transform: expected a model with repeated blocks, got {sorted(wanted)} for "
-            "a model without an nn.ModuleList; leave it out and name layers in target_modules"
-        )
-    longest = max(len(m) for _, m in modules if isinstance(m, nn.ModuleList))
-    beyond = sorted(i for i in wanted if not -1 < i < longest)
-    if beyond:
-        raise ValueError(
-            f"layers_to_transform: expected indices below {longest}, got {beyond}; count from 0"
-        )
-    outer = [n for n in lists if not any(n.startswith(o + ".") for o in lists if o != n)]
-    patterns = [re.compile(rf"{re.escape(strip_compile(n))}\.(\d+)(\.|$)") for n in outer]
-
-    def inside(name: str) -> bool:
-        hits = [p.match(strip_compile(name)) for p in patterns]
-        return any(h is not None and int(h.group(1)) in wanted for h in hits)
-
-    return inside
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -328,40 +275,3 @@ def default_targets(model: nn.Module, kind: str = "lora") -> list[tuple[str, tup
 def feedforward_targets(model: nn.Module) -> tuple[str, ...]:
     """Return the suffixes of the layers that IA3 scales on the input side."""
     return tuple(dict.fromkeys(s for _, f in _families(model) for s in f.feedforward))
-
-
-# ---- errors
-
-
-def _nothing(
-    model: nn.Module,
-    target_modules: str | Sequence[str] | None,
-    modules: Sequence[tuple[str, nn.Module]],
-    skipped: Sequence[tuple[str, str]],
-    unfit: Sequence[str],
-    adaptable: Callable[[nn.Module], bool],
-) -> str:
-    text = (
-        f"target_modules: expected to match a layer of {type(model).__name__}, got "
-        f"{target_modules!r}, which matches none"
-    )
-    given = target_modules if isinstance(target_modules, str) else ""
-    if get_close_matches(given, ["all-linear"], 1, 0.8):
-        text += "; did you mean 'all-linear'?"
-    if unfit:
-        matched = [model.get_submodule(n) for n in unfit]
-        kinds = sorted({type(m).__name__ for m in matched})
-        reasons = sorted({why for m in matched if (why := uneditable(m))})
-        text += (
-            f" that can be adapted (it matches {', '.join(unfit[:3])} of type {', '.join(kinds)}"
-            f"{''.join(f'; {why}' for why in reasons)})"
-        )
-    if skipped:
-        text += "; left out: " + ", ".join(f"{n} ({why})" for n, why in skipped[:5])
-    names = [n for n, m in modules if n and adaptable(m)]
-    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
-    near = [x for w in wanted for x in nearest_names(w.rpartition(".")[2] or w, names)]
-    return (
-        f"{text}; nearest names: "
-        f"{', '.join(list(dict.fromkeys(near))[:8]) or 'no layer of this model can be adapted'}"
-    )

@@ -23,7 +23,9 @@ from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.names import in_adapter
 from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.methods.base import Method
+from lightning_peft.models.packed_layers import declare_packed, dense_patterns, released_config
 from lightning_peft.storage import StorageConfig, held_tensors, storage_for
+from lightning_peft.storage.registry import released_formats
 
 __all__ = ["PRECISIONS", "Sizes", "Unmade", "count", "meta_model", "prepare"]
 
@@ -207,7 +209,13 @@ def _build(config: Any) -> nn.Module:
             f"({error}); give the model's full config.json"
         ) from error
     dtype = getattr(config, "dtype", None)
-    return model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32).train()
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    model = model.to(dtype).train()
+    released = released_config(config)
+    if released is not None and released_formats(released):  # as `load_packed` loads it
+        for layer in declare_packed(model, released, dense_patterns(model, released)):
+            layer.hold(dtype)
+    return model
 
 
 def prepare(

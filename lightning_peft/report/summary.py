@@ -66,6 +66,7 @@ class Report:
         base_before: Bytes of the base before it was quantised; 0 if unknown.
         dense_kinds: Bytes of the dense base by kind of layer: "embeddings", "norms" …
         storages: Bytes of the quantised base by format.
+        bits: Bits per weight of the quantised base by format, scales included.
         trained_fully: (module, reason) of modules that are trained fully.
         user_frozen: Parts that the user froze, not those inside a pretrained model.
         followers: Layers with copies of adapters that are not trained, such as those of an EMA
@@ -87,6 +88,7 @@ class Report:
     base_before: int = 0
     dense_kinds: dict[str, int] = field(default_factory=dict)
     storages: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
     trained_fully: list[tuple[str, str]] = field(default_factory=list)
     user_frozen: list[str] = field(default_factory=list)
     followers: list[str] = field(default_factory=list)
@@ -184,6 +186,7 @@ def _shape(adapter: Adapter) -> str:
 def _count(model: nn.Module, report: Report) -> None:
     nbytes: Counter[str] = Counter()
     storages: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in modules_by_name(model).items():
@@ -204,7 +207,9 @@ def _count(model: nn.Module, report: Report) -> None:
                 held = quantized[key]
                 storages[held.storage.label] += size
                 if key == held.weight:
-                    report.total += held.storage.numel(module, key)
+                    numel = held.storage.numel(module, key)
+                    report.total += numel
+                    weights[held.storage.label] += numel
             else:
                 nbytes["base"] += size
                 kinds[_kind(module)] += size
@@ -214,6 +219,7 @@ def _count(model: nn.Module, report: Report) -> None:
             if not any(name.startswith(f"{root}.") or not root for root in report.eval_roots):
                 report.eval_roots.append(name)
     report.nbytes, report.storages = dict(nbytes), dict(storages)
+    report.bits = {label: 8 * storages[label] / n for label, n in weights.items() if n}
     report.dense_kinds = dict(kinds.most_common())
 
 

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["fill_rows", "is_sharded", "local", "local_rows", "sharded_like"]
+__all__ = [
+    "ShardGroup",
+    "fill_rows",
+    "is_sharded",
+    "local",
+    "local_rows",
+    "shard_group",
+    "sharded_like",
+]
+
+
+class ShardGroup(NamedTuple):
+    """The ranks over which a tensor is cut by rows.
+
+    Attributes:
+        position: Position of this rank among them.
+        size: Their number.
+        group: Their process group.
+    """
+
+    position: int
+    size: int
+    group: Any
+
+
+def shard_group(t: Tensor) -> ShardGroup | None:
+    """Return the ranks that hold the rows of a tensor; None if this process holds all of it."""
+    mesh = getattr(t, "device_mesh", None)
+    if mesh is None:
+        return None
+    placements: Any = t.placements  # type: ignore[attr-defined]
+    for axis, placement in enumerate(placements):
+        if placement.is_shard() and mesh.size(axis) > 1:
+            return ShardGroup(mesh.get_local_rank(axis), mesh.size(axis), mesh.get_group(axis))
+    return None
 
 
 def is_sharded(t: Tensor) -> bool:

@@ -7,7 +7,7 @@ A start that needs a weight whole (PiSSA, DoRA's norms) is given it right when i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from lightning_peft.core.modules import persistent_buffers, tied_parameters
 from lightning_peft.core.names import in_adapter, join
-from lightning_peft.storage.dtensor import local, local_rows
+from lightning_peft.storage.dtensor import local, local_rows, shard_group
 from lightning_peft.storage.nf4.packed_layer import FourBitSpec, copy_packed_
 from lightning_peft.storage.nf4.storage import FourBitStorage
 from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.registry import held_tensors, storage_of
 from lightning_peft.storage.tensor_files import RowSource, TensorFiles
 
-__all__ = ["After", "materialize", "stream_base"]
+__all__ = ["After", "Through", "materialize", "stream_base"]
 
 #: (module, name of the weight, how to read it whole) → the weight to store in its place, or None.
 After = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor | None]
+#: (name of the weight, its shape in the file, its rows) → rows that are watched as they are read.
+Through = Callable[[str, Sequence[int], RowSource], RowSource]
 
 _CHUNK = 1 << 22  # elements read at once: 16 MB in fp32
 
@@ -75,7 +77,12 @@ def _owner(model: nn.Module, name: str) -> Any:
 
 
 def stream_base(
-    model: nn.Module, folder: Path, *, chunk: int = _CHUNK, after: After | None = None
+    model: nn.Module,
+    folder: Path,
+    *,
+    chunk: int = _CHUNK,
+    after: After | None = None,
+    through: Through | None = None,
 ) -> None:
     """Fill the base of `model` (adapters left out) from a folder of safetensors.
 
@@ -85,6 +92,7 @@ def stream_base(
         chunk: Elements of a dense weight read at once.
         after: Called when a weight's rows are in place, on every process in the same order; what
             it returns is stored instead.
+        through: Wraps the rows of each weight, for instance to note a fingerprint.
 
     Raises:
         FileNotFoundError: no safetensors there.
@@ -106,7 +114,9 @@ def stream_base(
         )
     with torch.no_grad():
         for name, (module, key) in wanted.items():
-            with index.open(name.removeprefix(prefix)) as source:
+            stored = name.removeprefix(prefix)
+            with index.open(stored) as rows:
+                source = rows if through is None else through(name, index.keys[stored][1], rows)
                 _fill(module, key, source, chunk)
                 other = None if after is None else after(module, key, partial(_whole, source))
             if other is not None:
@@ -119,7 +129,7 @@ def _fill(module: nn.Module, key: str, source: RowSource, chunk: int) -> None:
     if isinstance(storage, FourBitStorage):
         _stream_packed(module, key, source, chunk)
     elif storage.is_quantized:
-        storage.write(module, key, source[...])
+        storage.write(module, key, source[...].to(storage.dtype(module, key)))
     else:
         _stream_dense(_stored(module, key), source, chunk)
 
@@ -196,7 +206,7 @@ def _stream_packed(module: nn.Module, name: str, source: RowSource, chunk: int) 
         else:
             W = source[first + start : first + stop]
         bits = quantize_4bit(
-            W.to(own.device), kind=p.kind, block_size=p.block_size, double_quant=False
+            W.to(own.device, p.dtype), kind=p.kind, block_size=p.block_size, double_quant=False
         )
         own[start:stop].copy_(bits.packed.view(stop - start, -1))
         blocks = slice(start * width // p.block_size, stop * width // p.block_size)
@@ -222,14 +232,14 @@ def _place_scales(
 
 
 def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
-    mesh = getattr(weight, "device_mesh", None)
-    if mesh is None or mesh.size() == 1:
+    ranks = shard_group(weight)
+    if ranks is None:
         return scales
     total = p.shape.numel() // p.block_size
-    largest = -(-p.shape[0] // mesh.size()) * (p.shape[-1] // p.block_size)
+    largest = -(-p.shape[0] // ranks.size) * (p.shape[-1] // p.block_size)
     padded = torch.nn.functional.pad(scales, (0, largest - scales.numel()))
-    parts = [torch.empty_like(padded) for _ in range(mesh.size())]
-    dist.all_gather(parts, padded, group=mesh.get_group())
+    parts = [torch.empty_like(padded) for _ in range(ranks.size)]
+    dist.all_gather(parts, padded, group=ranks.group)
     return torch.cat(parts)[:total]  # only the last parts are short
 
 
@@ -241,7 +251,7 @@ def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSourc
     first, rows = local_rows(weight) if experts else (0, p.shape[0])
     parts = []
     for i in range(first, first + rows) if experts else (None,):
-        M = (source[...] if i is None else source[i]).to(device)
+        M = (source[...] if i is None else source[i]).to(device, p.dtype)
         M = M.mT.contiguous() if p.transposed else M
         parts.append(quantize_4bit(M, kind=p.kind, block_size=p.block_size, double_quant=p.nested))
     if experts:
@@ -271,14 +281,14 @@ def _place_experts(module: nn.Module, name: str, parts: list[Packed4bit], first:
 
 def _gather_second(module: nn.Module, name: str, first: int, count: int) -> None:
     """Second-level scales are replicated: every process needs those of all experts."""
-    mesh = getattr(_stored(module, name), "device_mesh", None)
+    ranks = shard_group(_stored(module, name))
     for part in ("absmax2", "offset"):
         t = module._buffers.get(f"{name}_{part}")
-        if t is None or mesh is None or mesh.size() == 1:
+        if t is None or ranks is None:
             continue
         own = torch.zeros_like(t)
         own[first : first + count] = t[first : first + count]
-        dist.all_reduce(own, group=mesh.get_group())  # bytes, zero where another process's are
+        dist.all_reduce(own, group=ranks.group)  # bytes, zero where another process's are
         t.copy_(own)
 
 

@@ -17,7 +17,7 @@ __all__ = ["RowSource", "TensorFiles"]
 class RowSource(Protocol):
     """A tensor in a file or in memory, which is sliced."""
 
-    def __getitem__(self, where: int | slice | EllipsisType | tuple[slice, slice], /) -> Tensor:
+    def __getitem__(self, where: int | slice | EllipsisType | tuple[slice, ...], /) -> Tensor:
         """Read a part; all of it for ``...``."""
 
 

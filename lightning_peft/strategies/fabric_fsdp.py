@@ -46,6 +46,9 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         cpu_offload: If True, shards are kept in host memory.
         base_from: Folder of safetensors with the weights of a base built on the meta device. They
             are read and quantised row by row.
+        split_root: If True, embeddings and heads of Hugging Face models are units of their own,
+            gathered only while they run. Set it to False for code that reads their weights
+            without calling them.
     """
 
     strategy_name = "peft_fsdp"
@@ -59,6 +62,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
         base_from: str | Path | None = None,
+        split_root: bool = True,
     ) -> None:
         super().__init__(
             self._shard,
@@ -67,7 +71,9 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.options = Options(shard_classes, reshard_after_forward, cpu_offload, base_from)
+        self.options = Options(
+            shard_classes, reshard_after_forward, cpu_offload, base_from, split_root=split_root
+        )
         self.units: list[str] = []
         self._usage: UsageTracker | None = None
 

@@ -170,6 +170,30 @@ class TrainerGuards(GradientGuard, ParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint on every rank; if one rank cannot, all ranks raise.
+
+        Raises:
+            FileNotFoundError: a rank does not see the file.
+            ValueError: the checkpoint does not belong to the model.
+        """
+        error: Exception | None = None
+        found: dict[str, Any] = {}
+        try:
+            found = self.read_checkpoint(checkpoint_path, weights_only)
+        except Exception as caught:
+            error = caught
+        raise_on_all_ranks(error, f"loading {checkpoint_path}")
+        return found
+
+    def read_checkpoint(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Read a checkpoint on this rank."""
+        found: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+        return found
+
+    @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks, except while an exception is handled, when none may come."""
         if not self.interrupted:

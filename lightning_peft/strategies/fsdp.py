@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -17,24 +19,27 @@ from typing_extensions import override
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.description import KEY, describe, is_attached
 from lightning_peft.checkpoint.kept import kept_by_live_key
+from lightning_peft.checkpoint.shard_folder import check_shared, write_address, write_folder
 from lightning_peft.checkpoint.sharded import (
+    OwnRows,
     gather_optimizers,
     gather_shards,
     gather_tensors,
     optimizer_shard,
     shard_optimizer_state,
     tensor_shards,
-    write_folder,
 )
+from lightning_peft.core.names import strip_compile
+from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from lightning_peft.models.history import note_moved
 from lightning_peft.optim.wrappers import unwrap_optimizer
-from lightning_peft.storage.dtensor import fill_rows
+from lightning_peft.storage.dtensor import fill_rows, shard_group
 from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import TrainerGuards
 from lightning_peft.strategies.shard_units import Classes
 from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
 from lightning_peft.strategies.unused_experts import UsageTracker
-from lightning_peft.trainers.packages import callbacks_of, is_instance_of
+from lightning_peft.trainers.packages import callbacks_of, is_fitting, is_instance_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -65,6 +70,9 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         cpu_offload: If True, shards are kept in host memory.
         base_from: Folder of safetensors with the weights of a base built on the meta device. They
             are read and quantised row by row.
+        split_root: If True, embeddings and heads of Hugging Face models are units of their own,
+            gathered only while they run. Set it to False for code that reads their weights
+            without calling them.
 
     Raises:
         ValueError: the options ask for tensor parallelism.
@@ -84,6 +92,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
         base_from: str | Path | None = None,
+        split_root: bool = True,
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
             raise ValueError(
@@ -94,7 +103,9 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         super().__init__(
             data_parallel_size, 1, save_distributed_checkpoint, process_group_backend, timeout
         )
-        self.options = Options(shard_classes, reshard_after_forward, cpu_offload, base_from)
+        self.options = Options(
+            shard_classes, reshard_after_forward, cpu_offload, base_from, split_root=split_root
+        )
         self.units: list[str] = []
         self._reached: UsageTracker | None = None
 
@@ -118,10 +129,18 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         _check_run(trainer, self)
+        if self._save_distributed_checkpoint and self.world_size > 1 and is_fitting(trainer):
+            _check_folders(trainer)
         if not is_sharded(module):
             # FSDP2 notes dtypes when it first gathers: Lightning's own cast would come too late.
             self.precision_plugin.convert_module(module)
-            options = replace(self.options, precision=self.precision_plugin.precision)
+            # liger-kernel's fused loss reads the head's weight itself.
+            apart = not any(getattr(c, "liger", False) for c in callbacks_of(trainer))
+            options = replace(
+                self.options,
+                precision=self.precision_plugin.precision,
+                split_root=self.options.split_root and apart,
+            )
             mesh = self.device_mesh["data_parallel"]
             self.units = shard_model(module, mesh, self.root_device, options)
             self._reached = UsageTracker(module) if may_skip(module) == "experts" else None
@@ -160,6 +179,17 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         super().drop_nonfinite(optimizer, device)
         if self._reached is not None:
             self._reached.leave_out(optimizer, device)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Reduce no gradients inside the block: micro-batches before the last one of a window."""
+        module: Any = self.lightning_module
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
 
     # ---- checkpoints
 
@@ -212,9 +242,13 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         entry = {**describe(module), **(checkpoint.get(KEY) or {})}
-        target = Path(self.broadcast(filepath))
+        whole = {**checkpoint, KEY: entry}
+        if not atomic_file.is_local(address := str(self.broadcast(filepath))):
+            write_address(whole, address)
+            return
+        target = Path(address)
         temporary = Path(self.broadcast(str(atomic_file.temporary_path(target))))
-        write_folder({**checkpoint, KEY: entry}, temporary, target)
+        write_folder(whole, temporary, target)
 
     @override
     def save_checkpoint(
@@ -227,11 +261,29 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the full checkpoint on every rank; each keeps its rows."""
+        """Read the checkpoint on every rank, of sharded weights only the rank's rows."""
+        return TrainerGuards.load_checkpoint(self, checkpoint_path, weights_only)
+
+    @override
+    def read_checkpoint(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Read with the plugin; Lightning's ModelParallelStrategy would read the base too."""
         found: dict[str, Any] = self.checkpoint_io.load_checkpoint(
             checkpoint_path, weights_only=weights_only
         )
         return found
+
+    def own_rows(self) -> OwnRows | None:
+        """Return the rows that this rank holds of every sharded tensor; None if it holds all."""
+        module = self.lightning_module
+        if module is None or self.interrupted or _starts_from_data(module):
+            return None
+        kept = kept_by_live_key(module)
+        groups = {key: found for key, t in kept.items() if (found := shard_group(t)) is not None}
+        if not groups:
+            return None
+        names = frozenset([*groups, *map(strip_compile, groups)])
+        first = next(iter(groups.values()))
+        return OwnRows(first.position, first.size, names)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -253,6 +305,20 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         """Called when a stage ends: tears down the strategy and the writer."""
         super().teardown()
         self.checkpoint_io.teardown()
+
+
+def _starts_from_data(module: nn.Module) -> bool:
+    """Whether reading a checkpoint forms the base from complete adapter tensors."""
+    adapters = (a for _, adapted in adapted_modules(module) for a in weight_adapters_of(adapted))
+    return any(adapter.method.needs_data for adapter in adapters)
+
+
+def _check_folders(trainer: pl.Trainer) -> None:
+    """Raise on every rank unless all ranks see the folders of ModelCheckpoint callbacks."""
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    for folder in trainer.strategy.broadcast(folders):
+        if folder is not None and atomic_file.is_local(folder):
+            check_shared(Path(folder))
 
 
 def _check_run(trainer: pl.Trainer, strategy: TrainerFSDP) -> None:

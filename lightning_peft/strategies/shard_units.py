@@ -6,9 +6,14 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from lightning_peft.core.modules import modules_by_name, tied_parameters
 from lightning_peft.core.names import join
+from lightning_peft.models.modules import hf_models, output_embeddings
 
-__all__ = ["shard_units"]
+__all__ = ["Unit", "check_ties", "root_units", "shard_units"]
+
+#: Modules that are gathered together, with their names.
+Unit = Sequence[tuple[str, nn.Module]]
 
 #: Names of the modules that choose experts, beside the list of them.
 _ROUTERS = frozenset({"router", "gate", "gating", "wg", "switch"})
@@ -81,3 +86,116 @@ def _largest_repeated(model: nn.Module) -> list[tuple[str, nn.Module]]:
             if len(same) > 1 and held > size:
                 best, size = same, held
     return best
+
+
+# ---- what is outside of the blocks
+
+
+def root_units(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> list[Unit]:
+    """Return the embeddings and heads of Hugging Face models that become units of their own.
+
+    In the root's unit both would be gathered before the first block and kept until backward ends.
+    An embedding and a head with one weight form one unit.
+
+    Args:
+        model: The model.
+        units: The units found by `shard_units`; modules inside them are left out.
+    """
+    names = {id(m): n for n, m in modules_by_name(model).items()}
+    ends: list[tuple[str, nn.Module]] = []
+    for _, inner in hf_models(model):
+        getter = getattr(inner, "get_input_embeddings", None)
+        for module in (_module_of(getter), output_embeddings(inner)):
+            name = names.get(id(module), "")
+            taken = [*units, *ends]
+            if module is None or not name or any(_overlap(name, other) for other, _ in taken):
+                continue
+            ends.append((name, module))
+    tied = _tied_names(model)
+    ends = _without_outer_ties(ends, tied)
+    joined = [{n for n, _ in ends if _holds(n, place)} for place in tied]
+    found: list[Unit] = []
+    for name, module in ends:
+        group = next((g for g in joined if name in g and len(g) > 1), {name})
+        if any(name in (n for n, _ in unit) for unit in found):
+            continue
+        found.append([(n, m) for n, m in ends if n in group] or [(name, module)])
+    return found
+
+
+def _without_outer_ties(
+    ends: list[tuple[str, nn.Module]], tied: Sequence[Sequence[str]]
+) -> list[tuple[str, nn.Module]]:
+    """Return the ends that share no tensor with other modules, such as the bias of BERT's head."""
+    while True:
+        bound = {
+            name
+            for group in tied
+            if not all(any(_holds(end, [place]) for end, _ in ends) for place in group)
+            for name, _ in ends
+            if _holds(name, group)
+        }
+        if not bound:
+            return ends
+        ends = [(name, module) for name, module in ends if name not in bound]
+
+
+def _module_of(getter: object) -> nn.Module | None:
+    try:
+        found = getter() if callable(getter) else None
+    except NotImplementedError:  # models without an embedding
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two modules are equal or one lies in the other."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    return [[place.name for place in group] for group in tied_parameters(model)]
+
+
+def _holds(module: str, parameters: Sequence[str]) -> bool:
+    return any(name.startswith(f"{module}.") for name in parameters)
+
+
+def check_ties(model: nn.Module, units: Sequence[Unit], chosen: Classes) -> None:
+    """Raise if two units hold one tensor: FSDP2 gives a tensor to one unit only.
+
+    Args:
+        model: The model.
+        units: All units but the root.
+        chosen: The user's classes, for the message.
+
+    Raises:
+        ValueError: with the names of the tensor and of the units.
+    """
+    for names in _tied_names(model):
+        homes = {_home(name, units) for name in names}
+        if len(homes) > 1:
+            found = sorted(home or "the root" for home in homes)
+            remedy = (
+                f"leave their classes out of shard_classes={[_label(c) for c in chosen]}, or name "
+                "a class that contains both"
+                if chosen
+                else "name a class that contains both in shard_classes, or use strategy='peft_ddp'"
+            )
+            raise ValueError(
+                f"peft_fsdp: expected tied parameters in one unit, got {' = '.join(names)} in the "
+                f"units {found}: a unit is gathered and freed as one, so a tensor can be in one "
+                f"only; {remedy}"
+            )
+
+
+def _home(name: str, units: Sequence[Unit]) -> str:
+    """Return the unit that holds a parameter; "" for the root."""
+    for unit in units:
+        if any(name.startswith(f"{module}.") for module, _ in unit):
+            return " + ".join(module for module, _ in unit)
+    return ""
+
+
+def _label(chosen: str | type[nn.Module]) -> str:
+    return chosen if isinstance(chosen, str) else chosen.__name__

@@ -15,6 +15,7 @@ from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.weight_adapter import WeightAdapter
+from lightning_peft.models.streamed_fingerprint import FingerprintSampler
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
 from lightning_peft.storage.streaming import materialize, stream_base
@@ -23,7 +24,7 @@ from lightning_peft.strategies.fsdp_compat import (
     shards_bytes,
     touch_every_adapter,
 )
-from lightning_peft.strategies.shard_units import Classes, shard_units
+from lightning_peft.strategies.shard_units import Classes, check_ties, root_units, shard_units
 from lightning_peft.strategies.sharded_init import (
     of_rank_0,
     start_after_base,
@@ -45,6 +46,7 @@ class Options:
     cpu_offload: bool = False
     base_from: str | Path | None = None
     precision: str = "32-true"
+    split_root: bool = True
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -83,6 +85,8 @@ def shard_model(
         for t in kept_tensors(module).values():
             of_rank_0(t.detach(), device)
     units = shard_units(module, options.shard_classes)
+    ends = root_units(module, units) if options.split_root else []
+    check_ties(module, [*([unit] for unit in units), *ends], options.shard_classes)
     probe = _probe(units)
     kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": options.reshard_after_forward}
     newer = shards_bytes()
@@ -92,6 +96,8 @@ def shard_model(
         kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for _, unit in units:
         fully_shard(unit, **kwargs)
+    for end in ends:
+        _shard_end([m for _, m in end], kwargs)
     fully_shard(module, **kwargs)
     for step in _STEPS:
         if hasattr(module, step):
@@ -103,12 +109,40 @@ def shard_model(
         place = torch.device("cpu") if options.cpu_offload else device
         materialize(module, place)
         start_before_base(module, device)
-        stream_base(module, Path(str(options.base_from)), after=starts_from_weights(module, device))
+        sampler = FingerprintSampler(module)
+        folder, after = Path(str(options.base_from)), starts_from_weights(module, device)
+        stream_base(module, folder, after=after, through=sampler.around)
+        sampler.finish(device)
         start_after_base(module)
     _check(module)
     if probe is not None:
         _compare(*probe)
-    return [name for name, _ in units]
+    return [name for name, _ in [*units, *(part for end in ends for part in end)]]
+
+
+def _shard_end(modules: list[nn.Module], kwargs: dict[str, Any]) -> None:
+    """Shard an embedding, a head, or both if they are tied.
+
+    Backward begins with the head, so it stays gathered after a forward with gradients. Backward of
+    a frozen embedding reads no weight, so nothing is gathered for it.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    last: Any = modules[-1]
+    embedding = len(modules) == 1 and isinstance(last, nn.Embedding)
+    kept = kwargs if embedding else {**kwargs, "reshard_after_forward": False}
+    fully_shard(last if len(modules) == 1 else modules, **kept)
+    if embedding:
+        if not any(p.requires_grad for p in last.parameters()):
+            last.set_unshard_in_backward(False)
+        return
+    for module in modules:
+        module.register_forward_hook(_free_without_gradients)
+
+
+def _free_without_gradients(module: Any, args: object, output: object) -> None:
+    if not torch.is_grad_enabled():
+        module.reshard()
 
 
 def _for_older_torch(

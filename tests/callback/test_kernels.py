@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning_peft_kernels import current_backend, use_backend
@@ -14,11 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import PEFT, LoRA, Quantization, attach
 from lightning_peft.core.kernel_backend import keep_backend, release_backend
+from tests.helpers.lightning_package import InPackage
 from tests.helpers.nets import lora, module, trainer
 
 
-class Recorded(pl.Callback):
+class Recorded(InPackage):
     """Notes the backend in each hook of a step, or fails in one."""
+
+    lightning_base = "Callback"
 
     def __init__(self, fail: bool = False) -> None:
         self.seen: set[str] = set()

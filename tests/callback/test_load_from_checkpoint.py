@@ -123,3 +123,17 @@ def test_the_state_of_a_file_loads_into_attached_adapters(tmp_path: Path) -> Non
     load_adapter_state_dict(fresh, state)
     for key, tensor in stored_tensors(path).items():
         assert torch.equal(fresh.state_dict()[key], tensor), key
+
+
+class Unlike(Plain):
+    """A module without the layers of `Plain`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(16, 3)
+
+
+def test_another_class_is_named(tmp_path: Path) -> None:
+    path = written(Plain(), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a\.ckpt: expected .*got Unlike.*class and arguments"):
+        load_from_checkpoint(in_package(Unlike), path)

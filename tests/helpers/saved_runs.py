@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_peft as lp
+
+try:
+    import lightning.pytorch as pl
+except ImportError:  # the other package alone
+    import pytorch_lightning as pl
 
 __all__ = ["EPOCHS", "RUNS", "SavedModule", "SavedRun", "fit", "output"]
 

@@ -227,9 +227,9 @@ def test_embeddings_beside_the_adapter_must_be_the_bases(tmp_path: Path) -> None
     [
         (nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"), "'reflect'"),
         (nn.Conv1d(4, 4, 3, dilation=2), r"dilation, the base has \(2,\)"),
-        (nn.LSTM(4, 4), "peft adapts no LSTM"),
+        (nn.MultiheadAttention(4, 1, kdim=2), "kdim or vdim"),
     ],
-    ids=["reflect", "dilation", "lstm"],
+    ids=["reflect", "dilation", "kdim"],
 )
 def test_layers_without_an_equal(layer: nn.Module, message: str, tmp_path: Path) -> None:
     model = trained(nn.Sequential(layer), lp.LoRA(r=2, target_modules=["0"]))

@@ -133,3 +133,12 @@ def test_report_counts_packed_weights_as_parameters() -> None:
     )
     assert any(name == "lm_head" for name, _ in report.dense)
     assert {g.fused for g in report.groups} == {"fused; torch: cpu tensors"}
+
+
+def test_a_root_that_is_one_layer() -> None:
+    """``"all-linear"`` selects the layer itself; its reason is given if it is too narrow."""
+    layer = nn.Linear(8, 2)
+    with pytest.raises(ValueError, match="= 2, got r = 4"):
+        lp.attach(layer, lp.LoRA(r=4, target_modules="all-linear"))
+    lp.attach(layer, lp.LoRA(r=2, target_modules="all-linear"))
+    assert layer.peft.default.A.shape == (2, 8)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lightning_peft import PEFT, AdaLoRA, LoRA, attach, register_strategies
-from lightning_peft.checkpoint.sharded import prune, read_folder
+from lightning_peft.checkpoint.shard_folder import prune, read_folder
 from lightning_peft.optim import AdamW8bit, join_shards, moments, shard
 from lightning_peft.strategies.ddp import may_skip, reentrant
-from lightning_peft.strategies.shard_units import shard_units
+from lightning_peft.strategies.shard_units import check_ties, root_units, shard_units
 from tests.helpers.lightning_package import current, fabric, pl
 from tests.helpers.nets import Plain, loader, peft, trainer
 from tests.helpers.tiny_models import BUILDERS
@@ -76,6 +76,44 @@ def test_units_of_a_plain_net() -> None:
     assert shard_units(nn.Linear(2, 2)) == []
     with pytest.raises(ValueError, match="expected classes of this model, got \\['Nothing'\\]"):
         shard_units(net, ["Nothing"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "ends"),
+    [
+        ("llama", False, [["model.embed_tokens"], ["lm_head"]]),
+        ("llama", True, [["model.embed_tokens", "lm_head"]]),
+        ("gpt2", True, [["transformer.wte", "lm_head"]]),
+        ("bert", False, []),  # inside a unit: BertEmbeddings does not split
+    ],
+)
+def test_ends_are_units_that_respect_ties(name: str, tied: bool, ends: list[list[str]]) -> None:
+    model: Any = BUILDERS[name]()
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    found = root_units(model, shard_units(model))
+    assert [[n for n, _ in unit] for unit in found] == ends
+
+
+def test_an_end_that_is_tied_to_another_module_stays_in_the_root() -> None:
+    model: Any = BUILDERS["llama"]()
+    model.extra = nn.Linear(32, model.config.vocab_size, bias=False)
+    model.extra.weight = model.lm_head.weight
+    found = root_units(model, shard_units(model))
+    assert [[n for n, _ in unit] for unit in found] == [["model.embed_tokens"]]
+    check_ties(model, [[unit] for unit in shard_units(model)], ())
+
+
+def test_classes_that_split_a_tied_pair_are_refused() -> None:
+    model: Any = BUILDERS["gpt2"]()
+    model.lm_head.weight = model.transformer.wte.weight
+    units = [[unit] for unit in shard_units(model, ["Embedding", nn.Linear])]
+    with pytest.raises(ValueError, match=r"got transformer\.wte\.weight = lm_head\.weight in the"):
+        check_ties(model, units, ["Embedding", nn.Linear])
+    with pytest.raises(
+        ValueError, match=r"leave their classes out of shard_classes=\['Embedding', "
+    ):
+        check_ties(model, units, ["Embedding", nn.Linear])
 
 
 @pytest.mark.parametrize(("name", "beside"), [("experts", "x"), ("branches", "router")])

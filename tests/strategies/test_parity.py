@@ -234,7 +234,8 @@ def test_ranks_hold_the_same_adapters_and_half_of_the_base(runs: dict[str, Job])
 
 
 def test_units_are_the_blocks(runs: dict[str, Job]) -> None:
-    assert result(runs["fsdp"])["units"] == ["net.model.layers.0", "net.model.layers.1"]
+    blocks = ["net.model.layers.0", "net.model.layers.1"]
+    assert result(runs["fsdp"])["units"] == [*blocks, "net.model.embed_tokens", "net.lm_head"]
 
 
 def test_the_base_is_bit_identical_everywhere(runs: dict[str, Job]) -> None:

@@ -110,6 +110,36 @@ def test_two_processes_read_their_own_rows(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[k], read[k]) for k in loaded)
 
 
+@reads_into_shards
+def test_a_wrong_base_is_refused_whichever_run_streams(tmp_path: Path) -> None:
+    """Streamed to streamed, streamed to dense, dense to streamed; the right base passes."""
+    dense = Job("dense", str(tmp_path), epochs=1, **FSDP)
+    base, other = str(tmp_path / "base"), str(tmp_path / "other")
+    save_sharded(build(dense), Path(base))
+    save_sharded(build(replace(dense, base_seed=[8])), Path(other))
+    streamed = replace(dense, name="streamed", meta_from=base)
+    saved = {job.name: str(tmp_path / f"{job.name}-last.ckpt") for job in (dense, streamed)}
+    run(2, [dense, streamed], tmp_path)
+    right = [
+        replace(streamed, name="a", epochs=2, ckpt=saved["streamed"]),
+        replace(dense, name="b", epochs=2, ckpt=saved["streamed"]),
+        replace(streamed, name="c", epochs=2, ckpt=saved["dense"]),
+        replace(dense, name="d", epochs=2, ckpt=saved["dense"]),
+    ]
+    run(2, right, tmp_path)
+    assert max(difference(right[3], job) for job in right) <= 1e-6
+    wrong = [
+        replace(streamed, name="e", meta_from=other, ckpt=saved["streamed"]),
+        replace(dense, name="f", base_seed=[8], ckpt=saved["streamed"]),
+        replace(streamed, name="g", meta_from=other, ckpt=saved["dense"]),
+    ]
+    for job in wrong:
+        group = Processes(2, [job], tmp_path)
+        assert group.wait(60) == [1, 1], group.text()
+        for log in group.logs:
+            assert "expected the base it was trained on, got another one" in log.read_text()
+
+
 QUICK = ("PiSSA", "DoRA", "VeRA")
 STARTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"method_options": {"init": "pissa"}},

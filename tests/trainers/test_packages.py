@@ -97,7 +97,7 @@ def test_copies_and_pickles_hold_the_configuration() -> None:
 
 
 @needs_both
-@pytest.mark.parametrize(("writer", "reader"), itertools.permutations(PACKAGES, 2))
+@pytest.mark.parametrize(("writer", "reader"), list(itertools.permutations(PACKAGES, 2)))
 def test_a_checkpoint_of_one_resumes_under_the_other(
     writer: str, reader: str, tmp_path: Path
 ) -> None:

@@ -16,7 +16,8 @@ from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.methods.base import BlockMethod
 from lightning_peft.models.block_table import BLOCKS, Block
 from lightning_peft.models.modules import hf_models
-from lightning_peft.models.target_modules import Selection, name_rule, select
+from lightning_peft.models.target_modules import Selection, select
+from lightning_peft.models.target_rules import name_rule
 from lightning_peft.storage import storage_of
 
 __all__ = ["block_width", "find_block_placements"]

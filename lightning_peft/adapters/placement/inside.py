@@ -9,7 +9,7 @@ from torch import nn
 from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, with_parents
 from lightning_peft.methods.base import Targeted
-from lightning_peft.models.target_modules import block_rule, name_rule
+from lightning_peft.models.target_rules import block_rule, name_rule
 
 __all__ = ["inside_targets"]
 

@@ -21,7 +21,8 @@ from lightning_peft.layers.prompt.gating import PrefixGateHooks, gated_attention
 from lightning_peft.layers.prompt.multihead_attention import refusal
 from lightning_peft.methods.base import SequenceMethod
 from lightning_peft.models.modules import hf_models
-from lightning_peft.models.target_modules import Selection, name_rule, select
+from lightning_peft.models.target_modules import Selection, select
+from lightning_peft.models.target_rules import name_rule
 from lightning_peft.storage import storage_of
 
 __all__ = ["find_prompt_placements"]

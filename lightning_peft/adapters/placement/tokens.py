@@ -12,7 +12,8 @@ from lightning_peft.core.site import Site
 from lightning_peft.layers import editable_ops
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.models.modules import hf_models
-from lightning_peft.models.target_modules import Selection, name_rule
+from lightning_peft.models.target_modules import Selection
+from lightning_peft.models.target_rules import name_rule
 from lightning_peft.storage import storage_of
 from lightning_peft.storage.unknown import refuse_unknown_format
 

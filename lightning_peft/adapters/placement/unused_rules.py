@@ -14,7 +14,7 @@ from lightning_peft.core.name_patterns import check_pattern
 from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.checks import match_site
-from lightning_peft.models.target_modules import name_rule
+from lightning_peft.models.target_rules import name_rule
 
 __all__ = ["check_patterns", "unused_rules"]
 
@@ -30,10 +30,8 @@ def check_patterns(method: Method) -> None:
             try:
                 check_pattern(key)
             except ValueError as error:
-                raise ValueError(
-                    f"{method.label} {field}: expected a layer's name or a regular expression, got "
-                    f"{key!r} ({error}); correct it, or escape it with re.escape"
-                ) from None
+                why = str(error).removeprefix("pattern: ")
+                raise ValueError(f"{method.label} {field}: {why}") from None
 
 
 def unused_rules(

@@ -14,7 +14,7 @@ from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import in_adapter, matches_suffix
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
-from lightning_peft.layers import editable_ops
+from lightning_peft.layers import editable_ops, parameter_ops
 from lightning_peft.layers.experts.ops import is_experts
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.models.adaptable_layers import adaptable_layers
@@ -36,9 +36,18 @@ def find_weight_placements(
     Raises:
         ValueError: nothing matches, or the method has no meaning at a site that matched.
     """
-    ops_of = functools.cache(editable_ops)
-    method, chosen = _with_single_weights(method, model, ops_of)
+    method, chosen = _with_single_weights(method, model)
+    named = {id(model.get_submodule(name)) for name in chosen}
+
+    @functools.cache
+    def ops_of(module: nn.Module) -> LayerOps | None:
+        return parameter_ops(module) if id(module) in named else editable_ops(module)
+
     selection = _without_experts(method, model, _select(method, model, ops_of))
+    others = [e for e in method.target_modules or () if e not in chosen] if chosen else []
+    if chosen:  # a full name is the end of other layers' names too
+        names = (n for n in selection.names if n in chosen or matches_suffix(n, others))
+        selection = dataclasses.replace(selection, names=tuple(names))
     placements = []
     for name in selection.names:
         module = model.get_submodule(name)
@@ -122,9 +131,10 @@ def _without_experts(method: WeightMethod, model: nn.Module, selection: Selectio
 
 
 def _with_single_weights(
-    method: WeightMethod, model: nn.Module, ops_of: _OpsOf
+    method: WeightMethod, model: nn.Module
 ) -> tuple[WeightMethod, dict[str, list[str]]]:
-    """Resolve entries of `target_modules` that name one weight of a module with several.
+    """Resolve entries of `target_modules` that name one weight of a module with several, or of a
+    module of no known kind.
 
     Returns:
         The method with the modules in place of such entries (``experts.down_proj``), and module →
@@ -136,18 +146,23 @@ def _with_single_weights(
     chosen: dict[str, list[str]] = {}
     used: set[str] = set()
     for name, module in modules_by_name(model).items():
-        ops = ops_of(module)
+        ops = parameter_ops(module)
         weights = ops.parameters(module) if ops is not None else ()
-        if len(weights) < 2 or in_adapter(name):
+        known = editable_ops(module) is not None
+        if not name or not weights or (known and len(weights) == 1) or in_adapter(name):
             continue
+        # A parameter of an unknown module is named with its module, as no layer is.
+        named = entries if known else [e for e in entries if "." in e]
         for weight in weights:
-            hits = {e for e in entries if matches_suffix(f"{name}.{weight}", [e])}
+            hits = {e for e in named if matches_suffix(f"{name}.{weight}", [e])}
             if hits:
                 chosen.setdefault(name, []).append(weight)
                 used |= hits
     if not chosen:
         return method, {}
     # An entry may name a layer elsewhere too (down_proj).
-    layers = [n for n, m in modules_by_name(model).items() if n and n not in chosen and ops_of(m)]
+    layers = [
+        n for n, m in modules_by_name(model).items() if n and n not in chosen and editable_ops(m)
+    ]
     kept = [e for e in entries if e not in used or any(matches_suffix(n, [e]) for n in layers)]
     return dataclasses.replace(method, target_modules=[*kept, *chosen]), chosen

@@ -15,8 +15,10 @@ from lightning_peft.hf.layouts.attention import MultiheadAttentionLayout
 from lightning_peft.hf.layouts.base import MatrixLayout, UnknownLayout
 from lightning_peft.hf.layouts.conv import ConvLayout
 from lightning_peft.hf.layouts.experts import ExpertsLayout, RouterLayout
+from lightning_peft.hf.layouts.parameters import ParametersLayout
 from lightning_peft.hf.layouts.recurrent import RecurrentLayout
 from lightning_peft.layers.conv import ConvOps
+from lightning_peft.layers.direct_parameters import DirectParametersOps
 from lightning_peft.layers.embedding import EmbeddingOps
 from lightning_peft.layers.experts.ops import ExpertsOps
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
@@ -37,9 +39,20 @@ _LAYOUTS: dict[type[LayerOps], type[MatrixLayout[Any]]] = {
     RecurrentOps: RecurrentLayout,
     ExpertsOps: ExpertsLayout,
     RouterOps: RouterLayout,
+    DirectParametersOps: ParametersLayout,
 }
 
 
-def layout_for(ops: LayerOps, module: nn.Module) -> MatrixLayout[Any]:
-    """Return the peft layout of a module whose layer kind is served by `ops`."""
-    return _LAYOUTS.get(type(ops), UnknownLayout)(ops, module)
+def layout_for(
+    ops: LayerOps, module: nn.Module, peft_version: str | None = None
+) -> MatrixLayout[Any]:
+    """Return the peft layout of a module whose layer kind is served by `ops`.
+
+    Args:
+        ops: How an Edit acts on the module.
+        module: The module.
+        peft_version: As in the config of a file that is read; None for the version written here.
+    """
+    layout = _LAYOUTS.get(type(ops), UnknownLayout)(ops, module)
+    layout.peft_version = peft_version
+    return layout

@@ -7,6 +7,7 @@ channels], and ``""`` for axes that are equal in every layer kind.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -16,7 +17,7 @@ from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.modules import is_conv1d
 from lightning_peft.core.protocols import LayerOps
 
-__all__ = ["M", "MatrixLayout", "UnknownLayout"]
+__all__ = ["M", "MatrixLayout", "UnknownLayout", "is_before"]
 
 #: The module class that a layout serves.
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +29,10 @@ class MatrixLayout(Generic[M]):
     Attributes:
         ops: How an Edit acts on the module.
         module: The module.
+        peft_version: Version that a file that is read is from; None for the one written here.
     """
+
+    peft_version: str | None = None
 
     def __init__(self, ops: LayerOps, module: M) -> None:
         self.ops = ops
@@ -40,6 +44,16 @@ class MatrixLayout(Generic[M]):
         if self.ops.is_embedding:
             return "Embedding"
         return "Conv1D" if is_conv1d(self.module) else "Linear"
+
+    @property
+    def geometry(self) -> Mapping[str, str]:
+        """Options of the layer that not every type of peft follows → what peft does instead."""
+        return {}
+
+    @property
+    def note(self) -> str:
+        """How a file of `peft_version` is read, where versions differ; "" where they do not."""
+        return ""
 
     def refusal(self, name: str) -> str:
         """Why no peft file can hold an adapter of this weight; "" if one can."""
@@ -57,11 +71,14 @@ class MatrixLayout(Generic[M]):
         """
         return dict.fromkeys(adapted, "")
 
-    def weights_by_path(self, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    def weights_by_path(
+        self, found: Mapping[str, Mapping[str, Tensor]], named: Sequence[str] = ()
+    ) -> dict[str, str]:
         """Map each path below the module to its weight, from the content of a file.
 
         Args:
             found: Path → tensors by their names in the file, still in the file's shapes.
+            named: Weights of the module that the config names one by one.
 
         Raises:
             ValueError: a path that this kind of layer does not have.
@@ -76,13 +93,22 @@ class MatrixLayout(Generic[M]):
             )
         return {path: paths[path] for path in found}
 
+    @property
+    def adapts_all_weights(self) -> bool:
+        """True if peft adapts all weights of the module at once, and warns of missing ones."""
+        return False
+
     def is_target_parameter(self, name: str) -> bool:
         """True if the config names this weight under ``target_parameters``."""
         return False
 
-    def swaps_factors(self, name: str) -> bool:
-        """True if peft reads the weight as its transpose, so that ΔW = B A is (Bᵀ)(Aᵀ) there."""
-        return False
+    def swaps_factors(self, name: str, *, by_weight: bool = False) -> bool:
+        """True if peft reads the weight as its transpose, so that ΔW = B A is (Bᵀ)(Aᵀ) there.
+
+        Named as a parameter, GPT-2's Conv1D [in, out] and an embedding [vocabulary, out] are
+        matrices like any other for peft.
+        """
+        return by_weight and (self.ops.is_embedding or is_conv1d(self.module))
 
     def config_rank(self, name: str, r: int) -> int:
         """The rank that peft's config states for a canonical rank r."""
@@ -106,6 +132,12 @@ class MatrixLayout(Generic[M]):
         if ndim is not None and t.ndim != ndim:
             raise ValueError(f"expected {ndim} axes, got shape {list(t.shape)}")
         return t
+
+
+def is_before(version: str | None, other: tuple[int, int]) -> bool:
+    """True if a version (None for the one written here) is before `other`, as (0, 22)."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "0.0")
+    return numbers is None or (int(numbers[1]), int(numbers[2])) < other
 
 
 class UnknownLayout(MatrixLayout[nn.Module]):

@@ -5,6 +5,8 @@ A [R, in, *kernel] reads all channels; B is [out, R/groups, 1 …].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
@@ -25,14 +27,20 @@ class ConvLayout(MatrixLayout[_ConvNd]):
         """``"Conv1d"``, ``"Conv2d"`` or ``"Conv3d"``."""
         return f"Conv{len(self.module.kernel_size)}d"
 
-    def refusal(self, name: str) -> str:
-        """Geometries that peft's A does not share with the base."""
-        m = self.module
+    @property
+    def geometry(self) -> Mapping[str, str]:
+        """``"padding_mode"`` and ``"dilation"``, if they are not the usual ones."""
+        m, found = self.module, {}
         if m.padding_mode != "zeros":
-            return f"peft pads the adapter's input with zeros, the base with {m.padding_mode!r}"
+            mode = m.padding_mode
+            found["padding_mode"] = (
+                f"peft pads the adapter's input with zeros, the base with {mode!r}"
+            )
         if any(d != 1 for d in m.dilation):
-            return f"peft's A has no dilation, the base has {tuple(m.dilation)}"
-        return ""
+            found["dilation"] = (
+                f"peft convolves there without dilation, the base has {tuple(m.dilation)}"
+            )
+        return found
 
     def config_rank(self, name: str, r: int) -> int:
         """A block of r rows in each group."""

@@ -14,7 +14,29 @@ from lightning_peft.hf.layouts.base import MatrixLayout
 from lightning_peft.layers.experts.structure import expert_count, is_presorted
 from lightning_peft.storage import storage_of
 
-__all__ = ["ExpertsLayout", "RouterLayout"]
+__all__ = ["ExpertsLayout", "RouterLayout", "stack_from_peft", "stack_to_peft"]
+
+
+def stack_to_peft(axes: str, t: Tensor) -> Tensor:
+    """A [E, r, in] → [E·r, in] expert-major; B [E, out, r] → [out, r·E] rank-major."""
+    if axes == "down":
+        return t.reshape(-1, t.shape[-1])
+    return t.permute(1, 2, 0).reshape(t.shape[1], -1) if axes == "up" else t
+
+
+def stack_from_peft(axes: str, t: Tensor, E: int) -> Tensor:
+    """Inverse of `stack_to_peft` for E experts.
+
+    Raises:
+        ValueError: no matrix, or a rank axis that is no multiple of E.
+    """
+    if t.ndim != 2 or t.shape[0 if axes == "down" else 1] % E:
+        raise ValueError(
+            f"expected a matrix whose rank axis is a multiple of {E} experts, got {list(t.shape)}"
+        )
+    if axes == "down":
+        return t.reshape(E, -1, t.shape[1])
+    return t.reshape(t.shape[0], -1, E).permute(2, 0, 1)
 
 
 class ExpertsLayout(MatrixLayout[nn.Module]):
@@ -29,7 +51,7 @@ class ExpertsLayout(MatrixLayout[nn.Module]):
         """Always: experts are parameters, not layers."""
         return True
 
-    def swaps_factors(self, name: str) -> bool:
+    def swaps_factors(self, name: str, *, by_weight: bool = False) -> bool:
         """True for Llama 4: peft reads its [E, in, out] as [E, out, in]."""
         return is_presorted(self.module)
 
@@ -39,7 +61,9 @@ class ExpertsLayout(MatrixLayout[nn.Module]):
         depth = len(inside_out) - 1
         return {n: ".".join(["base_layer"] * (depth - i)) for i, n in enumerate(inside_out)}
 
-    def weights_by_path(self, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    def weights_by_path(
+        self, found: Mapping[str, Mapping[str, Tensor]], named: Sequence[str] = ()
+    ) -> dict[str, str]:
         """Map path to weight; a single path is recognised by the shapes of its factors."""
         names = self.ops.parameters(self.module)
         if len(found) == len(names):
@@ -73,21 +97,11 @@ class ExpertsLayout(MatrixLayout[nn.Module]):
         """A [E, r, in] → [E·r, in] expert-major; B [E, out, r] → [out, r·E] rank-major."""
         if t.ndim == 2:  # one adapter shared by all experts: repeat it
             t = t.expand(expert_count(self.module), *t.shape)
-        if axes == "down":
-            return t.reshape(-1, t.shape[-1])
-        return t.permute(1, 2, 0).reshape(t.shape[1], -1) if axes == "up" else t
+        return stack_to_peft(axes, t)
 
     def from_peft(self, name: str, axes: str, t: Tensor) -> Tensor:
         """Inverse of `to_peft`."""
-        E = expert_count(self.module)
-        if t.ndim != 2 or t.shape[0 if axes == "down" else 1] % E:
-            raise ValueError(
-                f"expected a matrix whose rank axis is a multiple of {E} experts, got "
-                f"{list(t.shape)}"
-            )
-        if axes == "down":
-            return t.reshape(E, -1, t.shape[1])
-        return t.reshape(t.shape[0], -1, E).permute(2, 0, 1)
+        return stack_from_peft(axes, t, expert_count(self.module))
 
 
 class RouterLayout(MatrixLayout[nn.Module]):

@@ -1,17 +1,16 @@
-"""LSTM, GRU and RNN, which peft does not adapt."""
+"""Peft's layout of LSTM, GRU and RNN, whose weights it adapts as parameters."""
 
 from __future__ import annotations
 
-from torch import nn
-
-from lightning_peft.hf.layouts.base import MatrixLayout
+from lightning_peft.hf.layouts.parameters import ParametersLayout
 
 __all__ = ["RecurrentLayout"]
 
 
-class RecurrentLayout(MatrixLayout[nn.RNNBase]):
-    """Refuses every weight."""
+class RecurrentLayout(ParametersLayout):
+    """Each weight under its own name, as ``weight_ih_l0``."""
 
-    def refusal(self, name: str) -> str:
-        """No weight of a recurrent layer has an adapter in peft."""
-        return f"peft adapts no {type(self.module).__name__}"
+    @property
+    def kind(self) -> str:
+        """``"recurrent"``."""
+        return "recurrent"
