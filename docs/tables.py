@@ -1,4 +1,5 @@
-"""MkDocs hook: a line `<!-- table: NAME -->` becomes a table made from the numbers' own files.
+"""MkDocs hook: a line `<!-- table: NAME -->` becomes a table made from the numbers' own files, and
+`# include PATH` in a code block becomes that file.
 
 No number of a benchmark is typed into a page by hand; where its file is missing the page says so.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,13 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Fill the page's tables in."""
+    """Fill in the page's tables and included files."""
+    markdown = re.sub(r"^( *)# include ([\w./-]+)$", _included, markdown, flags=re.M)
     return re.sub(r"^<!-- table: (\w+) -->$", lambda m: TABLES[m[1]](), markdown, flags=re.M)
+
+
+def _included(match: re.Match[str]) -> str:
+    return textwrap.indent((ROOT / match[2]).read_text("utf-8").rstrip(), match[1])
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,6 @@
 """The pages: every Python block runs from its page alone, in order, or says why it is not run.
 
-A page starts with no names. A block may include a file (`--8<-- "docs/prelude.py"`), as the site
+A page starts with no names. A block may include a file (`# include docs/prelude.py`), as the site
 does. A block followed by a `text` block raises that message. A block under a line that begins with
 `MARK` is compiled, and the names it imports from our package must exist.
 """
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "*Not run in the tests:"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.M | re.S)
-INCLUDE = re.compile(r'^--8<-- "([\w./-]+)"$', re.M)
+INCLUDE = re.compile(r"^# include ([\w./-]+)$", re.M)
 
 
 @dataclass(frozen=True)
