@@ -171,10 +171,10 @@ def step_memory() -> str:
     """What checkpointing, offload and the chunked loss keep, and what they cost."""
     rows = _read("step_memory")
     lines = [
-        [r["options"], r["step_mb"], r["planned_mb"], r["moved_mb"], r["median_ms"], r["loss"]]
+        [r["options"], r["step_mb"], r["planned_mb"], r["moved_mb"], r["cpu_ms"], r["loss"]]
         for r in rows
     ]
-    columns = ["options", "step, MB", "planned, MB", "moved, MB", "step, ms", "loss"]
+    columns = ["options", "step, MB", "planned, MB", "moved, MB", "processor, ms", "loss"]
     return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
 
 
