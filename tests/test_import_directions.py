@@ -29,7 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("storage",),
     ("methods", "layers"),
     ("optim", "report", "models"),
-    ("initialization",),
+    ("initialization", "activations", "losses"),
     ("adapters",),
     ("planner", "checkpoint", "hf", "diagnostics"),
     ("strategies", "recipes"),
@@ -45,6 +45,7 @@ ROOT_MODULES = {
         "dispatch",
         "launch",
         "malloc",
+        "races",
         "registration",
         "verdicts",
     ),
@@ -57,8 +58,10 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "lightning_fabric": ("strategies",),
     "typing_extensions": ("callback", "strategies"),
     "triton": ("lightning_peft_kernels",),
-    "bitsandbytes": ("storage", "optim", "lightning_peft_kernels"),
-    "transformers": ("models", "layers", "hf", "planner", "storage", "recipes"),
+    # diagnostics measures against them
+    "bitsandbytes": ("storage", "optim", "lightning_peft_kernels", "diagnostics"),
+    "peft": ("diagnostics",),
+    "transformers": ("models", "layers", "hf", "planner", "storage", "recipes", "diagnostics"),
     "fsspec": ("checkpoint",),  # a dependency of Lightning; shards at an address
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),
@@ -72,7 +75,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
 METHOD_IMPORTS = (
     "lightning_peft_kernels.autograd",
+    "lightning_peft.core.collectives",  # VeLoRA's direction is that of all processes
     "lightning_peft.core.edit",
+    "lightning_peft.core.input_dtype",
     "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
@@ -90,6 +95,7 @@ METHOD_IMPORTS = (
     "lightning_peft.methods.lora_start",  # LoRA's initialisations
     "lightning_peft.methods.prompt_exchange",
     "lightning_peft.methods.registry",
+    "lightning_peft.methods.tasks",  # task ids of the batch
     "lightning_peft.methods.token_indices",
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.class_swap import PackedForward, rebind_forward, swap_in, swap_out
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import in_adapter
 from lightning_peft.core.registry import ensure_registry
 from lightning_peft.layers import ops_for
@@ -34,7 +34,7 @@ def adopted_layers(model: nn.Module) -> Iterator[None]:
     """
     names: list[str] = []
     try:
-        modules = modules_by_name(model)
+        modules = base_modules(model)
         for name, module in modules.items():
             if in_adapter(name) or isinstance(module, PackedForward):
                 continue
@@ -119,7 +119,7 @@ def _is_dense_matrix(p: nn.Parameter) -> bool:
 
 def release_adopted(model: nn.Module, names: Sequence[str]) -> None:
     """Give layers back to the library that made them; names that are gone are passed over."""
-    modules = modules_by_name(model)
+    modules = base_modules(model)
     for name in names:
         module = modules.get(name)
         mixin: Any = vars(type(module)).get("_swap_mixin")

@@ -13,12 +13,13 @@ from lightning_peft.adapters.placement.unused_rules import check_patterns
 from lightning_peft.adapters.quantize import (
     QuantizationPlan,
 )
-from lightning_peft.core.modules import modules_by_name
-from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
+from lightning_peft.core.modules import base_modules, base_parameters
+from lightning_peft.core.names import matches_suffix, nearest_names
 from lightning_peft.core.registry import (
     registries_in,
 )
 from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.layers.mixed_batch import BASE
 from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.models.target_modules import feedforward_targets
@@ -61,8 +62,16 @@ def check_adapter_name(name: str) -> None:
     """Raise unless the name can be a key of `nn.ModuleDict`, and a part of a path.
 
     Raises:
-        ValueError: other characters, or an attribute of the class.
+        TypeError: no string.
+        ValueError: other characters, an attribute of the class, or the name of the base.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected a string, got {name!r}; write 'default'")
+    if name == BASE:
+        raise ValueError(
+            f"adapter_name: expected another name than {BASE!r}, by which adapter_names() calls "
+            "rows without an adapter; choose another name"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             "adapter_name: expected letters, digits, '_' and '-', and not an attribute of "
@@ -89,7 +98,7 @@ def check_free_name(model: nn.Module, name: str) -> None:
 def _require_parameters(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: expected an nn.Module, got {type(model).__name__}")
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    lazy = [n for n, p in base_parameters(model).items() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(
             f"attach to {type(model).__name__}: expected parameters with a shape, found lazy ones "
@@ -107,7 +116,7 @@ def _require_no_peft_layers(model: nn.Module) -> None:
     """Raise ValueError if the model has layers of Hugging Face peft inside."""
     found = [
         f"{name!r} ({type(m).__module__}.{type(m).__name__})"
-        for name, m in modules_by_name(model).items()
+        for name, m in base_modules(model).items()
         if type(m).__module__.startswith("peft.") and name
     ]
     if found:
@@ -122,7 +131,7 @@ def _require_no_peft_layers(model: nn.Module) -> None:
 
 def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     """Fully qualified names of the modules; a suffix matches at a dot."""
-    names = [n for n in modules_by_name(model) if n and not in_adapter(n)]
+    names = [n for n in base_modules(model) if n]
     found: list[str] = []
     for suffix in wanted:
         hits = [n for n in names if matches_suffix(n, [suffix])]

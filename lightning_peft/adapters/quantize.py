@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.class_swap import PackedForward, Swapped, base_class, swap_out
-from lightning_peft.core.modules import modules_by_name, parameter_at, tied_ids
+from lightning_peft.core.modules import base_modules, parameter_at, tied_ids
 from lightning_peft.core.names import matches_suffix, with_parents
 from lightning_peft.core.protocols import Storage, WeightLayout
 from lightning_peft.core.pruning_masks import held
@@ -81,7 +81,7 @@ def plan_quantization(
     heads = head_names(model)
     shared = tied_ids(model)
     fp32 = _keep_in_fp32(model)
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         ops = ops_for(module)
         refusal = experts_refusal(module)
         if refusal:
@@ -110,7 +110,7 @@ def plan_quantization(
 def _warn_nothing_packed(model: nn.Module, plan: QuantizationPlan) -> None:
     own = [
         m
-        for m in modules_by_name(model).values()
+        for m in base_modules(model).values()
         if any(p is not None for p in m._parameters.values())
     ]
     kinds = sorted({type(m).__name__ for m in own})
@@ -202,7 +202,7 @@ def _keep_in_fp32(model: nn.Module) -> list[str]:
     weight's dtype.
     """
     names: set[str] = set()
-    for module in modules_by_name(model).values():
+    for module in base_modules(model).values():
         names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
     return sorted(names)
 

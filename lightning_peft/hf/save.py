@@ -25,7 +25,12 @@ from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
 from lightning_peft.hf.model_card import model_card
 from lightning_peft.hf.norm_layers import add_norm_layers
-from lightning_peft.hf.outside import OUTSIDE, outside_tensors, warn_of_new_parameters
+from lightning_peft.hf.outside import (
+    OUTSIDE,
+    outside_tensors,
+    trained_outside,
+    warn_of_left_out,
+)
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
 from lightning_peft.hf.targets import compact, misread_names, model_root
@@ -95,7 +100,7 @@ def save_adapter(
     """
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
-    check_intact(model, "save_adapter")
+    check_intact(model, "save_adapter", adapter_name)
     prefix, top = model_root(model, root)
     found, outside = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)
@@ -105,6 +110,12 @@ def save_adapter(
     config = _config(top, method, fmt, entries, uniform=uniform)
     if fmt.tensors:
         _name_targets(top, entries, config)
+        if fmt.shares_by_target and isinstance(config["target_modules"], str):
+            raise ValueError(
+                f"save_adapter: expected layers that a list of names selects, since peft's "
+                f"{fmt.peft_type} shares tensors by entry of the list, got "
+                f"{config['target_modules']!r}; keep the adapter with adapter_state_dict()"
+            )
     tensors = _file_tensors(fmt, entries)
     _add_shared(found, fmt, entries, config, tensors)
     _add_biases(found, tensors)
@@ -117,7 +128,8 @@ def save_adapter(
         config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     metadata = provenance_of(model, adapter_name, strip_compile(prefix))
-    warn_of_new_parameters(model)
+    outside += trained_outside(model)
+    warn_of_left_out(model, adapter_name, outside)
     if outside:
         write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
     card = model_card(top, method, config, _storage_label(model, adapter_name), metrics or {})
@@ -247,7 +259,7 @@ def _entries(
         own = {
             k: t.detach().cpu()
             for k, t in adapter.tensors().items()
-            if k not in fmt.prefix and k not in fmt.unwritten
+            if isinstance(adapter, WeightAdapter) and k not in fmt.prefix and k not in fmt.unwritten
         }
         packed = own if fmt.pack is None or not own else fmt.pack(method, site, own)
         by_weight = layout.is_target_parameter(site.parameter) or (
@@ -366,7 +378,7 @@ def _add_shared(
         own = adapter.tensors()
         if isinstance(adapter, PromptAdapter):
             with torch.no_grad():
-                own = {"P": adapter.prompt_embeddings().cpu()}
+                own = {**own, "P": adapter.prompt_embeddings().cpu()}
             own = dict(fmt.pack(adapter.method, adapter.site, own)) if fmt.pack else own
         for name, tensor in own.items():
             if name not in fmt.prefix:

@@ -8,9 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.modules import is_conv1d, tied_modules
+from lightning_peft.core.modules import (
+    base_modules,
+    is_conv1d,
+    require_module,
+    tied_modules,
+)
 from lightning_peft.core.name_patterns import ends_with_pattern, fullmatch
-from lightning_peft.core.names import in_adapter, matches_suffix
+from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFFormat
@@ -38,6 +43,7 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
     Raises:
         ValueError: `root` is no module of `model`.
     """
+    require_module(model)
     if root is not None:
         try:
             return root, model.get_submodule(root)
@@ -48,11 +54,14 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
                 f"are {children}"
             ) from None
     found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    for name, module in base_modules(model).items():
         inside = any(name.startswith(f"{n}.") or not n for n, _ in found)
         if not inside and is_transformers_model(module):
             found.append((name, module))
-    return found[0] if len(found) == 1 else ("", model)
+    if len(found) == 1:
+        return found[0]
+    compiled = model._modules.get("_orig_mod")  # peft's names have no part for torch.compile
+    return ("", model) if compiled is None else ("_orig_mod", compiled)
 
 
 def targeted(config: Mapping[str, Any], root: nn.Module) -> Callable[[str, nn.Module], bool]:
@@ -120,7 +129,7 @@ def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:
     The result is suffixes, full names, or a regular expression. A weight of a module with several
     weights can be a target too, so no suffix may match one.
     """
-    modules = {n: m for n, m in root.named_modules() if n and not in_adapter(n)}
+    modules = {n: m for n, m in base_modules(root).items() if n}
     names = list(modules)
     for name, module in modules.items():
         ops = ops_for(module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.site import BlockSite, SequenceSite, Site
+from lightning_peft.core.site import BlockSite, RouterSite, SequenceSite, Site
 from lightning_peft.methods.exchange import HFEntry, HFFormat
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "HFFormat",
     "InitData",
     "Method",
+    "RouterMethod",
     "SelectMethod",
     "SequenceMethod",
     "StepContext",
@@ -40,11 +41,18 @@ class InitData(StrEnum):
         NONE: No data.
         INPUTS: Inputs of the layer.
         GRADIENTS: Gradients of the layer's weight.
+        COVARIANCE: Second moments of the layer's inputs.
     """
 
     NONE = ""
     INPUTS = "inputs"
     GRADIENTS = "gradients"
+    COVARIANCE = "covariance"
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the start takes its change out of the base (`WeightMethod.residual`)."""
+        return self in (InitData.GRADIENTS, InitData.COVARIANCE)
 
 
 def overrides_step_hooks(cls: type[Any], base: type[Any]) -> bool:
@@ -93,15 +101,19 @@ class Targeted(Method):
     """Which modules.
 
     Attributes:
-        target_modules: ``"all-linear"`` (without the output head), suffixes, or a regular
-            expression of full names; None means the architecture's usual choice.
-        exclude_modules: Suffixes or a regular expression.
+        target_modules: ``"all-linear"`` (without the output head), suffixes, a part of a
+            vision-language model (``"language"``, ``"vision"``, ``"language+vision"``), or a
+            regular expression of full names; None means the architecture's usual choice.
+        exclude_modules: Suffixes, a part, or a regular expression.
         layers_to_transform: Numbers of the blocks; None means all.
+        layers_pattern: Names of the lists of blocks that the numbers count in, as ``"layers"``;
+            None means the outermost lists.
     """
 
     target_modules: str | list[str] | None = field(default=None, kw_only=True)
     exclude_modules: str | list[str] | None = field(default=None, kw_only=True)
     layers_to_transform: int | list[int] | None = field(default=None, kw_only=True)
+    layers_pattern: str | list[str] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,11 @@ class WeightMethod(Targeted):
 
     #: Dtype in which `initialise` gets the weight; None for the stored one, without a copy.
     start_dtype: ClassVar[torch.dtype | None] = torch.float32
+
+    @property
+    def edit_refers_to_tensors(self) -> bool:
+        """Whether `edit` only arranges the adapter's tensors and fixed numbers."""
+        return False
 
     def check(self, site: Site) -> None:
         """Raise ValueError where the method has no meaning at this site; nothing is changed yet."""
@@ -129,6 +146,13 @@ class WeightMethod(Targeted):
     def shared_parameters(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Trained tensors that all sites share, at their start; held once, as `shared` is."""
         return {}
+
+    def owners(self, sites: Sequence[Site]) -> Sequence[Mapping[str, int]]:
+        """Trained tensors of each site that are those of another: name → number of the owner.
+
+        Sites come in the order of `named_modules()`; an owner comes before the sites that share.
+        """
+        return [{} for _ in sites]
 
     @property
     def adapts_tied(self) -> bool:
@@ -197,8 +221,8 @@ class WeightMethod(Targeted):
         Args:
             p: Tensors as attached.
             site: The site.
-            found: Principal directions of the inputs [k, in], or the mean gradient of the weight
-                [out, in]; fp32.
+            found: Principal directions of the inputs [k, in], the mean gradient of the weight
+                [out, in], or second moments of the inputs [in, in]; fp32.
             singular_values: Singular values [k] of the directions.
         """
         raise TypeError(f"{self.label}: expected a method with `from_data`, found none")
@@ -219,6 +243,11 @@ class WeightMethod(Targeted):
     @property
     def reads_batch(self) -> bool:
         """Whether `edit` reads facts about the batch beside the method's tensors."""
+        return False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether those facts follow from the token ids, by `batch_facts`."""
         return False
 
     def batch_facts(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -314,6 +343,38 @@ class SequenceMethod(Targeted):
         """The positions: [n, width], or [n, keys and values of all layers]."""
         raise TypeError(f"{self.label}: expected a method with `prompt_embeddings`, found none")
 
+    def prompts(
+        self, module: nn.Module, site: SequenceSite, facts: Mapping[str, Tensor], batch: int
+    ) -> Tensor:
+        """The positions of a batch: `prompt_embeddings`, or [batch, n, width] if rows differ.
+
+        Args:
+            module: As in `prompt_embeddings`; so is `site`.
+            facts: What is known about the samples, such as their task.
+            batch: Rows of the batch.
+        """
+        return self.prompt_embeddings(module, site)
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the output holds the positions of a prompt too."""
+        return False
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not SequenceMethod.after_step
+
+    def penalty(self, ctx: StepContext) -> Tensor | None:
+        """None: no sequence method adds to the loss."""
+        return None
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Called when gradients of a step are complete, before clipping."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Called after the optimizer's step, gradients still there."""
+
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Make `prompt_embeddings` return `table`.
 
@@ -321,6 +382,25 @@ class SequenceMethod(Targeted):
             ValueError: another shape, or a module that computes its embeddings.
         """
         raise ValueError(f"{self.label}: expected a method whose table can be set, found none")
+
+
+@dataclass(frozen=True)
+class RouterMethod(Targeted):
+    """Says how much each of several adapters acts on a token, by a first pass without them."""
+
+    mergeable: ClassVar[bool] = False
+
+    def experts(self) -> Sequence[str]:
+        """Names of the adapters, which are attached before."""
+        raise TypeError(f"{self.label}: expected a method with `experts`, found none")
+
+    def module(self, site: RouterSite) -> nn.Module:
+        """The module that holds the trained tensors, initialised."""
+        raise TypeError(f"{self.label}: expected a method with `module`, found none")
+
+    def gates(self, module: nn.Module, hidden: Tensor, site: RouterSite) -> Tensor:
+        """Factors [..., layers or 1, experts] from hidden states [..., width] of the first pass."""
+        raise TypeError(f"{self.label}: expected a method with `gates`, found none")
 
 
 @dataclass(frozen=True)

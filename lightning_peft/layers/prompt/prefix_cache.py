@@ -27,7 +27,12 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
     Training runs a layer again in backward (activation checkpointing), and a cache that grows would
     hold the text twice.
+
+    Attributes:
+        is_read_only: Whether reading changes nothing, so that a block may run twice.
     """
+
+    is_read_only = True
 
     def __init__(
         self,
@@ -87,7 +92,7 @@ def with_prefix(
 
     Args:
         past: The caller's cache, filled in place; None makes one.
-        pairs: One a layer.
+        pairs: One per layer.
         config: Configuration of the model.
         crossed: Whether the layers have cross attention too.
         keep: Whether the cache is to grow with the text; without it the prefix alone is held.
