@@ -29,6 +29,7 @@ from lightning_peft.storage.unknown import computed_weight, unknown_format
 __all__ = [
     "PackingWatch",
     "QuantizationPlan",
+    "_to_dense_layer",
     "plan_quantization",
     "quantize_layers",
     "students_of_dense",
@@ -265,7 +266,7 @@ def quantize_layers(
                 if device is not None and held(module, layout.names[0]).device.type != "meta":
                     module.to(device)
                 if name in plan.transcoded:
-                    to_dense_layer(module)
+                    _to_dense_layer(module)
                 plan.storage.quantize(module, layout, plan.quantization)
                 watch.note(name, module)
             except BaseException as error:
@@ -280,7 +281,7 @@ def quantize_layers(
                 raise
 
 
-def to_dense_layer(module: nn.Module) -> None:
+def _to_dense_layer(module: nn.Module) -> None:
     """Dequantise a layer that arrived in a released format, so that it can be quantised again.
 
     A linear layer of another library becomes an `nn.Linear`; experts keep their class.

@@ -138,6 +138,7 @@ def _slices(files: Sequence[Path], opened: ExitStack) -> dict[str, Any]:
     """
     found = {}
     for file in files:
+        handle: Any
         try:
             handle = safe_open(str(file), framework="pt", backend="pread")
         except TypeError:  # safetensors before 0.8

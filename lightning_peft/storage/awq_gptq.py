@@ -55,7 +55,7 @@ class _ColumnsStorage(BlockScaledStorage):
         group = int(config.get("group_size", 128))
         group = K if group == -1 else group
         scale = dtypes.get("scales", torch.float16)
-        tensors = {
+        tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
             "codes": ("weight", self._code_words(N, K), torch.int32),
             "scales": ("weight_scale", (-(-K // group), N), scale),
             "zeros": ("weight_zeros", (-(-K // group), N // 8), torch.int32),
@@ -243,7 +243,8 @@ def _from_nibbles(values: Tensor, order: tuple[int, ...]) -> Tensor:
     """Inverse of `_nibbles`."""
     each = values.int().unflatten(-1, (-1, 8))
     shifts = torch.tensor([4 * order.index(i) for i in range(8)], device=values.device)
-    return (each << shifts.int()).sum(-1, dtype=torch.int32)
+    words: Tensor = (each << shifts.int()).sum(-1, dtype=torch.int32)
+    return words
 
 
 def _present(t: nn.Parameter | None) -> Tensor:
