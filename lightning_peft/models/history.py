@@ -33,6 +33,7 @@ __all__ = [
     "note_loaded",
     "note_moved",
     "note_optimizers",
+    "note_read",
     "note_trained",
     "outside_tensors",
     "start_history",
@@ -75,6 +76,13 @@ def start_history(model: nn.Module, again: Iterable[str] = ()) -> ModelHistory:
     buffers = {strip_compile(name) for name in persistent_buffers(model)}
     found.not_finite |= {n for n in buffers & tensors.keys() if not is_finite(local(tensors[n]))}
     return found
+
+
+def note_read(model: nn.Module) -> None:
+    """Remember the content of tensors that had no values before, because the base was not read."""
+    for _, module, history in histories_in(model):
+        fresh = {n: t for n, t in _watched(module).items() if history.content.get(n, t) is None}
+        history.content |= take_content(fresh)
 
 
 def _history_of(model: nn.Module) -> ModelHistory:
