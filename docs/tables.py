@@ -82,6 +82,17 @@ def planner() -> str:
     return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
 
 
+def step_memory() -> str:
+    """What checkpointing, offload and the chunked loss keep, and what they cost."""
+    rows = _read("step_memory")
+    lines = [
+        [r["options"], r["step_mb"], r["planned_mb"], r["moved_mb"], r["median_ms"], r["loss"]]
+        for r in rows
+    ]
+    columns = ["options", "step, MB", "planned, MB", "moved, MB", "step, ms", "loss"]
+    return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
+
+
 def guideline() -> str:
     """What the literature recommends, from the data that `recommend` filters."""
     from lightning_peft.guideline.guideline import GUIDELINE
@@ -193,5 +204,8 @@ def _joined(rows: list[dict[str, str]], stage: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (compare_methods, planner, guideline, methods, versions, gpu, ecosystem, chat_tokens)
+    for f in (
+        *(compare_methods, planner, step_memory, guideline, methods, versions, gpu, ecosystem),
+        chat_tokens,
+    )
 }

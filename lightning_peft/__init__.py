@@ -6,10 +6,13 @@ Trainer(callbacks=[PEFT(LoRA(r=16), quantization=Quantization("nf4"))])
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.activations.config import Activations
+from lightning_peft.activations.limit import limit_activations
 from lightning_peft.adapters.activation import (
     adapter_names,
     disable_adapters,
     set_adapter,
+    task_ids,
     use_adapters,
 )
 from lightning_peft.adapters.attach import attach, quantize
@@ -18,23 +21,29 @@ from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.hard_prompt import hard_prompt_ids
 from lightning_peft.adapters.merge import MergeReport, merge, unmerge
 from lightning_peft.adapters.reset import reset_adapters
+from lightning_peft.adapters.route import route
 from lightning_peft.adapters.state_dict import adapter_state_dict, load_adapter_state_dict
 from lightning_peft.adapters.unload import merge_and_unload
 from lightning_peft.callback.load_from_checkpoint import load_from_checkpoint
 from lightning_peft.checkpoint.loop import load_checkpoint, save_checkpoint
 from lightning_peft.hf.export import ExportReport, export_merged
 from lightning_peft.hf.load import load_adapter
+from lightning_peft.hf.load_packed import load_packed
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.initialization.data_driven import start_from_data
+from lightning_peft.losses.chunked_cross_entropy import chunked_cross_entropy
+from lightning_peft.losses.output_head import chunk_losses
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.adamss import AdaMSS
 from lightning_peft.methods.alora import ALoRA
+from lightning_peft.methods.arrow import Arrow
 from lightning_peft.methods.bd_lora import BDLoRA
 from lightning_peft.methods.beft import BEFT
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.c3a import C3A
+from lightning_peft.methods.cartridge import Cartridge
 from lightning_peft.methods.deft import DEFT
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
@@ -50,16 +59,20 @@ from lightning_peft.methods.hra import HRA
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.kasa import KaSA
 from lightning_peft.methods.last_layers import LastLayers
+from lightning_peft.methods.lily import Lily
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.monteclora import MonteCLoRA
+from lightning_peft.methods.multitask_prompt import MultitaskPrompt
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.osf import OSF
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.peanut import PEANuT
+from lightning_peft.methods.poly import Poly
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.psoft import PSOFT
@@ -74,8 +87,10 @@ from lightning_peft.methods.tinylora import TinyLoRA
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.unilora import UniLoRA
 from lightning_peft.methods.vblora import VBLoRA
+from lightning_peft.methods.velora import VeLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
+from lightning_peft.methods.xlora import XLoRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
@@ -133,12 +148,15 @@ __all__ = [
     "PEFT",
     "PSOFT",
     "ALoRA",
+    "Activations",
     "AdaLoRA",
     "AdaMSS",
     "AdapterMonitor",
+    "Arrow",
     "BDLoRA",
     "BitFit",
     "BottleneckAdapter",
+    "Cartridge",
     "DeLoRA",
     "DiffPruning",
     "DoRA",
@@ -153,6 +171,7 @@ __all__ = [
     "HiRA",
     "KaSA",
     "LastLayers",
+    "Lily",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -160,6 +179,8 @@ __all__ = [
     "MergeReport",
     "MethodHooks",
     "MiSS",
+    "MonteCLoRA",
+    "MultitaskPrompt",
     "NormTuning",
     "PEANuT",
     "PEFTDDPStrategy",
@@ -167,6 +188,7 @@ __all__ = [
     "PTuning",
     "PVeRA",
     "Plan",
+    "Poly",
     "PrefixTuning",
     "PromptTuning",
     "PruneReport",
@@ -182,11 +204,15 @@ __all__ = [
     "TrainableTokens",
     "UniLoRA",
     "VBLoRA",
+    "VeLoRA",
     "VeRA",
     "WaveFT",
+    "XLoRA",
     "adapter_names",
     "adapter_state_dict",
     "attach",
+    "chunk_losses",
+    "chunked_cross_entropy",
     "combine",
     "convert_optimizer",
     "detach",
@@ -195,10 +221,12 @@ __all__ = [
     "export_merged",
     "extract_lora",
     "hard_prompt_ids",
+    "limit_activations",
     "load_adapter",
     "load_adapter_state_dict",
     "load_checkpoint",
     "load_from_checkpoint",
+    "load_packed",
     "merge",
     "merge_and_unload",
     "parameter_report",
@@ -206,10 +234,12 @@ __all__ = [
     "quantize",
     "register_strategies",
     "reset_adapters",
+    "route",
     "save_adapter",
     "save_checkpoint",
     "set_adapter",
     "start_from_data",
+    "task_ids",
     "tokens_per_expert",
     "unmerge",
     "use_adapters",

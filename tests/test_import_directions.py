@@ -29,7 +29,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("storage",),
     ("methods", "layers"),
     ("optim", "report", "models"),
-    ("initialization",),
+    ("initialization", "activations", "losses"),
     ("adapters",),
     ("planner", "checkpoint", "hf", "diagnostics"),
     ("strategies", "recipes"),
@@ -72,7 +72,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
 METHOD_IMPORTS = (
     "lightning_peft_kernels.autograd",
+    "lightning_peft.core.collectives",  # VeLoRA's direction is that of all processes
     "lightning_peft.core.edit",
+    "lightning_peft.core.input_dtype",
     "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
@@ -90,6 +92,7 @@ METHOD_IMPORTS = (
     "lightning_peft.methods.lora_start",  # LoRA's initialisations
     "lightning_peft.methods.prompt_exchange",
     "lightning_peft.methods.registry",
+    "lightning_peft.methods.tasks",  # task ids of the batch
     "lightning_peft.methods.token_indices",
 )
 
@@ -379,7 +382,11 @@ def test_the_reader_sees(source: str, target: str, type_only: bool, tmp_path: Pa
 
 
 #: Files that derive classes from transformers'; they are imported when such a model is adapted.
-DERIVES = ("lightning_peft.layers.prompt.prefix_cache", "lightning_peft.models.plain_saver")
+DERIVES = (
+    "lightning_peft.hf.packed_quantizer",
+    "lightning_peft.layers.prompt.prefix_cache",
+    "lightning_peft.models.plain_saver",
+)
 
 
 def test_extras_are_imported_where_they_are_used() -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_peft.core.registry import AdapterRegistry, is_part, registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, unsettled
 from lightning_peft.layers.adapter import Adapter
-from lightning_peft.layers.mixed_batch import chosen_adapters, mixed_batch
+from lightning_peft.layers.mixed_batch import batch_facts, chosen_adapters, mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
-__all__ = ["activate", "adapter_names", "disable_adapters", "set_adapter", "use_adapters"]
+__all__ = [
+    "activate",
+    "adapter_names",
+    "disable_adapters",
+    "set_adapter",
+    "task_ids",
+    "use_adapters",
+]
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str] | None) -> None:
@@ -139,6 +147,31 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             for adapter in adapters_of(module):
                 adapter.switch_base(adapter.adapter_name in active.names)
             refresh(module)
+
+
+def task_ids(ids: Sequence[int] | Tensor) -> AbstractContextManager[None]:
+    """Say which task each sample of the batch belongs to, for Poly and multitask prompts.
+
+    Each thread and each asyncio task has its own block. The backward pass may follow the block,
+    with activation checkpointing too. `model.generate` runs inside as well; beams keep the task of
+    their sample. `torch.compile(fullgraph=True)` is not possible inside the block.
+
+        with task_ids(batch["task"]):
+            loss = model(**batch["inputs"]).loss
+
+    Args:
+        ids: Task numbers from 0 on, one per sample.
+
+    Raises:
+        ValueError: no list of numbers from 0 on.
+    """
+    found = torch.as_tensor(ids).cpu()  # layers then compare without waiting for the device
+    if found.ndim != 1 or found.dtype != torch.int64 or not len(found) or int(found.min()) < 0:
+        got = list(found.shape), found.dtype
+        raise ValueError(
+            f"task_ids: expected one number per sample, 0 or larger, got a tensor {got}"
+        )
+    return batch_facts({"tasks": found})
 
 
 def adapter_names(batch_names: Sequence[str]) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach_checks import (
     check_copies_stay_dense,
     check_free_name,
+    check_starts_can_be_written,
     checked_methods,
     saved_modules,
 )
@@ -36,6 +37,7 @@ from lightning_peft.adapters.quantize import (
 )
 from lightning_peft.adapters.rehome import rehome
 from lightning_peft.adapters.snapshot import ModelSnapshot
+from lightning_peft.core.modules import base_parameters
 from lightning_peft.core.registry import (
     AdapterEntry,
     AdapterRegistry,
@@ -52,9 +54,10 @@ from lightning_peft.models.fingerprint import fingerprint
 from lightning_peft.models.frozen_parts import FrozenCopy, frozen_copies, inside
 from lightning_peft.models.history import start_history
 from lightning_peft.models.pretrained import NewLayers
+from lightning_peft.models.quantized_config import forget_quantization
 from lightning_peft.models.saving import save_plainly
 from lightning_peft.models.shared_inputs import children_sharing_input
-from lightning_peft.report.summary import Report, parameter_report
+from lightning_peft.report.summary import Report, attach_report, parameter_report
 from lightning_peft.storage import StorageConfig, as_config, require_config
 
 __all__ = [
@@ -90,7 +93,8 @@ def attach(
             as in peft without ``ensure_weight_tying``.
 
     Returns:
-        The report of what matched and what it costs.
+        The report of what matched and what it costs. Its counts are those of the whole model, its
+        layers those of this adapter; `parameter_report` describes all adapters.
 
     Raises:
         ValueError: a bad name, nothing matches, a method has no meaning at a layer, non-finite
@@ -156,8 +160,9 @@ def attach_within(
                 )
             )
             check_copies_stay_dense(plan.adapters, packing)
+            check_starts_can_be_written(plan.adapters, packing)
             unused = unused_rules(model, methods, plan.adapters)
-            readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_batch]
+            readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_tokens]
             observed = [(m, stack_of(model, m)) for m in readers]
         for line in unused:
             warnings.warn(line, stacklevel=3)
@@ -165,12 +170,14 @@ def attach_within(
         _remember_base(model, registry, plan.adapters)
         builder = AdapterBuilder(plan.adapters, adapter_name, built)
         registry.loose = list(dict.fromkeys([*registry.loose, *new.loose]))
-        for name, parameter in model.named_parameters():
+        for name, parameter in base_parameters(model).items():
             parameter.requires_grad_(name in registry.loose)
         if packing is not None:
             watch = PackingWatch(packed, snapshot.renew, builder.around_packing)
             quantize_layers(model, packing, device, watch)
             registry.quantization, registry.dense = quantization, packing.dense
+            if packing.transcoded:
+                forget_quantization(model)
         builder.finish()
         for reader, stack in observed:
             observe_batch(model, reader, stack, adapter_name)
@@ -190,7 +197,7 @@ def attach_within(
         activate(model, registry, [adapter_name])
         save_plainly(model)
         start_history(model, again=packed)
-        return parameter_report(model)
+        return attach_report(model, adapter_name)
     except BaseException:
         base = registry_of(model)
         snapshot.restore(built)
@@ -241,6 +248,8 @@ def quantize(
             registry.fingerprint = fingerprint(model)
         registry.quantization, registry.dense = config, packing.dense
         quantize_layers(model, packing, device, PackingWatch(packed, snapshot.renew))
+        if packing.transcoded:
+            forget_quantization(model)
         guard_fast_path(model)
         save_plainly(model)
         return parameter_report(model)
@@ -282,7 +291,7 @@ def _remember_base(
         }
         registry.fingerprint = fingerprint(model, copied)
     if not registry.requires_grad:
-        registry.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+        registry.requires_grad = {n: p.requires_grad for n, p in base_parameters(model).items()}
 
 
 def _entry(

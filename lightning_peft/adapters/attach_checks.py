@@ -13,8 +13,8 @@ from lightning_peft.adapters.placement.unused_rules import check_patterns
 from lightning_peft.adapters.quantize import (
     QuantizationPlan,
 )
-from lightning_peft.core.modules import modules_by_name
-from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
+from lightning_peft.core.modules import base_modules, base_parameters
+from lightning_peft.core.names import matches_suffix, nearest_names
 from lightning_peft.core.registry import (
     registries_in,
 )
@@ -89,7 +89,7 @@ def check_free_name(model: nn.Module, name: str) -> None:
 def _require_parameters(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: expected an nn.Module, got {type(model).__name__}")
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    lazy = [n for n, p in base_parameters(model).items() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(
             f"attach to {type(model).__name__}: expected parameters with a shape, found lazy ones "
@@ -107,7 +107,7 @@ def _require_no_peft_layers(model: nn.Module) -> None:
     """Raise ValueError if the model has layers of Hugging Face peft inside."""
     found = [
         f"{name!r} ({type(m).__module__}.{type(m).__name__})"
-        for name, m in modules_by_name(model).items()
+        for name, m in base_modules(model).items()
         if type(m).__module__.startswith("peft.") and name
     ]
     if found:
@@ -122,7 +122,7 @@ def _require_no_peft_layers(model: nn.Module) -> None:
 
 def saved_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     """Fully qualified names of the modules; a suffix matches at a dot."""
-    names = [n for n in modules_by_name(model) if n and not in_adapter(n)]
+    names = [n for n in base_modules(model) if n]
     found: list[str] = []
     for suffix in wanted:
         hits = [n for n in names if matches_suffix(n, [suffix])]
@@ -147,4 +147,23 @@ def check_copies_stay_dense(
                 f"{each.method.label} on {placement.name!r}: expected a dense weight to train a "
                 "copy of, got one that is to be quantised; exclude it from the quantization, or "
                 "use an adapter"
+            )
+
+
+def check_starts_can_be_written(
+    planned: Sequence[PlannedAdapter], packing: QuantizationPlan | None
+) -> None:
+    """Raise ValueError if a start rewrites a weight that its released format would round."""
+    packed = () if packing is None else packing.layers
+    transcoded = {id(m) for _, m, _ in packed}
+    for each in planned:
+        method, placement = each.method, each.placement
+        if not isinstance(method, WeightMethod) or not method.rewrites_base:
+            continue
+        storage = placement.site.storage
+        if storage.exports and id(placement.module) not in transcoded:
+            raise ValueError(
+                f"{method.label} on {placement.name!r}: expected a base that the start can rewrite "
+                f"without loss, got {storage.label}, which rounds the residual; use "
+                "init='default', or transcode the base with quantization='nf4'"
             )

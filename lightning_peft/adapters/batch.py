@@ -6,13 +6,13 @@ from torch import nn
 
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from lightning_peft.layers.batch_facts import BatchObserver
-from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.models.modules import hf_models
 
 __all__ = ["observe_batch", "stack_of"]
 
 
-def stack_of(model: nn.Module, method: WeightMethod) -> nn.Module:
+def stack_of(model: nn.Module, method: Method) -> nn.Module:
     """The module between ids and hidden states of the one decoder in `model`.
 
     Raises:

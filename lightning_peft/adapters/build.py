@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.placement.placement import PlannedAdapter
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.class_swap import rebind_forward
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapt, is_adapted
 from lightning_peft.layers.adapter import Adapter
@@ -92,7 +93,7 @@ class AdapterBuilder:
         self._built.add(id(module))
         training = module.training
         container = adapt(module, site.ops).peft
-        _rebind_forward(module)
+        rebind_forward(module)
         method = planned.method
         group = method.group(placement.name) if isinstance(method, ModulesToSave) else ""
         copies = self._copies.setdefault(group, {})
@@ -106,6 +107,8 @@ class AdapterBuilder:
                 adapter.tied_trained = self._by_site[id(site.tied_to)]._parameters
             for name, buffer in held.site_buffers.get(id(site), {}).items():
                 adapter.register_buffer(name, buffer)
+            for name, owner in held.owners.get(id(site), {}).items():
+                adapter.borrow(name, self._by_site[id(owner)])
             fresh = not adapter.tied_trained and site.device.type != "meta"
             if adapter.method.starts_from_weight and fresh:
                 adapter.initialize_from_weight(originals.get(site.parameter))
@@ -145,11 +148,13 @@ class _Shared:
         frozen: Live buffers of the holder; the mapping follows `.to()`.
         trained: Live parameters of the holder.
         site_buffers: Buffers that depend on all sites, by the site's id.
+        owners: Trained tensors that another site owns, by the id of the site that borrows.
     """
 
     frozen: Mapping[str, Tensor]
     trained: Mapping[str, Tensor]
     site_buffers: Mapping[int, Mapping[str, Tensor]]
+    owners: Mapping[int, Mapping[str, Site]]
 
 
 def _hold_shared(adapter: WeightAdapter, sites: Sequence[Site]) -> _Shared:
@@ -165,7 +170,9 @@ def _hold_shared(adapter: WeightAdapter, sites: Sequence[Site]) -> _Shared:
         adapter.add_module("shared_tensors", holder)
     buffers = zip(sites, method.site_buffers(sites), strict=True)
     live: Any = holder
-    return _Shared(live._buffers, live._parameters, {id(s): b for s, b in buffers})
+    pairs = zip(sites, method.owners(sites), strict=True)
+    owners = {id(s): {name: sites[i] for name, i in found.items()} for s, found in pairs}
+    return _Shared(live._buffers, live._parameters, {id(s): b for s, b in buffers}, owners)
 
 
 def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapter) -> None:
@@ -178,22 +185,15 @@ def _hold(container: nn.ModuleDict, adapter_name: str, slot: str, adapter: Adapt
     container[adapter_name].add_module(slot, adapter)
 
 
-def _rebind_forward(module: nn.Module) -> None:
-    """accelerate stores the forward it replaced on the instance; point it at the swapped class."""
-    if "_old_forward" in vars(module):
-        cls: Any = type(module)
-        vars(module)["_old_forward"] = cls.forward.__get__(module)
-
-
 def _keep_off_fast_path(*args: object) -> None:
     """An empty hook: a child with hooks keeps `nn.TransformerEncoderLayer` off its fused path."""
 
 
 def guard_fast_path(model: nn.Module) -> None:
     """Make `nn.TransformerEncoderLayer` call its adapted and its packed children in eval too."""
-    for layer in modules_by_name(model).values():
+    for layer in base_modules(model).values():
         if isinstance(layer, nn.TransformerEncoderLayer):
-            for child in modules_by_name(layer).values():
+            for child in base_modules(layer).values():
                 _guard(child)
 
 

@@ -23,7 +23,7 @@ from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.report.summary import Report
 
-__all__ = ["How", "combine"]
+__all__ = ["How", "combine", "exactly", "low_rank_of", "root_of"]
 
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 
@@ -81,11 +81,11 @@ def combine(
     method = LoRA(
         r=usual,
         alpha=float(usual),
-        rank_pattern={_exactly(n): r for n, r in odd.items()},
-        alpha_pattern={_exactly(n): float(r) for n, r in odd.items()},
+        rank_pattern={exactly(n): r for n, r in odd.items()},
+        alpha_pattern={exactly(n): float(r) for n, r in odd.items()},
         target_modules=sorted({site.name for site in sites.values()}),
     )
-    root, record = _root_of(model, names)
+    root, record = root_of(model, names)
     active = list(record.active)
     report = attach(root, method, adapter_name=into)
     with torch.no_grad():
@@ -98,23 +98,26 @@ def combine(
     return report
 
 
-def _root_of(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, AdapterRegistry]:
+def root_of(
+    model: nn.Module, names: Sequence[str], what: str = "combine"
+) -> tuple[nn.Module, AdapterRegistry]:
     """Return the root, in `model` or `model` itself, whose adapters have these names."""
     rehome(model)
     found = list(registries_in(model))
     known = sorted({name for _, _, record in found for name in record.adapters})
     for name in names:
         if name not in known:
-            raise KeyError(f"combine: expected adapters among {known}, got {name!r}")
+            raise KeyError(f"{what}: expected adapters among {known}, got {name!r}")
     for _, root, record in found:
         if set(names) <= set(record.adapters):
             return root, record
     raise ValueError(
-        f"combine: expected adapters of one root, got {list(names)}, which were attached to several"
+        f"{what}: expected adapters of one root, got {list(names)}, which were attached to several"
     )
 
 
-def _exactly(name: str) -> str:
+def exactly(name: str) -> str:
+    """Return a pattern that matches this name as a suffix, and no other character for its dots."""
     return name.replace(".", r"\.")
 
 
@@ -141,14 +144,14 @@ def _check(names: Sequence[str], weights: Sequence[float], how: str, density: fl
 def _collect(
     model: nn.Module, names: Sequence[str], weights: Sequence[float], how: str
 ) -> tuple[dict[_Key, list[_Part]], dict[_Key, Site]]:
-    root, _ = _root_of(model, names)
+    root, _ = root_of(model, names)
     parts: dict[_Key, list[_Part]] = {}
     sites: dict[_Key, Site] = {}
     with torch.no_grad():
         for _, module in adapted_modules(root):
             for name, weight in zip(names, weights, strict=True):
                 for adapter in adapters_of(module, name):
-                    term = _low_rank(adapter)
+                    term = low_rank_of(adapter)
                     key = (id(module), adapter.site.parameter)
                     sites[key] = adapter.site
                     parts.setdefault(key, []).append(
@@ -157,7 +160,7 @@ def _collect(
     return parts, sites
 
 
-def _low_rank(adapter: Adapter) -> LowRank:
+def low_rank_of(adapter: Adapter, what: str = "combine") -> LowRank:
     """The one low-rank term of an adapter.
 
     Raises:
@@ -170,9 +173,9 @@ def _low_rank(adapter: Adapter) -> LowRank:
             assert term is not None
             return term
     raise ValueError(
-        f"combine: {adapter.adapter_name!r} at {adapter.site.label!r}: expected a low-rank change "
+        f"{what}: {adapter.adapter_name!r} at {adapter.site.label!r}: expected a low-rank change "
         f"of the weight that leaves the base alone, got {adapter.method.label}; merge it, or "
-        "combine without it"
+        "leave it out"
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.adapters.placement.checks import check_swappable
-from lightning_peft.core.modules import modules_by_name
-from lightning_peft.core.names import in_adapter, strip_compile
+from lightning_peft.core.modules import base_modules
+from lightning_peft.core.names import strip_compile
 from lightning_peft.core.registry import AdapterEntry, ensure_registry, join_registry, registries_in
 from lightning_peft.layers.adapted import adapt, adapted_modules, adapters_of, refresh
 from lightning_peft.layers.adapter import Adapter
@@ -38,11 +38,7 @@ def follow(student: nn.Module, teacher: nn.Module, adapter_name: str) -> None:
         teacher: A part of the same structure; its modules' classes are swapped.
         adapter_name: Name of the adapter.
     """
-    pairs = [
-        (m, teacher.get_submodule(n))
-        for n, m in modules_by_name(student).items()
-        if not in_adapter(n)
-    ]
+    pairs = [(m, teacher.get_submodule(n)) for n, m in base_modules(student).items()]
     memo: dict[int, Any] = {id(one): other for one, other in pairs}
     found = [(n, m) for n, m in adapted_modules(student) if adapter_name in m.peft]
     for _, module in found:
@@ -90,7 +86,7 @@ def follow_outside(model: nn.Module) -> None:
         registry.fingerprint = fingerprint(teacher)
         registry.requires_grad = {n: p.requires_grad for n, p in teacher.named_parameters()}
         for _, root, source in list(registries_in(model)):
-            if root is teacher or not any(m is student for m in modules_by_name(root).values()):
+            if root is teacher or not any(m is student for m in base_modules(root).values()):
                 continue
             for name, entry in source.adapters.items():
                 follow(student, teacher, name)

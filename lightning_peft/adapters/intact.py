@@ -6,7 +6,7 @@ embedding. The adapter is then lost, or no longer fits, and nothing in the forwa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -15,16 +15,18 @@ from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.layers.adapted import Adapted, adapted_modules, adapters_of
+from lightning_peft.layers.adapter import Adapter
 
 __all__ = ["check_intact"]
 
 
-def check_intact(model: nn.Module, what: str) -> None:
+def check_intact(model: nn.Module, what: str, adapter_name: str | None = None) -> None:
     """Raise if an adapted layer was replaced or resized after attach.
 
     Args:
         model: A model with adapters.
         what: The call that needs them, for the message.
+        adapter_name: The adapter that the call needs; None for all.
 
     Raises:
         RuntimeError: with the layer's name and what to do.
@@ -33,6 +35,8 @@ def check_intact(model: nn.Module, what: str) -> None:
         seen = seen_from(root, registry)
         modules = {strip_compile(name): module for name, module in adapted_modules(root)}
         for name, entry in seen.adapters.items():
+            if adapter_name is not None and name != adapter_name:
+                continue
             live: dict[str, list[tuple[int, ...]]] = {}  # a layer may have several adapters
             for label, found in _weights(modules, name):
                 live.setdefault(label, []).append(found)
@@ -44,7 +48,7 @@ def check_intact(model: nn.Module, what: str) -> None:
                     got = f"shape {shapes[0]} instead of {tuple(shape)}"
                     _raise(what, join(prefix, label), name, got)
         for path, module in modules.items():
-            _check_copies(what, join(prefix, path), module)
+            _check_copies(what, join(prefix, path), adapters_of(module, adapter_name))
 
 
 def _weights(
@@ -58,10 +62,10 @@ def _weights(
                 yield label, tuple(site.shape)
 
 
-def _check_copies(what: str, path: str, module: Adapted) -> None:
-    for adapter in adapters_of(module):
+def _check_copies(what: str, path: str, adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
         for key, copied in adapter.copies().items():
-            shape = parameter_at(module, key).shape
+            shape = parameter_at(adapter.site.module, key).shape
             if copied.shape != shape:
                 got = f"shape {tuple(shape)} instead of {tuple(copied.shape)}"
                 _raise(what, join(path, key), adapter.adapter_name, got)

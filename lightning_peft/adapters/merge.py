@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from lightning_peft.adapters.merge_undo import UntiedConfig
 from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.modules import tied_ids
 from lightning_peft.layers.adapted import Adapted, adapted_modules, refresh
-from lightning_peft.layers.adapted_state import MergeUndo
+from lightning_peft.layers.adapted_state import MergeUndo, UndoStep
 from lightning_peft.models.outputs import output_of, relative_change
+from lightning_peft.models.packed_state import is_released
+from lightning_peft.models.quantized_config import QuantizationNotes
 
 __all__ = ["MergeReport", "SiteError", "merge", "unmerge"]
 
@@ -135,6 +138,7 @@ def _merge_all(
     module is taken back, and the modules before it stay merged.
     """
     snapshot = ModelSnapshot(model) if keep_base else None
+    released = is_released(model)
     done: list[ModuleMerge] = []
     try:
         with torch.no_grad():
@@ -157,9 +161,24 @@ def _merge_all(
                 "second call merges the rest"
             ) from error
         raise
+    if released and settings.into == "dense" and plan:
+        _keep_undo(plan[-1].module, [QuantizationNotes.take(model)])
     if settings.report.untied:
         _untie_configs(model, plan[-1].module)
+    _warn_of_noise(settings.report)
     return settings.report
+
+
+def _warn_of_noise(report: MergeReport) -> None:
+    lost = report.lost
+    if lost:
+        worst = max(lost, key=lambda s: s.noise or 0.0)
+        warnings.warn(
+            f"merge into='storage': requantising added more noise than the update has in "
+            f"{len(lost)} of {len(report.sites)} weights (worst: {worst.name}, {worst.noise:.1f} "
+            "times the update); use into='dense', or keep the adapter beside the base",
+            stacklevel=4,
+        )
 
 
 def _merge_part(part: ModuleMerge, settings: MergeSettings, keep_base: bool) -> None:
@@ -182,11 +201,18 @@ def _merge_part(part: ModuleMerge, settings: MergeSettings, keep_base: bool) -> 
 
 def _untie_configs(model: nn.Module, holder: Adapted) -> None:
     """Clear the flag by which Hugging Face ties embeddings again when it loads the merged model."""
-    undo = holder._peft.merge_undo or MergeUndo()
+    steps: list[UndoStep] = []
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False) is True:
             config.tie_word_embeddings = False
-            undo.steps.append(UntiedConfig(config))
-    if undo.steps:
+            steps.append(UntiedConfig(config))
+    _keep_undo(holder, steps)
+
+
+def _keep_undo(holder: Adapted, steps: Sequence[UndoStep]) -> None:
+    """Let `unmerge` take back changes outside of the layers as well."""
+    if steps:
+        undo = holder._peft.merge_undo or MergeUndo()
+        undo.steps += steps
         holder._peft.merge_undo = undo

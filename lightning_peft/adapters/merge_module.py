@@ -196,12 +196,25 @@ def _merge_weight(
     _untie(change.module, site.parameter, change.key, settings, steps)
     _write(change, formed.merged, settings.into, steps)
     stored = site.weight(torch.float32)
+    kept, noise = _survival(stored, formed) if site.storage.is_quantized else (None, None)
     return SiteError(
         change.key,
         relative_change(formed.merged, formed.stored),
         relative_change(stored, formed.merged),
         None if settings.base is None else relative_change(stored, formed.start),
+        kept,
+        noise,
     )
+
+
+def _survival(stored: Tensor, formed: _Formed) -> tuple[float | None, float | None]:
+    """How much of the update a requantised weight keeps, and the noise it adds."""
+    update = formed.merged - formed.stored
+    size = float(update.square().sum())
+    if size == 0:
+        return None, None
+    kept = float(((stored - formed.stored) * update).sum()) / size
+    return kept, float((stored - formed.merged).norm()) / size**0.5
 
 
 def _write(change: _WeightChange, merged: Tensor, into: Into, steps: list[UndoStep]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import median
 
 __all__ = ["MergeReport", "SiteError"]
 
@@ -16,12 +17,17 @@ class SiteError:
         delta: Change by the adapter, ‖W' − W‖ / ‖W‖ with W as stored (dequantised).
         error: Loss by rounding or requantising, ‖stored − W'‖ / ‖W'‖.
         base_delta: Distance to the original base, ‖stored − W₀‖ / ‖W₀‖; None without one.
+        kept: Part of the update that is in a requantised weight, ⟨stored − W, δ⟩ / ‖δ‖² with
+            δ = W' − W: 1 if all of it survived. None for a dense weight, and for δ = 0.
+        noise: What requantising added, ‖stored − W'‖ / ‖δ‖. None where `kept` is.
     """
 
     name: str
     delta: float
     error: float
     base_delta: float | None = None
+    kept: float | None = None
+    noise: float | None = None
 
 
 @dataclass
@@ -56,6 +62,11 @@ class MergeReport:
         return max((s.error for s in self.sites), default=0.0)
 
     @property
+    def lost(self) -> list[SiteError]:
+        """Requantised weights whose noise exceeds the update."""
+        return [s for s in self.sites if s.noise is not None and s.noise > 1]
+
+    @property
     def better_base(self) -> str | None:
         """The base whose merge is nearer to the attached model; None if only one was tried."""
         if not self.output_errors:
@@ -75,6 +86,13 @@ class MergeReport:
             f"merged {len(self.sites)} weights, largest relative error {self.worst:.2e}"
             + (f"; untied {', '.join(self.untied)}" if self.untied else "")
         ]
+        requantised = [(s.kept, s.noise) for s in self.sites if s.noise is not None and s.kept]
+        if requantised:
+            kept, noise = (median(part) for part in zip(*requantised, strict=True))
+            lines.append(
+                f"of the update {kept:.0%} survives requantising, with noise of {noise:.2g} times "
+                f"its size (medians); {len(self.lost)} weights have more noise than update"
+            )
         if self.outputs:
             lines.append(
                 f"outputs of {len(self.outputs)} layers on random inputs differ by at most "

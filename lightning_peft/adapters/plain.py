@@ -18,6 +18,7 @@ from lightning_peft.layers.adapted import (
     release,
     weight_adapters_of,
 )
+from lightning_peft.models.dense_twin import restore_dense_classes
 from lightning_peft.models.quantized_config import forget_quantization
 from lightning_peft.storage import held_tensors, storage_of
 
@@ -59,7 +60,11 @@ def make_plain(root: nn.Module, registry: AdapterRegistry) -> None:
     remove_adapters(root, list(registry.adapters))
     for name, module in list(root.named_modules()):
         if not in_adapter(name):
-            _dequantize(root, name, module)
+            _dequantize(module)
+    restore_dense_classes(root)
+    for name, module in list(root.named_modules()):
+        if isinstance(module, PackedForward) and not in_adapter(name):
+            _replace_foreign(root, name, module)
     for name, parameter in root.named_parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(registry.requires_grad.get(name, True))
@@ -67,14 +72,12 @@ def make_plain(root: nn.Module, registry: AdapterRegistry) -> None:
     forget(root)
 
 
-def _dequantize(root: nn.Module, name: str, module: nn.Module) -> None:
+def _dequantize(module: nn.Module) -> None:
     weights = list(dict.fromkeys(held.weight for held in held_tensors(module).values()))
     with torch.no_grad():
         for weight in weights:
             storage = storage_of(module, weight)
             storage.to_dense(module, weight, storage.read(module, weight))
-    if isinstance(module, PackedForward):
-        _replace_foreign(root, name, module)
     if weights:
         unguard_fast_path(module)
 
@@ -82,7 +85,7 @@ def _dequantize(root: nn.Module, name: str, module: nn.Module) -> None:
 def _replace_foreign(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put an `nn.Linear` in the place of a layer whose class reads packed weights only."""
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
-    if weight.ndim != 2 or not name:
+    if weight.ndim != 2 or not name or not isinstance(module, nn.Linear):
         raise TypeError(
             f"{name!r}: expected a linear layer to hold the dense weight of "
             f"{base_class(module).__name__}, got one of shape {list(weight.shape)}; exclude the "

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.adapters.snapshot import ModelSnapshot
-from lightning_peft.core.modules import modules_by_name, parameter_at, tied_ids
+from lightning_peft.core.class_swap import PackedForward, Swapped, base_class, swap_out
+from lightning_peft.core.modules import base_modules, parameter_at, tied_ids
 from lightning_peft.core.names import matches_suffix, with_parents
 from lightning_peft.core.protocols import Storage, WeightLayout
 from lightning_peft.core.pruning_masks import held
@@ -22,7 +23,7 @@ from lightning_peft.layers import ops_for
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.frozen_parts import FrozenCopy, inside
 from lightning_peft.models.modules import head_names
-from lightning_peft.storage import StorageConfig, held_tensors, storage_for
+from lightning_peft.storage import StorageConfig, held_tensors, storage_for, storage_of
 from lightning_peft.storage.unknown import computed_weight, unknown_format
 
 __all__ = [
@@ -43,12 +44,14 @@ class QuantizationPlan:
         storage: The storage that quantises under it.
         layers: (name, module, its weights) in the model's order.
         dense: (name, reason) of linear layers that stay as they are.
+        transcoded: Names of those layers that arrived in another format.
     """
 
     quantization: StorageConfig
     storage: Storage
     layers: list[tuple[str, nn.Module, WeightLayout]] = field(default_factory=list)
     dense: list[tuple[str, str]] = field(default_factory=list)
+    transcoded: list[str] = field(default_factory=list)
 
 
 def plan_quantization(
@@ -78,13 +81,14 @@ def plan_quantization(
     heads = head_names(model)
     shared = tied_ids(model)
     fp32 = _keep_in_fp32(model)
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         ops = ops_for(module)
         refusal = experts_refusal(module)
         if refusal:
             plan.dense.append((name, refusal))
         layout = None if ops is None else ops.weight_layout(module)
-        if layout is None or held_tensors(module):
+        arrived = {h.storage.exports for h in held_tensors(module).values()}
+        if layout is None or False in arrived:
             continue
         reason = _stays_dense(name, module, layout, quantization, keep, heads, shared, fp32)
         reason = reason or ("frozen by you" if inside(name, frozen) else "")
@@ -93,7 +97,10 @@ def plan_quantization(
         if reason:
             plan.dense.append((name, reason))
             continue
-        _require_finite(name, module, layout)
+        if arrived:
+            plan.transcoded.append(name)
+        else:
+            _require_finite(name, module, layout)
         plan.layers.append((name, module, layout))
     if not plan.layers:
         _warn_nothing_packed(model, plan)
@@ -103,7 +110,7 @@ def plan_quantization(
 def _warn_nothing_packed(model: nn.Module, plan: QuantizationPlan) -> None:
     own = [
         m
-        for m in modules_by_name(model).values()
+        for m in base_modules(model).values()
         if any(p is not None for p in m._parameters.values())
     ]
     kinds = sorted({type(m).__name__ for m in own})
@@ -143,6 +150,8 @@ def _stays_dense(
         return "tied to another parameter"
     if any(part in name.split(".") for part in fp32):
         return "the model keeps it in fp32"
+    if layout.names[0] in held_tensors(module):
+        return ""  # in a released format, which is transcoded
     if not weight.is_floating_point():
         return f"already {weight.dtype}"
     unknown = unknown_format(module, layout.names[0])
@@ -193,7 +202,7 @@ def _keep_in_fp32(model: nn.Module) -> list[str]:
     weight's dtype.
     """
     names: set[str] = set()
-    for module in modules_by_name(model).values():
+    for module in base_modules(model).values():
         names.update(getattr(module, "_keep_in_fp32_modules", None) or ())
     return sorted(names)
 
@@ -255,6 +264,8 @@ def quantize_layers(
             try:
                 if device is not None and held(module, layout.names[0]).device.type != "meta":
                     module.to(device)
+                if name in plan.transcoded:
+                    to_dense_layer(module)
                 plan.storage.quantize(module, layout, plan.quantization)
                 watch.note(name, module)
             except BaseException as error:
@@ -267,6 +278,24 @@ def quantize_layers(
                         f"{rest}; the model runs, and a second call packs the rest"
                     ) from error
                 raise
+
+
+def to_dense_layer(module: nn.Module) -> None:
+    """Dequantise a layer that arrived in a released format, so that it can be quantised again.
+
+    A linear layer of another library becomes an `nn.Linear`; experts keep their class.
+    """
+    with torch.no_grad():
+        for name in dict.fromkeys(h.weight for h in held_tensors(module).values()):
+            storage = storage_of(module, name)
+            storage.to_dense(module, name, storage.read(module, name))
+    mixin: type[Swapped] | None = vars(type(module)).get("_swap_mixin")
+    if mixin is not None and issubclass(mixin, PackedForward):
+        swap_out(module, mixin)
+    theirs = base_class(module).__module__.startswith("transformers.integrations.")
+    if theirs and isinstance(module, nn.Linear):
+        module.__class__ = nn.Linear
+    vars(module).pop("_packed", None)
 
 
 _Layers = list[tuple[str, nn.Module, WeightLayout]]

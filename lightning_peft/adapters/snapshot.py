@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules, modules_by_name
 from lightning_peft.core.registry import registry_of
-from lightning_peft.layers.adapted import adapted_modules, is_adapted, weight_adapters_of
+from lightning_peft.layers.adapted import is_adapted, unsettled_entries, weight_adapters_of
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
 __all__ = ["ModelSnapshot"]
@@ -35,15 +35,29 @@ _CONTAINERS = (
 
 
 class ModelSnapshot:
-    """Structure of a model: module by module, with the state of adapters."""
+    """Structure of a model: module by module, with the state of the adapters that may change.
+
+    An attach switches off the adapters that act and leaves the idle ones alone, so their modules
+    are not visited; it renames them all if the model gets a new root (`rehome`).
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {id(m): _ModuleStructure(m) for m in modules_by_name(model).values()}
-        self._adapters = [
-            (adapter, adapter.site.name, adapter.rewrite is not None and adapter.rewrite.active)
-            for _, m in adapted_modules(model)
-            for adapter in weight_adapters_of(m)
-        ]
+        self._modules: dict[int, _ModuleStructure] = {}
+        self._adapters: list[tuple[WeightAdapter, str, bool]] = []
+        is_root = registry_of(model) is not None
+        for m in base_modules(model).values():
+            self.renew(m)
+            if not is_adapted(m):
+                continue
+            self.renew(m.peft)
+            changing = unsettled_entries(m) if is_root else list(m.peft)
+            for name in changing:
+                for inner in modules_by_name(m.peft[name]).values():
+                    self.renew(inner)
+                self._adapters += [
+                    (a, a.site.name, a.rewrite is not None and a.rewrite.active)
+                    for a in weight_adapters_of(m, name)
+                ]
 
     def renew(self, module: nn.Module) -> None:
         """Replace what is remembered of one module, so that `restore` keeps its present state."""

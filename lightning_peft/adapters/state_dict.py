@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.intact import check_intact
 from lightning_peft.core.finite import is_finite
 from lightning_peft.core.marker import unmarked
-from lightning_peft.core.modules import modules_by_name, persistent_buffers
+from lightning_peft.core.modules import base_modules, persistent_buffers
 from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.initialization.restore import initialized_shapes, restore_initialized
@@ -48,7 +48,7 @@ def _collect(into: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
 
 def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         if getattr(module, "track_running_stats", False):
             own = persistent_buffers(module, recurse=False)
             found |= {join(name, key): buffer for key, buffer in own.items()}
@@ -63,7 +63,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dic
         RuntimeError: an adapted layer was replaced or resized after attach.
     """
     _require(model, adapter_name)
-    check_intact(model, "adapter_state_dict")
+    check_intact(model, "adapter_state_dict", adapter_name)
     return {k: t.detach() for k, t in trained_tensors(model, adapter_name).items()}
 
 

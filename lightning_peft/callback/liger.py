@@ -9,11 +9,15 @@ from torch import nn
 __all__ = ["apply_liger"]
 
 
-def apply_liger(model: nn.Module) -> list[str]:
+def apply_liger(model: nn.Module, fused_loss: bool = True) -> list[str]:
     """Put the fused layers into every Hugging Face model below `model` whose type liger-kernel has.
 
     Call it before adapters are attached: it replaces the forward of norms and MLPs, not of linear
     layers. It also changes the modelling module of that architecture for the whole process.
+
+    Args:
+        model: The model.
+        fused_loss: Whether its fused head and loss come too. They read the weight of a dense head.
 
     Returns:
         One line for each model.
@@ -39,7 +43,9 @@ def apply_liger(model: nn.Module) -> list[str]:
             continue
         types.append(str(kind))
         if kind in known:
-            monkey_patch._apply_liger_kernel_to_instance(model=module)
+            monkey_patch._apply_liger_kernel_to_instance(
+                model=module, fused_linear_cross_entropy=fused_loss
+            )
             done.append(f"liger-kernel: fused layers in {name or 'the model'} ({kind})")
             inside.append(f"{name}." if name else "")
     if not done:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_peft.activations.config import Activations
 from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.methods.base import Method
 from lightning_peft.planner.estimate import Plan, estimate_memory
@@ -28,6 +29,8 @@ def make_plan(
     quantization: StorageConfig | None,
     optimizer: str | None,
     liger: bool,
+    activations: Activations | None,
+    loss: str | None,
     modules_to_save: Sequence[str] | None,
     given: Mapping[str, Any],
 ) -> Plan | None:
@@ -44,7 +47,9 @@ def make_plan(
         "checkpointing": any(getattr(m, "gradient_checkpointing", False) for m in root.modules()),
         "strategy": next((s for s in ("fsdp", "ddp") if s in strategy), None),
         "world_size": trainer.world_size,
-        "liger": liger,
+        "liger": liger and loss is None,
+        "activations": activations,
+        "loss": loss,
         **given,
     }
     methods = [m for several in adapters.values() for m in several]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_peft.activations.config import ActivationKind, Activations, as_activations
 from lightning_peft.adapters.followers import follow_outside
 from lightning_peft.callback.arguments import check_paths, methods_by_name
 from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
@@ -52,6 +53,7 @@ from lightning_peft.callback.reporting import (
 from lightning_peft.callback.resume_state import ResumeState
 from lightning_peft.callback.run_backend import RunBackend
 from lightning_peft.callback.sigterm import SigtermHandler
+from lightning_peft.callback.step_memory import LossForm, StepMemory, check_loss
 from lightning_peft.callback.unused_parameters import explain_unused_parameters
 from lightning_peft.callback.weight_averaging import rebuild_averages
 from lightning_peft.checkpoint.contents import is_attached
@@ -89,6 +91,8 @@ _CONFIGURATION = (
     "root",
     "kernels",
     "liger",
+    "activations",
+    "loss",
     "report",
     "plan",
     "checkpoint",
@@ -123,6 +127,11 @@ class PEFT(TrainerCallback):
             outside the root are trained and saved if they require gradients.
         kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
         liger: If True, put liger-kernel's fused layers into the Hugging Face models it knows.
+        activations: What blocks keep for backward: ``"checkpoint"`` their inputs, ``"offload"``
+            everything, in host memory, ``"checkpoint+offload"`` their inputs, in host memory; or
+            `Activations`, which also names the blocks. None keeps everything on the device.
+        loss: ``"chunked"`` computes the cross entropy of Hugging Face language models for a few
+            tokens at a time, so that logits [tokens, vocabulary] are never formed.
         report: If True, print the report when training starts. The configuration is logged to the
             Trainer's loggers in any case.
         plan: If True, print the memory estimate when training starts. A dict holds arguments of
@@ -152,6 +161,8 @@ class PEFT(TrainerCallback):
         root: str | None = None,
         kernels: Backend = "auto",
         liger: bool = False,
+        activations: Activations | ActivationKind | None = None,
+        loss: LossForm | None = None,
         report: bool = True,
         plan: bool | dict[str, Any] = False,
         checkpoint: CheckpointForm = "adapters",
@@ -169,6 +180,9 @@ class PEFT(TrainerCallback):
         self.root = root
         self.kernels = kernels
         self.liger = liger
+        self.activations = as_activations(activations)
+        check_loss(loss)
+        self.loss: LossForm | None = loss
         self.report = report
         self.plan = plan
         check_form(checkpoint)
@@ -188,6 +202,7 @@ class PEFT(TrainerCallback):
         self._layers: dict[str, list[Any]] = {}
         self._backend = RunBackend(self.kernels)
         self._sigterm = SigtermHandler()
+        self._memory = StepMemory(self.activations, self.loss)
         self._frozen_base = FrozenBase()
         self._gradients = GradientWatch()
         self._finite = FiniteGradients()
@@ -241,7 +256,7 @@ class PEFT(TrainerCallback):
             self._make_plan(trainer, root)
             self._layers = layers_of(root, self.root or "")
         if self.liger and not is_attached(root):
-            self._notes = apply_liger(root)
+            self._notes = apply_liger(root, fused_loss=self.loss is None)
         with verify_consistent_attach(module):
             io.lost += attach_once(
                 root,
@@ -261,6 +276,7 @@ class PEFT(TrainerCallback):
         self._io, io.started = io, True
         if is_fitting(trainer):
             rebuild_averages(trainer, module)
+        self._memory.install(root, predicts=trainer.predicting)
 
     def _prepare_form(
         self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO
@@ -280,6 +296,8 @@ class PEFT(TrainerCallback):
             quantization=self.quantization,
             optimizer=self.optimizer,
             liger=self.liger,
+            activations=self.activations,
+            loss=self.loss,
             modules_to_save=self.modules_to_save,
             given=self.plan if isinstance(self.plan, dict) else {},
         )
@@ -333,7 +351,7 @@ class PEFT(TrainerCallback):
         # Before the report, whose decisions leave out kernels that the check found wrong.
         found = check_kernels(trainer.strategy.root_device, self.kernels)
         report = parameter_report(find_root(module, self.root))
-        report.notes += [*self._notes, *found]
+        report.notes += [*self._notes, *self._memory.lines(), *found]
         if self.report and trainer.is_global_zero:
             print_report(report, f"PEFT {', '.join(self.names)}")
         log_configuration(trainer, find_root(module, self.root), self.names, report)
@@ -359,8 +377,12 @@ class PEFT(TrainerCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called when a batch begins: in a resumed run, restores the window's size."""
+        """Called when a batch begins: follows blocks that were compiled in the meantime.
+
+        In a resumed run, it restores the size of the accumulation window.
+        """
         self._resume.restore_window_size(trainer)
+        self._memory.settle()
 
     @override
     def on_train_batch_end(
@@ -457,6 +479,7 @@ class PEFT(TrainerCallback):
         explain_packed_writes(pl_module, exception)
         unwrap_configure_model(pl_module)
         self._backend.leave(pl_module)
+        self._memory.remove()
         self._sigterm.restore()
         explain_unused_parameters(exception)
 
@@ -465,3 +488,4 @@ class PEFT(TrainerCallback):
         """Called when a stage ends: restores `configure_model` and withdraws the backend."""
         unwrap_configure_model(pl_module)
         self._backend.leave(pl_module)
+        self._memory.remove()

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_peft.core.modules import base_parameters
+
 __all__ = ["AllocationLimit"]
 
 #: Elements that are always allowed: 64 MB in fp32.
@@ -29,7 +31,7 @@ class AllocationLimit(TorchDispatchMode):
     def for_loading(cls, model: nn.Module, tensors: Iterable[Any]) -> AllocationLimit:
         """Return the limit for an adapter of these tensors on this model."""
         file = sum(t.numel() for t in tensors if isinstance(t, Tensor))
-        own = max((p.numel() for p in model.parameters()), default=0)
+        own = max((p.numel() for p in base_parameters(model).values()), default=0)
         return cls(max(_ALWAYS, 16 * file, 8 * own))
 
     def __torch_dispatch__(

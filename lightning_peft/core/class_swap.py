@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.outside_reads import ParameterAccess, reading_held
 
-__all__ = ["PackedForward", "Swapped", "base_class", "swap_in", "swap_out"]
+__all__ = ["PackedForward", "Swapped", "base_class", "rebind_forward", "swap_in", "swap_out"]
 
 
 #: Parameters that other modules are known to read.
@@ -177,6 +177,13 @@ def swap_out(module: nn.Module, mixin: type[Swapped]) -> None:
             f"{cls.__mro__[:3]}; undo what was stacked on it (FSDP, parametrize) before detaching"
         )
     module.__class__ = cls._swap_base
+
+
+def rebind_forward(module: nn.Module) -> None:
+    """Point the forward that accelerate's hooks replaced on an instance at the module's class."""
+    if "_old_forward" in vars(module):
+        cls: Any = type(module)
+        vars(module)["_old_forward"] = cls.forward.__get__(module)
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:

@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["check_same_on_all_ranks", "gather_from_all_ranks", "raise_on_all_ranks"]
+__all__ = [
+    "average_on_all_ranks",
+    "check_same_on_all_ranks",
+    "gather_from_all_ranks",
+    "raise_on_all_ranks",
+]
 
 
 def gather_from_all_ranks(own: object) -> list[Any]:
@@ -18,6 +24,13 @@ def gather_from_all_ranks(own: object) -> list[Any]:
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, own)
     return answers
+
+
+def average_on_all_ranks(t: Tensor) -> None:
+    """Replace a tensor by its mean over processes, in place; one process leaves it alone."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(t)
+        t /= dist.get_world_size()
 
 
 def raise_on_all_ranks(error: Exception | None, what: str) -> None:

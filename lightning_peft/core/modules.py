@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_peft.core.names import join
+from lightning_peft.core.names import ADAPTER_CHILD, join
 
 __all__ = [
     "ParameterPlace",
+    "base_modules",
+    "base_parameters",
     "first_argument",
+    "is_adapter_child",
     "is_conv1d",
     "modules_by_name",
     "own_tensor",
     "parameter_at",
-    "parameters_by_name",
     "persistent_buffers",
     "required_tensor",
     "tied_ids",
@@ -43,27 +45,52 @@ def modules_by_name(root: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a tree by name, `root` itself as "".
 
     Same names and order as `nn.Module.named_modules`, whose nested generators pass each module
-    through one frame per level; `attach` walks the tree some thirty times.
+    through one frame per level.
     """
     found: dict[str, nn.Module] = {}
-    _collect(root, "", set(), found)
+    _collect(root, "", set(), found, False)
     return found
 
 
-def _collect(m: nn.Module, name: str, seen: set[nn.Module], found: dict[str, nn.Module]) -> None:
+def base_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a tree by name, without adapters.
+
+    The walk does not enter the child `peft` of adapted modules, so that its time does not grow with
+    the number of adapters; `attach` walks the tree some thirty times.
+    """
+    found: dict[str, nn.Module] = {}
+    _collect(root, "", set(), found, True)
+    return found
+
+
+def is_adapter_child(module: nn.Module, key: str) -> bool:
+    """Whether the child `key` of a module holds the module's adapters."""
+    return key == ADAPTER_CHILD and "_peft" in vars(module)
+
+
+def _collect(
+    m: nn.Module,
+    name: str,
+    seen: set[nn.Module],
+    found: dict[str, nn.Module],
+    is_base: bool,
+) -> None:
     seen.add(m)
     found[name] = m
     prefix = f"{name}." if name else ""
     for key, child in m._modules.items():
-        if child is not None and child not in seen:
-            _collect(child, prefix + key, seen, found)
+        if child is None or child in seen:
+            continue
+        if is_base and is_adapter_child(m, key):
+            continue
+        _collect(child, prefix + key, seen, found, is_base)
 
 
-def parameters_by_name(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a tree by name, each under its first name."""
+def base_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a tree, each under its first name, without those of adapters."""
     found: dict[str, nn.Parameter] = {}
     seen: set[nn.Parameter] = set()
-    for name, module in modules_by_name(root).items():
+    for name, module in base_modules(root).items():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter not in seen:
                 seen.add(parameter)
@@ -72,12 +99,12 @@ def parameters_by_name(root: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tied_parameters(model: nn.Module) -> list[list[ParameterPlace]]:
-    """Return the groups of places that hold one tensor.
+    """Return the groups of places that hold one tensor, without places in adapters.
 
     A module under two names is one place.
     """
     places: dict[int, list[ParameterPlace]] = {}
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 place = ParameterPlace(join(name, key), module, key)
@@ -99,13 +126,13 @@ def tied_modules(model: nn.Module, key: str = "weight") -> list[list[str]]:
 
 
 def persistent_buffers(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
-    """Return the buffers that `state_dict` writes, by name.
+    """Return the buffers that `state_dict` writes, by name, without those of adapters.
 
     Args:
         module: The module.
         recurse: If False, only the module's own buffers.
     """
-    modules = modules_by_name(module) if recurse else {"": module}
+    modules = base_modules(module) if recurse else {"": module}
     return {
         join(name, key): buffer
         for name, inner in modules.items()

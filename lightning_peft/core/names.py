@@ -5,7 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["in_adapter", "join", "matches_suffix", "nearest_names", "strip_compile", "with_parents"]
+__all__ = [
+    "ADAPTER_CHILD",
+    "in_adapter",
+    "join",
+    "matches_suffix",
+    "nearest_names",
+    "strip_compile",
+    "with_parents",
+]
+
+#: Name of the child of an adapted module that holds its adapters.
+ADAPTER_CHILD = "peft"
 
 
 def join(*parts: str) -> str:
@@ -15,7 +26,7 @@ def join(*parts: str) -> str:
 
 def in_adapter(name: str) -> bool:
     """True if a module or key of this name belongs to an adapter."""
-    return "peft" in name and "peft" in name.split(".")
+    return ADAPTER_CHILD in name and ADAPTER_CHILD in name.split(".")
 
 
 def strip_compile(name: str) -> str:

@@ -139,8 +139,21 @@ class Storage(Protocol):
         """
         ...
 
+    def foreign_forward(self, m: nn.Module) -> type[PackedForward] | None:
+        """The forward of an adopted layer; None for that of its kind of layer."""
+        ...
+
+    def set_compute_dtype(self, m: nn.Module, dtype: torch.dtype) -> None:
+        """Tell an adopted layer which dtype its model computes in; codes do not say."""
+        ...
+
     def release(self, m: nn.Module) -> None:
         """Undo `adopt`: tensors as the other library made them."""
+        ...
+
+    @property
+    def exports(self) -> bool:
+        """Whether files of the format may be written from `export`."""
         ...
 
     def export(self, m: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 
 if TYPE_CHECKING:
     from lightning_peft.methods.base import Method
@@ -44,6 +44,7 @@ class AdapterEntry:
         separate_copies: Whether each of them has a copy of its own of a tensor that they share.
         reasons: Module of `modules_to_save` that was found to be new → why.
         sites: (label, canonical shape, name of the method) of every weight it acts on.
+        size: Its elements and bytes; None if they may have changed since they were counted.
     """
 
     methods: list[Method]
@@ -51,6 +52,7 @@ class AdapterEntry:
     separate_copies: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
     sites: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -121,7 +123,7 @@ def registries_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterReg
     """
     seen: set[int] = set()
     joined: dict[int, AdapterRegistry] = {}
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         attributes = vars(module)
         found = attributes.get(_ATTRIBUTE)
         if found is not None:
@@ -162,4 +164,4 @@ def is_part(model: nn.Module, registry: AdapterRegistry) -> bool:
 
 def members_in(model: nn.Module, registry: AdapterRegistry) -> int:
     """Return how many modules below `model` belong to the registry."""
-    return sum(vars(m).get(_MEMBERSHIP) is registry for m in modules_by_name(model).values())
+    return sum(vars(m).get(_MEMBERSHIP) is registry for m in base_modules(model).values())

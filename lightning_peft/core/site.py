@@ -18,7 +18,7 @@ from lightning_peft.core.names import strip_compile
 from lightning_peft.core.protocols import LayerOps, Storage
 from lightning_peft.core.pruning_masks import held
 
-__all__ = ["BlockSite", "SequenceSite", "Site"]
+__all__ = ["BlockSite", "RouterSite", "SequenceSite", "Site"]
 
 #: Elements of experts that are read at once: 4 MB in fp32 stay in a CPU's second cache.
 _SLAB = 1 << 20
@@ -217,3 +217,21 @@ class SequenceSite(Site):
             found = embeddings(ids_there) if self.embedding else embeddings.weight[ids_there]
             rows: Tensor = found.float()
         return rows if rows.device.type == "meta" else rows.to(ids.device)
+
+
+@dataclass
+class RouterSite(Site):
+    """A model whose hidden states say which adapters act, and how much.
+
+    Attributes:
+        width: Features of a hidden state.
+        layers: The layers that the adapters lie in, in the order of `named_modules()`.
+    """
+
+    width: int = 0
+    layers: tuple[nn.Module, ...] = ()
+
+    @property
+    def shape(self) -> torch.Size:
+        """[layers, features of a hidden state]."""
+        return torch.Size((len(self.layers), self.width))

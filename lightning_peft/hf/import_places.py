@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_peft.core.class_swap import base_class
-from lightning_peft.core.names import in_adapter, join
+from lightning_peft.core.modules import base_modules
+from lightning_peft.core.names import join
 from lightning_peft.hf.import_names import COMPONENTS, Layer
 from lightning_peft.hf.legacy_names import namings
 from lightning_peft.hf.targets import model_root
@@ -63,7 +64,7 @@ def _heads(
             )
         return [head]
     wanted = COMPONENTS.get(component, ())
-    named = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in wanted]
+    named = [n for n in base_modules(model) if n.rpartition(".")[2] in wanted]
     outer = [n for n in named if not any(n.startswith(f"{o}.") for o in named)]
     if len(outer) == 1:
         return outer
@@ -77,9 +78,7 @@ def _heads(
 
 def _tables(top: nn.Module, flat: bool) -> Iterator[dict[str, str]]:
     """Yield maps from the file's names to names in `top`, those of the present release first."""
-    current = {
-        n: n for n, m in top.named_modules() if n and adaptable(m) and not in_adapter(n)
-    } or {"": ""}
+    current = {n: n for n, m in base_modules(top).items() if n and adaptable(m)} or {"": ""}
     for naming in (current, *namings(top)):
         table: dict[str, list[str]] = {}
         for name in current:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.layouts import layout_for
@@ -87,7 +88,7 @@ def read_keys(
     """
     reading = Reading()
     groups = _groups(fmt, tensors, top, tuple(config.get("modules_to_save") or ()), reading)
-    modules = dict(top.named_modules())
+    modules = base_modules(top)
     unknown = sorted(p for p in groups if _split(p, modules)[0] not in modules)
     if unknown:
         parts = [
@@ -136,7 +137,7 @@ def _groups(
     for key, tensor in tensors.items():
         rest = key.removeprefix(PREFIX)
         suffix = next((s for s in suffixes if rest.endswith(f".{s}") or rest == s), None)
-        if any(f".{name}" in key for name in fmt.dropped):
+        if suffix is None and any(f".{name}" in key for name in fmt.dropped):
             into.notes.append(f"{key}: left out, it acts in training alone")
         elif key in whole:
             into.shared[whole[key]] = tensor

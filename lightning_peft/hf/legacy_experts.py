@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.hf.config import CONFIG
 from lightning_peft.hf.keys import PREFIX
@@ -56,7 +57,7 @@ def fused_experts(
         ValueError: tensors that do not complete a fused weight, with the first of them; ranks that
             differ between experts; DoRA.
     """
-    modules = dict(top.named_modules())
+    modules = base_modules(top)
     layers, leaves, rest = _by_layer(tensors, modules)
     if not layers:
         return config, tensors, ""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lightning_peft.core.names import in_adapter
+from lightning_peft.core.modules import base_modules
 from lightning_peft.hf.rename import Renaming, module_path, renamed
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.models.saving import is_transformers_model
@@ -146,7 +146,7 @@ def namings(top: nn.Module) -> Iterator[Naming]:
 
 
 def _modules(top: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in top.named_modules() if n and not in_adapter(n)}
+    return {n: m for n, m in base_modules(top).items() if n}
 
 
 def _parts(naming: Naming, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:

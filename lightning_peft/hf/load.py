@@ -21,6 +21,7 @@ from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.allocation_limit import AllocationLimit
 from lightning_peft.core.finite import is_finite
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.hf.config import CONFIG, method_fields
@@ -190,7 +191,7 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
     if issubclass(source.method, TrainableTokens):
         fields["target_modules"] = source.config.get("target_modules")
     if issubclass(source.method, NormTuning):
-        layers = dict(source.top.named_modules())
+        layers = base_modules(source.top)
         unknown = [n for n in reading.norms if n not in layers or list(layers[n].children())]
         if unknown or not reading.norms:
             raise ValueError(
@@ -220,7 +221,7 @@ def _add_entries_by_config(source: Source, reading: Reading) -> None:
     if reading.entries or not reading.shared or set(fmt.tensors) - set(fmt.optional):
         return
     wants = targeted(source.config, source.top)
-    for name, module in source.top.named_modules():
+    for name, module in base_modules(source.top).items():
         ops = ops_for(module) if name and wants(name, module) and adaptable(module) else None
         if ops is not None:
             storage = storage_of(module, "weight")
@@ -254,7 +255,7 @@ def _check_targets(source: Source, reading: Reading) -> None:
     """
     config = source.config
     wants = targeted(config, source.top)
-    modules = dict(source.top.named_modules())
+    modules = base_modules(source.top)
     tied = set[str]()
     if config.get("ensure_weight_tying"):
         targets = {e.path for e in reading.entries if wants(e.path, modules[e.path])}
@@ -321,6 +322,8 @@ def _check_base(source: Source, reading: Reading) -> None:
     Raises:
         ValueError: a tensor that differs from the base, or has no place in it.
     """
+    if not reading.other:
+        return
     problems = []
     saved_prefix = source.format.saved_prefix
     parameters: dict[str, Tensor] = {

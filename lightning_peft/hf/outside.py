@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.core.registry import registries_in
 from lightning_peft.hf.files import read_file
@@ -74,6 +75,8 @@ class OutsideModules:
 
     def copy_into(self, model: nn.Module, adapter_name: str) -> int:
         """Copy the values into the trained copies and the buffers; returns how many."""
+        if not self.tensors:
+            return 0
         copies = {
             join(name, path): copy
             for name, module in adapted_modules(model)
@@ -98,7 +101,7 @@ def read_outside(model: nn.Module, directory: Path) -> OutsideModules:
         return OutsideModules()
     tensors, metadata = read_file(file)
     found = OutsideModules()
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     for name in json.loads(metadata.get(_KEY, "[]")):
         mine = {k: t for k, t in tensors.items() if k.startswith(f"{name}.")}
         if name not in modules:

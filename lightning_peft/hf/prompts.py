@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.methods.base import HFFormat, Method
 
@@ -26,7 +27,7 @@ def add_heads(
 ) -> None:
     """Add the heads that peft expects, unchanged."""
     heads = _HEADS.get(config["task_type"], ())
-    for name, module in top.named_modules():
+    for name, module in base_modules(top).items():
         if not heads or not name.endswith(heads) or in_adapter(name):
             continue
         for key, value in module.state_dict().items():

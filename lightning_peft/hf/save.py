@@ -95,7 +95,7 @@ def save_adapter(
     """
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
-    check_intact(model, "save_adapter")
+    check_intact(model, "save_adapter", adapter_name)
     prefix, top = model_root(model, root)
     found, outside = _adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = _one_method(found)
@@ -105,6 +105,12 @@ def save_adapter(
     config = _config(top, method, fmt, entries, uniform=uniform)
     if fmt.tensors:
         _name_targets(top, entries, config)
+        if fmt.shares_by_target and isinstance(config["target_modules"], str):
+            raise ValueError(
+                f"save_adapter: expected layers that a list of names selects, since peft's "
+                f"{fmt.peft_type} shares tensors by entry of the list, got "
+                f"{config['target_modules']!r}; keep the adapter with adapter_state_dict()"
+            )
     tensors = _file_tensors(fmt, entries)
     _add_shared(found, fmt, entries, config, tensors)
     _add_biases(found, tensors)
@@ -247,7 +253,7 @@ def _entries(
         own = {
             k: t.detach().cpu()
             for k, t in adapter.tensors().items()
-            if k not in fmt.prefix and k not in fmt.unwritten
+            if isinstance(adapter, WeightAdapter) and k not in fmt.prefix and k not in fmt.unwritten
         }
         packed = own if fmt.pack is None or not own else fmt.pack(method, site, own)
         by_weight = layout.is_target_parameter(site.parameter) or (
@@ -366,7 +372,7 @@ def _add_shared(
         own = adapter.tensors()
         if isinstance(adapter, PromptAdapter):
             with torch.no_grad():
-                own = {"P": adapter.prompt_embeddings().cpu()}
+                own = {**own, "P": adapter.prompt_embeddings().cpu()}
             own = dict(fmt.pack(adapter.method, adapter.site, own)) if fmt.pack else own
         for name, tensor in own.items():
             if name not in fmt.prefix:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.modules import is_conv1d, tied_modules
+from lightning_peft.core.modules import base_modules, is_conv1d, tied_modules
 from lightning_peft.core.name_patterns import ends_with_pattern, fullmatch
-from lightning_peft.core.names import in_adapter, matches_suffix
+from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFFormat
@@ -48,7 +48,7 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
                 f"are {children}"
             ) from None
     found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    for name, module in base_modules(model).items():
         inside = any(name.startswith(f"{n}.") or not n for n, _ in found)
         if not inside and is_transformers_model(module):
             found.append((name, module))
@@ -120,7 +120,7 @@ def compact(root: nn.Module, adapted: Collection[str]) -> list[str] | str:
     The result is suffixes, full names, or a regular expression. A weight of a module with several
     weights can be a target too, so no suffix may match one.
     """
-    modules = {n: m for n, m in root.named_modules() if n and not in_adapter(n)}
+    modules = {n: m for n, m in base_modules(root).items() if n}
     names = list(modules)
     for name, module in modules.items():
         ops = ops_for(module)

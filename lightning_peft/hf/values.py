@@ -13,7 +13,7 @@ from lightning_peft.adapters.placement.placement import (
     Placement,
     PlannedAdapter,
 )
-from lightning_peft.core.modules import parameter_at, persistent_buffers
+from lightning_peft.core.modules import base_modules, parameter_at, persistent_buffers
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
@@ -48,7 +48,7 @@ def saved_modules(source: Source, reading: Reading) -> dict[str, dict[str, Tenso
     """
     wanted = tuple(source.config.get("modules_to_save") or ())
     adapted = {e.path for e in reading.entries}
-    modules = [(n, m) for n, m in source.top.named_modules() if n]
+    modules = [(n, m) for n, m in base_modules(source.top).items() if n]
     matched = {n for n, _ in modules if wanted and n.endswith(wanted) and n not in adapted}
     if source.config.get("ensure_weight_tying"):  # peft saves the tied modules too
         matched |= tied_with(source.top, matched)

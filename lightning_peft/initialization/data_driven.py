@@ -1,4 +1,4 @@
-"""Initialisation from batches: EVA from the layers' inputs, LoRA-GA from gradients of the weights.
+"""Initialisation from batches: EVA and CorDA from layers' inputs, LoRA-GA from weight gradients.
 
 Such an adapter is attached with a default initialisation and waits for data. Create the optimizer
 after the initialisation, because EVA moves ranks between layers.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.initialization.incremental_pca import seeded
+from lightning_peft.initialization.input_covariances import input_covariances
 from lightning_peft.initialization.input_directions import input_directions
 from lightning_peft.initialization.restore import load_tensors, store_residual
 from lightning_peft.initialization.weight_gradients import weight_gradients
@@ -34,6 +35,7 @@ _Finder = Callable[
 _FINDERS: dict[InitData, _Finder] = {
     InitData.INPUTS: input_directions,
     InitData.GRADIENTS: weight_gradients,
+    InitData.COVARIANCE: input_covariances,
 }
 
 
@@ -56,7 +58,8 @@ def start_from_data(model: nn.Module, batches: Iterable[Any], step: Step | None 
             with one under ``loss``). Default: the model on the batch, mappings as keywords.
 
     Raises:
-        ValueError: no batches, a layer that did not run or got no gradient, or too few rows.
+        ValueError: no batches, a layer that did not run or got no gradient, too few rows, or
+            several active adapters on a base that would change.
     """
     waiting = waiting_adapters(model)
     run = step or (lambda batch: run_on(model, batch))
@@ -71,10 +74,23 @@ def start_from_data(model: nn.Module, batches: Iterable[Any], step: Step | None 
         method = adapters[0].method
         mine = taken[: int(method.data_options["batches"])]
         find = _FINDERS[method.needs_data]
+        for adapter in adapters if method.needs_data.moves_base else ():
+            _check_one_base(adapter)
         with _undisturbed(model):
             found = find(adapters, mine, run)
         for adapter, (what, singular_values) in zip(adapters, found, strict=True):
             _initialize(adapter, what, singular_values)
+
+
+def _check_one_base(adapter: WeightAdapter) -> None:
+    """Raise ValueError if another adapter acts on a base that the initialisation will change."""
+    site = adapter.site
+    others = {a.adapter_name for a in adapter.state.active.edits} - {adapter.adapter_name}
+    if others and site.storage.label == "dense":
+        raise ValueError(
+            f"{site.label!r}: expected one adapter at a time where an initialisation changes the "
+            f"base, got {sorted({adapter.adapter_name, *others})}; activate one"
+        )
 
 
 @contextmanager

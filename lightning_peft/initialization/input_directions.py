@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_peft.core.modules import first_argument
 from lightning_peft.initialization.incremental_pca import IncrementalPCA, share_ranks
+from lightning_peft.initialization.layer_inputs import attended, input_owners, watch_input
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
 __all__ = ["input_directions"]
@@ -39,8 +37,8 @@ def input_directions(
         ValueError: a layer did not run, or no batch has enough rows.
     """
     options, named = adapters[0].method.data_options, {a.site.label: a for a in adapters}
-    masks = [_mask(batch, options) for batch in batches]
-    owner = _owners(named, batches[0], masks[0], run)
+    masks = [attended(batch, options) for batch in batches]
+    owner = input_owners(named, batches[0], masks[0], run)
     largest = _largest_ranks(named, owner, float(options["rho"]))
     found = {
         own: IncrementalPCA(largest[own], float(options["tau"]))
@@ -76,7 +74,7 @@ def _add_batch(
     """Add the inputs of one batch to the layers whose directions still turn."""
     with ExitStack() as stack:
         for adapter, pca in turning.values():
-            _watch(stack, adapter, pca.add, mask)
+            watch_input(stack, adapter, pca.add, mask)
         run(batch)
 
 
@@ -94,73 +92,6 @@ def _largest_ranks(
 def _largest_rank(adapter: WeightAdapter, rho: float) -> int:
     wanted = round(adapter.method.rank(adapter.site) * rho)
     return min(wanted, adapter.site.out_features, adapter.site.in_features)
-
-
-def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
-    """The input of a layer as rows [n, in], without masked positions."""
-    x: Tensor = first_argument(args, kwargs)
-    if mask is not None and x.shape[: mask.ndim] == mask.shape:
-        x = x[mask.to(x.device)]
-    return x.detach().reshape(-1, x.shape[-1])
-
-
-def _mask(batch: Any, options: Mapping[str, Any]) -> Tensor | None:
-    """Positions of a text that are attended to and, if there are labels, contribute to the loss."""
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        return None
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
-    labels, counted = batch.get("labels"), mask.bool()
-    if options["use_label_mask"] and labels is not None and labels.shape == mask.shape:
-        counted = counted & (labels != options["label_mask_value"])
-    return counted
-
-
-def _watch(
-    stack: ExitStack, adapter: WeightAdapter, see: Callable[[Tensor], object], mask: Tensor | None
-) -> None:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(_rows(args, kwargs, mask))
-
-    handle = adapter.site.module.register_forward_pre_hook(hook, with_kwargs=True)
-    stack.callback(handle.remove)
-
-
-def _digest(x: Tensor) -> str:
-    raw = x.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(raw).hexdigest()
-
-
-def _note_digest(seen: dict[str, str], name: str, x: Tensor) -> None:
-    seen.setdefault(name, _digest(x))
-
-
-def _owners(
-    named: Mapping[str, WeightAdapter], batch: Any, mask: Tensor | None, run: Callable[[Any], Any]
-) -> dict[str, str]:
-    """Layer → first layer with the same input. Layers that are their own owner come first."""
-    seen: dict[str, str] = {}
-    with ExitStack() as stack:
-        for name, adapter in named.items():
-            _watch(
-                stack,
-                adapter,
-                partial(_note_digest, seen, name),
-                mask,
-            )
-        run(batch)
-    missing = [name for name in named if name not in seen]
-    if missing:
-        raise ValueError(
-            f"init='eva': expected every adapted layer to run, found that {missing[:5]} did not; "
-            "exclude them, or use init='default' for them"
-        )
-    first: dict[str, str] = {}
-    for name in named:
-        first.setdefault(seen[name], name)
-    own = {n: n for n in named if first[seen[n]] == n}
-    rest = {n: o for o in own for n in named if n != o and first[seen[n]] == o}
-    return {**own, **rest}
 
 
 def _require_found(found: Mapping[str, IncrementalPCA]) -> None:

@@ -67,6 +67,7 @@ def load_tensors(adapter: WeightAdapter, values: Mapping[str, Tensor]) -> None:
                 continue
             fresh = values[key].detach().to(old).clone(memory_format=torch.contiguous_format)
             adapter._parameters[key] = nn.Parameter(fresh, requires_grad=old.requires_grad)
+            adapter.forget_size()
 
 
 def store_residual(adapter: WeightAdapter) -> None:
@@ -76,7 +77,7 @@ def store_residual(adapter: WeightAdapter) -> None:
         RuntimeError: the layer's adapters are merged.
     """
     site, active = adapter.site, adapter.state.active
-    if adapter.method.needs_data != InitData.GRADIENTS or not site.storage.lossless_write:
+    if not adapter.method.needs_data.moves_base or not site.storage.lossless_write:
         return
     if active.merged:
         raise RuntimeError(

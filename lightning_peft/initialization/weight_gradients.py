@@ -52,10 +52,8 @@ def weight_gradients(
         run: Runs the model on a batch and returns the loss.
 
     Raises:
-        ValueError: a layer got no gradient, `run` returns no loss, or several adapters act.
+        ValueError: a layer got no gradient, `run` returns no loss.
     """
-    for adapter in adapters:
-        _check_one_base(adapter)
     sums = _GradientSums()
     with ExitStack() as stack, torch.enable_grad():
         for adapter in adapters:
@@ -95,14 +93,3 @@ def _loss(output: object) -> Tensor:
             f"'loss'), got {type(loss).__name__}"
         )
     return loss
-
-
-def _check_one_base(adapter: WeightAdapter) -> None:
-    """Raise ValueError if another adapter acts on a base that the initialisation will change."""
-    site = adapter.site
-    others = {a.adapter_name for a in adapter.state.active.edits} - {adapter.adapter_name}
-    if others and site.storage.label == "dense":
-        raise ValueError(
-            f"{site.label!r}: expected one adapter at a time where an initialisation changes the "
-            f"base, got {sorted({adapter.adapter_name, *others})}; activate one"
-        )

@@ -6,16 +6,16 @@ never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.class_swap import Swapped, swap_in, swap_out
+from lightning_peft.core.class_swap import Swapped, base_class, swap_in, swap_out
 from lightning_peft.core.kernel_backend import backend_scope
-from lightning_peft.core.modules import first_argument, modules_by_name
+from lightning_peft.core.modules import base_modules, first_argument
 from lightning_peft.core.outside_reads import own_forward
 from lightning_peft.core.per_thread import drop_lock, exclusive
 from lightning_peft.core.protocols import LayerOps
@@ -26,7 +26,8 @@ from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.block import BlockAdapter, apply_block
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch, without_mixed_batch
 from lightning_peft.layers.outside_reads import read_effective
-from lightning_peft.layers.prompt.forward import forward_with_prompt
+from lightning_peft.layers.prompt.forward import forward_names, forward_with_prompt
+from lightning_peft.layers.router_adapter import forward_routed
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ __all__ = [
     "adapt",
     "adapted_modules",
     "adapters_of",
+    "first_weight_adapter",
     "is_adapted",
     "refresh",
     "release",
     "unsettled",
+    "unsettled_entries",
     "weight_adapters_of",
 ]
 
@@ -84,6 +87,10 @@ class Adapted(Swapped):
         run = super().forward
         if active.prompts:
             run = partial(_run_with_prompt, self, active, run)
+        if active.routers:
+            names = forward_names(base_class(self))
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            return forward_routed(active.routers[-1], run, given)
         if active.trained_copies:
             return _forward_with_copies(self, active, run, args, kwargs)
         if not active.edits and not active.blocks:
@@ -198,9 +205,18 @@ def adapters_of(module: Adapted, name: str | None = None) -> list[Adapter]:
     """Adapters of one module, in order of attaching; only those of `name` if it is given."""
     held_by_name = module.peft._modules  # one lookup, however many adapters there are
     entries = held_by_name.values() if name is None else [held_by_name.get(name)]
-    # An entry is an adapter or holds several; trained biases lie inside the adapter they go with.
-    held = [c for e in entries if e is not None for c in (e, *e.children())]
-    return [child for child in held if isinstance(child, Adapter)]
+    return list(_adapters_in(entries))
+
+
+def _adapters_in(entries: Iterable[nn.Module | None]) -> Iterator[Adapter]:
+    """Adapters in entries of `peft`; each entry is an adapter or holds several."""
+    for entry in entries:
+        if isinstance(entry, Adapter):
+            yield entry
+        # Trained biases lie inside the adapter they go with.
+        for child in () if entry is None else entry._modules.values():
+            if isinstance(child, Adapter):
+                yield child
 
 
 def weight_adapters_of(module: Adapted, name: str | None = None) -> list[WeightAdapter]:
@@ -208,9 +224,15 @@ def weight_adapters_of(module: Adapted, name: str | None = None) -> list[WeightA
     return [a for a in adapters_of(module, name) if isinstance(a, WeightAdapter)]
 
 
+def first_weight_adapter(module: Adapted) -> WeightAdapter | None:
+    """The first adapter that changes a weight of the module; the others are not visited."""
+    held = _adapters_in(module.peft._modules.values())
+    return next((a for a in held if isinstance(a, WeightAdapter)), None)
+
+
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """(fully qualified name, module) of every adapted module."""
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         if is_adapted(module):
             yield name, module
 
@@ -221,20 +243,35 @@ def refresh(module: Adapted) -> None:
     active = state.active
     active.replace(a for name in active.acting_names() for a in adapters_of(module, name))
     state.choices.clear()
-    entries = _entries(module)
-    if entries != state.known:
-        state.known = entries
-        state.is_exclusive = state.ops.is_opaque or any(a.copies() for a in adapters_of(module))
+    entries, known = module.peft._modules, state.known
+    if entries == known:
+        return
+    new = _new_entries(entries, known)
+    if state.is_exclusive and len(entries) - len(new) < len(known):  # others are gone
+        state.is_exclusive, new = state.ops.is_opaque, list(entries)
+    state.known = dict(entries)
+    state.is_exclusive |= state.ops.is_opaque or any(
+        a.copies() for n in new for a in adapters_of(module, n)
+    )
 
 
 def unsettled(module: Adapted, names: Sequence[str]) -> list[Adapter]:
     """Adapters whose state may change if `names` act: those, those that act now, and new ones."""
-    state, entries = module._peft, _entries(module)
-    new = [n for n, e in entries.items() if state.settled.get(n) is not e]
-    visited = dict.fromkeys([*new, *state.active.names, *names])
-    state.settled = entries
+    visited = dict.fromkeys([*unsettled_entries(module), *names])
+    module._peft.settled = dict(module.peft._modules)
     return [a for n in visited for a in adapters_of(module, n)]
 
 
-def _entries(module: Adapted) -> dict[str, nn.Module]:
-    return {n: e for n, e in module.peft._modules.items() if e is not None}
+def unsettled_entries(module: Adapted) -> list[str]:
+    """Names of adapters that act now, and of those that were never activated or left idle."""
+    held, state = module.peft._modules, module._peft
+    new = [] if held == state.settled else _new_entries(held, state.settled)
+    return list(dict.fromkeys([*new, *(n for n in state.active.names if n in held)]))
+
+
+def _new_entries(
+    held: Mapping[str, nn.Module | None], known: Mapping[str, nn.Module | None]
+) -> list[str]:
+    """Names of the entries that are not known, or that are another adapter than the known one."""
+    new = dict(held.items() - known.items())
+    return [name for name in held if name in new]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_peft.layers.copy_adapter import CopyAdapter
     from lightning_peft.layers.projection_group import ProjectionGroup
     from lightning_peft.layers.prompt.adapter import PromptAdapter
+    from lightning_peft.layers.router_adapter import RouterAdapter
     from lightning_peft.layers.weight_adapter import WeightAdapter
 
 __all__ = ["ActiveAdapters", "AdaptedState", "MergeUndo", "Telemetry", "UndoStep", "state_of"]
@@ -34,6 +35,7 @@ class ActiveAdapters:
         edits: Acting adapters that change weights.
         blocks: Acting adapters that add a module.
         prompts: Acting adapters that add positions to the sequence.
+        routers: Acting adapters that decide how much others act.
         trained_copies: Acting adapters whose copies replace the module's parameters.
     """
 
@@ -43,6 +45,7 @@ class ActiveAdapters:
     edits: list[WeightAdapter] = field(default_factory=list)
     blocks: list[BlockAdapter] = field(default_factory=list)
     prompts: list[PromptAdapter] = field(default_factory=list)
+    routers: list[RouterAdapter] = field(default_factory=list)
     trained_copies: list[CopyAdapter] = field(default_factory=list)
 
     def acting_names(self) -> list[str]:
@@ -52,6 +55,7 @@ class ActiveAdapters:
     def replace(self, acting: Iterable[Adapter]) -> None:
         """Let exactly these adapters act. Each kind gets a new list."""
         self.edits, self.blocks, self.prompts, self.trained_copies = [], [], [], []
+        self.routers = []
         for adapter in acting:
             adapter.activate(self)
 
@@ -128,8 +132,8 @@ class AdaptedState:
     telemetry: Telemetry = field(default_factory=Telemetry)
     choices: dict[tuple[str, ...], ActiveAdapters] = field(default_factory=dict)
     rewriting: list[WeightAdapter] = field(default_factory=list)
-    known: dict[str, nn.Module] = field(default_factory=dict)
-    settled: dict[str, nn.Module] = field(default_factory=dict)
+    known: dict[str, nn.Module | None] = field(default_factory=dict)
+    settled: dict[str, nn.Module | None] = field(default_factory=dict)
     is_exclusive: bool = False
     prompt_lengths: PerThread[tuple[int, int]] = field(
         default_factory=lambda: PerThread(_no_lengths)

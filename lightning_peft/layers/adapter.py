@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.registry import membership_of
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted_state import ActiveAdapters, AdaptedState, state_of
 
@@ -41,6 +42,18 @@ class Adapter(nn.Module, ABC):
         self.method = method
         self.site = site
         self.adapter_name = adapter_name
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Called by `.to()`, `.half()` and the like: the counted bytes no longer hold."""
+        self.forget_size()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def forget_size(self) -> None:
+        """Have the elements and bytes of this adapter name counted again; call after a resize."""
+        registry = membership_of(self.site.module)
+        entry = None if registry is None else registry.adapters.get(self.adapter_name)
+        if entry is not None:
+            entry.size = None
 
     @property
     def state(self) -> AdaptedState:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,14 +22,20 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_peft.core.registry import AdapterRegistry
+from lightning_peft.layers.gates import Gates
 
 __all__ = [
     "BASE",
     "Choices",
+    "Hooks",
     "MixedBatch",
+    "batch_facts",
     "chosen_adapters",
     "current_choices",
+    "current_facts",
+    "current_gates",
     "current_mixed_batch",
+    "hooks_in_force",
     "mixed_batch",
     "saves_for_recomputation",
     "without_mixed_batch",
@@ -39,7 +46,8 @@ BASE = "__base__"  # a row under no adapter, as Hugging Face peft spells it
 #: Adapter names by the registry of the model that they are for.
 Choices = tuple[tuple[AdapterRegistry, tuple[str, ...]], ...]
 
-_Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
+#: Hooks for saved tensors: pack and unpack.
+Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
 
 
 class MixedBatch:
@@ -48,6 +56,8 @@ class MixedBatch:
     Attributes:
         names: One adapter name per sample; empty if all rows are under the acting adapters.
         choices: The adapters that act instead of the default, by registry.
+        facts: What changes read about the samples of the batch, [samples, …] each: task ids.
+        gates: Factors on adapters that a router found; None without one.
         active: Adapters that were active in the layers that ran; None if no layer ran.
         first_node: Sequence number of the first autograd node made in the block.
         last_node: Sequence number behind the last one; None while the block is open.
@@ -55,14 +65,22 @@ class MixedBatch:
         outer_hooks: Hooks for saved tensors that were in force around the block.
     """
 
-    def __init__(self, names: Sequence[str], choices: Choices = ()) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        choices: Choices = (),
+        facts: Mapping[str, Tensor] = MappingProxyType({}),
+        gates: Gates | None = None,
+    ) -> None:
         self.names = tuple(names)
         self.choices = choices
+        self.facts = facts
+        self.gates = gates
         self.active: set[str] | None = None
         self.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.last_node: int | None = None
         self.backward = _current_backward()
-        self.outer_hooks: _Hooks | None = None
+        self.outer_hooks: Hooks | None = None
         self._index: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def note_layer(self, active: Iterable[str]) -> None:
@@ -194,6 +212,18 @@ def current_choices() -> Choices:
     return () if found is None else found.choices
 
 
+def current_facts() -> Mapping[str, Tensor]:
+    """Return what is known about the samples of the batch; usually empty."""
+    found = _in_force_here()
+    return {} if found is None else found.facts
+
+
+def current_gates() -> Gates | None:
+    """Return the factors on adapters that a router found; usually None."""
+    found = _in_force_here()
+    return None if found is None else found.gates
+
+
 def _in_force_here() -> MixedBatch | None:
     if not _scopes.exist:
         return None
@@ -251,25 +281,35 @@ def _in_force(batch: MixedBatch | None) -> Iterator[None]:
 @contextmanager
 def mixed_batch(names: Sequence[str]) -> Iterator[None]:
     """Put a mix in force in this thread or task, and for the backward of what runs inside."""
-    outer = _current.get()
-    with _block(MixedBatch(names, () if outer is None else outer.choices)):
+    outer = _current.get() or MixedBatch(())
+    with _block(MixedBatch(names, outer.choices, outer.facts, outer.gates)):
         yield
 
 
 @contextmanager
-def chosen_adapters(choices: Choices) -> Iterator[None]:
+def batch_facts(facts: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let changes read these facts in this thread or task, and in the backward of what runs inside.
+
+    Args:
+        facts: By name; rows are the samples of the batch.
+    """
+    outer = _current.get() or MixedBatch(())
+    with _block(MixedBatch(outer.names, outer.choices, {**outer.facts, **facts}, outer.gates)):
+        yield
+
+
+@contextmanager
+def chosen_adapters(choices: Choices, gates: Gates | None = None) -> Iterator[None]:
     """Let these adapters act in this thread or task, and in the backward of what runs inside.
 
     Args:
         choices: Names by registry; other registries keep an outer choice, or the default.
+        gates: Factors on them; None keeps those of an outer block.
     """
-    outer = _current.get()
+    outer = _current.get() or MixedBatch(())
     chosen = {id(registry) for registry, _ in choices}
-    names: tuple[str, ...] = ()
-    if outer is not None:
-        names = outer.names
-        choices = (*choices, *(pair for pair in outer.choices if id(pair[0]) not in chosen))
-    with _block(MixedBatch(names, choices)):
+    choices = (*choices, *(pair for pair in outer.choices if id(pair[0]) not in chosen))
+    with _block(MixedBatch(outer.names, choices, outer.facts, gates or outer.gates)):
         yield
 
 
@@ -289,14 +329,20 @@ def _block(batch: MixedBatch) -> Iterator[None]:
 # ---- tensors saved inside a block
 
 
-def saves_for_recomputation(hooks: _Hooks | None) -> bool:
+def hooks_in_force() -> Hooks | None:
+    """Return the hooks for saved tensors that the innermost context put in force."""
+    found: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found
+
+
+def saves_for_recomputation(hooks: Hooks | None) -> bool:
     """Return whether hooks for saved tensors are others than those of a mixed batch."""
     return hooks is not None and hooks[0] is not _pack
 
 
-def _outer_hooks() -> _Hooks | None:
+def _outer_hooks() -> Hooks | None:
     """Return the hooks in force; those around the enclosing block if there is one."""
-    hooks: _Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = hooks_in_force()
     if hooks is None or hooks[0] is not _pack:
         return hooks
     enclosing = _current.get()

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import low_rank_terms
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.protocols import Reason
 from lightning_peft.core.terms import LowRank, concat_ranks
 from lightning_peft.layers.acting import acting_adapters
-from lightning_peft.layers.adapted import Adapted, weight_adapters_of
+from lightning_peft.layers.adapted import Adapted, first_weight_adapter
 from lightning_peft.layers.mixed_batch import current_mixed_batch
 from lightning_peft.layers.weight_adapter import WeightAdapter
 
@@ -155,7 +155,8 @@ class ProjectionGroup:
         self, x: Tensor | None, factors: Sequence[tuple[LowRank, float]]
     ) -> list[Tensor] | Reason:
         """Ask the storage; since they were bound, a merge may have given some members another."""
-        storage, *others = (weight_adapters_of(m)[0].site.storage for m in self.members)
+        firsts = map(first_weight_adapter, self.members)
+        storage, *others = (a.site.storage for a in firsts if a is not None)
         if not isinstance(storage, SupportsFusedGroup) or any(
             s.label != storage.label for s in others
         ):
@@ -214,7 +215,7 @@ def share_inputs(model: nn.Module, declared: Iterable[tuple[nn.Module, Sequence[
         model: The root.
         declared: (module, names of its children that read one tensor).
     """
-    for module in modules_by_name(model).values():
+    for module in base_modules(model).values():
         if isinstance(module, Adapted):
             module._peft.projection_group = None
     for parent, names in declared:
@@ -227,10 +228,10 @@ def _bind_groups(layers: Sequence[nn.Module]) -> None:
     for m in layers:
         if not isinstance(m, Adapted):
             continue
-        edited = weight_adapters_of(m)
-        if not edited or "forward" in vars(m) or len(m._peft.ops.parameters(m)) > 1:
+        first = first_weight_adapter(m)
+        if first is None or "forward" in vars(m) or len(m._peft.ops.parameters(m)) > 1:
             continue
-        site = edited[0].site
+        site = first.site
         if isinstance(site.storage, SupportsFusedGroup):
             alike.setdefault((site.in_features, site.storage.label), []).append(m)
     for members in alike.values():

@@ -15,7 +15,7 @@ from lightning_peft.core.terms import changes_weight
 from lightning_peft.layers.adapted_state import ActiveAdapters
 from lightning_peft.layers.adapter import Adapter, SiteRNG, default_cpu
 from lightning_peft.layers.batch_facts import BatchObserver
-from lightning_peft.layers.mixed_batch import current_mixed_batch
+from lightning_peft.layers.mixed_batch import current_facts, current_gates, current_mixed_batch
 
 if TYPE_CHECKING:
     from lightning_peft.methods.base import WeightMethod
@@ -45,6 +45,7 @@ class WeightAdapter(Adapter):
         shared_buffers: Frozen tensors that all sites of the method share; not owned.
         shared_trained: Trained tensors that all sites of the method share; not owned.
         tied_trained: Trained tensors of the adapter at `Site.tied_to`; not owned.
+        borrowed: Name of a trained tensor → parameters of the adapter that owns it.
         observer: The hook that finds the facts of a batch; the method's first adapter holds it.
         facts: Facts about the batch at hand, for methods that read them (`BatchObserver`).
         rewrite: The base weight that the initialisation replaced, None if it replaced none.
@@ -55,6 +56,7 @@ class WeightAdapter(Adapter):
     shared_buffers: Mapping[str, Tensor]
     shared_trained: Mapping[str, Tensor]
     tied_trained: Mapping[str, Any]
+    borrowed: dict[str, Mapping[str, Any]]
     observer: BatchObserver | None
     facts: Mapping[str, Tensor]
     rewrite: BaseRewrite | None
@@ -64,6 +66,7 @@ class WeightAdapter(Adapter):
         self.shared_buffers = {}
         self.shared_trained = {}
         self.tied_trained = {}
+        self.borrowed = {}
         self.observer = None
         self.facts = {}
         self.rewrite = None
@@ -84,6 +87,8 @@ class WeightAdapter(Adapter):
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by the method's own names, shared and tied ones included."""
         own: dict[str, Any] = {**self._parameters, **self._buffers}
+        for name, held in self.borrowed.items():
+            own[name] = held[name]
         if self.tied_trained:
             own |= self.method.of_tied(self.tied_trained, self.site)
         return {**self.shared_buffers, **self.shared_trained, **own}
@@ -91,17 +96,18 @@ class WeightAdapter(Adapter):
     def edit(self) -> Edit:
         """The change of the site's weight at this moment."""
         tensors = self.tensors()
-        if self.facts:
+        if self.method.reads_batch:
             tensors |= self._facts_of_rows()
-        return self.method.edit(tensors, self.site)
+        edit, gates = self.method.edit(tensors, self.site), current_gates()
+        return edit if gates is None else gates.on(edit, self.adapter_name, self.site)
 
     def _facts_of_rows(self) -> dict[str, Tensor]:
         """Facts of the rows that are under this adapter."""
+        facts = {**self.facts, **current_facts()}
         mix = current_mixed_batch()
         if mix is None:
-            return dict(self.facts)
-        facts = self.facts.items()
-        return {k: t[mix.index(self.adapter_name, len(t), t.device)] for k, t in facts}
+            return facts
+        return {k: t[mix.index(self.adapter_name, len(t), t.device)] for k, t in facts.items()}
 
     def activate(self, active: ActiveAdapters) -> None:
         """Act as an edit of the weight."""
@@ -110,7 +116,12 @@ class WeightAdapter(Adapter):
     def initial_tensors(self, seed: int | None) -> dict[str, Tensor]:
         """Parameters and buffers as the method draws them, on the CPU."""
         parameters, buffers = self._draw(seed)
-        return {**parameters, **buffers}
+        return {k: t for k, t in {**parameters, **buffers}.items() if k not in self.borrowed}
+
+    def borrow(self, name: str, owner: WeightAdapter) -> None:
+        """Use the owner's trained tensor of this name in place of one of its own."""
+        del self._parameters[name]
+        self.borrowed[name] = owner._parameters
 
     def _draw(self, seed: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters, then buffers, from one random stream."""

@@ -99,6 +99,11 @@ class ALoRA(LoRA):
 
     @property
     def reads_batch(self) -> bool:
+        """Where it acts depends on the batch."""
+        return True
+
+    @property
+    def reads_tokens(self) -> bool:
         """Where it acts follows from the tokens."""
         return True
 

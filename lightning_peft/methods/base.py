@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.site import BlockSite, SequenceSite, Site
+from lightning_peft.core.site import BlockSite, RouterSite, SequenceSite, Site
 from lightning_peft.methods.exchange import HFEntry, HFFormat
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "HFFormat",
     "InitData",
     "Method",
+    "RouterMethod",
     "SelectMethod",
     "SequenceMethod",
     "StepContext",
@@ -40,11 +41,18 @@ class InitData(StrEnum):
         NONE: No data.
         INPUTS: Inputs of the layer.
         GRADIENTS: Gradients of the layer's weight.
+        COVARIANCE: Second moments of the layer's inputs.
     """
 
     NONE = ""
     INPUTS = "inputs"
     GRADIENTS = "gradients"
+    COVARIANCE = "covariance"
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the start takes its change out of the base (`WeightMethod.residual`)."""
+        return self in (InitData.GRADIENTS, InitData.COVARIANCE)
 
 
 def overrides_step_hooks(cls: type[Any], base: type[Any]) -> bool:
@@ -130,6 +138,13 @@ class WeightMethod(Targeted):
         """Trained tensors that all sites share, at their start; held once, as `shared` is."""
         return {}
 
+    def owners(self, sites: Sequence[Site]) -> Sequence[Mapping[str, int]]:
+        """Trained tensors of each site that are those of another: name → number of the owner.
+
+        Sites come in the order of `named_modules()`; an owner comes before the sites that share.
+        """
+        return [{} for _ in sites]
+
     @property
     def adapts_tied(self) -> bool:
         """Whether modules that share an adapted embedding's weight are adapted with it, by the same
@@ -197,8 +212,8 @@ class WeightMethod(Targeted):
         Args:
             p: Tensors as attached.
             site: The site.
-            found: Principal directions of the inputs [k, in], or the mean gradient of the weight
-                [out, in]; fp32.
+            found: Principal directions of the inputs [k, in], the mean gradient of the weight
+                [out, in], or second moments of the inputs [in, in]; fp32.
             singular_values: Singular values [k] of the directions.
         """
         raise TypeError(f"{self.label}: expected a method with `from_data`, found none")
@@ -219,6 +234,11 @@ class WeightMethod(Targeted):
     @property
     def reads_batch(self) -> bool:
         """Whether `edit` reads facts about the batch beside the method's tensors."""
+        return False
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether those facts follow from the token ids, by `batch_facts`."""
         return False
 
     def batch_facts(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -314,6 +334,18 @@ class SequenceMethod(Targeted):
         """The positions: [n, width], or [n, keys and values of all layers]."""
         raise TypeError(f"{self.label}: expected a method with `prompt_embeddings`, found none")
 
+    def prompts(
+        self, module: nn.Module, site: SequenceSite, facts: Mapping[str, Tensor], batch: int
+    ) -> Tensor:
+        """The positions of a batch: `prompt_embeddings`, or [batch, n, width] if rows differ.
+
+        Args:
+            module: As in `prompt_embeddings`; so is `site`.
+            facts: What is known about the samples, such as their task.
+            batch: Rows of the batch.
+        """
+        return self.prompt_embeddings(module, site)
+
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Make `prompt_embeddings` return `table`.
 
@@ -321,6 +353,25 @@ class SequenceMethod(Targeted):
             ValueError: another shape, or a module that computes its embeddings.
         """
         raise ValueError(f"{self.label}: expected a method whose table can be set, found none")
+
+
+@dataclass(frozen=True)
+class RouterMethod(Targeted):
+    """Says how much each of several adapters acts on a token, by a first pass without them."""
+
+    mergeable: ClassVar[bool] = False
+
+    def experts(self) -> Sequence[str]:
+        """Names of the adapters, which are attached before."""
+        raise TypeError(f"{self.label}: expected a method with `experts`, found none")
+
+    def module(self, site: RouterSite) -> nn.Module:
+        """The module that holds the trained tensors, initialised."""
+        raise TypeError(f"{self.label}: expected a method with `module`, found none")
+
+    def gates(self, module: nn.Module, hidden: Tensor, site: RouterSite) -> Tensor:
+        """Factors [..., layers or 1, experts] from hidden states [..., width] of the first pass."""
+        raise TypeError(f"{self.label}: expected a method with `gates`, found none")
 
 
 @dataclass(frozen=True)

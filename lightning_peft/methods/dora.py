@@ -55,9 +55,9 @@ class DoRA(LoRA):
         super().__post_init__()
         require(not self.lora_bias, f"{self.label}: expected lora_bias=False, got True")
         require(
-            self.init != "lora_ga",
-            f"{self.label}: expected an init other than 'lora_ga', whose scale is defined for the "
-            "change that LoRA makes; use LoRA, or init='pissa'",
+            not self.needs_data.moves_base,
+            f"{self.label}: expected an init other than {self.init!r}, whose scale is defined for "
+            "the change that LoRA makes; use LoRA, or init='pissa'",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:

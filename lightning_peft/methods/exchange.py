@@ -192,6 +192,8 @@ class HFFormat:
             channels]. Absent: equal in every kind.
         saved_prefix: Prefix of a module's path in ``modules_to_save``.
         saves_modules: Whether peft's type has ``modules_to_save``.
+        shares_by_target: Whether layers that one entry of ``target_modules`` matches share tensors
+            in peft, so that a regular expression would share them all.
         pack: Our tensors → peft's content.
         unpack: The way back.
         pack_shared: Writes the tensors of `prefix`, where their keys alone do not say how.
@@ -221,6 +223,7 @@ class HFFormat:
     axes: Mapping[str, str] = field(default_factory=dict)
     saved_prefix: str = "base_model.model."
     saves_modules: bool = True
+    shares_by_target: bool = False
     pack: Pack | None = None
     unpack: Unpack | None = None
     pack_shared: PackShared | None = None

@@ -6,38 +6,25 @@ Wang et al. 2024, arXiv:2412.06071.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
-from lightning_peft.methods import lora_exchange
-from lightning_peft.methods.base import HFEntry, StepContext
+from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
 from lightning_peft.methods.exchange import refuse_all_but_linear
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.lora_exchange import nested_config
 from lightning_peft.methods.registry import register
 
 __all__ = ["KaSA"]
 
 
-def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    lora_exchange.to_config(entries, config)
-    method = entries[0].method
-    config["kasa_config"] = {"beta": method.beta, "gamma": method.gamma}
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    weights = config["kasa_config"]
-    if not isinstance(weights, dict) or set(weights) - {"beta", "gamma"}:
-        raise ValueError(
-            f"adapter_config.json: kasa_config: expected beta and gamma, got {weights!r}"
-        )
-    return {**lora_exchange.from_config(config, entries), **weights}
+_CONFIG = nested_config("kasa_config", {"beta": "beta", "gamma": "gamma"})
 
 
 @register
@@ -65,8 +52,8 @@ class KaSA(LoRA):
         LoRA.hf,
         tensors={**LoRA.hf.tensors, "d": "lora_diag"},
         when={**LoRA.hf.when, "kasa_config": True},
-        to_config=_to_config,
-        from_config=_from_config,
+        to_config=_CONFIG[0],
+        from_config=_CONFIG[1],
         uniform=None,
         refuse=refuse_all_but_linear,
     )

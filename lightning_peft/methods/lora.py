@@ -32,6 +32,7 @@ from lightning_peft.methods.lora_start import (
     loftq_start,
     random_start,
     singular_factors,
+    start_from_covariance,
     start_from_gradient,
 )
 from lightning_peft.methods.registry import register
@@ -56,12 +57,15 @@ class LoRA(WeightMethod):
             three take their part out of the base, so that the output is unchanged at the start;
             detaching puts the base's bits back. ``"eva"`` (arXiv:2410.07170) and ``"lora_ga"``
             (arXiv:2407.05000) start from the first batches: the callback does it, or
-            `start_from_data`; until then the start is the default one. ``"mica"``
+            `start_from_data`; until then the start is the default one. So does ``"corda"``
+            (arXiv:2406.05223), by the singular vectors of W C, C the second moments of the layer's
+            input; like LoRA-GA it takes its part out of the base. ``"mica"``
             (arXiv:2604.01694): B is the r *minor* left singular vectors of the weight, frozen, and
             A starts at zero; the base stays.
         init_options: Settings of ``"eva"`` (rho, tau, whiten, adjust_scaling_factors,
-            use_label_mask, label_mask_value) and ``"lora_ga"`` (direction, scale, stable_gamma),
-            named as in peft, and for both ``batches``: how many of them the callback takes.
+            use_label_mask, label_mask_value), ``"lora_ga"`` (direction, scale, stable_gamma) and
+            ``"corda"`` (corda_method: ``"ipm"`` trains the r largest triplets, ``"kpm"`` the
+            smallest), named as in peft, and for each ``batches``: how many the callback takes.
         use_rslora: s = α/√r, stable for large ranks.
         lora_bias: A bias on B, trained: b' = b + s · bias_B.
         bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"lora_only"``.
@@ -146,8 +150,12 @@ class LoRA(WeightMethod):
 
     @property
     def needs_data(self) -> InitData:
-        """EVA needs the layers' inputs, LoRA-GA gradients of the weight."""
-        by_name = {"eva": InitData.INPUTS, "lora_ga": InitData.GRADIENTS}
+        """EVA needs the layers' inputs, LoRA-GA gradients of the weight, CorDA second moments."""
+        by_name = {
+            "eva": InitData.INPUTS,
+            "lora_ga": InitData.GRADIENTS,
+            "corda": InitData.COVARIANCE,
+        }
         return by_name.get(self.init, InitData.NONE)
 
     @property
@@ -279,7 +287,7 @@ class LoRA(WeightMethod):
         """
         name = self._frozen
         frozen = {name: self._factors(site)[name]} if name else {}
-        if not self.rewrites_base and self.needs_data != InitData.GRADIENTS:
+        if not self.rewrites_base and not self.needs_data.moves_base:
             return frozen
         r = self.rank(site)
         return {
@@ -326,7 +334,7 @@ class LoRA(WeightMethod):
             down = FrozenDown(LowRank(A, p["B"], s))
             return Edit(terms=(down,), bias=bias, dropout=self.dropout)
         terms: tuple[LowRank, ...] = (LowRank(A, p["B"], s),)
-        if self.needs_data == InitData.GRADIENTS and not site.storage.lossless_write:
+        if self.needs_data.moves_base and not site.storage.lossless_write:
             terms += (LowRank(p["A0"], p["B0"], -s),)
         return Edit(terms=terms, bias=bias, dropout=self.dropout)
 
@@ -334,11 +342,12 @@ class LoRA(WeightMethod):
         self, p: dict[str, Tensor], site: Site, found: Tensor, singular_values: Tensor | None
     ) -> None:
         """EVA: A is the inputs' principal directions, B zero. LoRA-GA: A and B are singular vectors
-        of the gradient, of different triplets.
+        of the gradient, of different triplets. CorDA: of the weight, weighed by its inputs.
         """
-        if self.needs_data == InitData.GRADIENTS:
+        if self.needs_data.moves_base:
+            start = start_from_gradient if self.init == "lora_ga" else start_from_covariance
             r = self.rank(site)
-            A, B = start_from_gradient(site, found, r, self.scaling(site, r), self.data_options)
+            A, B = start(site, found, r, self.scaling(site, r), self.data_options)
             p["A"], p["B"] = p["A0"], p["B0"] = A, B
             return
         if self.data_options["whiten"] and singular_values is not None:
@@ -347,8 +356,8 @@ class LoRA(WeightMethod):
         p["B"] = found.new_zeros(site.out_features, found.shape[0])
 
     def residual(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
-        """W − s B₀A₀ for LoRA-GA."""
-        if self.needs_data != InitData.GRADIENTS:
+        """W − s B₀A₀ for LoRA-GA and CorDA."""
+        if not self.needs_data.moves_base:
             return None
         A, B = p["A0"].to(W), p["B0"].to(W)
         return W - self.scaling(site, A.shape[-2]) * (B @ A)

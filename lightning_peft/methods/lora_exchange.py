@@ -14,9 +14,9 @@ from lightning_peft.core.name_patterns import ends_with_pattern
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import InitData, WeightMethod
 from lightning_peft.methods.checks import match_site
-from lightning_peft.methods.exchange import HFEntry, HFFormat
+from lightning_peft.methods.exchange import FromConfig, HFEntry, HFFormat, ToConfig
 
-__all__ = ["FORMAT", "from_config", "pack", "to_config", "uniform", "unpack"]
+__all__ = ["FORMAT", "from_config", "nested_config", "pack", "to_config", "uniform", "unpack"]
 
 V = TypeVar("V")
 
@@ -240,6 +240,33 @@ def _pattern(config: Mapping[str, Any], key: str, kind: type) -> dict[str, Any]:
     return value
 
 
+def nested_config(
+    key: str, names: Mapping[str, str], ignored: Sequence[str] = ()
+) -> tuple[ToConfig, FromConfig]:
+    """Config functions of a variant whose settings are a mapping under one key.
+
+    Args:
+        key: Key of the mapping in adapter_config.json.
+        names: Our field → its name in the mapping; names that a file may leave out.
+        ignored: Names in a file that say nothing about the result.
+    """
+
+    def into(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+        to_config(entries, config)
+        config[key] = {theirs: getattr(entries[0].method, ours) for ours, theirs in names.items()}
+
+    def back(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+        given = config[key]
+        if not isinstance(given, dict) or set(given) - {*names.values(), *ignored}:
+            raise ValueError(
+                f"adapter_config.json: {key}: expected {sorted(names.values())}, got {given!r}"
+            )
+        fields = {ours: given[theirs] for ours, theirs in names.items() if theirs in given}
+        return {**from_config(config, entries), **fields}
+
+    return into, back
+
+
 #: LoRA in a peft directory.
 FORMAT = HFFormat(
     peft_type="LORA",
@@ -264,16 +291,12 @@ FORMAT = HFFormat(
         "alora_invocation_tokens": False,
         "kasa_config": False,
         "use_bdlora": False,
+        "velora_config": False,
+        "monteclora_config": False,
     },
     ignored=(
         *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
-        *(
-            "velora_config",
-            "monteclora_config",
-            "lora_ga_config",
-            "megatron_core",
-            "qalora_group_size",
-        ),
+        *("lora_ga_config", "megatron_core", "qalora_group_size"),
     ),
     dropped=("lora_velora_embed", "lora_monteclora_sampler"),
     pack=pack,

@@ -19,10 +19,14 @@ __all__ = [
     "loftq_start",
     "random_start",
     "singular_factors",
+    "start_from_covariance",
     "start_from_gradient",
 ]
 
-INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga", "mica")
+INITS = (
+    *("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "mica"),
+    *("eva", "lora_ga", "corda"),
+)
 _OPTIONS: dict[str, dict[str, Any]] = {
     "eva": {
         "rho": 2.0,
@@ -34,6 +38,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "batches": 16,
     },
     "lora_ga": {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16, "batches": 16},
+    "corda": {"corda_method": "ipm", "batches": 16},
 }
 _DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 _SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -64,6 +69,7 @@ def check_options(label: str, init: str, given: Mapping[str, Any]) -> None:
         ("stable_gamma", lambda v: v > 0, "> 0"),
         ("direction", lambda v: v in _DIRECTIONS, f"in {_DIRECTIONS}"),
         ("scale", lambda v: v in _SCALES, f"in {_SCALES}"),
+        ("corda_method", lambda v: v in ("ipm", "kpm"), "in ('ipm', 'kpm')"),
     ):
         require(
             key not in o or fits(o[key]),
@@ -142,3 +148,38 @@ def start_from_gradient(
     elif o["scale"] == "gd_scale":
         A, B = A / s, B / s
     return A.contiguous(), B.contiguous()
+
+
+def start_from_covariance(
+    site: Site, C: Tensor, r: int, s: float, o: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return CorDA's A and B: r singular triplets of W C, the right vectors times C⁻¹.
+
+    Args:
+        site: The weight.
+        C: Second moments of the inputs [in, in].
+        r: Rank.
+        s: Scale of the branch.
+        o: Options of the initialisation, complete.
+
+    Raises:
+        ValueError: the layer's inputs were zero.
+    """
+    mean = C.diagonal().mean()
+    require(
+        bool(mean > 0),
+        f"{site.label!r}: expected inputs that are not all zero with init='corda', got zeros; give "
+        "other batches or exclude the layer",
+    )
+    eye, damping = torch.eye(len(C), dtype=C.dtype, device=C.device), 0.01
+    while True:  # the diagonal grows until fp32 inverts the matrix
+        damped = C + damping * mean * eye
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, eye) < 0.05:
+            break
+        damping *= 2
+    W = site.weight(torch.float32).to(C.device)
+    U, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
+    chosen = slice(r) if o["corda_method"] == "ipm" else slice(len(S) - r, None)
+    root = (S[chosen] / s).sqrt()
+    return root.unsqueeze(-1) * (Vh[chosen] @ inverse), U[:, chosen] * root

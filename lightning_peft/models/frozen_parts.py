@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_peft.core.class_swap import base_class
-from lightning_peft.core.modules import modules_by_name
-from lightning_peft.core.names import in_adapter, join, strip_compile
+from lightning_peft.core.modules import base_modules, base_parameters
+from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.storage import held_tensors, storage_of
 
@@ -47,7 +47,7 @@ def frozen_parts(model: nn.Module) -> list[str]:
     trained = _parents(name for name, flag in flags.items() if flag)
     frozen = _parents(name for name, flag in flags.items() if not flag)
     found: list[str] = []
-    for name in modules_by_name(model):
+    for name in base_modules(model):
         if name in frozen and name not in trained and not inside(name, found[-1:]):
             found.append(name)
     return found
@@ -73,7 +73,7 @@ def frozen_copies(model: nn.Module) -> list[FrozenCopy]:
         structure = _structure(teacher)
         alike = [
             name
-            for name, module in modules_by_name(model).items()
+            for name, module in base_modules(model).items()
             if name in trained
             and name.count(".") == part.count(".")
             and name not in {pair.student for pair in found}
@@ -101,8 +101,8 @@ def _are_named_as_copies(student: str, teacher: str) -> bool:
 
 def _are_equal(one: nn.Module, other: nn.Module) -> bool:
     """Whether the parameters have equal values, as those of a deep copy do."""
-    ours = [p for n, p in one.named_parameters() if not in_adapter(n)]
-    theirs = [p for n, p in other.named_parameters() if not in_adapter(n)]
+    ours = list(base_parameters(one).values())
+    theirs = list(base_parameters(other).values())
     return len(ours) == len(theirs) and all(
         p.device.type != "meta"
         and p.shape == q.shape
@@ -134,9 +134,7 @@ def names_part(rule: str | Sequence[str] | None, part: str) -> bool:
 def _trained_flags(model: nn.Module) -> dict[str, bool]:
     """Return whether the user trained each floating-point parameter, before adapters came."""
     flags = {
-        name: p.requires_grad
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and not in_adapter(name)
+        name: p.requires_grad for name, p in base_parameters(model).items() if p.is_floating_point()
     }
     for prefix, _, registry in registries_in(model):
         before = {join(prefix, name): flag for name, flag in registry.requires_grad.items()}
@@ -158,9 +156,7 @@ def _parents(names: Iterable[str]) -> set[str]:
 def _structure(module: nn.Module) -> list[tuple[str, torch.Size]]:
     """Return names and natural shapes of the parameters."""
     shapes = []
-    for name, inner in modules_by_name(module).items():
-        if in_adapter(name):
-            continue
+    for name, inner in base_modules(module).items():
         held = held_tensors(inner)
         for key, p in inner._parameters.items():
             if p is None or (key in held and key != held[key].weight):

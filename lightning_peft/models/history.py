@@ -7,7 +7,7 @@ of the adapted root, read from a checkpoint, or written to, is in every later fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.finite import is_finite
-from lightning_peft.core.modules import modules_by_name, parameters_by_name, persistent_buffers
+from lightning_peft.core.modules import base_modules, base_parameters, persistent_buffers
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in, registry_of
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
@@ -67,11 +67,12 @@ def start_history(model: nn.Module, again: Iterable[str] = ()) -> ModelHistory:
     """
     found = _history_of(model)
     rewritten = tuple(f"{strip_compile(name)}." for name in again)
-    tensors = {
+    wanted = {
         name: t
-        for name, t in _watched(model).items()
+        for name, t in base_tensors(model).items()
         if name not in found.content or name.startswith(rewritten)
     }
+    tensors = _watched(model, wanted) if wanted else wanted
     found.content |= take_content(tensors)
     buffers = {strip_compile(name) for name in persistent_buffers(model)}
     found.not_finite |= {n for n in buffers & tensors.keys() if not is_finite(local(tensors[n]))}
@@ -128,7 +129,7 @@ def move_history(history: ModelHistory, rename: Callable[[str], str | None]) -> 
 
 def histories_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModelHistory]]:
     """Yield (prefix, module, history) of every history in the tree below `model`."""
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         registry = registry_of(module)
         found = vars(module).get(_ATTRIBUTE) if registry is None else registry.history
         if found is not None:
@@ -137,7 +138,7 @@ def histories_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModelHistor
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers that belong to no adapter, by canonical name."""
-    found: dict[str, Tensor] = {**parameters_by_name(model), **persistent_buffers(model)}
+    found: dict[str, Tensor] = {**base_parameters(model), **persistent_buffers(model)}
     return {strip_compile(n): t for n, t in found.items() if not in_adapter(n)}
 
 
@@ -150,14 +151,12 @@ def outside_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in base_tensors(model).items() if not n.startswith(inside)}
 
 
-def _watched(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a module that no inner history watches and that we do not rewrite."""
+def _watched(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a module's tensors that no inner history watches and we do not rewrite."""
     inner = tuple(f"{strip_compile(p)}." for p, _, _ in histories_in(model) if p)
     ours = _rewritten_by_adapters(model)
     return {
-        name: t
-        for name, t in base_tensors(model).items()
-        if not name.startswith(inner) and name not in ours
+        name: t for name, t in tensors.items() if not name.startswith(inner) and name not in ours
     }
 
 
@@ -183,7 +182,7 @@ def note_trained(model: nn.Module) -> None:
     """Keep the parameters, other than those of adapters, that require a gradient at this moment."""
     found = list(histories_in(model))
     for prefix, module, history in found:
-        trained = {n for n, p in parameters_by_name(module).items() if p.requires_grad}
+        trained = {n for n, p in base_parameters(module).items() if p.requires_grad}
         names = {strip_compile(n) for n in trained if not in_adapter(n)}
         history.kept |= _own([p for p, _, _ in found], prefix, names)
 
@@ -207,7 +206,8 @@ def note_moved(model: nn.Module) -> None:
     """
     sharded = False
     for _, module, history in histories_in(model):
-        tensors = {n: t for n, t in _watched(module).items() if n not in history.kept}
+        own = base_tensors(module)
+        tensors = _watched(module, {n: t for n, t in own.items() if n not in history.kept})
         sharded = sharded or any(is_sharded(t) for t in tensors.values())
         history.kept |= set(changed_tensors(history.content, tensors))
     if sharded and dist.is_available() and dist.is_initialized():

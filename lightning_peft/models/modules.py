@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules, modules_by_name
 from lightning_peft.core.names import join
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "fresh_head_names",
     "head_names",
     "hf_models",
+    "input_embeddings",
     "output_embeddings",
 ]
 
@@ -54,12 +55,22 @@ _FRESH_TASKS = (
 def hf_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (name, module) of the outermost modules with a transformers config."""
     taken: list[str] = []
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         if any(name.startswith(t + ".") or t == "" for t in taken):
             continue
         if isinstance(getattr(getattr(module, "config", None), "model_type", None), str):
             taken.append(name)
             yield name, module
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the layer that the model's `get_input_embeddings` names, None if there is none."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        found = getter() if callable(getter) else None
+    except NotImplementedError:  # models without an embedding
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -72,14 +83,14 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 def head_names(model: nn.Module) -> set[str]:
     """Return the names of the output layers: output embeddings, and heads known by name."""
     heads: set[str] = set()
-    names = {id(m): n for n, m in modules_by_name(model).items()}
+    names = {id(m): n for n, m in base_modules(model).items()}
     for name, module in hf_models(model):
         head = output_embeddings(module)
         if head is not None and id(head) in names:
             heads.add(names[id(head)])
         for child, part in module.named_children():
             if child in _HEADS:
-                heads |= {join(name, child, n) for n in modules_by_name(part)}
+                heads |= {join(name, child, n) for n in base_modules(part)}
     return heads
 
 

@@ -13,6 +13,8 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.models.packed_layers import released_config
+from lightning_peft.models.packed_state import is_released, packed_state
 from lightning_peft.models.plain_state import plain_state
 from lightning_peft.storage.dtensor import is_sharded
 
@@ -80,6 +82,8 @@ class PlainSaver(HfQuantizer):  # type: ignore[misc]
                 "a plain model, save_adapter(model, directory) for the adapter alone, or "
                 "export_merged for the merged model on disk"
             )
+        if self.replaced is not None and _says_quantised(model):
+            return packed_state(model), {}
         return plain_state(model), {}
 
     def _why_not_plain(self, model: nn.Module) -> str:
@@ -88,8 +92,13 @@ class PlainSaver(HfQuantizer):  # type: ignore[misc]
         )
         if acting:
             return f"with adapters {acting} that act and are not merged"
-        if self.replaced is not None:
+        if self.replaced is not None and not (is_released(model) or not _says_quantised(model)):
             return f"that was loaded quantised by {self.replaced.quantization_config.quant_method}"
         if any(is_sharded(p) for p in model.parameters()):
             return "of which each process holds a part"
         return ""
+
+
+def _says_quantised(model: nn.Module) -> bool:
+    """Whether the config says so: a merge into dense weights takes that off."""
+    return released_config(getattr(model, "config", None)) is not None

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_peft.core.class_swap import Swapped
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules, base_parameters
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.models.modules import fresh_head_names
 
@@ -54,7 +54,7 @@ class PretrainedLibrary:
         getter: Any = getattr(module, self.head_getter, None) if self.head_getter else None
         found = getter() if callable(getter) else ()
         fresh = {id(head) for head in (found if isinstance(found, tuple | list) else [found])}
-        inner = [(n, m) for n, m in modules_by_name(module).items() if n]
+        inner = [(n, m) for n, m in base_modules(module).items() if n]
         heads = [n for n, m in inner if n in self.heads or id(m) in fresh]
         return [join(name, head) for head in heads]
 
@@ -127,7 +127,9 @@ def find_new_layers(
     found = NewLayers()
     if not parts:
         return found
-    pretrained = {id(p) for name in parts for p in model.get_submodule(name).parameters()}
+    pretrained = {
+        id(p) for name in parts for p in base_parameters(model.get_submodule(name)).values()
+    }
     search = _Search(parts, pretrained, requires_grad, targeted, found)
     search.visit("", model)
     for head, owner in _heads(model, parts).items():
@@ -144,7 +146,7 @@ def pretrained_models(model: nn.Module) -> list[str]:
 def _pretrained_parts(model: nn.Module) -> Iterator[tuple[str, PretrainedLibrary]]:
     """Yield the outermost modules of the libraries."""
     taken: list[str] = []
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         if in_adapter(name) or any(name.startswith(f"{t}.") or not t for t in taken):
             continue
         library = next((lib for lib in _LIBRARIES if lib.owns(module)), None)
@@ -201,7 +203,7 @@ class _Search:
     def trains(self, name: str, module: nn.Module) -> bool:
         """Whether every parameter is trained and no method targets a layer of the module."""
         own = self._parameters(name, module, heads=True)
-        inside = [join(name, inner) for inner in modules_by_name(module) if not in_adapter(inner)]
+        inside = [join(name, inner) for inner in base_modules(module)]
         return (
             bool(own)
             and all(self.requires_grad(key, p) for key, p in own.items())
@@ -214,8 +216,8 @@ class _Search:
         """Parameters by full name; without those that a pretrained model shares."""
         return {
             join(name, key): p
-            for key, p in module.named_parameters()
-            if not in_adapter(key) and (heads or id(p) not in self.pretrained)
+            for key, p in base_parameters(module).items()
+            if heads or id(p) not in self.pretrained
         }
 
     def _neighbour(self) -> str:

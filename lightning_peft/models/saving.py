@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_peft.core.names import in_adapter
+from lightning_peft.core.modules import base_modules
 
 __all__ = ["is_transformers_model", "restore_saving", "save_plainly"]
 
@@ -49,6 +49,6 @@ def restore_saving(model: nn.Module) -> None:
 
 
 def _transformers_models(model: nn.Module) -> Iterator[nn.Module]:
-    for name, module in model.named_modules():
-        if is_transformers_model(module) and not in_adapter(name):
+    for module in base_modules(model).values():
+        if is_transformers_model(module):
             yield module

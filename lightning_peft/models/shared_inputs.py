@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from lightning_peft.core.modules import is_adapter_child
 from lightning_peft.models.target_table import SHARED_INPUTS, SharedInput
 
 __all__ = ["children_sharing_input"]
@@ -38,4 +39,6 @@ def _walk(
             taken.update(names)
             yield module, names
     for name, child in module.named_children():
+        if is_adapter_child(module, name):
+            continue
         yield from _walk(child, (*path, name), declared, seen)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft.core.modules import is_conv1d, modules_by_name, tied_parameters
+from lightning_peft.core.modules import base_modules, is_conv1d, tied_parameters
 from lightning_peft.core.names import (
-    in_adapter,
     join,
     matches_suffix,
     with_parents,
@@ -79,7 +78,7 @@ def select(
         ValueError: no module matches, with the nearest names; or the table lacks the
             architecture.
     """
-    modules = [(n, m) for n, m in modules_by_name(model).items() if not in_adapter(n)]
+    modules = list(base_modules(model).items())
     tied = tuple(tuple(place.name for place in group) for group in tied_parameters(model))
     if target_modules in (None, "all-linear") and adaptable(model):
         return Selection(("",), (), tied)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from lightning_peft.activations.config import Activations
 from lightning_peft.models.modules import hf_models
 from lightning_peft.planner.example_inputs import example_inputs, runnable
 from lightning_peft.planner.storage_meter import GRADIENTS, LOGITS, Meter, labelled
-from lightning_peft.planner.trace_contexts import checkpointed, filled, plain_attention, shortened
+from lightning_peft.planner.trace_contexts import filled, limited, plain_attention, shortened
 
 __all__ = ["UNTRACEABLE", "Trace", "trace"]
 
@@ -34,15 +35,19 @@ class Trace:
     Attributes:
         forward: At the fullest moment of forward.
         backward: At the fullest moment of backward, gradients made so far included.
+        host: Bytes that forward moves to host memory.
     """
 
     forward: Mapping[str, float] = field(default_factory=dict)
     backward: Mapping[str, float] = field(default_factory=dict)
+    host: float = 0.0
 
     def along(self, other: Trace, steps: float) -> Trace:
         """The line through this and `other`, `steps` of their distance from here."""
         return Trace(
-            _along(self.forward, other.forward, steps), _along(self.backward, other.backward, steps)
+            _along(self.forward, other.forward, steps),
+            _along(self.backward, other.backward, steps),
+            max(0.0, self.host + steps * (other.host - self.host)),
         )
 
 
@@ -57,17 +62,19 @@ def trace(
     sequence_length: int,
     *,
     autocast: torch.dtype | None,
-    checkpointing: bool = False,
+    activations: Activations | None = None,
+    loss: str | None = None,
     fused_loss: bool = False,
 ) -> Trace:
     """One training step of a prepared meta model.
 
     Raises:
         NoInputs: no Hugging Face model inside and no `example_input_array`.
+        ValueError: a limit that the model cannot take.
     """
     stacks = _stacks(model)
     long = max((len(s) for s in stacks), default=0)
-    how = (batch_size, sequence_length, autocast, checkpointing, fused_loss)
+    how = (batch_size, sequence_length, autocast, activations, loss, fused_loss)
     if long <= _LONG:
         return _run(model, *how)
     try:
@@ -75,7 +82,8 @@ def trace(
             short = _run(model, *how)
         with shortened(stacks, _LONG):
             longer = _run(model, *how)
-    except (RuntimeError, IndexError):  # it needs all of its blocks (a cache that counts them …)
+    # It needs all of its blocks: a cache that counts them, a limit that names one of them.
+    except (RuntimeError, IndexError, ValueError):
         return _run(model, *how)
     return short.along(longer, (long - _SHORT) / (_LONG - _SHORT))
 
@@ -85,7 +93,8 @@ def _run(
     batch_size: int,
     sequence_length: int,
     autocast: torch.dtype | None,
-    checkpointing: bool,
+    activations: Activations | None,
+    loss: str | None,
     fused_loss: bool,
 ) -> Trace:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -97,7 +106,7 @@ def _run(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(filled(model, meter))
         stack.enter_context(plain_attention(net))
-        stack.enter_context(checkpointed(net, checkpointing))
+        memories = stack.enter_context(limited(model, activations, loss))
         stack.enter_context(labelled(net, meter))
         inputs = example_inputs(net, kind, batch_size, sequence_length)
         for p in model.parameters():
@@ -110,13 +119,14 @@ def _run(
         stack.enter_context(meter)
         with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
             out = net(**inputs) if isinstance(inputs, dict) else net(*inputs)
-            loss = _loss(out)
+            value = _loss(out)
         del out
         meter.phase = "backward"
-        if loss.requires_grad:
-            loss.backward()
-        del loss
-    return Trace(meter.peaks.get("forward", {}), meter.peaks.get("backward", {}))
+        if value.requires_grad:
+            value.backward()
+        del value
+        moved = float(memories.moved)
+    return Trace(meter.peaks.get("forward", {}), meter.peaks.get("backward", {}), moved)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from typing import Any
+from typing import Any, get_args
 
+from lightning_peft.activations.config import ActivationKind
 from lightning_peft.methods.registry import METHODS
 from lightning_peft.planner.estimate import estimate_memory
 from lightning_peft.planner.plan import size
@@ -36,8 +37,19 @@ def add_plan(commands: Any) -> None:
         "--sequence-length", type=int, help="default: 512, or the most the model takes"
     )
     plan.add_argument("--checkpointing", action="store_true")
+    plan.add_argument("--activations", choices=get_args(ActivationKind))
+    plan.add_argument("--loss", choices=("chunked",))
     plan.add_argument("--strategy", help="ddp or fsdp")
     plan.add_argument("--world-size", type=int, default=1)
+    plan.add_argument(
+        "--no-reshard-after-forward", action="store_true", help="fsdp keeps blocks gathered"
+    )
+    plan.add_argument("--cpu-offload", action="store_true", help="fsdp keeps shards on the host")
+    plan.add_argument("--replicas", type=int, default=1, help="groups that each hold all shards")
+    plan.add_argument("--context-parallel", type=int, default=1, help="ranks that share a sample")
+    plan.add_argument(
+        "--allowances", action="store_true", help="count CUDA's context and NCCL's buffers"
+    )
     plan.add_argument("--liger", action="store_true")
     plan.add_argument("--memory", help="what a rank has, for instance 24GB or 22.5GiB")
 
@@ -55,6 +67,13 @@ def _run(given: argparse.Namespace) -> None:
         batch_size=given.batch_size,
         sequence_length=given.sequence_length,
         checkpointing=given.checkpointing,
+        activations=given.activations,
+        loss=given.loss,
+        reshard_after_forward=not given.no_reshard_after_forward,
+        cpu_offload=given.cpu_offload,
+        replicas=given.replicas,
+        context_parallel=given.context_parallel,
+        allowances=given.allowances,
         strategy=given.strategy,
         world_size=given.world_size,
         liger=given.liger,

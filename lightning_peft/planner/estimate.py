@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
+from lightning_peft.activations.config import ActivationKind, Activations, as_activations
 from lightning_peft.methods.base import Method
 from lightning_peft.models.modules import head_names, hf_models
 from lightning_peft.planner.activation_trace import UNTRACEABLE, Trace, trace
 from lightning_peft.planner.example_inputs import NoInputs, usual_length
 from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
-from lightning_peft.planner.plan import OPTIMIZER_BYTES, Choice, Plan, Step
+from lightning_peft.planner.plan import ALLOWANCES, NCCL, OPTIMIZER_BYTES, Choice, Plan, Step
 from lightning_peft.storage import StorageConfig, as_config, storage_for
 
 __all__ = ["Plan", "Step", "estimate_memory"]
@@ -39,8 +40,15 @@ def estimate_memory(
     batch_size: int = 1,
     sequence_length: int | None = None,
     checkpointing: bool = False,
+    activations: Activations | ActivationKind | None = None,
+    loss: Literal["chunked"] | None = None,
     strategy: str | None = None,
     world_size: int = 1,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+    replicas: int = 1,
+    context_parallel: int = 1,
+    allowances: bool | Mapping[str, int] = False,
     liger: bool = False,
     modules_to_save: Sequence[str] = (),
     memory: int | None = None,
@@ -62,11 +70,19 @@ def estimate_memory(
             ``"32-true"`` and the same with 16.
         batch_size: Samples a rank.
         sequence_length: Tokens a sample; None for 512, or for what the model has positions for.
-        checkpointing: Whether blocks are recomputed in backward.
+        checkpointing: Whether blocks are recomputed in backward; ``activations="checkpoint"``.
+        activations: What blocks keep for backward, as `PEFT` takes it.
+        loss: ``"chunked"`` for logits a few tokens at a time, as `PEFT` takes it.
         strategy: None, ``"ddp"`` or ``"fsdp"``.
         world_size: Number of ranks.
+        reshard_after_forward: Whether FSDP frees a block between its forward and its backward.
+        cpu_offload: Whether FSDP keeps shards, gradients and optimizer state in host memory.
+        replicas: Number of groups of ranks that each hold all shards (HSDP).
+        context_parallel: Number of ranks that share the tokens of one sample.
+        allowances: What a rank needs besides tensors, in bytes by name, for instance
+            ``{"CUDA context": 6 * 10**8}``; True for `ALLOWANCES`. They lessen `memory`.
         liger: Whether liger-kernel's fused loss is used; its other layers are not counted.
-        modules_to_save: Names or suffixes of modules trained whole.
+        modules_to_save: Names or suffixes of modules trained fully.
         memory: Bytes that a rank has, for the largest batch in the printed table.
 
     Raises:
@@ -75,6 +91,7 @@ def estimate_memory(
     """
     for name, n in (
         *(("batch_size", batch_size), ("world_size", world_size)),
+        *(("replicas", replicas), ("context_parallel", context_parallel)),
         ("sequence_length", 1 if sequence_length is None else sequence_length),
         ("memory", 1 if memory is None else memory),
     ):
@@ -89,19 +106,35 @@ def estimate_memory(
             "adapter, for instance LoRA()"
         )
     source = meta_model(model_or_config)
+    chosen = as_activations(activations)
+    if checkpointing:
+        if chosen is not None and not chosen.recomputes:
+            raise ValueError(
+                f"activations: expected 'checkpoint+offload' with checkpointing=True, got "
+                f"{chosen.kind!r}; leave checkpointing out"
+            )
+        chosen = chosen or Activations("checkpoint")
+    length = usual_length(source) if sequence_length is None else sequence_length
     choice = Choice(
         method=methods,
         quantization=quantization,
         optimizer=_named("optimizer", optimizer or "adamw", OPTIMIZER_BYTES),
         precision=_named("precision", _SAME.get(precision, precision), PRECISIONS),
         batch_size=batch_size,
-        sequence_length=usual_length(source) if sequence_length is None else sequence_length,
-        checkpointing=checkpointing,
+        sequence_length=length,
+        activations=chosen,
+        loss=None if loss is None else _named("loss", loss, ("chunked",)),
         strategy=_STRATEGIES[_named("strategy", strategy or "auto", _STRATEGIES)],
         world_size=world_size,
+        reshard_after_forward=reshard_after_forward,
+        cpu_offload=cpu_offload,
+        replicas=replicas,
+        context_parallel=context_parallel,
+        allowances=_allowances(allowances, world_size),
         liger=liger,
         modules_to_save=tuple(modules_to_save),
     )
+    _check_mesh(choice)
     plan = _plan(source, choice, memory, {})
     if memory is not None:
         plan.require_weights(memory)
@@ -128,15 +161,25 @@ def _plan(
         head_trained = choice.method is None
         fused_loss = (hidden, vocabulary, 4 * hidden * vocabulary if head_trained else 0)
 
-    key = replace(choice, optimizer="", strategy=None, world_size=1)
+    key = replace(
+        choice,
+        optimizer="",
+        strategy=None,
+        world_size=1,
+        replicas=1,
+        allowances=(),
+        reshard_after_forward=True,
+        cpu_offload=False,
+    )
 
     def run(prepared: nn.Module, batch_size: int) -> Trace:
         return trace(
             prepared,
             batch_size,
-            choice.sequence_length,
+            -(-choice.sequence_length // choice.context_parallel),
             autocast=PRECISIONS[choice.precision][2],
-            checkpointing=choice.checkpointing,
+            activations=choice.activations,
+            loss=choice.loss,
             fused_loss=choice.liger,
         )
 
@@ -152,6 +195,12 @@ def _plan(
                 traces[known] = dense._tracer(batch_size)
         return traces[known]
 
+    if choice.loss is not None and heads is None:
+        raise ValueError(
+            "loss='chunked': expected a language model with an output head, found none; leave it "
+            "out"
+        )
+
     return Plan(
         choice,
         count(model, unmade),
@@ -161,6 +210,41 @@ def _plan(
         _again=lambda changed: _plan(source, changed, memory, traces),
         _fused_loss=fused_loss,
     )
+
+
+def _check_mesh(choice: Choice) -> None:
+    """Raise ValueError unless the groups of ranks divide them, and the strategy has such groups."""
+    c = choice
+    parts = c.replicas * c.context_parallel
+    if c.world_size % parts:
+        raise ValueError(
+            f"world_size: expected a multiple of replicas × context_parallel = {parts}, got "
+            f"{c.world_size}"
+        )
+    options = {
+        "replicas": c.replicas > 1,
+        "context_parallel": c.context_parallel > 1,
+        "cpu_offload": c.cpu_offload,
+        "reshard_after_forward": not c.reshard_after_forward,
+    }
+    given = [name for name, is_given in options.items() if is_given]
+    if given and c.strategy != "fsdp":
+        raise ValueError(
+            f"{given[0]}: expected strategy='fsdp', got {c.strategy!r}; leave {given[0]} out"
+        )
+    if c.loss is not None and c.liger:
+        raise ValueError(
+            "loss='chunked': expected liger=False, whose own loss is fused; choose one"
+        )
+
+
+def _allowances(given: bool | Mapping[str, int], world_size: int) -> tuple[tuple[str, int], ...]:
+    """Return names and bytes; the buffers of NCCL are for several ranks."""
+    if isinstance(given, Mapping):
+        return tuple(given.items())
+    if not given:
+        return ()
+    return tuple((n, b) for n, b in ALLOWANCES.items() if world_size > 1 or n != NCCL)
 
 
 def _sample(model: nn.Module, tokens: int) -> str:

@@ -23,7 +23,10 @@ from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.names import in_adapter
 from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.methods.base import Method
+from lightning_peft.models.modules import hf_models, input_embeddings, output_embeddings
+from lightning_peft.models.packed_layers import declare_packed, dense_patterns, released_config
 from lightning_peft.storage import StorageConfig, held_tensors, storage_for
+from lightning_peft.storage.registry import released_formats
 
 __all__ = ["PRECISIONS", "Sizes", "Unmade", "count", "meta_model", "prepare"]
 
@@ -52,7 +55,11 @@ class Sizes:
         trainable: Trained elements.
         total: Logical elements, adapters included.
         dequantised: Elements of the largest packed weight.
-        units: Largest block: (bytes of its base, bytes of what it trains).
+        block: Bytes of the largest block, what it trains included.
+        block_trained: Bytes of what that block trains.
+        end: Bytes of the larger one of embedding and head; of both if they are tied.
+        rest: Bytes of what is outside of blocks, embedding and head.
+        kv_width: Features of the keys of one layer.
         trained_bytes: Bytes of the trained tensors.
     """
 
@@ -62,7 +69,11 @@ class Sizes:
     trainable: int = 0
     total: int = 0
     dequantised: int = 0
-    units: tuple[int, int] = (0, 0)
+    block: int = 0
+    block_trained: int = 0
+    end: int = 0
+    rest: int = 0
+    kv_width: int = 0
     trained_bytes: int = 0
 
     @property
@@ -207,7 +218,13 @@ def _build(config: Any) -> nn.Module:
             f"({error}); give the model's full config.json"
         ) from error
     dtype = getattr(config, "dtype", None)
-    return model.to(dtype if isinstance(dtype, torch.dtype) else torch.float32).train()
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    model = model.to(dtype).train()
+    released = released_config(config)
+    if released is not None and released_formats(released):  # as `load_packed` loads it
+        for layer in declare_packed(model, released, dense_patterns(model, released)):
+            layer.hold(dtype)
+    return model
 
 
 def prepare(
@@ -320,20 +337,35 @@ def count(model: nn.Module, unmade: Unmade) -> Sizes:
             logical[label] += numel
             sizes.total += numel
     sizes.base = {label: (logical[label], n) for label, n in base.items()}
-    sizes.units = _largest_unit(model)
+    _measure_units(model, sizes)
     return sizes
 
 
-def _largest_unit(model: nn.Module) -> tuple[int, int]:
-    """(all bytes, trained bytes) of the largest of: one repeated block, what lies outside them."""
-    whole = _bytes(model)
-    found = [
-        _bytes(b) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1 for b in m
-    ]
-    if not found:
-        return whole
-    rest = max(0, whole[0] - sum(n for n, _ in found)), 0
-    return max([*found, rest])
+def _measure_units(model: nn.Module, sizes: Sizes) -> None:
+    """Set the bytes of what FSDP gathers at once, and the width of keys."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    blocks = {id(b): b for m in lists for b in m}
+    inner = {id(m) for b in blocks.values() for m in b.modules() if m is not b}
+    outermost = [_bytes(b) for key, b in blocks.items() if key not in inner]
+    whole, trained = _bytes(model)
+    if not outermost:
+        sizes.block, sizes.block_trained = whole, trained
+        return
+    sizes.block, sizes.block_trained = max(outermost)
+    ends: dict[int, int] = {}
+    for _, net in hf_models(model):
+        for module in (input_embeddings(net), output_embeddings(net)):
+            weight = None if module is None else module._parameters.get("weight")
+            if module is not None and weight is not None:
+                ends[id(weight)] = max(ends.get(id(weight), 0), _bytes(module)[0])
+        config = net.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 0
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        hidden = getattr(config, "hidden_size", None) or 0
+        head = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+        sizes.kv_width = max(sizes.kv_width, kv_heads * head)
+    sizes.end = max(ends.values(), default=0)
+    sizes.rest = max(0, whole - sum(n for n, _ in outermost) - sum(ends.values()))
 
 
 def _bytes(module: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from lightning_peft.activations.config import ActivationKind, Activations
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.planner.activation_trace import Trace
 from lightning_peft.planner.example_inputs import NoInputs
@@ -15,7 +16,7 @@ from lightning_peft.planner.meta_model import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 from lightning_peft.storage import Quantization, StorageConfig, storage_for
 
-__all__ = ["OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]
+__all__ = ["ALLOWANCES", "NCCL", "OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]
 
 # name → (full-size states in the parameter's own dtype, further bytes per element)
 OPTIMIZER_BYTES: dict[str, tuple[int, float]] = {
@@ -30,7 +31,13 @@ OPTIMIZER_BYTES: dict[str, tuple[int, float]] = {
     "lion_8bit": (0, 1 + 4 / 256),
 }
 
+NCCL = "NCCL buffers"
+#: Bytes that a rank needs besides tensors: torch's kernels with the context of a current GPU, and
+#: the channels of a few communicators. These are round figures, not measurements.
+ALLOWANCES: dict[str, int] = {"CUDA context": 600 * 10**6, NCCL: 500 * 10**6}
+
 _BUCKET = "communication buckets"
+_GATHERED_KV = "gathered keys and values"
 _FULL = "fully trained weights"
 _STATES = ("base weights", "adapters", _FULL, GRADIENTS, "optimizer state")
 
@@ -45,11 +52,22 @@ class Choice:
     precision: str
     batch_size: int
     sequence_length: int
-    checkpointing: bool
+    activations: Activations | None
+    loss: str | None
     strategy: str | None
     world_size: int
     liger: bool
     modules_to_save: tuple[str, ...] = ()
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    replicas: int = 1
+    context_parallel: int = 1
+    allowances: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks that share one copy of weights and state."""
+        return self.world_size // self.replicas if self.strategy == "fsdp" else 1
 
     @property
     def label(self) -> str:
@@ -125,7 +143,6 @@ class Plan:
         """Parts that do not depend on the batch."""
         s, c = self.sizes, self.choice
         states, further = OPTIMIZER_BYTES[c.optimizer]
-        shards = c.world_size if c.strategy == "fsdp" else 1
         elements = s.trainable * further
         compute = 4 if c.precision == "32-true" else 2
         parts = {
@@ -135,15 +152,36 @@ class Plan:
             GRADIENTS: s.trained_bytes,
             "optimizer state": states * s.trained_bytes + math.ceil(elements),
         }
-        parts = {part: -(-n // shards) for part, n in parts.items()}
+        parts = {part: -(-n // c.shards) for part, n in parts.items()}
+        if c.cpu_offload:
+            parts = dict.fromkeys(parts, 0)
         parts["dequantise buffers"] = s.dequantised * compute
         parts[_BUCKET] = 0
         if c.strategy == "ddp" and c.world_size > 1:
             parts[_BUCKET] = s.trained_bytes
         elif c.strategy == "fsdp" and c.world_size > 1:
-            whole, trained = s.units
-            parts[_BUCKET] = 2 * whole + trained  # this unit, the next, gradients on their way
+            parts[_BUCKET] = self._gathered()
+        parts[_GATHERED_KV] = self._gathered_kv()
         return parts
+
+    def _gathered(self) -> int:
+        """Bytes of the units that FSDP has gathered at once, and of gradients on their way."""
+        s, c = self.sizes, self.choice
+        end, rest = (
+            (0, s.rest + s.end) if c.liger else (s.end, s.rest)
+        )  # it reads the head's weight
+        if not c.reshard_after_forward:
+            return s.base_bytes + s.trained_bytes + s.block + s.block_trained
+        # This unit and the next, of which one may be the embedding or the head.
+        return s.block + max(s.block, end) + rest + s.block_trained
+
+    def _gathered_kv(self) -> int:
+        """Bytes of one layer's keys and values of all tokens, received in two steps."""
+        c = self.choice
+        if c.context_parallel == 1:
+            return 0
+        compute = 4 if c.precision == "32-true" else 2
+        return 2 * 2 * c.batch_size * c.sequence_length * self.sizes.kv_width * compute
 
     # ---- what a step adds
 
@@ -162,7 +200,7 @@ class Plan:
         line, own = self._trace(self.choice.batch_size), self.choice.batch_size
         if batch_size != own:
             line = line.along(self._trace(2 * own), batch_size / own - 1)
-        shards = self.choice.world_size if self.choice.strategy == "fsdp" else 1
+        shards = self.choice.shards
         moments = []
         for traced in (line.forward, line.backward):
             parts: dict[str, float] = dict(self._fixed)
@@ -200,6 +238,21 @@ class Plan:
         """Bytes at the fullest moment of a step."""
         return self.peak_at(self.choice.batch_size)
 
+    @property
+    def allowance(self) -> int:
+        """Bytes that a rank needs besides tensors."""
+        return sum(n for _, n in self.choice.allowances)
+
+    @property
+    def host(self) -> int:
+        """Bytes in host memory: activations that were moved there, and offloaded shards."""
+        moved = self._trace(self.choice.batch_size).host
+        if not self.choice.cpu_offload:
+            return round(moved)
+        on_device = replace(self.choice, cpu_offload=False)
+        fixed = Plan(on_device, self.sizes)._fixed
+        return round(moved) + sum(fixed[part] for part in _STATES)
+
     def require_weights(self, nbytes: int) -> None:
         """The weights alone must fit.
 
@@ -207,19 +260,23 @@ class Plan:
             ValueError: they do not.
         """
         weights = sum(self._fixed[part] for part in ("base weights", "adapters", _FULL))
-        if nbytes < weights:
+        if nbytes - self.allowance < weights:
             raise ValueError(
                 f"memory: expected at least the weights' {size(weights)}, got {size(nbytes)}; "
                 "quantise the base, shard it with strategy='fsdp', or give more memory"
             )
 
     def largest_batch(self, nbytes: int) -> int:
-        """The largest batch a rank that fits into this many bytes; 0 where one sample does not.
+        """Return the largest batch per rank that fits; 0 if one sample does not.
+
+        Args:
+            nbytes: Bytes of the device; allowances are taken off.
 
         Raises:
             ValueError: the weights alone are larger, or activations are not counted.
         """
         self.require_weights(nbytes)
+        nbytes -= self.allowance
         if not self._trace(self.choice.batch_size).forward:
             raise ValueError(
                 f"largest_batch: activations are not counted ({'; '.join(self.notes)})"
@@ -272,10 +329,15 @@ class Plan:
             tries.append(("method=LoRA(r=16)", {"method": (self._lora(),)}))
         elif c.quantization is None:
             tries.append(('quantization="nf4"', {"quantization": Quantization("nf4")}))
-        if not c.checkpointing:
-            tries.append(("checkpointing=True", {"checkpointing": True}))
-        if not c.liger and self._again is not None:
-            tries.append(("liger=True", {"liger": True}))
+        kept = c.activations
+        if kept is None or not kept.recomputes:
+            kind: ActivationKind = "checkpoint" if kept is None else "checkpoint+offload"
+            tries.append((f'activations="{kind}"', {"activations": Activations(kind)}))
+        elif not kept.offloads:
+            kind = "checkpoint+offload"
+            tries.append((f'activations="{kind}"', {"activations": replace(kept, kind=kind)}))
+        if not c.liger and c.loss is None:
+            tries.append(('loss="chunked"', {"loss": "chunked"}))
         if c.optimizer in ("adamw", "adam"):
             tries.append(('optimizer="adamw_8bit"', {"optimizer": "adamw_8bit"}))
         if c.world_size > 1 and c.strategy != "fsdp":
@@ -302,18 +364,25 @@ class Plan:
                 f"{part:<24}" + "".join(f"{size(p.parts[part]):>{width}}" for p in plans.values())
             )
         lines.append(f"{'peak':<24}" + "".join(f"{size(p.peak):>{width}}" for p in plans.values()))
+        for name, nbytes in self.choice.allowances:
+            lines.append(f"{name:<24}" + f"{size(nbytes):>{width}}" * len(plans))
         if self.budget is not None:
             fits = [_fitting(p, self.budget) for p in plans.values()]
             label = f"batch in {size(self.budget)}"
             lines.append(f"{label:<24}" + "".join(f"{n:>{width}}" for n in fits))
         c = self.choice
         where = f", a rank of {c.world_size} ({c.strategy})" if c.world_size > 1 else ""
+        if c.activations is not None:
+            where += f", activations {c.activations.kind}"
+        where += f", loss {c.loss}" if c.loss is not None else ""
         lines.append(
             f"batch {c.batch_size} × {self.sample}, {c.precision}, {c.optimizer}{where}; "
             f"trained {self.trainable:,} of {self.total:,} = {self.percent:.3f} %"
         )
         for label, (numel, nbytes) in self.sizes.base.items():
             lines.append(f"base in {label}: {numel:,} weights, {size(nbytes)}")
+        if self.host:
+            lines.append(f"in host memory: {size(self.host)}")
         lines += [f"next: {s.what} saves {size(s.saving)}" for s in self.next_steps]
         return "\n".join([*lines, *dict.fromkeys(self.notes)])
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.activations.config import Activations
+from lightning_peft.activations.host_memory import HostMemories
+from lightning_peft.activations.limit import ActivationLimit
+from lightning_peft.losses.output_head import ChunkedLoss
+from lightning_peft.planner.planned_host import PlannedHost
 from lightning_peft.planner.storage_meter import Meter
 
-__all__ = ["checkpointed", "filled", "plain_attention", "shortened"]
+__all__ = ["filled", "limited", "plain_attention", "shortened"]
 
 _ATTENTION = "lightning_peft_plan"
 
@@ -78,24 +82,19 @@ def plain_attention(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointed(net: Any, wanted: bool) -> Iterator[None]:
-    """Context with gradient checkpointing, if `wanted`.
+def limited(
+    model: nn.Module, activations: Activations | None, loss: str | None
+) -> Iterator[HostMemories]:
+    """Context with the limits of a run; what it yields knows how many bytes left the device.
 
     Raises:
-        ValueError: no Hugging Face model.
+        ValueError: a model without blocks or without an output head.
     """
-    if not wanted:
-        yield
-        return
-    if not hasattr(net, "gradient_checkpointing_enable"):
-        raise ValueError(
-            f"checkpointing=True: expected a Hugging Face model, got {type(net).__name__}; for "
-            "other modules leave it out: what their forward checkpoints is seen"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 6 has another name for it
-        net.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        try:
-            yield
-        finally:
-            net.gradient_checkpointing_disable()
+    memories = HostMemories(lambda device: PlannedHost())
+    with ExitStack() as stack:
+        if activations is not None:
+            limit = ActivationLimit(model, activations, memories, keeps_random_states=False)
+            stack.enter_context(limit)
+        if loss is not None:
+            stack.enter_context(ChunkedLoss(model, torch.device("cuda")))
+        yield memories

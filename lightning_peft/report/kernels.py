@@ -10,7 +10,7 @@ from lightning_peft_kernels.launch import FAILURES
 from torch import nn
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.protocols import Reason
 from lightning_peft.core.site import Site
 from lightning_peft.layers.adapted import adapted_modules
@@ -128,5 +128,5 @@ def groups_over_one_input(model: nn.Module) -> list[str]:
 
 
 def _names(model: nn.Module, members: tuple[nn.Module, ...]) -> list[str]:
-    found = {id(m): name.rpartition(".")[2] for name, m in modules_by_name(model).items()}
+    found = {id(m): name.rpartition(".")[2] for name, m in base_modules(model).items()}
     return [found.get(id(m), type(m).__name__) for m in members]

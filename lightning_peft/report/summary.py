@@ -10,11 +10,16 @@ from math import prod
 import torch
 from torch import nn
 
-from lightning_peft.core.modules import modules_by_name
-from lightning_peft.core.names import in_adapter, join
-from lightning_peft.core.registry import AdapterRegistry, registries_in
+from lightning_peft.core.modules import base_modules
+from lightning_peft.core.names import join
+from lightning_peft.core.registry import (
+    AdapterRegistry,
+    is_part,
+    membership_of,
+    registries_in,
+)
 from lightning_peft.layers import ops_for
-from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapted import Adapted, adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.report.kernels import (
@@ -26,7 +31,7 @@ from lightning_peft.report.kernels import (
 from lightning_peft.report.text import report_lines
 from lightning_peft.storage import held_tensors
 
-__all__ = ["Group", "Report", "parameter_report"]
+__all__ = ["Group", "Report", "attach_report", "parameter_report"]
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Report:
         base_before: Bytes of the base before it was quantised; 0 if unknown.
         dense_kinds: Bytes of the dense base by kind of layer: "embeddings", "norms" …
         storages: Bytes of the quantised base by format.
+        bits: Bits per weight of the quantised base by format, scales included.
         trained_fully: (module, reason) of modules that are trained fully.
         user_frozen: Parts that the user froze, not those inside a pretrained model.
         followers: Layers with copies of adapters that are not trained, such as those of an EMA
@@ -87,6 +93,7 @@ class Report:
     base_before: int = 0
     dense_kinds: dict[str, int] = field(default_factory=dict)
     storages: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
     trained_fully: list[tuple[str, str]] = field(default_factory=list)
     user_frozen: list[str] = field(default_factory=list)
     followers: list[str] = field(default_factory=list)
@@ -111,6 +118,18 @@ class Report:
 
 def parameter_report(model: nn.Module) -> Report:
     """Count and describe; nothing is changed."""
+    return _report(model, None)
+
+
+def attach_report(model: nn.Module, adapter_name: str) -> Report:
+    """Count the model, and describe the layers of one adapter, which is the only one that acts.
+
+    Other adapters keep the size that was counted when they were attached.
+    """
+    return _report(model, adapter_name)
+
+
+def _report(model: nn.Module, adapter_name: str | None) -> Report:
     report = Report()
     for prefix, _, record in registries_in(model):
         report.skipped += record.skipped
@@ -119,16 +138,21 @@ def parameter_report(model: nn.Module) -> Report:
         report.user_frozen += [join(prefix, name) for name in record.user_frozen]
         report.loose += [join(prefix, name) for name in record.loose]
         report.base_before += _bytes_before(record)
-        for entry in record.adapters.values():
+        for name, entry in record.adapters.items():
+            if adapter_name is not None and name != adapter_name:
+                continue
             report.trained_fully += [
-                (join(prefix, name), entry.reasons.get(name, "modules_to_save"))
-                for name in entry.modules_to_save
+                (join(prefix, part), entry.reasons.get(part, "modules_to_save"))
+                for part in entry.modules_to_save
             ]
     report.trained_fully = list(dict.fromkeys(report.trained_fully))
-    _count(model, report)
-    report.groups = _groups(model)
+    _count_base(model, report)
+    _count_adapters(model, report, adapter_name)
+    report.groups = _groups(model, adapter_name)
     report.followers = [
-        name for name, m in adapted_modules(model) if any(a.follows for a in adapters_of(m))
+        name
+        for name, m in adapted_modules(model)
+        if any(a.follows for a in adapters_of(m, adapter_name))
     ]
     report.kernels = [
         *kernel_lines(report.groups),
@@ -138,11 +162,11 @@ def parameter_report(model: nn.Module) -> Report:
     return report
 
 
-def _groups(model: nn.Module) -> list[Group]:
+def _groups(model: nn.Module, adapter_name: str | None) -> list[Group]:
     words = KernelWords()
     found: dict[tuple[str, str, str, str], list[Adapter]] = {}
     for name, module in adapted_modules(model):
-        for adapter in adapters_of(module):
+        for adapter in adapters_of(module, adapter_name):
             if adapter.follows:
                 continue
             path = re.sub(r"\d+", "*", name) or type(module).__name__
@@ -181,13 +205,13 @@ def _shape(adapter: Adapter) -> str:
     return "×".join(map(str, adapter.site.shape)) if isinstance(adapter, WeightAdapter) else ""
 
 
-def _count(model: nn.Module, report: Report) -> None:
+def _count_base(model: nn.Module, report: Report) -> None:
     nbytes: Counter[str] = Counter()
     storages: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     seen: set[int] = set()
-    for name, module in modules_by_name(model).items():
-        inside = in_adapter(name)
+    for name, module in base_modules(model).items():
         quantized = held_tensors(module)
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
@@ -196,25 +220,58 @@ def _count(model: nn.Module, report: Report) -> None:
             size = parameter.numel() * parameter.element_size()
             if parameter.requires_grad:
                 report.trainable += parameter.numel()
-            if inside:
-                nbytes["adapters"] += size
-                report.total += parameter.numel()
-            elif key in quantized:
+            if key in quantized:
                 nbytes["quantised base"] += size
                 held = quantized[key]
                 storages[held.storage.label] += size
                 if key == held.weight:
-                    report.total += held.storage.numel(module, key)
+                    numel = held.storage.numel(module, key)
+                    report.total += numel
+                    weights[held.storage.label] += numel
             else:
                 nbytes["base"] += size
                 kinds[_kind(module)] += size
                 report.total += parameter.numel()
-        if not module.training and not inside:
+        if not module.training:
             report.eval_modules += 1
             if not any(name.startswith(f"{root}.") or not root for root in report.eval_roots):
                 report.eval_roots.append(name)
     report.nbytes, report.storages = dict(nbytes), dict(storages)
+    report.bits = {label: 8 * storages[label] / n for label, n in weights.items() if n}
     report.dense_kinds = dict(kinds.most_common())
+
+
+def _count_adapters(model: nn.Module, report: Report, adapter_name: str | None) -> None:
+    nbytes = 0
+    seen: set[int] = set()
+    modules = [m for _, m in adapted_modules(model)]
+    for _, root, record in registries_in(model):
+        whole = not is_part(root, record)
+        for name, entry in record.adapters.items():
+            if whole and entry.size is not None and adapter_name not in (None, name):
+                size = entry.size
+            else:
+                held = {id(p): p for m in modules for p in _own_parameters(m, record, name)}
+                found = [p for key, p in held.items() if key not in seen]
+                seen |= held.keys()
+                size = (
+                    sum(p.numel() for p in found),
+                    sum(p.numel() * p.element_size() for p in found),
+                )
+                report.trainable += sum(p.numel() for p in found if p.requires_grad)
+                entry.size = size if whole else entry.size
+            report.total += size[0]
+            nbytes += size[1]
+    if nbytes:
+        report.nbytes["adapters"] = nbytes
+
+
+def _own_parameters(
+    module: Adapted, registry: AdapterRegistry, adapter_name: str
+) -> list[nn.Parameter]:
+    if membership_of(module) is not registry or adapter_name not in module.peft:
+        return []
+    return list(module.peft[adapter_name].parameters())
 
 
 def _kind(module: nn.Module) -> str:

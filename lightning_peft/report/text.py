@@ -100,7 +100,9 @@ def _memory(report: Report) -> str:
         return f"base {_mb(dense)} MB, {adapters}"
     kinds = [kind for kind, size in report.dense_kinds.items() if size > dense / 10]
     parts = [f"{_mb(dense)} dense: {', '.join(kinds)}"] if dense else []
-    parts += [f"{_mb(size)} {label}" for label, size in report.storages.items()]
+    for label, size in report.storages.items():
+        bits = report.bits.get(label)
+        parts.append(f"{_mb(size)} {label}" + (f", {bits:.2f} bits per weight" if bits else ""))
     before = f"{_mb(report.base_before)} MB → " if report.base_before > dense + packed else ""
     return f"base {before}{_mb(dense + packed)} MB ({'; '.join(parts)}), {adapters}"
 

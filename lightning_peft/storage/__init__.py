@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from lightning_peft.storage import compressed_tensors as _compressed_tensors
+from lightning_peft.storage import fp8 as _fp8
+from lightning_peft.storage import mxfp4 as _mxfp4
+
 # These modules register their storages.
 from lightning_peft.storage.bitsandbytes import eight_bit as _eight_bit
 from lightning_peft.storage.bitsandbytes import four_bit as _four_bit
@@ -37,4 +41,4 @@ __all__ = [
     "storage_of",
 ]
 
-del _eight_bit, _four_bit, _nf4
+del _compressed_tensors, _eight_bit, _four_bit, _fp8, _mxfp4, _nf4

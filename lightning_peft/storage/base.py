@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.class_swap import PackedForward
 from lightning_peft.core.protocols import Reason, WeightLayout
 
 __all__ = ["BaseStorage"]
@@ -18,6 +19,7 @@ class BaseStorage:
 
     label: str = ""
     quantizes_meta: bool = True
+    exports: bool = False
 
     def weights(self, m: nn.Module) -> Sequence[str]:
         """No weights."""
@@ -57,6 +59,13 @@ class BaseStorage:
     def release(self, m: nn.Module) -> None:
         """Only a storage with `matches` releases."""
         raise TypeError(f"{self.label}: expected a storage that adopts, got one that does not")
+
+    def foreign_forward(self, m: nn.Module) -> type[PackedForward] | None:
+        """The forward that the kind of layer has for its weights."""
+        return None
+
+    def set_compute_dtype(self, m: nn.Module, dtype: torch.dtype) -> None:
+        """The layers of this format remember their dtype."""
 
     def export(self, m: nn.Module) -> dict[str, Tensor]:
         """The module's own tensors, adapters left out."""

@@ -9,7 +9,12 @@ from torch import Tensor
 from lightning_peft.core.class_swap import PackedForward
 from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.core.modules import own_tensor
-from lightning_peft.storage.linear_forward import plain_forward, require_floating, weight_in_place
+from lightning_peft.storage.linear_forward import (
+    plain_forward,
+    recomputed,
+    require_floating,
+    weight_in_place,
+)
 from lightning_peft.storage.outside_reads import PackedReads
 from lightning_peft.storage.registry import storage_of
 
@@ -38,11 +43,15 @@ class PackedLinear(PackedReads, PackedForward):
         """`x Wᵀ + bias`; a subclass with a forward of its own reads the dequantised weight."""
         module: Any = self
         require_floating(module, x)
-        storage = storage_of(module)
+        storage, forward = storage_of(module), super().forward
+
+        def product(x: Tensor) -> Tensor:
+            W = storage.read(module, "weight", x.dtype)
+            with weight_in_place(module, W):
+                y: Tensor = forward(x, *args, **kwargs)
+            return y
+
         with backend_scope(self):
             if plain_forward(module):
                 return storage.linear(module, "weight", x, own_tensor(module, "bias"))
-            W = storage.read(module, "weight", x.dtype)
-        with weight_in_place(module, W):
-            y: Tensor = super().forward(x, *args, **kwargs)
-        return y
+            return recomputed(product, x)

@@ -26,6 +26,8 @@ __all__ = [
     "foreign_storage",
     "held_tensors",
     "register_storage",
+    "released_formats",
+    "released_methods",
     "require_config",
     "storage_for",
     "storage_of",
@@ -91,6 +93,17 @@ def storage_for(config: StorageConfig) -> Storage:
 def foreign_storage(module: nn.Module) -> Storage | None:
     """The storage that can adopt a layer of another library; None for all other layers."""
     return next((storage for _, storage in _STORAGES if storage.matches(module)), None)
+
+
+def released_formats(config: Mapping[str, Any]) -> list[Any]:
+    """The storages that read checkpoints with this ``quantization_config``."""
+    return [s for _, s in _STORAGES if s.exports and cast(Any, s).reads(config)]
+
+
+def released_methods() -> list[str]:
+    """Values of ``quant_method`` that `load_packed` knows."""
+    found = (cast(Any, s).quant_methods for _, s in _STORAGES if s.exports)
+    return sorted({name for names in found for name in names})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.router_adapter import RouterAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
@@ -158,7 +159,7 @@ def _check_adapters(module: nn.Module) -> None:
     for name, adapted in adapted_modules(module):
         for adapter in adapters_of(adapted):
             trained = (
-                [*adapter.shared_trained, *adapter.tied_trained]
+                [*adapter.shared_trained, *adapter.tied_trained, *adapter.borrowed]
                 if isinstance(adapter, WeightAdapter)
                 else []
             )
@@ -166,6 +167,12 @@ def _check_adapters(module: nn.Module) -> None:
                 raise ValueError(
                     f"peft_fsdp: expected adapters that own what they train, got "
                     f"{adapter.method.label} on {name!r} with shared {trained}; use "
+                    "strategy='peft_ddp'"
+                )
+            if isinstance(adapter, RouterAdapter):
+                raise ValueError(
+                    f"peft_fsdp: expected adapters that run in one pass, got "
+                    f"{adapter.method.label} on {name!r}, which runs the model twice; use "
                     "strategy='peft_ddp'"
                 )
             if has_step_hooks(adapter.method):

@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lightning_peft_kernels.block_scaled.decode import decode_blocks
+from lightning_peft_kernels.block_scaled.encode import encode_blocks
+from lightning_peft_kernels.block_scaled.layout import BlockLayout, Element
 from lightning_peft_kernels.dispatch import Backend, Decision, select, use_backend
 from lightning_peft_kernels.dropout.ops import seeded_dropout
 from lightning_peft_kernels.experts.grouped_linear import nf4_grouped_linear
@@ -75,6 +78,12 @@ def _quantize(dtype: torch.dtype, block_size: int) -> object:
 
 def _dequantize(dtype: torch.dtype, nested: bool) -> object:
     return dequantize_4bit(_packed(N=128, K=256, nested=nested), (128, 256), dtype)
+
+
+def _decode(dtype: torch.dtype, element: Element) -> object:
+    layout = BlockLayout(element, 1, 32)
+    q = encode_blocks(torch.ones(2, 128, 256), layout)
+    return decode_blocks(q, (128, 256), layout, dtype)
 
 
 def _scale(dtype: torch.dtype) -> None:
@@ -139,6 +148,11 @@ def cells() -> Iterator[Cell]:
                 f"dequantize {'nested' if nested else 'plain'} {name}",
                 partial(_dequantize, dtype, nested), partial(plain, "dequantize_4bit"),
                 fast and nested,
+            )  # fmt: skip
+        for element in ("e4m3", "e2m1", "uint4"):
+            yield Cell(
+                f"decode {element} {name}", partial(_decode, dtype, element),
+                partial(plain, "decode_blocks"), fast and element == "e4m3",
             )  # fmt: skip
         yield Cell(f"scale {name}", partial(_scale, dtype), partial(plain, "output_scale"), fast)
         drop = partial(

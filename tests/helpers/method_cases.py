@@ -31,6 +31,7 @@ from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_plus import LoRAPlus
 from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.monteclora import MonteCLoRA
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.osf import OSF
 from lightning_peft.methods.peanut import PEANuT
@@ -45,6 +46,7 @@ from lightning_peft.methods.super_tuning import SuperTuning
 from lightning_peft.methods.tinylora import TinyLoRA
 from lightning_peft.methods.unilora import UniLoRA
 from lightning_peft.methods.vblora import VBLoRA
+from lightning_peft.methods.velora import VeLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
 
@@ -268,6 +270,15 @@ CASES = [
     ),
     Case("psoft", PSOFT(r=2), skip=_NO_TRIPLETS, quick=_QUICK),
     Case("psoft_full", PSOFT(r=2, orthogonal=False), skip=_NO_TRIPLETS, quick=_NO_BIAS),
+    Case("velora", VeLoRA(r=2, groups=4), skip=_IDS, quick=_QUICK),
+    Case("velora_once", VeLoRA(r=2, direction="batch_average_once"), skip=_IDS, quick=_NO_BIAS),
+    Case(
+        "monteclora",
+        MonteCLoRA(r=2, noise=0.0),
+        skip=_IDS,
+        no_gradient=frozenset(["log_std", "log_concentration"]),
+        quick=_QUICK,
+    ),
     Case("osf", OSF(), exact_start=False, skip=_NO_TRIPLETS, quick=_QUICK | {"no_bias"}),
     Case("diff_pruning", DiffPruning(sample=False, alpha_init=0.0, structured=True)),
 ]

@@ -114,6 +114,8 @@ ROWS: dict[str, Row] = {
     "full": Row(lp.Full(), _DENSE_COPY),
     "diff_pruning_gates": Row(lp.DiffPruning(sample=False, alpha_init=0.5, density=0.5)),
     "gated_lora": Row(GatedLoRA(r=2)),
+    "lily": Row(lp.Lily(r=2, stride=2)),
+    "lily_per_sample": Row(lp.Lily(r=2, per_sample=True)),
     "hybrid": Row([lp.LoRA(r=2), lp.BottleneckAdapter("houlsby", non_linearity="gelu")]),
     "mam": Row(mam(n=3, hidden=8), exact=False),
     "unipelt": Row(unipelt(n=3, hidden=8, r=2, reduction_factor=2), exact=False),

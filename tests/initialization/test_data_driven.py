@@ -12,6 +12,8 @@ import peft as hf_peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -202,14 +204,62 @@ def test_lora_ga_is_pefts(
             torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_is_pefts(net: Net, batches: Any, mode: str) -> None:
+    rows = [{"x": x[None]} for b in batches for x in b["x"]]  # peft counts one text per call
+    options = {"corda_method": mode}
+    ours = started(net, rows, r=3, init="corda", init_options=options)
+    prepared = copy.deepcopy(net)
+    config = hf_peft.LoraConfig(
+        r=3,
+        lora_alpha=8,
+        target_modules=TARGETS,
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=mode),
+    )
+    preprocess_corda(prepared, config, run_model=lambda: [prepared(**b) for b in rows] and None)
+    theirs = hf_peft.get_peft_model(prepared, config)
+    for mine, other in pairs(ours, theirs):
+        p = mine.peft.default
+        A, B = other.lora_A["default"].weight, other.lora_B["default"].weight
+        # Each pair of singular vectors has a sign that is free.
+        signs = (A * p.A).sum(1).sign()
+        for got, want in ((p.A * signs[:, None], A), (p.B * signs, B)):
+            near = 2e-3 * float(want.detach().abs().max())
+            torch.testing.assert_close(got, want, atol=near, rtol=0)
+        base = mine._parameters["weight"]
+        torch.testing.assert_close(base, other.base_layer.weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours(rows[0]["x"]), net(rows[0]["x"]), atol=2e-5, rtol=0)
+
+
+def test_corda_ignores_padding_and_refuses_zeros(net: Net, batches: Any) -> None:
+    with pytest.raises(ValueError, match="inputs that are not all zero with init='corda'"):
+        started(net, [{"x": torch.zeros(1, 24, 64)}], init="corda")
+    text = torch.randint(1, 50, (2, 12))
+    mask = torch.ones_like(text)
+    mask[1, 8:] = 0
+    junk = torch.where(mask.bool(), text, 49 - text)
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(config).eval()
+    found = []
+    for ids in (text, junk):
+        model = copy.deepcopy(llama)
+        attach(model, LoRA(r=2, init="corda", target_modules=["q_proj", "down_proj"]))
+        start_from_data(model, [{"input_ids": ids, "attention_mask": mask}])
+        found.append(adapters_of(model))
+    assert_same(found[0], found[1])
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "corda"])
 @pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("cls", [LoRA, DoRA])
 def test_the_start_is_exact_and_leaves_no_trace(
     net: Net, batches: Any, init: str, kind: Any, cls: Any
 ) -> None:
-    if cls is DoRA and init == "lora_ga":
-        with pytest.raises(ValueError, match="init other than 'lora_ga'"):
+    if cls is DoRA and init != "eva":
+        with pytest.raises(ValueError, match=f"init other than '{init}'"):
             DoRA(init=init)
         return
     quantization = kind and Quantization(kind)
@@ -241,7 +291,7 @@ def test_the_start_is_exact_and_leaves_no_trace(
     assert_same(base_of(model), before)
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "corda"])
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_export_is_plain(net: Net, batches: Any, init: str, kind: Any, tmp_path: Path) -> None:
     """peft reads it on the untouched base; ranks moved and layers left out included."""
@@ -281,7 +331,7 @@ def run(module: Plain, epochs: int, folder: Path, init: str, **kwargs: Any) -> P
     return callback
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "corda"])
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_the_callback_starts_once_and_resume_is_uninterrupted(
     init: str, kind: Any, tmp_path: Path
@@ -308,7 +358,7 @@ def test_the_callback_starts_once_and_resume_is_uninterrupted(
         assert_same(base_of(whole), untouched)
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "corda"])
 def test_resume_with_an_average_and_moved_ranks(init: str, tmp_path: Path) -> None:
     ranks = {"net.0": 1, "net.3": 3 if init == "eva" else 1}
     method = LoRA(init=init, rank_pattern=ranks, target_modules=list(ranks))
@@ -341,6 +391,7 @@ def test_a_moved_rank_is_in_the_optimizer(tmp_path: Path) -> None:
         ({"init_options": {"rho": 1.0}}, "expected init_options for init='default' in []"),
         ({"init": "eva", "init_options": {"rho": 0.5}}, "rho >= 1, got 0.5"),
         ({"init": "lora_ga", "init_options": {"direction": "x"}}, "direction in ('ArB2r'"),
+        ({"init": "corda", "init_options": {"corda_method": "x"}}, "corda_method in ('ipm'"),
     ],
 )
 def test_bad_options(fields: dict[str, Any], text: str) -> None:

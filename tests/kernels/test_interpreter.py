@@ -16,6 +16,7 @@ SCRIPTS = [
     "nf4/small_batch_interpreter_script.py",
     "experts/interpreter_script.py",
     "experts/low_rank_interpreter_script.py",
+    "block_scaled/interpreter_script.py",
     "scale/interpreter_script.py",
     "dropout/interpreter_script.py",
     "lora/interpreter_script.py",

@@ -22,7 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
-from lightning_peft import PEFT, LoRA, Plan, Quantization, attach, estimate_memory
+from lightning_peft import PEFT, Activations, LoRA, Plan, Quantization, attach, estimate_memory
 from lightning_peft.__main__ import main
 from lightning_peft.planner import activation_trace
 from lightning_peft.planner.cli import parse_bytes
@@ -163,10 +163,10 @@ def test_batch_checkpointing_and_next_steps() -> None:
     budget = plan.peak_at(7)
     assert plan.largest_batch(budget) == 7
     assert plan.largest_batch(budget - 1) == 6
-    saved = plan.changed(checkpointing=True)
+    saved = plan.changed(activations=Activations("checkpoint"))
     assert saved.parts[ACTIVATIONS] < plan.parts[ACTIVATIONS]
     steps = {s.what: s.saving for s in plan.next_steps}
-    assert steps["checkpointing=True"] == plan.peak - saved.peak
+    assert steps['activations="checkpoint"'] == plan.peak - saved.peak
     assert list(steps.values()) == sorted(steps.values(), reverse=True)
     text = str(plan)
     for word in ("full", "QLoRA", "peak", "next: ", "base in bfloat16"):

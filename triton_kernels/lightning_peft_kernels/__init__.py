@@ -4,6 +4,10 @@ Every op runs on any device. CUDA tensors use Triton if it fits; other tensors u
 package needs torch only: Triton and bitsandbytes are imported when an op uses them.
 """
 
+from lightning_peft_kernels.block_scaled.decode import decode_blocks, decode_blocks_reference
+from lightning_peft_kernels.block_scaled.encode import encode_blocks
+from lightning_peft_kernels.block_scaled.layout import BlockLayout, BlockTensors
+from lightning_peft_kernels.block_scaled.linear import block_linear
 from lightning_peft_kernels.dispatch import (
     Backend,
     Decision,
@@ -20,6 +24,7 @@ from lightning_peft_kernels.dropout.ops import (
     seeded_dropout_reference,
 )
 from lightning_peft_kernels.experts.grouped_linear import (
+    block_grouped_linear,
     grouped_linear,
     grouped_linear_reference,
     nf4_grouped_linear,
@@ -56,6 +61,8 @@ from lightning_peft_kernels.scale.ops import output_scale, output_scale_referenc
 
 __all__ = [
     "Backend",
+    "BlockLayout",
+    "BlockTensors",
     "Decision",
     "Groups",
     "Packed4bit",
@@ -65,13 +72,18 @@ __all__ = [
     "adamw_8bit_reference",
     "add_low_rank",
     "add_low_rank_reference",
+    "block_grouped_linear",
+    "block_linear",
     "checkpoint_contexts",
     "current_backend",
+    "decode_blocks",
+    "decode_blocks_reference",
     "dequantize_4bit",
     "dequantize_4bit_reference",
     "draw_seed",
     "dropout",
     "e4m3_scale",
+    "encode_blocks",
     "fp8_lora_linear",
     "grouped_linear",
     "grouped_linear_reference",

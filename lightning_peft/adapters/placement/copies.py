@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.adapters.placement.inside import inside_targets
 from lightning_peft.adapters.placement.placement import CopyPlacement
-from lightning_peft.core.modules import modules_by_name, persistent_buffers
+from lightning_peft.core.modules import base_modules, persistent_buffers
 from lightning_peft.core.names import in_adapter
 from lightning_peft.core.site import Site
 from lightning_peft.layers import PLAIN, ops_for
@@ -31,7 +31,7 @@ def find_copy_placements(
     """
     selects, inside = method.choice(model), inside_targets(method, model)
     placements = []
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         if in_adapter(name) or not inside(name):
             continue
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):

@@ -11,11 +11,13 @@ from lightning_peft.adapters.placement.blocks import find_block_placements
 from lightning_peft.adapters.placement.copies import find_copy_placements
 from lightning_peft.adapters.placement.placement import Placement
 from lightning_peft.adapters.placement.prompts import find_prompt_placements
+from lightning_peft.adapters.placement.routers import find_router_placements
 from lightning_peft.adapters.placement.tokens import find_token_placements
 from lightning_peft.adapters.placement.weights import find_weight_placements
 from lightning_peft.methods.base import (
     BlockMethod,
     Method,
+    RouterMethod,
     SelectMethod,
     SequenceMethod,
     WeightMethod,
@@ -45,4 +47,5 @@ find_placements.register(WeightMethod, find_weight_placements)
 find_placements.register(TrainableTokens, find_token_placements)
 find_placements.register(BlockMethod, find_block_placements)
 find_placements.register(SequenceMethod, find_prompt_placements)
+find_placements.register(RouterMethod, find_router_placements)
 find_placements.register(SelectMethod, find_copy_placements)

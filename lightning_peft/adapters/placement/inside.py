@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import in_adapter, with_parents
 from lightning_peft.methods.base import Targeted
 from lightning_peft.models.target_rules import block_rule, name_rule
@@ -20,7 +20,7 @@ def inside_targets(method: Targeted, model: nn.Module) -> Callable[[str], bool]:
     Raises:
         ValueError: a layer index beyond the model's blocks.
     """
-    modules = [(n, m) for n, m in modules_by_name(model).items() if not in_adapter(n)]
+    modules = [(n, m) for n, m in base_modules(model).items() if not in_adapter(n)]
     wanted, excluded = name_rule(method.target_modules), name_rule(method.exclude_modules)
     blocks = block_rule(modules, method.layers_to_transform)
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.site import BlockSite, SequenceSite, Site
+from lightning_peft.core.site import BlockSite, RouterSite, SequenceSite, Site
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.block import BlockAdapter, InputTap
 from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.layers.prompt.adapter import PromptAdapter, PromptHooks
+from lightning_peft.layers.router_adapter import RouterAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.base import (
     BlockMethod,
     Method,
+    RouterMethod,
     SelectMethod,
     SequenceMethod,
     WeightMethod,
@@ -29,6 +31,7 @@ __all__ = [
     "Placement",
     "PlannedAdapter",
     "PromptPlacement",
+    "RouterPlacement",
     "WeightPlacement",
 ]
 
@@ -122,6 +125,19 @@ class PromptPlacement(Placement):
         if self.hook is not None:
             adapter.hooks = self.hook(adapter)
         return adapter
+
+
+@dataclass
+class RouterPlacement(Placement):
+    """A model that gets a router of the adapters inside it."""
+
+    site: RouterSite
+
+    def build(
+        self, method: RouterMethod, adapter_name: str, copies: dict[int, nn.Parameter]
+    ) -> RouterAdapter:
+        """The router."""
+        return RouterAdapter(method, self.site, adapter_name)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_peft.adapters.placement.placement import WeightPlacement
 from lightning_peft.adapters.placement.tied import with_tied
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
 from lightning_peft.core.site import Site
 from lightning_peft.layers import editable_ops
@@ -51,7 +51,7 @@ def find_token_placements(
 
 
 def _names(method: TrainableTokens, model: nn.Module) -> list[str]:
-    modules = {n: m for n, m in modules_by_name(model).items() if not in_adapter(n)}
+    modules = {n: m for n, m in base_modules(model).items() if not in_adapter(n)}
     layers = method.named_layers()
     if layers:
         return [name for layer in layers for name in _one(method, layer, modules)]

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_peft.adapters.placement.placement import PlannedAdapter
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules, base_parameters
 from lightning_peft.core.name_patterns import check_pattern
-from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
+from lightning_peft.core.names import matches_suffix, nearest_names
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.checks import match_site
 from lightning_peft.models.target_rules import name_rule
@@ -38,8 +38,8 @@ def unused_rules(
     model: nn.Module, methods: Sequence[Method], planned: Sequence[PlannedAdapter]
 ) -> list[str]:
     """Return one line per name or pattern that matches nothing, with the nearest names."""
-    modules = [n for n in modules_by_name(model) if n and not in_adapter(n)]
-    weights = [n for n, _ in model.named_parameters() if not in_adapter(n)]
+    modules = [n for n in base_modules(model) if n]
+    weights = list(base_parameters(model))
     names = [*modules, *weights]  # an entry may name one weight of a layer that has several
     lines: list[str] = []
     for method in methods:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.adapters.placement.placement import WeightPlacement
 from lightning_peft.adapters.placement.tied import with_tied
-from lightning_peft.core.modules import modules_by_name
+from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import in_adapter, matches_suffix
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
@@ -145,7 +145,7 @@ def _with_single_weights(
         return method, {}
     chosen: dict[str, list[str]] = {}
     used: set[str] = set()
-    for name, module in modules_by_name(model).items():
+    for name, module in base_modules(model).items():
         ops = parameter_ops(module)
         weights = ops.parameters(module) if ops is not None else ()
         known = editable_ops(module) is not None
@@ -162,7 +162,7 @@ def _with_single_weights(
         return method, {}
     # An entry may name a layer elsewhere too (down_proj).
     layers = [
-        n for n, m in modules_by_name(model).items() if n and n not in chosen and editable_ops(m)
+        n for n, m in base_modules(model).items() if n and n not in chosen and editable_ops(m)
     ]
     kept = [e for e in entries if e not in used or any(matches_suffix(n, [e]) for n in layers)]
     return dataclasses.replace(method, target_modules=[*kept, *chosen]), chosen

@@ -73,8 +73,8 @@ def experts_refusal(module: nn.Module) -> str:
     if foreign:
         return (
             f"experts that another library quantised ({cls.__name__}: {', '.join(foreign[:3])}); "
-            "load the model dequantised (Mxfp4Config(dequantize=True), "
-            "FineGrainedFP8Config(dequantize=True)) and give quantization='nf4'"
+            "load the checkpoint with lightning_peft.load_packed, or dequantised with "
+            "quantization='nf4'"
         )
     leave = "leave them frozen with exclude_modules, or train them whole with modules_to_save"
     if form is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.layers.adapted_state import ActiveAdapters
 from lightning_peft.layers.adapter import ModuleAdapter
+from lightning_peft.layers.mixed_batch import current_facts
 
 if TYPE_CHECKING:
     from lightning_peft.methods.base import SequenceMethod
@@ -42,6 +43,15 @@ class PromptAdapter(ModuleAdapter):
     def prompt_embeddings(self) -> Tensor:
         """The positions: [n, width], or [n, keys and values of all layers]."""
         return self.method.prompt_embeddings(self.block, self.site)
+
+    def prompts(self, batch: int) -> Tensor:
+        """The positions of a batch of rows: `prompt_embeddings`, or [batch, n, width]."""
+        return self.method.prompts(self.block, self.site, current_facts(), batch)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of the method's module by the method's own names."""
+        own: dict[str, Any] = {**self.block._parameters, **self.block._buffers}
+        return own
 
     def build_module(self) -> nn.Module:
         """The method's module at this site."""

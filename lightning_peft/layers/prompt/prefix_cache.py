@@ -27,7 +27,12 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
     Training runs a layer again in backward (activation checkpointing), and a cache that grows would
     hold the text twice.
+
+    Attributes:
+        is_read_only: Whether reading changes nothing, so that a block may run twice.
     """
+
+    is_read_only = True
 
     def __init__(
         self,

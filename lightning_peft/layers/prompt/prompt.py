@@ -47,11 +47,15 @@ def prompt_of(adapters: Sequence[PromptAdapter], batch: int, device: torch.devic
     if not adapters:
         return None
     mix = current_mixed_batch()
-    tables = {id(a): a.prompt_embeddings().to(device) for a in adapters}
+    tables = {id(a): a.prompts(batch).to(device) for a in adapters}
     if mix is None:
-        values = torch.cat([tables[id(a)] for a in reversed(adapters)])
-        return Prompt(values.expand(batch, -1, -1), None)
+        return Prompt(_joined([tables[id(a)] for a in reversed(adapters)], batch), None)
     return _mixed_prompt(adapters, tables, mix, batch, device)
+
+
+def _joined(tables: Sequence[Tensor], batch: int) -> Tensor:
+    """Return the positions of several tables [n, features] or [batch, n, features], per row."""
+    return torch.cat([t.expand(batch, -1, -1) for t in tables], dim=1)
 
 
 def _mixed_prompt(
@@ -66,17 +70,17 @@ def _mixed_prompt(
     for name in dict.fromkeys(mix.names):
         own = [tables[id(a)] for a in reversed(adapters) if a.adapter_name == name]
         if own:
-            found[name] = torch.cat(own)
+            found[name] = _joined(own, batch)
     if not found:
         return None
-    n = max(t.shape[0] for t in found.values())
+    n = max(t.shape[1] for t in found.values())
     like = next(iter(found.values()))
-    values = like.new_zeros(batch, n, like.shape[1])
+    values = like.new_zeros(batch, n, like.shape[2])
     mask = torch.zeros(batch, n, dtype=torch.int64, device=device)
     for name, table in found.items():
         rows = mix.index(name, batch, device)
-        short = n - table.shape[0]
-        padded = torch.cat([table.new_zeros(short, table.shape[1]), table])
-        values = values.index_copy(0, rows, padded.expand(len(rows), -1, -1))
+        short = n - table.shape[1]
+        padded = torch.cat([table.new_zeros(batch, short, table.shape[2]), table], dim=1)
+        values = values.index_copy(0, rows, padded[rows])
         mask[rows, short:] = 1
     return Prompt(values, None if bool(mask.all()) else mask)

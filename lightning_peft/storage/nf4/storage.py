@@ -33,7 +33,7 @@ from lightning_peft.storage.nf4.packed_layer import (
 from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.packed_linear import PackedLinear
 from lightning_peft.storage.quantized import QuantizedStorage
-from lightning_peft.storage.registry import register_storage
+from lightning_peft.storage.registry import register_storage, storage_of
 
 __all__ = ["FP4Storage", "FourBitStorage", "NF4Storage"]
 
@@ -56,7 +56,7 @@ class FourBitStorage(QuantizedStorage):
     def dense_reason(self, m: nn.Module, layout: WeightLayout, config: Quantization) -> str:
         """A block must not cross from one expert to the next."""
         for name in layout.names:
-            shape = parameter_at(m, name).shape
+            shape = storage_of(m, name).shape(m, name)
             n = shape[1:].numel()
             if len(shape) > 2 and n % config.block_size:
                 return f"{n} weights an expert are no multiple of the block of {config.block_size}"

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 import lightning_peft
 from lightning_peft import (
     PEFT,
+    Activations,
     MethodHooks,
     Quantization,
     attach,
@@ -61,6 +62,8 @@ class Job:
         reverse: Whether the optimizer gets its parameters in reverse order.
         fabric: Whether a loop under Fabric trains, instead of a Trainer.
         mixed: Whether each sample is under one of two adapters.
+        activations: Arguments of `Activations`.
+        loss: As `PEFT` takes it.
     """
 
     name: str
@@ -97,6 +100,8 @@ class Job:
     fabric: bool = False
     meta_from: str | None = None
     watch_memory: bool = False
+    activations: dict[str, Any] | None = None
+    loss: str | None = None
 
 
 def rank() -> int:
@@ -251,6 +256,8 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
         modules_to_save=job.modules_to_save,
         quantization=quantization,
         optimizer=job.optimizer,
+        activations=None if job.activations is None else Activations(**job.activations),
+        loss=job.loss,  # type: ignore[arg-type]
         report=False,
     )
     saving = pl.callbacks.ModelCheckpoint(

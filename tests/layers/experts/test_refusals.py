@@ -78,13 +78,6 @@ def mxfp4() -> nn.Module:
     )
 
 
-def fp8() -> nn.Module:
-    from transformers.integrations.finegrained_fp8 import FP8Experts
-
-    made = config("Qwen3MoeConfig", hidden_size=32, moe_intermediate_size=16, num_experts=4)
-    return FP8Experts(made, block_size=(16, 16))
-
-
 def cast_to_fp8() -> nn.Module:
     experts = qwen()
     for name, p in list(experts.named_parameters()):
@@ -108,7 +101,6 @@ REFUSED = {
     "longcat": (longcat, "not known .LongcatFlashExperts"),
     "inkling": (shared_by_bmm, "not known .InklingSharedExperts"),
     "mxfp4": (mxfp4, r"another library quantised \(Mxfp4GptOssExperts: gate_up_proj in uint8"),
-    "fp8": (fp8, r"another library quantised \(FP8Experts: .*float8"),
     "float8 weights": (cast_to_fp8, r"another library quantised \(Qwen3MoeExperts: .*float8"),
 }
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.block_scaled.expert_weights import BlockExperts
+from lightning_peft_kernels.block_scaled.layout import BlockTensors
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.dispatch import Backend, configuration, run
 from lightning_peft_kernels.experts.groups import GroupLayout, Groups
 from lightning_peft_kernels.experts.products import grouped_product, unassigned_rows
+from lightning_peft_kernels.experts.selected import SelectedExperts
 from lightning_peft_kernels.experts.selection import experts_detail, select_experts
 from lightning_peft_kernels.launch import attempt
 from lightning_peft_kernels.nf4 import cpu as nf4_cpu
@@ -25,8 +27,9 @@ class FrozenWeight(NamedTuple):
     """A frozen W [E, N, K].
 
     Attributes:
-        tensors: The dense weight alone, or the four parts of a `Packed4bit`.
-        packing: Layout of one packed expert; None for a dense weight.
+        tensors: The dense weight alone, or the four parts of a `Packed4bit` or `BlockTensors`.
+        packing: Layout of one packed expert; None for a dense weight. Its kind is ``"nf4"``,
+            ``"fp4"`` or a `BlockLayout` as one word.
         backend: Requested backend.
     """
 
@@ -43,29 +46,11 @@ class FrozenWeight(NamedTuple):
         packed, absmax, absmax2, offset = self.tensors
         assert packed is not None  # a packed weight has codes
         assert absmax is not None  # and scales
+        if ":" in self.packing.kind:
+            blocks = BlockTensors(packed, absmax, absmax2, offset)
+            return BlockExperts(blocks, self.packing, self.backend)
         q = Packed4bit(packed, absmax, absmax2, offset)
         return _PackedWeight(q, self.packing, self.backend)
-
-
-class _Selected:
-    """Experts that `fill` will be called for."""
-
-    def __init__(self, experts: list[int], device: torch.device) -> None:
-        self.experts, self.device = experts, device
-
-    def take(self, t: Tensor, first: int, n: int) -> Tensor:
-        """Return t of n selected experts from position `first`; a view if they are neighbours."""
-        low = self.experts[first]
-        if self.experts[first : first + n] == list(range(low, low + n)):
-            return t[low : low + n]
-        return t.index_select(0, self._index[first : first + n])
-
-    @cached_property
-    def _index(self) -> Tensor:
-        """The experts on the device. If only a GPU knows the counts, all of them are selected, so
-        this copy, for which the host would wait, is not made there.
-        """
-        return torch.tensor(self.experts, device=self.device)
 
 
 class WeightSource(Protocol):
@@ -95,7 +80,7 @@ class _CastWeight:
 
     def prepare(self, experts: list[int]) -> None:
         """Select the experts that `fill` will be called for."""
-        self._selected = _Selected(experts, self.W.device)
+        self._selected = SelectedExperts(experts, self.W.device)
 
     def fill(self, out: Tensor, first: int) -> None:
         """Cast selected experts from position `first` into out [n, N, K]."""
@@ -120,7 +105,7 @@ class _PackedWeight:
 
         One call decodes all of them: a call costs as much as thousands of weights.
         """
-        selected = _Selected(experts, self.q.packed.device)
+        selected = SelectedExperts(experts, self.q.packed.device)
         n, (_, absmax, absmax2, offset) = len(experts), self.q
         scales = selected.take(absmax.flatten(1), 0, n)
         if absmax2 is not None and offset is not None:

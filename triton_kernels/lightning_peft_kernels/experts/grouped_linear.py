@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, apply_or_forward
+from lightning_peft_kernels.block_scaled.layout import BlockLayout, BlockTensors
 from lightning_peft_kernels.dispatch import current_backend
 from lightning_peft_kernels.experts.frozen_weights import FrozenWeight
 from lightning_peft_kernels.experts.groups import ActiveExperts, GroupLayout, Groups
@@ -33,6 +34,7 @@ from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 
 __all__ = [
     "Groups",
+    "block_grouped_linear",
     "grouped_linear",
     "grouped_linear_reference",
     "nf4_grouped_linear",
@@ -94,6 +96,30 @@ def nf4_grouped_linear(
     """
     _check(X, groups, q.packed.shape[0])
     frozen = FrozenWeight(tuple(q), Packing(shape, kind, block_size), current_backend())
+    y: Tensor = apply_or_forward(OnTheFlyGroupedLinear, X, groups, frozen, True)
+    return y
+
+
+def block_grouped_linear(
+    X: Tensor, q: BlockTensors, shape: tuple[int, int], layout: BlockLayout, groups: Groups
+) -> Tensor:
+    """Compute `grouped_linear` with W stored in blocks; differentiable in X only.
+
+    At most a quarter of the experts is decoded at a time, in backward too. On CUDA the host waits
+    for the counts once per product.
+
+    Args:
+        X: [S, K] floating, sorted by expert.
+        q: What is stored of W; every part has a leading expert axis.
+        shape: (N, K) of one expert.
+        layout: Meaning of `q`.
+        groups: Rows of each expert.
+
+    Raises:
+        ValueError: The number of experts or rows differs from `groups`.
+    """
+    _check(X, groups, q.codes.shape[0])
+    frozen = FrozenWeight(tuple(q), Packing(shape, str(layout), 0), current_backend())
     y: Tensor = apply_or_forward(OnTheFlyGroupedLinear, X, groups, frozen, True)
     return y
 

@@ -39,6 +39,7 @@ MODULES = (
     "lightning_peft_kernels.nf4.small_batch_triton",
     "lightning_peft_kernels.experts.grouped_linear_triton",
     "lightning_peft_kernels.experts.low_rank_triton",
+    "lightning_peft_kernels.block_scaled.decode_triton",
     "lightning_peft_kernels.scale.triton",
     "lightning_peft_kernels.lora.rank_gradients_triton",
     "lightning_peft_kernels.dropout.triton",

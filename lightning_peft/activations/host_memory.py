@@ -1,0 +1,283 @@
+"""Moves tensors to host memory in forward and back in backward.
+
+On CUDA a side stream copies to pinned memory while the next block computes. In backward, the
+tensors of a block are fetched while the block after it runs. Other devices copy in place of the
+compute; on the CPU nothing moves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.per_thread import PerThread
+
+__all__ = [
+    "BaseHost",
+    "CudaHost",
+    "HostCopy",
+    "HostGroup",
+    "HostMemories",
+    "HostMemory",
+    "SynchronousHost",
+]
+
+
+class HostCopy:
+    """One tensor in host memory.
+
+    Attributes:
+        host: The values in host memory.
+        device: Where the tensor belongs.
+        group: The tensors of the same block.
+        uses: Number of saved tensors that read this copy.
+        left: Number of them that backward has not read yet.
+        fetched: The tensor on its device, while backward reads it.
+    """
+
+    def __init__(self, host: Tensor, device: torch.device, group: HostGroup) -> None:
+        self.host = host
+        self.device = device
+        self.group = group
+        group.copies.append(weakref.ref(self))
+        self.uses = self.left = 0
+        self.fetched: Tensor | None = None
+
+
+class HostGroup:
+    """The copies that one call of a block made, and the call before it.
+
+    Attributes:
+        previous: The group of the call before, which backward reads next.
+        copies: The copies that autograd still holds.
+        ready: Event after which the fetched tensors are complete; None if none are under way.
+    """
+
+    def __init__(self, previous: HostGroup | None) -> None:
+        self.previous = None if previous is None else weakref.ref(previous)
+        self.copies: list[weakref.ref[HostCopy]] = []
+        self.ready: torch.cuda.Event | None = None
+
+    def live(self) -> list[HostCopy]:
+        """Return the copies that autograd still holds."""
+        return [copy for ref in self.copies if (copy := ref()) is not None]
+
+
+class HostMemory(Protocol):
+    """Where tensors go between forward and backward.
+
+    Attributes:
+        moved: Bytes moved to host memory so far.
+    """
+
+    moved: int
+
+    def begin(self) -> HostGroup:
+        """Begin a call of a block."""
+        ...
+
+    def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
+        """Copy a tensor to host memory."""
+        ...
+
+    def get(self, copy: HostCopy) -> Tensor:
+        """Return a tensor on its device; called once per use."""
+        ...
+
+
+class BaseHost:
+    """What every kind of host memory shares.
+
+    Attributes:
+        moved: Bytes moved to host memory so far.
+    """
+
+    def __init__(self) -> None:
+        self.moved = 0
+        self._last: weakref.ref[HostGroup] | None = None
+
+    def begin(self) -> HostGroup:
+        """Begin a call of a block."""
+        group = HostGroup(None if self._last is None else self._last())
+        self._last = weakref.ref(group)
+        return group
+
+    @staticmethod
+    def _taken(copy: HostCopy, tensor: Tensor) -> Tensor:
+        """Count one use; the last one forgets the tensor on the device."""
+        copy.left -= 1
+        if copy.left <= 0:  # a second backward over a kept graph fetches again
+            copy.fetched, copy.left = None, copy.uses
+        return tensor
+
+
+class _Kept(HostCopy):
+    """A copy that may share memory with the tensor itself, which the CPU keeps.
+
+    Attributes:
+        version: Version of the tensor when it was saved.
+    """
+
+    def __init__(self, host: Tensor, device: torch.device, group: HostGroup) -> None:
+        super().__init__(host, device, group)
+        self.version = host._version
+
+
+def _check_version(tensor: Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise RuntimeError(
+            f"activations: expected a saved tensor {list(tensor.shape)} at version {version}, got "
+            f"version {tensor._version}: an in-place operation modified it after autograd saved "
+            "it; use the operation out of place"
+        )
+
+
+class _Leaving:
+    """Tensors of one group whose copies may be under way.
+
+    Attributes:
+        group: The group.
+        tensors: The tensors, and their versions when they were saved.
+        done: Event behind the last copy.
+    """
+
+    def __init__(self, group: HostGroup) -> None:
+        self.group = group
+        self.tensors: list[tuple[Tensor, int]] = []
+        self.done: torch.cuda.Event | None = None
+
+    def release(self, compute: torch.cuda.Stream) -> None:
+        """Let the compute stream reuse the memory once the copies are complete."""
+        if self.done is not None:
+            compute.wait_event(self.done)
+        for tensor, version in self.tensors:
+            _check_version(tensor, version)
+        self.tensors.clear()
+
+
+class SynchronousHost(BaseHost):
+    """Copies that the device waits for. A tensor of the CPU stays where it is."""
+
+    def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
+        """Copy a tensor to host memory."""
+        self.moved += tensor.nbytes
+        return _Kept(tensor.detach().to("cpu"), tensor.device, group)
+
+    def get(self, copy: HostCopy) -> Tensor:
+        """Return a tensor on its device.
+
+        Raises:
+            RuntimeError: the tensor was modified in place after autograd saved it.
+        """
+        if isinstance(copy, _Kept):
+            _check_version(copy.host, copy.version)
+        if copy.fetched is None:
+            copy.fetched = copy.host.to(copy.device)
+        return self._taken(copy, copy.fetched)
+
+
+class CudaHost(BaseHost):
+    """Copies on a side stream, to and from pinned memory.
+
+    A tensor that leaves is held while the block after its own runs. Then the compute stream
+    waits for the copy, so the allocator may reuse the memory without a record of other streams. A
+    tensor that comes back is allocated on the compute stream for the same reason.
+
+    Args:
+        device: The CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._leaving: deque[_Leaving] = deque()
+
+    def begin(self) -> HostGroup:
+        """Begin a call of a block: the tensors of the call before the last one are free."""
+        group = super().begin()
+        compute = torch.cuda.current_stream(self._device)
+        while len(self._leaving) > 1:
+            self._leaving.popleft().release(compute)
+        self._leaving.append(_Leaving(group))
+        return group
+
+    def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
+        """Copy a tensor to pinned memory, on the side stream."""
+        tensor = tensor.detach()
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+            leaving = next(entry for entry in self._leaving if entry.group is group)
+            leaving.tensors.append((tensor, tensor._version))
+            leaving.done = self._stream.record_event()
+        self.moved += tensor.nbytes
+        return HostCopy(host, tensor.device, group)
+
+    def get(self, copy: HostCopy) -> Tensor:
+        """Return a tensor on its device, and begin to fetch those of the block before."""
+        compute = torch.cuda.current_stream(self._device)
+        self._drain(compute)
+        if copy.fetched is None:
+            self._fetch(copy.group, compute)
+        if copy.group.ready is not None:
+            compute.wait_event(copy.group.ready)
+            copy.group.ready = None
+            before = None if copy.group.previous is None else copy.group.previous()
+            if before is not None:
+                self._fetch(before, compute)
+        found = copy.fetched
+        assert found is not None  # fetched above
+        return self._taken(copy, found)
+
+    def _drain(self, compute: torch.cuda.Stream) -> None:
+        """Free what forward still held when backward begins."""
+        while self._leaving:
+            self._leaving.popleft().release(compute)
+
+    def _fetch(self, group: HostGroup, compute: torch.cuda.Stream) -> None:
+        waiting = [copy for copy in group.live() if copy.fetched is None]
+        if not waiting:
+            return
+        for copy in waiting:
+            copy.fetched = torch.empty_like(copy.host, device=copy.device, pin_memory=False)
+        self._stream.wait_stream(compute)  # the memory may still be in use there
+        with torch.cuda.stream(self._stream):
+            for copy in waiting:
+                assert copy.fetched is not None  # allocated above
+                copy.fetched.copy_(copy.host, non_blocking=True)
+            group.ready = self._stream.record_event()
+
+
+def _host_for(device: torch.device) -> HostMemory:
+    return CudaHost(device) if device.type == "cuda" else SynchronousHost()
+
+
+class HostMemories:
+    """The host memory of each device, per thread. Copies and pickles start empty.
+
+    Args:
+        make: Makes the host memory of a device.
+    """
+
+    def __init__(self, make: Callable[[torch.device], HostMemory] = _host_for) -> None:
+        self._make = make
+        self._by_device: PerThread[dict[torch.device, HostMemory]] = PerThread(dict)
+
+    def of(self, device: torch.device) -> HostMemory:
+        """Return the host memory of a device."""
+        found = self._by_device.get()
+        if device not in found:
+            found[device] = self._make(device)
+        return found[device]
+
+    @property
+    def moved(self) -> int:
+        """Bytes that this thread moved so far."""
+        return sum(memory.moved for memory in self._by_device.get().values())

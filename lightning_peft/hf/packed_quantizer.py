@@ -1,0 +1,234 @@
+"""Quantizer by which transformers' loader builds a model with packed weights.
+
+transformers asks a quantizer, registered under a name of ours through its own extension point,
+which parameters a model has and which names in the files they come from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lightning_peft.models.packed_layers import (
+    PackedLayer,
+    declare_packed,
+    dense_patterns,
+    released_config,
+)
+from lightning_peft.models.packed_state import packed_state
+from lightning_peft.storage.block_scaled import BlockScaledStorage
+from lightning_peft.storage.registry import released_formats, released_methods
+
+__all__ = ["PackedQuantizer", "loaded"]
+
+_METHOD = "lightning_peft"
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+@register_quantization_config(_METHOD)
+class _PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Carries the checkpoint's own ``quantization_config``."""
+
+    def __init__(self, released: Mapping[str, Any], quant_method: str = _METHOD) -> None:
+        self.quant_method = quant_method
+        self.released = dict(released)
+        self.modules_to_not_convert: list[str] = []
+
+
+def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
+    """The model of a directory with packed weights; see `load_packed`."""
+    given = dict(options)
+    config = given.pop("config", None) or AutoConfig.from_pretrained(folder)
+    released = released_config(config)
+    if released is None:
+        raise ValueError(
+            f"load_packed {folder}: expected a checkpoint with a quantization_config, got a dense "
+            f"one; load it with {model_class.__name__}.from_pretrained"
+        )
+    if not released_formats(released):
+        raise ValueError(
+            f"load_packed {folder}: expected quant_method in {released_methods()}, got "
+            f"{released.get('quant_method')!r}; load the model dequantised, or with the library of "
+            "this format"
+        )
+    config.quantization_config = {"quant_method": _METHOD, "released": released}
+    wants_info = bool(given.pop("output_loading_info", False))
+    try:
+        model, info = model_class.from_pretrained(
+            folder, config=config, output_loading_info=True, **given
+        )
+    except (NotImplementedError, RuntimeError) as error:  # codes cannot be initialised
+        raise ValueError(
+            f"load_packed {folder}: expected the tensors that its quantization_config describes, "
+            f"got an error of transformers' loader ({error}); shards are missing, or belong to "
+            "another model: download the checkpoint again"
+        ) from error
+    model.hf_quantizer.finish(model, set(info["missing_keys"]))
+    return (model, info) if wants_info else model
+
+
+@register_quantizer(_METHOD)
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Declares the packed parameters, and holds them after loading."""
+
+    def __init__(self, quantization_config: _PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.released: dict[str, Any] = quantization_config.released
+        self.formats: list[BlockScaledStorage] = released_formats(self.released)
+        self.serialized_names = {
+            weight: list(names)
+            for storage in self.formats
+            for weight, names in storage.file_names.items()
+        }
+        self._layers: list[PackedLayer] = []
+        self._renamings: list[Any] = []
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Called on the meta model."""
+        skip = dense_patterns(model, self.released)
+        dtypes = _dtypes_of(kwargs.get("checkpoint_files") or ())
+        self._layers = declare_packed(model, self.released, skip, dtypes)
+        self._check_files(kwargs.get("checkpoint_files") or ())
+        return model
+
+    def _check_files(self, files: Sequence[str]) -> None:
+        """Compare the declared tensors with those that the files hold under the same names.
+
+        Raises:
+            ValueError: some are missing, or have another shape.
+        """
+        shapes = {self._renamed(key): shape for key, shape in _shapes_of(files).items()}
+        problems = []
+        for layer in self._layers:
+            wanted = layer.shapes
+            if not any(name in shapes for name in wanted):
+                continue  # transformers has other names for it, or merges it from experts
+            for name, shape in wanted.items():
+                found = shapes.get(name)
+                if found is None:
+                    problems.append(f"{name}: missing")
+                elif found != shape and math.prod(found) + math.prod(shape) != 2:
+                    problems.append(f"{name}: expected shape {list(shape)}, got {list(found)}")
+        if problems:
+            raise ValueError(
+                f"load_packed: expected the tensors that the quantization_config describes, got "
+                f"{len(problems)} differences; nothing was loaded; the files are damaged or belong "
+                "to another config: download the checkpoint again:\n  " + "\n  ".join(problems[:8])
+            )
+
+    def _renamed(self, key: str) -> str:
+        for storage in self.formats:
+            for pattern, replacement in storage.renamings:
+                key = re.sub(pattern, replacement, key)
+        return key
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Called when the files were read; `finish` follows, which knows what was missing."""
+        model.config.quantization_config = self.released
+        return model
+
+    def finish(self, model: Any, missing: Collection[str]) -> None:
+        """Hold the weights, and keep the conversions by which transformers saves the model.
+
+        Raises:
+            ValueError: a tensor is missing, or has values that no encoder writes.
+        """
+        self._require_all(missing)
+        dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else None
+        for layer in self._layers:
+            layer.hold(dtype or torch.get_default_dtype())
+        self._layers = []
+        # `export` knows the files' names; transformers only splits experts again.
+        used = [c for c in model._weight_conversions if all(c is not r for r in self._renamings)]
+        suffixes = {storage.codes_suffix for storage in self.formats} - {""}
+        model._weight_conversions = used + [
+            c.copy(
+                [f"{name}{suffix}" for name in c._original_source_patterns],
+                [f"{name}{suffix}" for name in c._original_target_patterns],
+                operations=list(c.operations),
+            )
+            for suffix in suffixes
+            for c in used
+            if isinstance(c, WeightConverter)
+            and all(name.endswith(".weight") for name in c._original_source_patterns)
+        ]
+
+    def _require_all(self, missing: Collection[str]) -> None:
+        absent = [name for layer in self._layers for name in layer.shapes if name in missing]
+        if absent:
+            raise ValueError(
+                f"load_packed: expected the tensors of every packed layer in the files, found none "
+                f"for {len(absent)}: {', '.join(absent[:6])}; the quantization_config does not "
+                "belong to these files, or shards are missing: download the checkpoint again"
+            )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Names in the files → parameters; companions of experts are merged as their codes."""
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        self._renamings = [WeightRenaming(a, b) for s in self.formats for a, b in s.renamings]
+        return self._renamings + updated
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, safe_serialization: bool | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Called by `save_pretrained` of a model without adapters."""
+        return packed_state(model), {}
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """The packed weights are written as they were read."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are trained on the packed weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The products are ops that `torch.compile` traces."""
+        return True
+
+
+def _shapes_of(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in the files."""
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118  it is no dict
+                found[key] = tuple(handle.get_slice(key).get_shape())
+    return found
+
+
+def _dtypes_of(files: Sequence[str]) -> dict[str, torch.dtype]:
+    """Dtype of the tensors in the files, by the last part of their name."""
+    found: dict[str, torch.dtype] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118  it is no dict
+                leaf = key.rpartition(".")[2]
+                if leaf not in found:
+                    word = handle.get_slice(key).get_dtype()
+                    found[leaf] = _DTYPES.get(word, torch.float32)
+    return found

@@ -1,0 +1,1 @@
+"""Losses over a large vocabulary, computed a few tokens at a time."""

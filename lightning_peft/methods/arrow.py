@@ -1,0 +1,151 @@
+"""Arrow: every token goes to the low-rank changes that its input fits. Ostapenko et al. 2024,
+arXiv:2405.11157.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.input_dtype import to_adapter_dtype
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank, NotMergeable, Term
+from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.checks import empty_like_site, match_site, require
+from lightning_peft.methods.registry import register
+
+__all__ = ["Arrow", "Routed", "stacked_experts"]
+
+
+@dataclass(frozen=True)
+class Routed(Term):
+    """Σ_e w_e B_e A_e x; w is the softmax of |x · v_e| / temperature over the largest `top_k`.
+
+    Attributes:
+        A: [R, in], the factors of all experts one behind the other.
+        B: [out, R], scales included.
+        v: [experts, in], the leading right singular vector of each B_e A_e.
+        owner: [R], the expert of each rank.
+        top_k: Experts per token.
+        temperature: See above.
+    """
+
+    A: Tensor
+    B: Tensor
+    v: Tensor
+    owner: Tensor
+    top_k: int
+    temperature: float
+
+    def matrix(self) -> Tensor:
+        """None: the weights depend on the input."""
+        raise NotMergeable("which experts act depends on the input")
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Weights of the experts [..., experts]; zero but for `top_k`."""
+        fit = torch.nn.functional.linear(x, self.v.to(x.dtype)).abs() / self.temperature
+        top = fit.topk(min(self.top_k, len(self.v)), dim=-1)
+        others = torch.full_like(fit, -torch.inf)
+        return others.scatter(-1, top.indices, top.values).softmax(-1)
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """Two thin products; the weights act on what lies between them."""
+        x = to_adapter_dtype(x, self.A)
+        h = torch.nn.functional.linear(x, self.A)
+        h = h * self.weights(x).to(h.dtype)[..., self.owner]
+        return torch.nn.functional.linear(h, self.B)
+
+
+def stacked_experts(terms: Sequence[LowRank]) -> dict[str, Tensor]:
+    """Return the tensors of `Routed` for these changes."""
+    As = [t.A.float() for t in terms]
+    Bs = [t.scaling * t.B.float() for t in terms]
+    vectors = []
+    for A, B in zip(As, Bs, strict=True):
+        Q, R = torch.linalg.qr(A.mT)  # A = Rᵀ Qᵀ
+        core = torch.linalg.qr(B)[1] @ R.mT  # its right singular vectors, turned by Q, are B A's
+        vectors.append(Q @ torch.linalg.svd(core, full_matrices=False)[2][0])
+    ranks = torch.tensor([len(A) for A in As])
+    return {
+        "A": torch.cat(As),
+        "B": torch.cat(Bs, dim=1),
+        "v": torch.stack(vectors),
+        "owner": torch.repeat_interleave(torch.arange(len(As)), ranks),
+    }
+
+
+@register
+@dataclass(frozen=True)
+class Arrow(WeightMethod):
+    """Several low-rank adapters in one, mixed for each token without training.
+
+    `lightning_peft.route` makes one from attached adapters. Nothing is trained, and it has no
+    merged form.
+
+    Attributes:
+        experts: Names of the adapters that it was made from.
+        ranks: Layer name → rank of each expert there; experts without the layer are left out.
+        top_k: Experts per token.
+        temperature: Divides the fit of an expert before the softmax.
+
+    Raises:
+        ValueError: no experts, top_k < 1, temperature ≤ 0.
+    """
+
+    experts: list[str] = field(default_factory=list)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
+    top_k: int = 3
+    temperature: float = 1.0
+
+    mergeable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(
+            bool(self.experts) and bool(self.ranks),
+            f"{self.label}: expected experts and their ranks, got {self.experts}, {self.ranks}; "
+            "make one with lightning_peft.route(model, names, into)",
+        )
+        require(
+            self.top_k >= 1 and self.temperature > 0,
+            f"{self.label}: expected top_k >= 1 and temperature > 0, got {self.top_k}, "
+            f"{self.temperature}",
+        )
+
+    def check(self, site: Site) -> None:
+        """A linear layer that the experts adapt."""
+        require(
+            site.ops.features_last and not site.batch_shape and not site.is_embedding,
+            f"{self.label} on {site.label!r}: expected a linear layer, got "
+            f"{type(site.module).__name__}; leave it out of the adapters that are routed",
+        )
+        require(
+            bool(match_site(self.ranks, site, [])),
+            f"{self.label} on {site.label!r}: expected a layer of ranks, got one without experts",
+        )
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """Nothing is trained."""
+        return {}
+
+    def buffers(self, site: Site) -> dict[str, Tensor]:
+        """A, B, v and owner, as `stacked_experts` fills them."""
+        ranks = match_site(self.ranks, site, [])
+        R = sum(ranks)
+        return {
+            "A": empty_like_site(site, R, site.in_features).zero_(),
+            "B": empty_like_site(site, site.out_features, R).zero_(),
+            "v": empty_like_site(site, len(ranks), site.in_features).zero_(),
+            "owner": torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)),
+        }
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """The routed change."""
+        term = Routed(p["A"], p["B"], p["v"], p["owner"], self.top_k, self.temperature)
+        return Edit(terms=(term,))

@@ -1,0 +1,206 @@
+"""MonteCLoRA: LoRA whose A is drawn around its mean in training. Sengupta et al. 2024,
+arXiv:2411.04358.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.core.edit import Edit
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.core.terms import LowRank, Term
+from lightning_peft.methods import lora_exchange
+from lightning_peft.methods.base import StepContext
+from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
+from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.lora_exchange import nested_config
+from lightning_peft.methods.registry import register
+
+__all__ = ["Drawn", "MonteCLoRA"]
+
+_CONFIG = nested_config(
+    "monteclora_config",
+    {
+        "samples": "num_samples",
+        "entropy": "use_entropy",
+        "dirichlet_prior": "dirichlet_prior",
+        "noise": "sample_scaler",
+        "kl_weight": "kl_loss_weight",
+    },
+    ignored=("buffer_size",),
+)
+
+
+def _pack(method: MonteCLoRA, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add what peft's sampler drew last; it draws again before it reads them."""
+    r, n = len(p["log_std"]), len(p["log_concentration"])
+    last = {"variance": torch.eye(r), "weights": torch.full((n,), 1 / n)}
+    return {**lora_exchange.pack(method, site, p), **last}
+
+
+def _unpack(
+    method: MonteCLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    kept = {k: t for k, t in p.items() if k not in ("variance", "weights")}
+    return lora_exchange.unpack(method, site, kept, config)
+
+
+@dataclass(frozen=True)
+class Drawn(Term):
+    """A low-rank change with A + noise · ‖w‖ · diag(σ) Z in place of A.
+
+    The mean over samples with weights w that add up to one is one normal draw Z of that width.
+
+    Attributes:
+        low_rank: The change by the mean.
+        log_std: [r].
+        log_concentration: [samples], of the Dirichlet distribution of w.
+        noise: Factor on the noise.
+    """
+
+    low_rank: LowRank
+    log_std: Tensor
+    log_concentration: Tensor
+    noise: float
+
+    def matrix(self) -> Tensor:
+        """ΔW by the mean."""
+        return self.low_rank.matrix()
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """Two thin products with a drawn A."""
+        A = self.low_rank.A
+        r, n = len(self.log_std), len(self.log_concentration)
+        # Diagonal of a Wishart matrix with r degrees of freedom and scale diag(std²).
+        spread = torch.randn(r, r, device=A.device).square().sum(0)
+        variance = (torch.exp(2 * self.log_std) * spread).clamp(min=1e-3)
+        a = self.log_concentration
+        inverse = torch.exp(-a)
+        width = inverse * (1 - 2 / n) + inverse.sum() / n**2
+        logits = a - a.mean() + width.clamp(min=1e-6).sqrt() * torch.randn_like(a)
+        std = variance.sqrt() * torch.linalg.vector_norm(logits.softmax(0))
+        drawn = A + self.noise * std.to(A.dtype).unsqueeze(-1) * torch.randn_like(A)
+        return dataclasses.replace(self.low_rank, A=drawn).apply(ops, site, x)
+
+
+@register
+@dataclass(frozen=True)
+class MonteCLoRA(LoRA):
+    """LoRA with trained noise on A; eval and merging take the mean, which is plain LoRA.
+
+    The callback adds the divergence from the priors to the loss, as a mean over layers.
+
+    Attributes:
+        r, alpha, dropout, …: As for LoRA.
+        samples: Number of draws that a forward stands for; more make less noise.
+        noise: Factor on the noise.
+        kl_weight: Weight of the divergence in the loss.
+        dirichlet_prior: Concentration that the weights of the draws are held to.
+        entropy: Whether Σ w² is added to the loss.
+
+    Raises:
+        ValueError: as LoRA; samples < 1, dirichlet_prior ≤ 0, negative weights, freeze_A, the
+            starts ``"mica"`` and ``"eva"``.
+    """
+
+    samples: int = 8
+    noise: float = 1e-4
+    kl_weight: float = 1e-5
+    dirichlet_prior: float = 0.1
+    entropy: bool = False
+
+    hf = dataclasses.replace(
+        LoRA.hf,
+        tensors={
+            **LoRA.hf.tensors,
+            "log_std": "lora_monteclora_sampler.std_prior",
+            "log_concentration": "lora_monteclora_sampler.expert_weights_prior",
+            "variance": "lora_monteclora_sampler.gaussian_var_prior",
+            "weights": "lora_monteclora_sampler.expert_weights",
+        },
+        optional=("log_std", "log_concentration", "variance", "weights"),
+        pack=_pack,
+        unpack=_unpack,
+        when={**LoRA.hf.when, "monteclora_config": True},
+        to_config=_CONFIG[0],
+        from_config=_CONFIG[1],
+        refuse=refuse_all_but_linear,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        require(
+            self.samples >= 1 and self.dirichlet_prior > 0,
+            f"{self.label}: expected samples >= 1 and dirichlet_prior > 0, got {self.samples}, "
+            f"{self.dirichlet_prior}",
+        )
+        require(
+            self.noise >= 0 and self.kl_weight >= 0,
+            f"{self.label}: expected noise >= 0 and kl_weight >= 0, got {self.noise}, "
+            f"{self.kl_weight}",
+        )
+        require(
+            not self._frozen and self.init != "eva",
+            f"{self.label}: expected a trained A of a fixed rank, got freeze_A={self.freeze_A}, "
+            f"init={self.init!r}",
+        )
+
+    def check(self, site: Site) -> None:
+        """One matrix with features for input."""
+        super().check(site)
+        require_features(self.label, site)
+        require_matrix(self.label, site)
+
+    def parameters(self, site: Site) -> dict[str, Tensor]:
+        """A and B as LoRA; log_std [r] and log_concentration [samples] uniform in [0, 1)."""
+        return {
+            **super().parameters(site),
+            "log_std": empty_like_site(site, self.rank(site)).uniform_(),
+            "log_concentration": empty_like_site(site, self.samples).uniform_(),
+        }
+
+    def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
+        """LoRA's change, drawn in training."""
+        edit = super().edit(p, site)
+        if not site.module.training:
+            return edit
+        first, *rest = edit.terms
+        assert isinstance(first, LowRank)
+        term = Drawn(first, p["log_std"], p["log_concentration"], self.noise)
+        return dataclasses.replace(edit, terms=(term, *rest))
+
+    def penalty(self, ctx: StepContext) -> Tensor | None:
+        """The expected divergences of the three distributions, averaged over layers."""
+        terms = [self._divergence(p["log_std"], p["log_concentration"]) for _, p in ctx.entries]
+        return torch.stack(terms).mean() if terms else None
+
+    def _divergence(self, log_std: Tensor, log_concentration: Tensor) -> Tensor:
+        r, n = len(log_std), len(log_concentration)
+        a, prior = (
+            torch.exp(log_concentration),
+            torch.full_like(log_concentration, self.dirichlet_prior),
+        )
+        dirichlet = (
+            torch.lgamma(a.sum())
+            - torch.lgamma(a).sum()
+            - torch.lgamma(prior.sum())
+            + torch.lgamma(prior).sum()
+            + ((a - prior) * (torch.digamma(a) - torch.digamma(a.sum()))).sum()
+        )
+        variance, log_variance = torch.exp(2 * log_std), 2 * log_std
+        wishart = 0.5 * r * (variance - log_variance - 1).sum()
+        half = torch.tensor(r / 2, dtype=log_std.dtype, device=log_std.device)
+        expected_log = log_variance + torch.digamma(half) + torch.log(2 * torch.ones_like(half))
+        normal = 0.5 * n * (r * variance - expected_log - 1).sum()
+        loss = self.kl_weight * (dirichlet + wishart + normal)
+        mean_weights = (log_concentration - log_concentration.mean()).softmax(0)
+        return loss + mean_weights.square().sum() if self.entropy else loss

@@ -1,0 +1,159 @@
+"""`load_packed`: what it refuses, and which quantizers of transformers it reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from lightning_peft import load_packed
+from lightning_peft.storage.registry import released_methods
+from tests.helpers.released import save_state, write
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write("fp8", tmp_path)[0]
+
+
+def load(folder: Path) -> Any:
+    return load_packed(AutoModelForCausalLM, folder, dtype=torch.float32)
+
+
+def change(folder: Path, **tensors: Tensor | None) -> None:
+    """Replace tensors of one layer; None removes one."""
+    state = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        if value is None:
+            del state[f"{LAYER}.{name}"]
+        else:
+            state[f"{LAYER}.{name}"] = value
+    save_state(folder, state)
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= settings
+    path.write_text(json.dumps(config))
+
+
+def test_a_class_of_its_own(folder: Path) -> None:
+    """The class may be any with `from_pretrained`; its own errors are its own."""
+    with pytest.raises(Exception, match=r"(?i)config"):
+        load_packed(LlamaForCausalLM, folder.parent / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_scale_inv"])
+def test_missing_tensors(name: str, folder: Path) -> None:
+    change(folder, **{name: None})
+    with pytest.raises(ValueError, match=rf"1 differences; .*\n  {LAYER}.{name}: missing"):
+        load(folder)
+
+
+def test_missing_layers(folder: Path) -> None:
+    change(folder, weight=None, weight_scale_inv=None)
+    with pytest.raises(ValueError, match=r"expected the tensors .* shards are missing"):
+        load(folder)
+
+
+def test_misshapen_scales(folder: Path) -> None:
+    change(folder, weight_scale_inv=torch.ones(3, 3))
+    with pytest.raises(
+        ValueError, match=r"weight_scale_inv: expected shape \[2, 2\], got \[3, 3\]"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_damaged_scales(bad: float, folder: Path) -> None:
+    change(folder, weight_scale_inv=torch.tensor([[1.0, bad], [1.0, 1.0]]))
+    with pytest.raises(ValueError, match=rf"'{LAYER}': fp8 .*got 1 of 4 that are not, the first"):
+        load(folder)
+
+
+def test_nan_codes(folder: Path) -> None:
+    codes = load_file(folder / "model.safetensors")[f"{LAYER}.weight"]
+    codes.view(torch.uint8)[0, 0] = 0xFF
+    change(folder, weight=codes)
+    with pytest.raises(ValueError, match="expected codes of numbers, got 1 NaN"):
+        load(folder)
+
+
+def test_truncated_file(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="expected whole safetensors files, got one"):
+        load(folder)
+
+
+def test_missing_shard(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {f"{LAYER}.weight": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"expected \['model-00002.safetensors'\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "new"}, r"expected quant_method in \[.*'fp8'.*\], got 'new'"),
+        ({"scale_fmt": "int4"}, r"scale_fmt: expected one of \['float', 'ue8m0'\], got 'int4'"),
+        ({"expert_dtype": "fp2"}, "expert_dtype: expected one of .*got 'fp2'"),
+        ({"activation_scheme": "odd"}, "activation_scheme: expected one of .*got 'odd'"),
+    ],
+)
+def test_unknown_settings(settings: dict[str, Any], message: str, folder: Path) -> None:
+    configure(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_dense_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got a dense one; load it with AutoModelForCausalLM"):
+        load(write("fp8", tmp_path)[1])
+
+
+def test_no_directory() -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected a local directory with config\.json"):
+        load(Path("org/model"))
+
+
+def test_compressed_tensors_with_settings_that_are_not_known(tmp_path: Path) -> None:
+    folder = write("int4", tmp_path)[0]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    configure(folder, **config)
+    with pytest.raises(ValueError, match=r"actorder: expected one of .*got 'group'"):
+        load(folder)
+
+
+#: What becomes of each quantizer of transformers. "read" is read packed by `load_packed`; "adopted"
+#: layers are taken over as another library loads them; all others are refused by name.
+QUANTIZERS = {
+    "fp8": "read",
+    "mxfp4": "read",
+    "compressed-tensors": "read",
+    "bitsandbytes_4bit": "adopted",
+    "bitsandbytes_8bit": "adopted",
+}
+
+
+@pytest.mark.parametrize("method", sorted({*AUTO_QUANTIZER_MAPPING} - {"lightning_peft"}))
+def test_every_quantizer_of_transformers(method: str, folder: Path) -> None:
+    fate = QUANTIZERS.get(method, "refused")
+    assert (method in released_methods()) == (fate == "read")
+    if fate == "refused":
+        configure(folder, quant_method=method)
+        with pytest.raises(ValueError, match=rf"expected quant_method in .*, got '{method}'"):
+            load(folder)
