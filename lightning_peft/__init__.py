@@ -101,6 +101,7 @@ from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import register_strategies
+from lightning_peft.strategies.base_reading import read_base
 from lightning_peft.trainers.callback_base import TrainerCallback
 from lightning_peft.trainers.packages import default_package
 
@@ -232,6 +233,7 @@ __all__ = [
     "parameter_report",
     "prune_rank",
     "quantize",
+    "read_base",
     "register_strategies",
     "reset_adapters",
     "route",

@@ -15,6 +15,7 @@ from lightning_peft.activations.config import ActivationKind, Activations, as_ac
 from lightning_peft.adapters.followers import follow_outside
 from lightning_peft.callback.arguments import check_paths, methods_by_name
 from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
+from lightning_peft.callback.base_reading import check_base, read_meta_base
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
@@ -97,6 +98,8 @@ _CONFIGURATION = (
     "plan",
     "checkpoint",
     "fall_back",
+    "base_from",
+    "packed_cache",
 )
 
 
@@ -141,6 +144,11 @@ class PEFT(TrainerCallback):
             merged weights for inference, under the keys of the module without adapters.
         fall_back: If True, a damaged checkpoint is replaced by the newest undamaged one in its
             folder, so that unattended restarts go on. If False, it raises and names that one.
+        base_from: Folder of safetensors with the weights of a base that the module builds on the
+            meta device. They are read a few rows at a time and quantised on the way, under every
+            strategy.
+        packed_cache: Directory for packed weights of `base_from`: quantised and written on the
+            first start, read on later ones. Several ranks and runs may share it.
 
     Raises:
         ModuleNotFoundError: neither Lightning package is installed.
@@ -167,10 +175,17 @@ class PEFT(TrainerCallback):
         plan: bool | dict[str, Any] = False,
         checkpoint: CheckpointForm = "adapters",
         fall_back: bool = False,
+        base_from: str | Path | None = None,
+        packed_cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         register_strategies()
-        check_paths(init_from=init_from, export_to=export_to)
+        check_paths(
+            init_from=init_from,
+            export_to=export_to,
+            base_from=base_from,
+            packed_cache=packed_cache,
+        )
         self.adapters = methods_by_name(method, adapters, adapter_name, modules_to_save, init_from)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
@@ -188,6 +203,8 @@ class PEFT(TrainerCallback):
         check_form(checkpoint)
         self.checkpoint: CheckpointForm = checkpoint
         self.fall_back = fall_back
+        self.base_from = base_from
+        self.packed_cache = packed_cache
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -253,6 +270,7 @@ class PEFT(TrainerCallback):
     ) -> None:
         root = find_root(module, self.root)
         if not is_attached(root):
+            check_base(trainer, root, self.base_from)
             self._make_plan(trainer, root)
             self._layers = layers_of(root, self.root or "")
         if self.liger and not is_attached(root):
@@ -268,6 +286,7 @@ class PEFT(TrainerCallback):
                 averaged=averaged_parts(module, self.root, self.quantization),
                 init_from=self.init_from,
             )
+        read_meta_base(trainer, module, self.base_from, self.packed_cache)
         save_plainly(module, around=root)
         follow_outside(module)
         start_history(module)

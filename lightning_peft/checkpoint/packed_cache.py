@@ -51,7 +51,8 @@ class PackedCache:
 
     Attributes:
         folder: Where the packed weights are, or will be.
-        hashes: Fingerprints of the weights in the cache, by canonical name; empty while it is written.
+        hashes: Fingerprints of the weights in the cache, by canonical name; empty while it is
+            written.
 
     Raises:
         ValueError: the folder is there, but belongs to another base or is incomplete.

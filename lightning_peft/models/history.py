@@ -82,8 +82,9 @@ def start_history(model: nn.Module, again: Iterable[str] = ()) -> ModelHistory:
 def note_read(model: nn.Module) -> None:
     """Remember the content of tensors that had no values before, because the base was not read."""
     for _, module, history in histories_in(model):
-        fresh = {n: t for n, t in _watched(module).items() if history.content.get(n, t) is None}
-        history.content |= take_content(fresh)
+        own = base_tensors(module)
+        fresh = {n: t for n, t in own.items() if history.content.get(n, t) is None}
+        history.content |= take_content(_watched(module, fresh))
 
 
 def _history_of(model: nn.Module) -> ModelHistory:
