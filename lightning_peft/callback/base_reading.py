@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lightning_peft.core.names import in_adapter
@@ -13,7 +17,7 @@ from lightning_peft.strategies.base_reading import meta_tensors, read_into
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["check_base", "read_meta_base"]
+__all__ = ["check_base", "errors_on_meta", "packed_device", "read_meta_base"]
 
 
 def check_base(trainer: pl.Trainer, root: nn.Module, base_from: str | Path | None) -> None:
@@ -38,6 +42,35 @@ def check_base(trainer: pl.Trainer, root: nn.Module, base_from: str | Path | Non
             f"PEFT: expected weights, got {len(empty)} tensors of {type(root).__name__} on the "
             f"meta device ({', '.join(empty[:3])}); give PEFT(base_from=<folder of safetensors>)"
         )
+
+
+@contextmanager
+def errors_on_meta(module: nn.Module) -> Iterator[None]:
+    """Keep an error that is raised inside the block while the module has no values.
+
+    Lightning's teardown calls `module.cpu()` after an error. On the meta device that raises an
+    error of its own, which would take the place of the first one.
+    """
+    try:
+        yield
+    except BaseException:
+        if meta_tensors(module):
+            object.__setattr__(module, "cpu", partial(_stay, module))
+        raise
+
+
+def _stay(module: nn.Module) -> nn.Module:
+    """Stand in for one call of `module.cpu()`."""
+    vars(module).pop("cpu", None)
+    return module
+
+
+def packed_device(trainer: pl.Trainer) -> torch.device | None:
+    """Return where packed layers wait until they are sharded; None if they stay where they are.
+
+    FSDP2 moves a unit to its device when it shards it, so no device holds the complete base.
+    """
+    return torch.device("cpu") if hasattr(trainer.strategy, "read_base_from") else None
 
 
 def read_meta_base(

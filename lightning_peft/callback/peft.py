@@ -15,7 +15,12 @@ from lightning_peft.activations.config import ActivationKind, Activations, as_ac
 from lightning_peft.adapters.followers import follow_outside
 from lightning_peft.callback.arguments import check_paths, methods_by_name
 from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
-from lightning_peft.callback.base_reading import check_base, read_meta_base
+from lightning_peft.callback.base_reading import (
+    check_base,
+    errors_on_meta,
+    packed_device,
+    read_meta_base,
+)
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
@@ -261,9 +266,12 @@ class PEFT(TrainerCallback):
             initialize_pending,
             lambda t: self._finish_optimizers(t, t.lightning_module),
         )
-        wrap_configure_model(
-            pl_module, self, lambda lost: self._attach(trainer, pl_module, io, lost)
-        )
+
+        def attach(lost: bool) -> None:
+            with errors_on_meta(pl_module):
+                self._attach(trainer, pl_module, io, lost)
+
+        wrap_configure_model(pl_module, self, attach)
 
     def _attach(
         self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO, lost: bool
@@ -282,6 +290,7 @@ class PEFT(TrainerCallback):
                 quantization=self.quantization,
                 modules_to_save=self.modules_to_save,
                 device=trainer.strategy.root_device,
+                keep_on=packed_device(trainer),
                 lost=lost,
                 averaged=averaged_parts(module, self.root, self.quantization),
                 init_from=self.init_from,

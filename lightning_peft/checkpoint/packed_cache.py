@@ -175,7 +175,7 @@ def _read(file: Path, offset: int, size: int) -> Tensor:
     out = torch.empty(size, dtype=torch.uint8)
     with file.open("rb", buffering=0) as handle:
         handle.seek(offset)
-        view = memoryview(out.numpy())
+        view: memoryview = out.numpy().data
         got = 0
         while got < size and (n := handle.readinto(view[got:])):
             got += n
@@ -199,8 +199,8 @@ def _key_of(base: BaseFiles) -> str:
 
 
 def _description(spec: Any) -> str:
-    fields = dataclasses.asdict(spec) if dataclasses.is_dataclass(spec) else vars(spec)
-    kept = {k: str(v) for k, v in fields.items() if k not in ("keys", "formats")}
+    names = [f.name for f in dataclasses.fields(spec) if f.name not in ("keys", "formats")]
+    kept = {name: str(getattr(spec, name)) for name in names}
     return f"{type(spec).__name__} {sorted(kept.items())}"
 
 
@@ -236,7 +236,7 @@ class _Writer:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._file.open("ab") as handle:
-                handle.write(memoryview(data))
+                handle.write(data.data)
         except OSError as error:  # a full disk must not end a run that has its weights
             self._problem = str(error)
             return
