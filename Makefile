@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # T=tests/methods/test_lora.py chooses files, K=dora chooses tests by expression.
 SUITE := $(ONE_THREAD) $(PY) -m pytest $(if $(T),,-n 2 --dist worksteal) $(T) $(if $(K),-k "$(K)")
 
-.PHONY: help quickstart test test-all invariants test-gpu check fix docs package aot bench-gpu
+.PHONY: help quickstart test test-all invariants test-gpu check fix docs package aot bench-gpu bench-gpu-tables
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -58,6 +58,9 @@ aot: $(READY)  ## Every Triton kernel compiled for nine chips: registers, shared
 	$(PY) -m lightning_peft_kernels.tools.aot --csv benchmarks/results/aot.csv
 
 # SMOKE=1 runs all of it on tiny shapes, on a CPU too.
-bench-gpu: $(READY)  ## GPU benchmarks, tests first; tables go to benchmarks/results
-	$(PY) -m pytest -q -m gpu tests/kernels $(if $(SMOKE),|| test $$? -eq 5)
-	set -e; for script in benchmarks/gpu/*.py; do $(PY) $$script $(if $(SMOKE),--smoke); done
+bench-gpu: $(READY)  ## GPU tests, check --tune and bench in ten minutes: the one command for a new GPU
+	$(PY) benchmarks/gpu/first_day.py $(if $(SMOKE),--smoke)
+
+bench-gpu-tables: $(READY)  ## The long GPU benchmarks; tables go to benchmarks/results
+	set -e; for script in kernel_ops small_batch training optimizer experts; do \
+	  $(PY) benchmarks/gpu/$$script.py $(if $(SMOKE),--smoke); done

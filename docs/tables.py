@@ -86,10 +86,10 @@ def step_memory() -> str:
     """What checkpointing, offload and the chunked loss keep, and what they cost."""
     rows = _read("step_memory")
     lines = [
-        [r["options"], r["step_mb"], r["planned_mb"], r["moved_mb"], r["median_ms"], r["loss"]]
+        [r["options"], r["step_mb"], r["planned_mb"], r["moved_mb"], r["cpu_ms"], r["loss"]]
         for r in rows
     ]
-    columns = ["options", "step, MB", "planned, MB", "moved, MB", "step, ms", "loss"]
+    columns = ["options", "step, MB", "planned, MB", "moved, MB", "processor, ms", "loss"]
     return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
 
 
@@ -130,12 +130,26 @@ def versions() -> str:
 
 def gpu() -> str:
     """Benchmarks that need a GPU: which of them have results."""
-    names = sorted(p.stem for p in (ROOT / "benchmarks").glob("gpu_*.py"))
-    lines = [
-        [f"`benchmarks/{n}.py`", f"`benchmarks/results/{n}.csv`" if _read(n) else MISSING]
-        for n in names
-    ]
+    measured = {
+        "kernel_ops": ("linear_layers", "bandwidth"), "small_batch": ("decode",),
+        "training": ("training",), "optimizer": ("optimizer",), "experts": ("experts",),
+    }  # fmt: skip
+    lines = []
+    for script, tables in measured.items():
+        files = sorted(p.name for t in tables for p in RESULTS.glob(f"*_{t}.csv"))
+        found = ", ".join(f"`benchmarks/results/{name}`" for name in files)
+        lines.append([f"`benchmarks/gpu/{script}.py`", found or MISSING])
     return _table(["script", "results"], lines)
+
+
+def bench() -> str:
+    """Lines of `lightning-peft bench`, as users sent them."""
+    from lightning_peft.diagnostics.bench_report import BenchResult, markdown_table
+
+    path = RESULTS / "bench.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    results = [BenchResult.read(line) for line in lines if line.strip()]
+    return markdown_table(results) if results else MISSING
 
 
 def ecosystem() -> str:
@@ -205,7 +219,7 @@ def _joined(rows: list[dict[str, str]], stage: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(compare_methods, planner, step_memory, guideline, methods, versions, gpu, ecosystem),
-        chat_tokens,
+        *(compare_methods, planner, step_memory, guideline, methods, versions),
+        *(gpu, bench, ecosystem, chat_tokens),
     )
 }

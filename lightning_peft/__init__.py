@@ -44,6 +44,7 @@ from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.cartridge import Cartridge
+from lightning_peft.methods.cpt import CPT, cpt_loss
 from lightning_peft.methods.deft import DEFT
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
@@ -141,6 +142,7 @@ __all__ = [
     "BEFT",
     "BOFT",
     "C3A",
+    "CPT",
     "DEFT",
     "HRA",
     "IA3",
@@ -216,6 +218,7 @@ __all__ = [
     "chunked_cross_entropy",
     "combine",
     "convert_optimizer",
+    "cpt_loss",
     "detach",
     "disable_adapters",
     "estimate_memory",

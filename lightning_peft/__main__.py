@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lightning_peft.diagnostics.bench_cli import add_bench
 from lightning_peft.diagnostics.cli import add_check
 from lightning_peft.hf.cli import add_merge
 from lightning_peft.planner.cli import add_plan
+from lightning_peft.planner.meta_model import meta_model
 
 __all__ = ["main", "parser"]
 
@@ -19,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(required=True, dest="command")
     add_plan(commands)
     add_merge(commands)
-    add_check(commands)
+    add_check(commands, meta_model)
+    add_bench(commands)
     return made
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from lightning_peft.diagnostics.bench_report import BenchResult
 from tests.helpers.forks import run_script
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -28,7 +33,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_gpu_benchmark_is_run_here() -> None:
-    assert {f"gpu/{p.name}" for p in FOLDER.glob("gpu/*.py")} == set(SCRIPTS)
+    others = {"gpu/first_day.py"}  # runs commands, and has a test of its own
+    assert {f"gpu/{p.name}" for p in FOLDER.glob("gpu/*.py")} == set(SCRIPTS) | others
 
 
 @pytest.mark.parametrize(
@@ -64,3 +70,41 @@ def test_without_a_gpu_the_rows_say_so(script: str, tmp_path: Path) -> None:
 
 def test_cpu_benchmark_of_4_bit_smoke(tmp_path: Path) -> None:
     assert "dequantize 64x128" in run_script(FOLDER / "cpu/nf4.py", ["--smoke"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_first_day_on_a_gpu_smoke(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("peft")
+    run = subprocess.run(
+        [sys.executable, str(FOLDER / "gpu" / "first_day.py"), "--smoke", "--out", str(tmp_path)],
+        env={**os.environ, "LIGHTNING_PEFT_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert "all steps passed" in run.stdout
+    made = tmp_path / "cpu"
+    names = {path.name for path in made.iterdir()}
+    assert names == {"tests.txt", "check.txt", "bench.txt", "bench.jsonl"}
+    line = (made / "bench.jsonl").read_text("utf-8").strip()
+    assert BenchResult.read(line).value("step, ours")
+
+
+def test_lines_of_users_are_read() -> None:
+    path = FOLDER / "results" / "bench.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        assert BenchResult.read(line).value("step, ours")
+
+
+def test_the_first_day_without_a_gpu_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    script = FOLDER / "gpu" / "first_day.py"
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "first_day: expected a CUDA device, got none" in run.stdout

@@ -45,6 +45,7 @@ ROOT_MODULES = {
         "dispatch",
         "launch",
         "malloc",
+        "races",
         "registration",
         "verdicts",
     ),
@@ -57,8 +58,10 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "lightning_fabric": ("strategies",),
     "typing_extensions": ("callback", "strategies"),
     "triton": ("lightning_peft_kernels",),
-    "bitsandbytes": ("storage", "optim", "lightning_peft_kernels"),
-    "transformers": ("models", "layers", "hf", "planner", "storage", "recipes"),
+    # diagnostics measures against them
+    "bitsandbytes": ("storage", "optim", "lightning_peft_kernels", "diagnostics"),
+    "peft": ("diagnostics",),
+    "transformers": ("models", "layers", "hf", "planner", "storage", "recipes", "diagnostics"),
     "fsspec": ("checkpoint",),  # a dependency of Lightning; shards at an address
     "safetensors": ("hf", "checkpoint", "storage", "recipes"),
     "liger_kernel": ("callback",),

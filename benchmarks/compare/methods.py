@@ -31,7 +31,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from compare_rows import ROWS, Row, methods_of
+from compare_rows import GRID, ROWS, Row, methods_of
 from compare_tasks import TASKS
 from side_by_side import interleaved, traced_peak
 
@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="rows, by name; default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--csv", type=Path, default=RESULTS / "compare_methods.csv")
+    parser.add_argument("--grid", action="store_true", help="rates around those of the rows")
     parser.add_argument("--timing", action="store_true", help="seconds a step instead of scores")
     parser.add_argument("--timing-csv", type=Path, default=RESULTS / "compare_methods_timing.csv")
     parser.add_argument("--repeats", type=int, default=11)
@@ -342,6 +343,12 @@ def main() -> None:
     )  # fmt: skip
     options = parser.parse_args()
     options.rows = [r for r in ROWS if options.methods is None or r.name in options.methods]
+    if options.grid:
+        options.rows = [
+            dataclasses.replace(r, rates=tuple(float(f"{x * f:.3g}") for x in r.rates))
+            for r in options.rows
+            for f in GRID
+        ]
     if options.table:
         print(table(options))
         return

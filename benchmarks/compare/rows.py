@@ -9,7 +9,10 @@ import lightning_peft as lp
 from lightning_peft.methods import GatedLoRA, mam, unipelt
 from lightning_peft.methods.base import Method, WeightMethod
 
-__all__ = ["ROWS", "Row", "methods_of"]
+__all__ = ["GRID", "ROWS", "Row", "methods_of"]
+
+#: Factors on a row's rates that `methods.py --grid` tries around them.
+GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ ROWS: tuple[Row, ...] = (
     Row("LoRA, OLoRA", lp.LoRA(**_LORA, init="olora"), (1e-3, 4e-3)),
     Row("LoRA, EVA", lp.LoRA(**_LORA, init="eva"), (5e-4, 1e-2)),
     Row("LoRA, LoRA-GA", lp.LoRA(**_LORA, init="lora_ga"), (1e-3, 4e-3)),
+    Row("LoRA, CorDA", lp.LoRA(**_LORA, init="corda"), (1e-3, 4e-3)),
+    Row("VeLoRA", lp.VeLoRA(**_LORA, groups=16), (2e-3, 1e-2)),
+    Row("MonteCLoRA", lp.MonteCLoRA(**_LORA), (2e-3, 1e-2)),
+    Row("Lily", lp.Lily(r=16, stride=2, n=2), (4e-3, 1e-2)),
     Row("LoRA on NF4", lp.LoRA(**_LORA), (2e-3, 1e-2), nf4=True),
     Row("LoRA on NF4, LoftQ", lp.LoRA(**_LORA, init="loftq"), (2e-3, 1e-2), nf4=True),
     Row("LoRA+", lp.LoRAPlus(**_LORA, ratio=16.0), (4e-4, 2e-3)),
@@ -57,6 +64,30 @@ ROWS: tuple[Row, ...] = (
     Row("MiSS", lp.MiSS(r=16), (1e-3, 4e-3)),
     Row("MiSS, bat", lp.MiSS(r=16, form="bat"), (1e-3, 4e-3)),
     Row("MiSS, mini", lp.MiSS(r=32, mini_r=8, form="mini"), (1e-3, 4e-3)),
+    # their rates are starting points of the grid: `methods.py --grid` finds better ones
+    Row("LoRA-FA", lp.LoRA(**_LORA, freeze_A=True), (4e-3, 2e-2)),
+    Row("LoRA, MiCA", lp.LoRA(**_LORA, init="mica"), (4e-3, 2e-2)),
+    Row("KaSA", lp.KaSA(**_LORA), (2e-3, 1e-2)),
+    Row("HRA", lp.HRA(r=8), (2e-3, 1e-2)),
+    Row("RoAd", lp.RoAd(), (4e-3, 2e-2)),
+    Row("DeLoRA", lp.DeLoRA(r=8), (4e-3, 2e-2)),
+    Row("GraLoRA", lp.GraLoRA(r=8, alpha=16.0), (2e-3, 1e-2)),
+    Row("HiRA", lp.HiRA(r=8), (4e-3, 2e-2)),
+    Row("PEANuT", lp.PEANuT(r=8), (2e-3, 1e-2)),
+    Row("SHiRA", lp.SHiRA(r=8), (2e-3, 1e-2)),
+    Row("VB-LoRA", lp.VBLoRA(r=4, vector_length=64), (1e-2, 4e-2)),
+    Row("UniLoRA", lp.UniLoRA(r=4), (1e-2, 4e-2)),
+    Row("TinyLoRA", lp.TinyLoRA(r=2), (1e-2, 4e-2)),
+    Row("RandLoRA", lp.RandLoRA(r=32), (1e-4, 4e-4)),
+    Row("PVeRA", lp.PVeRA(r=256), (2e-2, 5e-2)),
+    Row("C3A", lp.C3A(block_size=64), (4e-2, 2e-1)),
+    Row("FourierFT", lp.FourierFT(n_frequency=1000, zero_start=True), (4e-2, 1e-1)),
+    Row("WaveFT", lp.WaveFT(n_frequency=2592), (4e-3, 2e-2)),
+    Row("PSOFT", lp.PSOFT(r=32), (2e-3, 1e-2)),
+    Row("DEFT", lp.DEFT(r=8), (2e-3, 1e-2)),
+    Row("GLoRA", lp.GLoRA(r=8), (2e-3, 1e-2)),
+    Row("AdaMSS", lp.AdaMSS(r=64), (4e-3, 2e-2)),
+    Row("OSF", lp.OSF(), (2e-4, 2e-3)),
     # new layers
     Row("Bottleneck, Houlsby", lp.BottleneckAdapter("houlsby", 4, init="bert"), (3e-3, 1e-2)),
     Row(
@@ -72,6 +103,7 @@ ROWS: tuple[Row, ...] = (
     Row("PTuning, MLP", lp.PTuning(n=10, encoder="mlp", hidden=128), (2e-3, 1e-2)),
     Row("PTuning, LSTM", lp.PTuning(n=10, encoder="lstm", hidden=128), (2e-3, 1e-2)),
     Row("PrefixTuning", lp.PrefixTuning(n=10), (3e-2, 1e-1)),
+    Row("Cartridge", lp.Cartridge(n=10, init="zero"), (3e-2, 1e-1)),
     Row("PrefixTuning, projection", lp.PrefixTuning(n=10, projection=True), (3e-3, 1e-2)),
     # hybrid
     Row("MAM", tuple(mam(n=10, hidden=128)), (1e-3, 4e-3)),

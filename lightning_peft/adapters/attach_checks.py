@@ -19,6 +19,7 @@ from lightning_peft.core.registry import (
     registries_in,
 )
 from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.layers.mixed_batch import BASE
 from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.models.target_modules import feedforward_targets
@@ -61,8 +62,16 @@ def check_adapter_name(name: str) -> None:
     """Raise unless the name can be a key of `nn.ModuleDict`, and a part of a path.
 
     Raises:
-        ValueError: other characters, or an attribute of the class.
+        TypeError: no string.
+        ValueError: other characters, an attribute of the class, or the name of the base.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected a string, got {name!r}; write 'default'")
+    if name == BASE:
+        raise ValueError(
+            f"adapter_name: expected another name than {BASE!r}, by which adapter_names() calls "
+            "rows without an adapter; choose another name"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             "adapter_name: expected letters, digits, '_' and '-', and not an attribute of "

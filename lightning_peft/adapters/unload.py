@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ def merge_and_unload(model: M, dtype: torch.dtype | str | None = None) -> M:
     Classes, keys and config are those of the model's library, and nothing is quantised. The
     model's own `save_pretrained` and `state_dict` then write what `from_pretrained` and
     `load_state_dict` read. Adapters that are not active are dropped. Tied weights stay tied
-    unless the adapter changed one of them alone.
+    unless the adapter changed one of them alone, of which a warning tells.
 
     Args:
         model: A model with adapters, merged or not; or one that `quantize` quantised.
@@ -79,10 +80,17 @@ def _merge(model: nn.Module) -> None:
     ties = [group for group in tied_parameters(model) if not _in_adapter(group)]
     configs = _tied_configs(model)
     merge(model, keep_base=False)
-    tied = [_tie_again(group) for group in ties]  # every group, also after one that stays apart
-    if all(tied):
+    apart = [group for group in ties if not _tie_again(group)]
+    if not apart:
         for config in configs:
             config.tie_word_embeddings = True
+    for group in apart:
+        warnings.warn(
+            f"merge_and_unload: {', '.join(place.name for place in group)} were tied, and the "
+            "adapter made them differ; save_pretrained says so in the config, but a module that "
+            "ties them again would read one tensor for all from a state_dict",
+            stacklevel=3,
+        )
 
 
 def _in_adapter(group: list[ParameterPlace]) -> bool:

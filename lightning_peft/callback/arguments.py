@@ -4,11 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from lightning_peft.core.value_types import require_fit
 from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
+from lightning_peft.optim.replace import check_optimizer_name
 
-__all__ = ["check_paths", "methods_by_name"]
+__all__ = ["check_export", "check_paths", "check_values", "methods_by_name"]
+
+#: Arguments that are checked by type → their type, and the form in which they are written.
+_TYPES: dict[str, tuple[Any, str]] = {
+    "optimizer": (str | None, "optimizer='adamw_8bit'"),
+    "adapter_name": (str, "adapter_name='default'"),
+    "modules_to_save": (Sequence[str] | None, "modules_to_save=['head']"),
+    "root": (str | None, "root='net'"),
+    "liger": (bool, "liger=True"),
+    "report": (bool, "report=False"),
+    "plan": (bool | dict[str, Any], "plan=True"),
+    "fall_back": (bool, "fall_back=True"),
+}
+
+
+def check_values(**given: object) -> None:
+    """Raise TypeError for a value of another type, ValueError for an optimizer without a class."""
+    for name, value in given.items():
+        annotation, form = _TYPES[name]
+        if name == "modules_to_save" and isinstance(value, str):
+            form = f"[{value!r}]"
+        require_fit("PEFT", name, value, annotation, form)
+    if given["optimizer"] is not None:
+        check_optimizer_name(str(given["optimizer"]))
 
 
 def check_paths(**given: str | Path | None) -> None:
@@ -16,6 +42,27 @@ def check_paths(**given: str | Path | None) -> None:
     for name, path in given.items():
         if path is not None and not isinstance(path, str | Path):
             raise TypeError(f"PEFT {name}: expected a directory, got {path!r}; give its path")
+
+
+def check_export(directory: str | Path | None, adapters: dict[str, list[Method]]) -> None:
+    """Raise ValueError where the export after training is known to fail.
+
+    Args:
+        directory: Where to; None for no export.
+        adapters: Methods by adapter name.
+    """
+    if directory is None:
+        return
+    if Path(directory).is_file():
+        raise ValueError(f"PEFT export_to: expected a directory, got the file {directory}")
+    for name, methods in adapters.items():
+        unknown = [m.label for m in methods if m.hf is None]
+        if unknown:
+            raise ValueError(
+                f"PEFT export_to: expected methods that peft has too, got {', '.join(unknown)} for "
+                f"adapter {name!r}; leave export_to out: checkpoints hold the adapter, and "
+                "merge_and_unload() gives the plain model"
+            )
 
 
 def methods_by_name(
@@ -38,16 +85,12 @@ def methods_by_name(
         TypeError: an argument of another kind, with the right form.
         ValueError: neither or both of `method` and `adapters`, or a method beside `init_from`.
     """
-    if isinstance(modules_to_save, str):
-        raise TypeError(
-            f"PEFT modules_to_save: expected a list of names, got the string {modules_to_save!r}; "
-            f"write [{modules_to_save!r}]"
-        )
     if init_from is not None and (method is not None or adapters):
         raise ValueError(
             f"PEFT: expected init_from alone, got {method or adapters!r} too; the configuration "
             "comes from the directory: leave the method out"
         )
+    method = None if isinstance(method, list) and not method else method
     alone = method is None and (modules_to_save or init_from is not None)
     if (method is None) == (not adapters) and not alone:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -15,9 +16,11 @@ from lightning_peft.adapters.followers import follow_outside
 from lightning_peft.callback.attach import averaged_parts
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import KEY, complete_checkpoint
+from lightning_peft.checkpoint.shard_folder import is_folder, read_folder
 from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.core.allocation_limit import AllocationLimit
 from lightning_peft.core.registry import registry_of
+from lightning_peft.hf.config import CONFIG
 from lightning_peft.methods.registry import from_dict
 from lightning_peft.models.frozen_parts import frozen_copies
 from lightning_peft.models.history import start_history
@@ -46,7 +49,7 @@ def load_from_checkpoint(
     Args:
         module_class: A LightningModule class of `lightning` or `pytorch_lightning`. It builds
             the pretrained base itself.
-        path: A checkpoint of the callback or of `save_checkpoint`.
+        path: A checkpoint of the callback or of `save_checkpoint`, a file or a folder of shards.
         weights_only: If False, hyper-parameters that are objects are unpickled, which may run code
             of the file.
         **init_args: Arguments of the class. They override the stored hyper-parameters.
@@ -56,11 +59,15 @@ def load_from_checkpoint(
 
     Raises:
         UnpicklingError: the file holds objects, and `weights_only` is True.
+        TypeError: no LightningModule class, or no path.
         ValueError: no adapters in the file, another base, tensors that do not fit, or a net that
             only `setup` builds.
     """
-    checkpoint = atomic_file.read(path, weights_only=weights_only)
-    source = os.fspath(path)
+    source = _checked(module_class, path)
+    if is_folder(source):
+        checkpoint = read_folder(Path(source))
+    else:
+        checkpoint = atomic_file.read(path, weights_only=weights_only)
     stored = checkpoint.get(KEY)
     if not isinstance(stored, dict) or not stored.get("roots"):
         raise ValueError(
@@ -91,6 +98,38 @@ def load_from_checkpoint(
     completed = complete_checkpoint(module, checkpoint, source, resuming=False)
     module.load_state_dict(completed["state_dict"], strict=True)
     return module
+
+
+def _checked(module_class: object, path: object) -> str:
+    """Return the path as a string.
+
+    Raises:
+        TypeError: one of the two arguments is another thing.
+        ValueError: the path is a peft directory.
+    """
+    form = "write load_from_checkpoint(MyModule, 'last.ckpt')"
+    if not (isinstance(module_class, type) and hasattr(module_class, "configure_optimizers")):
+        instead, got = "", repr(module_class)
+        if isinstance(module_class, nn.Module):
+            got = f"an instance of {type(module_class).__name__}"
+            instead = "; load_checkpoint(model, path) reads into a model that has its adapters"
+        elif isinstance(module_class, type):
+            got = module_class.__name__
+            instead = "; build a plain model, attach its adapters, and load_checkpoint(model, path)"
+        raise TypeError(
+            f"load_from_checkpoint: expected a LightningModule class, got {got}; {form}{instead}"
+        )
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"load_from_checkpoint: expected a path, got {path!r}; {form}")
+    source = os.fspath(path)
+    if os.path.isfile(os.path.join(source, CONFIG)):
+        raise ValueError(
+            f"{source}: expected a checkpoint, got a directory of save_adapter or peft; build the "
+            "module and read it with load_adapter(module, directory)"
+        )
+    if os.path.isdir(source) and not is_folder(source):
+        raise ValueError(f"{source}: expected a checkpoint, got a directory; name the file in it")
+    return source
 
 
 def _has_own_loader(cls: type) -> bool:

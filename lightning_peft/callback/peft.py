@@ -12,8 +12,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.activations.config import ActivationKind, Activations, as_activations
+from lightning_peft.adapters.attach_checks import check_adapter_name
 from lightning_peft.adapters.followers import follow_outside
-from lightning_peft.callback.arguments import check_paths, methods_by_name
+from lightning_peft.callback.arguments import (
+    check_export,
+    check_paths,
+    check_values,
+    methods_by_name,
+)
 from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
 from lightning_peft.callback.base_reading import (
     check_base,
@@ -37,6 +43,7 @@ from lightning_peft.callback.gradient_checks import (
 from lightning_peft.callback.kernel_check import check_kernels
 from lightning_peft.callback.liger import apply_liger
 from lightning_peft.callback.memory_plan import make_plan
+from lightning_peft.callback.merged_ties import refuse_untying
 from lightning_peft.callback.method_hooks import TrainerMethodHooks, grad_scale
 from lightning_peft.callback.optimizer_setup import (
     finish_optimizers,
@@ -191,7 +198,20 @@ class PEFT(TrainerCallback):
             base_from=base_from,
             packed_cache=packed_cache,
         )
+        check_values(
+            optimizer=optimizer,
+            adapter_name=adapter_name,
+            modules_to_save=modules_to_save,
+            root=root,
+            liger=liger,
+            report=report,
+            plan=plan,
+            fall_back=fall_back,
+        )
         self.adapters = methods_by_name(method, adapters, adapter_name, modules_to_save, init_from)
+        for name in self.adapters:
+            check_adapter_name(name)
+        check_export(export_to, self.adapters)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
         self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
@@ -310,6 +330,8 @@ class PEFT(TrainerCallback):
         self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO
     ) -> None:
         refuse_unwritable(module, self.checkpoint)
+        if self.checkpoint == "merged":
+            refuse_untying(module)
         if self.checkpoint == "full" and self.quantization is not None:
             DenseBaseReader().install(module)
         io.form, io.fall_back = self.checkpoint, self.fall_back

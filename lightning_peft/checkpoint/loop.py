@@ -40,6 +40,7 @@ from lightning_peft.checkpoint.sharded import (
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.core.marker import marked
+from lightning_peft.core.modules import require_module
 from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_moved, note_optimizers, start_history
@@ -190,6 +191,7 @@ def load_checkpoint(
 
 def _unwrap_module(module: nn.Module) -> nn.Module:
     """Return the module inside wrappers of Fabric, torch.compile and DDP."""
+    require_module(module)
     for child in ("_original_module", "_orig_mod"):
         if child in module._modules:
             return _unwrap_module(module.get_submodule(child))

@@ -20,6 +20,7 @@ __all__ = [
     "own_tensor",
     "parameter_at",
     "persistent_buffers",
+    "require_module",
     "required_tensor",
     "tied_ids",
     "tied_modules",
@@ -47,9 +48,20 @@ def modules_by_name(root: nn.Module) -> dict[str, nn.Module]:
     Same names and order as `nn.Module.named_modules`, whose nested generators pass each module
     through one frame per level.
     """
+    require_module(root)
     found: dict[str, nn.Module] = {}
     _collect(root, "", set(), found, False)
     return found
+
+
+def require_module(model: object) -> None:
+    """Raise TypeError for what is no module: a class, a path, None."""
+    if not isinstance(model, nn.Module):
+        if isinstance(model, type) and issubclass(model, nn.Module):
+            got, remedy = f"the class {model.__name__}", f"build one: {model.__name__}(...)"
+        else:
+            got, remedy = repr(model)[:80], "give the model itself"
+        raise TypeError(f"model: expected an nn.Module, got {got}; {remedy}")
 
 
 def base_modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -58,6 +70,7 @@ def base_modules(root: nn.Module) -> dict[str, nn.Module]:
     The walk does not enter the child `peft` of adapted modules, so that its time does not grow with
     the number of adapters; `attach` walks the tree some thirty times.
     """
+    require_module(root)
     found: dict[str, nn.Module] = {}
     _collect(root, "", set(), found, True)
     return found

@@ -333,3 +333,8 @@ class LayerOps(ABC):
     def is_linear(self) -> bool:
         """True if ``target_modules="all-linear"`` selects layers of this kind."""
         return False
+
+    @property
+    def is_one_product(self) -> bool:
+        """True if a low rank and a fused kernel of the storage are all that `forward` does."""
+        return False

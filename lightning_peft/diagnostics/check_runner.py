@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 
@@ -22,6 +16,7 @@ from lightning_peft_kernels.verdicts import (
 )
 
 from lightning_peft.diagnostics.check_worker import Request
+from lightning_peft.diagnostics.worker_process import Ended, run_worker
 
 __all__ = ["OPS", "SHAPE", "Verdicts", "check_device", "ensure_checked"]
 
@@ -46,7 +41,6 @@ OPS = (
 #: (N, K, tokens): several tiles each way, and a remainder.
 SHAPE = (272, 512, 100)
 _SMALL_SHAPE = (80, 192, 20)  # the interpreter takes seconds for more
-_SECONDS = 600
 WORKER = "lightning_peft.diagnostics.check_worker"
 
 
@@ -55,7 +49,7 @@ def check_device(
     *,
     short: bool = False,
     ops: Sequence[str] = OPS,
-    shape: tuple[int, int, int] | None = None,
+    shapes: Sequence[tuple[int, int, int]] = (),
     told: Callable[[Verdict], None] | None = None,
     worker: str = WORKER,
 ) -> tuple[Verdicts, str]:
@@ -68,7 +62,7 @@ def check_device(
         device: A CUDA device, or the CPU for Triton's interpreter.
         short: If True, one configuration per op.
         ops: Ops to check.
-        shape: (N, K, tokens) of the products; the default is small.
+        shapes: (N, K, tokens) of the products, each checked; the default is one, small.
         told: Called with each verdict.
         worker: Module that a process runs to serve a request.
 
@@ -78,19 +72,11 @@ def check_device(
     Raises:
         RuntimeError: A process ended before its first check, so nothing is known.
     """
-    shape = shape or (SHAPE if device.type == "cuda" else _SMALL_SHAPE)
-    request = Request(str(device), shape, tuple(ops), short=short)
-    each = [request] if short else [replace(request, ops=(op,)) for op in ops]
-    found: Verdicts = {}
-    for one in each:
-        for verdict in _run(one, worker):
-            found[verdict.op, verdict.configuration] = verdict
-            if told is not None:
-                told(verdict)
-    key = device_key(device)
-    why = store_verdicts(key, {**read_verdicts(key), **found})
-    use_verdicts(device, found)
-    return found, why
+    wanted = tuple(shapes) or (_shape(device),)
+    request = Request(str(device), wanted, tuple(ops), short=short)
+    found = _check(request, told, worker)
+    with verdict_lock(device_key(device)):
+        return found, _store(device, found)
 
 
 def ensure_checked(device: torch.device) -> tuple[Verdicts, str]:
@@ -104,55 +90,58 @@ def ensure_checked(device: torch.device) -> tuple[Verdicts, str]:
         if found:
             use_verdicts(device, found)
             return found, ""
-        return check_device(device, short=True)
+        found = _check(Request(str(device), (_shape(device),), OPS, short=True), None, WORKER)
+        return found, _store(device, found)
+
+
+def _shape(device: torch.device) -> tuple[int, int, int]:
+    return SHAPE if device.type == "cuda" else _SMALL_SHAPE
+
+
+def _store(device: torch.device, found: Verdicts) -> str:
+    """Store verdicts beside those that are there; return why that failed, or ""."""
+    key = device_key(device)
+    use_verdicts(device, found)
+    return store_verdicts(key, {**read_verdicts(key), **found})
+
+
+def _check(request: Request, told: Callable[[Verdict], None] | None, worker: str) -> Verdicts:
+    """Return one verdict per op and configuration: the first that is not "ok", if there is one."""
+    ops = request.ops
+    each = [request] if request.short else [replace(request, ops=(op,)) for op in ops]
+    found: Verdicts = {}
+    for one in each:
+        for verdict in _run(one, worker):
+            name = verdict.op, verdict.configuration
+            if name not in found or found[name].outcome == "ok":
+                found[name] = verdict
+            if told is not None:
+                told(verdict)
+    return found
 
 
 def _run(request: Request, worker: str) -> Iterator[Verdict]:
     """Run a request; an op that ends its process gets a verdict, and the others go on."""
     done: list[str] = []
     while request.ops:
-        running = yield from _run_once(replace(request, done=tuple(done)), worker, done)
-        if running is None:
+        ended = yield from _run_once(replace(request, done=tuple(done)), worker, done)
+        if ended is None:
             return
-        op, configuration, detail = running
-        yield Verdict(op, configuration, "crashed", detail)
+        op, configuration = ended.starts[:2]
+        yield Verdict(op, configuration, "crashed", ended.message)
         request = replace(request, ops=tuple(name for name in request.ops if name != op))
 
 
 def _run_once(
     request: Request, worker: str, done: list[str]
-) -> Generator[Verdict, None, tuple[str, str, str] | None]:
-    """Yield verdicts; return (op, configuration, message) of the check that ended the process.
-
-    Names of finished checks are added to `done`.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    if request.device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", worker]
-    starts: list[str] = []
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [*command, json.dumps(asdict(request))], stdout=subprocess.PIPE, stderr=errors,
-            text=True, env=environment,
-        )  # fmt: skip
-        assert process.stdout is not None  # Popen was given PIPE
-        limit = threading.Timer(_SECONDS, process.kill)  # a kernel that never ends
-        limit.start()
-        for line in process.stdout:
-            entry = json.loads(line)
-            starts = entry.get("starts", [])
-            if not starts:
-                verdict = Verdict(**entry)
-                done.append(f"{verdict.op} ({verdict.configuration})")
-                yield verdict
-        status = process.wait()
-        limit.cancel()
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or [f"exit status {status}"])[-1]
-    if status and not starts:
-        raise RuntimeError(
-            f"check of {request.device}: expected a process that checks kernels, got one that "
-            f"ended at its start ({last}); no kernel was checked"
-        )
-    return (starts[0], starts[1], last[:200]) if status else None
+) -> Generator[Verdict, None, Ended | None]:
+    """Yield verdicts; names of finished checks are added to `done`."""
+    entries = run_worker(worker, asdict(request), interpret=request.device == "cpu")
+    while True:
+        try:
+            entry = next(entries)
+        except StopIteration as stop:
+            ended: Ended | None = stop.value
+            return ended
+        done.append(entry.pop("done", f"{entry['op']} ({entry['configuration']})"))
+        yield Verdict(**entry)

@@ -11,12 +11,13 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter_ns
 
 import torch
 from lightning_peft_kernels.chips import CHIPS, nvidia_chip
 from lightning_peft_kernels.launch import use_verdicts
+from lightning_peft_kernels.races import use_races
 from lightning_peft_kernels.verdicts import Verdict
 
 from lightning_peft.diagnostics.kernel_checks import Check, kernel_checks
@@ -31,33 +32,41 @@ class Request:
 
     Attributes:
         device: Where kernels run; ``"cpu"`` is Triton's interpreter.
-        shape: (N, K, tokens) of the products.
+        shapes: (N, K, tokens) of the products.
         ops: Ops to check.
-        done: Checks to leave out, each as "op (configuration)".
+        done: Checks to leave out, by the names that `run_request` gives them.
         short: Whether only one configuration per op is checked.
     """
 
     device: str
-    shape: tuple[int, int, int]
+    shapes: tuple[tuple[int, int, int], ...]
     ops: tuple[str, ...]
     done: tuple[str, ...] = ()
     short: bool = False
 
 
-def run_request(request: Request) -> Iterator[tuple[Check, Verdict | None]]:
-    """Yield every check twice: before it runs, without a verdict, and after."""
+def run_request(request: Request) -> Iterator[tuple[str, Check, Verdict | None]]:
+    """Yield every check twice with its name: before it runs, without a verdict, and after."""
     device = torch.device(request.device)
     interpreted = device.type == "cpu"
     if interpreted:
         CHIPS[device] = nvidia_chip(9, 0, 232_448)
     use_verdicts(device, {})  # what an earlier check found must not decide this one
-    for check in kernel_checks(device, Shape(*request.shape), interpreted=interpreted):
-        asked = check.op in request.ops and (check.short or not request.short)
-        done = f"{check.op} ({check.configuration})" in request.done
-        if not asked or done or not check.applies:
-            continue
-        yield check, None
-        yield check, _verdict(check, timed=not interpreted)
+    use_races(device, [])
+    several = len(request.shapes) > 1
+    for sizes in request.shapes:
+        shape = Shape(*sizes)
+        for check in kernel_checks(device, shape, interpreted=interpreted):
+            asked = check.op in request.ops and (check.short or not request.short)
+            name = f"{check.op} ({check.configuration})" + (f" {sizes}" if several else "")
+            if not asked or name in request.done or not check.applies:
+                continue
+            yield name, check, None
+            verdict = _verdict(check, timed=not interpreted)
+            if several and verdict.outcome != "ok":
+                where = f"N {shape.N}, K {shape.K}, {shape.tokens} tokens"
+                verdict = replace(verdict, detail=f"{where}: {verdict.detail}")
+            yield name, check, verdict
 
 
 def _verdict(check: Check, *, timed: bool) -> Verdict:
@@ -92,9 +101,10 @@ def main(text: str) -> None:
     """Serve one request."""
     given = json.loads(text)
     lists = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
-    for check, verdict in run_request(Request(**{**given, **lists})):
-        line = asdict(verdict) if verdict else {"starts": [check.op, check.configuration]}
-        print(json.dumps(line), flush=True)
+    lists["shapes"] = tuple(tuple(shape) for shape in given["shapes"])
+    for name, check, verdict in run_request(Request(**{**given, **lists})):
+        line = {"starts": [check.op, check.configuration]}
+        print(json.dumps({**asdict(verdict), "done": name} if verdict else line), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,46 +3,73 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning_peft_kernels.dispatch import triton_available
+from lightning_peft_kernels.races import Race
 from lightning_peft_kernels.verdicts import Verdict, device_key, file_of
+from torch import nn
 
 from lightning_peft.diagnostics.check_runner import OPS, check_device
+from lightning_peft.diagnostics.model_shapes import LLAMA_8B, ModelShapes, shapes_of
+from lightning_peft.diagnostics.race_runner import tune_device
 
-__all__ = ["add_check"]
+__all__ = ["add_check", "device_named"]
+
+_TOKENS = 100  # of a check: several tiles and a remainder
 
 
-def add_check(commands: Any) -> None:
-    """Add the command to the program's subparsers."""
+def add_check(commands: Any, build: Callable[[str], nn.Module]) -> None:
+    """Add the command to the program's subparsers.
+
+    Args:
+        commands: The subparsers.
+        build: Returns the model of a configuration on the meta device.
+    """
     check = commands.add_parser(
         "check", help="every kernel against a reference, on this machine's GPU"
     )
-    check.set_defaults(run=_run)
+    check.set_defaults(run=partial(_run, build=build))
     check.add_argument("--device", help="cuda:0 …; default: the current one, else the interpreter")
     check.add_argument("--short", action="store_true", help="one configuration per op")
     check.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help="some ops")
     check.add_argument("--shape", nargs=3, type=int, metavar=("N", "K", "TOKENS"))
+    check.add_argument(
+        "--model", help="config.json, its directory, or a hub id in the cache: check its shapes"
+    )
+    check.add_argument(
+        "--tune", action="store_true",
+        help="then race the ways to compute each product, and use the fastest from now on",
+    )  # fmt: skip
 
 
-def _run(given: argparse.Namespace) -> None:
-    if not triton_available():
+def _run(given: argparse.Namespace, build: Callable[[str], nn.Module]) -> None:
+    device = device_named(given.device)
+    shapes = LLAMA_8B if given.model is None else shapes_of(build(given.model))
+    if triton_available():
+        _check(given, device, shapes)
+    elif not given.tune:
         raise RuntimeError(
             "check: expected triton, which runs the kernels, got none; every op runs as torch "
             "code. Install triton"
         )
-    device = _device(given.device)
+    if given.tune:
+        _tune(device, shapes if given.shape is None else ModelShapes((tuple(given.shape[:2]),)))
+
+
+def _check(given: argparse.Namespace, device: torch.device, model: ModelShapes) -> None:
     if device.type == "cpu":
         print("no CUDA device: Triton's interpreter runs the kernels in fp32 and fp16 on the CPU")
     key = device_key(device)
     print(", ".join(f"{name} {value}" for name, value in key.items() if value))
+    shapes = [] if given.shape is None else [tuple(given.shape)]
+    if given.model is not None and device.type == "cuda":
+        shapes += model.for_checks(_TOKENS)
     found, why = check_device(
-        device,
-        short=given.short,
-        ops=given.ops,
-        shape=None if given.shape is None else tuple(given.shape),
-        told=_tell,
+        device, short=given.short, ops=given.ops, shapes=shapes, told=_tell_verdict
     )
     bad = [verdict for verdict in found.values() if verdict.outcome != "ok"]
     print(f"{len(found)} kernels checked, {len(bad)} will not be used; {why or file_of(key)}")
@@ -53,7 +80,24 @@ def _run(given: argparse.Namespace) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device:
+def _tune(device: torch.device, shapes: ModelShapes) -> None:
+    if device.type == "cpu":
+        print("no CUDA device: races on the CPU are those of few tokens without gradients, in bf16")
+    tokens, repeats = (256, 15) if device.type == "cuda" else (64, 5)
+    found, why = tune_device(device, shapes, tokens=tokens, repeats=repeats, told=_tell_race)
+    if not found:
+        print("nothing to race: this device has one way for each product")
+        return
+    stored = why or file_of(device_key(device), "races")
+    print(f"{len(found)} races; selections follow them from now on; {stored}")
+
+
+def device_named(name: str | None) -> torch.device:
+    """Return the device of a name: by default the current one, without CUDA the CPU.
+
+    Raises:
+        RuntimeError: The device is not there.
+    """
     if name is None:
         name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -62,7 +106,14 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _tell(verdict: Verdict) -> None:
+def _tell_verdict(verdict: Verdict) -> None:
     time = f"{verdict.microseconds:9,.0f} us" if verdict.microseconds else ""
     name = f"{verdict.op} ({verdict.configuration})"
     print(f"{name:<56} {verdict.outcome:<8}{time} {verdict.detail}", flush=True)
+
+
+def _tell_race(race: Race) -> None:
+    shape = " x ".join(f"{size:,}" for size in race.shape)
+    times = ", ".join(f"{way} {time:,.0f} us" for way, time in race.microseconds.items())
+    until = f"up to {race.tokens} tokens" if race.tokens < 1 << 20 else "beyond"
+    print(f"{race.question:<14} {shape:<28} {until:<18} {race.winner:<12} {times}", flush=True)

@@ -10,7 +10,7 @@ from lightning_peft_kernels.nf4.packed import Packed4bit
 from lightning_peft_kernels.nf4.reference import quantize_4bit_reference
 from torch import Tensor
 
-__all__ = ["Pair", "Shape", "bits", "close", "packed_on", "randn", "to_device"]
+__all__ = ["Pair", "Shape", "bits", "close", "packed_on", "randn", "to_device", "wrong_by"]
 
 # Largest error against fp64, as a share of the largest value: two roundings of the dtype and the
 # order of sums.
@@ -86,3 +86,9 @@ def to_device(q: Packed4bit, device: torch.device) -> Packed4bit:
     """Return the same bytes on a device."""
     second, offset = (None if t is None else t.to(device) for t in q[2:])
     return Packed4bit(q.packed.to(device), q.absmax.to(device), second, offset)
+
+
+def wrong_by(got: Tensor, want: Tensor) -> str:
+    """Return by how much a result is farther from another way's than rounding explains, or ""."""
+    largest = float(want.double().abs().max()) if want.numel() else 0.0
+    return Pair("y", got, want, limit=2 * _LIMITS[got.dtype] * max(largest, 1e-30)).violation()

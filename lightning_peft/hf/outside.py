@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.modules import base_modules
-from lightning_peft.core.names import in_adapter, join
+from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
-from lightning_peft.hf.files import read_file
+from lightning_peft.hf.files import BATCHES, read_file
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.models import history
 
 __all__ = [
     "OUTSIDE",
     "OutsideModules",
     "outside_tensors",
     "read_outside",
-    "warn_of_new_parameters",
+    "trained_outside",
+    "warn_of_left_out",
 ]
 
 OUTSIDE = "trained_modules.safetensors"
@@ -48,13 +50,58 @@ def outside_tensors(
     return tensors, {_KEY: json.dumps(list(names))}
 
 
-def warn_of_new_parameters(model: nn.Module) -> None:
-    """Say which trained parameters belong to no module that a directory could hold."""
-    names = [join(prefix, name) for prefix, _, r in registries_in(model) for name in r.loose]
-    if names:
+def trained_outside(model: nn.Module) -> list[str]:
+    """Names of the modules outside of adapted roots that were trained in place: ``PEFT(root=)``.
+
+    A part that is frozen at the moment, such as an EMA teacher, is none of them.
+    """
+    outside = history.outside_tensors(model)
+    changed = outside.keys() & set(history.changed_base(model)) if outside else set[str]()
+    found: list[str] = []
+    for path, module in base_modules(model).items():
+        name = strip_compile(path)
+        if not name or f"{name}.".startswith(tuple(f"{n}." for n in found)):
+            continue
+        own = {join(name, n): t for n, t in history.base_tensors(module).items()}
+        parameters = {n for n, t in own.items() if isinstance(t, nn.Parameter)}
+        is_trained = bool(parameters) and parameters <= changed
+        is_trained |= not module._modules and bool(own.keys() & changed)
+        is_trained &= any(p.requires_grad for p in module.parameters())
+        if is_trained and own.keys() <= outside.keys():
+            found.append(name)
+    return found
+
+
+def warn_of_left_out(model: nn.Module, adapter_name: str, outside: Sequence[str]) -> None:
+    """Say which trained parameters, and which moved tensors of the base, no directory holds.
+
+    Args:
+        model: The model.
+        adapter_name: Name of the adapter.
+        outside: Names of the modules that are written beside the adapter.
+    """
+    loose = [join(prefix, name) for prefix, _, r in registries_in(model) for name in r.loose]
+    if loose:
         warnings.warn(
-            f"save_adapter: left out: {', '.join(names)}, trained in place; a checkpoint holds "
+            f"save_adapter: left out: {', '.join(loose)}, trained in place; a checkpoint holds "
             "them, or put them into a module of their own",
+            stacklevel=3,
+        )
+    saved = [
+        strip_compile(join(prefix, name))
+        for prefix, _, registry in registries_in(model)
+        if adapter_name in registry.adapters
+        for name in registry.adapters[adapter_name].modules_to_save
+    ]
+    written = tuple(f"{name}." for name in (*saved, *outside))
+    found = [n for n in history.changed_base(model) if n not in loose and not n.startswith(written)]
+    changed = [n for n in found if n.rpartition(".")[2] != BATCHES]
+    if changed:
+        warnings.warn(
+            f"save_adapter: left out: {len(changed)} tensors of the base that training changed, "
+            f"such as {', '.join(changed[:3])}; an adapter's directory has no place for them, so "
+            "the loaded model computes other values. A checkpoint holds them, merge_and_unload() "
+            "gives a model with them, and modules_to_save exports the modules it names",
             stacklevel=3,
         )
 

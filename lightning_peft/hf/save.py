@@ -25,7 +25,12 @@ from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.legacy_names import legacy_names
 from lightning_peft.hf.model_card import model_card
 from lightning_peft.hf.norm_layers import add_norm_layers
-from lightning_peft.hf.outside import OUTSIDE, outside_tensors, warn_of_new_parameters
+from lightning_peft.hf.outside import (
+    OUTSIDE,
+    outside_tensors,
+    trained_outside,
+    warn_of_left_out,
+)
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
 from lightning_peft.hf.targets import compact, misread_names, model_root
@@ -123,7 +128,8 @@ def save_adapter(
         config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     metadata = provenance_of(model, adapter_name, strip_compile(prefix))
-    warn_of_new_parameters(model)
+    outside += trained_outside(model)
+    warn_of_left_out(model, adapter_name, outside)
     if outside:
         write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
     card = model_card(top, method, config, _storage_label(model, adapter_name), metrics or {})

@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.modules import base_modules, is_conv1d, tied_modules
+from lightning_peft.core.modules import (
+    base_modules,
+    is_conv1d,
+    require_module,
+    tied_modules,
+)
 from lightning_peft.core.name_patterns import ends_with_pattern, fullmatch
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
@@ -38,6 +43,7 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
     Raises:
         ValueError: `root` is no module of `model`.
     """
+    require_module(model)
     if root is not None:
         try:
             return root, model.get_submodule(root)

@@ -24,7 +24,14 @@ from lightning_peft.layers.acting import acting_adapters
 from lightning_peft.layers.adapted_state import ActiveAdapters, AdaptedState
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.block import BlockAdapter, apply_block
-from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch, without_mixed_batch
+from lightning_peft.layers.direct_forward import bind_direct
+from lightning_peft.layers.group_outputs import output_of_group
+from lightning_peft.layers.mixed_batch import (
+    MixedBatch,
+    any_mixed_batch,
+    current_mixed_batch,
+    without_mixed_batch,
+)
 from lightning_peft.layers.outside_reads import read_effective
 from lightning_peft.layers.prompt.forward import forward_names, forward_with_prompt
 from lightning_peft.layers.router_adapter import forward_routed
@@ -80,6 +87,10 @@ class Adapted(Swapped):
         state.telemetry.forward_ran = True
         if torch.is_grad_enabled():
             state.telemetry.ran_in_graph = True
+        if not state.has_no_direct and not kwargs and len(args) == 1:
+            y = _forward_directly(self, state, args[0])
+            if y is not None:
+                return y
         active = acting_adapters(self)
         mix = current_mixed_batch()
         if mix is not None:
@@ -96,6 +107,20 @@ class Adapted(Swapped):
         if not active.edits and not active.blocks:
             return run(*args, **kwargs)
         return _forward(self, run, active.edits, active.blocks, args, kwargs)
+
+
+def _forward_directly(module: Adapted, state: AdaptedState, x: Any) -> Tensor | None:
+    """Return the output by the short way; None if the general way is to be taken."""
+    if torch.compiler.is_compiling() or any_mixed_batch():
+        return None
+    direct = state.direct
+    if direct is None or not direct.fits(module):
+        direct = state.direct = bind_direct(module, state.ops, state.active)
+        if direct is None:
+            state.has_no_direct = True
+            return None
+    y = output_of_group(module, x)
+    return direct.run(module, x) if y is None else y
 
 
 def _forward(
@@ -243,6 +268,7 @@ def refresh(module: Adapted) -> None:
     active = state.active
     active.replace(a for name in active.acting_names() for a in adapters_of(module, name))
     state.choices.clear()
+    state.direct, state.has_no_direct = None, False
     entries, known = module.peft._modules, state.known
     if entries == known:
         return

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_peft.layers.adapter import Adapter
     from lightning_peft.layers.block import BlockAdapter
     from lightning_peft.layers.copy_adapter import CopyAdapter
+    from lightning_peft.layers.direct_forward import DirectForward
     from lightning_peft.layers.projection_group import ProjectionGroup
     from lightning_peft.layers.prompt.adapter import PromptAdapter
     from lightning_peft.layers.router_adapter import RouterAdapter
@@ -122,6 +123,8 @@ class AdaptedState:
         prompt_lengths: (prompt positions, text positions) of this thread's last forward, handed to
             the hook that removes the prompt from the output of a custom model.
         projection_group: The layers that read one input with this layer; None if there are none.
+        direct: The short way through the layer; None if it has none or is not bound yet.
+        has_no_direct: Whether binding it found that there is none. `refresh` asks again.
         fast_path_guard: An empty hook that keeps `nn.TransformerEncoderLayer` off its fused eval
             path, which would bypass the adapter. `release` removes it.
     """
@@ -139,6 +142,8 @@ class AdaptedState:
         default_factory=lambda: PerThread(_no_lengths)
     )
     projection_group: ProjectionGroup | None = None
+    direct: DirectForward | None = None
+    has_no_direct: bool = False
     fast_path_guard: RemovableHandle | None = None
 
 

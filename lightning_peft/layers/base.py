@@ -25,8 +25,8 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.layers.base_forward import run_base
 from lightning_peft.layers.fused_forward import forward_fused
+from lightning_peft.layers.group_outputs import output_of_group
 from lightning_peft.layers.mixed_batch import MixedBatch, current_mixed_batch
-from lightning_peft.layers.projection_group import output_of_group
 from lightning_peft.layers.weight_adapter import WeightAdapter, check_replaced
 
 __all__ = ["MatrixOps"]
@@ -81,6 +81,11 @@ class MatrixOps(LayerOps):
     def features_last(self) -> bool:
         """Whether inputs are [..., in_features], so that a rotation can act on them."""
         return "rotation" in self.on_activations
+
+    @property
+    def is_one_product(self) -> bool:
+        """Whether the kind is linear and leaves `forward` as it is."""
+        return self.is_linear and type(self).forward is MatrixOps.forward
 
     # ---- actions
     @contextmanager

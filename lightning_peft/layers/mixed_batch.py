@@ -29,6 +29,7 @@ __all__ = [
     "Choices",
     "Hooks",
     "MixedBatch",
+    "any_mixed_batch",
     "batch_facts",
     "chosen_adapters",
     "current_choices",
@@ -198,6 +199,11 @@ class _Scopes:
 _current: ContextVar[MixedBatch | None] = ContextVar("mixed_batch", default=None)
 _recomputation: ContextVar[_Recomputation | None] = ContextVar("recomputation", default=None)
 _scopes = _Scopes()
+
+
+def any_mixed_batch() -> bool:
+    """Whether any thread may have a mixed batch or a choice of its own; False costs one call."""
+    return _scopes.exist
 
 
 def current_mixed_batch() -> MixedBatch | None:

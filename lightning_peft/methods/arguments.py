@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_origin
 
+from lightning_peft.core.value_types import argument_types, describe, fits
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.refused import REFUSED_OPTIONS
 
@@ -19,8 +19,6 @@ M = TypeVar("M", bound=type[Method])
 #: Arguments that every method has: listed last.
 _LAST = ("target_modules", "exclude_modules", "layers_to_transform")
 _TOO_LARGE = 1 << 63
-#: Annotations that are checked → how the message calls them.
-_NUMBERS = {"int": "a whole number", "float": "a number"}
 #: Arguments of other libraries → how the choice is written here.
 _ELSEWHERE = {
     "use_dora": "DoRA(...)",
@@ -48,7 +46,7 @@ def checked_arguments(cls: M) -> M:
 
 
 def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise TypeError for an unknown argument, or for another thing than a number in its place.
+    """Raise TypeError for an unknown argument, or for a value of another type.
 
     Raises:
         ValueError: an integer that no tensor size can have, in patterns too.
@@ -59,18 +57,15 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         if name not in known:
             raise TypeError(_unknown(cls, name, value, list(known)))
     positional = [f.name for f in fields if not f.kw_only]
+    wanted = argument_types(cls)
     for name, value in {**dict(zip(positional, args, strict=False)), **kwargs}.items():
-        if not _is_of_kind(value, str(known[name].type)):
-            form = f"{name}={known[name].default}"
-            if isinstance(value, float) and value.is_integer():
-                form = f"{name}={int(value)}"
-            elif isinstance(value, str) and name not in kwargs and "target_modules" in known:
-                form = f"target_modules={value!r}"
+        annotation = wanted.get(name)
+        _check_pattern(cls, name, annotation, value)
+        if not fits(value, annotation):
             raise TypeError(
-                f"{cls.__name__}: expected {_NUMBERS[str(known[name].type)]} for {name}, got "
-                f"{value!r}; write {cls.__name__}({form})"
+                f"{cls.__name__}: expected {describe(annotation)} for {name}, got {value!r}; "
+                f"write {cls.__name__}({_right_form(known[name], value, name in kwargs, known)})"
             )
-        _check_pattern(cls, name, str(known[name].type), value)
         for number in value.values() if isinstance(value, Mapping) else [value]:
             if type(number) is int and abs(number) >= _TOO_LARGE:
                 raise ValueError(
@@ -79,23 +74,31 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
                 )
 
 
-def _is_of_kind(value: object, annotation: str) -> bool:
-    """Whether a value fits a field of numbers; True for other fields. True is no number."""
-    if annotation not in _NUMBERS:
-        return True
-    kind = numbers.Integral if annotation == "int" else numbers.Real
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _right_form(
+    field: dataclasses.Field[Any], value: object, named: bool, known: Mapping[str, Any]
+) -> str:
+    """Return an argument as it should be written: the value given, if it tells what was meant."""
+    if isinstance(value, float) and value.is_integer():
+        return f"{field.name}={int(value)}"
+    if isinstance(value, str) and not named and "target_modules" in known:
+        return f"target_modules={value!r}"
+    if isinstance(field.default_factory, type):
+        return f"{field.name}={field.default_factory()!r}"
+    if field.default is dataclasses.MISSING:
+        return f"{field.name}=..."
+    return f"{field.name}={field.default!r}"
 
 
-def _check_pattern(cls: type[Method], name: str, annotation: str, value: object) -> None:
+def _check_pattern(cls: type[Method], name: str, annotation: Any, value: object) -> None:
     """Raise TypeError where a pattern gives a layer something else than a number."""
-    inner = annotation.removeprefix("dict[str, ").removesuffix("]")
-    if inner == annotation or not isinstance(value, Mapping):
+    inner = get_args(annotation)[-1:] if get_origin(annotation) is dict else ()
+    if not inner or inner[0] not in (int, float) or not isinstance(value, Mapping):
         return
     for layer, number in value.items():
-        if not _is_of_kind(number, inner):
+        if not fits(number, inner[0]):
             raise TypeError(
-                f"{cls.__name__} {name}: expected {_NUMBERS[inner]} for {layer!r}, got {number!r}"
+                f"{cls.__name__} {name}: expected {describe(inner[0])} for {layer!r}, got "
+                f"{number!r}"
             )
 
 

@@ -101,9 +101,10 @@ class Targeted(Method):
     """Which modules.
 
     Attributes:
-        target_modules: ``"all-linear"`` (without the output head), suffixes, or a regular
-            expression of full names; None means the architecture's usual choice.
-        exclude_modules: Suffixes or a regular expression.
+        target_modules: ``"all-linear"`` (without the output head), suffixes, a part of a
+            vision-language model (``"language"``, ``"vision"``, ``"language+vision"``), or a
+            regular expression of full names; None means the architecture's usual choice.
+        exclude_modules: Suffixes, a part, or a regular expression.
         layers_to_transform: Numbers of the blocks; None means all.
     """
 
@@ -118,6 +119,11 @@ class WeightMethod(Targeted):
 
     #: Dtype in which `initialise` gets the weight; None for the stored one, without a copy.
     start_dtype: ClassVar[torch.dtype | None] = torch.float32
+
+    @property
+    def edit_refers_to_tensors(self) -> bool:
+        """Whether `edit` only arranges the adapter's tensors and fixed numbers."""
+        return False
 
     def check(self, site: Site) -> None:
         """Raise ValueError where the method has no meaning at this site; nothing is changed yet."""
@@ -345,6 +351,26 @@ class SequenceMethod(Targeted):
             batch: Rows of the batch.
         """
         return self.prompt_embeddings(module, site)
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the output holds the positions of a prompt too."""
+        return False
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not SequenceMethod.after_step
+
+    def penalty(self, ctx: StepContext) -> Tensor | None:
+        """None: no sequence method adds to the loss."""
+        return None
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Called when gradients of a step are complete, before clipping."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Called after the optimizer's step, gradients still there."""
 
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Make `prompt_embeddings` return `table`.

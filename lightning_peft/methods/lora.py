@@ -323,6 +323,11 @@ class LoRA(WeightMethod):
                 p[name] = value.clone(memory_format=torch.contiguous_format)
         return base
 
+    @property
+    def edit_refers_to_tensors(self) -> bool:
+        """True for LoRA's own `edit`; a method that derives from it may compute its edit."""
+        return type(self).edit is LoRA.edit and not self.lora_bias
+
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """W + s B A, b + s bias_B; a packed base cannot take B₀A₀ out of itself, so that the change
         is B A − B₀A₀ there.

@@ -27,6 +27,7 @@ from lightning_peft.storage.dtensor import is_sharded, local
 __all__ = [
     "ModelHistory",
     "base_tensors",
+    "changed_base",
     "histories_in",
     "move_history",
     "not_finite_at_start",
@@ -207,8 +208,7 @@ def note_moved(model: nn.Module) -> None:
     """
     sharded = False
     for _, module, history in histories_in(model):
-        own = base_tensors(module)
-        tensors = _watched(module, {n: t for n, t in own.items() if n not in history.kept})
+        tensors = _not_kept(module, history)
         sharded = sharded or any(is_sharded(t) for t in tensors.values())
         history.kept |= set(changed_tensors(history.content, tensors))
     if sharded and dist.is_available() and dist.is_initialized():
@@ -216,6 +216,25 @@ def note_moved(model: nn.Module) -> None:
             found: list[set[str]] = [set()] * dist.get_world_size()
             dist.all_gather_object(found, history.kept)
             history.kept = set().union(*found)
+
+
+def _not_kept(module: nn.Module, history: ModelHistory) -> dict[str, Tensor]:
+    """Return the watched tensors of a module that files do not hold yet."""
+    own = base_tensors(module)
+    return _watched(module, {n: t for n, t in own.items() if n not in history.kept})
+
+
+def changed_base(model: nn.Module) -> list[str]:
+    """Return canonical names of tensors of the base that no longer are as the module's code made
+    them: trained, owned by an optimizer, read from a file, or moved.
+
+    Nothing is noted. Tensors under FSDP2 are compared by the rows of this process.
+    """
+    found = set(tensors_to_keep(model))
+    for prefix, module, history in histories_in(model):
+        changed = changed_tensors(history.content, _not_kept(module, history))
+        found |= {join(strip_compile(prefix), name) for name in changed}
+    return [name for name in base_tensors(model) if name in found]
 
 
 def tensors_to_keep(model: nn.Module) -> dict[str, Tensor]:

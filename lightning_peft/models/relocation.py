@@ -55,6 +55,15 @@ def _prefixes(model: nn.Module) -> tuple[str, str]:
             old.pop()
             new.pop()
         found.add((".".join(old), ".".join(new)))
+    copies = sorted({new for former, new in found if new != former})
+    if len(found) > 1 and len(copies) < len(found):
+        raise RuntimeError(
+            f"{type(model).__name__}: expected every adapted module once, found copies of them "
+            f"under {copies}, made after adapters were attached; delete the copies (del "
+            f"module.{copies[0]}) to save or merge what was trained. To train with a copy (a "
+            "teacher), make it in __init__ or setup(), before adapters are attached, or keep it "
+            "where PyTorch does not look for modules: self.copies = [copy.deepcopy(net)]"
+        )
     if len(found) != 1:
         raise RuntimeError(
             f"{type(model).__name__}: expected the adapted net as one part, found its modules "

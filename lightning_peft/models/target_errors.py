@@ -36,6 +36,10 @@ def no_match(
         f"{target_modules!r}, which matches none"
     )
     given = target_modules if isinstance(target_modules, str) else ""
+    if target_modules is not None and not target_modules:
+        text += "; name layers, or leave target_modules out for the usual layers of the model"
+    if not given and list(target_modules or ()) == ["all-linear"]:
+        text += "; write target_modules='all-linear', without a list"
     if given != "all-linear" and get_close_matches(given, ["all-linear"], 1, 0.8):
         text += "; did you mean 'all-linear'?"
     if unfit:
@@ -51,6 +55,8 @@ def no_match(
     names = [n for n, m in modules if n and adaptable(m)]
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
     near = [x for w in wanted for x in nearest_names(w.rpartition(".")[2] or w, names)]
+    if not wanted:  # all that the rule selects is left out
+        return text
     return (
         f"{text}; nearest names: "
         f"{', '.join(list(dict.fromkeys(near))[:8]) or 'no layer of this model can be adapted'}"

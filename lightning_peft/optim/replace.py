@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from difflib import get_close_matches
 from functools import wraps
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_peft.optim.optimizers import (
 from lightning_peft.optim.state_conversion import pack
 from lightning_peft.optim.wrappers import unwrap_optimizer
 
-__all__ = ["OPTIMIZERS", "convert_optimizer"]
+__all__ = ["OPTIMIZERS", "check_optimizer_name", "convert_optimizer"]
 
 OPTIMIZERS: dict[str, type[PooledOptimizer]] = {
     "adamw_8bit": AdamW8bit,
@@ -46,9 +47,13 @@ def convert_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
         TypeError: an optimizer of another family.
     """
     optimizer = unwrap_optimizer(optimizer)
-    target = OPTIMIZERS.get(name)
-    if target is None:
-        raise ValueError(f"optimizer: expected one of {sorted(OPTIMIZERS)}, got {name!r}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"convert_optimizer: expected an optimizer, got {type(optimizer).__name__}; give what "
+            "configure_optimizers creates"
+        )
+    check_optimizer_name(name)
+    target = OPTIMIZERS[name]
     _check(optimizer, name)
     states = {p: pack(s, list(target.FIELDS)) for p, s in optimizer.state.items() if s}
     for group in optimizer.param_groups:
@@ -64,6 +69,16 @@ def convert_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
     optimizer._patch_step_function()  # else step hooks of the new class never fire
     if scheduled:
         _count_steps(optimizer)
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raise ValueError, with the nearest name, unless there is an optimizer of that name."""
+    if name not in OPTIMIZERS:
+        near = get_close_matches(str(name), OPTIMIZERS, 1)
+        raise ValueError(
+            f"optimizer: expected one of {sorted(OPTIMIZERS)}, got {name!r}"
+            f"{f'; did you mean {near[0]!r}?' if near else ''}"
+        )
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str | None:

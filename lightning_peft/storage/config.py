@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_peft.core.value_types import require_fit
+
 __all__ = ["Quantization", "StorageConfig"]
 
 
@@ -30,19 +32,21 @@ class Quantization(StorageConfig):
             weight at 64. 4 bit only.
         compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: dtype that weights are
             dequantised to; None means the dtype they had.
-        compute: ``"auto"``, or ``"fp8"`` for e4m3 products with the frozen base on chips that
-            have them.
+        compute: ``"auto"``; ``"fp8"`` for e4m3 products with the frozen base on chips that have
+            them; ``"bf16"`` for bf16 products with it wherever no gradient is needed (generation in
+            an fp32 model). 4 bit only.
         exclude_modules: Suffixes of layers that stay dense, in addition to the output head.
 
     Raises:
         ValueError: an unknown kind, block size or dtype.
+        TypeError: `double_quant` or `exclude_modules` of another type.
     """
 
     kind: Literal["nf4", "fp4", "int8"] = "nf4"
     block_size: int = 64
     double_quant: bool = True
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    compute: Literal["auto", "fp8"] = "auto"
+    compute: Literal["auto", "fp8", "bf16"] = "auto"
     exclude_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +54,11 @@ class Quantization(StorageConfig):
         _one_of("kind", self.kind, ("nf4", "fp4", "int8"))
         _one_of("block_size", self.block_size, tuple(2**i for i in range(5, 13)))
         _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16", "float16", None))
-        _one_of("compute", self.compute, ("auto", "fp8"))
+        _one_of("compute", self.compute, ("auto", "fp8", "bf16"))
+        require_fit("Quantization", "double_quant", self.double_quant, bool, "double_quant=True")
+        names = self.exclude_modules
+        form = f"[{names!r}]" if isinstance(names, str) else "a list"
+        require_fit("Quantization", "exclude_modules", names, list[str] | None, form)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

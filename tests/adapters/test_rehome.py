@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,14 @@ def test_the_file_of_a_part_is_that_of_the_part(part: str, tmp_path: Path) -> No
     ours, theirs = fresh.get_submodule(part).eval(), shared.get_submodule(part).eval()
     assert_same_bits("loaded", ours(X).detach(), theirs(X).detach())
     lp.load_checkpoint(theirs, tmp_path / "a.ckpt")
+
+
+def test_a_copy_made_after_attaching_is_named(tmp_path: Path) -> None:
+    stage = Stage(net())
+    lp.attach(stage, LORA)
+    stage.teacher = copy.deepcopy(stage.net)
+    for call in (lp.merge, lambda m: lp.save_checkpoint(m, tmp_path / "last.ckpt")):
+        with pytest.raises(RuntimeError, match=r"copies of them under \['teacher'\].*del module"):
+            call(stage)
+    del stage.teacher
+    lp.save_checkpoint(stage, tmp_path / "last.ckpt")  # nothing of the training is lost

@@ -260,3 +260,13 @@ def test_a_copy_of_a_merged_model_is_unmerged_alone(copied, quantization) -> Non
     assert_same_bits("the original", logits(model), merged)
     lp.unmerge(model)
     assert_same_bits("both", logits(model), adapted)
+
+
+def test_weights_that_were_tied_are_named() -> None:
+    model = llama(tie_word_embeddings=True)
+    lp.attach(model, lp.LoRA(r=2, target_modules=["lm_head", "q_proj"]))
+    randomise(model)
+    before = logits(model)
+    with pytest.warns(UserWarning, match="embed_tokens.weight, lm_head.weight were tied, and the"):
+        lp.merge_and_unload(model)
+    assert_close("logits", logits(model), before)

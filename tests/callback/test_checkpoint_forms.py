@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_peft import (
     IA3,
     PEFT,
+    LoRA,
     Quantization,
     attach,
     load_checkpoint,
@@ -129,3 +131,39 @@ def test_what_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
 def test_the_form_is_in_the_file(tmp_path: Path) -> None:
     run(tmp_path, Plain(), 1)
     assert "form" not in torch.load(tmp_path / "last.ckpt", weights_only=True)[KEY]
+
+
+class Tied(Plain):
+    """Its first and last layers share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+        self.net[2].weight = self.net[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"method": LoRA(r=2, target_modules=["2"])}, True),
+        ({"method": LoRA(r=2, target_modules=["0", "2"])}, True),
+        ({"method": LoRA(r=2, target_modules=["3"]), "modules_to_save": ["0"]}, True),
+        ({"method": LoRA(r=2, target_modules=["3"]), "modules_to_save": ["0", "2"]}, False),
+        ({"method": LoRA(r=2, target_modules=["3"])}, False),
+    ],
+)
+def test_merged_weights_that_were_tied(
+    options: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    model = in_package(Tied)()
+    callback = PEFT(**options, checkpoint="merged", report=False)
+    if refused:
+        with pytest.raises(ValueError, match=r"net.0.weight, net.2.weight apart; a fresh Tied"):
+            trainer(callback, folder=tmp_path).fit(model)
+        return
+    trainer(callback, folder=tmp_path).fit(model)
+    fresh = in_package(Tied).load_from_checkpoint(tmp_path / "last.ckpt")
+    torch.testing.assert_close(outputs(fresh), outputs(model))

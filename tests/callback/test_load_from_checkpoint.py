@@ -17,6 +17,7 @@ from lightning_peft import (
     load_adapter_state_dict,
     load_checkpoint,
     load_from_checkpoint,
+    save_adapter,
 )
 from tests.helpers.lightning_package import in_package, pl
 from tests.helpers.nets import Plain, adapters_of, assert_same, lora, peft, trainer
@@ -137,3 +138,19 @@ def test_another_class_is_named(tmp_path: Path) -> None:
     path = written(Plain(), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"a\.ckpt: expected .*got Unlike.*class and arguments"):
         load_from_checkpoint(in_package(Unlike), path)
+
+
+def test_other_things_than_a_class_and_a_file(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    attach(net, lora())
+    save_adapter(net, tmp_path / "adapter")
+    for given, match in (
+        ((Plain(), "last.ckpt"), r"got an instance of Plain; .*load_checkpoint\(model, path\)"),
+        ((nn.Linear, "last.ckpt"), "got Linear; .*build a plain model, attach its adapters"),
+        (("last.ckpt", Plain), "a LightningModule class, got 'last.ckpt'"),
+        ((Plain, 5), "expected a path, got 5"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            load_from_checkpoint(*given)
+    with pytest.raises(ValueError, match=r"a directory of save_adapter .*load_adapter\(module, d"):
+        load_from_checkpoint(Plain, tmp_path / "adapter")

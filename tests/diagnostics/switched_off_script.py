@@ -69,7 +69,9 @@ def main() -> None:
     rank_gradients_triton._gradients_kernel = Refused()
     dequantize_triton._dequantize_kernel = Wrong(dequantize_triton._dequantize_kernel)
     ops = ("dequantize_4bit", "rank_gradients", "seeded_dropout")
-    verdicts = [v for _, v in run_request(Request("cpu", (80, 128, 20), ops, short=True)) if v]
+    verdicts = [
+        v for _, _, v in run_request(Request("cpu", ((80, 128, 20),), ops, short=True)) if v
+    ]
     outcomes = {(v.op, v.configuration): v.outcome for v in verdicts}
     assert outcomes == {
         ("dequantize_4bit", "float16"): "wrong",

@@ -25,6 +25,7 @@ from lightning_peft_kernels.verdicts import (
 from lightning_peft.__main__ import main
 from lightning_peft.diagnostics import check_runner
 from lightning_peft.diagnostics.check_runner import OPS, check_device, ensure_checked
+from lightning_peft.diagnostics.check_worker import Request
 from lightning_peft.diagnostics.kernel_checks import kernel_checks
 from lightning_peft.diagnostics.pairs import Pair, Shape, bits, close
 
@@ -121,12 +122,11 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_verdicts_hold(cache: Pa
 def test_two_at_once_check_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs, both = [], threading.Barrier(2)
 
-    def check(device: torch.device, *, short: bool) -> tuple[check_runner.Verdicts, str]:
-        runs.append(short)
-        found = {("scale", "float16"): GOOD}
-        return found, store_verdicts(device_key(device), found)
+    def check(request: Request, *given: object) -> check_runner.Verdicts:
+        runs.append(request.short)
+        return {("scale", "float16"): GOOD}
 
-    monkeypatch.setattr(check_runner, "check_device", check)
+    monkeypatch.setattr(check_runner, "_check", check)
     found = []
 
     def ask() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import lightning_peft as lp
+from lightning_peft.models.history import start_history
 from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.peft_exchange import in_peft, randomise
 
@@ -107,4 +108,55 @@ def test_another_adapter_name_is_named(tmp_path) -> None:
     model = Net(encoder())
     lp.attach(model, lp.LoRA(r=2), adapter_name="mine")
     with pytest.raises(KeyError, match="give adapter_name='mine'"):
+        lp.save_adapter(model, tmp_path)
+
+
+class Around(nn.Module):
+    """A net of which only `enc` is adapted; the rest is trained in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.enc = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.head = nn.Linear(8, 3)
+        self.teacher = nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.enc(x) + self.teacher(x))
+
+
+def trained_in_place(part: str) -> Around:
+    model = Around()
+    start_history(model)
+    lp.attach(model.enc, lp.LoRA(r=2, target_modules=["0"]))
+    start_history(model)
+    randomise(model)
+    model.enc.eval()
+    with torch.no_grad():
+        for tensor in (*model.get_submodule(part).parameters(),) if part else ():
+            tensor.add_(1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("part", ["", "head"])
+def test_modules_outside_of_the_root_come_back(part: str, tmp_path, recwarn) -> None:
+    model = trained_in_place(part)
+    lp.save_adapter(model, tmp_path)
+    assert not [w for w in recwarn if "left out" in str(w.message)]
+    assert (tmp_path / "trained_modules.safetensors").exists() == bool(part)
+    fresh = Around().eval()
+    lp.load_adapter(fresh, tmp_path)
+    x = torch.randn(4, 8)
+    assert_same_bits("loaded", fresh.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("part", ["teacher", "enc.1"])
+def test_what_a_directory_cannot_hold_is_named(part: str, tmp_path) -> None:
+    model = trained_in_place("")
+    with torch.no_grad():
+        if part == "teacher":  # an average of the student, never trained itself
+            model.teacher.weight.add_(1)
+        else:
+            model.enc.train()(torch.randn(4, 8))
+    with pytest.warns(UserWarning, match=rf"left out: \d tensors .*{part}\."):
         lp.save_adapter(model, tmp_path)

@@ -17,6 +17,7 @@ from lightning_peft_kernels import (
 )
 from lightning_peft_kernels.dropout import ops as dropout_ops
 from lightning_peft_kernels.lora import selection as lora_selection
+from lightning_peft_kernels.nf4 import linear
 from lightning_peft_kernels.nf4 import selection as nf4_selection
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
@@ -34,8 +35,15 @@ def seen(monkeypatch):
         found.append((op, backend or current_backend()))
         return select(op, device, dtype, backend, detail)
 
+    select_product = nf4_selection.select_product
+
+    def spy_on_products(device, dtype, tokens, shape, backend=None, *more, **options):
+        found.append(("product", backend or current_backend()))
+        return select_product(device, dtype, tokens, shape, backend, *more, **options)
+
     for module in (dispatch, nf4_selection, lora_selection):
         monkeypatch.setattr(module, "select", spy)
+    monkeypatch.setattr(linear, "select_product", spy_on_products)
     return found
 
 

@@ -29,8 +29,8 @@ from lightning_peft import (
     set_adapter,
     unmerge,
 )
-from lightning_peft.layers import projection_group
 from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.layers.group_outputs import HAND_OFF
 from lightning_peft.methods.base import Method
 from lightning_peft.models.shared_inputs import children_sharing_input
 from tests.helpers.dispatch import group_projections
@@ -98,7 +98,7 @@ def build(cls: type[Attention] = Attention, method: Method | None = None, **kwar
 def _as_found() -> Iterator[None]:
     yield
     group_projections(None)
-    projection_group._thread.pending = None
+    HAND_OFF.pending = None
 
 
 @pytest.fixture
@@ -374,14 +374,14 @@ def test_nothing_is_kept() -> None:
     x = torch.randn(3, K)
     seen = weakref.ref(x)
     model(x)
-    assert projection_group._thread.pending is None
+    assert HAND_OFF.pending is None
     del x
     gc.collect()
     assert seen() is None
     model.q(torch.randn(3, K))  # a forward that ends early
-    assert projection_group._thread.pending is not None
+    assert HAND_OFF.pending is not None
     model.o(torch.randn(3, 80))  # the next adapted layer anywhere
-    assert projection_group._thread.pending is None
+    assert HAND_OFF.pending is None
 
 
 def test_copies_and_pickles_run_alone_and_hold_no_other_layer(calls: list[int]) -> None:

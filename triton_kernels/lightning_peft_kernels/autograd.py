@@ -27,6 +27,8 @@ __all__ = [
     "gradients_of",
     "in_functorch_transform",
     "is_double_backward",
+    "is_plain_eager",
+    "scaled_linear",
     "unflatten_rows",
 ]
 
@@ -100,6 +102,15 @@ def in_functorch_transform() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def is_plain_eager(device: str) -> bool:
+    """Whether neither compilation, nor autocast on `device`, nor a `torch.func` transform is on."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled(device)
+        or torch.compiler.is_compiling()
+    )
+
+
 def is_double_backward() -> bool:
     """Inside a backward: whether autograd records it. A compiled backward is never recorded."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -164,6 +175,16 @@ def unflatten_rows(y: Tensor, like: Tensor) -> Tensor:
         return y
     unviewed: Tensor = torch.ops.aten._unsafe_view(y, (*like.shape[:-1], y.shape[-1]))
     return unviewed
+
+
+def scaled_linear(x: Tensor, A: Tensor, scaling: float) -> Tensor:
+    """Compute ``scaling · x Aᵀ`` [M, R] of x [M, K] and A [R, K] in one launch, rounded once."""
+    if scaling == 1.0:
+        return torch.nn.functional.linear(x, A)
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.linear(x, A) * scaling
+    # With β = 0 the first argument is not read.
+    return torch.addmm(x.new_empty(()), x, A.mT, beta=0, alpha=scaling)
 
 
 def add_maybe_inplace(y: Tensor, other: Tensor) -> Tensor:

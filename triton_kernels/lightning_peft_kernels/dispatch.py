@@ -12,7 +12,7 @@ which autograd may run in another thread.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import torch
 
 from lightning_peft_kernels.chips import chip_of
 from lightning_peft_kernels.launch import attempt, failure
+from lightning_peft_kernels.races import Question, measured
 
 __all__ = [
     "Backend",
@@ -30,6 +31,7 @@ __all__ = [
     "checkpoint_contexts",
     "configuration",
     "current_backend",
+    "fastest",
     "run",
     "select",
     "triton_available",
@@ -46,14 +48,14 @@ class Decision:
 
     Attributes:
         backend: ``"triton"`` or ``"torch"``. Products with a packed base use ``"fused"``,
-            ``"bitsandbytes"``, ``"dequantize"``, ``"scaled_mm"``, ``"scaled_rows"`` or
+            ``"bitsandbytes"``, ``"bf16"``, ``"dequantize"``, ``"scaled_mm"``, ``"scaled_rows"`` or
             ``"emulated"``; layers that share an input use ``"grouped"`` or ``"apart"``.
         reason: One clause for the report.
     """
 
     backend: Literal[
-        "triton", "torch", "fused", "bitsandbytes", "dequantize", "scaled_mm", "scaled_rows",
-        "emulated", "grouped", "apart",
+        "triton", "torch", "fused", "bitsandbytes", "bf16", "dequantize", "scaled_mm",
+        "scaled_rows", "emulated", "grouped", "apart",
     ]  # fmt: skip
     reason: str
 
@@ -148,6 +150,28 @@ def select(
     if requested == "triton":
         raise RuntimeError(f"{op}: expected a device for Triton, got {blocked}; use kernels='auto'")
     return Decision("torch", blocked)
+
+
+def fastest(
+    question: Question,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    tokens: int,
+) -> Decision | None:
+    """Return what `check --tune` found fastest on this device; None if it was not measured.
+
+    Args:
+        question: What is chosen.
+        device: Device of x.
+        dtype: Dtype of x.
+        shape: Shape of the question, see `races.Race`.
+        tokens: Rows of x; the next larger number that was measured decides.
+    """
+    for most, winner, reason in measured(question, device, dtype, shape):
+        if tokens <= most:
+            return Decision(winner, f"{tokens} tokens, {reason}")  # type: ignore[arg-type]
+    return None
 
 
 def configuration(dtype: torch.dtype, detail: str = "") -> str:

@@ -10,20 +10,34 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-__all__ = ["Verdict", "device_key", "file_of", "read_verdicts", "store_verdicts", "verdict_lock"]
+__all__ = [
+    "Key",
+    "Verdict",
+    "device_key",
+    "file_of",
+    "read_entries",
+    "read_verdicts",
+    "store_entries",
+    "store_verdicts",
+    "verdict_lock",
+]
 
 Key = dict[str, str]
+Kind = Literal["kernels", "races"]
+# Kind of file → name of its list.
+_FIELDS: dict[Kind, str] = {"kernels": "verdicts", "races": "races"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Verdict:
 def device_key(device: torch.device) -> Key:
     """Return what a verdict depends on besides op and configuration."""
     key = {
-        "device": "cpu, interpreted",
+        "device": f"cpu, {_cpu_name()}",
         "capability": "",
         "driver": "",
         "torch": torch.__version__,
@@ -64,6 +78,17 @@ def device_key(device: torch.device) -> Key:
         key["capability"] = architecture or f"{properties.major}.{properties.minor}"
         key["driver"] = str(driver())
     return key
+
+
+@cache
+def _cpu_name() -> str:
+    """Return the model of the CPU, as Linux tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        text = ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return next(filter(None, names), platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str:
@@ -86,34 +111,19 @@ def _hash_of_sources() -> str:
     return found.hexdigest()[:16]
 
 
-def file_of(key: Key) -> Path:
+def file_of(key: Key, what: Kind = "kernels") -> Path:
     """Return the file of a key, in ``$LIGHTNING_PEFT_CACHE`` or the user's cache folder."""
     folder = os.environ.get("LIGHTNING_PEFT_CACHE")
     if folder is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(home) / "lightning_peft")
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / f"kernels-{name}.json"
+    return Path(folder) / f"{what}-{name}.json"
 
 
 def read_verdicts(key: Key) -> dict[tuple[str, str], Verdict]:
     """Return the verdicts stored for a key, by op and configuration."""
-    path = file_of(key)
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        if stored["key"] != key:
-            raise ValueError(f"it belongs to {stored['key']}")
-        found = [Verdict(**entry) for entry in stored["verdicts"]]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        warnings.warn(
-            f"{path}: expected verdicts on kernels for {key['device']}, got a file that cannot be "
-            f"used ({error}); its kernels count as unchecked. Delete it and run "
-            "`python -m lightning_peft check`.",
-            stacklevel=2,
-        )
-        return {}
+    found = [Verdict(**entry) for entry in read_entries(key, "kernels", Verdict)]
     return {(verdict.op, verdict.configuration): verdict for verdict in found}
 
 
@@ -122,8 +132,42 @@ def store_verdicts(key: Key, found: Mapping[tuple[str, str], Verdict]) -> str:
 
     Hold `verdict_lock` from reading to storing, so that two processes lose nothing.
     """
-    path = file_of(key)
-    text = json.dumps({"key": key, "verdicts": [asdict(v) for v in found.values()]}, indent=1)
+    return store_entries(key, "kernels", [asdict(verdict) for verdict in found.values()])
+
+
+def read_entries(key: Key, what: Kind, build: Callable[..., object] = dict) -> list[dict[str, Any]]:
+    """Return what is stored for a key; nothing from a file that cannot be used, with a warning.
+
+    Args:
+        key: What the entries depend on.
+        what: ``"kernels"`` or ``"races"``.
+        build: Called with the fields of each entry; it raises TypeError for one that is not whole.
+    """
+    path = file_of(key, what)
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        if stored["key"] != key:
+            raise ValueError(f"it belongs to {stored['key']}")
+        found: list[dict[str, Any]] = [dict(entry) for entry in stored[_FIELDS[what]]]
+        for entry in found:
+            build(**entry)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warnings.warn(
+            f"{path}: expected {_FIELDS[what]} on kernels for {key['device']}, got a file that "
+            f"cannot be used ({error}); its kernels count as unchecked. Delete it and run "
+            "`python -m lightning_peft check`.",
+            stacklevel=3,
+        )
+        return []
+    return found
+
+
+def store_entries(key: Key, what: Kind, entries: Sequence[Mapping[str, Any]]) -> str:
+    """Replace the file of a key as one step; return why it could not be written, or ""."""
+    path = file_of(key, what)
+    text = json.dumps({"key": key, _FIELDS[what]: list(entries)}, indent=1)
     part = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

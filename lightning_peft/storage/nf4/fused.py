@@ -28,24 +28,26 @@ def fused(
     p: FourBitSpec = m._packed["weight"]
     require_floating(m, x)
     q = packed_view(m, "weight")
+    bias = own_tensor(m, "bias")
     how: dict[str, Any] = {
         "kind": p.kind, "block_size": p.block_size, "dropout_p": dropout,
     }  # fmt: skip
-    bias = own_tensor(m, "bias")
-    if p.uses_fp8(x.device):
+    if p.compute == "fp8" and p.uses_fp8(x.device):
         return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), bias, A, B, scaling, **how)
-    return nf4_lora_linear(x, q, p.shape, bias, A, B, scaling, **how)
+    z = p.rounded(x)
+    y = nf4_lora_linear(z, q, p.shape, bias, A, B, scaling, **how)
+    return y if z is x else y.to(x.dtype)
 
 
 def fused_group(
-    modules: Sequence[Any], x: Tensor | None, factors: Sequence[tuple[Any, float]]
+    modules: Sequence[Any], x: Tensor | None, factors: Sequence[tuple[Any, float]] | None
 ) -> list[Tensor] | Reason:
     """Outputs of every module on x.
 
     Args:
         modules: Linear layers whose ``weight`` is packed.
-        x: Their input; None to ask for the decision alone.
-        factors: (LowRank, dropout) of each.
+        x: Their input; None before a call.
+        factors: (LowRank, dropout) of each; None to ask for the decision alone.
     """
     first: FourBitSpec = modules[0]._packed["weight"]
     weights = [m._parameters["weight"] for m in modules]
@@ -58,7 +60,7 @@ def fused_group(
     why = _different(modules, weights, device, first)
     if why:
         return Reason(why)
-    if x is None:
+    if x is None or factors is None:
         return []
     if len({t.dtype for term, _ in factors for t in (term.A, term.B)}) > 1:
         return Reason("adapters of several dtypes")
@@ -82,8 +84,8 @@ def _different(
         p: FourBitSpec = m._packed["weight"]
         if hasattr(weight, "to_local") or weight.device != device:
             return "a weight is elsewhere until its own layer runs"
-        if p.uses_fp8(device):
-            return "fp8: layer by layer"
+        if p.compute != "auto" and (p.compute == "bf16" or p.uses_fp8(device)):
+            return f"{p.compute}: layer by layer"
         if (p.kind, p.block_size) != (first.kind, first.block_size):
             return "packed in different ways"
         if not plain_forward(m):

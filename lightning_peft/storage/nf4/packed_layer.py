@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from lightning_peft_kernels.fp8.linear import fp8_lora_linear
 from lightning_peft_kernels.fp8.products import e4m3_scale, select_fp8
+from lightning_peft_kernels.nf4.bf16_cpu import MOST_TOKENS
 from lightning_peft_kernels.nf4.linear import nf4_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
+from lightning_peft_kernels.nf4.selection import select_product
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import PackedForward
@@ -45,6 +47,34 @@ __all__ = [
 ]
 
 
+class _Views:
+    """The stored bytes of one weight as kernels take them, until a tensor is replaced.
+
+    Copies and pickles of a layer form their own.
+    """
+
+    def __init__(self, held: Sequence[Tensor], q: Packed4bit) -> None:
+        self._held, self._addresses = held, [t.data_ptr() for t in held]
+        self.q = q
+
+    def fits(self, held: Sequence[Tensor]) -> bool:
+        """Return whether these are the same tensors in the same memory."""
+        for t, former, address in zip(held, self._held, self._addresses, strict=True):
+            if t is not former or t.data_ptr() != address:
+                return False
+        return True
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
 @dataclass
 class FourBitSpec(QuantizedWeightSpec):
     """Meaning of the bytes of one NF4 or FP4 weight.
@@ -52,17 +82,34 @@ class FourBitSpec(QuantizedWeightSpec):
     Attributes:
         block_size: Elements per scale.
         nested: Whether scales are quantised.
-        compute: ``"auto"`` or ``"fp8"``.
+        compute: ``"auto"``, ``"fp8"`` or ``"bf16"``.
     """
 
     block_size: int = 64
     nested: bool = True
     compute: str = "auto"
     _e4m3: tuple[Any, Tensor] | None = field(default=None, repr=False, compare=False)
+    _views: _Views | None = field(default=None, repr=False, compare=False)
 
     def uses_fp8(self, device: torch.device) -> bool:
         """Whether products with this weight run in e4m3 on a device."""
         return self.compute == "fp8" and select_fp8(self.shape, device).backend != "dequantize"
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return the input of a product: in bf16 if no gradient is needed and it is requested."""
+        if self.compute != "bf16" or torch.is_grad_enabled() or x.dtype == torch.bfloat16:
+            return x
+        return x.to(torch.bfloat16)
+
+    def precision_without_gradients(self, device: torch.device) -> str:
+        """Return in what precision products without gradients differ from others; "" if in none."""
+        dtype = torch.bfloat16 if self.compute == "bf16" else self.dtype
+        how = select_product(
+            device, dtype, 1, self.shape, None, self.block_size, kind=self.kind, exact=False
+        )
+        if how.backend == "bf16":
+            return f"without gradients up to {MOST_TOKENS} tokens by AVX512-BF16, scales in bf16"
+        return "bf16 without gradients" if self.compute == "bf16" else ""
 
     def e4m3_scale(self, q: Packed4bit) -> Tensor:
         """Scale fp32 [1] of the weight in e4m3; computed again after the bytes change."""
@@ -82,6 +129,8 @@ class Packed4bitModule(PackedReads, PackedForward):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute ``x Wᵀ + b``; W is dequantised for the product and dropped."""
+        if self._kernel_backend is None:  # spares a context per layer
+            return self._forward_packed(x, *args, **kwargs)
         with backend_scope(self):
             return self._forward_packed(x, *args, **kwargs)
 
@@ -93,13 +142,15 @@ class Packed4bitModule(PackedReads, PackedForward):
             q = packed_view(module, "weight")
             bias = own_tensor(module, "bias")
             packing: dict[str, Any] = {"kind": p.kind, "block_size": p.block_size}
-            if p.uses_fp8(x.device):
+            if p.compute == "fp8" and p.uses_fp8(x.device):
                 return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), bias, **packing)
-            return nf4_linear(x, q, p.shape, bias, **packing)
+            z = p.rounded(x)
+            y = nf4_linear(z, q, p.shape, bias, **packing)
+            return y if z is x else y.to(x.dtype)
         # A subclass with a forward of its own reads `weight`.
         with weight_in_place(module, read_natural(module, "weight", x.dtype)):
-            y: Tensor = super().forward(x, *args, **kwargs)
-        return y
+            own: Tensor = super().forward(x, *args, **kwargs)
+        return own
 
 
 def spec_for(M: Tensor, transposed: bool, config: Quantization) -> FourBitSpec:
@@ -120,16 +171,25 @@ def packed_view(module: Any, name: str) -> Packed4bit:
     """Views of the stored bytes in the form that kernels take; experts keep their leading axis."""
     p: FourBitSpec = module._packed[name]
     parameters, buffers = module._parameters, module._buffers
-    weight, absmax = as_bytes(parameters[name]), as_bytes(parameters[f"{name}_absmax"])
+    held = [parameters[name], parameters[f"{name}_absmax"]]
+    if p.nested:
+        held += [buffers[f"{name}_absmax2"], buffers[f"{name}_offset"]]
+    if torch.compiler.is_compiling() or type(held[0]) is not nn.Parameter:
+        return _view(held, p)
+    views = p._views
+    if views is None or not views.fits(held):
+        with torch.inference_mode(False):  # an inference tensor could not be saved for backward
+            views = p._views = _Views(held, _view(held, p))
+    return views.q
+
+
+def _view(held: Sequence[Tensor], p: FourBitSpec) -> Packed4bit:
     lead = tuple(p.shape[:-2])
+    weight, absmax = as_bytes(held[0]), as_bytes(held[1])
     if not p.nested:
         return Packed4bit(weight, absmax.reshape(*lead, -1).view(torch.float32), None, None)
-    return Packed4bit(
-        weight,
-        absmax.view(*lead, -1),
-        buffers[f"{name}_absmax2"].view(torch.float32),
-        buffers[f"{name}_offset"].view(torch.float32),
-    )
+    second, offset = (t.view(torch.float32) for t in held[2:])
+    return Packed4bit(weight, absmax.view(*lead, -1), second, offset)
 
 
 def quantize_matrix(M: Tensor, p: FourBitSpec) -> Packed4bit:

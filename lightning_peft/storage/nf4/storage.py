@@ -135,10 +135,12 @@ class FourBitStorage(QuantizedStorage):
             fits = decision.backend != "dequantize"
             return f"fp8: {decision.reason}" if fits else f"no fp8: {decision.reason}"
         decision = select("dequantize_4bit", weight.device, spec.dtype)
-        return f"{decision.backend}: {decision.reason}"
+        told = f"{decision.backend}: {decision.reason}"
+        few = spec.precision_without_gradients(weight.device)
+        return f"{told}; {few}" if few else told
 
     def fused_group(
-        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any]
+        self, modules: Sequence[Any], x: Tensor | None, factors: Sequence[Any] | None
     ) -> list[Tensor] | Reason:
         """One dequantisation and one product for layers over one input."""
         return fused_group(modules, x, factors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning_peft_kernels.nf4 import weight_buffers
 from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
-from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
+from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_into, quantize_4bit
 from torch import Tensor
 
 
@@ -15,9 +15,9 @@ def test_a_step_saves_no_dense_weight(monkeypatch):
 
     def counted(*args, **kwargs):
         calls.append(1)
-        return dequantize_4bit(*args, **kwargs)
+        return dequantize_into(*args, **kwargs)
 
-    monkeypatch.setattr(weight_buffers, "dequantize_4bit", counted)
+    monkeypatch.setattr(weight_buffers, "dequantize_into", counted)
     x: Tensor = torch.randn(5, 64, requires_grad=True)
     y = x
     with torch.autograd.graph.saved_tensors_hooks(

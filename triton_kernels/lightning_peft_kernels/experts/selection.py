@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lightning_peft_kernels.chips import WIDE, tile_rows, why_no_tile
-from lightning_peft_kernels.dispatch import Backend, Decision, select
+from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, fastest, select
 
 __all__ = ["EXPERT_ROWS", "experts_detail", "select_experts"]
 
@@ -41,6 +41,10 @@ def select_experts(
     why = why_no_tile(device, tile)
     if why:
         return Decision("dequantize", why)
+    if (backend or current_backend()) == "auto":
+        raced = fastest("experts", device, dtype, shape, -(-rows // experts))
+        if raced is not None:
+            return raced
     reason = f"{mean:.0f} rows per expert, crossing {EXPERT_ROWS} (by arithmetic, not measured)"
     return Decision("fused" if mean <= EXPERT_ROWS else "dequantize", reason)
 

@@ -25,13 +25,15 @@ from lightning_peft_kernels.autograd import (
     gradients_of,
     in_functorch_transform,
     is_double_backward,
+    is_plain_eager,
+    scaled_linear,
     unflatten_rows,
 )
 from lightning_peft_kernels.dispatch import Backend, current_backend
 from lightning_peft_kernels.dropout.ops import draw_seed, seeded_dropout
 from lightning_peft_kernels.lora.rank_gradients import rank_gradients
 
-__all__ = ["LoRASpec", "lora_linear", "lora_linear_reference"]
+__all__ = ["LoRASpec", "add_low_rank_", "lora_linear", "lora_linear_reference"]
 
 
 class LoRASpec(NamedTuple):
@@ -85,8 +87,7 @@ def lora_down(x2: Tensor, A: Tensor, spec: LoRASpec) -> tuple[Tensor, Tensor | N
     if spec.dropout_p:
         seed = draw_seed(x2.device)
         z = _drop(z, seed, spec)
-    S = F.linear(z, A)
-    return (S if spec.scaling == 1.0 else S * spec.scaling), seed
+    return scaled_linear(z, A, spec.scaling), seed
 
 
 def lora_branch_by_torch(
@@ -130,7 +131,7 @@ def rank_backward(
     elif needs_B:
         dB = g.mT @ S
     elif needs_A or needs_X:
-        dS = g @ B if spec.scaling == 1.0 else (g @ B) * spec.scaling
+        dS = scaled_linear(g, B.mT, spec.scaling)
     if needs_A and dS is not None and x2 is not None:
         z = x2 if x2.dtype == spec.dtype else x2.to(spec.dtype)
         dA = dS.mT @ (z if seed is None else _drop(z, seed, spec))
@@ -240,6 +241,14 @@ def lora_linear(
         scaling: Number or 0-d tensor.
         dropout_p: Probability of dropping an element of x in the low-rank branch; 0 in evaluation.
     """
+    if (
+        not torch.is_grad_enabled()
+        and x.dtype == weight.dtype
+        and not dropout_p
+        and not isinstance(scaling, Tensor)
+        and is_plain_eager(x.device.type)
+    ):
+        return _without_gradients(x, weight, bias, A, B, scaling)
     x, A, B, bias, spec = prepare(x, A, B, bias, scaling, dropout_p)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
@@ -252,3 +261,22 @@ def lora_linear(
         # As `apply_or_forward`, but a view is fine here; an autograd function must not return one.
         y, _, _ = _product(flatten_rows(x), weight, bias, A, B, spec)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _without_gradients(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+) -> Tensor:
+    """Compute what `_product` computes, without settings for a backward: generation runs it."""
+    x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    y = add_low_rank_(F.linear(x2, W, bias), x2, A, B, scaling)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def add_low_rank_(y: Tensor, x2: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Add ``scaling · x Aᵀ Bᵀ`` to y [M, N] in place, in the dtype of A; no gradients."""
+    S = scaled_linear(x2 if x2.dtype == A.dtype else x2.to(A.dtype), A, scaling)
+    if S.dtype == y.dtype:
+        return y.addmm_(S, B.mT)
+    return y.add_(F.linear(S, B).to(y.dtype))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.autograd import scaled_linear
 from lightning_peft_kernels.dispatch import Backend, configuration, current_backend
 from lightning_peft_kernels.launch import attempt
 from lightning_peft_kernels.lora.selection import rank_detail, select_one_pass
@@ -26,8 +27,7 @@ def rank_gradients_reference(
     dY: Tensor, S: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Compute `rank_gradients` as two products."""
-    dS = dY @ B
-    return (dS if scaling == 1.0 else dS * scaling), dY.mT @ S
+    return scaled_linear(dY, B.mT, scaling), dY.mT @ S
 
 
 def rank_gradients(

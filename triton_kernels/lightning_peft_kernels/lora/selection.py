@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lightning_peft_kernels.chips import WIDE, chip_of
-from lightning_peft_kernels.dispatch import Backend, Decision, select
+from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, fastest, select
 
 __all__ = ["rank_detail", "select_one_pass"]
 
@@ -34,6 +34,10 @@ def select_one_pass(
         return Decision("torch", f"{dtype}: {WIDE}")
     if chip.no_matrix:
         return Decision("torch", f"{chip.name}: {chip.no_matrix}")
+    if rank <= chip.one_pass_rank and (backend or current_backend()) == "auto":
+        raced = fastest("rank_gradients", device, dtype, (16 if rank <= 16 else 32,), 0)
+        if raced is not None and op == "rank_gradients":
+            return raced
     if rank > chip.one_pass_rank:  # registers spill, or no time is saved
         return Decision("torch", f"rank {rank}, one pass up to {chip.one_pass_rank}")
     return base

@@ -32,7 +32,13 @@ from lightning_peft_kernels.codebooks.four_bit import (
 )
 from lightning_peft_kernels.nf4.bitsandbytes_library import bitsandbytes_library
 
-__all__ = ["block_scales", "dequantize_blocks", "empty_paged", "quantize_nf4_blocks"]
+__all__ = [
+    "block_scales",
+    "dequantize_blocks",
+    "empty_paged",
+    "native_routine",
+    "quantize_nf4_blocks",
+]
 
 # Elements. A chunk and its temporaries stay in the L2 cache. One thread works on a chunk, because
 # torch's barriers, one per op, cost 10 × on a shared machine.
@@ -120,10 +126,9 @@ def block_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     flat, absmax2 = codes.reshape(-1), absmax2.reshape(-1)
     n, values = flat.numel(), dynamic_map(True)
     out = torch.empty(n, dtype=torch.float32)
-    native = _native("cdequantize_blockwise_cpu_fp32")
+    native = native_routine("cdequantize_blockwise_cpu_fp32", 6)
     if native is not None and flat.is_contiguous() and absmax2.is_contiguous():
-        pointers = [_pointer(t) for t in (values, flat, absmax2, out)]
-        native(*pointers, ctypes.c_longlong(256), ctypes.c_longlong(n))
+        native(values.data_ptr(), flat.data_ptr(), absmax2.data_ptr(), out.data_ptr(), 256, n)
         return out.view(codes.shape).add_(offset)
     for start in range(0, n, _ONE_THREAD):
         part = out[start : start + _ONE_THREAD]
@@ -157,13 +162,14 @@ def dequantize_blocks(
     out = empty_paged((n,), dtype) if out is None else out
     # The AVX-512 code is inexact from block 2048 on; bitsandbytes itself avoids it there.
     suffix = _SUFFIX.get(dtype) if block_size < 2048 else None
-    native = None if suffix is None else _native(f"cdequantize_blockwise_cpu_{kind}_{suffix}")
+    name = f"cdequantize_blockwise_cpu_{kind}_{suffix}"
+    native = None if suffix is None else native_routine(name, 6)
     if native is not None and packed.is_contiguous() and absmax.is_contiguous():
         width = block_size  # row width: any multiple of the block is correct, wide rows are faster
         while width < 4096 and n % (2 * width) == 0:
             width *= 2
-        sizes = [ctypes.c_longlong(i) for i in (block_size, n // width, width)]
-        native(_pointer(packed), _pointer(absmax), _pointer(out), *sizes)
+        pointers = packed.data_ptr(), absmax.data_ptr(), out.data_ptr()
+        native(*pointers, block_size, n // width, width)
         return out
     step = max(_PAIR_CHUNK // block_size, 1) * block_size
     flat = out.view(-1)
@@ -194,8 +200,12 @@ def _libc() -> Any:
 
 
 @lru_cache(maxsize=16)
-def _native(name: str) -> Callable[..., None] | None:
-    """Return a routine of bitsandbytes' CPU library, an order of magnitude faster than torch."""
+def native_routine(name: str, arguments: int) -> Callable[..., Any] | None:
+    """Return a routine of bitsandbytes' CPU library, an order of magnitude faster than torch.
+
+    It takes addresses and sizes as plain integers of 64 bits, without a Python call for each. One
+    without arguments returns an int, the others nothing.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     library = vars(bitsandbytes_library()).get("_lib")
@@ -203,12 +213,14 @@ def _native(name: str) -> Callable[..., None] | None:
         library, ctypes.CDLL
     ):  # bitsandbytes without its library puts a placeholder here
         return None
-    routine: Callable[..., None] | None = getattr(library, name, None)
-    return routine
-
-
-def _pointer(t: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(t.data_ptr())
+    routine = getattr(library, name, None)
+    if routine is None:
+        return None
+    # A function of our own at its address: bitsandbytes' object keeps its argument types.
+    address = ctypes.cast(routine, ctypes.c_void_p).value or 0
+    form = ctypes.CFUNCTYPE(None if arguments else ctypes.c_int, *[ctypes.c_int64] * arguments)
+    typed: Callable[..., Any] = form(address)
+    return typed
 
 
 @lru_cache(maxsize=4)

@@ -32,6 +32,7 @@ from lightning_peft_kernels.autograd import (
     gradients_of,
     in_functorch_transform,
     is_double_backward,
+    is_plain_eager,
     unflatten_rows,
 )
 from lightning_peft_kernels.dispatch import Backend, current_backend
@@ -42,6 +43,8 @@ from lightning_peft_kernels.lora.linear import (
     lora_down,
     prepare,
 )
+from lightning_peft_kernels.nf4.bf16_cpu import REORDERED, drop_reordered
+from lightning_peft_kernels.nf4.generation import linear_without_gradients
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
 from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 from lightning_peft_kernels.nf4.selection import select_product
@@ -196,12 +199,16 @@ def nf4_linear(
         kind: ``"nf4"`` or ``"fp4"``.
         block_size: Block size used to quantise.
     """
+    if not torch.is_grad_enabled() and is_plain_eager(x.device.type):
+        return linear_without_gradients(x, q, Packing(shape, kind, block_size), bias)
     x, bias = _autocast(x, bias)
     with autocast_off(x.device.type):
         if in_functorch_transform():
             W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)
             return torch.nn.functional.linear(x, W, bias)
         packing = Packing(tuple(shape), kind, block_size)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and REORDERED:
+            drop_reordered(q)  # training resumes
         y: Tensor = apply_or_forward(_NF4Linear, x, bias, q, packing, current_backend())
     return y
 
@@ -235,12 +242,22 @@ def nf4_lora_linear(
         block_size: Block size used to quantise.
         dropout_p: Probability of dropping an element of x in the low-rank branch; 0 in evaluation.
     """
+    if (
+        not torch.is_grad_enabled()
+        and not dropout_p
+        and not isinstance(scaling, Tensor)
+        and is_plain_eager(x.device.type)
+    ):
+        packing = Packing(shape, kind, block_size)
+        return linear_without_gradients(x, q, packing, bias, A, B, scaling)
     x, A, B, bias, spec = prepare(x, A, B, bias, scaling, dropout_p)
     with autocast_off(x.device.type):
         if in_functorch_transform():
             W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)
             return torch.nn.functional.linear(x, W, bias) + lora_branch_by_torch(x, A, B, spec)
         packing = Packing(tuple(shape), kind, block_size)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and REORDERED:
+            drop_reordered(q)  # training resumes
         y: Tensor = apply_or_forward(_NF4LoRALinear, x, bias, A, B, q, packing, spec)
     return y
 

@@ -40,6 +40,7 @@ __all__ = [
     "block_scales",
     "dequantize_4bit",
     "dequantize_4bit_reference",
+    "dequantize_into",
     "quantize_4bit",
     "quantize_4bit_reference",
     "quantize_scales",
@@ -178,7 +179,7 @@ def _dequantize_cpu_into(
     return out
 
 
-def _dequantize_into(
+def dequantize_into(
     q: Packed4bit,
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -187,6 +188,7 @@ def _dequantize_into(
     backend: Backend,
     out: Tensor | None,
 ) -> Tensor:
+    """Compute `dequantize_4bit` without its checks and without torch's dispatcher."""
     device = q.packed.device
 
     def by_kernel() -> Tensor:
@@ -216,7 +218,7 @@ def _dequantize(
     backend: Backend = "auto",
 ) -> Tensor:
     q = Packed4bit(packed, absmax, absmax2, offset)
-    return _dequantize_into(q, shape, dtype, kind, block_size, backend, None)
+    return dequantize_into(q, shape, dtype, kind, block_size, backend, None)
 
 
 def _dequantize_fake(
@@ -276,7 +278,7 @@ def dequantize_4bit(
         _check_out(shape, dtype, out)
     requested = backend or current_backend()
     if out is not None and not torch.compiler.is_compiling():
-        return _dequantize_into(q, shape, dtype, kind, block_size, requested, out)
+        return dequantize_into(q, shape, dtype, kind, block_size, requested, out)
     W: Tensor = torch.ops.lightning_peft.dequantize_4bit(
         q.packed, q.absmax, q.absmax2, q.offset, list(shape), dtype, kind, block_size, requested
     )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from lightning_peft_kernels.chips import WIDE, chip_of, tile_rows, why_no_tile
-from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, select
+from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, fastest, select
+from lightning_peft_kernels.nf4.bf16_cpu import MOST_TOKENS, has_bf16_product
 from lightning_peft_kernels.nf4.bitsandbytes_product import fused_tokens
 
 __all__ = ["FEW_TOKENS", "select_group", "select_product", "small_batch_detail"]
@@ -35,21 +36,41 @@ def select_product(
     shape: Sequence[int],
     backend: Backend | None = None,
     block_size: int = 64,
+    *,
+    kind: str = "nf4",
+    exact: bool = True,
 ) -> Decision:
     """Select how x [tokens, K] is multiplied by a packed W [N, K].
 
     ``"fused"`` decodes W in our product, ``"bitsandbytes"`` in its kernel, ``"dequantize"`` writes
     W first. bitsandbytes' own rule for the chip decides between the last two. Ours runs if it is
-    requested, and up to `FEW_TOKENS` without bitsandbytes.
+    requested, and up to `FEW_TOKENS` without bitsandbytes. ``"bf16"`` is bitsandbytes' kernel for
+    CPUs with AVX512-BF16, whose scales are bf16.
+
+    Args:
+        device: Device of x.
+        dtype: Dtype of x.
+        tokens: Rows of x.
+        shape: (N, K).
+        backend: Requested backend; default `current_backend()`.
+        block_size: Elements per scale.
+        kind: ``"nf4"`` or ``"fp4"``.
+        exact: If False, scales may be rounded to bf16; only where no gradient is needed.
     """
     requested = backend or current_backend()
-    base = select("nf4_small_batch", device, dtype, requested, small_batch_detail(tokens))
     if requested == "torch":
-        return Decision("dequantize", base.reason)
-    most = fused_tokens(device, dtype, shape, block_size) if requested == "auto" else None
-    if most is not None:
-        reason = f"{tokens} tokens, bitsandbytes' rule for this chip and shape ends at {most}"
-        return Decision("bitsandbytes" if 1 <= tokens <= most else "dequantize", reason)
+        return Decision("dequantize", "requested")
+    if requested == "auto":
+        if chip_of(device) is None:
+            return _without_chip(device, dtype, tokens, shape, block_size, kind, exact)
+        raced = fastest("product", device, dtype, shape, tokens) if block_size == 64 else None
+        if raced is not None and _still_runs(raced, device, dtype, tokens):
+            return raced
+        most = fused_tokens(device, dtype, shape, block_size)
+        if most is not None:
+            reason = f"{tokens} tokens, bitsandbytes' rule for this chip and shape ends at {most}"
+            return Decision("bitsandbytes" if 1 <= tokens <= most else "dequantize", reason)
+    base = select("nf4_small_batch", device, dtype, requested, small_batch_detail(tokens))
     if base.backend == "torch":
         return Decision("dequantize", base.reason)
     if not 1 <= tokens <= _MOST_TOKENS or shape[1] % 8:
@@ -62,6 +83,38 @@ def select_product(
         return Decision("dequantize", f"{tokens} tokens, decoding pays up to {FEW_TOKENS}")
     why = why_no_tile(device, tile_rows(tokens))
     return Decision("dequantize", why) if why else Decision("fused", "requested")
+
+
+def _without_chip(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: Sequence[int],
+    block_size: int,
+    kind: str,
+    exact: bool,
+) -> Decision:
+    """Select on a CPU and on devices without kernels of ours."""
+    if (
+        not exact
+        and device.type == "cpu"
+        and dtype == torch.bfloat16
+        and has_bf16_product(shape, kind, block_size)
+    ):
+        raced = fastest("product", device, dtype, shape, tokens) if block_size == 64 else None
+        if raced is not None:
+            return raced
+        if 1 <= tokens <= MOST_TOKENS:
+            return Decision("bf16", f"{tokens} tokens, AVX512-BF16: bf16 scales")
+    return Decision("dequantize", f"{device.type} tensors")
+
+
+def _still_runs(raced: Decision, device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether the winner of a race is not a kernel of ours that failed since."""
+    if raced.backend != "fused":
+        return True
+    detail = small_batch_detail(tokens)
+    return select("nf4_small_batch", device, dtype, "auto", detail).backend == "triton"
 
 
 def select_group(
@@ -80,6 +133,10 @@ def select_group(
     """
     if chip_of(device) is None:
         return Decision("apart", f"{device.type}: {GROUPED_ON_CPU}")
+    sizes = [*(int(N) for N, _ in shapes), int(shapes[0][1])]
+    raced = fastest("group", device, dtype, sizes, tokens or 1 << 20)
+    if raced is not None:
+        return raced
     alone = [select_product(device, dtype, tokens or 1 << 20, shape) for shape in shapes]
     if any(decision.backend in ("fused", "bitsandbytes") for decision in alone):
         return Decision("apart", f"{tokens} tokens: each product decodes its own weight")

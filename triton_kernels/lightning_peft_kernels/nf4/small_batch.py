@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import Backend, configuration, current_backend
+from lightning_peft_kernels.dispatch import Backend, Decision, configuration, current_backend
 from lightning_peft_kernels.launch import attempt
 from lightning_peft_kernels.nf4 import bitsandbytes_product
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
-from lightning_peft_kernels.nf4.packed import Packed4bit
+from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 from lightning_peft_kernels.nf4.selection import select_product, small_batch_detail
 from lightning_peft_kernels.registration import define_op
 
-__all__ = ["nf4_small_batch", "nf4_small_batch_reference"]
+__all__ = ["multiply_few", "nf4_small_batch", "nf4_small_batch_reference"]
 
 
 def nf4_small_batch_reference(
@@ -56,6 +56,34 @@ def _small_batch(
     backend: Backend = "auto",
 ) -> Tensor:
     q = Packed4bit(packed, absmax, absmax2, offset)
+    packing = Packing(shape, kind, block_size)
+    how = select_product(x.device, x.dtype, x.shape[0], shape, backend, block_size, kind=kind)
+    return multiply_few(x, q, packing, S, B, bias, backend, how)
+
+
+def multiply_few(
+    x: Tensor,
+    q: Packed4bit,
+    packing: Packing,
+    S: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    backend: Backend,
+    how: Decision,
+) -> Tensor:
+    """Compute the op as decided, without torch's dispatcher.
+
+    Args:
+        x: [M, K] floating.
+        q: Bytes of W.
+        packing: Layout of W [N, K].
+        S: [M, R], scaled, in the dtype of x; None without a low rank.
+        B: [N, R], or None.
+        bias: [N] in the dtype of x, or None.
+        backend: Requested backend.
+        how: What `select_product` selected.
+    """
+    shape, kind, block_size = packing
 
     def add_low_rank(y: Tensor) -> Tensor:
         return y if S is None or B is None else y.addmm_(S, B.mT)
@@ -70,15 +98,13 @@ def _small_batch(
         s, b, c = (None if t is None else t.contiguous() for t in (S, B, bias))
         return decode(x.contiguous(), q, shape[0], s, b, c, kind, block_size)
 
-    device, tokens = x.device, x.shape[0]
-    how = select_product(device, x.dtype, tokens, shape, backend, block_size)
     if how.backend == "bitsandbytes":
         y = bitsandbytes_product.multiply(x, q, shape, bias, kind, block_size)
         return add_low_rank(y)
     if how.backend == "dequantize":
         return by_library()
-    name = configuration(x.dtype, small_batch_detail(tokens))
-    return attempt("nf4_small_batch", name, device, backend, by_kernel, by_library)
+    name = configuration(x.dtype, small_batch_detail(x.shape[0]))
+    return attempt("nf4_small_batch", name, x.device, backend, by_kernel, by_library)
 
 
 def _small_batch_fake(

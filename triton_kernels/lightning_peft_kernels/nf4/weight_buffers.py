@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_peft_kernels.dispatch import Backend
 from lightning_peft_kernels.nf4.cpu import empty_paged
-from lightning_peft_kernels.nf4.ops import dequantize_4bit
+from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_into
 from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 
 __all__ = ["release", "stacked_weights", "thread_buffer", "weight_for_product"]
@@ -32,14 +32,12 @@ def weight_for_product(
 ) -> Tensor:
     """Return W in `dtype` for a product that follows at once; the next call may overwrite it."""
     shape, kind, block_size = packing
-    out = None
     plain = type(q.packed) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     # A recorded product (create_graph) keeps its weight, so it must not be overwritten.
     if plain and not torch.is_grad_enabled() and q.packed.device.type == "cpu":
         out = thread_buffer(torch.Size(shape).numel(), dtype).view(tuple(shape))
-    return dequantize_4bit(
-        q, shape, dtype, kind=kind, block_size=block_size, out=out, backend=backend
-    )
+        return dequantize_into(q, shape, dtype, kind, block_size, backend, out)
+    return dequantize_4bit(q, shape, dtype, kind=kind, block_size=block_size, backend=backend)
 
 
 def stacked_weights(

@@ -1,0 +1,95 @@
+"""Whether a value fits an annotation, and how a message calls what it should be.
+
+Annotations are those of arguments that people write: numbers, texts, collections and mappings of
+them, and unions. Whatever else is annotated counts as fitting.
+"""
+
+from __future__ import annotations
+
+import numbers
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["argument_types", "describe", "fits", "require_fit"]
+
+#: Types of single values → how a message calls them, and the test.
+_SINGLE: dict[Any, tuple[str, Callable[[object], bool]]] = {
+    bool: ("True or False", lambda v: isinstance(v, bool)),
+    int: ("a whole number", lambda v: isinstance(v, numbers.Integral) and not _is_bool(v)),
+    float: ("a number", lambda v: isinstance(v, numbers.Real) and not _is_bool(v)),
+    str: ("a string", lambda v: isinstance(v, str)),
+    type(None): ("None", lambda v: v is None),
+}
+_PLURALS = {str: "strings", int: "whole numbers", float: "numbers"}
+
+
+def argument_types(owner: Any) -> dict[str, Any]:
+    """Return the annotated types of a class's or function's names; {} if they cannot be read."""
+    try:
+        return get_type_hints(owner)
+    except (NameError, TypeError):  # an annotation for type checkers alone
+        return {}
+
+
+def fits(value: object, annotation: Any) -> bool:
+    """Whether a value fits. True is no number, and a string is no collection of strings.
+
+    Of a `Literal` the type is checked alone: which words are allowed is for the caller to say.
+    """
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation in _SINGLE:
+        return _SINGLE[annotation][1](value)
+    if origin is Literal:
+        return any(type(value) is type(word) for word in inner)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and _fit_all(value.values(), inner[1:])
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        is_one = isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection)
+        return not is_one and _fit_all(value, inner)  # type: ignore[arg-type]
+    return True
+
+
+def describe(annotation: Any) -> str:
+    """Return what an annotation wants, in words: ``a string or a list of strings``."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation in _SINGLE:
+        return _SINGLE[annotation][0]
+    if origin is Literal:
+        return f"one of {', '.join(repr(word) for word in inner)}"
+    if origin in (Union, types.UnionType):
+        *former, last = dict.fromkeys(describe(one) for one in inner)
+        return f"{', '.join(former)} or {last}" if former else last
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"{_many(inner[1:])} by name"
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        return f"a list of {_many(inner)}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def require_fit(owner: str, name: str, value: object, annotation: Any, form: str) -> None:
+    """Raise TypeError unless a value fits; `form` is the argument as it should be written."""
+    if not fits(value, annotation):
+        raise TypeError(
+            f"{owner} {name}: expected {describe(annotation)}, got {value!r}; write {form}"
+        )
+
+
+def _many(inner: tuple[Any, ...]) -> str:
+    """Return the plural of what a collection holds."""
+    if not inner:
+        return "values"
+    if isinstance(get_origin(inner[0]), type) and issubclass(get_origin(inner[0]), Collection):
+        return f"lists of {_many(get_args(inner[0]))}"
+    return _PLURALS.get(inner[0], "values")
+
+
+def _fit_all(values: Iterable[object], inner: tuple[Any, ...]) -> bool:
+    """Whether all values fit the type of elements; a tuple's type may go on with ``...``."""
+    return not inner or all(fits(value, inner[0]) for value in values)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
