@@ -95,6 +95,7 @@ from lightning_peft.methods.xlora import XLoRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
+from lightning_peft.planner.recommendation import Recommendation, recommend
 from lightning_peft.recipes.extract_lora import extract_lora
 from lightning_peft.recipes.extract_report import ExtractReport
 from lightning_peft.recipes.prune_rank import PruneReport, prune_rank
@@ -198,6 +199,7 @@ __all__ = [
     "QuantAwareLoRA",
     "Quantization",
     "RandLoRA",
+    "Recommendation",
     "Report",
     "RoAd",
     "SHiRA",
@@ -237,6 +239,7 @@ __all__ = [
     "prune_rank",
     "quantize",
     "read_base",
+    "recommend",
     "register_strategies",
     "reset_adapters",
     "route",
