@@ -25,7 +25,7 @@ from lightning_peft.models.frozen_parts import frozen_copies, inside
 from lightning_peft.models.modules import fresh_head_names
 from lightning_peft.storage import StorageConfig
 
-_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform")
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 __all__ = ["attach_once", "averaged_parts", "find_root"]
 
