@@ -44,6 +44,7 @@ from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.cartridge import Cartridge
+from lightning_peft.methods.cpt import CPT, cpt_loss
 from lightning_peft.methods.deft import DEFT
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
@@ -94,6 +95,7 @@ from lightning_peft.methods.xlora import XLoRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
+from lightning_peft.planner.recommendation import Recommendation, recommend
 from lightning_peft.recipes.extract_lora import extract_lora
 from lightning_peft.recipes.extract_report import ExtractReport
 from lightning_peft.recipes.prune_rank import PruneReport, prune_rank
@@ -101,6 +103,7 @@ from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import register_strategies
+from lightning_peft.strategies.base_reading import read_base
 from lightning_peft.trainers.callback_base import TrainerCallback
 from lightning_peft.trainers.packages import default_package
 
@@ -140,6 +143,7 @@ __all__ = [
     "BEFT",
     "BOFT",
     "C3A",
+    "CPT",
     "DEFT",
     "HRA",
     "IA3",
@@ -195,6 +199,7 @@ __all__ = [
     "QuantAwareLoRA",
     "Quantization",
     "RandLoRA",
+    "Recommendation",
     "Report",
     "RoAd",
     "SHiRA",
@@ -215,6 +220,7 @@ __all__ = [
     "chunked_cross_entropy",
     "combine",
     "convert_optimizer",
+    "cpt_loss",
     "detach",
     "disable_adapters",
     "estimate_memory",
@@ -232,6 +238,8 @@ __all__ = [
     "parameter_report",
     "prune_rank",
     "quantize",
+    "read_base",
+    "recommend",
     "register_strategies",
     "reset_adapters",
     "route",

@@ -101,15 +101,19 @@ class Targeted(Method):
     """Which modules.
 
     Attributes:
-        target_modules: ``"all-linear"`` (without the output head), suffixes, or a regular
-            expression of full names; None means the architecture's usual choice.
-        exclude_modules: Suffixes or a regular expression.
+        target_modules: ``"all-linear"`` (without the output head), suffixes, a part of a
+            vision-language model (``"language"``, ``"vision"``, ``"language+vision"``), or a
+            regular expression of full names; None means the architecture's usual choice.
+        exclude_modules: Suffixes, a part, or a regular expression.
         layers_to_transform: Numbers of the blocks; None means all.
+        layers_pattern: Names of the lists of blocks that the numbers count in, as ``"layers"``;
+            None means the outermost lists.
     """
 
     target_modules: str | list[str] | None = field(default=None, kw_only=True)
     exclude_modules: str | list[str] | None = field(default=None, kw_only=True)
     layers_to_transform: int | list[int] | None = field(default=None, kw_only=True)
+    layers_pattern: str | list[str] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -350,6 +354,26 @@ class SequenceMethod(Targeted):
             batch: Rows of the batch.
         """
         return self.prompt_embeddings(module, site)
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the output holds the positions of a prompt too."""
+        return False
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not SequenceMethod.after_step
+
+    def penalty(self, ctx: StepContext) -> Tensor | None:
+        """None: no sequence method adds to the loss."""
+        return None
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Called when gradients of a step are complete, before clipping."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Called after the optimizer's step, gradients still there."""
 
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Make `prompt_embeddings` return `table`.
