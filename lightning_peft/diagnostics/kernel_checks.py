@@ -235,10 +235,9 @@ def _pairs(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[Pair]
                 randn(*s).to(dtype)
                 for s in ((tokens, shape.K), (tokens, 8), (shape.N, 8), (shape.N,))
             )
-            y = multiply_few(
-                x.to(device), there, Packing(exact, "nf4", block_size),
-                *(t.to(device) for t in (S, B, bias)), "triton", Decision("pairs", "checked"),
-            )  # fmt: skip
+            s, b, c = (t.to(device) for t in (S, B, bias))
+            packing, how = Packing(exact, "nf4", block_size), Decision("pairs", "checked")
+            y = multiply_few(x.to(device), there, packing, s, b, c, "triton", how)
             want = x.double() @ Wd.T + S.double() @ B.double().T + bias.double()
             found.append(close(f"y of {tokens} rows, blocks of {block_size}", y, want))
     return found
