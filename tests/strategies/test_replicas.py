@@ -21,8 +21,8 @@ pytestmark = [
 
 
 def test_two_replicas_of_two_shards(tmp_path: Path) -> None:
-    """Parity, an eighth-bit state, both forms of checkpoints, and a base that is streamed."""
-    one = Job("one", str(tmp_path), optimizer="adamw_8bit", accumulate=1)
+    """Parity, 8-bit state, both forms of checkpoints, and a base that is streamed."""
+    one = Job("one", str(tmp_path))
     save_sharded(build(one), tmp_path / "base")
     half = {"replicas": 2}
     file = replace(one, name="file", devices=4, strategy="peft_fsdp", strategy_options=half)
@@ -36,8 +36,13 @@ def test_two_replicas_of_two_shards(tmp_path: Path) -> None:
         packed_cache=str(tmp_path / "cache"),
     )
     cached = replace(streamed, name="cached")
-    run(4, [file, folder, streamed, cached], tmp_path, timeout=280)
+    # Blocks of 8-bit state are those of two ranks.
+    eight = replace(file, name="eight", optimizer="adamw_8bit")
+    two = replace(eight, name="two", devices=2, strategy_options={})
+    run(4, [file, folder, streamed, cached, eight], tmp_path, timeout=280)
+    run(2, [two], tmp_path)
     run(1, [one], tmp_path)
+    assert difference(two, eight) <= 1e-5
     for job in (file, folder, streamed, cached):
         assert difference(one, job) <= 1e-5, job.name
         want, have = result(one)["packed"], result(job)["packed"]
@@ -47,17 +52,20 @@ def test_two_replicas_of_two_shards(tmp_path: Path) -> None:
     assert abs(2 * own - packed) <= 0.05 * packed
     (data,) = {p.parent for p in (tmp_path / "cache").rglob("rank-*.bin")}
     assert sorted(p.name for p in data.glob("rank-*")) == ["rank-00000.bin", "rank-00001.bin"]
-    first = str(tmp_path / "folder-step=2.ckpt")
-    resumed = [
-        replace(job, name=f"{job.name} again", ckpt=str(tmp_path / f"{source}-step=2.ckpt"))
-        for job in (one, replace(one, name="two", devices=2, strategy="peft_fsdp"))
-        for source in ("file", "folder")
-    ]
-    assert Path(first).is_dir()
-    run(1, [replace(job, name=f"{i}") for i, job in enumerate(resumed[:2])], tmp_path)
-    run(2, [replace(job, name=f"{i + 2}") for i, job in enumerate(resumed[2:])], tmp_path)
-    for i in range(4):
-        assert difference(one, replace(one, name=f"{i}")) <= 1e-4, i
+    for devices in (1, 2):
+        resumed = [
+            Job(
+                f"{source} on {devices}",
+                str(tmp_path),
+                devices=devices,
+                strategy="auto" if devices == 1 else "peft_fsdp",
+                ckpt=str(tmp_path / f"{source}-step=2.ckpt"),
+            )
+            for source in ("file", "folder")
+        ]
+        run(devices, resumed, tmp_path)
+        for job in resumed:
+            assert difference(one, job) <= 1e-5, job.name
 
 
 def test_numbers_that_do_not_divide_the_ranks(tmp_path: Path) -> None:
