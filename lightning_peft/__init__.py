@@ -96,6 +96,7 @@ from lightning_peft.methods.xlora import XLoRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
+from lightning_peft.planner.recommendation import Recommendation, recommend
 from lightning_peft.recipes.extract_lora import extract_lora
 from lightning_peft.recipes.extract_report import ExtractReport
 from lightning_peft.recipes.prune_rank import PruneReport, prune_rank
@@ -103,6 +104,7 @@ from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import register_strategies
+from lightning_peft.strategies.base_reading import read_base
 from lightning_peft.trainers.callback_base import TrainerCallback
 from lightning_peft.trainers.packages import default_package
 
@@ -199,6 +201,7 @@ __all__ = [
     "QuantAwareLoRA",
     "Quantization",
     "RandLoRA",
+    "Recommendation",
     "Report",
     "RoAd",
     "SHiRA",
@@ -237,6 +240,8 @@ __all__ = [
     "parameter_report",
     "prune_rank",
     "quantize",
+    "read_base",
+    "recommend",
     "register_strategies",
     "reset_adapters",
     "route",

@@ -106,11 +106,14 @@ class Targeted(Method):
             regular expression of full names; None means the architecture's usual choice.
         exclude_modules: Suffixes, a part, or a regular expression.
         layers_to_transform: Numbers of the blocks; None means all.
+        layers_pattern: Names of the lists of blocks that the numbers count in, as ``"layers"``;
+            None means the outermost lists.
     """
 
     target_modules: str | list[str] | None = field(default=None, kw_only=True)
     exclude_modules: str | list[str] | None = field(default=None, kw_only=True)
     layers_to_transform: int | list[int] | None = field(default=None, kw_only=True)
+    layers_pattern: str | list[str] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Row:
         method: What is attached.
         skip: Kind of model or storage → the reason, which the error at attach says too.
         exact: Whether the model starts as the base, bit for bit.
-        no_gradient: Tensors whose gradient may vanish.
+        no_gradient: Tensors whose gradient may vanish, or that are unused in eval mode.
     """
 
     method: Any

@@ -47,6 +47,7 @@ def find_block_placements(
         method.target_modules,
         exclude_modules=method.exclude_modules,
         layers_to_transform=method.layers_to_transform,
+        layers_pattern=method.layers_pattern,
         adaptable=lambda module: bool(block_width(module)),
         kind_hint=method.default_targets,
     )

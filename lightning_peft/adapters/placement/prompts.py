@@ -54,6 +54,7 @@ def find_prompt_placements(
         method.target_modules,
         exclude_modules=method.exclude_modules,
         layers_to_transform=method.layers_to_transform,
+        layers_pattern=method.layers_pattern,
         adaptable=lambda module: not refusal(module),
     )
     sites = [_attention_site(n, model.get_submodule(n)) for n in selection.names]
