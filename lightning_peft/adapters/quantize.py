@@ -264,12 +264,13 @@ def quantize_layers(
         before = ModelSnapshot(module)
         with watch.around(module):
             try:
-                if device is not None and held(module, layout.names[0]).device.type != "meta":
+                has_values = held(module, layout.names[0]).device.type != "meta"
+                if device is not None and has_values:
                     module.to(device)
                 if name in plan.transcoded:
                     to_dense_layer(module)
                 plan.storage.quantize(module, layout, plan.quantization)
-                if watch.keep_on is not None:
+                if watch.keep_on is not None and has_values:
                     module.to(watch.keep_on)
                 watch.note(name, module)
             except BaseException as error:
