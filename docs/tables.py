@@ -109,7 +109,7 @@ def protocol() -> str:
     from benchmarks.compare.intervals import paired
 
     runs = [r for r in _read("compare_runs") if r["score"]]
-    margins = {"series": (0.01, False), "language": (0.01, False)}
+    margins = {"language": (0.01, False)}
     lines = []
     for task in dict.fromkeys(r["task"] for r in runs):
         scores: dict[str, dict[int, float]] = {}
