@@ -35,6 +35,7 @@ from lightning_peft.losses.chunked_cross_entropy import chunked_cross_entropy
 from lightning_peft.losses.output_head import chunk_losses
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.adamss import AdaMSS
+from lightning_peft.methods.adaption_prompt import AdaptionPrompt
 from lightning_peft.methods.alora import ALoRA
 from lightning_peft.methods.arrow import Arrow
 from lightning_peft.methods.bd_lora import BDLoRA
@@ -103,6 +104,7 @@ from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import register_strategies
+from lightning_peft.strategies.base_reading import read_base
 from lightning_peft.trainers.callback_base import TrainerCallback
 from lightning_peft.trainers.packages import default_package
 
@@ -155,6 +157,7 @@ __all__ = [
     "AdaLoRA",
     "AdaMSS",
     "AdapterMonitor",
+    "AdaptionPrompt",
     "Arrow",
     "BDLoRA",
     "BitFit",
@@ -237,6 +240,7 @@ __all__ = [
     "parameter_report",
     "prune_rank",
     "quantize",
+    "read_base",
     "recommend",
     "register_strategies",
     "reset_adapters",

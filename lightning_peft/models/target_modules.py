@@ -60,6 +60,7 @@ def select(
     *,
     exclude_modules: str | Sequence[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
     adaptable: Callable[[nn.Module], bool],
     kind_hint: str = "lora",
 ) -> Selection:
@@ -73,6 +74,7 @@ def select(
             usual choice. None and ``"all-linear"`` select the root itself if it can be adapted.
         exclude_modules: A list, a regular expression, or a part, as above.
         layers_to_transform: Indices of the repeated blocks.
+        layers_pattern: Names of the lists they count in; None means the outermost lists.
         adaptable: Tells if a module's weights can be edited.
         kind_hint: ``"lora"`` or ``"ia3"``: the column of the architectures' table.
 
@@ -85,7 +87,8 @@ def select(
     if target_modules in (None, "all-linear") and adaptable(model):
         return Selection(("",), (), tied)
     matches = _matcher(model, target_modules, kind_hint, modules, adaptable)
-    matched = _matched(model, modules, matches, exclude_modules, layers_to_transform)
+    blocks = block_rule(modules, layers_to_transform, layers_pattern)
+    matched = _matched(model, modules, matches, exclude_modules, blocks)
     fitting, unfit = _fitting(matched, adaptable)
     skipped = [(n, why) for n, _, why in matched if why]
     if target_modules == "all-linear":
@@ -112,11 +115,10 @@ def _matched(
     modules: Sequence[tuple[str, nn.Module]],
     matches: Callable[[str, nn.Module], bool],
     exclude_modules: str | Sequence[str] | None,
-    layers_to_transform: int | Sequence[int] | None,
+    blocks: Callable[[str], bool],
 ) -> list[tuple[str, nn.Module, str]]:
     """Return (name, module, why it is left out) of the modules that match; "" if it is not."""
     excluded = _exclusion(model, exclude_modules)
-    blocks = block_rule(modules, layers_to_transform)
     unread = bypassed(modules)
     found = []
     for name, module in modules:

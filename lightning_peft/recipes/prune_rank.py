@@ -267,6 +267,7 @@ def _pruned(root: nn.Module, method: LoRA, cuts: dict[_Key, _Cut]) -> LoRA:
         target_modules=exact_targets(root, [c.site for c in cuts.values()]),
         exclude_modules=None,
         layers_to_transform=None,
+        layers_pattern=None,
     )
 
 

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.router_adapter import RouterAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.models.streamed_fingerprint import FingerprintSampler
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
-from lightning_peft.storage.streaming import materialize, stream_base
+from lightning_peft.strategies.base_reading import meta_tensors, read_into
 from lightning_peft.strategies.fsdp_compat import (
     hold_bytes_as_floats,
     shards_bytes,
     touch_every_adapter,
 )
 from lightning_peft.strategies.shard_units import Classes, check_ties, root_units, shard_units
-from lightning_peft.strategies.sharded_init import (
-    of_rank_0,
-    start_after_base,
-    start_before_base,
-    starts_from_weights,
-)
+from lightning_peft.strategies.sharded_init import of_rank_0
 
-__all__ = ["Options", "is_sharded", "shard_model"]
+__all__ = ["Options", "check_replicas", "data_mesh", "is_sharded", "shard_model"]
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -48,6 +41,35 @@ class Options:
     base_from: str | Path | None = None
     precision: str = "32-true"
     split_root: bool = True
+    packed_cache: str | Path | None = None
+    replicas: int = 1
+
+
+def check_replicas(replicas: int, world: int) -> None:
+    """Raise unless the ranks can be split into that many equal groups.
+
+    Raises:
+        ValueError: with the numbers that can be given.
+    """
+    if replicas < 1 or world % replicas:
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        raise ValueError(
+            f"peft_fsdp replicas: expected a divisor of the {world} ranks, one of {fits}, got "
+            f"{replicas}; give the number of machines, or 1 to shard over all ranks"
+        )
+
+
+def data_mesh(mesh: DeviceMesh, replicas: int) -> DeviceMesh:
+    """Return the mesh that FSDP2 takes: over all ranks, or replicas of groups of ranks.
+
+    Args:
+        mesh: One axis over all ranks.
+        replicas: Number of groups. Ranks of one machine follow each other, so they share a group.
+    """
+    if replicas == 1:
+        return mesh
+    shape = (replicas, mesh.size() // replicas)
+    return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -76,11 +98,12 @@ def shard_model(
     )
 
     _check_adapters(module)
-    empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
+    empty = meta_tensors(module)
     if empty and options.base_from is None:
         raise RuntimeError(
             f"peft_fsdp: expected weights, got {len(empty)} tensors on the meta device "
-            f"({', '.join(empty[:3])}); give PEFTFSDPStrategy(base_from=<folder of safetensors>)"
+            f"({', '.join(empty[:3])}); give PEFT(base_from=<folder of safetensors>), or the "
+            "strategy under Fabric"
         )
     if not empty:
         for t in kept_tensors(module).values():
@@ -108,13 +131,13 @@ def shard_model(
         module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
     if empty:
         place = torch.device("cpu") if options.cpu_offload else device
-        materialize(module, place)
-        start_before_base(module, device)
-        sampler = FingerprintSampler(module)
-        folder, after = Path(str(options.base_from)), starts_from_weights(module, device)
-        stream_base(module, folder, after=after, through=sampler.around)
-        sampler.finish(device)
-        start_after_base(module)
+        read_into(
+            module,
+            str(options.base_from),
+            place=place,
+            device=device,
+            packed_cache=options.packed_cache,
+        )
     _check(module)
     if probe is not None:
         _compare(*probe)
@@ -158,11 +181,6 @@ def _for_older_torch(
     for _, unit in units:
         touch_every_adapter(unit)
     return hold_bytes_as_floats(module, precision)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _check_adapters(module: nn.Module) -> None:
@@ -242,7 +260,7 @@ def _check(module: nn.Module) -> None:
     """No tensor without memory, nothing trained outside the shards."""
     from torch.distributed.tensor import DTensor
 
-    empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
+    empty = meta_tensors(module)
     plain = [
         n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)
     ]
