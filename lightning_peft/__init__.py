@@ -35,6 +35,7 @@ from lightning_peft.losses.chunked_cross_entropy import chunked_cross_entropy
 from lightning_peft.losses.output_head import chunk_losses
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.adamss import AdaMSS
+from lightning_peft.methods.adaption_prompt import AdaptionPrompt
 from lightning_peft.methods.alora import ALoRA
 from lightning_peft.methods.arrow import Arrow
 from lightning_peft.methods.bd_lora import BDLoRA
@@ -156,6 +157,7 @@ __all__ = [
     "AdaLoRA",
     "AdaMSS",
     "AdapterMonitor",
+    "AdaptionPrompt",
     "Arrow",
     "BDLoRA",
     "BitFit",

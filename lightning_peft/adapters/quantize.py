@@ -29,6 +29,7 @@ from lightning_peft.storage.unknown import computed_weight, unknown_format
 __all__ = [
     "PackingWatch",
     "QuantizationPlan",
+    "_to_dense_layer",
     "plan_quantization",
     "quantize_layers",
     "students_of_dense",
@@ -264,12 +265,13 @@ def quantize_layers(
         before = ModelSnapshot(module)
         with watch.around(module):
             try:
-                if device is not None and held(module, layout.names[0]).device.type != "meta":
+                has_values = held(module, layout.names[0]).device.type != "meta"
+                if device is not None and has_values:
                     module.to(device)
                 if name in plan.transcoded:
-                    to_dense_layer(module)
+                    _to_dense_layer(module)
                 plan.storage.quantize(module, layout, plan.quantization)
-                if watch.keep_on is not None:
+                if watch.keep_on is not None and has_values:
                     module.to(watch.keep_on)
                 watch.note(name, module)
             except BaseException as error:
@@ -284,7 +286,7 @@ def quantize_layers(
                 raise
 
 
-def to_dense_layer(module: nn.Module) -> None:
+def _to_dense_layer(module: nn.Module) -> None:
     """Dequantise a layer that arrived in a released format, so that it can be quantised again.
 
     A linear layer of another library becomes an `nn.Linear`; experts keep their class.

@@ -106,6 +106,10 @@ ROWS: dict[str, Row] = {
     "ptuning_mlp": Row(lp.PTuning(n=3, hidden=8), exact=False),
     "ptuning_lstm": Row(lp.PTuning(n=3, encoder="lstm", hidden=8), exact=False),
     "prefix": Row(lp.PrefixTuning(n=3), exact=False),
+    "adaption_prompt": Row(
+        lp.AdaptionPrompt(n=3),
+        dict.fromkeys(("encoder", "encoder-decoder", "plain"), "expected"),
+    ),
     "cartridge": Row(lp.Cartridge(n=3, frozen=1), exact=False),
     "cpt": Row(lp.CPT(init_ids=[5, 9, 17], types=[1, 2, 3]), exact=False),
     "prefix_projection": Row(lp.PrefixTuning(n=3, projection=True, hidden=8), exact=False),
