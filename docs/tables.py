@@ -20,6 +20,15 @@ ECOSYSTEM = ROOT / "tests" / "ecosystem" / "results.csv"
 MISSING = "*not measured*"
 
 
+def on_config(config: Any) -> Any:
+    """Show the version, and the edit links if the repository is set."""
+    source = (ROOT / "lightning_peft" / "__init__.py").read_text("utf-8")
+    (number,) = re.findall(r'^__version__ = "(.+?)"', source, re.M)
+    config.copyright = f"lightning_peft {number}"
+    config.edit_uri = "edit/main/docs/" if config.repo_url else None
+    return config
+
+
 def on_files(files: Any, *, config: Any) -> Any:
     """Put the benchmarks' CSV files next to the pages, under data/."""
     from mkdocs.structure.files import File
@@ -100,7 +109,7 @@ def protocol() -> str:
     from benchmarks.compare.intervals import paired
 
     runs = [r for r in _read("compare_runs") if r["score"]]
-    margins = {"series": (0.01, False), "language": (0.01, False)}
+    margins = {"language": (0.01, False)}
     lines = []
     for task in dict.fromkeys(r["task"] for r in runs):
         scores: dict[str, dict[int, float]] = {}
