@@ -215,7 +215,10 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
         fields["target_modules"] = [join(source.prefix, name) for name in reading.norms]
     if reading.entries:
         fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
-    method = source.method(**fields)
+    try:
+        method = source.method(**fields)
+    except TypeError as error:
+        raise ValueError(f"adapter_config.json: {error}; nothing was loaded") from None
     refuse = source.format.refuse
     for e in reading.entries if refuse is not None else ():
         reason = refuse(method, e.site) if refuse is not None else ""
