@@ -187,6 +187,32 @@ def step_memory() -> str:
     return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
 
 
+def what_fits() -> str:
+    """GB per GPU by model, number of GPUs and context."""
+    rows = [r for r in _read("what_fits") if r["options"] != "published"]
+    if not rows:
+        return MISSING
+    lengths = list(dict.fromkeys(r["tokens"] for r in rows))
+    lines = []
+    for key in dict.fromkeys((r["model"], r["gpus"], r["options"]) for r in rows):
+        here = [r for r in rows if (r["model"], r["gpus"], r["options"]) == key]
+        lines.append([f"{key[0]}, {key[1]} GPU, {key[2]}", *(_on_card(r) for r in here)])
+    columns = ["GB per GPU", *(f"{int(n) // 1024}k tokens" for n in lengths)]
+    return _table(columns, lines) + _origin(rows, "command", "date")
+
+
+def _on_card(row: dict[str, str]) -> str:
+    return row["gpu_gb"] if row["card"] == "-" else f"{row['gpu_gb']} ({row['card']} card)"
+
+
+def published_memory() -> str:
+    """Plans beside figures that other projects published."""
+    rows = [r for r in _read("what_fits") if r["options"] == "published"]
+    lines = [[r["model"], r["published_gb"], r["gpu_gb"], r["source"]] for r in rows]
+    columns = ["setting", "published, GB", "planned, GB", "source"]
+    return _table(columns, lines) if rows else MISSING
+
+
 def guideline() -> str:
     """What the literature recommends, from the data that `recommend` filters."""
     from lightning_peft.guideline.guideline import GUIDELINE
@@ -331,5 +357,6 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         *(compare_methods, protocol, defaults, step_times, planner, step_memory, guideline),
         *(methods, default_targets, versions, gpu, bench, ecosystem, chat_tokens),
+        *(what_fits, published_memory),
     )
 }
