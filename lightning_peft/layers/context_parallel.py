@@ -134,7 +134,8 @@ class ContextParallel:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
 
     def _complete(self, t: Tensor) -> Tensor:
-        parts: Tensor = _Gather.apply(t, self.group)
+        gather: Any = _Gather.apply
+        parts: Tensor = gather(t, self.group)
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
