@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # T=tests/methods/test_lora.py chooses files, K=dora chooses tests by expression.
 SUITE := $(ONE_THREAD) $(PY) -m pytest $(if $(T),,-n 2 --dist worksteal) $(T) $(if $(K),-k "$(K)")
 
-.PHONY: help quickstart test test-all invariants test-gpu check fix docs package aot bench-gpu bench-gpu-tables
+.PHONY: help quickstart test test-all peft-tables invariants test-gpu check fix docs package aot bench-gpu bench-gpu-tables
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -29,6 +29,12 @@ test: $(READY)  ## The tests without slow sweeps and GPU tests; T=path and K=exp
 
 test-all: $(READY)  ## The slow sweeps too; T and K as for test
 	$(SUITE) -m "not gpu"
+
+peft-tables: $(READY)  ## Every configuration in the tests of peft's sdist, there and back: counts and refusals
+	mkdir -p build/peft
+	$(PY) -m pip download --quiet --no-deps --no-binary :all: -d build/peft peft==0.21.2
+	tar xzf build/peft/peft-0.21.2.tar.gz -C build/peft
+	PEFT_TESTS=build/peft/peft-0.21.2/tests $(ONE_THREAD) $(PY) -m pytest -q -s tests/hf/test_peft_tables.py
 
 invariants: $(READY)  ## What every method promises, on every kind of model and storage: the count
 	$(ONE_THREAD) $(PY) -m pytest -q -n 2 -m "not gpu" tests/methods/test_all_methods_all_models.py tests/test_invariants.py

@@ -1,4 +1,5 @@
-"""MkDocs hook: a line `<!-- table: NAME -->` becomes a table made from the numbers' own files.
+"""MkDocs hook: a line `<!-- table: NAME -->` becomes a table made from the numbers' own files, and
+`# include PATH` in a code block becomes that file.
 
 No number of a benchmark is typed into a page by hand; where its file is missing the page says so.
 """
@@ -8,8 +9,10 @@ from __future__ import annotations
 import csv
 import re
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,14 +20,36 @@ ECOSYSTEM = ROOT / "tests" / "ecosystem" / "results.csv"
 MISSING = "*not measured*"
 
 
+def on_files(files: Any, *, config: Any) -> Any:
+    """Put the benchmarks' CSV files next to the pages, under data/."""
+    from mkdocs.structure.files import File
+
+    for path in sorted(RESULTS.glob("*.csv")):
+        files.append(File.generated(config, f"data/{path.name}", content=path.read_bytes()))
+    return files
+
+
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Fill the page's tables in."""
+    """Fill in the page's tables and included files."""
+    markdown = re.sub(r"^( *)# include ([\w./-]+)$", _included, markdown, flags=re.M)
     return re.sub(r"^<!-- table: (\w+) -->$", lambda m: TABLES[m[1]](), markdown, flags=re.M)
 
 
+def _included(match: re.Match[str]) -> str:
+    return textwrap.indent((ROOT / match[2]).read_text("utf-8").rstrip(), match[1])
+
+
 def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """Return a table: columns of numbers to the right, columns of text to the left."""
+    sides = [
+        "---:" if i and rows and all(_is_number(row[i]) for row in rows) else ":---"
+        for i in range(len(columns))
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, sides, *rows])
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"[-+±≤\d.,:%\s]*", cell) is not None
 
 
 def _read(name: str) -> list[dict[str, str]]:
@@ -44,32 +69,92 @@ def _origin(rows: list[dict[str, str]], *fields: str) -> str:
 
 
 def compare_methods() -> str:
-    """One table a task: mean score over the seeds, its spread, what is trained, the peak."""
-    rows = _read("compare_methods")
-    if not rows:
-        return MISSING
+    """One table per task of the published comparison: score, interval to full, size, rate."""
+    from lightning_peft.guideline.measurements import MEASURED
+
     parts = []
-    for task in dict.fromkeys(r["task"] for r in rows):
-        here = [r for r in rows if r["task"] == task]
-        lines = []
-        for method in dict.fromkeys(r["method"] for r in here):
-            runs = [r for r in here if r["method"] == method]
-            scores = [float(r["score"]) for r in runs]
-            spread = (max(scores) - min(scores)) / 2
-            lines.append(
-                [
-                    method,
-                    f"{statistics.mean(scores):.2f} ± {spread:.2f}"
-                    if len(runs) > 1
-                    else f"{scores[0]:.2f}",
-                    str(len(runs)),
-                    f"{float(runs[0]['percent']):.3g}",
-                    f"{statistics.median(float(r['peak_mb']) for r in runs):.0f}",
-                ]
-            )
-        columns = ["", here[0]["score_name"], "seeds", "trained, %", "peak, MB"]
-        parts.append(f"**{task}**\n\n{_table(columns, lines)}")
-    return "\n\n".join(parts) + _origin(rows, "command", "device", "date")
+    for task in dict.fromkeys(m.task for m in MEASURED):
+        own = [m for m in MEASURED if m.task == task]
+        lines = [
+            [
+                m.variant,
+                f"{m.score:.1f}",
+                f"{m.to_full:+.1f} [{m.low:+.1f}, {m.high:+.1f}]",
+                str(m.seeds),
+                f"{m.percent:.3g}",
+                f"{m.peak_mb:.0f}",
+                "" if m.step_ms is None else f"{m.step_ms:.0f}",
+                f"{m.learning_rate:g}",
+                "yes" if m.tied else "",
+            ]
+            for m in own
+        ]
+        columns = ["row", own[0].score_name, "difference to full, 95 % interval", "seeds"]
+        columns += ["trained, %", "peak, MB", "step, ms", "learning rate", "tied with the best"]
+        parts.append(f"### {task}, {own[0].protocol}\n\n{_table(columns, lines)}")
+    return "\n\n".join(parts) + _origin(_read("compare_methods"), "device", "date")
+
+
+def protocol() -> str:
+    """Rows of the held-out protocol that have been run so far, with intervals and verdicts."""
+    from benchmarks.compare.intervals import paired
+
+    runs = [r for r in _read("compare_runs") if r["score"]]
+    margins = {"series": (0.01, False), "language": (0.01, False)}
+    lines = []
+    for task in dict.fromkeys(r["task"] for r in runs):
+        scores: dict[str, dict[int, float]] = {}
+        for r in runs:
+            if r["task"] == task:
+                scores.setdefault(r["row"], {})[int(r["seed"])] = float(r["score"])
+        reference = scores.get("full, same layers", {})
+        for row, own in scores.items():
+            mean = statistics.mean(own.values())
+            gap = paired(own, reference)
+            share, higher = margins.get(task, (1.0, True))
+            margin = share if higher else share * statistics.mean(reference.values() or [0.0])
+            cells = [task, row, f"{mean:.2f}", str(len(own))]
+            if gap is None or row == "full, same layers":
+                cells += ["", "reference" if row == "full, same layers" else ""]
+            else:
+                verdict = gap.verdict(margin, higher)
+                cells += [f"{gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]", verdict]
+            lines.append(cells)
+    columns = ["task", "row", "test score", "seeds", "difference to full, same layers", "verdict"]
+    return _table(columns, lines) + _origin(runs, "device", "date") if lines else MISSING
+
+
+def defaults() -> str:
+    """Settings per method: the measured ones, their rate relative to full, and the literature's."""
+    from lightning_peft.guideline.literature import SETTINGS
+    from lightning_peft.guideline.measurements import MEASURED
+
+    lines = []
+    for variant in dict.fromkeys(m.variant for m in MEASURED):
+        own = {m.task: m for m in MEASURED if m.variant == variant}
+        cells = [variant, f"`{next(iter(own.values())).settings}`"]
+        for task in ("classification", "language"):
+            m = own.get(task)
+            cells.append("" if m is None else f"{m.rate_to_full:g} × ({m.learning_rate:g})")
+        cells.append(SETTINGS.get(variant, ""))
+        lines.append(cells)
+    columns = ["row", "settings", "rate over full's: classification", "language", "literature"]
+    return _table(columns, lines)
+
+
+def step_times() -> str:
+    """Time of a training step over peft's, method by method."""
+    lines = [
+        [r["method"], r["ratio"]]
+        for r in _read("method_steps")
+        if r["candidate"] == "lightning_peft"
+    ]
+    lines += [
+        ["QLoRA against peft + bitsandbytes", r["ratio"]]
+        for r in _read("lora_step")
+        if r["base"] == "nf4" and r["candidate"] == "lightning_peft"
+    ]
+    return _table(["method", "step time over peft's"], lines) if lines else MISSING
 
 
 def planner() -> str:
@@ -86,10 +171,10 @@ def step_memory() -> str:
     """What checkpointing, offload and the chunked loss keep, and what they cost."""
     rows = _read("step_memory")
     lines = [
-        [r["options"], r["step_mb"], r["planned_mb"], r["moved_mb"], r["median_ms"], r["loss"]]
+        [r["options"], r["step_mb"], r["planned_mb"], r["moved_mb"], r["cpu_ms"], r["loss"]]
         for r in rows
     ]
-    columns = ["options", "step, MB", "planned, MB", "moved, MB", "step, ms", "loss"]
+    columns = ["options", "step, MB", "planned, MB", "moved, MB", "processor, ms", "loss"]
     return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
 
 
@@ -112,14 +197,30 @@ def guideline() -> str:
 
 
 def methods() -> str:
-    """Every registered method and the first line of its docstring."""
+    """Every public method and the first line of its docstring."""
+    import lightning_peft
     from lightning_peft.methods.registry import METHODS
 
+    known = {c.__name__: c for c in METHODS.values()}
     lines = [
-        [f"`{name}`", (cls.__doc__ or "").strip().splitlines()[0]]
-        for name, cls in sorted((c.__name__, c) for c in METHODS.values())
+        [f"[`{n}`](methods.md#{n.lower()})", (known[n].__doc__ or "").strip().splitlines()[0]]
+        for n in sorted(known, key=str.lower)
+        if n in lightning_peft.__all__
     ]
     return _table(["class", "what it is"], lines)
+
+
+def default_targets() -> str:
+    """Layers that `target_modules=None` picks, by architecture."""
+    from lightning_peft.models.target_table import FAMILIES, MODEL_TYPES
+
+    lines = []
+    for family in FAMILIES.values():
+        types = sorted(t for t, f in MODEL_TYPES.items() if f == family)
+        if types:
+            names = [", ".join(f"`{s}`" for s in row) for row in (family.lora, family.ia3)]
+            lines.append([", ".join(types), *names])
+    return _table(["model types", "LoRA and most methods", "IA3, BEFT"], lines)
 
 
 def versions() -> str:
@@ -219,7 +320,7 @@ def _joined(rows: list[dict[str, str]], stage: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(compare_methods, planner, step_memory, guideline, methods, versions),
-        *(gpu, bench, ecosystem, chat_tokens),
+        *(compare_methods, protocol, defaults, step_times, planner, step_memory, guideline),
+        *(methods, default_targets, versions, gpu, bench, ecosystem, chat_tokens),
     )
 }

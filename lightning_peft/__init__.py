@@ -35,6 +35,7 @@ from lightning_peft.losses.chunked_cross_entropy import chunked_cross_entropy
 from lightning_peft.losses.output_head import chunk_losses
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.adamss import AdaMSS
+from lightning_peft.methods.adaption_prompt import AdaptionPrompt
 from lightning_peft.methods.alora import ALoRA
 from lightning_peft.methods.arrow import Arrow
 from lightning_peft.methods.bd_lora import BDLoRA
@@ -44,6 +45,7 @@ from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.bottleneck import BottleneckAdapter
 from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.cartridge import Cartridge
+from lightning_peft.methods.cpt import CPT, cpt_loss
 from lightning_peft.methods.deft import DEFT
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.diff_pruning import DiffPruning
@@ -94,6 +96,7 @@ from lightning_peft.methods.xlora import XLoRA
 from lightning_peft.optim.method_hooks import MethodHooks
 from lightning_peft.optim.replace import convert_optimizer
 from lightning_peft.planner.estimate import Plan, estimate_memory
+from lightning_peft.planner.recommendation import Recommendation, recommend
 from lightning_peft.recipes.extract_lora import extract_lora
 from lightning_peft.recipes.extract_report import ExtractReport
 from lightning_peft.recipes.prune_rank import PruneReport, prune_rank
@@ -101,6 +104,7 @@ from lightning_peft.report.summary import Report, parameter_report
 from lightning_peft.report.tokens import tokens_per_expert
 from lightning_peft.storage import Quantization
 from lightning_peft.strategies import register_strategies
+from lightning_peft.strategies.base_reading import read_base
 from lightning_peft.trainers.callback_base import TrainerCallback
 from lightning_peft.trainers.packages import default_package
 
@@ -140,6 +144,7 @@ __all__ = [
     "BEFT",
     "BOFT",
     "C3A",
+    "CPT",
     "DEFT",
     "HRA",
     "IA3",
@@ -152,6 +157,7 @@ __all__ = [
     "AdaLoRA",
     "AdaMSS",
     "AdapterMonitor",
+    "AdaptionPrompt",
     "Arrow",
     "BDLoRA",
     "BitFit",
@@ -195,6 +201,7 @@ __all__ = [
     "QuantAwareLoRA",
     "Quantization",
     "RandLoRA",
+    "Recommendation",
     "Report",
     "RoAd",
     "SHiRA",
@@ -215,6 +222,7 @@ __all__ = [
     "chunked_cross_entropy",
     "combine",
     "convert_optimizer",
+    "cpt_loss",
     "detach",
     "disable_adapters",
     "estimate_memory",
@@ -232,6 +240,8 @@ __all__ = [
     "parameter_report",
     "prune_rank",
     "quantize",
+    "read_base",
+    "recommend",
     "register_strategies",
     "reset_adapters",
     "route",

@@ -1,7 +1,8 @@
-"""The pages: every Python block runs, page by page, in order; or says visibly why it is not run.
+"""The pages: every Python block runs from its page alone, in order, or says why it is not run.
 
-A block followed by a `text` block raises the message that stands there. A block under a line that
-begins with `MARK` is compiled, and what it takes from our package must exist under that name.
+A page starts with no names. A block may include a file (`# include docs/prelude.py`), as the site
+does. A block followed by a `text` block raises that message. A block under a line that begins with
+`MARK` is compiled, and the names it imports from our package must exist.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -23,12 +25,12 @@ import pytest
 import lightning_peft
 from lightning_peft.__main__ import parser
 from lightning_peft.methods.registry import METHODS
-from tests.helpers import docs_prelude
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "*Not run in the tests:"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.M | re.S)
+INCLUDE = re.compile(r"^# include ([\w./-]+)$", re.M)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def blocks(page: Path) -> list[Block]:
     for match in FENCE.finditer(text):
         before = text[: match.start()].rstrip().rpartition("\n\n")[2]
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(page, line, match[1], match[2], before.startswith(MARK)))
+        code = INCLUDE.sub(lambda m: (ROOT / m[1]).read_text("utf-8"), textwrap.dedent(match[3]))
+        found.append(Block(page, line, match[2], code, before.startswith(MARK)))
     return found
 
 
@@ -62,8 +65,7 @@ def plain(message: object) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fresh = importlib.reload(docs_prelude)
-    names: dict[str, Any] = {n: getattr(fresh, n) for n in fresh.__all__}
+    names: dict[str, Any] = {"__name__": "page"}
     found = blocks(page)
     for block, following in zip_longest(found, found[1:]):
         if block.language != "python" or block.marked:
@@ -133,13 +135,36 @@ def test_every_public_name_has_a_docstring() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_tables_are_known(page: Path) -> None:
+def hook(name: str) -> Any:
+    """Return a module of the docs folder."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        tables = importlib.import_module("tables")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT / "docs"))
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = hook("reference")
+    listed = {name for names in reference.GROUPS.values() for name in names}
+    listed |= {cls.__name__ for cls in reference.methods()}
+    listed |= set(re.findall(r"^::: [\w.]+\.(\w+)$", reference.entries("more"), re.M))
+    assert set(lightning_peft.__all__) <= listed
+
+
+def test_the_reference_shows_inherited_arguments_and_every_meaning() -> None:
+    reference = hook("reference")
+    for cls in reference.methods():
+        entry = reference.method_entry(cls)
+        assert f"## {cls.__name__}\n" in entry
+        assert "| `target_modules` | `None` |" in entry
+        rows = [row for row in rows_of(entry) if row.startswith("| `")]
+        assert [row for row in rows if row.rstrip("| ").endswith("`")] == [], cls.__name__
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_tables_are_known(page: Path) -> None:
+    tables = hook("tables")
     made = tables.on_page_markdown(page.read_text("utf-8"))
     assert "<!-- table:" not in made
     for name in re.findall(r"<!-- table: (\w+) -->", page.read_text("utf-8")):
@@ -165,5 +190,13 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
-    api = (tmp_path / "site" / "api" / "index.html").read_text("utf-8")
-    assert [n for n in lightning_peft.__all__ if f"lightning_peft.{n}" not in api] == []
+    pages = [tmp_path / "site" / name / "index.html" for name in ("api", "methods")]
+    text = "".join(page.read_text("utf-8") for page in pages)
+    headings = set(re.findall(r'<h[23] id="([^"]+)"', text))
+    ends = {h.rpartition(".")[2].lower() for h in headings}
+    assert [n for n in lightning_peft.__all__ if n.lower() not in ends] == []
+    check = [sys.executable, "docs/check_site.py", str(tmp_path / "site"), "--links"]
+    links = subprocess.run(
+        check, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert links.returncode == 0, links.stdout

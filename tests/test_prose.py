@@ -13,7 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (ROOT / "lightning_peft", ROOT / "triton_kernels" / "lightning_peft_kernels")
 GUIDE = ROOT / "docs" / "style-prose.md"  # quotes what it bans
 SOURCES = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
-PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p != GUIDE)]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p != GUIDE),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")),
+]
 
 #: Phrase → what to write instead.
 BANNED = {
@@ -28,6 +33,15 @@ BANNED = {
     r"\b(rows|tokens) an expert\b": "per expert",
     r"\bbytes an element\b": "per element",
     r"\bgot 1 differences\b": "a plural that fits",
+    # "one per layer", not "one a layer"
+    r"\b([Ll]ines?|[Pp]ieces?|[Ss]amples|[Tt]okens|[Bb]ytes|[Bb]its|[Rr]ows|[Ff]iles?|[Oo]ne|[Nn]umbers?"
+    r"|[Mm]illiseconds|[Ss]econds|[Tt]wo|[Ff]our) an? (layer|process|rank|sample|expert|element"
+    r"|method|token|step|weight|row|block|head|seed|unit|chip)\b": "per",
+    r"\bsaid at the start\b": "the error at the start says",
+    r"\b[Pp]ackages of others\b": "third-party packages",
+    r"\bif that is not meant\b": "say what to do",
+    r"\bwhere such\b": "if",
+    r"\btold by (its|their) names?\b": "recognised by name",
 }
 
 
@@ -59,6 +73,17 @@ def test_docstrings_begin_with_a_subject_or_a_verb() -> None:
             summary = text.splitlines()[0]
             if summary.startswith("The same") or summary.endswith(":") or len(summary) > 100:
                 bad.append(f"{path.relative_to(ROOT)}:{line}: {summary}")
+    assert not bad
+
+
+def test_symbols_are_not_capitalised() -> None:
+    """A formatter once turned `y + other` into "Y + other" at the start of a docstring."""
+    bad = [
+        f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for path in SOURCES
+        for line, text in docstrings(path)
+        if re.match(r"(Vec identity|S at this|Y \+ other)", text)
+    ]
     assert not bad
 
 

@@ -7,10 +7,10 @@ import gc
 
 import peft
 import torch
-from side_by_side import interleaved, rows, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft as lp
+from benchmarks.lib.side_by_side import interleaved, rows, write
 
 
 def model() -> LlamaForCausalLM:

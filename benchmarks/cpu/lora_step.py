@@ -9,11 +9,11 @@ from collections.abc import Callable
 import bitsandbytes
 import peft
 import torch
-from side_by_side import interleaved, rows, write
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft as lp
+from benchmarks.lib.side_by_side import interleaved, rows, write
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

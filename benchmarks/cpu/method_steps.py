@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import torch
-from lora_step import base, step
-from side_by_side import interleaved, rows, write
 
 import lightning_peft as lp
+from benchmarks.cpu.lora_step import base, step
+from benchmarks.lib.side_by_side import interleaved, rows, write
 
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

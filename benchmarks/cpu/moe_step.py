@@ -19,11 +19,11 @@ from typing import Any
 
 import peft
 import torch
-from side_by_side import interleaved, rows, write
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lightning_peft as lp
+from benchmarks.lib.side_by_side import interleaved, rows, write
 
 ATTENTION = ["q_proj", "v_proj"]
 EAGER = "experts frozen"

@@ -10,8 +10,9 @@ import torch
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import quantize_4bit
 from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
-from side_by_side import interleaved, rows, write
 from torch import Tensor
+
+from benchmarks.lib.side_by_side import interleaved, rows, write
 
 GROUPS = {"q, k, v": (1024, 256, 256), "gate, up": (2816, 2816)}
 K, R = 1024, 16

@@ -123,6 +123,7 @@ def attach_within(
     quantization: StorageConfig | None,
     modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
+    keep_on: torch.device | None = None,
     averaged: Mapping[str, str] = MappingProxyType({}),
     separate_copies: bool = False,
 ) -> Report:
@@ -130,6 +131,7 @@ def attach_within(
 
     Args:
         model: As in `attach`; so are the other arguments.
+        keep_on: Where packed layers are moved to; None leaves them on `device`.
         averaged: Parts of the model that are averaged into a dense part outside, with its name.
         separate_copies: As in `attach`.
     """
@@ -173,7 +175,7 @@ def attach_within(
         for name, parameter in base_parameters(model).items():
             parameter.requires_grad_(name in registry.loose)
         if packing is not None:
-            watch = PackingWatch(packed, snapshot.renew, builder.around_packing)
+            watch = PackingWatch(packed, snapshot.renew, builder.around_packing, keep_on)
             quantize_layers(model, packing, device, watch)
             registry.quantization, registry.dense = quantization, packing.dense
             if packing.transcoded:

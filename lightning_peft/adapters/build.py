@@ -46,6 +46,9 @@ class AdapterBuilder:
             built: Extended by every adapter that may rewrite the base, before it does.
         """
         self._planned = planned
+        self._by_module: dict[int, list[PlannedAdapter]] = {}
+        for each in planned:
+            self._by_module.setdefault(id(each.placement.module), []).append(each)
         self._weight_adapters = built
         self._adapter_name = adapter_name
         self._built: set[int] = set()
@@ -59,7 +62,7 @@ class AdapterBuilder:
 
         The sites of the module then see the storage of the packed weight.
         """
-        mine = [p for p in self._planned if p.placement.module is module]
+        mine = self._by_module.get(id(module), [])
         originals = {
             p.placement.site.parameter: p.placement.site.weight(torch.float32).cpu().clone()
             for p in mine

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.attach import attach
+from lightning_peft.adapters.combined_copies import combined_copies
 from lightning_peft.adapters.rehome import rehome
 from lightning_peft.core.registry import AdapterRegistry, registries_in
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, as_low_rank
-from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.report.summary import Report
@@ -60,7 +62,8 @@ def combine(
         how: ``"cat"``: ΔW = Σ wᵢ ΔWᵢ exactly; ranks add up. ``"svd"``: Σ wᵢ ΔWᵢ cut to `rank`.
             ``"linear"``: A = Σ ±√|wᵢsᵢ| Aᵢ, B = Σ √|wᵢsᵢ| Bᵢ, as in Hugging Face peft, which is
             not Σ wᵢ ΔWᵢ. ``"ties"`` (arXiv:2306.01708), ``"dare_linear"``, ``"dare_ties"``
-            (arXiv:2311.03099), ``"magnitude_prune"``: applied to A and to B.
+            (arXiv:2311.03099), ``"magnitude_prune"``: applied to A and to B. Changes of trained
+            biases are always summed by the weights; a trained module of one adapter is taken over.
         density: Share of values kept by ties, dare and magnitude_prune, in (0, 1].
         rank: Rank for ``"svd"``; None means the largest rank among the adapters.
 
@@ -78,19 +81,22 @@ def combine(
     ranks = {sites[key].name: A.shape[-2] for key, (A, _) in factors.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     odd = {name: r for name, r in ranks.items() if r != usual}
+    root, record = root_of(model, names)
+    copies = combined_copies(root, record, names, weights)
     method = LoRA(
         r=usual,
         alpha=float(usual),
+        bias=copies.bias,
         rank_pattern={exactly(n): r for n, r in odd.items()},
         alpha_pattern={exactly(n): float(r) for n, r in odd.items()},
         target_modules=sorted({site.name for site in sites.values()}),
     )
-    root, record = root_of(model, names)
     active = list(record.active)
-    report = attach(root, method, adapter_name=into)
+    report = attach(root, method, adapter_name=into, modules_to_save=copies.heads)
+    copies.copy_into(root, into)
     with torch.no_grad():
         for _, module in adapted_modules(root):
-            for adapter in adapters_of(module, into):
+            for adapter in weight_adapters_of(module, into):
                 A, B = factors[(id(module), adapter.site.parameter)]
                 adapter.tensors()["A"].copy_(A)
                 adapter.tensors()["B"].copy_(B)
@@ -151,6 +157,8 @@ def _collect(
         for _, module in adapted_modules(root):
             for name, weight in zip(names, weights, strict=True):
                 for adapter in adapters_of(module, name):
+                    if isinstance(adapter, CopyAdapter):
+                        continue  # `combined_copies` has them
                     term = low_rank_of(adapter)
                     key = (id(module), adapter.site.parameter)
                     sites[key] = adapter.site

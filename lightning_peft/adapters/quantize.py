@@ -228,11 +228,13 @@ class PackingWatch:
         packed: Names of packed layers; extended in place.
         keep: Called with each layer when it is packed.
         around: Entered for the packing of each layer.
+        keep_on: Where a packed layer is moved to; None leaves it where it was packed.
     """
 
     packed: list[str]
     keep: Callable[[nn.Module], None]
     around: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
+    keep_on: torch.device | None = None
 
     def note(self, name: str, module: nn.Module) -> None:
         """Remember a packed layer."""
@@ -262,11 +264,14 @@ def quantize_layers(
         before = ModelSnapshot(module)
         with watch.around(module):
             try:
-                if device is not None and held(module, layout.names[0]).device.type != "meta":
+                has_values = held(module, layout.names[0]).device.type != "meta"
+                if device is not None and has_values:
                     module.to(device)
                 if name in plan.transcoded:
                     to_dense_layer(module)
                 plan.storage.quantize(module, layout, plan.quantization)
+                if watch.keep_on is not None and has_values:
+                    module.to(watch.keep_on)
                 watch.note(name, module)
             except BaseException as error:
                 if name not in watch.packed:

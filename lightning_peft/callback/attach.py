@@ -25,7 +25,7 @@ from lightning_peft.models.frozen_parts import frozen_copies, inside
 from lightning_peft.models.modules import fresh_head_names
 from lightning_peft.storage import StorageConfig
 
-_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform")
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 __all__ = ["attach_once", "averaged_parts", "find_root"]
 
@@ -74,6 +74,7 @@ def attach_once(
     quantization: StorageConfig | None,
     modules_to_save: Sequence[str] | None,
     device: torch.device,
+    keep_on: torch.device | None,
     lost: bool,
     averaged: Mapping[str, str],
     init_from: str | Path | None = None,
@@ -87,6 +88,8 @@ def attach_once(
         modules_to_save: Modules to train fully, besides a Hugging Face classification head; None
             for the new layers next to a pretrained model, an empty sequence for none.
         device: Where to quantise.
+        keep_on: Where packed layers are kept; None for `device`. A model that is sharded later is
+            not complete on any device.
         lost: Whether the user's `configure_model` replaced adapted layers.
         averaged: Parts of the root that are averaged into a dense part outside, with its name.
         init_from: Directory or hub id of an adapter to go on from, instead of methods.
@@ -123,7 +126,7 @@ def attach_once(
             "device": device if first and quantization is not None else None,
         }
         if init_from is None:
-            attach_within(root, list(methods), averaged=averaged, **how)
+            attach_within(root, list(methods), averaged=averaged, keep_on=keep_on, **how)
         else:
             continue_adapter(root, init_from, **how)
         new = True

@@ -21,6 +21,12 @@ from lightning_peft.callback.arguments import (
     methods_by_name,
 )
 from lightning_peft.callback.attach import attach_once, averaged_parts, find_root
+from lightning_peft.callback.base_reading import (
+    check_base,
+    errors_on_meta,
+    packed_device,
+    read_meta_base,
+)
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_checkpoint_io
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
@@ -104,6 +110,8 @@ _CONFIGURATION = (
     "plan",
     "checkpoint",
     "fall_back",
+    "base_from",
+    "packed_cache",
 )
 
 
@@ -148,6 +156,11 @@ class PEFT(TrainerCallback):
             merged weights for inference, under the keys of the module without adapters.
         fall_back: If True, a damaged checkpoint is replaced by the newest undamaged one in its
             folder, so that unattended restarts go on. If False, it raises and names that one.
+        base_from: Folder of safetensors with the weights of a base that the module builds on the
+            meta device. They are read a few rows at a time and quantised on the way, under every
+            strategy.
+        packed_cache: Directory for packed weights of `base_from`: quantised and written on the
+            first start, read on later ones. Several ranks and runs may share it.
 
     Raises:
         ModuleNotFoundError: neither Lightning package is installed.
@@ -174,10 +187,17 @@ class PEFT(TrainerCallback):
         plan: bool | dict[str, Any] = False,
         checkpoint: CheckpointForm = "adapters",
         fall_back: bool = False,
+        base_from: str | Path | None = None,
+        packed_cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         register_strategies()
-        check_paths(init_from=init_from, export_to=export_to)
+        check_paths(
+            init_from=init_from,
+            export_to=export_to,
+            base_from=base_from,
+            packed_cache=packed_cache,
+        )
         check_values(
             optimizer=optimizer,
             adapter_name=adapter_name,
@@ -208,6 +228,8 @@ class PEFT(TrainerCallback):
         check_form(checkpoint)
         self.checkpoint: CheckpointForm = checkpoint
         self.fall_back = fall_back
+        self.base_from = base_from
+        self.packed_cache = packed_cache
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -264,15 +286,19 @@ class PEFT(TrainerCallback):
             initialize_pending,
             lambda t: self._finish_optimizers(t, t.lightning_module),
         )
-        wrap_configure_model(
-            pl_module, self, lambda lost: self._attach(trainer, pl_module, io, lost)
-        )
+
+        def attach(lost: bool) -> None:
+            with errors_on_meta(pl_module):
+                self._attach(trainer, pl_module, io, lost)
+
+        wrap_configure_model(pl_module, self, attach)
 
     def _attach(
         self, trainer: pl.Trainer, module: pl.LightningModule, io: PEFTCheckpointIO, lost: bool
     ) -> None:
         root = find_root(module, self.root)
         if not is_attached(root):
+            check_base(trainer, root, self.base_from)
             self._make_plan(trainer, root)
             self._layers = layers_of(root, self.root or "")
         if self.liger and not is_attached(root):
@@ -284,10 +310,12 @@ class PEFT(TrainerCallback):
                 quantization=self.quantization,
                 modules_to_save=self.modules_to_save,
                 device=trainer.strategy.root_device,
+                keep_on=packed_device(trainer),
                 lost=lost,
                 averaged=averaged_parts(module, self.root, self.quantization),
                 init_from=self.init_from,
             )
+        read_meta_base(trainer, module, self.base_from, self.packed_cache)
         save_plainly(module, around=root)
         follow_outside(module)
         start_history(module)

@@ -1,4 +1,4 @@
-"""A checkpoint in shards, one a process, and the whole that they make.
+"""A checkpoint in shards, one per rank, and the complete file that they form.
 
 A piece holds this process's rows of everything a checkpoint holds of the model, and its part of the
 optimizers' state. Pieces are joined in memory for a file, or written as a folder (`shard_folder`).

@@ -19,7 +19,8 @@ from lightning_peft.models.history import base_tensors, outside_tensors
 
 __all__ = ["verify"]
 
-_WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # judged by the sites found
+# Judged by the sites found.
+_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def verify(

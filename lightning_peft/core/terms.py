@@ -201,7 +201,7 @@ class Kronecker:
         return self.scaling * product.flatten(-4, -3).flatten(-2)
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Vec identity: (C ⊗ D) x = C · X · Dᵀ with x read as X [c, d]."""
+        """The vec identity: (C ⊗ D) x = C · X · Dᵀ with x read as X [c, d]."""
         if not ops.features_last:  # a convolution or an embedding
             return Dense(self.matrix()).apply(ops, site, x)
         c, d = self.C.shape[1], self.D.shape[1]

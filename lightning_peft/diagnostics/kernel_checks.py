@@ -18,9 +18,15 @@ from lightning_peft_kernels.fp8.products import e4m3_scale, select_fp8
 from lightning_peft_kernels.lora.rank_gradients import rank_gradients
 from lightning_peft_kernels.lora.selection import rank_detail, select_one_pass
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
+from lightning_peft_kernels.nf4.packed import Packing
 from lightning_peft_kernels.nf4.reference import dequantize_4bit_reference, quantize_4bit_reference
-from lightning_peft_kernels.nf4.selection import select_product, small_batch_detail
-from lightning_peft_kernels.nf4.small_batch import nf4_small_batch
+from lightning_peft_kernels.nf4.selection import (
+    PAIRS,
+    select_pairs,
+    select_product,
+    small_batch_detail,
+)
+from lightning_peft_kernels.nf4.small_batch import multiply_few, nf4_small_batch
 from lightning_peft_kernels.optim.adamw_8bit import pooled_8bit_step, pooled_8bit_step_reference
 from lightning_peft_kernels.optim.step_inputs import PooledStep
 from torch import Tensor
@@ -32,7 +38,7 @@ __all__ = ["Check", "kernel_checks"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (*_HALVES, torch.float32)
-_DECODED = ("triton", "fused", "scaled_mm", "scaled_rows")
+_DECODED = ("triton", "fused", "pairs", "scaled_mm", "scaled_rows")
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ def kernel_checks(device: torch.device, shape: Shape, *, interpreted: bool) -> I
                 "nf4_small_batch", configuration(dtype, small_batch_detail(tokens)),
                 partial(_small_batch, device, dtype, shape, tokens), decide, short and tokens == 1,
             )  # fmt: skip
+        yield Check(
+            "nf4_small_batch", configuration(dtype, PAIRS),
+            partial(_pairs, device, dtype, shape),
+            partial(select_pairs, device, dtype, 1, (shape.N, shape.K)), short,
+        )  # fmt: skip
         for rank in (16, 32):
             decide = partial(select_one_pass, device, dtype, rank)
             yield Check(
@@ -207,6 +218,29 @@ def _small_batch(device: torch.device, dtype: torch.dtype, shape: Shape, tokens:
     W = dequantize_4bit_reference(q, (shape.N, shape.K), torch.float64)
     want = x.double() @ W.T + S.double() @ B.double().T + bias.double()
     return [close("y", y, want)]
+
+
+def _pairs(device: torch.device, dtype: torch.dtype, shape: Shape) -> list[Pair]:
+    """All rows up to eight; blocks as long as K allows, so that one holds several steps too."""
+    found = []
+    for block_size in (32, 64, 128):
+        if shape.K % block_size:
+            continue
+        W = randn(shape.N, shape.K) / shape.K**0.5
+        q = quantize_4bit_reference(W, block_size=block_size, double_quant=block_size != 64)
+        there, exact = to_device(q, device), (shape.N, shape.K)
+        Wd = dequantize_4bit_reference(q, exact, torch.float64, block_size=block_size)
+        for tokens in (1, 3, 8):
+            x, S, B, bias = (
+                randn(*s).to(dtype)
+                for s in ((tokens, shape.K), (tokens, 8), (shape.N, 8), (shape.N,))
+            )
+            s, b, c = (t.to(device) for t in (S, B, bias))
+            packing, how = Packing(exact, "nf4", block_size), Decision("pairs", "checked")
+            y = multiply_few(x.to(device), there, packing, s, b, c, "triton", how)
+            want = x.double() @ Wd.T + S.double() @ B.double().T + bias.double()
+            found.append(close(f"y of {tokens} rows, blocks of {block_size}", y, want))
+    return found
 
 
 def _rank_gradients(

@@ -25,7 +25,7 @@ from lightning_peft_kernels.nf4.bitsandbytes_product import fused_tokens
 from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit
 from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
-from lightning_peft_kernels.nf4.selection import FEW_TOKENS, select_group
+from lightning_peft_kernels.nf4.selection import FEW_TOKENS, select_group, select_pairs
 from lightning_peft_kernels.races import Question, Race, use_races
 from torch import Tensor
 
@@ -138,6 +138,8 @@ def _ways(device: torch.device, dtype: torch.dtype, tokens: int, N: int, K: int)
     )
     if fits and K % 8 == 0:
         yield "fused"
+    if select_pairs(device, dtype, tokens, (N, K)).backend == "pairs":
+        yield "pairs"
 
 
 def _groups(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> Iterator[Contest]:

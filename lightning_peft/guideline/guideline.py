@@ -1,6 +1,4 @@
-"""What the literature recommends, as data, with what was measured here beside it; `recommend`
-filters it and adds nothing.
-"""
+"""What the literature recommends, as data, next to our measurements. `literature` filters it."""
 
 from __future__ import annotations
 
@@ -9,21 +7,22 @@ from dataclasses import dataclass
 
 from lightning_peft.guideline.measurements import MEASURED, Measured
 
-__all__ = ["GUIDELINE", "Advice", "guideline_table", "recommend"]
+__all__ = ["GUIDELINE", "Advice", "guideline_table", "literature"]
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One row.
+    """One row of the guideline.
 
     Attributes:
         method: Name of the class.
         tasks: ``"classification"``, ``"generation"``, ``"vision"``.
-        budget: Usual share of trained parameters, in percent of the model.
-        multi_task: Whether rows of one batch can run under different adapters of it.
-        latency: Whether it can be merged, so that inference costs nothing.
-        why: What the source found.
-        source: Where.
+        budget: Share of trained parameters that the papers report, in percent of a large model.
+            Small models need a larger share at the same rank; `measured` has theirs.
+        multi_task: Whether samples of one batch can run under different adapters of it.
+        latency: Whether it merges, so that inference costs nothing.
+        why: Finding of the source.
+        source: The paper.
     """
 
     method: str
@@ -36,17 +35,17 @@ class Advice:
 
     @property
     def measured(self) -> tuple[Measured, ...]:
-        """Rows of the comparison that this method has (benchmarks/compare/methods.py)."""
+        """Rows of the comparison (benchmarks/compare) for this method."""
         return tuple(m for m in MEASURED if m.method == self.method)
 
 
 _ALL = ("classification", "generation", "vision")
 GUIDELINE: tuple[Advice, ...] = (
     Advice("LoRA", _ALL, 0.5, True, True,
-           "near full fine-tuning when it is put on all linear layers; the rank matters less than "
-           "where it is put", "arXiv:2106.09685; arXiv:2305.14314"),
+           "near full fine-tuning on all linear layers; the choice of layers matters more than the "
+           "rank", "arXiv:2106.09685; arXiv:2305.14314"),
     Advice("DoRA", _ALL, 0.5, True, True,
-           "above LoRA at low ranks, at a higher price a step", "arXiv:2402.09353"),
+           "above LoRA at low ranks, at a higher cost per step", "arXiv:2402.09353"),
     Advice("AdaLoRA", ("classification", "generation"), 0.3, True, True,
            "above LoRA at equal and very small budgets", "arXiv:2303.10512"),
     Advice("LoRAPlus", _ALL, 0.5, True, True,
@@ -84,14 +83,14 @@ GUIDELINE: tuple[Advice, ...] = (
 )  # fmt: skip
 
 
-def recommend(
+def literature(
     task: str | None = None,
     *,
     budget: float | None = None,
     multi_task: bool = False,
     latency: bool = False,
 ) -> Sequence[Advice]:
-    """Rows of the guideline that fit, in its order.
+    """Return the rows of the guideline that fit, in its order.
 
     Args:
         task: ``"classification"``, ``"generation"`` or ``"vision"``; None for any.
@@ -103,9 +102,9 @@ def recommend(
         ValueError: an unknown task, a budget that is not positive.
     """
     if task is not None and task not in _ALL:
-        raise ValueError(f"recommend: task: expected one of {_ALL} or None, got {task!r}")
+        raise ValueError(f"literature: task: expected one of {_ALL} or None, got {task!r}")
     if budget is not None and budget <= 0:
-        raise ValueError(f"recommend: budget: expected a percentage above 0, got {budget}")
+        raise ValueError(f"literature: budget: expected a percentage above 0, got {budget}")
     return [
         row
         for row in GUIDELINE
@@ -117,10 +116,10 @@ def recommend(
 
 
 def guideline_table(rows: Sequence[Advice] = GUIDELINE) -> str:
-    """Markdown: what the literature says, and the distance to full fine-tuning measured here.
+    """Return Markdown: what the literature says, and the measured distance to full fine-tuning.
 
     Args:
-        rows: What `recommend` returned; all of the guideline by default.
+        rows: The answer of `literature`; all of the guideline by default.
     """
     tasks = sorted({m.task for m in MEASURED})
     titles = ["method", "tasks", "trained", "by row", "merges", "the literature"]
@@ -130,7 +129,7 @@ def guideline_table(rows: Sequence[Advice] = GUIDELINE) -> str:
         cells = [
             row.method,
             ", ".join(row.tasks),
-            f"≤ {row.budget:g} %",
+            f"{row.budget:g} %",
             "yes" if row.multi_task else "no",
             "yes" if row.latency else "no",
             f"{row.why} ({row.source})",

@@ -19,6 +19,7 @@ from lightning_peft.methods.refused import check_not_refused
 __all__ = [
     "CONFIG",
     "base_config",
+    "check_config",
     "check_known",
     "format_of",
     "method_class",
@@ -92,7 +93,16 @@ def _listing(directory: Path) -> str:
     return ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "an empty directory"
 
 
-def _check_common(path: Path, config: Mapping[str, Any]) -> None:
+def check_config(where: str, config: Mapping[str, Any]) -> None:
+    """Check the common fields of a config.
+
+    Raises:
+        ValueError: a common field of another type; the message begins with `where`.
+    """
+    _check_common(where, config)
+
+
+def _check_common(path: Path | str, config: Mapping[str, Any]) -> None:
     def require(ok: bool, key: str, rule: str) -> None:
         if not ok:
             raise ValueError(f"{path}: {key}: expected {rule}, got {_short(config.get(key))}")
@@ -132,7 +142,7 @@ def _check_common(path: Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _compiles(path: Path, key: str, pattern: str) -> None:
+def _compiles(path: Path | str, key: str, pattern: str) -> None:
     try:
         check_pattern(pattern)
     except ValueError as error:
@@ -141,7 +151,7 @@ def _compiles(path: Path, key: str, pattern: str) -> None:
         ) from None
 
 
-def _check_patterns(path: Path, key: str, patterns: Mapping[str, Any]) -> None:
+def _check_patterns(path: Path | str, key: str, patterns: Mapping[str, Any]) -> None:
     for pattern, value in patterns.items():
         _compiles(path, key, pattern)
         if isinstance(value, int | float) and not abs(value) < _LARGEST_NUMBER:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.names import join
 from lightning_peft.hf.header_scale import header_scales
+from lightning_peft.hf.import_lycoris import in_peft, is_lycoris, read_layers
 from lightning_peft.hf.import_names import PARSERS, Layer, check_complete, kind_of
 from lightning_peft.hf.import_places import places_of
 from lightning_peft.hf.keys import PREFIX
@@ -63,7 +64,7 @@ def foreign_adapter(
     Raises:
         ValueError: an unknown format, a tensor with no certain place, a scale that is not said.
     """
-    kind = kind_of(list(tensors))
+    kind = "LyCORIS" if is_lycoris(list(tensors)) else kind_of(list(tensors))
     if not kind:
         raise ValueError(
             f"{source}: expected a LoRA file of peft, Kohya, diffusers or loralib, got tensors "
@@ -74,9 +75,11 @@ def foreign_adapter(
             f"load_adapter: enable_lora: expected with a loralib file, got a {kind} one, which "
             "says its own"
         )
+    notes: list[str] = []
+    if kind == "LyCORIS":
+        return _lycoris(model, tensors, source, root, alpha, metadata)
     layers, other = PARSERS[kind](tensors, source)
     check_complete(layers, source)
-    notes: list[str] = []
     if kind == "loralib":
         _loralib_scale(layers, alpha, source)
     elif other:
@@ -88,6 +91,20 @@ def foreign_adapter(
     if kind != "loralib":
         _scale(kind, layers, alpha, metadata, source, notes)
     return _in_peft(model, layers, places, other, enable_lora, source, notes)
+
+
+def _lycoris(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    root: str | None,
+    alpha: float | None,
+    metadata: Mapping[str, str],
+) -> Foreign:
+    layers, notes = read_layers(tensors, source), list[str]()
+    places = places_of(model, root, layers, source)
+    _scale("LyCORIS", layers, alpha, metadata, source, notes)
+    return Foreign(*in_peft(model, layers, places, source), notes)
 
 
 # ---- scales
@@ -111,8 +128,7 @@ def _scale(
     scales = header_scales(metadata, source) if silent else []
     read = 0
     for e in silent:
-        rank = e.factors()[0].shape[0]
-        found = (scale.of(e.label, rank) for scale in scales)
+        found = (scale.of(e.label, e.rank) for scale in scales)
         e.alpha = next((value for value in found if value is not None), None)
         read += e.alpha is not None
         e.alpha = alpha if e.alpha is None else e.alpha
@@ -120,7 +136,7 @@ def _scale(
         notes.append(f"{read} layers have their scale from the file's header")
     lacking = [e for e in silent if e.alpha is None]
     if lacking:
-        ranks = sorted({e.factors()[0].shape[0] for e in lacking})
+        ranks = sorted({e.rank for e in lacking})
         raise ValueError(
             f"{source}: expected an alpha in the tensors or in the header, got ranks {ranks} and "
             f"no alpha for {lacking[0].label!r} and {len(lacking) - 1} more; give alpha= of the "
@@ -166,6 +182,13 @@ def _in_peft(
         embedding = isinstance(modules[name], nn.Embedding)
         suffix = ("lora_embedding_A", "lora_embedding_B") if embedding else _SUFFIXES
         tensors |= {PREFIX + join(name, suffix[0]): A, PREFIX + join(name, suffix[1]): B}
+        if e.magnitude is not None:
+            try:
+                magnitude = _magnitude(e.magnitude, modules[name])
+            except ValueError as error:
+                problems.append(f"{e.label}: {error}")
+                continue
+            tensors[PREFIX + join(name, "lora_magnitude_vector")] = magnitude
         found[name] = (A.shape[0], (e.alpha or 0.0) * factor)
     if problems:
         raise ValueError(f"{source}: nothing was loaded:\n  " + "\n  ".join(problems[:20]))
@@ -179,11 +202,34 @@ def _in_peft(
         "alpha_pattern": {re.escape(n): found[n][1] for n in odd},
         "target_modules": "|".join(re.escape(n) for n in sorted(found)),
     }
+    scaled = [e for e in layers if e.magnitude is not None]
+    if scaled and len(scaled) != len(layers):
+        raise ValueError(
+            f"{source}: expected magnitudes (DoRA) for all layers or for none, got them for "
+            f"{len(scaled)} of {len(layers)}; nothing was loaded"
+        )
+    config["use_dora"] = bool(scaled)
     config["bias"] = _biases(model, other, found, tensors, source)
     return Foreign(config, tensors, notes)
 
 
 _SUFFIXES = ("lora_A.weight", "lora_B.weight")
+
+
+def _magnitude(t: Tensor, module: nn.Module) -> Tensor:
+    """Return DoRA's magnitudes in peft's shape: [out], a convolution's [1, out, 1 …].
+
+    Raises:
+        ValueError: norms of another axis than the outputs.
+    """
+    kernel = getattr(module, "kernel_size", ())
+    rows = getattr(module, "out_channels", None) if kernel else _rows(module)
+    if t.numel() != rows or t.shape[0] != rows:
+        raise ValueError(
+            f"expected magnitudes of {rows} outputs, got shape {list(t.shape)}: norms of the "
+            "inputs (LyCORIS: wd_on_output=False) have no equal here"
+        )
+    return t.reshape(1, -1, *(1,) * len(kernel)) if kernel else t.reshape(-1)
 
 
 def _factors(

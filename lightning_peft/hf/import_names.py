@@ -17,15 +17,23 @@ from torch import Tensor
 from lightning_peft.core.names import join
 from lightning_peft.hf.keys import PREFIX
 
-__all__ = ["COMPONENTS", "PARSERS", "Layer", "check_complete", "kind_of"]
+__all__ = ["COMPONENTS", "FLAT", "PARSERS", "Layer", "check_complete", "kind_of"]
 
-_KOHYA = re.compile(r"(lora_(?:unet|te\d?|transformer|prior))_(.+?)\.(.+)")
-_KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+#: The part of a pipeline before a layer's name with _ for its dots; LyCORIS's for any module.
+FLAT = re.compile(r"(lora_(?:unet|te\d?|transformer|prior)|lycoris)_")
+_KOHYA = re.compile(rf"{FLAT.pattern}(.+?)\.(.+)")
+_KOHYA_PARTS = {
+    "lora_down.weight": "A",
+    "lora_up.weight": "B",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+}
 _DIFFUSERS = re.compile(
     r"(.+?)\.(?:processor\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora"
     r"|lora|lora_linear_layer)\.(down|up)\.weight"
 )
 _DIFFUSERS_NEW = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
+_MAGNITUDE = re.compile(r"(.+)\.(?:lora_magnitude_vector(?:\.weight)?|dora_scale)")
 _LORALIB = re.compile(r"(?:(.+)\.)?lora_([AB])")
 #: Component of a pipeline → names that the module has in programs that hold several.
 COMPONENTS = {
@@ -51,6 +59,12 @@ class Layer:
     A: Tensor | None = None
     B: Tensor | None = None
     alpha: float | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank that alpha is divided by; only after `check_complete`."""
+        return int(self.factors()[0].shape[0])
 
     @property
     def label(self) -> str:
@@ -106,6 +120,8 @@ def _diffusers(tensors: Mapping[str, Tensor], source: str) -> tuple[list[Layer],
             part = "A" if side == "down" else "B"
         elif new is not None:
             name, part = new.groups()
+        elif (scaled := _MAGNITUDE.fullmatch(key)) is not None:
+            name, part = scaled[1], "magnitude"
         elif key.endswith(".alpha"):
             name, part = re.sub(r"\.(lora|lora_linear_layer)$", "", key[: -len(".alpha")]), "alpha"
         else:

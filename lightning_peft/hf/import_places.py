@@ -30,7 +30,7 @@ def places_of(
     for component in components:
         mine = [e for e in layers if e.component == component]
         heads = _heads(model, root, component, alone=len(components) == 1, source=source)
-        flat = component.startswith("lora_")
+        flat = component.startswith("lora_") or component == "lycoris"
         tried: list[dict[int, str]] = []
         for head in heads:
             top = model.get_submodule(head) if head else model

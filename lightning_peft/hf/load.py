@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from lightning_peft.hf.norm_layers import split_norm_layers
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.source import Source, read_source
 from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights, tied_with
+from lightning_peft.hf.task_heads import Heads
 from lightning_peft.hf.token_rows import match_token_rows, split_token_rows
 from lightning_peft.hf.values import (
     COPY,
@@ -61,9 +63,11 @@ def load_adapter(
     quantization: StorageConfig | str | None = None,
     root: str | None = None,
     alpha: float | None = None,
+    config: Any = None,
     enable_lora: Sequence[bool] | None = None,
     modules_to_save: Sequence[str] | None = (),
     device: torch.device | str | None = None,
+    heads: Heads = "load",
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
@@ -79,16 +83,20 @@ def load_adapter(
         model: The base, or a module (a LightningModule) that holds it.
         directory: A directory with adapter_config.json and adapter_model.safetensors; or a
             .safetensors file of Kohya, diffusers or loralib, or a directory with one; or a state
-            dict of theirs.
+            dict of theirs, or of a `PeftModel`.
         adapter_name: Name to attach under.
         quantization: Quantise the frozen base too: ``"nf4"``, or a configuration.
         root: Name of the module inside `model` whose layer names the file uses. By default, the
             one Hugging Face model inside `model`, or `model` itself.
         alpha: lora_alpha of a file that does not hold it: loralib's, and Kohya's or diffusers'
             without an alpha in the tensors or in the header.
+        config: Config of a `PeftModel` whose state dict is given, as
+            ``peft_model.peft_config["default"]``; a directory has its own.
         enable_lora: loralib's argument of MergedLinear, needed if some parts are off.
         modules_to_save: Modules to train fully besides those of the directory, as in `attach`.
         device: Where to quantise, as in `attach`.
+        heads: ``"skip"`` leaves out the trained heads of a peft directory, and reads the rest into
+            the bare base too.
 
     Returns:
         The report of attaching. Its notes count the tensors and layers loaded.
@@ -98,14 +106,16 @@ def load_adapter(
         ValueError: anything in the files that does not fit; the model is as before.
         RuntimeError: the adapter's name is taken.
     """
-    config = as_config(quantization)
+    if heads not in ("load", "skip"):
+        raise ValueError(f"load_adapter: heads: expected 'load' or 'skip', got {heads!r}")
+    storage = as_config(quantization)
     check_adapter_name(adapter_name)
-    source = read_source(model, directory, adapter_name, root, alpha, enable_lora)
+    source = read_source(model, directory, adapter_name, root, alpha, enable_lora, config, heads)
     # A snapshot would keep the dense weights of layers that are packed.
-    snapshot = None if config is not None else ModelSnapshot(model)
+    snapshot = None if storage is not None else ModelSnapshot(model)
     try:
         with adopted_layers(model):  # a refusal gives them back
-            return _load(model, source, adapter_name, config, modules_to_save, device)
+            return _load(model, source, adapter_name, storage, modules_to_save, device)
     except BaseException:
         if snapshot is not None:
             snapshot.restore(_weight_adapters(model, adapter_name))

@@ -25,8 +25,10 @@ from lightning_peft.hf.import_lora import foreign_adapter
 from lightning_peft.hf.legacy_experts import fused_experts
 from lightning_peft.hf.legacy_names import current_names
 from lightning_peft.hf.outside import OutsideModules, read_outside
+from lightning_peft.hf.peft_state import is_peft_state, peft_state
 from lightning_peft.hf.recognise import named
 from lightning_peft.hf.targets import model_root
+from lightning_peft.hf.task_heads import Heads, without_heads
 from lightning_peft.methods.base import HFFormat, Method
 
 __all__ = ["Source", "read_source"]
@@ -67,6 +69,8 @@ def read_source(
     root: str | None,
     alpha: float | None,
     enable_lora: Sequence[bool] | None,
+    config: Any = None,
+    heads: Heads = "load",
 ) -> Source:
     """Read the source and convert it.
 
@@ -76,13 +80,17 @@ def read_source(
     """
     if isinstance(source, Mapping):
         label, metadata = "state dict", dict[str, str]()
+        if is_peft_state(source):
+            return _peft_state(model, source, config, root, alpha, adapter_name)
+        _check_no_config(config, label)
         tensors = checked(source, label)
     else:
         path = Path(source)
+        _check_no_config(config, str(path))
         folder = path / adapter_name if (path / adapter_name / CONFIG).is_file() else path
         ours = not path.exists() or not named(folder) or any(folder.glob("adapter_model.*"))
         if (folder / CONFIG).is_file() and ours:
-            return _peft(model, folder, root, alpha, enable_lora)
+            return _peft(model, folder, root, alpha, enable_lora, heads)
         file = _single_file(path)
         tensors, metadata = read_file(file)
         label = str(file)
@@ -98,6 +106,7 @@ def _peft(
     root: str | None,
     alpha: float | None,
     enable_lora: Sequence[bool] | None,
+    heads: Heads,
 ) -> Source:
     if alpha is not None or enable_lora is not None:
         raise ValueError(
@@ -112,9 +121,48 @@ def _peft(
     prefix, top = model_root(model, root)
     config, tensors, fused = fused_experts(top, config, tensors)
     config, tensors, note = current_names(top, fmt, config, tensors)
-    outside = read_outside(model, folder)
-    notes = [n for n in (fused, note, *outside.notes) if n]
+    outside, skipped = read_outside(model, folder), ""
+    if heads == "skip":
+        config, tensors, skipped = without_heads(top, fmt, config, tensors)
+    notes = [n for n in (fused, note, skipped, *outside.notes) if n]
     return Source(config, tensors, method, prefix, top, notes, outside)
+
+
+def _peft_state(
+    model: nn.Module,
+    source: Mapping[str, Tensor],
+    config: Any,
+    root: str | None,
+    alpha: float | None,
+    adapter_name: str,
+) -> Source:
+    floats = {k: t for k, t in source.items() if not isinstance(t, Tensor) or _is_kept(k, t)}
+    prefix, top = model_root(model, root)
+    found, tensors, note = peft_state(top, floats, config, alpha, adapter_name)
+    method = method_class(found)
+    fmt = format_of(method)
+    check_known(fmt, found)
+    tensors = checked(tensors, "state dict", [fmt.tensors[name] for name in fmt.integers])
+    found, tensors, fused = fused_experts(top, found, tensors)
+    found, tensors, renamed = current_names(top, fmt, found, tensors)
+    notes = [n for n in (note, fused, renamed) if n]
+    return Source(found, tensors, method, prefix, top, notes)
+
+
+def _check_no_config(config: Any, label: str) -> None:
+    if config is not None:
+        raise ValueError(
+            f"load_adapter: config: expected with the state dict of a PeftModel, got {label}, "
+            "which says its own; leave it out"
+        )
+
+
+def _is_kept(key: str, t: Tensor) -> bool:
+    """Whether a tensor is no counter or id of the base (``num_batches_tracked``)."""
+    return t.is_floating_point() or (".base_layer." not in key and not key.endswith(_COUNTERS))
+
+
+_COUNTERS = ("num_batches_tracked", "position_ids", "token_type_ids")
 
 
 def _single_file(path: Path) -> Path:

@@ -58,7 +58,10 @@ def model_root(model: nn.Module, root: str | None = None) -> tuple[str, nn.Modul
         inside = any(name.startswith(f"{n}.") or not n for n, _ in found)
         if not inside and is_transformers_model(module):
             found.append((name, module))
-    return found[0] if len(found) == 1 else ("", model)
+    if len(found) == 1:
+        return found[0]
+    compiled = model._modules.get("_orig_mod")  # peft's names have no part for torch.compile
+    return ("", model) if compiled is None else ("_orig_mod", compiled)
 
 
 def targeted(config: Mapping[str, Any], root: nn.Module) -> Callable[[str, nn.Module], bool]:

@@ -23,7 +23,7 @@ from lightning_peft.core.registry import leave_registry
 from lightning_peft.layers.acting import acting_adapters
 from lightning_peft.layers.adapted_state import ActiveAdapters, AdaptedState
 from lightning_peft.layers.adapter import Adapter
-from lightning_peft.layers.block import BlockAdapter, apply_block
+from lightning_peft.layers.block import BlockAdapter
 from lightning_peft.layers.direct_forward import bind_direct
 from lightning_peft.layers.group_outputs import output_of_group
 from lightning_peft.layers.mixed_batch import (
@@ -135,7 +135,7 @@ def _forward(
     ops = module._peft.ops
     y = ops.forward(module, run, edits, args, kwargs) if edits else run(*args, **kwargs)
     for adapter in blocks:
-        x, y = apply_block(adapter, x, y, partial(_run_again, module, run, edits))
+        x, y = adapter.join(x, y, partial(_run_again, module, run, edits), kwargs)
     return y
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +48,19 @@ class BlockAdapter(ModuleAdapter):
     def why_not_mergeable(self) -> str:
         """An added module has no equal weight."""
         return "it adds modules, it does not change weights"
+
+    def join(
+        self, x: Tensor, y: Any, again: Callable[[Tensor], Any], arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Input and output of the layer with the effect of the added module; see `apply_block`.
+
+        Args:
+            x: Input of the layer.
+            y: Output of the layer.
+            again: Runs the layer on another input.
+            arguments: Keyword arguments of the call.
+        """
+        return apply_block(self, x, y, again)
 
     @property
     def has_hooks(self) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from lightning_peft.guideline.guideline import guideline_table, recommend
+from lightning_peft.guideline.guideline import guideline_table, literature
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.hybrids import mam, unipelt
 from lightning_peft.methods.registry import METHODS
 
-__all__ = ["METHODS", "Method", "guideline_table", "mam", "recommend", "unipelt"]
+__all__ = ["METHODS", "Method", "guideline_table", "literature", "mam", "unipelt"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -17,7 +17,7 @@ __all__ = ["checked_arguments", "require_methods"]
 M = TypeVar("M", bound=type[Method])
 
 #: Arguments that every method has: listed last.
-_LAST = ("target_modules", "exclude_modules", "layers_to_transform")
+_LAST = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _TOO_LARGE = 1 << 63
 #: Arguments of other libraries → how the choice is written here.
 _ELSEWHERE = {

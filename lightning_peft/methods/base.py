@@ -101,15 +101,19 @@ class Targeted(Method):
     """Which modules.
 
     Attributes:
-        target_modules: ``"all-linear"`` (without the output head), suffixes, or a regular
-            expression of full names; None means the architecture's usual choice.
-        exclude_modules: Suffixes or a regular expression.
+        target_modules: ``"all-linear"`` (without the output head), suffixes, a part of a
+            vision-language model (``"language"``, ``"vision"``, ``"language+vision"``), or a
+            regular expression of full names; None means the architecture's usual choice.
+        exclude_modules: Suffixes, a part, or a regular expression.
         layers_to_transform: Numbers of the blocks; None means all.
+        layers_pattern: Names of the lists of blocks that the numbers count in, as ``"layers"``;
+            None means the outermost lists.
     """
 
     target_modules: str | list[str] | None = field(default=None, kw_only=True)
     exclude_modules: str | list[str] | None = field(default=None, kw_only=True)
     layers_to_transform: int | list[int] | None = field(default=None, kw_only=True)
+    layers_pattern: str | list[str] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -298,17 +302,27 @@ class BlockMethod(Targeted):
     mergeable: ClassVar[bool] = False
 
     @property
-    def where(self) -> Literal["branches", "residual", "parallel"]:
+    def where(self) -> Literal["branches", "residual", "parallel", "attention"]:
         """Places in a transformer block that ``target_modules=None`` means.
 
         ``"branches"``: after attention and feed-forward; ``"residual"``: after the residual
-        addition; ``"parallel"``: parallel to the feed-forward branch.
+        addition; ``"parallel"``: parallel to the feed-forward branch; ``"attention"``: in
+        self-attention, whose queries meet the module's keys and values too.
         """
         return "branches"
 
     def module(self, site: BlockSite) -> nn.Module:
         """The added module, initialised."""
         raise TypeError(f"{self.label}: expected a method with `module`, found none")
+
+    @property
+    def top_layers(self) -> int | None:
+        """Number of blocks, from the last one back, that it acts in; None for all."""
+        return None
+
+    def attention_prompt(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """With ``where="attention"``: positions [1, n, width], and the factor on what they add."""
+        raise TypeError(f"{self.label}: expected a method with `attention_prompt`, found none")
 
     def change(self, module: nn.Module, x: Tensor, site: BlockSite) -> Tensor:
         """The addition to the output; x is the layer's output or input (see `BlockSite.role`)."""
@@ -350,6 +364,26 @@ class SequenceMethod(Targeted):
             batch: Rows of the batch.
         """
         return self.prompt_embeddings(module, site)
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the output holds the positions of a prompt too."""
+        return False
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether `after_step` does anything."""
+        return type(self).after_step is not SequenceMethod.after_step
+
+    def penalty(self, ctx: StepContext) -> Tensor | None:
+        """None: no sequence method adds to the loss."""
+        return None
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Called when gradients of a step are complete, before clipping."""
+
+    def after_step(self, ctx: StepContext) -> None:
+        """Called after the optimizer's step, gradients still there."""
 
     def load_prompt_embeddings(self, module: nn.Module, table: Tensor, site: SequenceSite) -> None:
         """Make `prompt_embeddings` return `table`.

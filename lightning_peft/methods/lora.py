@@ -174,7 +174,7 @@ class LoRA(WeightMethod):
         return r
 
     def scaling(self, site: Site, r: int) -> float:
-        """S at this site; where ranks are moved between layers each keeps its α/r."""
+        """Return s at this site. A layer whose rank was changed keeps its α/r."""
         alpha = match_site(self.alpha_pattern, site, self.alpha)
         if self.init == "eva" and self.data_options["adjust_scaling_factors"]:
             alpha = alpha * r / self.rank(site)

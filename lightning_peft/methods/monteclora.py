@@ -159,6 +159,11 @@ class MonteCLoRA(LoRA):
         super().check(site)
         require_features(self.label, site)
         require_matrix(self.label, site)
+        require(
+            not site.ops.is_opaque,
+            f"{self.label} on {site.label!r}: expected a layer that draws A in its forward, got "
+            f"{type(site.module).__name__}, which reads merged weights; exclude it or use LoRA",
+        )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A and B as LoRA; log_std [r] and log_concentration [samples] uniform in [0, 1)."""

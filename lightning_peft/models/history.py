@@ -34,6 +34,7 @@ __all__ = [
     "note_loaded",
     "note_moved",
     "note_optimizers",
+    "note_read",
     "note_trained",
     "outside_tensors",
     "start_history",
@@ -77,6 +78,14 @@ def start_history(model: nn.Module, again: Iterable[str] = ()) -> ModelHistory:
     buffers = {strip_compile(name) for name in persistent_buffers(model)}
     found.not_finite |= {n for n in buffers & tensors.keys() if not is_finite(local(tensors[n]))}
     return found
+
+
+def note_read(model: nn.Module) -> None:
+    """Remember the content of tensors that had no values before, because the base was not read."""
+    for _, module, history in histories_in(model):
+        own = base_tensors(module)
+        fresh = {n: t for n, t in own.items() if history.content.get(n, t) is None}
+        history.content |= take_content(_watched(module, fresh))
 
 
 def _history_of(model: nn.Module) -> ModelHistory:

@@ -8,7 +8,7 @@ reduction joins the samples of all ranks; the result equals the fingerprint of a
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import EllipsisType
 
 import torch
@@ -119,6 +119,7 @@ class FingerprintSampler:
                 if full not in trained:
                     self._entries.setdefault(full, []).append(entry)
         self._samples: dict[str, _Samples] = {}
+        self._known: dict[str, str] = {}
 
     def around(self, name: str, shape: Sequence[int], source: RowSource) -> RowSource:
         """Return the rows of a tensor in a form that notes samples.
@@ -158,9 +159,19 @@ class FingerprintSampler:
                 "copy one base to all machines, or give a shared folder"
             )
         raise_on_all_ranks(error, "base_from")
-        for name, samples in self._samples.items():
-            for entry in self._entries[name]:
-                entry[2] = hash_of_samples(samples.values)
+        self._known |= {n: hash_of_samples(s.values) for n, s in self._samples.items()}
+        for name, content in self._known.items():
+            for entry in self._entries.get(name, ()):
+                entry[2] = content
+
+    def take(self, known: Mapping[str, str]) -> None:
+        """Take hashes that were computed when the base was read before."""
+        self._known |= known
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes by canonical name, after `finish`."""
+        return dict(self._known)
 
     def _join(self, device: torch.device) -> list[str]:
         """Reduce the samples; return the tensors of which this rank's files hold other values."""

@@ -22,6 +22,7 @@ from lightning_peft.core.names import (
 from lightning_peft.layers import ops_for, uneditable
 from lightning_peft.layers.experts.ops import experts_refusal
 from lightning_peft.models.modules import head_names, hf_models
+from lightning_peft.models.parts import Part, chosen_parts, parts_of
 from lightning_peft.models.target_errors import no_match
 from lightning_peft.models.target_rules import block_rule, name_rule
 from lightning_peft.models.target_table import MODEL_TYPES, Family
@@ -59,6 +60,7 @@ def select(
     *,
     exclude_modules: str | Sequence[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
     adaptable: Callable[[nn.Module], bool],
     kind_hint: str = "lora",
 ) -> Selection:
@@ -67,10 +69,12 @@ def select(
     Args:
         model: The root; names are relative to it.
         target_modules: ``"all-linear"``; a list of names or suffixes (at a dot); a regular
-            expression for full names; or None for the architecture's usual choice. None and
-            ``"all-linear"`` select the root itself if it can be adapted.
-        exclude_modules: A list or a regular expression, as above.
+            expression for full names; the usual choice in a part of a vision-language model,
+            ``"language"``, ``"vision"`` or ``"language+vision"``; or None for the architecture's
+            usual choice. None and ``"all-linear"`` select the root itself if it can be adapted.
+        exclude_modules: A list, a regular expression, or a part, as above.
         layers_to_transform: Indices of the repeated blocks.
+        layers_pattern: Names of the lists they count in; None means the outermost lists.
         adaptable: Tells if a module's weights can be edited.
         kind_hint: ``"lora"`` or ``"ia3"``: the column of the architectures' table.
 
@@ -83,7 +87,8 @@ def select(
     if target_modules in (None, "all-linear") and adaptable(model):
         return Selection(("",), (), tied)
     matches = _matcher(model, target_modules, kind_hint, modules, adaptable)
-    matched = _matched(modules, matches, exclude_modules, layers_to_transform)
+    blocks = block_rule(modules, layers_to_transform, layers_pattern)
+    matched = _matched(model, modules, matches, exclude_modules, blocks)
     fitting, unfit = _fitting(matched, adaptable)
     skipped = [(n, why) for n, _, why in matched if why]
     if target_modules == "all-linear":
@@ -96,15 +101,24 @@ def select(
     return Selection(names, tuple(skipped), tied)
 
 
+def _exclusion(model: nn.Module, rule: str | Sequence[str] | None) -> Callable[[str], bool]:
+    """Return the rule of what is left out: names, or a part of a vision-language model."""
+    parts = chosen_parts(model, rule)
+    if parts is None:
+        return name_rule(rule)
+    names = {name for name, _ in parts}
+    return lambda name: name in names
+
+
 def _matched(
+    model: nn.Module,
     modules: Sequence[tuple[str, nn.Module]],
     matches: Callable[[str, nn.Module], bool],
     exclude_modules: str | Sequence[str] | None,
-    layers_to_transform: int | Sequence[int] | None,
+    blocks: Callable[[str], bool],
 ) -> list[tuple[str, nn.Module, str]]:
     """Return (name, module, why it is left out) of the modules that match; "" if it is not."""
-    excluded = name_rule(exclude_modules)
-    blocks = block_rule(modules, layers_to_transform)
+    excluded = _exclusion(model, exclude_modules)
     unread = bypassed(modules)
     found = []
     for name, module in modules:
@@ -163,10 +177,11 @@ def _matcher(
 ) -> Callable[[str, nn.Module], bool]:
     if target_modules == "all-linear":
         return lambda name, module: _is_linear(module)
-    if target_modules is not None:
+    parts = chosen_parts(model, target_modules)
+    if target_modules is not None and parts is None:
         rule = name_rule(target_modules)
         return lambda name, module: rule(name)
-    choices = default_targets(model, kind_hint)
+    choices = default_targets(model, kind_hint) if parts is None else _of_parts(parts, kind_hint)
     if not choices:
         found = Counter(n.rpartition(".")[2] for n, m in modules if n and adaptable(m))
         raise ValueError(
@@ -271,6 +286,23 @@ def default_targets(model: nn.Module, kind: str = "lora") -> list[tuple[str, tup
     return [(n, f.lora if kind == "lora" else f.ia3) for n, f in _families(model)]
 
 
+def _of_parts(parts: Sequence[Part], kind: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (path of a part, suffixes of its usual choice)."""
+    found = []
+    for name, model_type in parts:
+        family = MODEL_TYPES.get(model_type)
+        if family is None:
+            raise ValueError(
+                f"target_modules: expected a part of an architecture of the table, got {name!r} of "
+                f"type {model_type!r}; name its layers"
+            )
+        found.append((name, family.lora if kind == "lora" else family.ia3))
+    return found
+
+
 def feedforward_targets(model: nn.Module) -> tuple[str, ...]:
-    """Return the suffixes of the layers that IA3 scales on the input side."""
-    return tuple(dict.fromkeys(s for _, f in _families(model) for s in f.feedforward))
+    """Return the suffixes of the layers that IA3 scales on the input side, in both parts."""
+    families = [family for _, family in _families(model)]
+    for part in parts_of(model).values():
+        families += [MODEL_TYPES[kind] for _, kind in part if kind in MODEL_TYPES]
+    return tuple(dict.fromkeys(s for f in families for s in f.feedforward))

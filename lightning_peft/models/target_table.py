@@ -128,6 +128,9 @@ FAMILIES: dict[str, Family] = {
         ("projection_key", "projection_value", "output.dense"),
         ("output.dense",),
     ),
+    "qwen_vision": Family(
+        ("qkv",), ("qkv", "fc2", "linear_fc2", "down_proj"), ("fc2", "linear_fc2", "down_proj")
+    ),
     "hiera": Family(("qkv",), ("qkv", "fc2"), ("fc2",)),
     "focalnet": Family(("projection_in", "fc1", "fc2"), ("projection_in", "fc2"), ("fc2",)),
     "convnext": Family(("pwconv1", "pwconv2"), ("pwconv1", "pwconv2"), ("pwconv2",)),
@@ -204,6 +207,7 @@ _BY_FAMILY: dict[str, str] = {
     "mobilevit": "mobilevit",
     "pvt_v2": "pvt_v2",
     "cvt": "cvt",
+    "qwen_vision": "qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision",
     "hiera": "hiera",
     "focalnet": "focalnet",
     "bit": "bit",
@@ -214,7 +218,8 @@ _BY_FAMILY: dict[str, str] = {
     "t5": "t5 mt5 umt5 longt5 switch_transformers pix2struct",
     "bart": "bart mbart marian pegasus pegasus_x m2m_100 blenderbot blenderbot-small plbart "
     "bigbird_pegasus whisper speech_to_text clip clip_text_model clip_vision_model "
-    "siglip siglip_text_model siglip_vision_model siglip2 vit deit dinov2 "
+    "siglip siglip_text_model siglip_vision_model siglip2 idefics2_vision idefics3_vision "
+    "smolvlm_vision vit deit dinov2 "
     "dinov2_with_registers dinov3_vit swin "
     "vit_mae vit_msn detr chinese_clip altclip beit segformer mvp "
     "nanochat trocr fsmt nllb-moe seamless_m4t seamless_m4t_v2 ijepa metaclip_2 jina_embeddings_v3 "

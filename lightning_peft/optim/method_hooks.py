@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
-from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.methods.base import StepContext, WeightMethod
+from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapter import Adapter
+from lightning_peft.methods.base import SequenceMethod, StepContext, WeightMethod
 from lightning_peft.optim.half_precision import check_half_precision
 from lightning_peft.optim.wrappers import unwrap_optimizer
 
 __all__ = ["MethodHooks", "has_step_hooks"]
+
+_Method = WeightMethod | SequenceMethod
 
 
 class MethodHooks:
@@ -71,17 +73,20 @@ class MethodHooks:
         """Restore the step count."""
         self.step = int(state["step"])
 
-    def _groups(self, optimizer: Optimizer) -> list[tuple[WeightMethod, list[WeightAdapter]]]:
+    def _groups(self, optimizer: Optimizer) -> list[tuple[_Method, list[Adapter]]]:
         """Return each method with a hook, and those of its adapters that `optimizer` trains."""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        groups: dict[tuple[str, int], tuple[WeightMethod, list[WeightAdapter]]] = {}
+        groups: dict[tuple[str, int], tuple[_Method, list[Adapter]]] = {}
         for _, module in adapted_modules(self.module):
-            for adapter in weight_adapters_of(module):
-                if has_step_hooks(adapter.method) and any(
-                    id(p) in owned for p in adapter.parameters()
+            for adapter in adapters_of(module):
+                method = adapter.method
+                if (
+                    isinstance(method, WeightMethod | SequenceMethod)
+                    and method.has_step_hooks
+                    and any(id(p) in owned for p in adapter.parameters())
                 ):
-                    key = (adapter.adapter_name, id(adapter.method))
-                    groups.setdefault(key, (adapter.method, []))[1].append(adapter)
+                    key = (adapter.adapter_name, id(method))
+                    groups.setdefault(key, (method, []))[1].append(adapter)
         return list(groups.values())
 
     def before_step(self, optimizer: Optimizer, grad_scale: float = 1.0) -> None:
@@ -116,17 +121,17 @@ class MethodHooks:
                 method.after_step(ctx)
         self.step += 1
 
-    def _context(self, adapters: Sequence[WeightAdapter], step: int, scale: float) -> StepContext:
+    def _context(self, adapters: Sequence[Adapter], step: int, scale: float) -> StepContext:
         entries = [(a.site, a.tensors()) for a in adapters]
         return StepContext(step, self.total_steps(), entries, scale)
 
 
 def has_step_hooks(method: object) -> bool:
     """Whether the method has a hook of its own."""
-    return isinstance(method, WeightMethod) and method.has_step_hooks
+    return isinstance(method, WeightMethod | SequenceMethod) and method.has_step_hooks
 
 
-def _add_gradient(penalty: Tensor, adapters: Sequence[WeightAdapter]) -> None:
+def _add_gradient(penalty: Tensor, adapters: Sequence[Adapter]) -> None:
     parameters = [p for a in adapters for p in a.parameters() if p.requires_grad]
     for p, grad in zip(
         parameters, torch.autograd.grad(penalty, parameters, allow_unused=True), strict=True

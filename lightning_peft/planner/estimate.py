@@ -68,8 +68,8 @@ def estimate_memory(
         precision: ``"bf16"``: frozen weights in bf16, trained ones in fp32, computed in bf16; or
             Lightning's ``"bf16-mixed"`` (the base as the module has it), ``"bf16-true"``,
             ``"32-true"`` and the same with 16.
-        batch_size: Samples a rank.
-        sequence_length: Tokens a sample; None for 512, or for what the model has positions for.
+        batch_size: Samples per rank.
+        sequence_length: Tokens per sample; None for 512, or fewer if the model has fewer positions.
         checkpointing: Whether blocks are recomputed in backward; ``activations="checkpoint"``.
         activations: What blocks keep for backward, as `PEFT` takes it.
         loss: ``"chunked"`` for logits a few tokens at a time, as `PEFT` takes it.

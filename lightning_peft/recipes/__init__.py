@@ -1,4 +1,4 @@
-"""What people do beside adapters, on the same model and the same callback.
+"""Recipes next to adapters: distillation, extraction, pruning, factorisation.
 
 Distillation from the base that is there already, pruning, factorisation. Each is a function on any
 `nn.Module`; none needs Lightning.

@@ -1,4 +1,4 @@
-"""Knowledge distillation: the frozen base with its adapters off, or another model, as teacher.
+"""Knowledge distillation. The teacher is the base with adapters disabled, or another model.
 
 L = T² · mean over rows of KL(softmax(t / T) ‖ softmax(s / T)).   Hinton et al. 2015,
 arXiv:1503.02531, section 2.
@@ -30,7 +30,7 @@ __all__ = ["distillation_loss", "teaching"]
 
 @contextmanager
 def teaching(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` is a teacher: adapters off, eval mode, no gradient.
+    """Make `model` a teacher inside the block: adapters disabled, eval mode, no gradients.
 
     Trained copies (modules_to_save) are off too: the teacher has the base's own head.
 
@@ -44,7 +44,7 @@ def teaching(model: nn.Module) -> Iterator[None]:
 def distillation_loss(
     student: Tensor, teacher: Tensor, *, temperature: float = 2.0, mask: Tensor | None = None
 ) -> Tensor:
-    """T² · KL of the softened teacher to the softened student, a scalar in fp32.
+    """Return T² · KL(teacher ‖ student) at temperature T, a scalar in fp32.
 
     Args:
         student: Logits [..., classes].

@@ -52,7 +52,7 @@ def extract_lora(
     batch: Any = None,
     inputs: Iterable[Any] | None = None,
 ) -> ExtractReport:
-    """Attach to `base` the LoRA adapter that comes nearest to `tuned`, in place.
+    """Attach the LoRA adapter to `base` that approximates `tuned` best, in place.
 
     Args:
         base: The model that fine-tuning started from. It may be quantised, then the adapter makes
@@ -124,7 +124,7 @@ def extract_lora(
 def _check_arguments(
     base: nn.Module | str | Path, r: int, directory: str | Path | None, *, runs: bool
 ) -> None:
-    """Check the rank, and that a base that is not loaded need not run.
+    """Check the rank, and that a base on the meta device is never run.
 
     Raises:
         ValueError: r < 1; a directory as base without `directory`, or with something to run.
@@ -160,7 +160,7 @@ def _with_ranks(
 
 @dataclass(frozen=True)
 class _Goals:
-    """Outputs of both models from before the adapter is attached.
+    """Outputs of both models, computed before the adapter is attached.
 
     Attributes:
         batch: The example input to compare on, None without one.
@@ -199,7 +199,7 @@ class _Goals:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Weights of both models by the base's parameter names."""
+    """Yield the weights of both models by the base's parameter names."""
 
     base: Mapping[str, Weight]
     tuned: Mapping[str, Weight]
@@ -216,7 +216,7 @@ class _Pair:
             raise ValueError(f"{label}: nothing was changed:\n  " + "\n  ".join(problems[:20]))
 
     def matrices(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Canonical weights fp32, before and after."""
+        """Return the canonical weights in fp32, before and after fine-tuning."""
         name = join(site.name, site.parameter)
 
         def canonical(W: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _factored(site: Site, pair: _Pair, r: int, report: ExtractReport) -> tuple[T
 
 
 def _fill(model: nn.Module, adapter_name: str, found: _Found, pair: _Pair) -> set[str]:
-    """Put factors and copies in; a model without memory gets tensors on the CPU."""
+    """Store factors and copies in the model; a model on meta gets tensors on the CPU."""
     covered: set[str] = set()
     for name, module in adapted_modules(model):
         for adapter in adapters_of(module, adapter_name):
@@ -281,7 +281,7 @@ def _left_out(pair: _Pair, covered: set[str]) -> list[tuple[str, float]]:
 
 
 class _Under(nn.Module):
-    """A model run under other weights, its own untouched."""
+    """Runs a model under other weights and leaves its own unchanged."""
 
     def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ class _Under(nn.Module):
 
 
 def _runner(model: nn.Module, tuned: nn.Module | str | Path, pair: _Pair) -> nn.Module:
-    """Something that runs the tuned model."""
+    """Return a callable that runs the tuned model."""
     if isinstance(tuned, nn.Module):
         return tuned
     own = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Report of `extract_lora`: what was kept of fine-tuning."""
+"""Report of `extract_lora`: the share of fine-tuning that the adapter keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ExtractReport", "ExtractedLayer"]
 
 @dataclass(frozen=True)
 class ExtractedLayer:
-    """One weight.
+    """Result for one weight.
 
     Attributes:
         name: The weight.
@@ -28,7 +28,7 @@ class ExtractedLayer:
 
 @dataclass
 class ExtractReport:
-    """What was kept of fine-tuning, and what was not.
+    """Share of the fine-tuning that the adapter keeps, and what it drops.
 
     Attributes:
         layers: One entry an extracted weight.
@@ -49,11 +49,11 @@ class ExtractReport:
 
     @property
     def energy(self) -> float:
-        """Smallest share kept of a layer's change."""
+        """Return the smallest share kept of any layer's change."""
         return min((e.energy for e in self.layers), default=1.0)
 
     def __str__(self) -> str:
-        """A line a layer, then what is missing."""
+        """Return one line per layer, then what is missing."""
         lines = [
             f"{e.name:<48} rank {e.rank:<4} {e.energy:8.2%} of the energy of a change of "
             f"{e.change:.2e}"

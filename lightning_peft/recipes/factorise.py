@@ -23,14 +23,14 @@ __all__ = ["FactoriseReport", "FactorisedLayer", "LowRankLinear", "factorise"]
 
 
 class LowRankLinear(nn.Module):
-    """y = (x Vᵀ) Uᵀ + b, in place of a linear layer.
+    """A linear layer in two factors: y = (x Vᵀ) Uᵀ + b.
 
     `down` [k, in] and `up` [out, k] are linear layers of their own: ``target_modules=["up"]`` and
     the like adapt them, and both may be quantised.
     """
 
     def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
-        """Take the factors; nothing is copied."""
+        """Store the factors without copying them."""
         super().__init__()
         k, in_features = down.shape
         out_features = up.shape[0]
@@ -44,14 +44,14 @@ class LowRankLinear(nn.Module):
             self.up.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
+        """Map [..., in] to [..., out]."""
         y: Tensor = self.up(self.down(x))
         return y
 
 
 @dataclass(frozen=True)
 class FactorisedLayer:
-    """One layer.
+    """Result for one layer.
 
     Attributes:
         name: Name of the layer.
@@ -68,7 +68,7 @@ class FactorisedLayer:
 
 @dataclass
 class FactoriseReport:
-    """What factorisation saved and lost.
+    """Savings and error of a factorisation.
 
     Attributes:
         layers: One entry a layer that was looked at.
@@ -82,7 +82,7 @@ class FactoriseReport:
     output_error: float | None = None
 
     def __str__(self) -> str:
-        """Layers, parameters, output."""
+        """Return layers, parameters and the error of the output as text."""
         done = [e for e in self.layers if e.rank]
         before, after = self.parameters
         text = (
@@ -103,7 +103,7 @@ def factorise(
     exclude_modules: str | list[str] | None = None,
     batch: Any = None,
 ) -> FactoriseReport:
-    """Replace linear layers by two thin ones, in place; call it before attaching and quantising.
+    """Replace linear layers by two thin ones, in place. Call it before attaching and quantising.
 
     Args:
         model: A dense model without adapters.
@@ -147,12 +147,12 @@ def factorise(
 
 
 def _replaceable(module: nn.Module) -> bool:
-    """Plain linear layers: a subclass has a forward or a reader of its own."""
+    """Return the plain linear layers. A subclass may have its own forward, or other readers."""
     return type(module) is nn.Linear and adaptable(module)
 
 
 def _children_of_fused_layers(model: nn.Module) -> set[str]:
-    """`nn.TransformerEncoderLayer` reads its layers' weights itself in eval mode."""
+    """Return layers whose weights `nn.TransformerEncoderLayer` reads directly in eval mode."""
     return {
         join(name, child)
         for name, m in model.named_modules()

@@ -1,4 +1,4 @@
-"""Factors fitted so that a model's outputs come nearest to another's on example inputs.
+"""Fits factors so that a model's outputs approximate another model's on example inputs.
 
 Each layer's best factors do not make the best model: errors add up along the layers, and do not
 matter equally. A few passes over inputs without labels make up for much of it.
@@ -24,7 +24,7 @@ Goal = tuple[Any, Tensor]  # a batch, and the output wanted on it
 
 
 def goals_of(runner: nn.Module, inputs: Iterable[Any]) -> list[Goal]:
-    """Batches with the outputs of the model that is to be met, kept on the CPU.
+    """Batches, with the outputs of the model to approximate, on the CPU.
 
     Raises:
         ValueError: no batches, or an output that is not finite.
@@ -42,7 +42,7 @@ def goals_of(runner: nn.Module, inputs: Iterable[Any]) -> list[Goal]:
 def fit_outputs(
     model: nn.Module, factors: Sequence[nn.Parameter], goals: Sequence[Goal]
 ) -> tuple[float, float]:
-    """Fit in place, by Adam, in eval mode; where that does not help, everything is as before.
+    """Fit in place with Adam, in eval mode. If the error does not fall, restore the start.
 
     Args:
         model: Runs on a batch.
@@ -91,7 +91,7 @@ def _squares(output: Tensor, batch: Any, wanted: Tensor) -> Tensor:
 
 
 def _counted(batch: Any, output: Tensor) -> Tensor:
-    """What is not padding, of outputs by position; else all."""
+    """Return the outputs at positions that are not padding; without a mask, all of them."""
     parts = [batch, *batch] if isinstance(batch, list | tuple) else [batch]
     for part in parts:
         mask = part.get("attention_mask") if isinstance(part, Mapping) else None

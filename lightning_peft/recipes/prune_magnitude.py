@@ -1,4 +1,4 @@
-"""Magnitude pruning of a frozen base, and how sparse a model is.
+"""Magnitude pruning of a frozen base, and the sparsity of a model.
 
 Zeros of a frozen weight stay where they are through training. A merge fills them unless the
 adapter's own change is masked: train with `SparseLoRA`. torch.nn.utils.prune and Lightning's
@@ -28,7 +28,7 @@ __all__ = ["SparsityReport", "prune_magnitude", "sparsity"]
 
 @dataclass
 class SparsityReport:
-    """Zeros by weight.
+    """Number of zeros per weight.
 
     Attributes:
         layers: Name of the weight → (zeros, elements).
@@ -38,12 +38,12 @@ class SparsityReport:
 
     @property
     def share(self) -> float:
-        """Zeros of all elements."""
+        """Return the share of zeros among all elements."""
         zeros = sum(z for z, _ in self.layers.values())
         return zeros / max(1, sum(n for _, n in self.layers.values()))
 
     def __str__(self) -> str:
-        """A line a layer."""
+        """Return one line per layer."""
         lines = [f"{name:<56} {z / n:7.2%} of {n:,}" for name, (z, n) in self.layers.items()]
         return "\n".join([*lines, f"{self.share:.2%} zeros in {len(lines)} layers"])
 
@@ -51,7 +51,7 @@ class SparsityReport:
 def sparsity(
     model: nn.Module, target_modules: str | list[str] | None = "all-linear"
 ) -> SparsityReport:
-    """Count zeros of the base's weights as they act: masks applied, packed weights dequantised."""
+    """Count zeros of the effective base weights: masked, and dequantised if packed."""
     report = SparsityReport()
     for label, module, name in _weights(model, target_modules):
         W = storage_of(module, name).read(module, name)
@@ -66,7 +66,7 @@ def prune_magnitude(
     target_modules: str | list[str] | None = "all-linear",
     scope: Literal["global", "layer"] = "global",
 ) -> SparsityReport:
-    """Set the smallest weights of the base to zero, in place; call it before quantising.
+    """Set the smallest base weights to zero, in place. Call it before quantising.
 
     Args:
         model: With or without adapters; what is pruned is the base.
@@ -108,7 +108,7 @@ def prune_magnitude(
 
 
 def _limit(sizes: list[Tensor], amount: float) -> float:
-    """The largest magnitude that goes."""
+    """Return the largest magnitude that is pruned."""
     flat = torch.cat([s.flatten() for s in sizes])
     k = int(amount * flat.numel())
     return float(flat.kthvalue(k).values) if k else -1.0

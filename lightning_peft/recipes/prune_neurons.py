@@ -40,7 +40,7 @@ _RUNS = 5
 
 @dataclass
 class NeuronReport:
-    """What removal saved and lost.
+    """Savings and error of a removal.
 
     Attributes:
         blocks: Layer out of the block → neurons before and after.
@@ -56,7 +56,7 @@ class NeuronReport:
     output_error: float | None = None
 
     def __str__(self) -> str:
-        """Blocks, parameters, time, output."""
+        """Return blocks, parameters, time and the error of the output as text."""
         before, after = self.parameters
         text = (
             f"{len(self.blocks)} blocks, {before:,} → {after:,} parameters "
@@ -152,7 +152,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _kept(model: nn.Module, ins: Sequence[str], out: str, share: float) -> Tensor:
-    """Indices of the neurons that stay, in order."""
+    """Return the indices of the remaining neurons, in order."""
     last = _linear(model, out)
     score = last.weight.detach().float().norm(dim=0)
     for name in ins:
@@ -182,7 +182,7 @@ def _cut_columns(layer: nn.Linear, kept: Tensor) -> None:
 
 
 def _tell_config(model: nn.Module, report: NeuronReport) -> None:
-    """One width everywhere is written in the config, so that the model can be saved and loaded."""
+    """Write the width to the config if all blocks share it, so that the model saves and loads."""
     widths = set(report.blocks.values())
     config = getattr(model, "config", None)
     if len(widths) == 1 and config is not None:

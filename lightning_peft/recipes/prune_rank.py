@@ -1,4 +1,4 @@
-"""prune_rank: a trained LoRA adapter with fewer ranks, by the singular values of its change."""
+"""prune_rank: reduces the rank of a trained LoRA adapter by the singular values of its change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["PruneReport", "PrunedLayer", "prune_rank"]
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """One weight.
+    """Result for one weight.
 
     Attributes:
         name: The weight.
@@ -46,7 +46,7 @@ class PrunedLayer:
 
 @dataclass
 class PruneReport:
-    """What pruning took away.
+    """Ranks and energy that pruning removed.
 
     Attributes:
         layers: One entry a weight.
@@ -63,11 +63,11 @@ class PruneReport:
 
     @property
     def energy(self) -> float:
-        """Smallest share kept by a layer."""
+        """Return the smallest share kept by any layer."""
         return min((e.energy for e in self.layers), default=1.0)
 
     def __str__(self) -> str:
-        """Ranks, parameters, output."""
+        """Return ranks, parameters and the error of the output as text."""
         before, after = self.parameters
         ranks = sorted(Counter(e.kept for e in self.layers).items())
         text = ", ".join(f"rank {k} in {n}" for k, n in ranks)
@@ -89,7 +89,7 @@ _Key = tuple[int, str]
 
 @dataclass
 class _Cut:
-    """New factors of one weight, and what else its adapter holds."""
+    """New factors of one weight, and the adapter's other tensors."""
 
     site: Site
     A: Tensor
@@ -105,7 +105,7 @@ def prune_rank(
     adapter_name: str = "default",
     batch: Any = None,
 ) -> PruneReport:
-    """Replace an adapter by the best one of smaller rank, in place.
+    """Replace an adapter by its best approximation of smaller rank, in place.
 
     The change s·BA of each layer is decomposed exactly from QR of B and of Aᵀ; it is never formed.
     The new adapter has scale 1 and default start; starts that took their part out of the base
@@ -158,7 +158,7 @@ def prune_rank(
 
 
 def _adapter(model: nn.Module, name: str) -> tuple[nn.Module, AdapterRegistry, LoRA]:
-    """Where the adapter is, and its method; everything that is refused is refused here."""
+    """Return the adapter's places and its method. All checks are made here."""
     found = [(root, r) for _, root, r in registries_in(model) if name in r.adapters]
     known = sorted({n for _, _, r in registries_in(model) for n in r.adapters})
     if len(found) != 1:
@@ -191,7 +191,7 @@ def _size(root: nn.Module, name: str) -> int:
 def _cuts(
     root: nn.Module, name: str, energy: float | None, rank: int | None, report: PruneReport
 ) -> tuple[dict[_Key, _Cut], dict[_Key, Tensor]]:
-    """New factors by weight, and values of trained copies, on the CPU."""
+    """Return new factors by weight, and the values of trained copies, on the CPU."""
     cuts: dict[_Key, _Cut] = {}
     copies: dict[_Key, Tensor] = {}
     with torch.no_grad():
@@ -214,7 +214,7 @@ _Spectrum = tuple[Tensor, Tensor, Tensor]  # U [*, out, k], S [*, k], Vh [*, k, 
 
 
 def _lora(adapter: WeightAdapter) -> LoRA:
-    """The adapter's method; `_adapter` refused all others."""
+    """Return the adapter's method, which `_adapter` has checked."""
     assert isinstance(adapter.method, LoRA)
     return adapter.method
 
@@ -267,6 +267,7 @@ def _pruned(root: nn.Module, method: LoRA, cuts: dict[_Key, _Cut]) -> LoRA:
         target_modules=exact_targets(root, [c.site for c in cuts.values()]),
         exclude_modules=None,
         layers_to_transform=None,
+        layers_pattern=None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Low-rank factors by singular values, and how many of them a share of the energy needs.
+"""Low-rank factors by singular values, and the rank that a share of the energy needs.
 
 The energy of a matrix is the sum of its squared singular values, ‖M‖²_F.
 """
@@ -15,7 +15,7 @@ _OVERSAMPLING, _POWER = 16, 4
 
 
 def factors(M: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A [*, r, in], B [*, out, r] with B A the best approximation of M [*, out, in] of rank r.
+    """Return A [*, r, in] and B [*, out, r] such that B A approximates M [*, out, in] best.
 
     The singular values are split evenly between both. Above 2048 on the smaller side the
     decomposition is randomised (Halko et al. 2011), with 4 power iterations.
@@ -30,7 +30,7 @@ def factors(M: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The first r triplets as (A, B)."""
+    """Return the first r singular triplets as (A, B)."""
     root = S[..., :r].sqrt()
     A = root.unsqueeze(-1) * Vh[..., :r, :]
     B = U[..., :r] * root.unsqueeze(-2)
@@ -38,7 +38,7 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [*, out, k], S [*, k], Vh [*, k, in] of B A, exact, without forming it.
+    """Return U [*, out, k], S [*, k] and Vh [*, k, in] of B A without forming the product.
 
     B = Q_B R_B and Aᵀ = Q_A R_A, so that B A = Q_B (R_B R_Aᵀ) Q_Aᵀ and only a matrix of the rank's
     size is decomposed.
@@ -50,7 +50,7 @@ def thin_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rank_for(S: Tensor, energy: float) -> int:
-    """The smallest number of singular values [*, k] with this share of the energy, 1 at least.
+    """Return the smallest number of singular values [*, k] with this share of the energy.
 
     Of several matrices, the largest that one of them needs.
     """
@@ -64,7 +64,7 @@ def rank_for(S: Tensor, energy: float) -> int:
 
 
 def kept_energy(M: Tensor, A: Tensor, B: Tensor) -> float:
-    """1 − ‖M − B A‖² / ‖M‖²: measured, so that it is right for randomised factors too."""
+    """Return 1 − ‖M − B A‖² / ‖M‖², computed directly, so it holds for randomised factors."""
     total = float(M.double().square().sum())
     lost = float((M - B @ A).double().square().sum())
     return 1.0 if total == 0 else 1.0 - lost / total

@@ -1,4 +1,4 @@
-"""Weights of a model in memory or in safetensors files, read one at a time, by another's names."""
+"""Weights of a model in memory or in safetensors files, read singly by another model's names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Weight", "Weights", "opened"]
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor: its natural shape, and how to read it."""
+    """A tensor's natural shape, and a function that reads it."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -30,7 +30,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name.
+    """Readable tensors by name.
 
     Attributes:
         label: For messages.
@@ -41,7 +41,7 @@ class Weights:
     tensors: Mapping[str, Weight]
 
     def under_names_of(self, model: nn.Module, wanted: Sequence[str]) -> dict[str, Weight]:
-        """What there is, by the parameter names of `model`.
+        """Return the available tensors by the parameter names of `model`.
 
         Names may differ in what stands before all of them, and may be those that transformers gave
         the layers before release 5 (it still writes them).
@@ -73,7 +73,7 @@ class Weights:
     def _spellings(
         self, wanted: Sequence[str], naming: Mapping[str, str]
     ) -> Iterator[Callable[[str], str]]:
-        """Ways in which names may differ at their beginning, from the first one wanted."""
+        """Return the possible differences of name prefixes, from the first name."""
         first = naming.get(wanted[0], wanted[0])
         for key in self.tensors:
             if key == first or key.endswith(f".{first}"):
@@ -97,7 +97,7 @@ def _old_parameters(model: nn.Module, parameters: set[str]) -> Iterator[dict[str
 
 @contextmanager
 def opened(source: nn.Module | str | Path) -> Iterator[Weights]:
-    """A model's weights; files stay open inside the block.
+    """Yield a model's weights. Files stay open inside the block.
 
     Raises:
         FileNotFoundError: no safetensors there.

@@ -1,1 +1,1 @@
-"""What matched, what it costs, what is fused: the preflight report and its later lines."""
+"""The report at the start of a run: matched layers, sizes, kernels; and its later lines."""

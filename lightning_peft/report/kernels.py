@@ -1,4 +1,4 @@
-"""What runs a group of layers, and why: the column and the lines of the report on kernels."""
+"""The kernels of each group of layers, with reasons: a column and lines of the report."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _LOW_RANK = frozenset({"low_rank"})
 
 
 class KernelWords:
-    """The words for each adapter; an Edit is made once a method, kind of layer and shape."""
+    """Describes the kernel of each adapter, with one Edit per method, layer kind and shape."""
 
     def __init__(self) -> None:
         self._edits: dict[tuple[int, type[Any], torch.Size], Edit] = {}
 
     def of(self, adapter: Adapter) -> str:
-        """ "fused" and who dequantises; or why no fused kernel runs. "" for what is no edit."""
+        """Return the fused kernel and its dequantisation, or why none runs; "" without an edit."""
         if not isinstance(adapter, WeightAdapter):
             return ""
         site = adapter.site
@@ -85,12 +85,12 @@ def _on_experts(edit: Edit, site: Site) -> str:
 
 
 def _product_kernel(site: Site) -> str:
-    """How a quantised weight meets its input."""
+    """Describe how a quantised weight is multiplied with its input."""
     return site.storage.product_kernel(site.module, site.parameter)
 
 
 def kernel_lines(groups: Sequence[Group]) -> list[str]:
-    """One line per way in which layers run, with the layers if the ways differ."""
+    """Return one line per implementation, with its layers if there are several."""
     by_words: dict[str, list[str]] = {}
     for group in groups:
         if group.fused:
@@ -104,7 +104,7 @@ def kernel_lines(groups: Sequence[Group]) -> list[str]:
 
 
 def replaced_lines() -> list[str]:
-    """One line per kernel that a device of this process refused, with the reason."""
+    """Return one line per kernel that a device of this process refused, with the reason."""
     return [
         f"kernels: {op} ({configuration}) does not run on {device}: {reason}"
         for (op, configuration, device), reason in FAILURES.items()
@@ -112,7 +112,7 @@ def replaced_lines() -> list[str]:
 
 
 def groups_over_one_input(model: nn.Module) -> list[str]:
-    """A line for each kind of group of packed layers that are called with one tensor."""
+    """Return one line per kind of group of packed layers that read one tensor."""
     lines: dict[str, None] = {}
     for _, module in adapted_modules(model):
         group = module._peft.projection_group

@@ -1,4 +1,4 @@
-"""The preflight report: what matched, what it costs, what is fused and why not."""
+"""The report at the start of a run: matched layers, sizes, and kernels with reasons."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Group:
 
 @dataclass
 class Report:
-    """What `attach` found and made.
+    """The result of `attach`: adapted layers, sizes, and what was left out.
 
     Attributes:
         groups: Adapted layers by suffix.
@@ -108,16 +108,16 @@ class Report:
 
     @property
     def percent(self) -> float:
-        """Trained share of all elements, in percent."""
+        """Return the trained share of all elements, in percent."""
         return 100.0 * self.trainable / max(1, self.total)
 
     def __str__(self) -> str:
-        """The report as text of 80 columns."""
+        """Return the report as text of 80 columns."""
         return "\n".join([*report_lines(self), *self.kernels])
 
 
 def parameter_report(model: nn.Module) -> Report:
-    """Count and describe; nothing is changed."""
+    """Count parameters and describe the adapters of a model, without changing it."""
     return _report(model, None)
 
 
@@ -192,7 +192,7 @@ def _common(shapes: set[str]) -> str:
 
 
 def _bytes_before(record: AdapterRegistry) -> int:
-    """Bytes of the base as attach found it."""
+    """Return the bytes of the base before `attach`."""
     tensors = (record.fingerprint or {}).get("tensors", {})
     return sum(
         prod(shape) * getattr(torch, dtype.removeprefix("torch.")).itemsize
@@ -201,7 +201,7 @@ def _bytes_before(record: AdapterRegistry) -> int:
 
 
 def _shape(adapter: Adapter) -> str:
-    """Shape of the changed weight; "" for adapters that change none."""
+    """Return the shape of the changed weight; "" for adapters that change none."""
     return "×".join(map(str, adapter.site.shape)) if isinstance(adapter, WeightAdapter) else ""
 
 

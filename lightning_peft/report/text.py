@@ -1,4 +1,4 @@
-"""The report as text: one line per group of layers, and what a user can act on."""
+"""The report as text: one line per group of layers, and notes that a user can act on."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def report_lines(report: Report, width: int = 80) -> list[str]:
     if report.eval_roots:
         names = [f"{name}.train()" if name else "train()" for name in report.eval_roots]
         sentences.append(
-            f"{report.eval_modules} modules are in eval mode, so without dropout; call "
-            f"{_names(names)} if that is not meant"
+            f"{report.eval_modules} modules are in eval mode, without dropout; call "
+            f"{_names(names)} to train with dropout"
         )
     for sentence in [*sentences, *report.notes]:
         lines += textwrap.wrap(sentence, width, subsequent_indent="  ", break_on_hyphens=False)
@@ -48,7 +48,7 @@ def report_lines(report: Report, width: int = 80) -> list[str]:
 
 
 def _table(groups: Sequence[Group], width: int) -> list[str]:
-    """One line per group; a path that is too long loses its beginning."""
+    """Return one line per group. A long path is cut at its beginning."""
     rows = [
         (g.path, f"×{g.count}", g.method, g.shape, f"{g.trainable:,}", g.storage) for g in groups
     ]
@@ -93,7 +93,7 @@ def _frozen_by_user(report: Report) -> list[str]:
 
 
 def _memory(report: Report) -> str:
-    """The base before and after, and the adapters."""
+    """Return the sizes of the base before and after, and of the adapters."""
     dense, packed = report.nbytes.get("base", 0), report.nbytes.get("quantised base", 0)
     adapters = f"adapters {_mb(report.nbytes.get('adapters', 0))} MB"
     if not packed:

@@ -1,4 +1,4 @@
-"""Tokens that every expert was given so far: whether a zero gradient means *no token yet*."""
+"""Tokens per expert so far, which tell whether a zero gradient means *no token yet*."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["stop_counting", "token_lines", "tokens_of", "tokens_per_expert"]
 
 
 def tokens_of(module: Adapted) -> list[int] | None:
-    """Tokens of each expert of an adapted module in training so far; None where it counts none."""
+    """Return the training tokens per expert of an adapted module; None if it does not count."""
     tokens = module._peft.telemetry.expert_tokens
     return None if tokens is None else tokens.tolist()
 
 
 def tokens_per_expert(model: nn.Module) -> dict[str, list[int]]:
-    """Module name → tokens that each of its experts was given in training so far.
+    """Return the training tokens per expert so far, by module name.
 
     Counted on this process while adapters act; a callback with a report stops after the first step.
     """
@@ -25,13 +25,13 @@ def tokens_per_expert(model: nn.Module) -> dict[str, list[int]]:
 
 
 def stop_counting(model: nn.Module) -> None:
-    """Keep what was counted, and count no more."""
+    """Stop counting, and keep the counts."""
     for _, module in adapted_modules(model):
         module._peft.telemetry.counts_tokens = False
 
 
 def token_lines(model: nn.Module) -> list[str]:
-    """One line a layer of experts: how its tokens spread, and who has had none."""
+    """Return one line per layer of experts: the spread of its tokens, and experts without any."""
     lines = []
     for name, tokens in tokens_per_expert(model).items():
         none = [e for e, n in enumerate(tokens) if not n]

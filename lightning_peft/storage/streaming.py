@@ -8,9 +8,10 @@ A start that needs a weight whole (PiSSA, DoRA's norms) is given it right when i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.registry import held_tensors, storage_of
 from lightning_peft.storage.tensor_files import RowSource, TensorFiles
 
-__all__ = ["After", "Through", "materialize", "stream_base"]
+__all__ = ["After", "BaseFiles", "Cache", "Through", "materialize", "stream_base"]
 
 #: (module, name of the weight, how to read it whole) → the weight to store in its place, or None.
 After = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor | None]
@@ -76,48 +77,99 @@ def _owner(model: nn.Module, name: str) -> Any:
     return found
 
 
+class BaseFiles:
+    """The files of a base, matched to the tensors of a model.
+
+    Attributes:
+        folder: The folder.
+        wanted: (module, key) of every base tensor, by name in the model.
+
+    Raises:
+        FileNotFoundError: no safetensors there.
+        ValueError: tensors are missing or have another shape, with the list.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.folder = folder
+        self._index = TensorFiles(folder)
+        self.wanted = dict(_wanted(model))
+        self._prefix = _prefix(model, self._index.keys, self.wanted)
+        problems = []
+        for name, place in self.wanted.items():
+            found, shape = (
+                self._index.keys.get(self.name_in_file(name)),
+                list(_natural_shape(*place)),
+            )
+            if found is None:
+                problems.append(f"{name}: missing")
+            elif list(found[1]) != shape:
+                problems.append(f"{name}: expected shape {shape}, got {list(found[1])}")
+        if problems:
+            raise ValueError(
+                f"{folder}: expected the {len(self.wanted)} tensors of this model's base, got "
+                f"{len(problems)} differences; nothing was read:\n  " + "\n  ".join(problems[:12])
+            )
+
+    def name_in_file(self, name: str) -> str:
+        """Return the name in the files of a tensor of the model."""
+        return name.removeprefix(self._prefix)
+
+    def shape_in_file(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor in its file."""
+        return self._index.keys[self.name_in_file(name)][1]
+
+    def open(self, name: str) -> AbstractContextManager[RowSource]:
+        """Context with the rows of one tensor, by its name in the model."""
+        return self._index.open(self.name_in_file(name))
+
+
+class Cache(Protocol):
+    """Packed weights that need not be quantised again."""
+
+    def fill(self, name: str, module: nn.Module, key: str) -> bool:
+        """Copy a packed weight in; False if it is not there."""
+
+    def keep(self, name: str, module: nn.Module, key: str) -> None:
+        """Note a weight that was packed."""
+
+
 def stream_base(
     model: nn.Module,
-    folder: Path,
+    base: Path | BaseFiles,
     *,
     chunk: int = _CHUNK,
     after: After | None = None,
     through: Through | None = None,
+    cache: Cache | None = None,
 ) -> None:
     """Fill the base of `model` (adapters left out) from a folder of safetensors.
 
     Args:
         model: With memory for its own rows; sharded or not, packed or dense.
-        folder: Holds ``*.safetensors``; names are the model's, or those of one submodule.
+        base: The files, or their folder. It holds ``*.safetensors``; names are the model's, or
+            those of one submodule.
         chunk: Elements of a dense weight read at once.
         after: Called when a weight's rows are in place, on every process in the same order; what
             it returns is stored instead.
         through: Wraps the rows of each weight, for instance to note a fingerprint.
+        cache: Where packed weights are looked up, and noted after they were packed.
 
     Raises:
         FileNotFoundError: no safetensors there.
         ValueError: tensors are missing or have another shape, with the list; nothing is read.
     """
-    index = TensorFiles(folder)
-    wanted = dict(_wanted(model))
-    prefix = _prefix(model, index.keys, wanted)
-    plan = {n: index.keys.get(n.removeprefix(prefix)) for n in wanted}
-    problems = [f"{n}: missing" for n, found in plan.items() if found is None]
-    for name, found in plan.items():
-        shape = list(_natural_shape(*wanted[name]))
-        if found is not None and list(found[1]) != shape:
-            problems.append(f"{name}: expected shape {shape}, got {list(found[1])}")
-    if problems:
-        raise ValueError(
-            f"{folder}: expected the {len(wanted)} tensors of this model's base, got "
-            f"{len(problems)} differences; nothing was read:\n  " + "\n  ".join(problems[:12])
-        )
+    files = base if isinstance(base, BaseFiles) else BaseFiles(model, base)
     with torch.no_grad():
-        for name, (module, key) in wanted.items():
-            stored = name.removeprefix(prefix)
-            with index.open(stored) as rows:
-                source = rows if through is None else through(name, index.keys[stored][1], rows)
-                _fill(module, key, source, chunk)
+        for name, (module, key) in files.wanted.items():
+            with files.open(name) as rows:
+                source = rows
+                packed = cache is not None and storage_of(module, key).is_quantized
+                if cache is None or not packed or not cache.fill(name, module, key):
+                    if through is not None:
+                        source = through(name, files.shape_in_file(name), rows)
+                    _fill(module, key, source, chunk)
+                    if cache is not None and packed:
+                        cache.keep(name, module, key)
                 other = None if after is None else after(module, key, partial(_whole, source))
             if other is not None:
                 _fill(module, key, other, chunk)

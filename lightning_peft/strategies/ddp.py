@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_peft.checkpoint.description import is_attached
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.layers.adapted import adapted_modules
+from lightning_peft.strategies.base_reading import meta_tensors
 from lightning_peft.strategies.fault_guards import FabricGuards, TrainerGuards
 from lightning_peft.strategies.rank_consistency import check_same_model
 
@@ -76,6 +77,12 @@ def prepare_for_ddp(model: nn.Module, given: dict[str, Any]) -> None:
         RuntimeError: nothing is trained, or reentrant checkpointing over adapters that a batch may
             skip.
     """
+    if empty := meta_tensors(model):
+        raise RuntimeError(
+            f"peft_ddp: expected weights, got {len(empty)} tensors on the meta device "
+            f"({', '.join(empty[:3])}); give PEFT(base_from=<folder of safetensors>), or call "
+            "read_base(model, folder) before fabric.setup"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise RuntimeError(
             "peft_ddp: expected something to train, got a model that is completely frozen; add "

@@ -49,6 +49,8 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         split_root: If True, embeddings and heads of Hugging Face models are units of their own,
             gathered only while they run. Set it to False for code that reads their weights
             without calling them.
+        packed_cache: Directory for packed weights of `base_from`: quantised and written on the
+            first start, read on later ones.
     """
 
     strategy_name = "peft_fsdp"
@@ -63,6 +65,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         cpu_offload: bool = False,
         base_from: str | Path | None = None,
         split_root: bool = True,
+        packed_cache: str | Path | None = None,
     ) -> None:
         super().__init__(
             self._shard,
@@ -72,7 +75,12 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
             timeout=timeout,
         )
         self.options = Options(
-            shard_classes, reshard_after_forward, cpu_offload, base_from, split_root=split_root
+            shard_classes,
+            reshard_after_forward,
+            cpu_offload,
+            base_from,
+            split_root=split_root,
+            packed_cache=packed_cache,
         )
         self.units: list[str] = []
         self._usage: UsageTracker | None = None

@@ -73,6 +73,8 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         split_root: If True, embeddings and heads of Hugging Face models are units of their own,
             gathered only while they run. Set it to False for code that reads their weights
             without calling them.
+        packed_cache: Directory for packed weights of `base_from`: quantised and written on the
+            first start, read on later ones.
 
     Raises:
         ValueError: the options ask for tensor parallelism.
@@ -93,6 +95,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         cpu_offload: bool = False,
         base_from: str | Path | None = None,
         split_root: bool = True,
+        packed_cache: str | Path | None = None,
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
             raise ValueError(
@@ -104,12 +107,21 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             data_parallel_size, 1, save_distributed_checkpoint, process_group_backend, timeout
         )
         self.options = Options(
-            shard_classes, reshard_after_forward, cpu_offload, base_from, split_root=split_root
+            shard_classes,
+            reshard_after_forward,
+            cpu_offload,
+            base_from,
+            split_root=split_root,
+            packed_cache=packed_cache,
         )
         self.units: list[str] = []
         self._reached: UsageTracker | None = None
 
     # ---- setting up
+
+    def read_base_from(self, folder: str | Path, packed_cache: str | Path | None) -> None:
+        """Called by the callback: takes the base's folder for the time of sharding."""
+        self.options = replace(self.options, base_from=folder, packed_cache=packed_cache)
 
     @override
     def setup_environment(self) -> None:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from lightning_peft.core.modules import parameter_at
 from lightning_peft.core.protocols import Storage
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
+from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import BaseRewrite, WeightAdapter, initial_shared
-from lightning_peft.storage.dtensor import fill_rows, local
+from lightning_peft.storage.dtensor import fill_rows, is_sharded, local
 from lightning_peft.storage.streaming import After
 
 __all__ = ["of_rank_0", "start_after_base", "start_before_base", "starts_from_weights"]
@@ -40,28 +41,35 @@ def start_before_base(module: nn.Module, device: torch.device) -> None:
     """Start values that need no weight; tensors that sites share.
 
     Raises:
-        RuntimeError: prompts, which start from the embeddings.
+        RuntimeError: prompts over a sharded model, which start from the embeddings.
     """
+    sharded = any(is_sharded(p) for p in module.parameters())
     shared: dict[tuple[str, int], list[WeightAdapter]] = {}
     for name, adapted in adapted_modules(module):
         for adapter in adapters_of(adapted):
             if isinstance(adapter, PromptAdapter):
-                raise RuntimeError(
-                    f"{name!r}: expected an adapter that can start before the base is read, got "
-                    f"{adapter.method.label}, which reads the embeddings; build the model outside "
-                    "of torch.device('meta')"
-                )
+                if sharded:
+                    raise RuntimeError(
+                        f"{name!r}: expected an adapter that can start before the base is read, "
+                        f"got {adapter.method.label}, which reads the embeddings; build the model "
+                        "outside of torch.device('meta')"
+                    )
+                continue
             if isinstance(adapter, WeightAdapter):
                 own = adapter.adapter_name, id(adapter.method)
                 shared.setdefault(own, []).append(adapter)
-            if isinstance(adapter, CopyAdapter):
-                continue
-            fresh = adapter.initial_tensors(None)
-            for key, t in adapter.state_dict(keep_vars=True).items():
-                if key in fresh:
-                    fill_rows(t, of_rank_0(fresh[key].detach().clone(), device))
+            if not isinstance(adapter, CopyAdapter):
+                _fill_fresh(adapter, device)
     for adapters in shared.values():
         _start_shared(adapters, device)
+
+
+def _fill_fresh(adapter: Adapter, device: torch.device) -> None:
+    """Fill an adapter with its initial values, rank 0's on every rank."""
+    fresh = adapter.initial_tensors(None)
+    for key, t in adapter.state_dict(keep_vars=True).items():
+        if key in fresh:
+            fill_rows(t, of_rank_0(fresh[key].detach().clone(), device))
 
 
 def _start_shared(adapters: Sequence[WeightAdapter], device: torch.device) -> None:
@@ -146,10 +154,16 @@ class _InMemory:
         return getattr(self._storage, name)
 
 
-def start_after_base(module: nn.Module) -> None:
-    """Trained copies start from the base that was just read; both have the same shards."""
+def start_after_base(module: nn.Module, device: torch.device) -> None:
+    """Start what needs the base that was just read.
+
+    Trained copies start from their originals, which have the same shards, and prompts from the
+    embeddings.
+    """
     with torch.no_grad():
         for _, adapted in adapted_modules(module):
             for adapter in adapters_of(adapted):
+                if isinstance(adapter, PromptAdapter):
+                    _fill_fresh(adapter, device)
                 for path, copied in adapter.copies().items():
                     local(copied).copy_(local(parameter_at(adapted, path)))

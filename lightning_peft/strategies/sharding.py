@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,16 @@ from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.router_adapter import RouterAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.models.streamed_fingerprint import FingerprintSampler
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
-from lightning_peft.storage.streaming import materialize, stream_base
+from lightning_peft.strategies.base_reading import meta_tensors, read_into
 from lightning_peft.strategies.fsdp_compat import (
     hold_bytes_as_floats,
     shards_bytes,
     touch_every_adapter,
 )
 from lightning_peft.strategies.shard_units import Classes, check_ties, root_units, shard_units
-from lightning_peft.strategies.sharded_init import (
-    of_rank_0,
-    start_after_base,
-    start_before_base,
-    starts_from_weights,
-)
+from lightning_peft.strategies.sharded_init import of_rank_0
 
 __all__ = ["Options", "is_sharded", "shard_model"]
 
@@ -48,6 +41,7 @@ class Options:
     base_from: str | Path | None = None
     precision: str = "32-true"
     split_root: bool = True
+    packed_cache: str | Path | None = None
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -76,11 +70,12 @@ def shard_model(
     )
 
     _check_adapters(module)
-    empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
+    empty = meta_tensors(module)
     if empty and options.base_from is None:
         raise RuntimeError(
             f"peft_fsdp: expected weights, got {len(empty)} tensors on the meta device "
-            f"({', '.join(empty[:3])}); give PEFTFSDPStrategy(base_from=<folder of safetensors>)"
+            f"({', '.join(empty[:3])}); give PEFT(base_from=<folder of safetensors>), or the "
+            "strategy under Fabric"
         )
     if not empty:
         for t in kept_tensors(module).values():
@@ -108,13 +103,13 @@ def shard_model(
         module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
     if empty:
         place = torch.device("cpu") if options.cpu_offload else device
-        materialize(module, place)
-        start_before_base(module, device)
-        sampler = FingerprintSampler(module)
-        folder, after = Path(str(options.base_from)), starts_from_weights(module, device)
-        stream_base(module, folder, after=after, through=sampler.around)
-        sampler.finish(device)
-        start_after_base(module)
+        read_into(
+            module,
+            str(options.base_from),
+            place=place,
+            device=device,
+            packed_cache=options.packed_cache,
+        )
     _check(module)
     if probe is not None:
         _compare(*probe)
@@ -158,11 +153,6 @@ def _for_older_torch(
     for _, unit in units:
         touch_every_adapter(unit)
     return hold_bytes_as_floats(module, precision)
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _check_adapters(module: nn.Module) -> None:
@@ -242,7 +232,7 @@ def _check(module: nn.Module) -> None:
     """No tensor without memory, nothing trained outside the shards."""
     from torch.distributed.tensor import DTensor
 
-    empty = [n for n, t in _tensors(module) if t.device.type == "meta"]
+    empty = meta_tensors(module)
     plain = [
         n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)
     ]

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft.utils import merge_utils
+from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.adapters.combine import mixed
@@ -130,3 +131,35 @@ def test_not_low_rank() -> None:
     lp.attach(base, lp.IA3(), adapter_name="a")
     with pytest.raises(ValueError, match="IA3"):
         lp.combine(base, ["a"], [1.0], "b")
+
+
+def test_biases_and_heads() -> None:
+    """Changes of biases add up by the weights; a head that one adapter has is taken over."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), torch.randn(4, 6)
+    base, bias = net[0].weight.detach().clone(), net[0].bias.detach().clone()
+    for name, saved in (("a", ["1"]), ("b", [])):
+        method = lp.LoRA(r=2, target_modules=["0"], bias="lora_only")
+        lp.attach(net, method, adapter_name=name, modules_to_save=saved)
+        randomise(net)
+    state = {n: lp.adapter_state_dict(net, n) for n in "ab"}
+    lp.combine(net, ["a", "b"], [0.5, -2.0], "c", how="cat")
+    lp.set_adapter(net, "c")
+    W, b = base.clone(), bias.clone()
+    for name, w in (("a", 0.5), ("b", -2.0)):
+        own = state[name]
+        W += w * 8.0 / 2 * own[f"0.peft.{name}.B"] @ own[f"0.peft.{name}.A"]
+        (key,) = [k for k in own if k.startswith("0.") and "bias" in k]
+        b += w * (own[key] - bias)
+    head = [state["a"][k] for k in sorted(state["a"]) if k.startswith("1.")]
+    want = nn.functional.linear(nn.functional.linear(x, W, b), head[1], head[0])
+    assert_close("output", net(x), want, floor=1e-5)
+
+
+def test_one_head_of_two_adapters() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    for name in "ab":
+        lp.attach(net, lp.LoRA(r=2, target_modules=["0"]), adapter_name=name, modules_to_save=["1"])
+    with pytest.raises(ValueError, match="trained module of one adapter"):
+        lp.combine(net, ["a", "b"], [0.5, 0.5], "c")
+    assert "c" not in str(lp.parameter_report(net))

@@ -208,7 +208,8 @@ def test_contests_of_a_chip() -> None:
     found = list(contests(request))
     assert {c.question for c in found} == {"product", "group", "experts", "rank_gradients"}
     ways = {c.tokens: c.ways for c in found if c.question == "product"}
-    assert ways[1] == ways[64] == ("dequantize", "fused")
+    assert ways[1] == ways[8] == ("dequantize", "fused", "pairs")
+    assert ways[16] == ways[64] == ("dequantize", "fused")
     assert 128 not in ways  # one way
     assert len({c.name for c in found}) == len(found)
 

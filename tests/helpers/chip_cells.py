@@ -32,7 +32,9 @@ from lightning_peft_kernels.lora.linear import lora_linear
 from lightning_peft_kernels.lora.selection import select_one_pass
 from lightning_peft_kernels.nf4.linear import nf4_linear, nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
-from lightning_peft_kernels.nf4.selection import select_product
+from lightning_peft_kernels.nf4.packed import Packing
+from lightning_peft_kernels.nf4.selection import select_pairs, select_product
+from lightning_peft_kernels.nf4.small_batch import multiply_few
 from lightning_peft_kernels.optim.adamw_8bit import pooled_8bit_step
 from lightning_peft_kernels.optim.step_inputs import PooledStep
 from lightning_peft_kernels.scale.ops import output_scale
@@ -101,6 +103,12 @@ def _few_tokens(dtype: torch.dtype, tokens: int, backend: Backend) -> None:
     N, K = 8448, 256
     with use_backend(backend):
         nf4_linear(torch.ones(tokens, K, dtype=dtype), _packed(N=N, K=K), (N, K), None)
+
+
+def _pairs(dtype: torch.dtype, tokens: int) -> None:
+    shape, how = (8448, 256), select_pairs(CPU, dtype, tokens, (8448, 256))
+    x, q = torch.ones(tokens, 256, dtype=dtype), _packed(N=8448, K=256)
+    multiply_few(x, q, Packing(shape, "nf4", 64), None, None, None, "auto", how)
 
 
 def _groups(rows: int) -> Groups:
@@ -187,6 +195,10 @@ def cells() -> Iterator[Cell]:
                 partial(select_product, CPU, dtype, tokens, (8448, 256), ours),
                 fast and tokens in (1, 64),
             )  # fmt: skip
+        yield Cell(
+            f"pairs {name}", partial(_pairs, dtype, 8),
+            partial(select_pairs, CPU, dtype, 8, (8448, 256)), fast,
+        )  # fmt: skip
         for rows in (1, 12, 40, 65):
             yield Cell(
                 f"experts, {rows} rows {name}", partial(_experts, dtype, rows),
@@ -215,7 +227,7 @@ def _run(cell: Cell, chip: str, driver: FakeDriver) -> dict[str, object]:
     cell.run()
     found = driver.launched
     decision = cell.decision()
-    taken = decision.backend in ("triton", "fused", "scaled_mm")
+    taken = decision.backend in ("triton", "fused", "pairs", "scaled_mm")
     failed = [f"{op} ({name}): {reason}" for (op, name, _), reason in FAILURES.items()]
     if not taken:
         failed.append(f"{decision.backend}: {decision.reason}")

@@ -126,6 +126,15 @@ _NO_FOURS = dict.fromkeys(
     ["odd", "nf4_odd", "conv1d", "conv2d", "conv3d", "depthwise", "reflect"],
     "refused: blocks of 4 do not tile it",
 )
+_MERGED = dict.fromkeys(["mha", "lstm", "gru"], "refused: the layer reads merged weights")
+_ROWS = {
+    **_IDS,
+    **_MERGED,
+    **dict.fromkeys(
+        ["conv1d", "conv2d", "conv3d", "depthwise", "reflect"],
+        "refused: it compresses rows of features",
+    ),
+}
 _QUICK = frozenset(["linear", "nf4"])
 _ODD_TILES = dict.fromkeys(["reflect"], "refused: an odd number of blocks")
 
@@ -186,13 +195,13 @@ CASES = [
     Case("loha_effective", LoHa(r=2, use_effective_conv2d=True)),
     Case("lokr", LoKr(r=2)),
     Case("lokr_both", LoKr(r=1, decompose_both=True, use_effective_conv2d=True)),
-    Case("oft", OFT(block_size=4), skip={**_IDS, **_ODD}),
+    Case("oft", OFT(block_size=4), skip=_ODD),
     Case(
         "oft_neumann_shared",
         OFT(block_size=4, block_share=True, cayley_neumann=True),
-        skip={**_IDS, **_ODD},
+        skip=_ODD,
     ),
-    Case("coft", OFT(block_size=4, coft=True, eps=0.5), skip={**_IDS, **_ODD}),
+    Case("coft", OFT(block_size=4, coft=True, eps=0.5), skip=_ODD),
     Case("boft", BOFT(block_size=4), skip=_NO_TILES),
     Case("boft_stages", BOFT(block_size=4, n_butterfly=2), skip={**_NO_TILES, **_ODD_TILES}),
     Case("miss", MiSS(r=3)),
@@ -270,12 +279,12 @@ CASES = [
     ),
     Case("psoft", PSOFT(r=2), skip=_NO_TRIPLETS, quick=_QUICK),
     Case("psoft_full", PSOFT(r=2, orthogonal=False), skip=_NO_TRIPLETS, quick=_NO_BIAS),
-    Case("velora", VeLoRA(r=2, groups=4), skip=_IDS, quick=_QUICK),
-    Case("velora_once", VeLoRA(r=2, direction="batch_average_once"), skip=_IDS, quick=_NO_BIAS),
+    Case("velora", VeLoRA(r=2, groups=4), skip=_ROWS, quick=_QUICK),
+    Case("velora_once", VeLoRA(r=2, direction="batch_average_once"), skip=_ROWS, quick=_NO_BIAS),
     Case(
         "monteclora",
         MonteCLoRA(r=2, noise=0.0),
-        skip=_IDS,
+        skip=_IDS | _MERGED,
         no_gradient=frozenset(["log_std", "log_concentration"]),
         quick=_QUICK,
     ),

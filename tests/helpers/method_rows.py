@@ -79,7 +79,7 @@ class Row:
         method: What is attached.
         skip: Kind of model or storage → the reason, which the error at attach says too.
         exact: Whether the model starts as the base, bit for bit.
-        no_gradient: Tensors whose gradient may vanish.
+        no_gradient: Tensors whose gradient may vanish, or that are unused in eval mode.
     """
 
     method: Any
@@ -106,6 +106,12 @@ ROWS: dict[str, Row] = {
     "ptuning_mlp": Row(lp.PTuning(n=3, hidden=8), exact=False),
     "ptuning_lstm": Row(lp.PTuning(n=3, encoder="lstm", hidden=8), exact=False),
     "prefix": Row(lp.PrefixTuning(n=3), exact=False),
+    "adaption_prompt": Row(
+        lp.AdaptionPrompt(n=3),
+        dict.fromkeys(("encoder", "encoder-decoder", "plain"), "expected"),
+    ),
+    "cartridge": Row(lp.Cartridge(n=3, frozen=1), exact=False),
+    "cpt": Row(lp.CPT(init_ids=[5, 9, 17], types=[1, 2, 3]), exact=False),
     "prefix_projection": Row(lp.PrefixTuning(n=3, projection=True, hidden=8), exact=False),
     "prefix_gated": Row(lp.PrefixTuning(n=3, gating=True), exact=False),
     "bitfit": Row(lp.BitFit(), {"decoder": "at least one", "encoder-decoder": "at least one"}),

@@ -333,10 +333,11 @@ BAD: dict[str, tuple[Callable[[Pipeline], State], str]] = {
     "no up": (_of_kohya(lambda s: s.pop(f"{KEY}.lora_up.weight")), "expected both factors"),
     "LyCORIS": (
         _of_kohya(lambda s: s.update({f"{KEY}.hada_w1_a": torch.ones(2, 2)})),
-        "hada_w1_a.*LyCORIS",
+        "plain LoRA in the same file",
     ),
     "DoRA of Kohya": (
-        _of_kohya(lambda s: s.update({f"{KEY}.dora_scale": torch.ones(8, 1)})), "dora_scale",
+        _of_kohya(lambda s: s.update({f"{KEY}.dora_scale": torch.ones(8, 1)})),
+        r"\(DoRA\) for all layers or for none",
     ),
     "a stray tensor": (_of_kohya(lambda s: s.update(other=torch.ones(2))), r"got also \['other'\]"),
     "another shape": (
@@ -362,7 +363,7 @@ BAD: dict[str, tuple[Callable[[Pipeline], State], str]] = {
     ),
     "peft without its config": (
         lambda m: {"base_model.model.unet.proj_in.lora_A.weight": torch.ones(2, 8, 1, 1)},
-        "expected a LoRA file of peft, Kohya, diffusers or loralib",
+        "expected config= with a state dict of a PeftModel",
     ),
     "loralib without alpha": (
         lambda m: {"unet.conv.lora_A": torch.ones(2, 8), "unet.conv.lora_B": torch.ones(8, 2)},

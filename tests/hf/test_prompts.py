@@ -246,3 +246,82 @@ def test_bad_files(kind: str, wrong: str, tmp_path: Path) -> None:
         lp.load_adapter(base, tmp_path)
     assert not any("peft" in n for n in base.state_dict())
     assert all(p.requires_grad for p in base.parameters())
+
+
+def _gemma4(shared: int) -> Any:
+    config = tr.Gemma4TextConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=4,
+        num_kv_shared_layers=shared,
+        hidden_size_per_layer_input=8 if shared else 0,
+        vocab_size_per_layer_input=99,
+        max_position_embeddings=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return tr.Gemma4ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_prefixes_of_layers_with_different_heads(shared: int, tmp_path: Path) -> None:
+    """Gemma 4: the width of keys varies, and the last layers read those of earlier ones."""
+    model = _gemma4(shared)
+    lp.attach(model, lp.PrefixTuning(n=3))
+    randomise(model)
+    (table,) = lp.adapter_state_dict(model).values()
+    assert table.shape == (3, 2 * 2 * (8 + 16) * (4 - shared) // 2)
+    ids = torch.randint(3, 99, (2, 9))
+    stepwise, tokens = [], ids
+    for _ in range(3):
+        with torch.no_grad():
+            stepwise.append(model(input_ids=tokens).logits[:, -1].argmax(-1))
+        tokens = torch.cat([tokens, stepwise[-1][:, None]], 1)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), tokens)
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    (prefix,) = (p for p in model.parameters() if p.requires_grad)
+    want = prefix.grad.clone()
+    prefix.grad = None
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert_close("with checkpointing", prefix.grad, want, floor=1e-6)
+    with pytest.raises(ValueError, match="different heads"):
+        lp.save_adapter(model, tmp_path)
+
+
+def test_advice_for_whisper_works() -> None:
+    base, inputs = build("whisper")
+    with pytest.raises(ValueError, match="use an adapter of layers, as LoRA") as refusal:
+        lp.attach(base, lp.PrefixTuning(n=3))
+    assert "PromptTuning" not in str(refusal.value)
+    lp.attach(base, lp.LoRA(r=2))
+    base(**inputs).loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_sliding_windows_under_checkpointing(reentrant: bool) -> None:
+    """A prefix shorter than the window, and a text longer than it."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(BUILDERS["mistral"]().config)
+    config.sliding_window = 4
+    base, ids = tr.MistralForCausalLM(config), torch.randint(3, 99, (2, 9))
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(base).train()
+        lp.attach(model, PrefixTuning(n=N))
+        randomise(model)
+        if checkpointing:
+            options = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.enable_input_require_grads()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(next(p.grad for p in model.parameters() if p.requires_grad))
+    assert_close("gradient", gradients[1], gradients[0], floor=1e-6)

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_peft.guideline.guideline import GUIDELINE, guideline_table
 from lightning_peft.guideline.measurements import MEASURED
-from lightning_peft.methods import recommend
+from lightning_peft.methods import literature
 from lightning_peft.methods.registry import METHODS
 
 
@@ -22,18 +22,21 @@ def test_what_was_measured_stands_beside() -> None:
         assert set(m.method.split("+")) <= set(METHODS)
         assert m.seeds >= 1
         assert 0 < m.percent <= 100
-    table = guideline_table(recommend("generation"))
-    assert table.count("\n") == 1 + len(recommend("generation"))
+    table = guideline_table(literature("generation"))
+    assert table.count("\n") == 1 + len(literature("generation"))
     (lora,) = [line for line in table.splitlines() if line.startswith("| LoRA |")]
     for m in next(r for r in GUIDELINE if r.method == "LoRA").measured:
         assert str(m) in lora
 
 
 def test_filters() -> None:
-    assert [r.method for r in recommend("generation", budget=0.05, latency=True)] == ["IA3", "VeRA"]
-    assert all(r.multi_task for r in recommend(multi_task=True))
-    assert recommend() == list(GUIDELINE)
+    assert [r.method for r in literature("generation", budget=0.05, latency=True)] == [
+        "IA3",
+        "VeRA",
+    ]
+    assert all(r.multi_task for r in literature(multi_task=True))
+    assert literature() == list(GUIDELINE)
     with pytest.raises(ValueError, match="task"):
-        recommend("speech")
+        literature("speech")
     with pytest.raises(ValueError, match="budget"):
-        recommend(budget=0)
+        literature(budget=0)

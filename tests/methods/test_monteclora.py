@@ -16,6 +16,7 @@ import lightning_peft as lp
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.monteclora import Drawn
+from lightning_peft.strategies.sharding import _check_adapters
 from tests.helpers.compare import assert_close
 from tests.helpers.peft_exchange import build, by_peft, loaded, run
 
@@ -98,6 +99,12 @@ def test_training_draws_and_eval_does_not() -> None:
     assert all(adapter.get_parameter(k).grad.abs().sum() > 0 for k in ("log_std", "A", "B"))
     lp.merge(model)
     torch.testing.assert_close(model.eval()(x), want)
+
+
+def test_fsdp_is_refused() -> None:
+    model, _ = one_layer()
+    with pytest.raises(ValueError, match="a method without a schedule, got MonteCLoRA"):
+        _check_adapters(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "vit"])

@@ -52,7 +52,7 @@ def test_bytes_before_and_after() -> None:
 
 def test_eval_mode_names_the_call() -> None:
     text = " ".join(str(report()).split())
-    assert "call train() if that is not meant" in text
+    assert "call train() to train with dropout" in text
 
 
 def test_advice_of_bitsandbytes_is_not_shown() -> None:

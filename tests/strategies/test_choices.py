@@ -205,6 +205,24 @@ def test_one_process_works_too(
             torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("strategy", ["auto", "peft_ddp", "peft_fsdp"])
+@both
+def test_bases_on_meta_and_folders_go_together(strategy: str, tmp_path: Path) -> None:
+    """Without the other, each is refused before anything changes."""
+    with torch.device("meta"):
+        empty = Plain()
+    try:
+        with pytest.raises(RuntimeError, match=r"got 6 tensors of Plain on the meta device \(net"):
+            trainer(peft(), strategy=strategy, devices=1).fit(empty)
+        with pytest.raises(ValueError, match=r"PEFT base_from: expected a base on the meta device"):
+            trainer(peft(base_from=tmp_path), strategy=strategy, devices=1).fit(Plain())
+        with pytest.raises(FileNotFoundError, match=r"expected \*.safetensors, found none"):
+            trainer(peft(base_from=tmp_path), strategy=strategy, devices=1).fit(empty)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_pieces_of_an_interrupted_save_are_not_published(tmp_path: Path) -> None:
     for name in ("piece-0.pt", "piece-1.pt", "piece-2.pt", ".piece-1.pt.tmp-host-1", "meta.pt"):
         (tmp_path / name).write_text("x")

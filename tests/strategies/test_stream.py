@@ -140,6 +140,63 @@ def test_a_wrong_base_is_refused_whichever_run_streams(tmp_path: Path) -> None:
             assert "expected the base it was trained on, got another one" in log.read_text()
 
 
+ONE: dict[str, Any] = {"devices": 1, "strategy": "auto"}
+DDP: dict[str, Any] = {"devices": 2, "strategy": "peft_ddp"}
+
+
+@pytest.mark.parametrize("where", [ONE, DDP], ids=["one", "ddp"])
+def test_a_base_is_read_without_sharding(where: dict[str, Any], tmp_path: Path) -> None:
+    """On one device and under DDP; from the base, into the cache, and from the cache."""
+    loaded = Job("loaded", str(tmp_path), epochs=1, **where)
+    base, cache = str(tmp_path / "base"), str(tmp_path / "cache")
+    save_sharded(build(loaded), Path(base))
+    read = replace(loaded, name="read", meta_from=base)
+    filling = replace(read, name="filling", packed_cache=cache)
+    cached = replace(filling, name="cached")
+    pissa = replace(cached, name="pissa", method_options={"init": "pissa"})
+    pissa_loaded = replace(loaded, name="pissa loaded", method_options={"init": "pissa"})
+    jobs = [loaded, read, filling, cached, pissa, pissa_loaded]
+    run(where["devices"], jobs, tmp_path)
+    for job in (read, filling, cached):
+        assert difference(loaded, job) <= 1e-6
+        want, have = result(loaded)["packed"], result(job)["packed"]
+        assert all(torch.equal(want[k], have[k]) for k in want)
+    assert difference(pissa_loaded, pissa) <= 1e-6
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["index.json", "rank-00000.bin"]
+
+
+@reads_into_shards
+def test_a_cache_of_two_processes_serves_any_number(tmp_path: Path) -> None:
+    """Written by two ranks in shards, read by two and by one; other settings get another folder."""
+    loaded = Job("loaded", str(tmp_path), epochs=1, **FSDP)
+    base, cache = str(tmp_path / "base"), str(tmp_path / "cache")
+    save_sharded(build(loaded), Path(base))
+    filling = replace(loaded, name="filling", meta_from=base, packed_cache=cache)
+    cached = replace(filling, name="cached")
+    run(2, [loaded, filling, cached], tmp_path)
+    one = Job("one", str(tmp_path), epochs=1, meta_from=base, packed_cache=cache)
+    run(1, [one], tmp_path)
+    want = result(loaded)["packed"]
+    for job in (filling, cached, one):
+        have = result(job)["packed"]
+        assert all(torch.equal(want[k], have[k]) for k in want), job.name
+    assert difference(loaded, cached) <= 1e-6
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    other = replace(one, name="other", double_quant=False)
+    resumed = replace(one, name="resumed", epochs=2, ckpt=str(tmp_path / "filling-last.ckpt"))
+    wrong = str(tmp_path / "wrong")
+    save_sharded(build(replace(loaded, base_seed=[8])), Path(wrong))
+    run(1, [other, resumed], tmp_path)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    # A cached base has the fingerprint of its files: a wrong one is refused from the cache too.
+    for name in ("first", "second"):
+        job = replace(resumed, name=name, meta_from=wrong)
+        group = Processes(1, [job], tmp_path)
+        assert group.wait(60) == [1], group.text()
+        assert "expected the base it was trained on, got another one" in group.text()
+
+
 QUICK = ("PiSSA", "DoRA", "VeRA")
 STARTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"method_options": {"init": "pissa"}},

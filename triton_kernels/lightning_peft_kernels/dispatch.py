@@ -48,13 +48,14 @@ class Decision:
 
     Attributes:
         backend: ``"triton"`` or ``"torch"``. Products with a packed base use ``"fused"``,
-            ``"bitsandbytes"``, ``"bf16"``, ``"dequantize"``, ``"scaled_mm"``, ``"scaled_rows"`` or
-            ``"emulated"``; layers that share an input use ``"grouped"`` or ``"apart"``.
+            ``"pairs"``, ``"bitsandbytes"``, ``"bf16"``, ``"dequantize"``, ``"scaled_mm"``,
+            ``"scaled_rows"`` or ``"emulated"``; layers that share an input use ``"grouped"`` or
+            ``"apart"``.
         reason: One clause for the report.
     """
 
     backend: Literal[
-        "triton", "torch", "fused", "bitsandbytes", "bf16", "dequantize", "scaled_mm",
+        "triton", "torch", "fused", "pairs", "bitsandbytes", "bf16", "dequantize", "scaled_mm",
         "scaled_rows", "emulated", "grouped", "apart",
     ]  # fmt: skip
     reason: str

@@ -8,11 +8,12 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_peft.adapters.placement.inside import inside_targets
-from lightning_peft.adapters.placement.placement import BlockPlacement
+from lightning_peft.adapters.placement.placement import AttentionPlacement, BlockPlacement
 from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.names import in_adapter, join, matches_suffix
 from lightning_peft.core.site import BlockSite
 from lightning_peft.layers import PLAIN, ops_for
+from lightning_peft.layers.attention_prompt import why_no_attention_prompt
 from lightning_peft.methods.base import BlockMethod
 from lightning_peft.models.block_table import BLOCKS, Block
 from lightning_peft.models.modules import hf_models
@@ -36,6 +37,8 @@ def find_block_placements(
     Raises:
         ValueError: an architecture outside the table, or a layer of unknown width.
     """
+    if method.where == "attention":
+        return _attention_placements(method, model), None
     if method.target_modules is None:
         inside = inside_targets(method, model)
         return [p for p in _usual_placements(method, model) if inside(p.name)], None
@@ -44,6 +47,7 @@ def find_block_placements(
         method.target_modules,
         exclude_modules=method.exclude_modules,
         layers_to_transform=method.layers_to_transform,
+        layers_pattern=method.layers_pattern,
         adaptable=lambda module: bool(block_width(module)),
         kind_hint=method.default_targets,
     )
@@ -81,6 +85,43 @@ def _usual_placements(method: BlockMethod, model: nn.Module) -> list[BlockPlacem
             f"{sorted(BLOCKS)}"
         )
     return found
+
+
+def _attention_placements(method: BlockMethod, model: nn.Module) -> list[BlockPlacement]:
+    """The self-attention of the last blocks of the Hugging Face models inside.
+
+    Raises:
+        ValueError: an architecture whose queries are not known, or targets of the user's.
+    """
+    if method.target_modules is not None:
+        raise ValueError(
+            f"{method.label}: expected target_modules=None, which means self-attention, got "
+            f"{method.target_modules!r}"
+        )
+    inside, excluded = inside_targets(method, model), name_rule(method.exclude_modules)
+    found: list[BlockPlacement] = []
+    for prefix, hf in hf_models(model):
+        block = BLOCKS.get(hf.config.model_type)
+        for name, _, _ in _places(hf, block, "branches") if block is not None else ():
+            owner = name.rpartition(".")[0]
+            if not matches_suffix(name, block.attention if block is not None else ()):
+                continue
+            full, attention = join(prefix, owner), hf.get_submodule(owner)
+            why = why_no_attention_prompt(attention, hf.config.model_type)
+            if why:
+                raise ValueError(
+                    f"{method.label} on {full!r}: {why}; use PrefixTuning, whose positions share "
+                    "the softmax of the text"
+                )
+            if inside(full) and not excluded(full):
+                site = _block_site(full, attention, "parallel", _width(hf, owner))
+                found.append(AttentionPlacement(site))
+    if not found:
+        raise ValueError(
+            f"{method.label}: expected a Hugging Face decoder, got {type(model).__name__}; use "
+            "PrefixTuning"
+        )
+    return found if method.top_layers is None else found[-method.top_layers :]
 
 
 def _places(hf: nn.Module, block: Block, where: str) -> Iterator[_Place]:

@@ -22,7 +22,7 @@ def inside_targets(method: Targeted, model: nn.Module) -> Callable[[str], bool]:
     """
     modules = [(n, m) for n, m in base_modules(model).items() if not in_adapter(n)]
     wanted, excluded = name_rule(method.target_modules), name_rule(method.exclude_modules)
-    blocks = block_rule(modules, method.layers_to_transform)
+    blocks = block_rule(modules, method.layers_to_transform, method.layers_pattern)
 
     def inside(name: str) -> bool:
         parents = with_parents(name)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_peft.core.site import BlockSite, RouterSite, SequenceSite, Site
 from lightning_peft.layers.adapter import Adapter
+from lightning_peft.layers.attention_prompt import AttentionPromptAdapter
 from lightning_peft.layers.block import BlockAdapter, InputTap
 from lightning_peft.layers.copy_adapter import CopyAdapter
 from lightning_peft.layers.prompt.adapter import PromptAdapter, PromptHooks
@@ -26,6 +27,7 @@ from lightning_peft.methods.base import (
 )
 
 __all__ = [
+    "AttentionPlacement",
     "BlockPlacement",
     "CopyPlacement",
     "Placement",
@@ -104,6 +106,17 @@ class BlockPlacement(Placement):
         if self.tap is not None:
             adapter.tap = InputTap(adapter, self.tap)
         return adapter
+
+
+@dataclass
+class AttentionPlacement(BlockPlacement):
+    """A self-attention module that gets further positions with a softmax of their own."""
+
+    def build(
+        self, method: BlockMethod, adapter_name: str, copies: dict[int, nn.Parameter]
+    ) -> BlockAdapter:
+        """The positions, with the hook that keeps the queries."""
+        return AttentionPromptAdapter(method, self.site, adapter_name)
 
 
 @dataclass

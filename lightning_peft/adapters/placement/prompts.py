@@ -54,6 +54,7 @@ def find_prompt_placements(
         method.target_modules,
         exclude_modules=method.exclude_modules,
         layers_to_transform=method.layers_to_transform,
+        layers_pattern=method.layers_pattern,
         adaptable=lambda module: not refusal(module),
     )
     sites = [_attention_site(n, model.get_submodule(n)) for n in selection.names]
@@ -205,10 +206,11 @@ def _check_takes_positions(hf: Any, stack: Any, method: SequenceMethod) -> None:
     elif method.insertion != "attention" and "inputs_embeds" not in names:
         reason = f"{base_class(stack).__name__} takes no inputs_embeds"
     if reason:
-        other = "PromptTuning, or " if method.insertion == "attention" else ""
+        prompts = getattr(hf, "main_input_name", "input_ids") == "input_ids"
+        other = "PromptTuning, or " if method.insertion == "attention" and prompts else ""
         raise ValueError(
             f"{method.label}: expected a transformer that takes further positions, got {kind}: "
-            f"{reason}; use {other}an adapter of layers"
+            f"{reason}; use {other}an adapter of layers, as LoRA(...)"
         )
 
 
@@ -223,8 +225,14 @@ def _input_embeddings(stack: Any) -> Any:
 
 
 def _attention_layers(hf: Any, method: SequenceMethod) -> tuple[tuple[int, int], ...]:
-    """(heads, features) of the cached keys of every layer, as the config says."""
+    """(heads, features) of the cached keys of every layer that has keys of its own, as the config
+    says. In Gemma 4 they vary, and the last layers read those of earlier ones.
+    """
     config = hf.config.get_text_config(decoder=True)
+    shared = int(getattr(config, "num_kv_shared_layers", 0) or 0)
+    if {"head_dim", "num_key_value_heads"} & set(getattr(config, "per_layer_attributes", ()) or ()):
+        own = [config.per_layer_config[i] for i in range(config.num_hidden_layers - shared)]
+        return tuple((int(c.num_key_value_heads), int(c.head_dim)) for c in own)
 
     def value(*keys: str) -> int | None:
         found = (getattr(config, k, None) for k in keys)
@@ -247,7 +255,7 @@ def _attention_layers(hf: Any, method: SequenceMethod) -> tuple[tuple[int, int],
             f"of one known width, got {base_class(hf).__name__}; use PromptTuning, or an adapter "
             "of layers"
         )
-    return ((heads, features or width // all_heads),) * layers
+    return ((heads, features or width // all_heads),) * (layers - shared)
 
 
 def _strips(hf: Any) -> bool:

@@ -14,6 +14,7 @@ from lightning_peft.core.name_patterns import check_pattern
 from lightning_peft.core.names import matches_suffix, nearest_names
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.checks import match_site
+from lightning_peft.models.parts import chosen_parts
 from lightning_peft.models.target_rules import name_rule
 
 __all__ = ["check_patterns", "unused_rules"]
@@ -45,7 +46,10 @@ def unused_rules(
     for method in methods:
         sites = [p.placement.site for p in planned if p.method is method]
         for field in ("target_modules", "exclude_modules"):
-            for rule in _unmatched(getattr(method, field, None), names):
+            given = getattr(method, field, None)
+            if chosen_parts(model, given) is not None:
+                continue
+            for rule in _unmatched(given, names):
                 near = _near(rule, modules)
                 lines.append(f"{method.label} {field}: {rule!r} matches no module{near}")
         for field, patterns in _pattern_fields(method).items():

@@ -106,6 +106,7 @@ def _select(method: WeightMethod, model: nn.Module, ops_of: _OpsOf) -> Selection
         method.target_modules,
         exclude_modules=method.exclude_modules,
         layers_to_transform=method.layers_to_transform,
+        layers_pattern=method.layers_pattern,
         adaptable=lambda module: ops_of(module) is not None,
         kind_hint=method.default_targets,
     )

@@ -145,7 +145,10 @@ def _forward_stack(call: _Call, adapters: Sequence[PromptAdapter], run: Callable
         out = run(**call.arguments)
     else:
         out = forward_with_prefix(call.module, inside, run, call.arguments, prefix, call.names)
-    return out if prompt is None or not call.site.strip else _strip(out, prompt.n)
+    if prompt is None or not call.site.strip:
+        return out
+    kept = any(a.method.keeps_positions for a in prepended)
+    return out if kept else _strip(out, prompt.n)
 
 
 def _check_cache_grows(call: _Call, adapters: Sequence[PromptAdapter]) -> None:

@@ -92,7 +92,7 @@ def with_prefix(
 
     Args:
         past: The caller's cache, filled in place; None makes one.
-        pairs: One a layer.
+        pairs: One per layer.
         config: Configuration of the model.
         crossed: Whether the layers have cross attention too.
         keep: Whether the cache is to grow with the text; without it the prefix alone is held.

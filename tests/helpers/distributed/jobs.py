@@ -99,6 +99,7 @@ class Job:
     step_seconds: float = 0.0
     fabric: bool = False
     meta_from: str | None = None
+    packed_cache: str | None = None
     watch_memory: bool = False
     activations: dict[str, Any] | None = None
     loss: str | None = None
@@ -256,6 +257,8 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
         modules_to_save=job.modules_to_save,
         quantization=quantization,
         optimizer=job.optimizer,
+        base_from=job.meta_from if _by_callback(job) else None,
+        packed_cache=job.packed_cache,
         activations=None if job.activations is None else Activations(**job.activations),
         loss=job.loss,  # type: ignore[arg-type]
         report=False,
@@ -295,6 +298,11 @@ def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
     return Net(job), trainer, peft
 
 
+def _by_callback(job: Job) -> bool:
+    """Whether the callback gets the base's folder; else `peft_fsdp` does."""
+    return job.strategy != "peft_fsdp" or job.packed_cache is not None
+
+
 def quantization_of(job: Job) -> Quantization | None:
     if job.quantization is None:
         return None
@@ -318,7 +326,7 @@ def strategy_of(job: Job) -> Any:
     ours = importlib.import_module(f"lightning_peft.strategies.{package}")
     classes = {"peft_ddp": ours.PEFTDDPStrategy, "peft_fsdp": ours.PEFTFSDPStrategy}
     options = dict(job.strategy_options)
-    if job.meta_from is not None:
+    if job.meta_from is not None and not _by_callback(job):
         options["base_from"] = job.meta_from
     return classes[job.strategy](**options) if options else job.strategy
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning_peft_kernels.experts import cpu_pairs
-from lightning_peft_kernels.experts.frozen_weights import _Selected
 from lightning_peft_kernels.experts.grouped_linear import (
     grouped_linear,
     grouped_linear_reference,
@@ -16,6 +15,7 @@ from lightning_peft_kernels.experts.grouped_linear import (
 from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.experts.low_rank import add_low_rank, add_low_rank_reference
 from lightning_peft_kernels.experts.products import library_product
+from lightning_peft_kernels.experts.selected import SelectedExperts
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
 from torch.utils.checkpoint import checkpoint
 
@@ -256,7 +256,7 @@ def test_a_frozen_weight(counts, dtype, of_weight, tail, stored, on_host):
 
 def test_neighbours_are_read_in_place():
     t = torch.arange(12).view(6, 2)
-    wanted = _Selected([1, 2, 3, 5], t.device)
+    wanted = SelectedExperts([1, 2, 3, 5], t.device)
     assert wanted.take(t, 0, 3).data_ptr() == t[1].data_ptr()
     assert_same_bits("others", wanted.take(t, 1, 3), t[[2, 3, 5]])
 

@@ -4,8 +4,8 @@ import sys
 
 import torch
 from lightning_peft_kernels.fp8 import quantize_rows_triton
-from lightning_peft_kernels.nf4 import small_batch_triton
-from lightning_peft_kernels.nf4.ops import quantize_4bit
+from lightning_peft_kernels.nf4 import pair_table_triton, small_batch_triton
+from lightning_peft_kernels.nf4.ops import dequantize_4bit_reference, quantize_4bit
 from lightning_peft_kernels.nf4.small_batch import nf4_small_batch_reference
 
 # M, K, N, R, block size: ragged, several parts of K, ranks 1 … 256, blocks that cross rows.
@@ -17,6 +17,15 @@ SIZES = [
     (5, 256, 70, 16, 64),
     (17, 200, 33, 3, 64),
     (64, 384, 64, 17, 128),
+]
+
+
+PAIR_SIZES = [
+    (1, 512, 130, 0, 64),
+    (8, 256, 70, 16, 128),
+    (3, 192, 200, 3, 32),
+    (5, 1024, 128, 8, 1024),
+    (8, 64, 1, 1, 64),
 ]
 
 
@@ -49,6 +58,33 @@ def decoded(sample: bool = False) -> int:
     return n
 
 
+def by_pairs(sample: bool = False) -> int:
+    """Twice torch's error in the same dtype, against fp64; ragged rows, several parts of K."""
+    n = 0
+    for M, K, N, R, block_size in PAIR_SIZES[: 3 if sample else None]:
+        for nested in (True, False):
+            q = quantize_4bit(torch.randn(N, K) / K**0.5, block_size=block_size,
+                              double_quant=nested)  # fmt: skip
+            x, S, B = (torch.randn(s).half() for s in ((M, K), (M, R), (N, R)))
+            bias = torch.randn(N).half() if nested else None
+            poison_the_heap(M * N)
+            y = pair_table_triton.decode_pairs(
+                x, q, N, S if R else None, B if R else None, bias, "nf4", block_size
+            )
+            wide = [None if t is None else t.double() for t in (S, B, bias)]
+            low = wide[:2] if R else [None, None]
+            want = nf4_small_batch_reference(
+                x.double(), q, (N, K), *low, wide[2], block_size=block_size
+            )
+            W = dequantize_4bit_reference(q, (N, K), torch.float16, block_size=block_size)
+            theirs = torch.nn.functional.linear(x, W, bias)
+            theirs = theirs + S @ B.T if R else theirs
+            error, allowed = (float((t.double() - want).norm()) for t in (y, theirs))
+            assert error <= 2 * allowed, (M, K, N, R, block_size, error, allowed)
+            n += 1
+    return n
+
+
 def rows_scaled() -> int:
     """Before rounding to e4m3, which the interpreter does wrongly."""
     n = 0
@@ -73,5 +109,7 @@ def rows_scaled() -> int:
 if __name__ == "__main__":
     torch.manual_seed(0)
     small_batch_triton._PROGRAMS = 16  # several parts of K at these sizes
-    count = decoded(sample="sample" in sys.argv) + rows_scaled()
+    pair_table_triton._PROGRAMS = 8
+    sample = "sample" in sys.argv
+    count = decoded(sample) + by_pairs(sample) + rows_scaled()
     print(f"{count} cases equal")

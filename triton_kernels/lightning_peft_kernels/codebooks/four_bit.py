@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["NF4_CELLS", "SPLIT_CELL", "code", "fp4_order", "midpoints", "nf4_cells"]
+__all__ = ["NF4_CELLS", "SPLIT_CELL", "code", "fp4_order", "midpoints", "nf4_cells", "pair_table"]
 
 # Quantiles of a normal distribution, normalised to [-1, 1]. Dettmers et al. 2023, arXiv:2305.14314,
 # appendix E.
@@ -50,6 +50,14 @@ def code(kind: str, device: str = "cpu") -> Tensor:
 def fp4_order(device: str = "cpu") -> Tensor:
     """Return codes [16] uint8 by the rank of their value."""
     return torch.tensor(_FP4_ORDER, dtype=torch.uint8, device=device)
+
+
+@cache
+def pair_table(kind: str, dtype: torch.dtype, device: str) -> Tensor:
+    """Return the table byte → its two codes in a 16-bit dtype, the even one low; int32 [256]."""
+    values, byte = code(kind).to(dtype), torch.arange(256)
+    pairs = torch.stack([values[byte >> 4], values[byte & 15]], dim=1)
+    return pairs.view(torch.int32).view(-1).to(device)
 
 
 @cache

@@ -112,7 +112,7 @@ def aot_specs() -> list[dict[str, Any]]:
         name = f"rank gradients r {R}"
         specs.append(
             spec(name, _gradients_kernel, types, tile, num_warps=WARPS, num_stages=2, gemm=True,
-                 rank=R, fast=R == 16)
+                 rank=R, fast=R == 16, weights=_BLOCK_M * BLOCK_N)
         )  # fmt: skip
     types = ["*fp32", "*bf16", "i32", "i32", "fp32"]
     specs.append(spec("rank gradients sum", _sum_kernel, types, {"BLOCK": 1024}, fast=True))

@@ -187,7 +187,9 @@ def aot_specs() -> list[dict[str, Any]]:
                 "num_warps": _WARPS,
             }
             rows = what | {"WORDS": 32 * _WARPS, "STEPS": _STEPS}
-            fast = {"fast": nested and dtype == "bf16"}
+            fast: dict[str, Any] = {"fast": nested and dtype == "bf16"}
+            if dtype == "bf16":
+                fast |= {"weights": 32 * _WARPS * _STEPS * 8}
             specs.append(
                 spec(f"dequantize {name}", _dequantize_kernel, [*types, "i32", "i32"], rows)
                 | more

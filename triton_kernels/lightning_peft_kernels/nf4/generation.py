@@ -54,7 +54,7 @@ def linear_without_gradients(
         y = multiply_bf16(x2, q, packing)
         y = y if bias is None else y.add_(bias)
     elif how.backend != "dequantize":
-        if A is not None and A.dtype == x.dtype and how.backend == "fused":
+        if A is not None and A.dtype == x.dtype and how.backend in ("fused", "pairs"):
             S = scaled_linear(x2, A, scaling)  # the kernel adds S Bᵀ in its last pass
         y = multiply_few(x2, q, packing, S, None if S is None else B, bias, backend, how)
     else:

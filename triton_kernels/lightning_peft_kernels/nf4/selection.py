@@ -11,12 +11,22 @@ from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, 
 from lightning_peft_kernels.nf4.bf16_cpu import MOST_TOKENS, has_bf16_product
 from lightning_peft_kernels.nf4.bitsandbytes_product import fused_tokens
 
-__all__ = ["FEW_TOKENS", "select_group", "select_product", "small_batch_detail"]
+__all__ = [
+    "FEW_TOKENS",
+    "PAIRS",
+    "select_group",
+    "select_pairs",
+    "select_product",
+    "small_batch_detail",
+]
 
 # Tokens up to which a matrix-vector kernel multiplies, on any chip and in any dtype. Without
 # bitsandbytes, whose rule for the chip decides otherwise, these are the only tokens for which
 # decoding in the product is known to pay: that rule begins at four on every chip.
 FEW_TOKENS = 4
+#: Name of the kernel that looks pairs of codes up, of the op ``nf4_small_batch``.
+PAIRS = "pairs"
+_PAIR_TOKENS = 8
 # Tokens up to which our kernels decode in the product at all.
 _MOST_TOKENS = 64
 # q, k, v and gate, up of a Llama block of width 1024, 16 to 1,024 tokens, forward and backward: as
@@ -85,6 +95,29 @@ def select_product(
     return Decision("dequantize", why) if why else Decision("fused", "requested")
 
 
+def select_pairs(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: Sequence[int],
+    backend: Backend | None = None,
+    block_size: int = 64,
+) -> Decision:
+    """Select ``"pairs"`` if the kernel with the table of pairs takes x [tokens, K] and W [N, K].
+
+    `select_product` chooses it only where `check --tune` found it fastest.
+    """
+    base = select("nf4_small_batch", device, dtype, backend, PAIRS)
+    if base.backend == "torch":
+        return Decision("dequantize", base.reason)
+    chip = chip_of(device)
+    if chip is not None and chip.no_matrix:
+        return Decision("dequantize", f"{chip.name}: {chip.no_matrix}")
+    if not 1 <= tokens <= _PAIR_TOKENS or shape[1] % block_size or dtype.itemsize != 2:
+        return Decision("dequantize", f"{tokens} tokens, K = {shape[1]}, {dtype}")
+    return Decision("pairs", base.reason)
+
+
 def _without_chip(
     device: torch.device,
     dtype: torch.dtype,
@@ -111,9 +144,9 @@ def _without_chip(
 
 def _still_runs(raced: Decision, device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the winner of a race is not a kernel of ours that failed since."""
-    if raced.backend != "fused":
+    if raced.backend not in ("fused", "pairs"):
         return True
-    detail = small_batch_detail(tokens)
+    detail = PAIRS if raced.backend == "pairs" else small_batch_detail(tokens)
     return select("nf4_small_batch", device, dtype, "auto", detail).backend == "triton"
 
 

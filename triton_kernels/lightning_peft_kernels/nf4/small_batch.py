@@ -2,7 +2,8 @@
 
 Shapes: x [M, K] with M ≤ 64, S = s · x Aᵀ [M, R], B [N, R], bias [N]. Reads the packed weight once
 (0.516 N·K bytes); dequantising to a buffer moves 4.5 N·K. `select_product` chooses between our
-kernels, bitsandbytes' and the library product of the dequantised weight. Forward only: dX
+two kernels (`small_batch_triton`, and `pair_table_triton` where a race on the device found it
+fastest), bitsandbytes' and the library product of the dequantised weight. Forward only: dX
 dequantises and multiplies.
 """
 
@@ -18,7 +19,7 @@ from lightning_peft_kernels.launch import attempt
 from lightning_peft_kernels.nf4 import bitsandbytes_product
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
 from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
-from lightning_peft_kernels.nf4.selection import select_product, small_batch_detail
+from lightning_peft_kernels.nf4.selection import PAIRS, select_product, small_batch_detail
 from lightning_peft_kernels.registration import define_op
 
 __all__ = ["multiply_few", "nf4_small_batch", "nf4_small_batch_reference"]
@@ -98,11 +99,20 @@ def multiply_few(
         s, b, c = (None if t is None else t.contiguous() for t in (S, B, bias))
         return decode(x.contiguous(), q, shape[0], s, b, c, kind, block_size)
 
+    def by_pairs() -> Tensor:
+        from lightning_peft_kernels.nf4.pair_table_triton import decode_pairs
+
+        s, b, c = (None if t is None else t.contiguous() for t in (S, B, bias))
+        return decode_pairs(x.contiguous(), q, shape[0], s, b, c, kind, block_size)
+
     if how.backend == "bitsandbytes":
         y = bitsandbytes_product.multiply(x, q, shape, bias, kind, block_size)
         return add_low_rank(y)
     if how.backend == "dequantize":
         return by_library()
+    if how.backend == "pairs":
+        name = configuration(x.dtype, PAIRS)
+        return attempt("nf4_small_batch", name, x.device, backend, by_pairs, by_library)
     name = configuration(x.dtype, small_batch_detail(x.shape[0]))
     return attempt("nf4_small_batch", name, x.device, backend, by_kernel, by_library)
 

@@ -27,7 +27,7 @@ from lightning_peft_kernels.tools.aot import spec
 if TYPE_CHECKING:
     from lightning_peft_kernels.nf4.ops import Packed4bit
 
-__all__ = ["aot_specs", "decode"]
+__all__ = ["add_parts", "aot_specs", "decode"]
 
 _ROWS, _WORDS = 16, 64
 _BLOCK_N, _BLOCK_K = 64, 128
@@ -225,7 +225,15 @@ def decode(
             BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, num_warps=4,
             num_stages=pipeline_stages(chip_of(x.device), block_m),
         )  # fmt: skip
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    return add_parts(part, x.dtype, S, B, bias)
+
+
+def add_parts(
+    part: Tensor, dtype: torch.dtype, S: Tensor | None, B: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return y [M, N] = Σ part [parts, M, N] + S Bᵀ + bias, the parts in order."""
+    parts, M, N = part.shape
+    y = torch.empty(M, N, dtype=dtype, device=part.device)
     R = 0 if S is None else S.shape[1]
     launch(
         _epilogue_kernel, (triton.cdiv(N, 128), M),
@@ -253,13 +261,16 @@ def aot_specs() -> list[dict[str, Any]]:
         label = "nested" if nested else "plain"
         tile = what | {"ROWS": _ROWS, "WORDS": _WORDS}
         types = ["*bf16", "*i32", *scales]
-        specs.append(spec(f"decode gemv {label}", _gemv_kernel, types, tile, fast=nested))
+        weights = _ROWS * _WORDS * 8
+        name = f"decode gemv {label}"
+        specs.append(spec(name, _gemv_kernel, types, tile, fast=nested, weights=weights))
         for block_m in (16, 64):
             tile = what | {"BLOCK_M": block_m, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
             name = f"decode gemm {label} {block_m} rows"
             fast = nested and block_m == 16
             types = ["*bf16", "*u8", *scales]
-            specs.append(spec(name, _gemm_kernel, types, tile, gemm=True, rows=block_m, fast=fast))
+            made = spec(name, _gemm_kernel, types, tile, gemm=True, rows=block_m, fast=fast)
+            specs.append({**made, "weights": _BLOCK_N * _BLOCK_K})
     types = ["*fp32", "*bf16", "*bf16", "*bf16", "*bf16", "i32", "i32", "i32"]
     for R in (16, 256):
         tile = {"R": R, "BLOCK_R": 16, "HAS_BIAS": True, "BLOCK_N": 128}

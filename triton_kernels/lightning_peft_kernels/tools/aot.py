@@ -23,20 +23,30 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_peft_kernels.tools.targets import TARGETS, stages_for, why_left_out
 
-__all__ = ["Row", "broken", "compile_one", "spec", "specs", "table"]
+__all__ = [
+    "Row",
+    "broken",
+    "compile_kernel",
+    "compile_one",
+    "cuobjdump",
+    "spec",
+    "specs",
+    "table",
+]
 
 MODULES = (
     "lightning_peft_kernels.nf4.dequantize_triton",
     "lightning_peft_kernels.nf4.quantize_triton",
     "lightning_peft_kernels.fp8.quantize_rows_triton",
     "lightning_peft_kernels.nf4.small_batch_triton",
+    "lightning_peft_kernels.nf4.pair_table_triton",
     "lightning_peft_kernels.experts.grouped_linear_triton",
     "lightning_peft_kernels.experts.low_rank_triton",
     "lightning_peft_kernels.block_scaled.decode_triton",
@@ -134,27 +144,13 @@ def broken(row: Row) -> str:
 
 def compile_one(spec: dict[str, Any], target: str) -> Row:
     """Compile in this process and read the binary."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as triton_compile
-
     row = Row(spec["name"], target, gemm=bool(spec.get("gemm")))
     at = TARGETS[target]
     reason = why_left_out(spec, at.chip)
     if reason:
         row.outcome = f"skipped: {reason}"
         return row
-    source = ASTSource(
-        fn=spec["fn"],
-        signature=spec["signature"],
-        constexprs=spec["constexprs"],
-        attrs=spec["attrs"],
-    )
-    options = {"num_warps": spec["num_warps"], "num_stages": stages_for(spec, at.chip)}
-    options.update(spec.get("options", {}))
-    kernel = triton_compile(
-        source, target=GPUTarget(at.backend, at.architecture, at.lanes), options=options
-    )
+    kernel = compile_kernel(spec, target)
     row.shared = int(kernel.metadata.shared)
     if at.backend == "cuda":
         _read_cubin(row, kernel.asm["cubin"], kernel.asm["ptx"])
@@ -163,12 +159,32 @@ def compile_one(spec: dict[str, Any], target: str) -> Row:
     return row
 
 
+def compile_kernel(spec: Mapping[str, Any], target: str) -> Any:
+    """Compile one configuration for a target; return Triton's compiled kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    at = TARGETS[target]
+    source = ASTSource(
+        fn=spec["fn"],
+        signature=spec["signature"],
+        constexprs=spec["constexprs"],
+        attrs=spec["attrs"],
+    )
+    options = {"num_warps": spec["num_warps"], "num_stages": stages_for(spec, at.chip)}
+    options.update(spec.get("options", {}))
+    return triton_compile(
+        source, target=GPUTarget(at.backend, at.architecture, at.lanes), options=options
+    )
+
+
 def _read_cubin(row: Row, cubin: bytes, ptx: str) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        sass = _cuobjdump("-sass", file.name)
+        usage = cuobjdump("-res-usage", file.name)
+        sass = cuobjdump("-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         row.outcome = "cuobjdump gave no resource usage"
@@ -186,7 +202,8 @@ def _read_cubin(row: Row, cubin: bytes, ptx: str) -> None:
             return
 
 
-def _cuobjdump(flag: str, path: str) -> str:
+def cuobjdump(flag: str, path: str) -> str:
+    """Return what NVIDIA's disassembler, which comes with Triton, says of a binary."""
     import triton
 
     binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -58,7 +58,7 @@ def why_left_out(spec: Mapping[str, Any], chip: Chip) -> str:
     if "*fp8e4nv" in spec["signature"].values() and chip.no_e4m3:
         return chip.no_e4m3
     rank, rows = spec.get("rank", 0), spec.get("rows", 0)
-    if (rank or rows) and chip.no_matrix:
+    if (rank or rows or spec.get("matrix")) and chip.no_matrix:
         return chip.no_matrix
     if rank > chip.one_pass_rank:
         return f"one pass up to rank {chip.one_pass_rank}"

@@ -1,4 +1,4 @@
-"""What a reader of the pages has: a LightningModule around a Hugging Face model, and its data."""
+"""A LightningModule around a small Hugging Face model, and its data."""
 
 import functools
 
@@ -8,8 +8,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["DataLoader", "MyModule", "Trainer", "config", "data", "model", "module", "pl", "torch"]
-
 config = LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, architectures=["LlamaForCausalLM"],
@@ -18,7 +16,7 @@ config = LlamaConfig(
 
 
 class MyModule(pl.LightningModule):
-    """Any module; `net` is pretrained in the reader's case."""
+    """Any module; in practice `net` is pretrained."""
 
     def __init__(self, lr: float = 1e-3):
         super().__init__()
@@ -28,15 +26,19 @@ class MyModule(pl.LightningModule):
             self.net = LlamaForCausalLM(config)
 
     def training_step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the language model's loss."""
         return self.net(input_ids=ids, labels=ids).loss
 
     def train_dataloader(self) -> DataLoader:
+        """Return two batches of token ids [4, 16]."""
         return data
 
     def configure_callbacks(self) -> list[pl.Callback]:
+        """Save the last checkpoint in the current folder."""
         return [ModelCheckpoint(".", save_last=True, enable_version_counter=False)]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return an ordinary optimizer."""
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
 
 

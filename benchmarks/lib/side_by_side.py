@@ -1,0 +1,112 @@
+"""What the CPU benchmarks share: candidates take turns in one process; medians, spread, ratios."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+Name = TypeVar("Name", bound=Hashable)
+RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def interleaved(
+    candidates: Mapping[Name, Callable[[], Any]], repeats: int, warmup: int = 2, *, again: int = 0
+) -> dict[Name, list[float]]:
+    """Seconds of each call; the candidates take turns, the last of a turn first in the next.
+
+    Args:
+        candidates: By name.
+        repeats: Timed calls of each.
+        warmup: Turns before them.
+        again: Untimed calls before each timed one: a step of training follows a step of its own,
+            not what another candidate leaves of caches and of free memory.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in candidates}
+    order = list(candidates.items())
+    for turn in range(repeats + warmup):
+        for name, call in order[:: -1 if turn % 2 else 1]:
+            for _ in range(again):
+                call()
+            start = time.perf_counter()
+            call()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rows(
+    seconds: Mapping[str, list[float]], reference: str, **columns: Any
+) -> list[dict[str, Any]]:
+    """One row a candidate: median, interquartile range, ratio of medians to the reference's."""
+    base = statistics.median(seconds[reference])
+    made = []
+    for name, times in seconds.items():
+        quartiles = (
+            statistics.quantiles(times, n=4) if len(times) > 3 else [min(times), 0, max(times)]
+        )
+        median = statistics.median(times)
+        made.append(
+            {
+                **columns,
+                "candidate": name,
+                "median_ms": round(1e3 * median, 3),
+                "iqr_ms": round(1e3 * (quartiles[2] - quartiles[0]), 3),
+                "ratio": round(median / base, 3),
+                "reference": reference,
+                "repeats": len(times),
+            }
+        )
+    return made
+
+
+def traced_peak(model: nn.Module, step: Callable[[], Any], steps: int) -> int:
+    """Bytes at the fullest moment of some steps: every allocation and release that torch's profiler
+    sees, on top of what the model holds before them.
+    """
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers()]
+    }
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        for _ in range(steps):
+            step()
+    events = [
+        (e.start_ns(), e.nbytes())
+        for e in prof.profiler.kineto_results.events()  # type: ignore[union-attr]
+        if e.name() == "[memory]"
+    ]
+    now = top = 0
+    for _, n in sorted(events, key=lambda e: e[0]):
+        now += n
+        top = max(top, now)
+    return sum(held.values()) + top
+
+
+def write(name: str, table: list[dict[str, Any]]) -> None:
+    """Print the table and put it into benchmarks/results/<name>.csv with where it is from."""
+    origin = {
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": " ".join(f"{p} {version(p)}" for p in PACKAGES),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    for row in table:
+        print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*table[0], *origin], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **origin} for row in table)

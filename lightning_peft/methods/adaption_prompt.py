@@ -1,0 +1,75 @@
+"""AdaptionPrompt (LLaMA-Adapter): positions in the attention of the last blocks, whose effect grows
+from zero. Zhang et al. 2023, arXiv:2303.16199.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.site import BlockSite
+from lightning_peft.methods.base import BlockMethod
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.registry import register
+
+__all__ = ["AdaptionPrompt"]
+
+
+class _Positions(nn.Module):
+    """P [1, n, width], g [1]."""
+
+    P: nn.Parameter
+    g: nn.Parameter
+
+
+@register
+@dataclass(frozen=True)
+class AdaptionPrompt(BlockMethod):
+    """out + W_o (g · softmax(q K_Pᵀ / √d) V_P) in self-attention; g starts at zero.
+
+    For GPT-2, Llama, Mistral and Qwen 2. The output starts as it is. Queries carry their rotary
+    position, the keys of P none. In GPT-2 there is no W_o. Both are as in peft, whose files hold no
+    other form; they are not read yet.
+
+    Attributes:
+        n: Number of positions.
+        layers: Number of blocks, from the last one back; None for all.
+
+    Raises:
+        ValueError: n or layers below 1.
+    """
+
+    n: int = 10
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        require(
+            self.n >= 1 and (self.layers is None or self.layers >= 1),
+            f"{self.label}: expected n >= 1 and layers >= 1, got {self.n}, {self.layers}",
+        )
+
+    @property
+    def where(self) -> Literal["attention"]:
+        """In self-attention."""
+        return "attention"
+
+    @property
+    def top_layers(self) -> int | None:
+        """As `layers` says."""
+        return self.layers
+
+    def module(self, site: BlockSite) -> nn.Module:
+        """P normal, g zero."""
+        made = _Positions()
+        made.P = nn.Parameter(torch.randn(1, self.n, site.width_out))
+        made.g = nn.Parameter(torch.zeros(1))
+        return made
+
+    def attention_prompt(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """P and g."""
+        made = cast(_Positions, module)
+        return made.P, made.g

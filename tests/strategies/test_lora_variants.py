@@ -1,0 +1,56 @@
+"""Variants of LoRA on two processes train the adapters of one process, or are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.distributed.jobs import Job
+from tests.helpers.distributed.once import made_once
+from tests.helpers.distributed.processes import difference, run
+
+pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
+
+WHERE: dict[str, dict[str, Any]] = {
+    "one": {},
+    "ddp": {"devices": 2, "strategy": "peft_ddp"},
+    "fsdp": {"devices": 2, "strategy": "peft_fsdp"},
+}
+#: Runs that FSDP2 refuses by name: tensors that layers share, a penalty on whole tensors.
+REFUSED = {("fsdp", "MonteCLoRA"), ("fsdp", "Lily")}
+METHODS: dict[str, dict[str, Any]] = {
+    "VeLoRA": {"method": "VeLoRA", "method_options": {"groups": 4, "direction": "random"}},
+    "MonteCLoRA": {"method": "MonteCLoRA", "method_options": {"noise": 0.0, "kl_weight": 0.1}},
+    "Lily": {"method": "Lily", "method_options": {"stride": 2, "per_sample": True}},
+}
+
+
+def jobs(folder: Path) -> dict[str, Job]:
+    listed = [
+        Job(f"{where} {name}", str(folder), **{**how, **options})
+        for name, options in METHODS.items()
+        for where, how in WHERE.items()
+        if (where, name) not in REFUSED
+    ]
+    return {job.name: job for job in listed}
+
+
+@pytest.fixture(scope="module")
+def runs(lightning_package: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    def make(folder: Path) -> None:
+        every = jobs(folder).values()
+        run(1, [j for j in every if j.devices == 1], folder)
+        run(2, [j for j in every if j.devices == 2], folder, timeout=270)
+
+    return jobs(made_once(tmp_path_factory, f"variants-{lightning_package}", make))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", METHODS)
+def test_same_adapters(name: str, where: str, runs: dict[str, Job]) -> None:
+    if (where, name) in REFUSED:
+        pytest.skip("refused by name: see tests/methods/test_lily.py and test_monteclora.py")
+    assert difference(runs[f"one {name}"], runs[f"{where} {name}"]) < 1e-5
