@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -45,10 +45,11 @@ class _Stays(NamedTuple):
     unpack: Callable[[object], Tensor] | None
 
 
+@contextmanager
 def moving_saved_tensors(
     memory: HostMemory, block: nn.Module, shared: Iterable[Tensor], min_bytes: int
-) -> AbstractContextManager[object]:
-    """Return a context in which saved tensors of at least `min_bytes` are moved to host memory.
+) -> Iterator[None]:
+    """Context in which saved tensors of at least `min_bytes` are moved to host memory.
 
     Parameters and buffers of the block stay, and so do tensors that overlap themselves. A tensor
     that several operations save is moved once. Hooks around the context get the tensor in host
@@ -61,7 +62,11 @@ def moving_saved_tensors(
         min_bytes: Size of the smallest tensor that is moved.
     """
     pack = _Pack(memory, block, shared, min_bytes)
-    return saved_tensors_hooks(pack, _unpack)
+    try:
+        with saved_tensors_hooks(pack, _unpack):
+            yield
+    finally:
+        pack.close()  # autograd holds the hook as long as the graph
 
 
 class _Pack:
@@ -79,6 +84,11 @@ class _Pack:
         self._stay = {_storage(t) for t in stay if _is_plain(t)}
         #: Copies by storage, offset, shape and version. The tensors are held while the block runs.
         self._copies: dict[tuple[object, ...], tuple[Tensor, HostCopy]] = {}
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._copies.clear()
+        self._stay.clear()
 
     def __call__(self, tensor: Tensor) -> object:
         pack, unpack = self._outer or (None, None)

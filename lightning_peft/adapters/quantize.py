@@ -29,6 +29,7 @@ from lightning_peft.storage.unknown import computed_weight, unknown_format
 __all__ = [
     "PackingWatch",
     "QuantizationPlan",
+    "_to_dense_layer",
     "plan_quantization",
     "quantize_layers",
     "students_of_dense",
@@ -268,7 +269,7 @@ def quantize_layers(
                 if device is not None and has_values:
                     module.to(device)
                 if name in plan.transcoded:
-                    to_dense_layer(module)
+                    _to_dense_layer(module)
                 plan.storage.quantize(module, layout, plan.quantization)
                 if watch.keep_on is not None and has_values:
                     module.to(watch.keep_on)
@@ -285,7 +286,7 @@ def quantize_layers(
                 raise
 
 
-def to_dense_layer(module: nn.Module) -> None:
+def _to_dense_layer(module: nn.Module) -> None:
     """Dequantise a layer that arrived in a released format, so that it can be quantised again.
 
     A linear layer of another library becomes an `nn.Linear`; experts keep their class.

@@ -31,7 +31,7 @@ from lightning_peft.core.collectives import (
 )
 from lightning_peft.core.names import strip_compile
 from lightning_peft.storage import storage_of
-from lightning_peft.storage.dtensor import is_sharded, local, local_rows
+from lightning_peft.storage.dtensor import is_first_replica, is_sharded, local, local_rows
 from lightning_peft.storage.packed import specs_of
 from lightning_peft.storage.streaming import BaseFiles
 
@@ -143,7 +143,7 @@ class PackedCache:
         """Write a packed weight's own rows; replicated tensors are written by rank 0."""
         if self._writer is not None:
             for role, t in _tensors(module, key):
-                if is_sharded(t) or _rank() == 0:
+                if is_first_replica(t) if is_sharded(t) else _rank() == 0:
                     self._writer.add(self._base.name_in_file(name), role, t)
 
     def finish(self, hashes: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.optim import PooledOptimizer, join_shards, shard
 from lightning_peft.optim.state_pool import local
-from lightning_peft.storage.dtensor import local_rows
+from lightning_peft.storage.dtensor import is_first_replica, local_rows
 
 __all__ = [
     "OwnRows",
@@ -39,12 +39,12 @@ Shard = dict[str, Any]
 
 
 def tensor_shards(tensors: Mapping[str, Tensor]) -> Shard:
-    """This process's rows of each tensor, on the CPU."""
+    """This process's rows of each tensor, on the CPU; none if an earlier replica has them."""
     return {
         name: {
             "shape": list(t.shape),
             "first": local_rows(t)[0],
-            "rows": local(t.detach()).to("cpu", copy=True),
+            "rows": _own_copy(t, t.detach()),
         }
         for name, t in tensors.items()
     }
@@ -61,11 +61,19 @@ def optimizer_shard(optimizer: Optimizer) -> Shard:
             "shape": list(p.shape),
             "first": local_rows(p)[0] * p[:1].numel() if p.ndim else 0,
             "state": {
-                k: local(v).detach().to("cpu", copy=True) if isinstance(v, Tensor) else v
+                k: _own_copy(p, v.detach()) if isinstance(v, Tensor) else v
                 for k, v in state.items()
             },
         }
     return {"state": states, "param_groups": saved["param_groups"]}
+
+
+def _own_copy(p: Tensor, t: Tensor) -> Tensor:
+    """Copy what is local of a tensor that belongs to `p`; nothing if an earlier replica has it."""
+    own = local(t)
+    if own.ndim and not is_first_replica(p):
+        own = own.reshape(-1)[:0] if own is not local(p) else own[:0]
+    return own.to("cpu", copy=True)
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

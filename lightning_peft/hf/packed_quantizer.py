@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -30,10 +31,12 @@ from lightning_peft.models.packed_layers import (
 from lightning_peft.models.packed_state import packed_state
 from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.registry import released_formats, released_methods
+from lightning_peft.storage.tensor_files import TensorFiles
 
 __all__ = ["PackedQuantizer", "loaded"]
 
 _METHOD = "lightning_peft"
+_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -51,9 +54,14 @@ _DTYPES = {
 class _PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Carries the checkpoint's own ``quantization_config``."""
 
-    def __init__(self, released: Mapping[str, Any], quant_method: str = _METHOD) -> None:
+    def __init__(
+        self,
+        released: Mapping[str, Any],
+        files: Sequence[str] = (),
+        quant_method: str = _METHOD,
+    ) -> None:
         self.quant_method = quant_method
-        self.released = dict(released)
+        self.released, self.files = dict(released), list(files)
         self.modules_to_not_convert: list[str] = []
 
 
@@ -73,20 +81,98 @@ def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
             f"{released.get('quant_method')!r}; load the model dequantised, or with the library of "
             "this format"
         )
-    config.quantization_config = {"quant_method": _METHOD, "released": released}
+    files = TensorFiles(folder).files
+    config.quantization_config = {
+        "quant_method": _METHOD,
+        "released": released,
+        "files": [str(file) for file in files],
+    }
+    config._name_or_path = str(folder)
     wants_info = bool(given.pop("output_loading_info", False))
     try:
-        model, info = model_class.from_pretrained(
-            folder, config=config, output_loading_info=True, **given
-        )
+        with ExitStack() as opened:
+            model, info = _concrete(model_class, config).from_pretrained(
+                None,
+                config=config,
+                state_dict=_slices(files, opened),
+                output_loading_info=True,
+                **given,
+            )
     except (NotImplementedError, RuntimeError) as error:  # codes cannot be initialised
         raise ValueError(
             f"load_packed {folder}: expected the tensors that its quantization_config describes, "
             f"got an error of transformers' loader ({error}); shards are missing, or belong to "
             "another model: download the checkpoint again"
         ) from error
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.hf_quantizer.finish(model, set(info["missing_keys"]))
     return (model, info) if wants_info else model
+
+
+def _concrete(model_class: Any, config: Any) -> Any:
+    """The class that an `AutoModelFor…` builds for a config; any other class itself.
+
+    Raises:
+        ValueError: the auto class has no model of this kind.
+    """
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is None:
+        return model_class
+    if type(config) not in mapping:
+        raise ValueError(
+            f"load_packed: expected a config that {model_class.__name__} knows, got "
+            f"{type(config).__name__}; give another auto class, or the model's own class"
+        )
+    found = mapping[type(config)]
+    classes = list(found) if isinstance(found, list | tuple) else [found]
+    named = [c for c in classes if c.__name__ in (config.architectures or ())]
+    return (named or classes)[0]
+
+
+def _slices(files: Sequence[Path], opened: ExitStack) -> dict[str, Any]:
+    """Each tensor of the files, read when it is used.
+
+    The files are read, not mapped: mapped pages stay in memory beside the experts that transformers
+    stacks from them.
+    """
+    found = {}
+    for file in files:
+        handle: Any
+        try:
+            handle = safe_open(str(file), framework="pt", backend="pread")
+        except TypeError:  # safetensors before 0.8
+            handle = safe_open(str(file), framework="pt")
+        opened.enter_context(handle)
+        for key in handle.keys():  # noqa: SIM118  it is no dict
+            part = handle.get_slice(key)
+            is_scalar = not part.get_shape() and _OF_EXPERT.search(key)
+            found[key] = _OneElement(part) if is_scalar else part
+    return found
+
+
+class _OneElement:
+    """A scalar of one expert as a vector, so that transformers can concatenate gate's and up's.
+
+    Args:
+        scalar: The tensor in the file.
+    """
+
+    def __init__(self, scalar: Any) -> None:
+        self._scalar = scalar
+
+    def __getitem__(self, where: Any) -> Tensor:
+        value: Tensor = self._scalar[...]
+        return value.reshape(1)[where]
+
+    def get_shape(self) -> list[int]:
+        """[1]."""
+        return [1]
+
+    def get_dtype(self) -> str:
+        """Dtype in the file."""
+        dtype: str = self._scalar.get_dtype()
+        return dtype
 
 
 @register_quantizer(_METHOD)
@@ -108,9 +194,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Called on the meta model."""
         skip = dense_patterns(model, self.released)
-        dtypes = _dtypes_of(kwargs.get("checkpoint_files") or ())
+        files = self.quantization_config.files
+        dtypes = _dtypes_of(files)
         self._layers = declare_packed(model, self.released, skip, dtypes)
-        self._check_files(kwargs.get("checkpoint_files") or ())
+        self._check_files(files)
         return model
 
     def _check_files(self, files: Sequence[str]) -> None:

@@ -63,7 +63,7 @@ class PackedLayer:
         for name, (storage, shape, declared) in self.weights.items():
             keys = {role: key for role, (key, _, _) in declared.tensors.items()}
             try:
-                storage.repack(self.module, name)
+                keys = storage.repack(self.module, name, keys)
                 spec = storage.spec(
                     self.module, name, shape, declared.layout, keys,
                     transposed=self.layout.transposed, adopted=False,

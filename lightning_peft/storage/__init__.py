@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from lightning_peft.storage import awq_gptq as _awq_gptq
 from lightning_peft.storage import compressed_tensors as _compressed_tensors
 from lightning_peft.storage import fp8 as _fp8
+from lightning_peft.storage import modelopt as _modelopt
 from lightning_peft.storage import mxfp4 as _mxfp4
 
 # These modules register their storages.
@@ -41,4 +43,4 @@ __all__ = [
     "storage_of",
 ]
 
-del _compressed_tensors, _eight_bit, _four_bit, _fp8, _mxfp4, _nf4
+del _awq_gptq, _compressed_tensors, _eight_bit, _four_bit, _fp8, _modelopt, _mxfp4, _nf4

@@ -117,8 +117,21 @@ class BlockScaledStorage(QuantizedStorage, ABC):
         """
         return None
 
-    def repack(self, m: nn.Module, name: str) -> None:
-        """Bring tensors as they were read into the form that `spec` describes; in place."""
+    def repack(self, m: nn.Module, name: str, keys: Mapping[str, str]) -> dict[str, str]:
+        """Bring tensors as they were read into the form that `spec` describes; in place.
+
+        Args:
+            m: The layer.
+            name: The weight.
+            keys: Role → name of each declared tensor.
+
+        Returns:
+            Role → name of each tensor that is held.
+
+        Raises:
+            ValueError: values that the form cannot hold.
+        """
+        return dict(keys)
 
     # ---- codes and values
 

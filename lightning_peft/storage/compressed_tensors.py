@@ -34,6 +34,8 @@ __all__ = [
     "CompressedFloat4Storage",
     "CompressedInt4Storage",
     "CompressedInt8Storage",
+    "file_names_of",
+    "matches_pattern",
 ]
 
 _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -77,8 +79,10 @@ class _Compressed(BlockScaledStorage):
         dtypes: Mapping[str, torch.dtype],
     ) -> DeclaredWeight | None:
         """The tensors of the first group whose targets have this layer."""
-        names = _file_names(label, weight, shape)
-        if any(_matches(n, pattern) for n in names for pattern in config.get("ignore") or ()):
+        names = file_names_of(label, weight, shape)
+        if any(
+            matches_pattern(n, pattern) for n in names for pattern in config.get("ignore") or ()
+        ):
             return None
         for group in (config.get("config_groups") or {}).values():
             weights = group.get("weights")
@@ -283,7 +287,7 @@ def _packed_names(
     return found
 
 
-def _file_names(label: str, weight: str, shape: torch.Size) -> list[str]:
+def file_names_of(label: str, weight: str, shape: torch.Size) -> list[str]:
     """Names of the linear layers that hold a weight in the files."""
     if len(shape) < 3:
         return [label]
@@ -291,7 +295,7 @@ def _file_names(label: str, weight: str, shape: torch.Size) -> list[str]:
     return [f"{label}.0.{leaf}"]
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
     """Whether an entry of ``ignore`` or ``targets`` means this layer."""
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
@@ -299,7 +303,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _is_target(names: Sequence[str], targets: Sequence[str]) -> bool:
-    return any(t == "Linear" or _matches(n, t) for t in targets for n in names)
+    return any(t == "Linear" or matches_pattern(n, t) for t in targets for n in names)
 
 
 def _check_group(

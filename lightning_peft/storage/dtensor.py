@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = [
     "ShardGroup",
     "fill_rows",
+    "is_first_replica",
     "is_sharded",
     "local",
     "local_rows",
@@ -66,6 +67,16 @@ def local_rows(t: Tensor) -> tuple[int, int]:
         sharded.shape, sharded.device_mesh, sharded.placements
     )
     return (int(offset[0]), int(shape[0])) if t.ndim else (0, 1)
+
+
+def is_first_replica(t: Tensor) -> bool:
+    """Whether no other rank with the same rows comes before this one; true for a plain tensor."""
+    mesh = getattr(t, "device_mesh", None)
+    if mesh is None:
+        return True
+    placements: Any = t.placements  # type: ignore[attr-defined]
+    axes = [axis for axis, placement in enumerate(placements) if placement.is_replicate()]
+    return all(mesh.get_local_rank(axis) == 0 for axis in axes)
 
 
 def fill_rows(t: Tensor, value: Tensor) -> None:

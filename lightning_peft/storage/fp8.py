@@ -106,10 +106,12 @@ class FP8Storage(BlockScaledStorage):
             return None
         layout = BlockLayout("e4m3", rows, columns, 2 if weight == "gate_up_proj" else 1, word)
         grid = self.scales_shape(shape, layout)
+        if block is None:
+            grid = (shape[0], layout.halves) if stack else ()
         scale = "weight_scale_inv" if weight == "weight" else f"{weight}_scale_inv"
         tensors = {
             "codes": (weight, tuple(shape), torch.float8_e4m3fn),
-            "scales": (scale, () if block is None and not stack else grid, layout.scale_dtype),
+            "scales": (scale, grid, layout.scale_dtype),
         }
         if static and not stack:
             tensors["activation"] = ("activation_scale", (), torch.float32)

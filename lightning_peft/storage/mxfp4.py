@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning_peft_kernels.block_scaled.layout import BlockLayout, ScaleType
 from torch import Tensor, nn
 
-from lightning_peft.core.protocols import Reason
 from lightning_peft.storage.block_scaled import (
     BlockScaledStorage,
     BlockSpec,
@@ -170,10 +169,6 @@ class Mxfp4Storage(BlockScaledStorage):
                 codes = found.pop(name).view(torch.uint8)
                 found[f"{name}_blocks"] = codes.reshape(*spec.shape[:-1], -1, _GROUP // 2)
         return found
-
-    def can_shard(self, m: nn.Module) -> Literal[True] | Reason:
-        """Yes: FSDP2 cuts experts, and each has its own scales."""
-        return True
 
 
 def _has_fp4_experts(config: Mapping[str, Any]) -> bool:

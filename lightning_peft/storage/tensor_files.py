@@ -26,6 +26,7 @@ class TensorFiles:
 
     Attributes:
         keys: Name of a tensor → (file, shape).
+        files: The files, in order.
 
     Raises:
         FileNotFoundError: no safetensors there, or a listed file is missing.
@@ -45,6 +46,7 @@ class TensorFiles:
             absent = told - {f.name for f in files}
             if absent:
                 raise FileNotFoundError(f"{folder}: expected {sorted(absent)}, found none")
+        self.files: list[Path] = files
         for file in files:
             with safe_open(str(file), framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118  it is no dict

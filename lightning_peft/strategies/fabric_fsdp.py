@@ -19,7 +19,13 @@ from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import FabricGuards
 from lightning_peft.strategies.rank_consistency import check_same_model
 from lightning_peft.strategies.shard_units import Classes
-from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
+from lightning_peft.strategies.sharding import (
+    Options,
+    check_replicas,
+    data_mesh,
+    is_sharded,
+    shard_model,
+)
 from lightning_peft.strategies.unused_experts import UsageTracker
 
 if TYPE_CHECKING:
@@ -51,6 +57,8 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
             without calling them.
         packed_cache: Directory for packed weights of `base_from`: quantised and written on the
             first start, read on later ones.
+        replicas: Number of complete copies of the shards. With the number of machines, a model is
+            sharded within each machine, and only gradients cross machines.
     """
 
     strategy_name = "peft_fsdp"
@@ -66,6 +74,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         base_from: str | Path | None = None,
         split_root: bool = True,
         packed_cache: str | Path | None = None,
+        replicas: int = 1,
     ) -> None:
         super().__init__(
             self._shard,
@@ -81,6 +90,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
             base_from,
             split_root=split_root,
             packed_cache=packed_cache,
+            replicas=replicas,
         )
         self.units: list[str] = []
         self._usage: UsageTracker | None = None
@@ -89,6 +99,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Create the device mesh; all ranks are data-parallel."""
         self._data_parallel_size = self.num_nodes * self.num_processes
+        check_replicas(self.options.replicas, self._data_parallel_size)
         super().setup_environment()
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -105,7 +116,8 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         check_same_model(module)
         if not is_sharded(module):
             options = replace(self.options, precision=self.precision.precision)
-            self.units = shard_model(module, mesh["data_parallel"], self.root_device, options)
+            whole = data_mesh(mesh["data_parallel"], options.replicas)
+            self.units = shard_model(module, whole, self.root_device, options)
             self._usage = UsageTracker(module) if may_skip(module) == "experts" else None
         for module_with_buffers in module.modules():
             for name, buffer in module_with_buffers._buffers.items():

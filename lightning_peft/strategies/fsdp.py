@@ -37,7 +37,13 @@ from lightning_peft.storage.dtensor import fill_rows, shard_group
 from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import TrainerGuards
 from lightning_peft.strategies.shard_units import Classes
-from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
+from lightning_peft.strategies.sharding import (
+    Options,
+    check_replicas,
+    data_mesh,
+    is_sharded,
+    shard_model,
+)
 from lightning_peft.strategies.unused_experts import UsageTracker
 from lightning_peft.trainers.packages import callbacks_of, is_fitting, is_instance_of
 
@@ -75,6 +81,8 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             without calling them.
         packed_cache: Directory for packed weights of `base_from`: quantised and written on the
             first start, read on later ones.
+        replicas: Number of complete copies of the shards. With the number of machines, a model is
+            sharded within each machine, and only gradients cross machines.
 
     Raises:
         ValueError: the options ask for tensor parallelism.
@@ -96,6 +104,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         base_from: str | Path | None = None,
         split_root: bool = True,
         packed_cache: str | Path | None = None,
+        replicas: int = 1,
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
             raise ValueError(
@@ -113,6 +122,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             base_from,
             split_root=split_root,
             packed_cache=packed_cache,
+            replicas=replicas,
         )
         self.units: list[str] = []
         self._reached: UsageTracker | None = None
@@ -132,6 +142,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
                 f"peft_fsdp: expected data_parallel_size='auto' or {world} = nodes x devices, got "
                 f"{self._data_parallel_size}"
             )
+        check_replicas(self.options.replicas, world)
         self._data_parallel_size = world
         super().setup_environment()
 
@@ -153,7 +164,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
                 precision=self.precision_plugin.precision,
                 split_root=self.options.split_root and apart,
             )
-            mesh = self.device_mesh["data_parallel"]
+            mesh = data_mesh(self.device_mesh["data_parallel"], self.options.replicas)
             self.units = shard_model(module, mesh, self.root_device, options)
             self._reached = UsageTracker(module) if may_skip(module) == "experts" else None
         # FSDP2 cannot go on training parameters that an inference-mode forward gathered.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.core.protocols import Reason
@@ -26,7 +26,7 @@ from lightning_peft.strategies.fsdp_compat import (
 from lightning_peft.strategies.shard_units import Classes, check_ties, root_units, shard_units
 from lightning_peft.strategies.sharded_init import of_rank_0
 
-__all__ = ["Options", "is_sharded", "shard_model"]
+__all__ = ["Options", "check_replicas", "data_mesh", "is_sharded", "shard_model"]
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -42,6 +42,34 @@ class Options:
     precision: str = "32-true"
     split_root: bool = True
     packed_cache: str | Path | None = None
+    replicas: int = 1
+
+
+def check_replicas(replicas: int, world: int) -> None:
+    """Raise unless the ranks can be split into that many equal groups.
+
+    Raises:
+        ValueError: with the numbers that can be given.
+    """
+    if replicas < 1 or world % replicas:
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        raise ValueError(
+            f"peft_fsdp replicas: expected a divisor of the {world} ranks, one of {fits}, got "
+            f"{replicas}; give the number of machines, or 1 to shard over all ranks"
+        )
+
+
+def data_mesh(mesh: DeviceMesh, replicas: int) -> DeviceMesh:
+    """Return the mesh that FSDP2 takes: over all ranks, or replicas of groups of ranks.
+
+    Args:
+        mesh: One axis over all ranks.
+        replicas: Number of groups. Ranks of one machine follow each other, so they share a group.
+    """
+    if replicas == 1:
+        return mesh
+    shape = (replicas, mesh.size() // replicas)
+    return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def is_sharded(module: nn.Module) -> bool:

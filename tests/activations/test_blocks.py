@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_peft import Activations, LoRA, attach, limit_activations
 from lightning_peft.activations.blocks import find_blocks
+from lightning_peft.activations.host_memory import (
+    HostCopy,
+    HostGroup,
+    HostMemories,
+    SynchronousHost,
+)
+from lightning_peft.activations.limit import ActivationLimit
 from tests.helpers.tiny_models import BUILDERS
 
 
@@ -66,6 +76,35 @@ def moved(activations: Activations) -> int:
     with limit_activations(model, activations) as limit:
         model(torch.randn(16, 64)).sum().backward()
         return limit.moved
+
+
+@pytest.mark.parametrize("kind", ["offload", "checkpoint+offload"])
+def test_what_was_moved_is_free(kind: Any) -> None:
+    """Outside of blocks, nothing holds the tensors that they saved."""
+    saved = []
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x).exp()  # saves its output
+            saved.extend(weakref.ref(t.untyped_storage()) for t in (x, y))
+            return y.sin()
+
+    class Elsewhere(SynchronousHost):
+        def put(self, tensor: torch.Tensor, group: HostGroup) -> HostCopy:
+            return super().put(tensor.clone(), group)
+
+    model = nn.Sequential(Keeping(), Keeping())
+    memories = HostMemories(lambda device: Elsewhere())
+    with ActivationLimit(model, Activations(kind, ["Keeping"], 0), memories):
+        loss = model(torch.randn(4, 8)).sum()
+        assert [ref() for ref in saved] == [None] * 4
+        loss.backward()
+    assert memories.moved > 0
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_weights_and_small_tensors_stay() -> None:

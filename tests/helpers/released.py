@@ -8,7 +8,7 @@ used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,80 @@ def pack_nvfp4(key: str, W: Tensor) -> State:
     }
 
 
+# ---- AWQ and GPTQ
+
+
+def words(nibbles: Tensor, order: Sequence[int] = range(8)) -> Tensor:
+    """Eight values [..., 8 n] per word; ``order[i]`` is the place of nibble i."""
+    each = nibbles.long().unflatten(-1, (-1, 8))
+    return sum_of([each[..., place] << (4 * i) for i, place in enumerate(order)])
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0).to(torch.int32)
+
+
+def unwords(packed: Tensor, order: Sequence[int] = range(8)) -> Tensor:
+    found = torch.empty(*packed.shape, 8)
+    for i, place in enumerate(order):
+        found[..., place] = ((packed >> (4 * i)) & 15).float()
+    return found.flatten(-2)
+
+
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def asymmetric(W: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [K, N], zero points and scales [K / group, N]."""
+    groups = W.mT.unflatten(0, (-1, group))
+    low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+    s = ((high - low) / 15).half()
+    zero = (-low / s.float()).round().clamp(1, 15)
+    codes = (groups / s.float()[:, None]).round().add(zero[:, None]).clamp(0, 15)
+    return codes.flatten(0, 1), zero, s
+
+
+def pack_awq(key: str, W: Tensor) -> State:
+    codes, zero, s = asymmetric(W, 32)
+    name = key.removesuffix("weight")
+    return {f"{name}qweight": words(codes, AWQ), f"{name}qzeros": words(zero, AWQ),
+            f"{name}scales": s}  # fmt: skip
+
+
+def pack_gptq(less: int) -> Callable[[str, Tensor], State]:
+    def pack(key: str, W: Tensor) -> State:
+        codes, zero, s = asymmetric(W, 32)
+        name = key.removesuffix("weight")
+        return {
+            f"{name}qweight": words(codes.mT).mT,
+            f"{name}qzeros": words(zero - less),
+            f"{name}scales": s,
+            f"{name}g_idx": torch.arange(W.shape[1], dtype=torch.int32) // 32,
+        }
+
+    return pack
+
+
+def columns_state(awq: bool, less: int = 0) -> Callable[[State], State]:
+    def values(packed: State) -> State:
+        found = {}
+        for key, t in packed.items():
+            if key.endswith(("qzeros", "scales", "g_idx")):
+                continue
+            if not key.endswith("qweight"):
+                found[key] = t.float()
+                continue
+            name = key.removesuffix("qweight")
+            order = AWQ if awq else range(8)
+            codes = unwords(t, order) if awq else unwords(t.mT).mT
+            zero, s = unwords(packed[f"{name}qzeros"], order) + less, packed[f"{name}scales"]
+            W = (codes.unflatten(0, (-1, 32)) - zero[:, None]) * s.float()[:, None]
+            found[f"{name}weight"] = W.flatten(0, 1).mT
+        return found
+
+    return values
+
+
 def compressed_state(packed: State) -> State:
     found = {}
     for key, t in packed.items():
@@ -200,6 +274,35 @@ def compressed_state(packed: State) -> State:
             found[name] = (codes * s.float().unsqueeze(-1)).view(N, K)
         else:
             found[name] = t.float() * s.float()
+    return found
+
+
+def pack_modelopt(key: str, W: Tensor) -> State:
+    """NVFP4 whose second scale multiplies."""
+    found = pack_nvfp4(key, W)
+    name = key.removesuffix("weight")
+    outer = 1 / found.pop(f"{key}_global_scale")[0]
+    return {
+        key: found[f"{key}_packed"],
+        f"{key}_scale": found[f"{key}_scale"],
+        f"{key}_scale_2": outer,
+        f"{name}input_scale": torch.tensor(0.01),
+    }
+
+
+def modelopt_state(packed: State) -> State:
+    found = {}
+    for key, t in packed.items():
+        if key.endswith(("_scale", "_scale_2")):
+            continue
+        s, outer = packed.get(f"{key}_scale"), packed.get(f"{key}_scale_2")
+        if s is None:
+            found[key] = t.float()
+        elif outer is None:
+            found[key] = t.float() * s.float()
+        else:
+            scales = (s.float() * outer).unsqueeze(-1)
+            found[key] = (fp4_values(t).unflatten(-1, (-1, 16)) * scales).flatten(-2)
     return found
 
 
@@ -317,6 +420,22 @@ RELEASED: dict[str, Released] = {
 }  # fmt: skip
 
 
+RELEASED |= {
+    "awq": Released(
+        llama, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True,
+                "version": "gemm"},
+        pack_awq, columns_state(True), "awq",
+    ),
+    "gptq": Released(
+        llama, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False},
+        pack_gptq(1), columns_state(False, 1), "gptq",
+    ),
+    "gptq_v2": Released(
+        llama, {"quant_method": "gptq", "bits": 4, "group_size": 32,
+                "checkpoint_format": "gptq_v2"},
+        pack_gptq(0), columns_state(False), "gptq_v2",
+    ),
+}  # fmt: skip
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 _ROWS = {"num_bits": 8, "strategy": "channel", "symmetric": True}
 RELEASED |= {
@@ -345,6 +464,25 @@ RELEASED |= {
         compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group",
                    group_size=16, symmetric=True),
         pack_nvfp4, compressed_state, "fp4 (compressed-tensors)",
+    ),
+}  # fmt: skip
+
+
+RELEASED |= {
+    "modelopt nvfp4": Released(
+        llama, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
+        pack_modelopt, modelopt_state, "nvfp4",
+    ),
+    "modelopt nvfp4 experts": Released(
+        qwen3_moe,
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*mlp.gate"]},
+        lambda key, W: {k: t for k, t in pack_modelopt(key, W).items() if "input" not in k},
+        modelopt_state, "nvfp4",
+    ),
+    "fp8 per-tensor experts": Released(
+        qwen3_moe, {**_FP8, "weight_block_size": None},
+        lambda key, W: {k: t for k, t in pack_fp8_static(key, W).items() if "activation" not in k},
+        fp8_state, "fp8",
     ),
 }  # fmt: skip
 

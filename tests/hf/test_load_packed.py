@@ -144,6 +144,9 @@ QUANTIZERS = {
     "fp8": "read",
     "mxfp4": "read",
     "compressed-tensors": "read",
+    "awq": "read",
+    "modelopt": "read",
+    "gptq": "read",
     "bitsandbytes_4bit": "adopted",
     "bitsandbytes_8bit": "adopted",
 }

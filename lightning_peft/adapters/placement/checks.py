@@ -32,8 +32,12 @@ def check_swappable(name: str, module: nn.Module) -> None:
         )
     forward = vars(module).get("forward")
     if forward is not None and "_old_forward" not in vars(module):
+        source = str(getattr(forward, "__module__", type(forward).__module__))
+        theirs = source.startswith("compressed_tensors")
+        remedy = "undo that patch before attaching"
+        if theirs:
+            remedy = "load the checkpoint with lightning_peft.load_packed"
         raise ValueError(
             f"{name!r}: expected the class's own forward, found an instance attribute 'forward' "
-            f"from {getattr(forward, '__module__', type(forward).__module__)}; it would bypass the "
-            "adapter: undo that patch before attaching"
+            f"from {source}; it would bypass the adapter: {remedy}"
         )

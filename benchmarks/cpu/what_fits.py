@@ -1,0 +1,201 @@
+"""What fits where: peak bytes per GPU of QLoRA runs by model, GPUs and context, from the planner.
+
+Nothing is loaded and no GPU is needed. One sample per GPU, LoRA of rank 16 on all linear layers of
+an NF4 base, bf16, AdamW. "limits" are activations="checkpoint+offload" and loss="chunked". CUDA's
+context and NCCL's buffers are added as round allowances. The published figures at the end are
+compared with plans of the same setting.
+
+    python benchmarks/cpu/what_fits.py [--smoke] [--figure docs/figures/what_fits.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from planner_measure import write
+from transformers import LlamaConfig
+
+from lightning_peft import LoRA, Plan, estimate_memory
+from lightning_peft.planner.plan import ALLOWANCES
+
+FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "what_fits.png"
+
+
+def llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int = 128_256) -> Any:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=vocabulary,
+        max_position_embeddings=131_072,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+MODELS = {
+    "8B": llama(4096, 14_336, 32, 32),
+    "70B": llama(8192, 28_672, 80, 64),
+    "405B": llama(16_384, 53_248, 126, 128),
+}
+SMOKE = {"tiny": llama(64, 128, 4, 8, 512)}
+GPUS, LENGTHS = (1, 8, 64), (4_096, 32_768, 131_072)
+CARDS = (24, 48, 80, 141)  # GB: the sizes that are common
+METHOD = LoRA(r=16, target_modules="all-linear")
+QLORA: dict[str, Any] = {"quantization": "nf4", "precision": "bf16-true"}
+
+
+def plans(config: Any, length: int) -> dict[tuple[str, int], Plan]:
+    """Plans by options and number of GPUs; the traces of a step are shared."""
+    found = {}
+    for name, how in (
+        ("checkpoint", {"activations": "checkpoint"}),
+        ("limits", {"activations": "checkpoint+offload", "loss": "chunked"}),
+    ):
+        one = estimate_memory(config, METHOD, sequence_length=length, **QLORA, **how)
+        for gpus in GPUS:
+            strategy = None if gpus == 1 else "fsdp"
+            allowances = tuple(ALLOWANCES.items())[: 1 if gpus == 1 else None]
+            choice = replace(one.choice, strategy=strategy, world_size=gpus, allowances=allowances)
+            found[name, gpus] = replace(one, choice=choice)  # sizes and the traced step are shared
+    return found
+
+
+def card(nbytes: float) -> str:
+    """The smallest card that holds this many bytes."""
+    return next((f"{size} GB" for size in CARDS if nbytes <= size * 10**9), "-")
+
+
+def table(models: dict[str, Any], lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for model, config in models.items():
+        for length in lengths:
+            print(model, length, flush=True)
+            for (options, gpus), plan in plans(config, length).items():
+                needed = plan.peak + plan.allowance
+                rows.append(
+                    {
+                        "model": model,
+                        "gpus": gpus,
+                        "tokens": length,
+                        "options": options,
+                        "gpu_gb": round(needed / 1e9, 1),
+                        "host_gb": round(plan.host / 1e9, 1),
+                        "card": card(needed),
+                        "published_gb": "",
+                        "source": "",
+                    }
+                )
+    return rows
+
+
+#: (setting, GB as published, source, model, arguments of the plan).
+PUBLISHED: list[tuple[str, float, str, Any, dict[str, Any]]] = [
+    (
+        "8B QLoRA r=8, batch 2 x 2048, 1 GPU",
+        7.4 * 1.0737,
+        "torchtune README, 2024",
+        MODELS["8B"],
+        {"batch_size": 2, "sequence_length": 2048, "loss": "chunked"},
+    ),
+    (
+        "405B QLoRA r=16, batch 1 x 2048, 8 GPUs",
+        44.8,
+        "torchtune README, 2024",
+        MODELS["405B"],
+        {"sequence_length": 2048, "loss": "chunked", "strategy": "fsdp", "world_size": 8},
+    ),
+    (
+        "Llama-2 70B QLoRA, batch 2 x 2048, 2 GPUs, CPU offload",
+        14.92 * 1.0737,
+        "AnswerDotAI/fsdp_qlora, benchmarks_03_2024.md",
+        llama(8192, 28_672, 80, 64, 32_000),
+        {
+            **{"batch_size": 2, "sequence_length": 2048},
+            **{"strategy": "fsdp", "world_size": 2, "cpu_offload": True},
+        },
+    ),
+]
+
+
+def published() -> list[dict[str, Any]]:
+    rows = []
+    for setting, gb, source, config, how in PUBLISHED:
+        plan = estimate_memory(config, METHOD, activations="checkpoint", **QLORA, **how)
+        rows.append(
+            {
+                "model": setting,
+                "gpus": plan.choice.world_size,
+                "tokens": plan.choice.sequence_length,
+                "options": "published",
+                "gpu_gb": round(plan.peak / 1e9, 1),
+                "host_gb": round(plan.host / 1e9, 1),
+                "card": card(plan.peak),
+                "published_gb": round(gb, 1),
+                "source": source,
+            }
+        )
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """One panel per number of GPUs: bytes per GPU by model and context, cards as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models, lengths = list(MODELS), list(LENGTHS)
+    figure, axes = plt.subplots(1, len(GPUS), figsize=(11, 3.6), sharey=True)
+    for axis, gpus in zip(axes, GPUS, strict=True):
+        for options, shade in (("checkpoint", "#b9c6d8"), ("limits", "#2f5d8a")):
+            for i, model in enumerate(models):
+                for j, length in enumerate(lengths):
+                    here = (model, gpus, length, options)
+                    row = next(
+                        r
+                        for r in rows
+                        if (r["model"], r["gpus"], r["tokens"], r["options"]) == here
+                    )
+                    place = 4 * i + j
+                    axis.bar(place, row["gpu_gb"], 0.85, color=shade)
+        for size in CARDS:
+            axis.axhline(size, color="#999999", linewidth=0.6, linestyle=":")
+            axis.text(10.6, size * 1.03, f"{size} GB", fontsize=6, ha="right", color="#666666")
+        axis.set_yscale("log")
+        axis.set_title(f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs, peft_fsdp", fontsize=9)
+        ticks = [4 * i + j for i in range(len(models)) for j in range(len(lengths))]
+        axis.set_xticks(ticks, [f"{n // 1024}k" for _ in models for n in lengths], fontsize=7)
+        for i, model in enumerate(models):
+            axis.text(4 * i + 1, 2.2, model, ha="center", fontsize=8)
+        axis.set_ylim(2, 1000)
+    axes[0].set_ylabel("GB per GPU", fontsize=8)
+    figure.suptitle(
+        "QLoRA, one sample per GPU: checkpointing (light), with offload and chunked loss (dark)",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, no files")
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    chosen = parser.parse_args()
+    if chosen.smoke:
+        for row in table(SMOKE, (64,)):
+            print(row)
+        return
+    rows = table(MODELS, LENGTHS)
+    draw(rows, chosen.figure)
+    write("what_fits", [*rows, *published()])
+
+
+if __name__ == "__main__":
+    main()
