@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # T=tests/methods/test_lora.py chooses files, K=dora chooses tests by expression.
 SUITE := $(ONE_THREAD) $(PY) -m pytest $(if $(T),,-n 2 --dist worksteal) $(T) $(if $(K),-k "$(K)")
 
-.PHONY: help quickstart test test-all peft-tables invariants test-gpu check fix docs package aot bench-gpu bench-gpu-tables
+.PHONY: help quickstart test test-all peft-tables invariants test-gpu check fix docs pictures check-site package aot bench-gpu bench-gpu-tables
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -54,6 +54,12 @@ fix: $(READY)  ## Rewrite what ruff can
 
 docs: $(READY)  ## The pages into site/, warnings as errors
 	$(PY) -m mkdocs build --strict --quiet
+
+pictures: $(READY)  ## The site's pictures, light and dark, from committed data
+	$(PY) docs/pictures.py
+
+check-site: docs  ## Links, and every page in headless Chromium at two widths (needs playwright, chromium)
+	$(PY) docs/check_site.py site
 
 package: $(READY)  ## Wheel and sdist into dist/, installed and tried in a fresh environment
 	rm -rf dist

@@ -5,8 +5,8 @@
     python docs/check_site.py site --browser /usr/bin/chromium --pictures folder
 
 Each page is opened at 1280 and 420 pixels. It fails if a code box is wider than the page or hides
-part of its text, if the page scrolls sideways, or if a script of the page raised. The pictures are
-screenshots in the light and in the dark mode.
+part of its text, if a part of the text or a picture ends outside the window, or if a script raised.
+The pictures are screenshots in the light and in the dark mode.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ MEASURE = """() => {
                  box.innerText.slice(0, 60));
     }
   }
-  const wide = document.documentElement.scrollWidth;
-  if (wide > width + 1) found.push(`the page is ${wide} wide, the window ${width}`);
+  for (const part of document.querySelectorAll('.md-content__inner > *, .md-content img')) {
+    const right = Math.round(part.getBoundingClientRect().right);
+    if (right > width + 1) found.push(`<${part.tagName}> ends at ${right} of ${width}`);
+  }
   return found;
 }"""
 
@@ -144,6 +146,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
+    if not (options.site / "index.html").is_file():
+        parser.error(f"site: expected a built site, found no {options.site}/index.html; make docs")
     found = broken_links(options.site)
     if not options.links:
         found += open_pages(options.site, options.browser, options.pictures)

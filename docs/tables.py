@@ -20,6 +20,15 @@ ECOSYSTEM = ROOT / "tests" / "ecosystem" / "results.csv"
 MISSING = "*not measured*"
 
 
+def on_config(config: Any) -> Any:
+    """Show the version, and the edit links if the repository is set."""
+    source = (ROOT / "lightning_peft" / "__init__.py").read_text("utf-8")
+    (number,) = re.findall(r'^__version__ = "(.+?)"', source, re.M)
+    config.copyright = f"lightning_peft {number}"
+    config.edit_uri = "edit/main/docs/" if config.repo_url else None
+    return config
+
+
 def on_files(files: Any, *, config: Any) -> Any:
     """Put the benchmarks' CSV files next to the pages, under data/."""
     from mkdocs.structure.files import File
@@ -100,7 +109,7 @@ def protocol() -> str:
     from benchmarks.compare.intervals import paired
 
     runs = [r for r in _read("compare_runs") if r["score"]]
-    margins = {"series": (0.01, False), "language": (0.01, False)}
+    margins = {"language": (0.01, False)}
     lines = []
     for task in dict.fromkeys(r["task"] for r in runs):
         scores: dict[str, dict[int, float]] = {}
@@ -176,6 +185,32 @@ def step_memory() -> str:
     ]
     columns = ["options", "step, MB", "planned, MB", "moved, MB", "processor, ms", "loss"]
     return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
+
+
+def what_fits() -> str:
+    """GB per GPU by model, number of GPUs and context."""
+    rows = [r for r in _read("what_fits") if r["options"] != "published"]
+    if not rows:
+        return MISSING
+    lengths = list(dict.fromkeys(r["tokens"] for r in rows))
+    lines = []
+    for key in dict.fromkeys((r["model"], r["gpus"], r["options"]) for r in rows):
+        here = [r for r in rows if (r["model"], r["gpus"], r["options"]) == key]
+        lines.append([f"{key[0]}, {key[1]} GPU, {key[2]}", *(_on_card(r) for r in here)])
+    columns = ["GB per GPU", *(f"{int(n) // 1024}k tokens" for n in lengths)]
+    return _table(columns, lines) + _origin(rows, "command", "date")
+
+
+def _on_card(row: dict[str, str]) -> str:
+    return row["gpu_gb"] if row["card"] == "-" else f"{row['gpu_gb']} ({row['card']} card)"
+
+
+def published_memory() -> str:
+    """Plans beside figures that other projects published."""
+    rows = [r for r in _read("what_fits") if r["options"] == "published"]
+    lines = [[r["model"], r["published_gb"], r["gpu_gb"], r["source"]] for r in rows]
+    columns = ["setting", "published, GB", "planned, GB", "source"]
+    return _table(columns, lines) if rows else MISSING
 
 
 def guideline() -> str:
@@ -322,5 +357,6 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         *(compare_methods, protocol, defaults, step_times, planner, step_memory, guideline),
         *(methods, default_targets, versions, gpu, bench, ecosystem, chat_tokens),
+        *(what_fits, published_memory),
     )
 }

@@ -38,6 +38,7 @@ from tests.helpers.peft_exchange import build
         (lambda: methods.RoAd(group_size=7), "even group_size >= 2, got 7"),
         (lambda: methods.DeLoRA(strength=0.0), "strength > 0, got strength = 0.0"),
         (lambda: methods.GraLoRA(r=3, k=2), "divides r, got r = 3, k = 2"),
+        (lambda: methods.SHiRA(r=0), "r >= 1, got r = 0"),
         (lambda: methods.SuperTuning(sparsity=1.0), "0 <= sparsity < 1, got 1.0"),
         (lambda: methods.SuperTuning(r=2), "both of r and alpha or none, got r = 2"),
         (lambda: methods.HiRA(dropout=1.0), "0 <= dropout < 1, got dropout = 1.0"),
@@ -59,7 +60,7 @@ from tests.helpers.peft_exchange import build
         (lambda: methods.PSOFT(split="lora"), "split in .*got 'lora'"),
         (lambda: methods.OSF(kept=0), "above 0, got kept = 0"),
     ],
-    ids=range(38),
+    ids=range(39),
 )
 def test_values(make, match) -> None:
     with pytest.raises(ValueError, match=match):

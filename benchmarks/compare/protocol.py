@@ -104,9 +104,11 @@ def run(job: Job, task: Task) -> dict[str, Any]:
     except (ValueError, TypeError, RuntimeError) as error:
         line["note"] = " ".join(str(error).split())[:300]
         return line
+    trained = round(time.process_time() - start, 1)
+    line.update(sizes(module, row, task))  # first: bitsandbytes repacks for the CPU in eval
     line["score"] = round(task.score(module, split), 4)
-    line["cpu_seconds"] = round(time.process_time() - start, 1)
-    return {**line, **sizes(module, row, task)}
+    line["cpu_seconds"] = trained
+    return line
 
 
 def _said(method: Any) -> str:

@@ -5,19 +5,20 @@ an NF4 base, bf16, AdamW. "limits" are activations="checkpoint+offload" and loss
 context and NCCL's buffers are added as round allowances. The published figures at the end are
 compared with plans of the same setting.
 
-    python benchmarks/cpu/what_fits.py [--smoke] [--figure docs/figures/what_fits.png]
+    python benchmarks/cpu/what_fits.py [--smoke] [--redraw] [--figure docs/figures/what_fits.png]
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planner_measure import write
 from transformers import LlamaConfig
 
+from benchmarks.lib.side_by_side import RESULTS, write
 from lightning_peft import LoRA, Plan, estimate_memory
 from lightning_peft.planner.plan import ALLOWANCES
 
@@ -97,14 +98,14 @@ def table(models: dict[str, Any], lengths: tuple[int, ...]) -> list[dict[str, An
 #: (setting, GB as published, source, model, arguments of the plan).
 PUBLISHED: list[tuple[str, float, str, Any, dict[str, Any]]] = [
     (
-        "8B QLoRA r=8, batch 2 x 2048, 1 GPU",
+        "8B QLoRA, batch 2 x 2048, 1 GPU",
         7.4 * 1.0737,
         "torchtune README, 2024",
         MODELS["8B"],
         {"batch_size": 2, "sequence_length": 2048, "loss": "chunked"},
     ),
     (
-        "405B QLoRA r=16, batch 1 x 2048, 8 GPUs",
+        "405B QLoRA, batch 1 x 2048, 8 GPUs",
         44.8,
         "torchtune README, 2024",
         MODELS["405B"],
@@ -166,14 +167,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     axis.bar(place, row["gpu_gb"], 0.85, color=shade)
         for size in CARDS:
             axis.axhline(size, color="#999999", linewidth=0.6, linestyle=":")
-            axis.text(10.6, size * 1.03, f"{size} GB", fontsize=6, ha="right", color="#666666")
         axis.set_yscale("log")
         axis.set_title(f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs, peft_fsdp", fontsize=9)
         ticks = [4 * i + j for i in range(len(models)) for j in range(len(lengths))]
-        axis.set_xticks(ticks, [f"{n // 1024}k" for _ in models for n in lengths], fontsize=7)
-        for i, model in enumerate(models):
-            axis.text(4 * i + 1, 2.2, model, ha="center", fontsize=8)
+        labels = [
+            f"{n // 1024}k" + (f"\n{model}" if n == lengths[1] else "")
+            for model in models
+            for n in lengths
+        ]
+        axis.set_xticks(ticks, labels, fontsize=8)
         axis.set_ylim(2, 1000)
+        axis.set_yticks([2, 5, 10, 100, 1000], ["2", "5", "10", "100", "1000"])
+        axis.minorticks_off()
+    for size in CARDS:
+        axes[-1].text(11.2, size, f"{size} GB card", fontsize=7, va="center", color="#555555")
     axes[0].set_ylabel("GB per GPU", fontsize=8)
     figure.suptitle(
         "QLoRA, one sample per GPU: checkpointing (light), with offload and chunked loss (dark)",
@@ -183,14 +190,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _read(row: dict[str, str]) -> dict[str, Any]:
+    numbers = {"gpus": int(row["gpus"]), "tokens": int(row["tokens"])}
+    return {**row, **numbers, "gpu_gb": float(row["gpu_gb"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, no files")
+    parser.add_argument("--redraw", action="store_true", help="the picture alone, from the table")
     parser.add_argument("--figure", type=Path, default=FIGURE)
     chosen = parser.parse_args()
     if chosen.smoke:
         for row in table(SMOKE, (64,)):
             print(row)
+        return
+    if chosen.redraw:
+        with open(RESULTS / "what_fits.csv", newline="") as file:
+            draw([_read(row) for row in csv.DictReader(file)], chosen.figure)
         return
     rows = table(MODELS, LENGTHS)
     draw(rows, chosen.figure)

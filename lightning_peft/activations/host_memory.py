@@ -214,9 +214,10 @@ class CudaHost(BaseHost):
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(tensor, non_blocking=True)
-            leaving = next(entry for entry in self._leaving if entry.group is group)
-            leaving.tensors.append((tensor, tensor._version))
-            leaving.done = self._stream.record_event()
+            if not self._leaving or self._leaving[-1].group is not group:
+                self._leaving.append(_Leaving(group))  # a backward inside the block drained it
+            self._leaving[-1].tensors.append((tensor, tensor._version))
+            self._leaving[-1].done = self._stream.record_event()
         self.moved += tensor.nbytes
         return HostCopy(host, tensor.device, group)
 

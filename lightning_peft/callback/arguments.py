@@ -11,13 +11,20 @@ from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
 from lightning_peft.optim.replace import check_optimizer_name
 
-__all__ = ["check_export", "check_paths", "check_values", "methods_by_name"]
+__all__ = [
+    "check_export",
+    "check_paths",
+    "check_separate_copies",
+    "check_values",
+    "methods_by_name",
+]
 
 #: Arguments that are checked by type → their type, and the form in which they are written.
 _TYPES: dict[str, tuple[Any, str]] = {
     "optimizer": (str | None, "optimizer='adamw_8bit'"),
     "adapter_name": (str, "adapter_name='default'"),
     "modules_to_save": (Sequence[str] | None, "modules_to_save=['head']"),
+    "separate_copies": (bool, "separate_copies=True"),
     "root": (str | None, "root='net'"),
     "liger": (bool, "liger=True"),
     "report": (bool, "report=False"),
@@ -42,6 +49,15 @@ def check_paths(**given: str | Path | None) -> None:
     for name, path in given.items():
         if path is not None and not isinstance(path, str | Path):
             raise TypeError(f"PEFT {name}: expected a directory, got {path!r}; give its path")
+
+
+def check_separate_copies(separate_copies: bool, init_from: str | Path | None) -> None:
+    """Raise ValueError where the file of an adapter says the same thing."""
+    if separate_copies and init_from is not None:
+        raise ValueError(
+            f"PEFT separate_copies: expected without init_from, whose file says it, got both "
+            f"({init_from}); leave separate_copies out"
+        )
 
 
 def check_export(directory: str | Path | None, adapters: dict[str, list[Method]]) -> None:

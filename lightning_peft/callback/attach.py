@@ -78,6 +78,7 @@ def attach_once(
     lost: bool,
     averaged: Mapping[str, str],
     init_from: str | Path | None = None,
+    separate_copies: bool = False,
 ) -> list[str]:
     """Attach every adapter that is not attached yet, and make all of them act, in the order named.
 
@@ -92,6 +93,7 @@ def attach_once(
             not complete on any device.
         lost: Whether the user's `configure_model` replaced adapted layers.
         averaged: Parts of the root that are averaged into a dense part outside, with its name.
+        separate_copies: As in `attach`.
         init_from: Directory or hub id of an adapter to go on from, instead of methods.
 
     Returns:
@@ -126,6 +128,7 @@ def attach_once(
             "device": device if first and quantization is not None else None,
         }
         if init_from is None:
+            how["separate_copies"] = separate_copies
             attach_within(root, list(methods), averaged=averaged, keep_on=keep_on, **how)
         else:
             continue_adapter(root, init_from, **how)

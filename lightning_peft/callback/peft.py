@@ -17,6 +17,7 @@ from lightning_peft.adapters.followers import follow_outside
 from lightning_peft.callback.arguments import (
     check_export,
     check_paths,
+    check_separate_copies,
     check_values,
     methods_by_name,
 )
@@ -99,6 +100,7 @@ _CONFIGURATION = (
     "quantization",
     "optimizer",
     "modules_to_save",
+    "separate_copies",
     "init_from",
     "export_to",
     "root",
@@ -134,6 +136,9 @@ class PEFT(TrainerCallback):
         modules_to_save: Names or suffixes of modules trained fully. By default, the new layers
             next to a pretrained model, and its fresh head; ``()`` trains none. The classification
             head of a Hugging Face model is added to the names that are given.
+        separate_copies: If True, modules in `modules_to_save` that share a tensor (tied embeddings)
+            train a copy each, as in peft without ``ensure_weight_tying``. Not with `init_from`,
+            whose file says so.
         init_from: Directory or hub id of an adapter to go on training, instead of `method`. Its
             configuration comes from there.
         export_to: Directory to write the adapters of the best checkpoint to when fit ends, or the
@@ -176,6 +181,7 @@ class PEFT(TrainerCallback):
         optimizer: str | None = None,
         adapter_name: str = "default",
         modules_to_save: Sequence[str] | None = None,
+        separate_copies: bool = False,
         init_from: str | Path | None = None,
         export_to: str | Path | None = None,
         root: str | None = None,
@@ -202,6 +208,7 @@ class PEFT(TrainerCallback):
             optimizer=optimizer,
             adapter_name=adapter_name,
             modules_to_save=modules_to_save,
+            separate_copies=separate_copies,
             root=root,
             liger=liger,
             report=report,
@@ -215,6 +222,8 @@ class PEFT(TrainerCallback):
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
         self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
+        check_separate_copies(separate_copies, init_from)
+        self.separate_copies = separate_copies
         self.init_from = init_from
         self.export_to = export_to
         self.root = root
@@ -309,6 +318,7 @@ class PEFT(TrainerCallback):
                 self.adapters,
                 quantization=self.quantization,
                 modules_to_save=self.modules_to_save,
+                separate_copies=self.separate_copies,
                 device=trainer.strategy.root_device,
                 keep_on=packed_device(trainer),
                 lost=lost,

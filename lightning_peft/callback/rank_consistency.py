@@ -41,6 +41,7 @@ def check_same_configuration(peft: PEFT, trainer: pl.Trainer) -> None:
         "quantization": str(config_to_dict(peft.quantization)),
         "optimizer": str(peft.optimizer),
         "modules_to_save": str(peft.modules_to_save),
+        "separate_copies": str(peft.separate_copies),
         "init_from": str(peft.init_from),
         "root": str(peft.root),
         "torch": torch.__version__,

@@ -53,6 +53,7 @@ class Reading:
     Attributes:
         entries: Adapted weights.
         norms: Trained normalisation layers by name, with their parameters.
+        positions: Trained positions in attention, by the attention module's name.
         rows: Trained token rows, by the embedding's name.
         shared: Tensors that occur once for the model, by our names.
         other: All other tensors: trained copies, biases, copies of the base.
@@ -61,6 +62,7 @@ class Reading:
 
     entries: list[HFEntry] = field(default_factory=list)
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    positions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     other: dict[str, Tensor] = field(default_factory=dict)

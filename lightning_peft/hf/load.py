@@ -25,6 +25,7 @@ from lightning_peft.core.finite import is_finite
 from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
+from lightning_peft.hf.attention_prompts import split_attention_prompts
 from lightning_peft.hf.config import CONFIG, method_fields
 from lightning_peft.hf.keys import PREFIX, Reading, read_keys
 from lightning_peft.hf.layouts import layout_for
@@ -171,7 +172,7 @@ def _load(
             detach(model, adapter_name)
         raise
     layers = len({e.path for e in reading.entries} | {module for module, *_ in rows})
-    layers += len(reading.norms)
+    layers += len(reading.norms) + len(reading.positions)
     report.notes += [
         f"{adapter_name}: {count} tensors loaded into {layers} of {layers} layers",
         *reading.notes,
@@ -184,8 +185,9 @@ def _read(source: Source) -> Reading:
     fmt, config = source.format, source.config
     rows, tensors = split_token_rows(source.tensors)
     norms, tensors = split_norm_layers(tensors)
+    positions, tensors = split_attention_prompts(tensors)
     reading = read_keys(fmt, tensors, source.top, source.prefix, config)
-    reading.rows, reading.norms = rows, norms
+    reading.rows, reading.norms, reading.positions = rows, norms, positions
     reading.notes += source.notes
     if issubclass(source.method, TrainableTokens):
         return reading
@@ -213,7 +215,10 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
         fields["target_modules"] = [join(source.prefix, name) for name in reading.norms]
     if reading.entries:
         fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
-    method = source.method(**fields)
+    try:
+        method = source.method(**fields)
+    except TypeError as error:
+        raise ValueError(f"adapter_config.json: {error}; nothing was loaded") from None
     refuse = source.format.refuse
     for e in reading.entries if refuse is not None else ():
         reason = refuse(method, e.site) if refuse is not None else ""

@@ -198,6 +198,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         dtypes = _dtypes_of(files)
         self._layers = declare_packed(model, self.released, skip, dtypes)
         self._check_files(files)
+        # transformers reads the files of other checkpoints ahead, in threads: all experts would be
+        # in memory before the first ones are stacked.
+        self.pre_quantized = False
         return model
 
     def _check_files(self, files: Sequence[str]) -> None:
@@ -242,6 +245,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ValueError: a tensor is missing, or has values that no encoder writes.
         """
+        self.pre_quantized = True
         self._require_all(missing)
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else None
         for layer in self._layers:

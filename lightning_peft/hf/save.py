@@ -17,6 +17,7 @@ from lightning_peft.core.modules import is_conv1d, tied_modules
 from lightning_peft.core.names import in_adapter, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.core.site import Site
+from lightning_peft.hf.attention_prompts import add_attention_prompts
 from lightning_peft.hf.config import base_config
 from lightning_peft.hf.files import BATCHES, write_adapter, write_tensors
 from lightning_peft.hf.hub import upload
@@ -121,6 +122,7 @@ def save_adapter(
     _add_biases(found, tensors)
     add_token_rows(top, found, method, config, tensors)
     add_norm_layers(top, found, config, tensors)
+    add_attention_prompts(found, config, tensors)
     _add_saved(model, top, found, fmt, adapter_name, strip_compile(prefix), config, tensors)
     if isinstance(method, SequenceMethod):
         add_heads(top, fmt, config, tensors)

@@ -19,6 +19,7 @@ from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import tied_with
+from lightning_peft.methods.adaption_prompt import AdaptionPrompt
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.methods.norm_tuning import NormTuning
@@ -170,6 +171,8 @@ class ValueMatcher:
             method, placement = each.method, each.placement
             if isinstance(method, ModulesToSave):
                 self._match_copies(placement)
+            elif isinstance(method, AdaptionPrompt):
+                self._match_positions(method, placement)
             elif isinstance(method, NormTuning):
                 self._match_norm(placement)
             elif isinstance(method, TrainableTokens):
@@ -182,6 +185,12 @@ class ValueMatcher:
                 self._match_weight(method, placement, entries.pop(key, None), kept)
         self.problems += [
             f"extra {e.path}: not among the layers that are attached" for e in entries.values()
+        ]
+        placed = {self._path(each.placement) for each in planned}
+        self.problems += [
+            f"extra {path}: not in the attention of the last blocks"
+            for path in self.reading.positions
+            if path not in placed
         ]
         if self.problems:
             raise ValueError(
@@ -223,6 +232,18 @@ class ValueMatcher:
                 self.values[id(placement.module), key, COPY] = found[key]
             else:
                 self.problems.append(f"{path}.{key}: LN_TUNING copies it, no copy is kept here")
+
+    def _match_positions(self, method: AdaptionPrompt, placement: Placement) -> None:
+        path, site = self._path(placement), placement.site
+        found = self.reading.positions.get(path, {})
+        for name, shape in (("P", [1, method.n, site.out_features]), ("g", [1])):
+            if name not in found:
+                self.problems.append(f"missing {path}: {name} of an adaption prompt")
+            elif list(found[name].shape) != shape:
+                got = list(found[name].shape)
+                self.problems.append(f"{path}: {name}: expected shape {shape}, got {got}")
+            else:
+                self.values[id(placement.module), site.parameter, name] = found[name]
 
     def _match_biases(self, placement: Placement, adapted: Sequence[str]) -> None:
         path, module = self._path(placement), placement.module

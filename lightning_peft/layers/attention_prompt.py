@@ -54,6 +54,11 @@ class AttentionPromptAdapter(BlockAdapter):
         if self in acting_adapters(self.site.module).blocks:
             self.queries.set(y)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The positions and their factor by the method's own names."""
+        own: dict[str, Any] = {**self.block._parameters}
+        return own
+
     @property
     def has_hooks(self) -> bool:
         """The projection of the queries has one."""

@@ -229,6 +229,11 @@ class DeferredLogits:
 
     __rmul__ = __mul__
 
+    def __add__(self, other: Any) -> Any:
+        return self.__torch_function__(torch.add, (), (self, other))
+
+    __radd__ = __add__
+
     def __truediv__(self, other: Any) -> Any:
         return self.__torch_function__(torch.div, (), (self, other))
 
@@ -257,6 +262,10 @@ class DeferredLogits:
             ):
                 other = args[1]
                 return first._with(lambda z: func(z, other))
+            if func is torch.add and len(args) == 2 and not kwargs:
+                other = first._per_class(args[1])
+                if other is not None:
+                    return first._with(lambda z: z + other)
             if func is torch.tanh and not kwargs:
                 return first._with(torch.tanh)
             if func is F.cross_entropy:
@@ -266,6 +275,14 @@ class DeferredLogits:
                 if found is not None:
                     return found
         return func(*_tensors(args), **_tensors(kwargs))
+
+    def _per_class(self, value: object) -> Any:
+        """Return a number, or a tensor as [vocabulary]; None if it differs between tokens."""
+        if _is_number(value):
+            return value
+        if isinstance(value, Tensor) and value.numel() == self._head.vocabulary == value.shape[-1]:
+            return value.reshape(-1)
+        return None
 
     def _cross_entropy(
         self,
@@ -291,7 +308,7 @@ class DeferredLogits:
 
 #: Operators that compute the logits. Python looks them up on the class.
 _OPERATORS = (
-    *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul"),
+    *("sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul"),
     *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert"),
     *("len", "iter", "bool", "int", "float", "contains", "array"),
 )

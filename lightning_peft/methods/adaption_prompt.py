@@ -4,14 +4,15 @@ from zero. Zhang et al. 2023, arXiv:2303.16199.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.site import BlockSite
-from lightning_peft.methods.base import BlockMethod
+from lightning_peft.methods.base import BlockMethod, HFEntry, HFFormat
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.registry import register
 
@@ -25,14 +26,23 @@ class _Positions(nn.Module):
     g: nn.Parameter
 
 
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    config["adapter_layers"] = len(entries)
+
+
+def _refuse(method: AdaptionPrompt, site: BlockSite) -> str:
+    model_type = site.module.config.model_type  # type: ignore[union-attr]
+    known = ("gpt2", "llama", "mistral")
+    return "" if model_type in known else f"peft knows {', '.join(known)} only, not {model_type}"
+
+
 @register
 @dataclass(frozen=True)
 class AdaptionPrompt(BlockMethod):
     """out + W_o (g · softmax(q K_Pᵀ / √d) V_P) in self-attention; g starts at zero.
 
     For GPT-2, Llama, Mistral and Qwen 2. The output starts as it is. Queries carry their rotary
-    position, the keys of P none. In GPT-2 there is no W_o. Both are as in peft, whose files hold no
-    other form; they are not read yet.
+    position, the keys of P none. In GPT-2 there is no W_o. Both are as in peft.
 
     Attributes:
         n: Number of positions.
@@ -44,6 +54,15 @@ class AdaptionPrompt(BlockMethod):
 
     n: int = 10
     layers: int | None = None
+
+    hf: ClassVar[HFFormat | None] = HFFormat(
+        peft_type="ADAPTION_PROMPT",
+        tensors={},
+        config={"n": "adapter_len", "layers": "adapter_layers"},
+        saves_modules=False,
+        to_config=_to_config,
+        refuse=_refuse,
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""

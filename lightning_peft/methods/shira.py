@@ -72,10 +72,6 @@ class SHiRA(WeightMethod):
     def __post_init__(self) -> None:
         """Check the values."""
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(
-            self.seed is None or isinstance(self.seed, int),
-            f"{self.label}: expected an integer seed or None, got {self.seed!r}",
-        )
 
     def check(self, site: Site) -> None:
         """As many places as entries at most."""

@@ -32,7 +32,14 @@ from lightning_peft.storage.linear_forward import recomputed, require_floating
 from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.registry import register_storage, storage_of
 
-__all__ = ["SCALE_WORDS", "AdoptedEmbedding", "AdoptedGroupedLinear", "FP8Storage", "scale_word"]
+__all__ = [
+    "SCALE_WORDS",
+    "AdoptedEmbedding",
+    "AdoptedGroupedLinear",
+    "FP8Storage",
+    "scale_word",
+    "scales_in_files",
+]
 
 _MODULE = "transformers.integrations.finegrained_fp8"
 _LINEAR, _EXPERTS, _EMBEDDING, _GROUPED = (
@@ -75,7 +82,7 @@ class FP8Storage(BlockScaledStorage):
     """e4m3 codes with blocks of any size, or one scale per tensor or half."""
 
     label = "fp8"
-    quant_methods = ("fp8",)
+    quant_methods = ("fp8", "mxfp8")
     file_names = MappingProxyType({"weight": ["weight", "weight_scale_inv", "activation_scale"]})
     renamings = (
         (r"^(.+)\.scale$", r"\1.weight_scale_inv"),  # DeepSeek-V4
@@ -100,7 +107,8 @@ class FP8Storage(BlockScaledStorage):
         power = _one_of(config, "scale_fmt", ("float", "ue8m0"), "float") == "ue8m0"
         static = _one_of(config, "activation_scheme", ("dynamic", "static"), "dynamic") == "static"
         expert = _one_of(config, "expert_dtype", ("fp8", "fp4"), "fp8")
-        word: ScaleType = "e8m0" if power else "float32"
+        stored = scales_in_files(dtypes, power)
+        word = SCALE_WORDS[stored]
         stack = len(shape) > 2
         if stack and expert == "fp4":
             return None
@@ -111,7 +119,7 @@ class FP8Storage(BlockScaledStorage):
         scale = "weight_scale_inv" if weight == "weight" else f"{weight}_scale_inv"
         tensors = {
             "codes": (weight, tuple(shape), torch.float8_e4m3fn),
-            "scales": (scale, grid, layout.scale_dtype),
+            "scales": (scale, grid, stored),
         }
         if static and not stack:
             tensors["activation"] = ("activation_scale", (), torch.float32)
@@ -153,6 +161,20 @@ class FP8Storage(BlockScaledStorage):
         if own_tensor(m, activation) is not None:
             keys["activation"] = activation
         return self.spec(m, name, codes.shape, layout, keys)
+
+
+def scales_in_files(dtypes: Mapping[str, torch.dtype], power: bool) -> torch.dtype:
+    """Dtype to hold scales in, so that reading them rounds nothing.
+
+    Args:
+        dtypes: Dtype of the tensors in the files by the last part of their name.
+        power: Whether the configuration says that scales are powers of two.
+    """
+    names = ("weight_scale_inv", "scale", "qscale_weight")
+    found = next((dtypes[n] for n in names if n in dtypes), None)
+    if power and found in (torch.uint8, torch.float32):  # bytes, or powers of two in fp32
+        return found
+    return torch.float8_e8m0fnu if power else torch.float32
 
 
 def _one_of(config: Mapping[str, Any], key: str, known: Sequence[str], default: str) -> str:

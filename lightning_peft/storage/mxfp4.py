@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from lightning_peft_kernels.block_scaled.layout import BlockLayout, ScaleType
+from lightning_peft_kernels.block_scaled.layout import BlockLayout
 from torch import Tensor, nn
 
 from lightning_peft.storage.block_scaled import (
@@ -24,7 +24,7 @@ from lightning_peft.storage.block_scaled import (
     DeclaredWeight,
     mro_names,
 )
-from lightning_peft.storage.fp8 import scale_word
+from lightning_peft.storage.fp8 import SCALE_WORDS, scale_word, scales_in_files
 from lightning_peft.storage.packed import specs_of
 from lightning_peft.storage.registry import register_storage
 
@@ -90,13 +90,13 @@ class Mxfp4Storage(BlockScaledStorage):
             )
         grid = (E, N, K // _GROUP)
         if _has_fp4_experts(config):
-            word: ScaleType = "e8m0" if config.get("scale_fmt") == "ue8m0" else "float32"
-            layout = BlockLayout("e2m1", 1, _GROUP, 1, word)
+            stored = scales_in_files(dtypes, config.get("scale_fmt") == "ue8m0")
+            layout = BlockLayout("e2m1", 1, _GROUP, 1, SCALE_WORDS[stored])
             return DeclaredWeight(
                 layout,
                 {
                     "codes": (weight, (E, N, K // 2), torch.int8),
-                    "scales": (f"{weight}_scale_inv", grid, layout.scale_dtype),
+                    "scales": (f"{weight}_scale_inv", grid, stored),
                 },
             )
         return DeclaredWeight(

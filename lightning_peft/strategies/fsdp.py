@@ -39,10 +39,12 @@ from lightning_peft.strategies.fault_guards import TrainerGuards
 from lightning_peft.strategies.shard_units import Classes
 from lightning_peft.strategies.sharding import (
     Options,
+    check_context,
     check_replicas,
     data_mesh,
     is_sharded,
     shard_model,
+    split_sequences,
 )
 from lightning_peft.strategies.unused_experts import UsageTracker
 from lightning_peft.trainers.packages import callbacks_of, is_fitting, is_instance_of
@@ -83,6 +85,8 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             first start, read on later ones.
         replicas: Number of complete copies of the shards. With the number of machines, a model is
             sharded within each machine, and only gradients cross machines.
+        context_parallel: Number of ranks that share one batch, each with its part of every
+            sequence. For causal language models of Hugging Face that get ``labels``.
 
     Raises:
         ValueError: the options ask for tensor parallelism.
@@ -105,6 +109,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         split_root: bool = True,
         packed_cache: str | Path | None = None,
         replicas: int = 1,
+        context_parallel: int = 1,
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
             raise ValueError(
@@ -123,6 +128,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             split_root=split_root,
             packed_cache=packed_cache,
             replicas=replicas,
+            context_parallel=context_parallel,
         )
         self.units: list[str] = []
         self._reached: UsageTracker | None = None
@@ -143,6 +149,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
                 f"{self._data_parallel_size}"
             )
         check_replicas(self.options.replicas, world)
+        check_context(self.options.context_parallel, world)
         self._data_parallel_size = world
         super().setup_environment()
 
@@ -167,6 +174,7 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
             mesh = data_mesh(self.device_mesh["data_parallel"], self.options.replicas)
             self.units = shard_model(module, mesh, self.root_device, options)
             self._reached = UsageTracker(module) if may_skip(module) == "experts" else None
+            split_sequences(module, self.device_mesh["data_parallel"], options.context_parallel)
         # FSDP2 cannot go on training parameters that an inference-mode forward gathered.
         for loop in (
             trainer.fit_loop.epoch_loop.val_loop,
@@ -183,6 +191,13 @@ class TrainerFSDP(TrainerGuards, ModelParallelStrategy):
         finally:
             if not own:
                 vars(module).pop("configure_model", None)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks that share sequences get the same batches."""
+        shared = self.options.context_parallel
+        return {"num_replicas": self.world_size // shared, "rank": self.global_rank // shared}
 
     @override
     def model_to_device(self) -> None:

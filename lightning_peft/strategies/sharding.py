@@ -13,8 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.context_parallel import ContextParallel
 from lightning_peft.layers.router_adapter import RouterAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
+from lightning_peft.models.modules import hf_models
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
 from lightning_peft.strategies.base_reading import meta_tensors, read_into
@@ -26,7 +28,15 @@ from lightning_peft.strategies.fsdp_compat import (
 from lightning_peft.strategies.shard_units import Classes, check_ties, root_units, shard_units
 from lightning_peft.strategies.sharded_init import of_rank_0
 
-__all__ = ["Options", "check_replicas", "data_mesh", "is_sharded", "shard_model"]
+__all__ = [
+    "Options",
+    "check_context",
+    "check_replicas",
+    "data_mesh",
+    "is_sharded",
+    "shard_model",
+    "split_sequences",
+]
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -43,6 +53,7 @@ class Options:
     split_root: bool = True
     packed_cache: str | Path | None = None
     replicas: int = 1
+    context_parallel: int = 1
 
 
 def check_replicas(replicas: int, world: int) -> None:
@@ -57,6 +68,45 @@ def check_replicas(replicas: int, world: int) -> None:
             f"peft_fsdp replicas: expected a divisor of the {world} ranks, one of {fits}, got "
             f"{replicas}; give the number of machines, or 1 to shard over all ranks"
         )
+
+
+def check_context(size: int, world: int) -> None:
+    """Raise unless that many ranks can share sequences.
+
+    Raises:
+        ValueError: with the numbers that can be given.
+    """
+    if size < 1 or world % size:
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        raise ValueError(
+            f"peft_fsdp context_parallel: expected a divisor of the {world} ranks, one of {fits}, "
+            f"got {size}; give the number of ranks that share a sequence"
+        )
+
+
+def split_sequences(module: nn.Module, mesh: DeviceMesh, size: int) -> None:
+    """Let groups of ranks that follow each other share the sequences of the model inside.
+
+    Args:
+        module: The sharded module.
+        mesh: One axis over all ranks.
+        size: Ranks per group; 1 changes nothing.
+
+    Raises:
+        ValueError: no model, or one whose attention cannot be split.
+    """
+    if size == 1:
+        return
+    found = [model for _, model in hf_models(module)]
+    if not found:
+        raise ValueError(
+            "peft_fsdp context_parallel: expected a causal language model of Hugging Face inside "
+            f"{type(module).__name__}, found none; leave context_parallel=1"
+        )
+    shape = (mesh.size() // size, size)
+    both = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("data", "context"))
+    for model in found:
+        ContextParallel(model, both.get_group("context"))
 
 
 def data_mesh(mesh: DeviceMesh, replicas: int) -> DeviceMesh:

@@ -76,6 +76,7 @@ def test_without_cuda_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected --minutes > 0, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_group_that_cannot_be_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*given: object) -> None:
         raise Absent("peft is not installed")

@@ -184,6 +184,15 @@ def test_two_broken_kernels_are_switched_off() -> None:
     assert interpreted("switched_off_script.py").endswith("agrees")
 
 
+def test_tensors_with_gaps_and_without_rows() -> None:
+    assert interpreted("odd_inputs_script.py", "sample").endswith("checks agree")
+
+
+@pytest.mark.slow
+def test_tensors_with_gaps_of_more_sizes() -> None:
+    assert interpreted("odd_inputs_script.py").endswith("checks agree")
+
+
 @pytest.mark.slow
 def test_every_kernel_in_bf16() -> None:
     assert interpreted("bf16_script.py").endswith("checks agree")

@@ -68,6 +68,35 @@ def pack_fp8(power: bool = False) -> Callable[[str, Tensor], State]:
     return pack
 
 
+def pack_mxfp8(key: str, W: Tensor) -> State:
+    """Powers of two per 32 inputs, as bytes."""
+    groups = W.unflatten(-1, (-1, 32))
+    exponent = torch.ceil(torch.log2(groups.abs().amax(-1).clamp(min=1e-12) / 448))
+    codes = (groups / torch.exp2(exponent)[..., None]).clamp(-448, 448)
+    return {
+        key: codes.flatten(-2).to(torch.float8_e4m3fn),
+        f"{key}_scale_inv": (exponent + 127).to(torch.uint8),
+    }
+
+
+def mxfp8_state(packed: State) -> State:
+    found = {}
+    for key, t in packed.items():
+        s = packed.get(f"{key}_scale_inv")
+        if s is not None:
+            power = torch.exp2(s.float() - 127).unsqueeze(-1)
+            found[key] = (t.float().unflatten(-1, (-1, 32)) * power).flatten(-2)
+        elif not key.endswith("_scale_inv"):
+            found[key] = t.float()
+    return found
+
+
+def pack_fp8_in_fp32(key: str, W: Tensor) -> State:
+    """Powers of two that are stored in fp32, as DeepSeek-V3.1's."""
+    codes, scales = fp8_blocks(W, power=True)
+    return {key: codes, f"{key}_scale_inv": scales.float()}
+
+
 def pack_fp8_static(key: str, W: Tensor) -> State:
     scale = (W.abs().max() / 448).bfloat16()
     codes = (W / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -421,6 +450,14 @@ RELEASED: dict[str, Released] = {
 
 
 RELEASED |= {
+    "mxfp8": Released(
+        qwen3_moe, {**_FP8, "quant_method": "mxfp8", "weight_block_size": [1, 32],
+                    "scale_fmt": "ue8m0"},
+        pack_mxfp8, mxfp8_state, "fp8",
+    ),
+    "fp8 ue8m0 in fp32": Released(
+        qwen3, {**_FP8, "scale_fmt": "ue8m0"}, pack_fp8_in_fp32, fp8_state, "fp8"
+    ),
     "awq": Released(
         llama, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True,
                 "version": "gemm"},

@@ -142,6 +142,7 @@ def test_compressed_tensors_with_settings_that_are_not_known(tmp_path: Path) -> 
 #: layers are taken over as another library loads them; all others are refused by name.
 QUANTIZERS = {
     "fp8": "read",
+    "mxfp8": "read",
     "mxfp4": "read",
     "compressed-tensors": "read",
     "awq": "read",

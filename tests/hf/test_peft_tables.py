@@ -5,14 +5,26 @@ The tables are in peft's sdist, not in its wheel: `make peft-tables` fetches it 
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
+import torch
 
-from tests.helpers.peft_tables import Result, run_case, table_cases
+import lightning_peft as lp
+from tests.helpers.peft_tables import (
+    Result,
+    difference,
+    namespace_of,
+    perturb,
+    run_case,
+    table_cases,
+)
 
 FOLDER = os.environ.get("PEFT_TESTS", "")
 TABLES = [
@@ -63,3 +75,37 @@ def _line(result: Result) -> str:
     reason = " ".join(result.reason.split())[:200]
     itself = f" [peft: {result.peft_itself}]" if result.peft_itself else ""
     return f"{result.verdict}: {result.case.label} {result.case.options}: {reason}{itself}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOLDER, reason="PEFT_TESTS: the folder tests/ of peft's sdist")
+def test_two_active_adapters(tmp_path: Path) -> None:
+    names = namespace_of(Path(FOLDER) / "test_custom_models.py")
+    counts: Counter[str] = Counter()
+    x = torch.arange(90).view(9, 10)
+    for i, (name, tuner, kind, *both) in enumerate(names["MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES"]):
+        torch.manual_seed(0)
+        base = names["ModelEmbConv1D" if "trainable_tokens" in tuner else "MLP"]().eval()
+        model: Any = copy.deepcopy(base)
+        folder = tmp_path / str(i)
+        try:
+            theirs = peft.get_peft_model(copy.deepcopy(base), kind(**both[0]), adapter_name="a")
+            theirs.add_adapter("b", kind(**both[1]))
+            for adapter in "ab":
+                theirs.set_adapter(adapter)
+                perturb(theirs, 0.1)
+            theirs.base_model.set_adapter(["a", "b"])
+            want = theirs.eval()(x).detach()
+            theirs.save_pretrained(str(folder))
+        except ValueError:  # peft takes no two of them
+            counts["not in peft"] += 1
+            continue
+        if kind is peft.FrodConfig:  # refused, as above
+            continue
+        for adapter in "ab":
+            lp.load_adapter(model, folder / adapter, adapter_name=adapter)
+        lp.set_adapter(model, ["a", "b"])
+        assert difference(model(x).detach(), want) < 1e-4, name
+        counts["pass"] += 1
+    print(f"\ntwo active adapters: {dict(counts)}")
+    assert counts["pass"] > 50

@@ -126,7 +126,7 @@ HEAD = "base_model.model.lm_head.trainable_tokens_delta"
         (lambda t: t.update({KEY + "x": t[KEY].clone()}), None, "extra"),
         (lambda t: None, lambda c: c.update(token_indices=[3, 3, 7]), r"\[3\] more than once"),
         (lambda t: None, lambda c: c.update(token_indices=[3, 7, 96]), r"size 96, got \[96\]"),
-        (lambda t: None, lambda c: c.update(token_indices=["a", 1, 2]), "expected token ids"),
+        (lambda t: None, lambda c: c.update(token_indices=["a", 1, 2]), "a list of whole numbers"),
         (lambda t: None, lambda c: c.update(target_modules=["wte"]), "matches none"),
     ],
 )

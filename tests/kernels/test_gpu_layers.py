@@ -6,18 +6,22 @@ import pytest
 import torch
 from lightning_peft_kernels import launch
 from lightning_peft_kernels.codebooks.eight_bit import ZERO_CODE
+from lightning_peft_kernels.dispatch import Decision
 from lightning_peft_kernels.dropout.ops import seeded_dropout, seeded_dropout_reference
 from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.experts.low_rank import add_low_rank, add_low_rank_reference
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
+from lightning_peft_kernels.nf4.packed import Packing
 from lightning_peft_kernels.nf4.projections import Projection, nf4_grouped_projections
+from lightning_peft_kernels.nf4.small_batch import multiply_few
 from lightning_peft_kernels.optim.adamw_8bit import pooled_8bit_step, pooled_8bit_step_reference
 from lightning_peft_kernels.optim.step_inputs import PooledStep
 from torch import Tensor, nn
 
 import lightning_peft as lp
 from tests.helpers.compare import FLOOR, assert_close, assert_same_bits
+from tests.helpers.decoding_calls import decoder, static_step
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -205,6 +209,79 @@ def test_a_training_step_as_a_graph() -> None:
     for t, want in zip(tensors, gradients(q, fresh), strict=True):
         assert t.grad is not None
         assert_same_bits("gradient", t.grad, want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 8])
+def test_few_tokens_by_the_table_of_pairs(tokens: int, dtype: torch.dtype) -> None:
+    """At most twice the library's error in the same dtype, against fp64."""
+    q = quantize_4bit((torch.randn(300, 1024) / 32).to(DEVICE))
+    W = dequantize_4bit(q, (300, 1024), torch.float32).double()
+    x, S, B, bias = (
+        torch.randn(s, device=DEVICE).to(dtype)
+        for s in ((tokens, 1024), (tokens, R), (300, R), (300,))
+    )
+    packing, how = Packing((300, 1024), "nf4", 64), Decision("pairs", "asked")
+    y = multiply_few(x, q, packing, S, B, bias, "triton", how)
+    want = x.double() @ W.T + S.double() @ B.double().T + bias.double()
+    theirs = nn.functional.linear(x, W.to(dtype), bias) + S @ B.T
+    assert_close("y", y, want, same_dtype=theirs)
+
+
+def test_a_weight_with_gaps_is_quantised_as_its_copy() -> None:
+    W = torch.randn(64, 256, device=DEVICE)[:, ::2]
+    for got, want in zip(quantize_4bit(W), quantize_4bit(W.contiguous()), strict=True):
+        assert got is not None
+        assert want is not None
+        assert_same_bits("bytes", got, want)
+
+
+def test_a_decoding_step_as_a_graph() -> None:
+    """An adapted NF4 model with a static cache: replayed tokens are those of `generate`."""
+    pytest.importorskip("transformers")
+    model = decoder().to(DEVICE)
+    prompt = torch.tensor([[1, 2, 3]], device=DEVICE)
+    wanted = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    step, (ids, _) = static_step(model, prompt)
+    tokens = [int(ids)]
+    step()
+    tokens.append(int(ids))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(4):
+        graph.replay()
+        tokens.append(int(ids))
+    assert tokens == wanted[0, 3:].tolist()
+
+
+def test_compiled_decoding_with_reduced_overhead() -> None:
+    pytest.importorskip("transformers")
+    model = decoder().to(DEVICE)
+    prompt = torch.tensor([[1, 2, 3]], device=DEVICE)
+    given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(prompt, **given)
+    found = model.generate(prompt, cache_implementation="static", **given)
+    assert torch.equal(found, wanted)
+
+
+def test_a_weight_buffer_serves_every_layer_of_a_backward() -> None:
+    """Layers of several shapes, twice: no product reads a weight that the next one wrote over."""
+    shapes = [(64, 96), (96, 64), (64, 96), (96, 64)]
+    packed = [quantize_4bit((torch.randn(s) / s[1] ** 0.5).to(DEVICE)) for s in shapes]
+    x = torch.randn(33, 96, device=DEVICE, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    y, want = x, wide
+    for q, (n, k) in zip(packed, shapes, strict=True):
+        A, B = torch.randn(R, k, device=DEVICE), torch.randn(n, R, device=DEVICE) / 8
+        y = nf4_lora_linear(y, q, (n, k), None, A, B, 0.5)
+        W = dequantize_4bit(q, (n, k), torch.float32).double()
+        want = want @ W.T + 0.5 * want @ A.double().T @ B.double().T
+    y.sum().backward()
+    want.sum().backward()
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert_close("dX", x.grad, wide.grad, floor=10 * FLOOR[torch.float32])
 
 
 def test_compiled() -> None:

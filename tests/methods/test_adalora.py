@@ -15,7 +15,7 @@ from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.methods.base import StepContext
 from tests.helpers.compare import assert_close
 
-STEPS = 20
+STEPS = 100
 
 
 class Net(nn.Module):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from tests.helpers.compare import assert_close
-from tests.helpers.peft_exchange import build, randomise, run
+from tests.helpers.peft_exchange import build, by_peft, in_peft, loaded, randomise, run
 
 
 def attached(base: nn.Module, **fields: Any) -> Any:
@@ -53,6 +55,24 @@ def test_outputs_and_gradients_are_pefts(name: str, layers: int) -> None:
     for mine, other in zip(blocks, there, strict=True):
         assert_close("dP", mine.P.grad, other.adaption_prompt.grad, floor=1e-4)
         assert_close("dg", mine.g.grad, other.adaption_gate.grad, floor=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_exchange(name: str, layers: int, tmp_path: Path) -> None:
+    base, inputs = build(name)
+    config = {"adapter_len": 4, "adapter_layers": layers, "task_type": "CAUSAL_LM"}
+    theirs = by_peft(base, tmp_path / "theirs", peft.AdaptionPromptConfig, **config)
+    want = run(theirs, inputs)
+    ours = loaded(base, tmp_path / "theirs")
+    assert_close("peft's in ours", run(ours, inputs), want, floor=1e-4)
+    lp.save_adapter(ours, tmp_path / "ours")
+    assert_close("ours in peft", run(in_peft(base, tmp_path / "ours"), inputs), want, floor=1e-4)
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k.replace(".1.", ".7."): t for k, t in tensors.items()}, file)
+    with pytest.raises(ValueError, match=r"extra .* not in the attention of the last blocks"):
+        loaded(base, tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])

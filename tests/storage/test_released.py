@@ -16,8 +16,10 @@ import lightning as L
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +27,7 @@ import lightning_peft as lp
 from lightning_peft import PEFT, BitFit, Full, LastLayers, LoRA, Quantization, load_packed
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.storage import held_tensors, storage_of
+from lightning_peft.strategies.sharding import Options, shard_model
 from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.released import RELEASED, save_state, write
 from tests.helpers.stored import stored_tensors
@@ -436,6 +439,18 @@ def test_transcoded(name: str, folders: Folders, tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()
     assert_close("saved and loaded", logits(loaded), logits(plain))
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
+def test_sharding_is_refused_by_name(name: str, folders: Folders) -> None:
+    model = packed(folders, name)
+    lp.attach(model, LoRA(r=2))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=rf"in {name}: a scale of {name} covers rows"):
+            shard_model(model, init_device_mesh("cpu", (1,)), torch.device("cpu"), Options())
+    finally:
+        dist.destroy_process_group()
 
 
 @FORMATS

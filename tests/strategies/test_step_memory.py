@@ -60,7 +60,8 @@ def chosen(folder: Path, slow: bool) -> list[tuple[Job, Job]]:
 
 def compare(folder: Path, slow: bool) -> None:
     for plain, limited in chosen(folder, slow):
-        assert difference(plain, limited) <= 1e-5, limited.name
+        # Adam turns the rounding of a gradient near zero into a part of a step of 1e-2.
+        assert difference(plain, limited) <= 5e-5, limited.name
         for rank in (0, 1):
             assert result(limited, rank)["losses"] == pytest.approx(result(plain, rank)["losses"])
         assert result(limited)["val"] == pytest.approx(result(plain)["val"])

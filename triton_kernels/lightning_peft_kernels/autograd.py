@@ -178,11 +178,13 @@ def unflatten_rows(y: Tensor, like: Tensor) -> Tensor:
 
 
 def scaled_linear(x: Tensor, A: Tensor, scaling: float) -> Tensor:
-    """Compute ``scaling · x Aᵀ`` [M, R] of x [M, K] and A [R, K] in one launch, rounded once."""
+    """Compute ``scaling · x Aᵀ`` [M, R] of x [M, K] and A [R, K] in one launch on a GPU."""
     if scaling == 1.0:
         return torch.nn.functional.linear(x, A)
     if torch.compiler.is_compiling():
         return torch.nn.functional.linear(x, A) * scaling
+    if x.device.type == "cpu":  # no launches to spare, and the pass is short
+        return torch.nn.functional.linear(x, A).mul_(scaling)
     # With β = 0 the first argument is not read.
     return torch.addmm(x.new_empty(()), x, A.mT, beta=0, alpha=scaling)
 

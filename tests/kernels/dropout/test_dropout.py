@@ -1,7 +1,10 @@
-"""Dropout by seed: the mask of a seed is always the same, in every dtype, and is never kept."""
+"""Dropout by seed: the mask of a seed is always the same, in every dtype, and only a small one on a
+CPU is kept.
+"""
 
 import pytest
 import torch
+from lightning_peft_kernels.dropout import ops as dropout_ops
 from lightning_peft_kernels.dropout.ops import (
     draw_seed,
     dropout,
@@ -11,7 +14,7 @@ from lightning_peft_kernels.dropout.ops import (
 )
 from lightning_peft_kernels.lora.linear import lora_linear
 from lightning_peft_kernels.nf4.linear import nf4_lora_linear
-from lightning_peft_kernels.nf4.ops import quantize_4bit
+from lightning_peft_kernels.nf4.ops import dequantize_4bit, quantize_4bit
 from torch.utils.checkpoint import checkpoint
 
 CPU = torch.device("cpu")
@@ -94,7 +97,40 @@ def leaves():
     return [torch.randn(s, generator=g).requires_grad_() for s in shapes]
 
 
+@pytest.fixture
+def seeds_alone(monkeypatch):
+    """As for larger inputs and on a GPU: masks of small ones are not kept."""
+    monkeypatch.setattr(dropout_ops, "_SMALL", 0)
+
+
+@pytest.mark.parametrize("size", [(8, 64), (200, 96)], ids=str)
+def test_the_mask_of_a_small_input_is_kept(size):
+    """Backward reads it: gradients are those of the formula with the mask written out."""
+    rows, width = size
+    assert (rows * width > dropout_ops._TINY) == (size == (200, 96))
+    q = quantize_4bit(torch.randn(N, width) / width**0.5)
+    given = [torch.randn(s) for s in (size, (R, width), (N, R))]
+    x, A, B = (t.clone().requires_grad_() for t in given)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = nf4_lora_linear(x, q, (N, width), None, A, B, 0.5, dropout_p=0.25)
+    (mask,) = [t for t in saved if t.shape == size and not torch.equal(t, x)]
+    values = mask.unique()
+    torch.testing.assert_close(values, torch.tensor([0.0, 1 / 0.75]))
+    assert abs(float((mask == 0).float().mean()) - 0.25) < 0.08
+    x2, A2, B2 = (t.clone().requires_grad_() for t in given)
+    W = dequantize_4bit(q, (N, width), torch.float32)
+    want = x2 @ W.T + (x2 * mask) @ A2.mT @ B2.mT * 0.5
+    for t in (y, want):
+        t.square().sum().backward()
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-3)
+    for mine, theirs in zip((x, A, B), (x2, A2, B2), strict=True):
+        bound = 1e-4 * float(theirs.grad.abs().max())
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=bound)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+@pytest.mark.usefixtures("seeds_alone")
 def test_no_mask_is_saved(packed):
     """A fixed seed tells the mask: backward is that of the formula with the mask written out; what
     is saved beyond the run without dropout is the seed, 8 bytes.
@@ -151,6 +187,7 @@ def test_a_checkpoint_draws_the_mask_again(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.usefixtures("seeds_alone")
 def test_compiles_without_a_graph_break():
     x, A, B = leaves()
     q = quantize_4bit(torch.randn(N, K))

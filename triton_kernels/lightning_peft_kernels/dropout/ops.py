@@ -12,6 +12,7 @@ Source of Philox: Salmon et al. 2011, doi:10.1145/2063384.2063405.
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import torch
@@ -27,15 +28,32 @@ __all__ = [
     "philox_uniform",
     "seeded_dropout",
     "seeded_dropout_reference",
+    "small_mask",
 ]
 
 _MASK = 0xFFFFFFFF
 _TO_UNIT = 4.6566127342e-10
+# Elements. Up to _TINY torch's own draw is faster than the stream of a seed.
+_SMALL, _TINY = 1 << 16, 1 << 13
+_local = threading.local()
 
 
 def draw_seed(device: torch.device) -> Tensor:
     """Draw an int64 [1] from the generator of `device`; it stays on the device."""
     return torch.randint(0, 1 << 62, (1,), device=device)
+
+
+def small_mask(x: Tensor, p: float) -> Tensor | None:
+    """Draw the factors 0 and 1 / (1 − p) for a small x on a CPU; None for another.
+
+    Kept for backward they take as much memory as x, and spare drawing the mask twice more: for few
+    rows that takes longer than the layer's products.
+    """
+    if x.numel() > _SMALL or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if x.numel() <= _TINY:
+        return torch.empty_like(x).bernoulli_(1.0 - p).mul_(1.0 / (1.0 - p))
+    return _seeded_dropout_cpu(torch.ones_like(x), draw_seed(x.device), p)
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +88,11 @@ def seeded_dropout_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    generator, n = torch.Generator().manual_seed(int(seed)), x.numel()
+    generator: torch.Generator | None = getattr(_local, "generator", None)
+    if generator is None:  # a new one takes longer than a small mask
+        generator = _local.generator = torch.Generator()
+    generator.manual_seed(int(seed))
+    n = x.numel()
     words = torch.empty(-(-n // 4), dtype=torch.int64).random_(
         -(1 << 63), None, generator=generator
     )

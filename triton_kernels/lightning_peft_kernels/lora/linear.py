@@ -2,9 +2,9 @@
 
 Shapes: x [..., K], W [N, K] frozen or trained, A [R, K], B [N, R]; M is the number of rows of x.
 S = drop(x) Aᵀ [M, R] is saved, not recomputed; the usual fast algorithm reads x twice more. Dropout
-saves its seed only, and backward draws the mask again. The scale multiplies the rank side, M·R
-elements instead of M·N. If a kernel applies, dS = s · dY B and dB = dYᵀ S come from one pass over
-dY (`rank_gradients`).
+saves its seed only, and backward draws the mask again; the mask of a small x on a CPU is kept. The
+scale multiplies the rank side, M·R elements instead of M·N. If a kernel applies, dS = s · dY B and
+dB = dYᵀ S come from one pass over dY (`rank_gradients`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lightning_peft_kernels.autograd import (
     unflatten_rows,
 )
 from lightning_peft_kernels.dispatch import Backend, current_backend
-from lightning_peft_kernels.dropout.ops import draw_seed, seeded_dropout
+from lightning_peft_kernels.dropout.ops import draw_seed, seeded_dropout, small_mask
 from lightning_peft_kernels.lora.rank_gradients import rank_gradients
 
-__all__ = ["LoRASpec", "add_low_rank_", "lora_linear", "lora_linear_reference"]
+__all__ = ["LoRASpec", "add_low_rank_", "drop", "lora_linear", "lora_linear_reference"]
 
 
 class LoRASpec(NamedTuple):
@@ -77,16 +77,20 @@ def prepare(
     return x, A, B, bias, LoRASpec(float(scaling), dropout_p, dtype, current_backend())
 
 
-def _drop(x: Tensor, seed: Tensor, spec: LoRASpec) -> Tensor:
+def drop(x: Tensor, seed: Tensor, spec: LoRASpec) -> Tensor:
+    """Apply the mask of a seed, or the mask itself (`small_mask`)."""
+    if seed.is_floating_point():
+        return x * seed.view(x.shape)
     return seeded_dropout(x, seed, spec.dropout_p, backend=spec.backend)
 
 
 def lora_down(x2: Tensor, A: Tensor, spec: LoRASpec) -> tuple[Tensor, Tensor | None]:
-    """Return (S = s · drop(x) Aᵀ [M, R], seed of the dropout or None)."""
+    """Return (S = s · drop(x) Aᵀ [M, R], seed or mask of the dropout or None)."""
     z, seed = x2 if x2.dtype == spec.dtype else x2.to(spec.dtype), None
     if spec.dropout_p:
-        seed = draw_seed(x2.device)
-        z = _drop(z, seed, spec)
+        seed = small_mask(z, spec.dropout_p)
+        seed = draw_seed(x2.device) if seed is None else seed
+        z = drop(z, seed, spec)
     return scaled_linear(z, A, spec.scaling), seed
 
 
@@ -98,14 +102,14 @@ def lora_branch_by_torch(
     Dropout uses the mask of `seed`, or torch's own mask if there is no seed.
     """
     z = x.to(spec.dtype)
-    z = F.dropout(z, spec.dropout_p) if seed is None else _drop(z, seed, spec)
+    z = F.dropout(z, spec.dropout_p) if seed is None else drop(z, seed, spec)
     return F.linear(F.linear(z, A) * spec.scaling, B).to(x.dtype)
 
 
 def lora_up_backward(dS: Tensor, A: Tensor, seed: Tensor | None, spec: LoRASpec) -> Tensor:
     """Return the branch's part of dX: drop(dS A) [M, K], with the mask of forward."""
     low = dS @ A
-    return low if seed is None else _drop(low, seed, spec)
+    return low if seed is None else drop(low, seed, spec)
 
 
 def rank_backward(
@@ -134,7 +138,7 @@ def rank_backward(
         dS = scaled_linear(g, B.mT, spec.scaling)
     if needs_A and dS is not None and x2 is not None:
         z = x2 if x2.dtype == spec.dtype else x2.to(spec.dtype)
-        dA = dS.mT @ (z if seed is None else _drop(z, seed, spec))
+        dA = dS.mT @ (z if seed is None else drop(z, seed, spec))
     return dS, dA, dB
 
 

@@ -32,9 +32,9 @@ from lightning_peft_kernels.autograd import (
     is_double_backward,
 )
 from lightning_peft_kernels.dispatch import Backend
-from lightning_peft_kernels.dropout.ops import seeded_dropout
 from lightning_peft_kernels.lora.linear import (
     LoRASpec,
+    drop,
     lora_branch_by_torch,
     lora_down,
     lora_up_backward,
@@ -252,7 +252,7 @@ def _down_backward(
     def gradient(dS: Tensor, seed: Tensor | None, spec: LoRASpec) -> Tensor:
         if seed is None:
             return dS.mT @ z
-        return dS.mT @ seeded_dropout(z, seed, spec.dropout_p, backend=spec.backend)
+        return dS.mT @ drop(z, seed, spec)
 
     parts = zip(dSs, seeds, group.specs, needs, strict=True)
     return [gradient(dS, seed, spec) if need else None for dS, seed, spec, need in parts]

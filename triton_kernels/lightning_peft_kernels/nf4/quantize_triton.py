@@ -118,7 +118,7 @@ def quantize(
 
     One launch; nested scales take a second one, and torch's own mean.
     """
-    flat = W.detach().reshape(-1)
+    flat = W.detach().reshape(-1).contiguous()  # a flat view may have gaps
     n, device = flat.numel(), flat.device
     approx = device.type == "cuda" and torch.version.hip is None if approx is None else approx
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)

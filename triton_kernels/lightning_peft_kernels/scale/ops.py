@@ -43,7 +43,8 @@ def _output_scale(u: Tensor, g: Tensor, bias: Tensor | None, backend: Backend = 
     def by_kernel() -> Tensor:
         from lightning_peft_kernels.scale.triton import forward
 
-        return forward(u, g.contiguous(), None if bias is None else bias.contiguous())
+        u_, g_ = u.contiguous(), g.contiguous()  # kernels read rows without gaps
+        return forward(u_, g_, None if bias is None else bias.contiguous())
 
     def by_torch() -> Tensor:
         return output_scale_reference(u, g, bias)
@@ -65,7 +66,7 @@ def _output_scale_backward(
     def by_kernel() -> tuple[Tensor, Tensor, Tensor]:
         from lightning_peft_kernels.scale.triton import backward
 
-        return backward(dY, u, g.contiguous())
+        return backward(dY.contiguous(), u.contiguous(), g.contiguous())
 
     def by_torch() -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(u.dtype, torch.float32)
