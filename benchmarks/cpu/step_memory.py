@@ -13,21 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lib.outside_memory import outside_memories
+from benchmarks.lib.side_by_side import traced_peak, write
 from lightning_peft import Activations, LoRA, attach, chunk_losses, estimate_memory
 from lightning_peft.activations.limit import ActivationLimit
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "lib"))
-from outside_memory import outside_memories
-from planner_measure import traced_peak, write
 
 #: Name → (kind of activations, form of the loss).
 OPTIONS: dict[str, tuple[Any, Any]] = {

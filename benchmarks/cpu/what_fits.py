@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planner_measure import RESULTS, write
 from transformers import LlamaConfig
 
+from benchmarks.lib.side_by_side import RESULTS, write
 from lightning_peft import LoRA, Plan, estimate_memory
 from lightning_peft.planner.plan import ALLOWANCES
 

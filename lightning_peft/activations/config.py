@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 __all__ = ["ActivationKind", "Activations", "as_activations"]
 
@@ -80,4 +80,4 @@ def as_activations(given: Activations | str | None) -> Activations | None:
         )
     if given not in _KINDS:
         raise ValueError(f"activations: expected one of {_KINDS} or None, got {given!r}")
-    return Activations(given)  # type: ignore[arg-type]
+    return Activations(cast("ActivationKind", given))

@@ -78,7 +78,7 @@ class MixedBatch:
         self.facts = facts
         self.gates = gates
         self.active: set[str] | None = None
-        self.first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self.first_node = _next_node()
         self.last_node: int | None = None
         self.backward = _current_backward()
         self.outer_hooks: Hooks | None = None
@@ -256,6 +256,12 @@ _find_outside_graph: Callable[[], MixedBatch | None] = torch.compiler.disable(
 )
 
 
+def _next_node() -> int:
+    """Return the number of the next node of the graph, in the order of the forward."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
 def _current_backward() -> int:
     return torch._C._current_graph_task_id()
 
@@ -327,7 +333,7 @@ def _block(batch: MixedBatch) -> Iterator[None]:
         try:
             yield
         finally:
-            batch.last_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+            batch.last_node = _next_node()
             close()
     batch.check()
 

@@ -14,6 +14,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, NotMergeable, Term
+from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import refuse_all_but_features
 from lightning_peft.methods.lora import LoRA
@@ -75,9 +76,9 @@ class ALoRA(LoRA):
     mergeable: ClassVar[bool] = False
 
     hf = dataclasses.replace(
-        LoRA.hf,
-        config={**LoRA.hf.config, "invocation_tokens": "alora_invocation_tokens"},
-        when={**LoRA.hf.when, "alora_invocation_tokens": True},
+        lora_exchange.FORMAT,
+        config={**lora_exchange.FORMAT.config, "invocation_tokens": "alora_invocation_tokens"},
+        when={**lora_exchange.FORMAT.when, "alora_invocation_tokens": True},
         refuse=refuse_all_but_features,
     )
 

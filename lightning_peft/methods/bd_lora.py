@@ -81,8 +81,8 @@ class BDLoRA(LoRA):
     limits_rank: ClassVar[bool] = False  # the product of two blocks may need it
 
     hf = dataclasses.replace(
-        LoRA.hf,
-        when={**LoRA.hf.when, "use_bdlora": True},
+        lora_exchange.FORMAT,
+        when={**lora_exchange.FORMAT.when, "use_bdlora": True},
         unpack=_unpack,
         to_config=_to_config,
         from_config=_from_config,

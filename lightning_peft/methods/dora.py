@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
+from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.checks import empty_like_site, require
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
@@ -41,10 +42,10 @@ class DoRA(LoRA):
     """
 
     hf = dataclasses.replace(
-        LoRA.hf,
-        tensors={**LoRA.hf.tensors, "magnitude": "lora_magnitude_vector"},
-        axes={**LoRA.hf.axes, "magnitude": "out"},
-        fixed={**LoRA.hf.fixed, "use_dora": True},
+        lora_exchange.FORMAT,
+        tensors={**lora_exchange.FORMAT.tensors, "magnitude": "lora_magnitude_vector"},
+        axes={**lora_exchange.FORMAT.axes, "magnitude": "out"},
+        fixed={**lora_exchange.FORMAT.fixed, "use_dora": True},
         when={"use_dora": True},
         kinds=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "experts"),
         uniform=None,

@@ -66,7 +66,7 @@ class GatedLoRA(LoRA):
 
     gate: Literal["sequence", "token"] = "sequence"
 
-    hf: ClassVar[HFFormat | None] = None  # type: ignore[assignment]
+    hf: ClassVar[HFFormat | None] = None
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

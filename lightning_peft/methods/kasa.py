@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
+from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
 from lightning_peft.methods.exchange import refuse_all_but_linear
@@ -49,9 +50,9 @@ class KaSA(LoRA):
     gamma: float = 1e-3
 
     hf = dataclasses.replace(
-        LoRA.hf,
-        tensors={**LoRA.hf.tensors, "d": "lora_diag"},
-        when={**LoRA.hf.when, "kasa_config": True},
+        lora_exchange.FORMAT,
+        tensors={**lora_exchange.FORMAT.tensors, "d": "lora_diag"},
+        when={**lora_exchange.FORMAT.when, "kasa_config": True},
         to_config=_CONFIG[0],
         from_config=_CONFIG[1],
         uniform=None,

@@ -111,7 +111,7 @@ class LoRA(WeightMethod):
     #: Whether a rank above min(out, in) would be a waste.
     limits_rank: ClassVar[bool] = True
 
-    hf: ClassVar[HFFormat] = lora_exchange.FORMAT
+    hf: ClassVar[HFFormat | None] = lora_exchange.FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_peft.core.site import Site
+from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
@@ -33,7 +34,9 @@ class LoRAPlus(LoRA):
     ratio: float = 16.0
 
     #: Written as LoRA; never chosen when a file is read.
-    hf = dataclasses.replace(LoRA.hf, when={**LoRA.hf.when, "is_lora_plus": True})
+    hf = dataclasses.replace(
+        lora_exchange.FORMAT, when={**lora_exchange.FORMAT.when, "is_lora_plus": True}
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -118,9 +118,9 @@ class MonteCLoRA(LoRA):
     entropy: bool = False
 
     hf = dataclasses.replace(
-        LoRA.hf,
+        lora_exchange.FORMAT,
         tensors={
-            **LoRA.hf.tensors,
+            **lora_exchange.FORMAT.tensors,
             "log_std": "lora_monteclora_sampler.std_prior",
             "log_concentration": "lora_monteclora_sampler.expert_weights_prior",
             "variance": "lora_monteclora_sampler.gaussian_var_prior",
@@ -129,7 +129,7 @@ class MonteCLoRA(LoRA):
         optional=("log_std", "log_concentration", "variance", "weights"),
         pack=_pack,
         unpack=_unpack,
-        when={**LoRA.hf.when, "monteclora_config": True},
+        when={**lora_exchange.FORMAT.when, "monteclora_config": True},
         to_config=_CONFIG[0],
         from_config=_CONFIG[1],
         refuse=refuse_all_but_linear,

@@ -50,7 +50,7 @@ class QuantAwareLoRA(LoRA):
 
     start: float = 0.75
 
-    hf = None  # type: ignore[assignment]  # what it computes is not W + s B A: merge it
+    hf = None  # what it computes is not W + s B A: merge it
 
     def __post_init__(self) -> None:
         """Check the values."""

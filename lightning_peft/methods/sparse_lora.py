@@ -40,7 +40,7 @@ class SparseLoRA(LoRA):
         ValueError: as LoRA; an init that rewrites the base, where zeros would not stay.
     """
 
-    hf = None  # type: ignore[assignment]  # B A without the mask is another change: merge it
+    hf = None  # B A without the mask is another change: merge it
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -19,6 +19,7 @@ from lightning_peft.core.input_dtype import to_adapter_dtype
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, Term
+from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.checks import empty_like_site, require, require_matrix
 from lightning_peft.methods.exchange import refuse_all_but_linear
@@ -105,10 +106,10 @@ class VeLoRA(LoRA):
     direction: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
 
     hf = dataclasses.replace(
-        LoRA.hf,
-        tensors={**LoRA.hf.tensors, "v": "lora_velora_embed"},
+        lora_exchange.FORMAT,
+        tensors={**lora_exchange.FORMAT.tensors, "v": "lora_velora_embed"},
         optional=("v",),
-        when={**LoRA.hf.when, "velora_config": True},
+        when={**lora_exchange.FORMAT.when, "velora_config": True},
         to_config=_CONFIG[0],
         from_config=_CONFIG[1],
         refuse=refuse_all_but_linear,

@@ -70,7 +70,7 @@ class BlockSpec(QuantizedWeightSpec):
         return self.shape[-2], self.shape[-1]
 
 
-class BlockScaledStorage(QuantizedStorage, ABC):
+class BlockScaledStorage(QuantizedStorage[BlockSpec], ABC):
     """A weight in blocks, read and multiplied by the kernels of `block_scaled`."""
 
     exports = True
@@ -149,7 +149,7 @@ class BlockScaledStorage(QuantizedStorage, ABC):
             None if zeros is None else zeros.view(torch.int8),
         )
 
-    def encode(self, M: Tensor, spec: BlockSpec) -> dict[str, Tensor]:  # type: ignore[override]
+    def encode(self, M: Tensor, spec: BlockSpec) -> dict[str, Tensor]:
         """Codes and scales in the dtypes and shapes of the format; other tensors stay."""
         return self._typed(self._encode(M, spec, None), spec)
 
@@ -164,9 +164,7 @@ class BlockScaledStorage(QuantizedStorage, ABC):
                 found[role] = t.view(form.dtype).reshape(form.shape)
         return found
 
-    def decode(  # type: ignore[override]
-        self, tensors: Mapping[str, Tensor], spec: BlockSpec, dtype: torch.dtype
-    ) -> Tensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: BlockSpec, dtype: torch.dtype) -> Tensor:
         """The canonical weight."""
         held = {role: to_bytes(t) for role, t in tensors.items()}
         return decode_blocks(self._form(held, spec), spec.matrix, spec.layout, dtype)

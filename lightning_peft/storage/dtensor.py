@@ -32,13 +32,18 @@ class ShardGroup(NamedTuple):
     group: Any
 
 
+def _placements(t: Tensor) -> tuple[Any, ...]:
+    """Return how each axis of the device mesh holds a DTensor."""
+    found: tuple[Any, ...] = t.placements  # type: ignore[attr-defined]
+    return found
+
+
 def shard_group(t: Tensor) -> ShardGroup | None:
     """Return the ranks that hold the rows of a tensor; None if this process holds all of it."""
     mesh = getattr(t, "device_mesh", None)
     if mesh is None:
         return None
-    placements: Any = t.placements  # type: ignore[attr-defined]
-    for axis, placement in enumerate(placements):
+    for axis, placement in enumerate(_placements(t)):
         if placement.is_shard() and mesh.size(axis) > 1:
             return ShardGroup(mesh.get_local_rank(axis), mesh.size(axis), mesh.get_group(axis))
     return None
@@ -74,8 +79,7 @@ def is_first_replica(t: Tensor) -> bool:
     mesh = getattr(t, "device_mesh", None)
     if mesh is None:
         return True
-    placements: Any = t.placements  # type: ignore[attr-defined]
-    axes = [axis for axis, placement in enumerate(placements) if placement.is_replicate()]
+    axes = [axis for axis, placement in enumerate(_placements(t)) if placement.is_replicate()]
     return all(mesh.get_local_rank(axis) == 0 for axis in axes)
 
 

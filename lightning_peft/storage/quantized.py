@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
@@ -63,7 +63,11 @@ class _PackAgain:
             registry[key] = t
 
 
-class QuantizedStorage(BaseStorage, ABC):
+#: Facts of a weight that its format needs.
+Spec = TypeVar("Spec", bound=QuantizedWeightSpec)
+
+
+class QuantizedStorage(BaseStorage, Generic[Spec], ABC):
     """Base of storages that hold a weight as codes and companion tensors.
 
     A format that `quantize` makes also defines `accepts` and `bits_per_weight`; a format that
@@ -74,13 +78,11 @@ class QuantizedStorage(BaseStorage, ABC):
     lossless_write = False
 
     @abstractmethod
-    def encode(self, M: Tensor, spec: QuantizedWeightSpec) -> dict[str, Tensor]:
+    def encode(self, M: Tensor, spec: Spec) -> dict[str, Tensor]:
         """Role → tensor of a canonical weight; ``"codes"`` first, each with the rows of M."""
 
     @abstractmethod
-    def decode(
-        self, tensors: Mapping[str, Tensor], spec: QuantizedWeightSpec, dtype: torch.dtype
-    ) -> Tensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: Spec, dtype: torch.dtype) -> Tensor:
         """The canonical weight; of a stack, as many experts as the tensors hold."""
 
     # ---- which weights
@@ -104,7 +106,7 @@ class QuantizedStorage(BaseStorage, ABC):
     def _decoded(
         self, m: nn.Module, name: str, dtype: torch.dtype, part: slice | None = None
     ) -> Tensor:
-        spec: QuantizedWeightSpec = specs_of(m)[name]
+        spec: Spec = specs_of(m)[name]
         tensors = {
             role: from_bytes(t.detach() if part is None else t.detach()[part], spec.formats[role])
             for role, t in packed_tensors(m, name).items()
@@ -119,7 +121,8 @@ class QuantizedStorage(BaseStorage, ABC):
         for name in layout.names:
             W = parameter_at(m, name).detach()
             M = W.mT if layout.transposed else W
-            spec = QuantizedWeightSpec(self.label, M.shape, layout.transposed, W.dtype)
+            plain = QuantizedWeightSpec(self.label, M.shape, layout.transposed, W.dtype)
+            spec = cast("Spec", plain)  # a format with more facts has a `quantize` of its own
             done.append((name, spec, self.encode(M, spec)))
         swap_in(m, layout.forward)
         for name, spec, tensors in done:
@@ -129,7 +132,7 @@ class QuantizedStorage(BaseStorage, ABC):
                 spec.keys[role] = key
             self.hold(m, name, spec)
 
-    def hold(self, m: nn.Module, name: str, spec: QuantizedWeightSpec) -> None:
+    def hold(self, m: nn.Module, name: str, spec: Spec) -> None:
         """Hold the tensors that `spec.keys` names as bytes, and take charge of the weight."""
         vars(m).setdefault("_packed", {})[name] = spec
         for t in self.iter_tensors(m, name):
@@ -142,7 +145,7 @@ class QuantizedStorage(BaseStorage, ABC):
     def release(self, m: nn.Module) -> None:
         """Give adopted tensors their own dtype, shape and flag again."""
         for name in self.weights(m):
-            spec: QuantizedWeightSpec = specs_of(m)[name]
+            spec: Spec = specs_of(m)[name]
             for t in self.iter_tensors(m, name):
                 form = spec.formats[t.role]
                 t.tensor.data = from_bytes(as_bytes(t.tensor), form)
@@ -153,7 +156,7 @@ class QuantizedStorage(BaseStorage, ABC):
         """Tensors of the module under its own names, in the dtypes of the format."""
         found = super().export(m)
         for name in self.weights(m):
-            spec: QuantizedWeightSpec = specs_of(m)[name]
+            spec: Spec = specs_of(m)[name]
             for t in self.iter_tensors(m, name):
                 form = spec.formats.get(t.role)
                 if t.key is not None and form is not None:
@@ -189,14 +192,14 @@ class QuantizedStorage(BaseStorage, ABC):
         part: slice | None = None,
     ) -> Tensor:
         """The decoded weight; of a stack, only the experts of `part` are decoded."""
-        spec: QuantizedWeightSpec = specs_of(m)[name]
+        spec: Spec = specs_of(m)[name]
         experts = part if len(spec.shape) > 2 else None
         W = spec.natural(self._decoded(m, name, dtype or spec.dtype, experts))
         return W if part is None or experts is not None else W[part]
 
     def write(self, m: nn.Module, name: str, W: Tensor) -> None:
         """Encode and copy in; of a sharded weight, this process's rows."""
-        spec: QuantizedWeightSpec = specs_of(m)[name]
+        spec: Spec = specs_of(m)[name]
         tensors = self.encode(spec.canonical(W), spec)
         with torch.no_grad():
             for role, held in packed_tensors(m, name).items():
@@ -204,7 +207,7 @@ class QuantizedStorage(BaseStorage, ABC):
 
     def quantization_roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """Decode(encode(W))."""
-        spec: QuantizedWeightSpec = specs_of(m)[name]
+        spec: Spec = specs_of(m)[name]
         tensors = self.encode(spec.canonical(W), spec)
         return spec.natural(self.decode(tensors, spec, W.dtype))
 
@@ -226,7 +229,7 @@ class QuantizedStorage(BaseStorage, ABC):
         its own cannot read a dense weight.
         """
         specs = specs_of(m)
-        spec: QuantizedWeightSpec = specs[name]
+        spec: Spec = specs[name]
         keys = list(spec.keys.values())
         buffers = [key for key in keys if key in m._buffers]
         kept: dict[str, Any] = {k: (m._buffers if k in buffers else m._parameters)[k] for k in keys}

@@ -151,7 +151,7 @@ def as_config(quantization: StorageConfig | str | None) -> StorageConfig | None:
 def require_config(quantization: StorageConfig | str) -> StorageConfig:
     """`as_config` where there must be one."""
     if isinstance(quantization, str):
-        return Quantization(quantization)  # type: ignore[arg-type]
+        return Quantization(cast("Any", quantization))  # checked there
     if not isinstance(quantization, StorageConfig):
         raise TypeError(
             f"quantization: expected a kind such as 'nf4', or a configuration such as "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft.tuners.lora.arrow import create_arrow_model
@@ -15,7 +17,7 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from tests.helpers.compare import assert_close
-from tests.helpers.peft_exchange import build, randomise, run
+from tests.helpers.peft_exchange import build, loaded, randomise, run
 
 NAMES = ["task_0", "task_1", "task_2", "gks_0", "gks_1"]
 
@@ -97,6 +99,18 @@ def test_other_ranks_and_layers_and_resume() -> None:
     lp.attach(again, method, adapter_name="mix")
     lp.load_adapter_state_dict(again, state)
     torch.testing.assert_close(again(x), want)
+
+
+def test_a_directory_of_pefts_router_says_what_to_do(tmp_path: Path) -> None:
+    base, _ = build("llama")
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2)).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "arrow_config": {"top_k": 2}}))
+    with pytest.raises(ValueError, match=r"arrow_config: .*route\(model, names, into\)"):
+        loaded(base, tmp_path)
+    file.write_text(json.dumps({"peft_type": "XLORA", "adapters": {"a": "b"}}))
+    with pytest.raises(ValueError, match=r"XLORA: .* XLoRA\(adapters="):
+        loaded(base, tmp_path)
 
 
 def test_refused(tmp_path: Path) -> None:

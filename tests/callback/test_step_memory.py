@@ -16,7 +16,7 @@ from tests.helpers.lightning_package import InPackage, in_package, pl
 from tests.helpers.nets import Plain, trainer
 from tests.helpers.tiny_models import BUILDERS, VOCAB
 
-pytestmark = pytest.mark.usefixtures("lightning_package")
+pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
 ALL: dict[str, Any] = {
     "activations": Activations("checkpoint+offload", min_bytes=0),
@@ -109,7 +109,6 @@ def test_the_report_names_blocks_and_heads(capsys: pytest.CaptureFixture[str]) -
     assert "loss: net.lm_head in chunks of tokens" in text
 
 
-@pytest.mark.one_package
 @pytest.mark.parametrize("when", ["configure_model", "on_train_start"])
 def test_compiled_blocks(when: str) -> None:
     plain, model = Net(), Net(when)

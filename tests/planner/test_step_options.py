@@ -64,8 +64,17 @@ def measured(activations: Activations | None, loss: str | None) -> int:
     return max(sum(c.values()) for c in meter.peaks.values())
 
 
-@pytest.mark.parametrize("loss", [None, "chunked"])
-@pytest.mark.parametrize("kind", [None, "checkpoint", "offload", "checkpoint+offload"])
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        ("offload", None),
+        ("checkpoint+offload", "chunked"),
+        *(
+            pytest.param(kind, loss, marks=pytest.mark.slow)
+            for kind, loss in (("checkpoint", None), (None, "chunked"), ("offload", "chunked"))
+        ),
+    ],
+)
 def test_a_real_step_keeps_as_much(kind: str | None, loss: Any) -> None:
     activations = None if kind is None else all_sizes(kind)
     plan = planned(activations=activations, loss=loss)

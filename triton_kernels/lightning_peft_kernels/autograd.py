@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.chips import chip_of
+
 __all__ = [
     "Context",
     "Grads",
@@ -183,7 +185,9 @@ def scaled_linear(x: Tensor, A: Tensor, scaling: float) -> Tensor:
         return torch.nn.functional.linear(x, A)
     if torch.compiler.is_compiling():
         return torch.nn.functional.linear(x, A) * scaling
-    if x.device.type == "cpu":  # no launches to spare, and the pass is short
+    if (
+        x.device.type == "cpu" and chip_of(x.device) is None
+    ):  # no launches to spare, and the pass is short
         return torch.nn.functional.linear(x, A).mul_(scaling)
     # With β = 0 the first argument is not read.
     return torch.addmm(x.new_empty(()), x, A.mT, beta=0, alpha=scaling)

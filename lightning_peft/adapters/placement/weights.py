@@ -36,12 +36,13 @@ def find_weight_placements(
     Raises:
         ValueError: nothing matches, or the method has no meaning at a site that matched.
     """
-    method, chosen = _with_single_weights(method, model)
+    editable = functools.cache(editable_ops)
+    method, chosen = _with_single_weights(method, model, editable)
     named = {id(model.get_submodule(name)) for name in chosen}
 
     @functools.cache
     def ops_of(module: nn.Module) -> LayerOps | None:
-        return parameter_ops(module) if id(module) in named else editable_ops(module)
+        return parameter_ops(module) if id(module) in named else editable(module)
 
     selection = _without_experts(method, model, _select(method, model, ops_of))
     others = [e for e in method.target_modules or () if e not in chosen] if chosen else []
@@ -132,7 +133,7 @@ def _without_experts(method: WeightMethod, model: nn.Module, selection: Selectio
 
 
 def _with_single_weights(
-    method: WeightMethod, model: nn.Module
+    method: WeightMethod, model: nn.Module, editable: _OpsOf
 ) -> tuple[WeightMethod, dict[str, list[str]]]:
     """Resolve entries of `target_modules` that name one weight of a module with several, or of a
     module of no known kind.
@@ -149,7 +150,7 @@ def _with_single_weights(
     for name, module in base_modules(model).items():
         ops = parameter_ops(module)
         weights = ops.parameters(module) if ops is not None else ()
-        known = editable_ops(module) is not None
+        known = editable(module) is not None
         if not name or not weights or (known and len(weights) == 1) or in_adapter(name):
             continue
         # A parameter of an unknown module is named with its module, as no layer is.
@@ -162,8 +163,6 @@ def _with_single_weights(
     if not chosen:
         return method, {}
     # An entry may name a layer elsewhere too (down_proj).
-    layers = [
-        n for n, m in base_modules(model).items() if n and n not in chosen and editable_ops(m)
-    ]
+    layers = [n for n, m in base_modules(model).items() if n and n not in chosen and editable(m)]
     kept = [e for e in entries if e not in used or any(matches_suffix(n, [e]) for n in layers)]
     return dataclasses.replace(method, target_modules=[*kept, *chosen]), chosen

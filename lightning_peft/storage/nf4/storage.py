@@ -38,7 +38,7 @@ from lightning_peft.storage.registry import register_storage, storage_of
 __all__ = ["FP4Storage", "FourBitStorage", "NF4Storage"]
 
 
-class FourBitStorage(QuantizedStorage):
+class FourBitStorage(QuantizedStorage[FourBitSpec]):
     """What NF4 and FP4 have in common."""
 
     def accepts(self, config: Quantization) -> bool:
@@ -76,7 +76,7 @@ class FourBitStorage(QuantizedStorage):
         for name, spec, bits in done:
             assign_packed(m, name, bits, spec)
 
-    def encode(self, M: Tensor, spec: FourBitSpec) -> dict[str, Tensor]:  # type: ignore[override]
+    def encode(self, M: Tensor, spec: FourBitSpec) -> dict[str, Tensor]:
         """Bytes and scales by role."""
         bits = quantize_matrix(M.contiguous() if spec.transposed else M, spec)
         return {
@@ -85,7 +85,7 @@ class FourBitStorage(QuantizedStorage):
             if t is not None
         }
 
-    def decode(  # type: ignore[override]
+    def decode(
         self, tensors: Mapping[str, Tensor], spec: FourBitSpec, dtype: torch.dtype
     ) -> Tensor:
         """Dequantised, canonical."""
