@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -108,3 +109,22 @@ def test_the_first_day_without_a_gpu_says_so(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "first_day: expected a CUDA device, got none" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_small_large_base(tmp_path: Path) -> None:
+    """A rank holds its part, gathers the same on every rank, and reduces what is trained."""
+    options = ["--layers", "2", "--hidden", "256", "--vocab", "1024", "--ranks", "1", "2"]
+    out = subprocess.run(
+        [sys.executable, str(FOLDER / "cpu" / "large_base.py"), *options],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ).stdout
+    one, two = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
+    assert 0.45 < two["held_mb"] / one["held_mb"] < 0.65
+    assert one["collectives"] == {}
+    assert set(two["collectives"]) == {"allgather_base", "reduce_scatter_base"}

@@ -14,9 +14,9 @@ from lightning_peft.adapters.intact import check_intact
 from lightning_peft.adapters.merge_module import Into, MergeSettings, check_finite, merge_module
 from lightning_peft.adapters.merge_plan import ModuleMerge, check_merge, names_to_merge, plan_merge
 from lightning_peft.adapters.merge_report import MergeReport, SiteError
-from lightning_peft.adapters.merge_undo import UntiedConfig
+from lightning_peft.adapters.merge_undo import Untied, UntiedConfig
 from lightning_peft.adapters.snapshot import ModelSnapshot
-from lightning_peft.core.modules import tied_ids
+from lightning_peft.core.modules import ParameterPlace, tied_parameters
 from lightning_peft.layers.adapted import Adapted, adapted_modules, refresh
 from lightning_peft.layers.adapted_state import MergeUndo, UndoStep
 from lightning_peft.models.outputs import output_of, relative_change
@@ -68,18 +68,19 @@ def merge(
     if not keep_base:  # a former call failed halfway: its modules are merged for good
         plan = [part for part in plan if not _is_merged(part, wanted)]
     check_merge(plan, base)
-    tied = tied_ids(model)
+    ties = tied_parameters(model)
+    tied = {id(first.module._parameters[first.key]) for first, *_ in ties}
     if batch is None:
-        return _merge_all(model, plan, MergeSettings(wanted, into, base, tied), keep_base)
+        return _merge_all(model, plan, MergeSettings(wanted, into, base, tied), keep_base, ties)
     before = output_of(model, batch)
     with disable_adapters(model):
         plain = output_of(model, batch)
     errors = {}
     if base is not None:
-        _merge_all(model, plan, MergeSettings(wanted, into, None, tied), True)
+        _merge_all(model, plan, MergeSettings(wanted, into, None, tied), True, ties)
         errors["dequantized"] = relative_change(output_of(model, batch), before)
         unmerge(model)
-    report = _merge_all(model, plan, MergeSettings(wanted, into, base, tied), keep_base)
+    report = _merge_all(model, plan, MergeSettings(wanted, into, base, tied), keep_base, ties)
     report.output_error = relative_change(output_of(model, batch), before)
     report.output_change = relative_change(before, plain)
     if base is not None:
@@ -130,7 +131,11 @@ def _undo(module: Adapted) -> None:
 
 
 def _merge_all(
-    model: nn.Module, plan: Sequence[ModuleMerge], settings: MergeSettings, keep_base: bool
+    model: nn.Module,
+    plan: Sequence[ModuleMerge],
+    settings: MergeSettings,
+    keep_base: bool,
+    ties: Sequence[Sequence[ParameterPlace]],
 ) -> MergeReport:
     """Merge every module.
 
@@ -164,7 +169,7 @@ def _merge_all(
     if released and settings.into == "dense" and plan:
         _keep_undo(plan[-1].module, [QuantizationNotes.take(model)])
     if settings.report.untied:
-        _untie_configs(model, plan[-1].module)
+        _untie_configs(model, plan[-1].module, ties)
     _warn_of_noise(settings.report)
     return settings.report
 
@@ -199,14 +204,22 @@ def _merge_part(part: ModuleMerge, settings: MergeSettings, keep_base: bool) -> 
         state.merge_undo = None
 
 
-def _untie_configs(model: nn.Module, holder: Adapted) -> None:
-    """Clear the flag by which Hugging Face ties embeddings again when it loads the merged model."""
+def _untie_configs(
+    model: nn.Module, holder: Adapted, ties: Sequence[Sequence[ParameterPlace]]
+) -> None:
+    """Clear the flag by which Hugging Face ties embeddings again when it loads the merged model.
+
+    Without the flag it ties none, and it writes a tensor under one name only. So the places of a
+    group that still share one get a tensor each.
+    """
     steps: list[UndoStep] = []
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False) is True:
             config.tie_word_embeddings = False
             steps.append(UntiedConfig(config))
+    for group in ties if steps else ():
+        steps += _separated(group)
     _keep_undo(holder, steps)
 
 
@@ -216,3 +229,19 @@ def _keep_undo(holder: Adapted, steps: Sequence[UndoStep]) -> None:
         undo = holder._peft.merge_undo or MergeUndo()
         undo.steps += steps
         holder._peft.merge_undo = undo
+
+
+def _separated(group: Sequence[ParameterPlace]) -> list[UndoStep]:
+    """Give every place of a group a tensor of its own, if they differ already."""
+    held = [place.module._parameters[place.key] for place in group]
+    if len({id(parameter) for parameter in held}) == 1:
+        return []
+    steps: list[UndoStep] = []
+    seen: set[int] = set()
+    for place, parameter in zip(group, held, strict=True):
+        if parameter is not None and id(parameter) in seen:
+            steps.append(Untied(place.module, place.key, parameter))
+            copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            place.module._parameters[place.key] = copy
+        seen.add(id(parameter))
+    return steps

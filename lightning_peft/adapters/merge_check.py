@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.merge_plan import ModuleMerge
+from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.edit import apply_edits
+from lightning_peft.layers.example_inputs import has_own_forward
 from lightning_peft.layers.mixed_batch import without_mixed_batch
 from lightning_peft.models.modules import evaluating
 from lightning_peft.models.outputs import relative_change
@@ -23,8 +25,8 @@ _EIGHT_BITS = 0.1
 class OutputCheck:
     """Runs a module on a small random input before the merge, and again after it.
 
-    Layers of kinds without an example input, and those on meta, are not compared; the report says
-    so. Hooks are not called.
+    Layers of kinds without an example input, those on meta, and those whose own forward does not
+    take such an input are not compared; the report says so. Hooks are not called.
     """
 
     def __init__(self, part: ModuleMerge, *, compares: bool) -> None:
@@ -65,11 +67,17 @@ class OutputCheck:
         module = self._part.module
         methods = ", ".join(sorted({a.method.label for a in self._part.adapters}))
         staying = [n for n in module._peft.active.acting_names() if n in module.peft]
+        own = ""
+        if has_own_forward(module) and not staying:
+            own = (
+                f", whose forward computes more than the product with its weight "
+                f"({base_class(module).__name__}.forward), so the adapter acts beside it"
+            )
         raise RuntimeError(
             f"merge {self._part.label!r}: expected the same {what} as before, got one that differs "
             f"by {found:.1e} (relative; {allowed:.0e} is rounding): {methods} on "
             f"{type(module).__name__} cannot be merged"
-            + (f" below {staying}, which stay and read the weight" if staying else "")
+            + (f" below {staying}, which stay and read the weight" if staying else own)
             + "; the layer is as before: keep it attached, or merge all adapters together"
         )
 
@@ -106,9 +114,22 @@ class OutputCheck:
         if self._inputs is None:
             return None
         module = self._part.module
-        with torch.no_grad(), evaluating(module), without_mixed_batch():
-            device = self._inputs[0].device.type
-            with torch.autocast(device, enabled=False):
-                y = type(module).forward(module, *self._inputs)
+        if not has_own_forward(module):
+            return self._outputs()
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        try:
+            return self._outputs()
+        except Exception:  # the class takes other inputs than its base
+            return None
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+    def _outputs(self) -> Tensor | None:
+        module, inputs = self._part.module, self._inputs
+        assert inputs is not None
+        plainly = torch.autocast(inputs[0].device.type, enabled=False)
+        with torch.no_grad(), evaluating(module), without_mixed_batch(), plainly:
+            y = type(module).forward(module, *inputs)
         first = y[0] if isinstance(y, tuple) else y
         return first.detach().clone() if isinstance(first, Tensor) else None

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.pruning_masks import held
 from lightning_peft.layers.base import MatrixOps
-from lightning_peft.layers.example_inputs import random_inputs
+from lightning_peft.layers.example_inputs import is_comparable, random_inputs
 
 __all__ = ["ConvOps"]
 
@@ -34,7 +33,7 @@ class ConvOps(MatrixOps):
     def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
         """One sample, as large as the kernel's reach and two more."""
         conv = _conv(m)
-        if base_class(m).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        if not is_comparable(m):
             return None
         reach = [d * (k - 1) + 3 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         return random_inputs(m, held(m, "weight").dtype, (1, conv.in_channels, *reach))

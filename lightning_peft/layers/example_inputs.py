@@ -7,7 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["random_inputs"]
+from lightning_peft.core.class_swap import base_class
+from lightning_peft.core.pruning_masks import held
+from lightning_peft.storage.nf4.packed_layer import Packed4bitModule
+
+__all__ = ["has_own_forward", "is_comparable", "random_inputs"]
+
+_DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_own_forward(m: nn.Module) -> bool:
+    """Whether the class underneath computes by code of its own, such as a mask on the weight."""
+    cls = base_class(m)
+    return cls.__name__ != "Conv1D" and not cls.forward.__module__.startswith("torch.nn.")
+
+
+def is_comparable(m: nn.Module) -> bool:
+    """Whether the layer computes from the values of its weight, by whatever code.
+
+    Layers of other libraries' formats also round their input, so that a dense weight computes
+    something else.
+    """
+    if not has_own_forward(m):
+        return True
+    if isinstance(m, Packed4bitModule):
+        return not base_class(m).__module__.startswith("bitsandbytes.")
+    return held(m, "weight").dtype in _DENSE
 
 
 def random_inputs(

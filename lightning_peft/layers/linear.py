@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from lightning_peft.core.protocols import WeightLayout
 from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.layers.base import MatrixOps
-from lightning_peft.layers.example_inputs import random_inputs
+from lightning_peft.layers.example_inputs import is_comparable, random_inputs
 from lightning_peft.storage import storage_of
-from lightning_peft.storage.linear_forward import plain_forward
 from lightning_peft.storage.packed_linear import AdoptedLinear, PackedLinear
 
 __all__ = ["Conv1DOps", "LinearOps"]
@@ -30,7 +29,7 @@ class _FeaturesOps(MatrixOps):
     def example_inputs(self, m: nn.Module) -> tuple[Tensor, ...] | None:
         """Four rows of features."""
         storage = storage_of(m, "weight")
-        if not plain_forward(m):
+        if not is_comparable(m):
             return None
         width = self.shape(m, "weight", storage.shape(m, "weight"))[-1]
         return random_inputs(m, storage.dtype(m, "weight"), (4, width))

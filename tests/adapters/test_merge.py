@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_peft as lp
 from tests.helpers.compare import assert_close, assert_same_bits
@@ -132,3 +133,73 @@ def test_a_copy_of_a_merged_model_is_unmerged_on_its_own(into: str) -> None:
     assert_close("merged", merged, attached, floor=1e-6)
     lp.unmerge(model)
     assert_same_bits("the model", model(x), attached)
+
+
+class MaskedLinear(nn.Linear):
+    """As in masked autoregressive nets; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("mask", torch.tril(torch.ones(8, 8)))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return nn.functional.linear(x, self.mask * self.weight, self.bias)
+
+
+class StandardizedConv(nn.Conv2d):
+    """As in ResNet-v2 and normaliser-free nets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, w, self.bias)
+
+
+class OtherCode(nn.Linear):
+    """Computes what `nn.Linear` does, by other code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class TwoInputs(nn.Linear):
+    """Takes what the comparison does not know."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize(
+    ("layer", "refused"),
+    [
+        (MaskedLinear, True),
+        (lambda: StandardizedConv(3, 8, 3), True),
+        (lambda: OtherCode(8, 8), False),
+    ],
+)
+def test_layers_with_a_forward_of_their_own(
+    layer: Callable[[], nn.Module], refused: bool, quantization: str | None
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer()).eval()
+    lp.attach(model, lp.LoRA(r=2, target_modules=["0"]), quantization=quantization)
+    with torch.no_grad():
+        for t in lp.adapter_state_dict(model).values():
+            t.normal_()
+    x = torch.randn(2, 3, 5, 5) if isinstance(model[0], nn.Conv2d) else torch.randn(2, 8)
+    before, state = model(x), copy.deepcopy(model.state_dict())
+    if refused:
+        with pytest.raises(RuntimeError, match=r"merge '0': .*forward computes more than the prod"):
+            lp.merge(model)
+        assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    else:
+        lp.merge(model)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_forward_with_other_inputs_is_not_compared() -> None:
+    model = nn.Sequential(TwoInputs(8, 8))
+    lp.attach(model, lp.LoRA(r=2, target_modules=["0"]))
+    assert "not compared: 0" in str(lp.merge(model))

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lightning_peft as lp
 from tests.helpers.compare import assert_close, assert_same_bits
@@ -270,3 +278,55 @@ def test_weights_that_were_tied_are_named() -> None:
     with pytest.warns(UserWarning, match="embed_tokens.weight, lm_head.weight were tied, and the"):
         lp.merge_and_unload(model)
     assert_close("logits", logits(model), before)
+
+
+def shared_embeddings(kind: str) -> nn.Module:
+    """A model whose embedding lies under `shared`, in encoder, decoder and output head."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+                decoder_start_token_id=0,
+            )
+        ).eval()  # fmt: skip
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+            decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+            max_position_embeddings=16, forced_eos_token_id=2,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*were tied")
+@pytest.mark.parametrize("how", ["merge", "merge_and_unload"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("saved", ["shared", "lm_head", "encoder.embed_tokens"])
+def test_one_of_several_tied_embeddings_changed(
+    kind: str, saved: str, how: str, tmp_path: Path
+) -> None:
+    model = shared_embeddings(kind)
+    ties = model.state_dict(keep_vars=True)
+    lp.attach(model, lp.LoRA(r=2), modules_to_save=[saved])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+
+    def outputs(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of.eval()(input_ids=IDS, decoder_input_ids=IDS[:, :3]).logits
+
+    before = outputs(model)
+    getattr(lp, how)(model)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert_close("loaded", outputs(loaded), before)
+    if how == "merge":
+        lp.unmerge(model)
+        assert_same_bits("unmerged", outputs(model), before)
+        assert model.config.tie_word_embeddings
+        plain = {k: id(t) for k, t in model.state_dict(keep_vars=True).items() if k in ties}
+        assert plain == {k: id(ties[k]) for k in plain}

@@ -182,7 +182,9 @@ def test_the_cause_is_named() -> None:
 def test_ddp_errors_name_the_way_out() -> None:
     error = RuntimeError("Expected to have finished reduction in the prior iteration")
     explain_unused_parameters(error)
+    pl.strategies.DDPStrategy().on_exception(error)  # comes after the callbacks
     assert "PEFT(root=…)" in str(error)
+    assert "PEFTDDPStrategy(find_unused_parameters=True)" in str(error)
 
 
 # ---- other callbacks
