@@ -92,3 +92,12 @@ def test_layers_as_found_in_a_model_loaded_by_bitsandbytes(what, tmp_path) -> No
     assert_close("logits", run(model, inputs), want, floor=1e-4 if what == "4bit" else 1e-2)
     again = loaded(found, tmp_path)
     assert_close("again", run(again, inputs), run(model, inputs), floor=1e-5)
+
+
+def test_a_start_that_was_rounded_with_the_base_warns(tmp_path) -> None:
+    """The file fits the dense weight; the packed base was Q(W - B0 A0), which no file holds."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    method = lp.LoRA(r=4, init="olora", target_modules="all-linear")
+    lp.attach(model, method, quantization="nf4")
+    with pytest.warns(UserWarning, match=r"2 layers, '0' first, were quantised after"):
+        lp.save_adapter(model, tmp_path)
