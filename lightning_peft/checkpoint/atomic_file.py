@@ -57,9 +57,14 @@ def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the disk is full, with the bytes needed; the temporary file is gone, the former
-            file as it was.
+            file as it was. Or the path is a directory.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(
+            f"{target}: expected the path of a file to write, got a directory; give a file inside "
+            f"it, such as {target / 'last.ckpt'}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(target.parent)
     temporary = temporary_path(target)

@@ -185,6 +185,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected names other than"):
         save_checkpoint(loop.net, tmp_path / "a.ckpt", state_dict={})
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(IsADirectoryError, match=r"path of a file to write.*last\.ckpt"):
+        save_checkpoint(loop.net, tmp_path, **loop.state)
 
 
 @pytest.mark.parametrize("moment", ["save", "fsync", "replace"])
