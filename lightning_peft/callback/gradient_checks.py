@@ -137,7 +137,11 @@ def unused_layers(model: nn.Module) -> list[str]:
 
     A branch that was not taken, a dropped layer or an expert without tokens is no fault.
     """
-    return [n for n, module in adapted_modules(model) if not module._peft.telemetry.forward_ran]
+    return [
+        n or "the module itself, whose forward nothing called"
+        for n, module in adapted_modules(model)
+        if not module._peft.telemetry.forward_ran
+    ]
 
 
 def _cause(module: Adapted) -> str:

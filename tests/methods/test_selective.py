@@ -274,3 +274,47 @@ def test_mask_is_fixed_to_the_density() -> None:
 def test_bad_values(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         DiffPruning(**fields)  # type: ignore[arg-type]
+
+
+class Lists(nn.Module):
+    """Reads parameters of containers, which have no forward of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.rows = nn.ParameterList([torch.randn(8, 8), torch.randn(8, 8)])
+        self.named = nn.ParameterDict({"a": torch.randn(8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        for row in self.rows:
+            x = torch.tanh(x @ row)
+        return x + self.named["a"]
+
+
+@pytest.mark.parametrize("saved", [["rows", "named"], None], ids=["modules_to_save", "full"])
+def test_parameters_of_lists_are_trained_and_kept(saved: list[str] | None) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Lists()), torch.randn(4, 8)
+    base, start = model(x).detach(), {k: t.clone() for k, t in model.state_dict().items()}
+    fresh = copy.deepcopy(model)
+    method = lp.Full() if saved is None else lp.LoRA(r=2, target_modules=["body"])
+    for each in (model, fresh):
+        lp.attach(each, method, modules_to_save=saved or ())
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                assert p.grad is not None, name
+                p.sub_(0.05 * (1 + torch.rand_like(p)))
+    y = model(x).detach()
+    assert (y - base).abs().max() > 1e-3
+    lp.load_adapter_state_dict(fresh, lp.adapter_state_dict(model))
+    torch.testing.assert_close(fresh(x), y, rtol=0, atol=0)
+    lp.merge(model)
+    torch.testing.assert_close(model(x).detach(), y)
+    lp.unmerge(model)
+    torch.testing.assert_close(model(x).detach(), y, rtol=0, atol=0)
+    lp.detach(model)
+    assert all(torch.equal(t, start[k]) for k, t in model.state_dict().items())
+    torch.testing.assert_close(model(x), base, rtol=0, atol=0)

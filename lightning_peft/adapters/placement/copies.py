@@ -18,6 +18,9 @@ from lightning_peft.storage.unknown import refuse_unknown_format
 
 __all__ = ["find_copy_placements"]
 
+#: Containers of parameters, which the module around them reads in its forward.
+_LISTS = nn.ParameterList | nn.ParameterDict
+
 _Selects = Callable[[str, nn.Parameter, nn.Module], bool]
 
 
@@ -34,7 +37,7 @@ def find_copy_placements(
     for name, module in base_modules(model).items():
         if in_adapter(name) or not inside(name):
             continue
-        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential | _LISTS):
             continue
         paths = _selected(method, name, module, selects)
         if paths:
@@ -79,4 +82,7 @@ def _read_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     own = list(module.named_parameters(recurse=False))
     if isinstance(module, nn.MultiheadAttention):
         own += [(f"out_proj.{n}", p) for n, p in module.out_proj.named_parameters(recurse=False)]
+    for child, held in module.named_children():
+        if isinstance(held, _LISTS):
+            own += [(f"{child}.{n}", p) for n, p in held.named_parameters(recurse=False)]
     return own
