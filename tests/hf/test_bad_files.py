@@ -71,7 +71,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "a list": (write(CONFIG, b"[1, 2]"), ValueError, "JSON object, got list"),
     "no peft_type": (config(peft_type=KeyError), ValueError, ("peft_type: expected a string, got "
                                                              "None")),
-    "other peft_type": (config(peft_type="XLORA"), ValueError, "expected one of .*got 'XLORA'"),
+    "other peft_type": (config(peft_type="OTHER"), ValueError, "expected one of .*got 'OTHER'"),
     "no r": (config(r=KeyError), ValueError, "expected 'r'"),
     "no alpha": (config(lora_alpha=KeyError), ValueError, "expected 'lora_alpha'"),
     "no targets": (config(target_modules=KeyError), ValueError, "expected 'target_modules'"),

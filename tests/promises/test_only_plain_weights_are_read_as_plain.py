@@ -16,12 +16,11 @@ import lightning_peft as lp
 from tests.helpers.compare import assert_same_bits
 
 
-def fp8_linear() -> nn.Module:
-    from transformers.integrations.finegrained_fp8 import FP8Linear
-
-    layer = FP8Linear(16, 16, block_size=(16, 16))
-    layer.weight.data = torch.randn(16, 16).to(torch.float8_e4m3fn)
-    layer.weight_scale_inv.data = torch.rand(1, 1)
+def float8_linear() -> nn.Module:
+    """Codes without scales: no storage knows what they stand for."""
+    layer = nn.Linear(16, 16)
+    codes = torch.randn(16, 16).to(torch.float8_e4m3fn)
+    layer.weight = nn.Parameter(codes, requires_grad=False)
     return layer
 
 
@@ -56,7 +55,7 @@ def subclassed_linear() -> nn.Module:
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "fp8": (fp8_linear, "float8_e4m3fn"),
+    "float8": (float8_linear, "float8_e4m3fn"),
     "bitnet": (bit_linear, "scale"),
     "int8": (integer_linear, "int8"),
     "scaled": (scaled_linear, "weight_scale"),
