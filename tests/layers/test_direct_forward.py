@@ -39,17 +39,18 @@ def general(model: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-# Before the short way 47 and 83 without gradients, 49 and 81 with them.
+# Before the short way 47 and 83 without gradients, 49 and 81 with them. A packed layer that trains
+# makes one call more once any layer of the process keeps reordered bytes for generation.
 @pytest.mark.parametrize(
     ("quantized", "gradients", "most"),
-    [(False, False, 17), (True, False, 32), (False, True, 24), (True, True, 39)],
+    [(False, False, 17), (True, False, 32), (False, True, 24), (True, True, 40)],
 )
 def test_budget_of_python_calls(quantized: bool, gradients: bool, most: int) -> None:
     model, x = layer(quantized), torch.randn(1, 1, K)
     with torch.set_grad_enabled(gradients):
         model(x)
         found = own_calls(lambda: model(x))
-    assert len(found) <= most, found
+    assert len(found) <= most, " ".join(found)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
