@@ -13,7 +13,7 @@ from lightning_peft.adapters.attach import attach
 from lightning_peft.adapters.combine import exactly, low_rank_of, root_of
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.adapted import Adapted, adapted_modules, adapters_of
 from lightning_peft.methods.arrow import Arrow, stacked_experts
 from lightning_peft.report.summary import Report
 
@@ -88,9 +88,9 @@ def route(
     return report
 
 
-def _terms(module: nn.Module, name: str, sites: dict[_Key, Site]) -> dict[_Key, LowRank]:
+def _terms(module: Adapted, name: str, sites: dict[_Key, Site]) -> dict[_Key, LowRank]:
     found: dict[_Key, LowRank] = {}
-    for adapter in adapters_of(module, name):  # type: ignore[arg-type]
+    for adapter in adapters_of(module, name):
         key = (id(module), adapter.site.parameter)
         sites[key] = adapter.site
         found[key] = low_rank_of(adapter, "route")

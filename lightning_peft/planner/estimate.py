@@ -282,7 +282,7 @@ def _methods(
             f"method: expected a method such as LoRA(r=16), a list of them, or 'full', got "
             f"{method!r}"
         )
-    return found  # type: ignore[return-value]
+    return tuple(m for m in found if isinstance(m, Method))
 
 
 def _named(what: str, name: str, known: Any) -> str:
