@@ -15,7 +15,7 @@ from lightning_peft.adapters.intact import check_intact
 from lightning_peft.core.finite import is_finite
 from lightning_peft.core.marker import unmarked
 from lightning_peft.core.modules import base_modules, persistent_buffers
-from lightning_peft.core.names import join, strip_compile
+from lightning_peft.core.names import counted, join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.initialization.restore import initialized_shapes, restore_initialized
 from lightning_peft.layers.adapted import adapted_modules
@@ -114,7 +114,7 @@ def check_state(
         )
         raise ValueError(
             f"{source}: expected {len(live)} tensors that match the attached adapters, got "
-            f"{len(state)} with {len(problems)} differences; nothing was loaded. "
+            f"{len(state)} with {counted(len(problems), 'difference')}; nothing was loaded. "
             f"{_advice(problems)}:\n  {shown}"
         )
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_peft.core.names import counted
+
 __all__ = [
     "average_on_all_ranks",
     "check_same_on_all_ranks",
@@ -72,6 +74,6 @@ def check_same_on_all_ranks(own: Mapping[str, Any], what: str, advice: str) -> N
     if lines:
         more = f"\n  … and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise RuntimeError(
-            f"{what}: expected the same on all {len(answers)} processes, got {len(lines)} "
-            f"differences; {advice}\n  " + "\n  ".join(lines[:8]) + more
+            f"{what}: expected the same on all {len(answers)} processes, got "
+            f"{counted(len(lines), 'difference')}; {advice}\n  " + "\n  ".join(lines[:8]) + more
         )

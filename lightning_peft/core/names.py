@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ADAPTER_CHILD",
+    "counted",
     "in_adapter",
     "join",
     "matches_suffix",
@@ -49,6 +50,11 @@ def with_parents(name: str) -> list[str]:
     """Return the name of a module and the names of all modules it lies in, but for the root."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number and its noun: ``1 difference``, ``2 differences``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def nearest_names(wanted: str, names: Sequence[str], n: int = 5) -> list[str]:

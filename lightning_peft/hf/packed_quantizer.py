@@ -22,6 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightning_peft.core.names import counted
 from lightning_peft.models.packed_layers import (
     PackedLayer,
     declare_packed,
@@ -224,8 +225,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         if problems:
             raise ValueError(
                 f"load_packed: expected the tensors that the quantization_config describes, got "
-                f"{len(problems)} differences; nothing was loaded; the files are damaged or belong "
-                "to another config: download the checkpoint again:\n  " + "\n  ".join(problems[:8])
+                f"{counted(len(problems), 'difference')}; nothing was loaded; the files are "
+                "damaged or belong to another config: download the checkpoint again:\n  "
+                + "\n  ".join(problems[:8])
             )
 
     def _renamed(self, key: str) -> str:

@@ -14,7 +14,7 @@ from lightning_peft.adapters.placement.placement import (
     PlannedAdapter,
 )
 from lightning_peft.core.modules import base_modules, parameter_at, persistent_buffers
-from lightning_peft.core.names import in_adapter, join
+from lightning_peft.core.names import counted, in_adapter, join
 from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
@@ -194,8 +194,8 @@ class ValueMatcher:
         ]
         if self.problems:
             raise ValueError(
-                f"adapter file: {len(self.problems)} differences; nothing was loaded:\n  "
-                + "\n  ".join(self.problems[:20])
+                f"adapter file: {counted(len(self.problems), 'difference')}; nothing was loaded:"
+                "\n  " + "\n  ".join(self.problems[:20])
             )
         return self.values
 

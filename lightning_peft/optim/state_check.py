@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.core.finite import is_finite
+from lightning_peft.core.names import counted
 from lightning_peft.optim.needed_state import TrialStates, form_problems, tensors_of
 from lightning_peft.optim.optimizers import PooledOptimizer
 from lightning_peft.optim.option_check import is_number, numbers_in, option_problems
@@ -100,9 +101,9 @@ def check_optimizer_state(
         more = f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(
             f"{what}: expected a state that {type(optimizer).__name__} can go on from, got "
-            f"{len(problems)} differences; nothing was loaded. Resume from another checkpoint, "
-            "return the optimizer class that was saved, or start a new fit from the weights alone:"
-            "\n  " + "\n  ".join(problems[:12]) + more
+            f"{counted(len(problems), 'difference')}; nothing was loaded. Resume from "
+            "another checkpoint, return the optimizer class that was saved, or start a new fit "
+            "from the weights alone:\n  " + "\n  ".join(problems[:12]) + more
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.core.names import strip_compile
+from lightning_peft.core.names import counted, strip_compile
 
 __all__ = ["Names", "in_live_order", "names_of", "stepped_names"]
 
@@ -79,10 +79,9 @@ def _require_same_groups(saved: Sequence[Sequence[str]], live: Names, what: str)
     more = f"\n  … and {len(lines) - 8} more" if len(lines) > 8 else ""
     raise ValueError(
         f"{what}: expected the {len(then)} parameters it was saved with, in the same "
-        f"{len(saved)} groups, got {len(lines)} differences; give configure_optimizers the groups "
-        "that were saved, or start a new fit from the weights alone:\n  "
-        + "\n  ".join(lines[:8])
-        + more
+        f"{len(saved)} groups, got {counted(len(lines), 'difference')}; give "
+        "configure_optimizers the groups that were saved, or start a new fit from "
+        "the weights alone:\n  " + "\n  ".join(lines[:8]) + more
     )
 
 

@@ -19,7 +19,7 @@ from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit, quantize_s
 from torch import Tensor, nn
 
 from lightning_peft.core.modules import persistent_buffers, tied_parameters
-from lightning_peft.core.names import in_adapter, join
+from lightning_peft.core.names import counted, in_adapter, join
 from lightning_peft.storage.dtensor import local, local_rows, shard_group
 from lightning_peft.storage.nf4.packed_layer import FourBitSpec, copy_packed_
 from lightning_peft.storage.nf4.storage import FourBitStorage
@@ -107,7 +107,8 @@ class BaseFiles:
         if problems:
             raise ValueError(
                 f"{folder}: expected the {len(self.wanted)} tensors of this model's base, got "
-                f"{len(problems)} differences; nothing was read:\n  " + "\n  ".join(problems[:12])
+                f"{counted(len(problems), 'difference')}; nothing was read:\n  "
+                + "\n  ".join(problems[:12])
             )
 
     def name_in_file(self, name: str) -> str:

@@ -57,7 +57,7 @@ def test_a_class_of_its_own(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["weight", "weight_scale_inv"])
 def test_missing_tensors(name: str, folder: Path) -> None:
     change(folder, **{name: None})
-    with pytest.raises(ValueError, match=rf"1 differences; .*\n  {LAYER}.{name}: missing"):
+    with pytest.raises(ValueError, match=rf"1 difference; .*\n  {LAYER}.{name}: missing"):
         load(folder)
 
 
