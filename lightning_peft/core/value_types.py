@@ -6,9 +6,10 @@ them, and unions. Whatever else is annotated counts as fitting.
 
 from __future__ import annotations
 
+import functools
 import numbers
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["argument_types", "describe", "fits", "require_fit"]
@@ -24,7 +25,8 @@ _SINGLE: dict[Any, tuple[str, Callable[[object], bool]]] = {
 _PLURALS = {str: "strings", int: "whole numbers", float: "numbers"}
 
 
-def argument_types(owner: Any) -> dict[str, Any]:
+@functools.lru_cache(maxsize=512)
+def argument_types(owner: Hashable) -> dict[str, Any]:
     """Return the annotated types of a class's or function's names; {} if they cannot be read."""
     try:
         return get_type_hints(owner)

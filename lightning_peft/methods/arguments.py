@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 from lightning_peft.core.value_types import argument_types, describe, fits
@@ -57,7 +57,7 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         if name not in known:
             raise TypeError(_unknown(cls, name, value, list(known)))
     positional = [f.name for f in fields if not f.kw_only]
-    wanted = argument_types(cls)
+    wanted = argument_types(cast(Hashable, cls))
     for name, value in {**dict(zip(positional, args, strict=False)), **kwargs}.items():
         annotation = wanted.get(name)
         _check_pattern(cls, name, annotation, value)

@@ -89,7 +89,8 @@ class QuantizedStorage(BaseStorage, Generic[Spec], ABC):
 
     def weights(self, m: nn.Module) -> Sequence[str]:
         """Weights whose specification has this storage's label."""
-        return [name for name, spec in specs_of(m).items() if spec.kind == self.label]
+        specs = specs_of(m)
+        return [name for name, s in specs.items() if s.kind == self.label] if specs else ()
 
     def owns(self, m: nn.Module, name: str) -> bool:
         """Whether the specification of the weight has this storage's label."""
