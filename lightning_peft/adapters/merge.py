@@ -153,6 +153,11 @@ def _merge_all(
             for part in plan:
                 _merge_part(part, settings, keep_base)
                 done.append(part)
+            if released and settings.into == "dense" and plan:
+                _keep_undo(plan[-1].module, [QuantizationNotes.take(model)])
+            if settings.report.untied:
+                _untie_configs(model, plan[-1].module, ties)
+        _warn_of_noise(settings.report)  # a warning may be an error: all is taken back then too
     except BaseException as error:
         if snapshot is not None:
             for part in reversed(plan):
@@ -166,11 +171,6 @@ def _merge_all(
                 "second call merges the rest"
             ) from error
         raise
-    if released and settings.into == "dense" and plan:
-        _keep_undo(plan[-1].module, [QuantizationNotes.take(model)])
-    if settings.report.untied:
-        _untie_configs(model, plan[-1].module, ties)
-    _warn_of_noise(settings.report)
     return settings.report
 
 
@@ -212,15 +212,16 @@ def _untie_configs(
     Without the flag it ties none, and it writes a tensor under one name only. So the places of a
     group that still share one get a tensor each.
     """
-    steps: list[UndoStep] = []
+    tied: dict[int, Any] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False) is True:
-            config.tie_word_embeddings = False
-            steps.append(UntiedConfig(config))
-    for group in ties if steps else ():
-        steps += _separated(group)
-    _keep_undo(holder, steps)
+            tied[id(config)] = config
+    for config in tied.values():
+        _keep_undo(holder, [UntiedConfig(config)])
+        config.tie_word_embeddings = False
+    for group in ties if tied else ():
+        _keep_undo(holder, _separated(group))
 
 
 def _keep_undo(holder: Adapted, steps: Sequence[UndoStep]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,21 @@ def test_the_model_is_as_before(name: str, step: int) -> None:
         assert_unchanged(model, before, y)
         count += 1
     assert count > 2
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    """Requantising a small update adds more noise than the update has, of which merge warns."""
+    model = trained(NF4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".B"):
+                p.mul_(1e-4)
+    y, before = model(X).detach(), structure(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="more noise than the update"):
+            lp.merge(model, into="storage")
+    assert_unchanged(model, before, y)
 
 
 @pytest.mark.parametrize("step", [97, pytest.param(3, marks=pytest.mark.slow)])
