@@ -126,7 +126,8 @@ class GLoRA(WeightMethod):
 
     def _bias(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         b = site.bias(W.dtype)
-        if b is None:
+        # Another adapter's merge may add a bias that was not there when this one was built.
+        if b is None or not p.keys() & {"C", "Cd", "D", "E"}:
             return None
         change = b * p["D"] + p["E"] if "D" in p else torch.zeros_like(b)
         if self.weight_to_bias != "none":
