@@ -180,7 +180,7 @@ def runs(
 
 
 def chosen(found: Sequence[dict[str, str]], row: str, task: type[Task]) -> float | None:
-    """Return the rate with the best validation score; None without a trial that has one."""
+    """Return the rate with the best validation score; or None if no trial has one."""
     own = [x for x in found if x["row"] == row and x["task"] == task.name and x["score"]]
     if not own:
         return None
@@ -280,7 +280,7 @@ def stepper(row: Row, task: Task) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Run the stages that are asked for."""
+    """Run the requested stages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

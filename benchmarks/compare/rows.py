@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         name: Its id in the CSV files.
-        method: The method, or a hybrid; None for a reference or a peer.
+        method: The method or hybrid. It is None if the row is a reference or a peer.
         rates: Centres of the learning-rate grids: encoder tasks, language.
         nf4: If True, the frozen base is packed to 4 bits.
         embeddings: If True, embeddings and output layer are trained too; tasks without are skipped.

@@ -18,7 +18,7 @@ class SiteError:
         error: Loss by rounding or requantising, ‖stored − W'‖ / ‖W'‖.
         base_delta: Distance to the original base, ‖stored − W₀‖ / ‖W₀‖; None without one.
         kept: Part of the update that is in a requantised weight, ⟨stored − W, δ⟩ / ‖δ‖² with
-            δ = W' − W: 1 if all of it survived. None for a dense weight, and for δ = 0.
+            δ = W' − W: 1 if nothing was lost. It is None if the weight is dense or δ is 0.
         noise: What requantising added, ‖stored − W'‖ / ‖δ‖. None where `kept` is.
     """
 

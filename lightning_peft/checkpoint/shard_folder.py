@@ -286,8 +286,8 @@ def _mapped(path: Path) -> dict[str, Any]:
     """Load a file whose tensors are read from disk when they are used."""
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        return atomic_file.read(path)  # raises with the reason
+    except Exception:  # torch names no class for a damaged file, an older format or an object
+        return atomic_file.read(path)  # reads it without a map, or raises with the reason
     return loaded if isinstance(loaded, dict) else atomic_file.read(path)
 
 

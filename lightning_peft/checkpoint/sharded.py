@@ -39,7 +39,7 @@ Shard = dict[str, Any]
 
 
 def tensor_shards(tensors: Mapping[str, Tensor]) -> Shard:
-    """This process's rows of each tensor, on the CPU; none if an earlier replica has them."""
+    """Return this rank's rows of each tensor on the CPU, without rows an earlier replica has."""
     return {
         name: {
             "shape": list(t.shape),

@@ -198,6 +198,7 @@ def _optimizers(sizes: Sizes, device: torch.device, seconds: float) -> Iterator[
         theirs = bitsandbytes.optim.AdamW8bit(parameters(), lr=1e-4)
         theirs.step()
         ways["bitsandbytes 8-bit"] = theirs.step
+    # Not installed, or no kernel for this device: the row then says why it is absent.
     except (ImportError, RuntimeError, NotImplementedError) as error:
         absent["bitsandbytes 8-bit"] = _reason(error)
     times = medians(ways, device, repeats=5, least=seconds)

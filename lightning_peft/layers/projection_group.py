@@ -46,7 +46,7 @@ class SupportsFusedGroup(Protocol):
 
         Args:
             modules: The layers.
-            x: Their input; None before a call.
+            x: Their common input, or None before the first call.
             factors: Low-rank term and dropout probability per layer; None to ask for the decision
                 alone.
         """

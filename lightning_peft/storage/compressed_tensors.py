@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -42,8 +43,8 @@ _PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
 _KNOWN = (*_PACKED, "int-quantized", "naive-quantized", "float-quantized")
 
 
-class _Compressed(BlockScaledStorage):
-    """What the formats of compressed-tensors have in common."""
+class _Compressed(BlockScaledStorage, ABC):
+    """Base of the formats of compressed-tensors."""
 
     quant_methods = ("compressed-tensors",)
     renamings = ((r"\.weight_packed$", ".weight"),)
@@ -63,8 +64,9 @@ class _Compressed(BlockScaledStorage):
         groups: Mapping[str, Any] = config.get("config_groups") or {}
         return any(self._takes(g.get("weights") or {}) for g in groups.values())
 
+    @abstractmethod
     def _takes(self, weights: Mapping[str, Any]) -> bool:
-        raise NotImplementedError
+        """Whether this storage holds weights of a group described so."""
 
     def skipped(self, config: Mapping[str, Any]) -> Sequence[str] | None:
         """None of transformers' patterns: `declare` reads the library's own list."""
@@ -113,10 +115,12 @@ class _Compressed(BlockScaledStorage):
         return DeclaredWeight(layout, tensors | self._further(weight, shape, weights, dtypes))
 
     def _element(self) -> Element:
-        raise NotImplementedError
+        """Return the format of one code."""
+        raise NotImplementedError  # a format that replaces `_tensors` needs none
 
     def _codes_dtype(self) -> torch.dtype:
-        raise NotImplementedError
+        """Return the dtype of the codes in the file."""
+        raise NotImplementedError  # a format that replaces `_tensors` needs none
 
     def _further(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -58,7 +59,7 @@ class Module(pl.LightningModule):
         return list(self.model.get_submodule(self.head).parameters()) if self.head else []
 
 
-class Task:
+class Task(ABC):
     """One task: a pretrained model, three splits, a metric.
 
     Attributes:
@@ -101,17 +102,17 @@ class Task:
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loader(self) -> DataLoader[Any]:
         """Return all training batches of a run, in random order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, module: Module, split: Split) -> float:
         """Return the metric on a split."""
-        raise NotImplementedError
 
 
 def shuffled(rows: Any, size: int, batch: int, passes: int) -> DataLoader[Any]:

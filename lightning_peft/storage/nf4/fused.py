@@ -46,7 +46,7 @@ def fused_group(
 
     Args:
         modules: Linear layers whose ``weight`` is packed.
-        x: Their input; None before a call.
+        x: Their common input, or None before the first call.
         factors: (LowRank, dropout) of each; None to ask for the decision alone.
     """
     first: FourBitSpec = modules[0]._packed["weight"]
