@@ -12,6 +12,7 @@ from lightning_peft.activations.config import ActivationKind, Activations
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.planner.activation_trace import Trace
 from lightning_peft.planner.example_inputs import NoInputs
+from lightning_peft.planner.gathered import Gathered
 from lightning_peft.planner.meta_model import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 from lightning_peft.storage import Quantization, StorageConfig, storage_for
@@ -39,6 +40,7 @@ ALLOWANCES: dict[str, int] = {"CUDA context": 600 * 10**6, NCCL: 500 * 10**6}
 _BUCKET = "communication buckets"
 _GATHERED_KV = "gathered keys and values"
 _FULL = "fully trained weights"
+_TRACED = (ACTIVATIONS, LOGITS, BACKWARD)
 _STATES = ("base weights", "adapters", _FULL, GRADIENTS, "optimizer state")
 
 
@@ -159,21 +161,18 @@ class Plan:
         parts[_BUCKET] = 0
         if c.strategy == "ddp" and c.world_size > 1:
             parts[_BUCKET] = s.trained_bytes
-        elif c.strategy == "fsdp" and c.world_size > 1:
-            parts[_BUCKET] = self._gathered()
         parts[_GATHERED_KV] = self._gathered_kv()
         return parts
 
-    def _gathered(self) -> int:
-        """Bytes of the units that FSDP has gathered at once, and of gradients on their way."""
-        s, c = self.sizes, self.choice
-        end, rest = (
-            (0, s.rest + s.end) if c.liger else (s.end, s.rest)
-        )  # it reads the head's weight
-        if not c.reshard_after_forward:
-            return s.base_bytes + s.trained_bytes + s.block + s.block_trained
-        # This unit and the next, of which one may be the embedding or the head.
-        return s.block + max(s.block, end) + rest + s.block_trained
+    @property
+    def _gathered(self) -> Gathered | None:
+        """Bytes of the units that FSDP has gathered, by moment; None under other strategies."""
+        c = self.choice
+        if c.strategy != "fsdp":
+            return None
+        return Gathered.of(  # liger's loss reads the head's weight
+            self.sizes, c.shards, reshards=c.reshard_after_forward, whole_head=c.liger
+        )
 
     def _gathered_kv(self) -> int:
         """Bytes of one layer's keys and values of all tokens, received in two steps."""
@@ -195,24 +194,29 @@ class Plan:
             self.notes.append(f"activations are not counted: {error}")
             return Trace()
 
-    def _moments(self, batch_size: float) -> tuple[dict[str, float], dict[str, float]]:
-        """Parts at the fullest moment of forward and of backward."""
+    def _moments(self, batch_size: float) -> list[dict[str, float]]:
+        """Parts at the fullest moments of forward and backward, and where FSDP gathers most."""
         line, own = self._trace(self.choice.batch_size), self.choice.batch_size
         if batch_size != own:
             line = line.along(self._trace(2 * own), batch_size / own - 1)
-        shards = self.choice.shards
-        moments = []
-        for traced in (line.forward, line.backward):
-            parts: dict[str, float] = dict(self._fixed)
-            for part in (ACTIVATIONS, LOGITS, BACKWARD):
-                parts[part] = traced.get(part, 0.0)
-            if self._fused_loss is not None:
-                parts[LOGITS] = self._chunk(batch_size)
-            if traced is line.backward:
-                # Lightning frees the gradients of the last step right before backward.
-                parts[GRADIENTS] = min(parts[GRADIENTS], traced.get(GRADIENTS, 0.0) / shards)
-            moments.append(parts)
-        return moments[0], moments[1]
+        shards, gathered = self.choice.shards, self._gathered
+        forward, backward = (
+            {**self._fixed, **{part: traced.get(part, 0.0) for part in _TRACED}}
+            for traced in (line.forward, line.backward)
+        )
+        if self._fused_loss is not None:
+            forward[LOGITS] = backward[LOGITS] = self._chunk(batch_size)
+        # Lightning frees the gradients of the last step right before backward.
+        made = line.backward.get(GRADIENTS, 0.0) / shards
+        backward[GRADIENTS] = min(backward[GRADIENTS], made)
+        if gathered is None:
+            return [forward, backward]
+        return [
+            {**forward, **dict.fromkeys(_TRACED, 0.0), _BUCKET: gathered.start},
+            {**forward, LOGITS: 0.0, _BUCKET: gathered.head},
+            {**forward, _BUCKET: gathered.forward},
+            {**backward, _BUCKET: gathered.backward},
+        ]
 
     def _chunk(self, batch_size: float) -> float:
         """Bytes of liger's loss: a chunk of logits, the gradient of the hidden states."""

@@ -64,6 +64,8 @@ class Job:
         mixed: Whether each sample is under one of two adapters.
         activations: Arguments of `Activations`.
         loss: As `PEFT` takes it.
+        sgd: Learning rate of SGD in place of AdamW, which turns the rounding of a gradient near
+            zero into a part of a step.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Job:
     watch_memory: bool = False
     activations: dict[str, Any] | None = None
     loss: str | None = None
+    sgd: float | None = None
 
 
 def rank() -> int:
@@ -232,6 +235,8 @@ class Net(InPackage):
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]
         trained = trained[::-1] if self.job.reverse else trained
+        if self.job.sgd is not None:
+            return torch.optim.SGD(trained, lr=self.job.sgd)
         return torch.optim.AdamW(trained, lr=1e-2)
 
     def train_dataloader(self) -> DataLoader[Any]:
