@@ -18,8 +18,9 @@ from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import join
 from lightning_peft.core.protocols import WeightLayout
 from lightning_peft.layers import ops_for
-from lightning_peft.storage.block_scaled import BlockScaledStorage, DeclaredWeight
+from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.registry import released_formats
+from lightning_peft.storage.released_format import DeclaredWeight, ReleasedWeight
 
 __all__ = ["PackedLayer", "declare_packed", "dense_patterns", "released_config"]
 
@@ -161,8 +162,9 @@ def _declared(
         natural = module.get_parameter(weight).shape
         *lead, one, two = natural
         shape = torch.Size((*lead, two, one)) if layout.transposed else natural
+        asked = ReleasedWeight(name, weight, shape, released, dtypes)
         for storage in formats:
-            declared = storage.declare(name, weight, shape, released, dtypes)
+            declared = storage.declare(asked)
             if declared is not None:
                 found[weight] = (storage, shape, declared)
                 break
