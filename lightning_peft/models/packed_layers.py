@@ -54,9 +54,7 @@ class PackedLayer:
             join(self.name, key): shape for d in declared for key, shape, _ in d.tensors.values()
         }
 
-    def hold(
-        self, dtype: torch.dtype, metadata: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
+    def hold(self, dtype: torch.dtype, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
         """Check the tensors, hold them and swap the forward.
 
         Args:

@@ -79,7 +79,7 @@ def made(kind: str) -> tuple[Any, Any]:
 def attached(model: nn.Module) -> nn.Module:
     torch.manual_seed(1)
     lp.attach(model, LoRA(r=4, target_modules=["0", "2"]))
-    for n, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
             p.data.normal_(0, 0.1)
     return model
@@ -212,7 +212,16 @@ def test_files_of_transformers(experts: bool, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "again")
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert_same_bits("written again", again(ids).logits.detach(), want)
-    # Adapters on the model that transformers loaded, and the file of that model.
+    # The same with the model that transformers loaded.
     lp.attach(theirs, LoRA(r=2, target_modules="all-linear"))
+    with lp.disable_adapters(theirs):
+        base = theirs(ids).logits.detach()
+    assert_close("adopted", base, want, floor=1e-6)
+    lp.merge(theirs, into="storage")
+    base = theirs(ids).logits.detach()
+    theirs.save_pretrained(tmp_path / "adopted")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adopted", dtype=torch.float32)
+    assert_close("written from adopted", again(ids).logits.detach(), base, floor=1e-6)
+    lp.unmerge(theirs)
     lp.detach(theirs)
     assert_same_bits("detached", theirs(ids).logits.detach(), want)

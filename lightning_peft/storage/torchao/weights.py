@@ -1,19 +1,12 @@
-"""torchao: int8 and float8 weights, in a model that arrives quantised or in its files.
+"""Weights of torchao: tensor subclasses in a model, and their parts in files.
 
-    Int8Tensor    W = (qdata - zero_point) · scale
-    Float8Tensor  W = qdata · scale
-
-A scale covers a row, a group of columns, a block, or the tensor. torchao holds a weight as a tensor
-subclass: `adopt` takes it apart without a copy, and `release` puts it together again. Products are
-W8A16, also where torchao quantises activations. Files hold the parts as ``_weight_qdata``,
-``_weight_scale`` and ``_weight_zero_point``, experts already stacked.
+`adopt` takes a tensor apart without a copy, and `release` puts it together again. Files hold the
+parts as ``_weight_qdata``, ``_weight_scale`` and ``_weight_zero_point``, experts already stacked.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+from abc import ABC
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
@@ -21,11 +14,17 @@ import torch
 from lightning_peft_kernels.block_scaled.layout import BlockLayout, BlockTensors, Element
 from torch import Tensor, nn
 
-from lightning_peft.core.names import join
-from lightning_peft.storage.block_scaled import BlockScaledStorage, BlockSpec, DeclaredWeight
+from lightning_peft.storage.block_scaled import BlockScaledStorage, BlockSpec
 from lightning_peft.storage.fp8 import SCALE_WORDS, scale_word
 from lightning_peft.storage.packed import specs_of
 from lightning_peft.storage.registry import register_storage
+from lightning_peft.storage.released_format import (
+    DeclaredTensor,
+    DeclaredWeight,
+    ReleasedWeight,
+)
+from lightning_peft.storage.torchao.config import FLOAT8_CONFIGS, INT8_CONFIGS, config_of
+from lightning_peft.storage.torchao.description import described
 
 __all__ = ["TorchAoFloat8Storage", "TorchAoInt8Storage"]
 
@@ -48,7 +47,7 @@ class TorchAoSpec(BlockSpec):
     requires_grad: bool = False
 
 
-class _TorchAo(BlockScaledStorage):
+class _TorchAo(BlockScaledStorage, ABC):
     """What both formats have in common."""
 
     quant_methods = ("torchao",)
@@ -61,40 +60,27 @@ class _TorchAo(BlockScaledStorage):
     element: Element
     codes_dtype: torch.dtype
     #: Configurations of torchao that make these weights.
-    configs: tuple[str, ...] = ()
+    configs: tuple[str, ...]
 
     # ---- files
 
-    def declare(
-        self,
-        label: str,
-        weight: str,
-        shape: torch.Size,
-        config: Mapping[str, Any],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> DeclaredWeight | None:
+    def declare(self, weight: ReleasedWeight) -> DeclaredWeight | None:
         """Codes and scales, for int8 also zero points."""
-        found = _config_of(label, weight, config)
-        if found is None or found.get("_type") not in self.configs:
+        config = config_of(weight)
+        if config is None or config.kind not in self.configs:
             return None
-        data: Mapping[str, Any] = found.get("_data") or {}
-        kind = _named(data.get("weight_dtype"))
-        if kind not in (None, str(self.codes_dtype).removeprefix("torch.")):
-            raise ValueError(
-                f"torchao {label!r} weight_dtype: expected {self.codes_dtype}, got {kind}; load "
-                'the model dense and give quantization="nf4"'
-            )
-        *lead, N, K = shape
-        rows, columns = _block(label, data, len(lead))
-        scale = dtypes.get(f"_{weight}_scale", torch.float32)
+        config.require_dtype(weight, self.codes_dtype)
+        rows, columns = config.block(weight)
+        scale = weight.dtypes.get(f"_{weight.name}_scale", torch.float32)
         layout = BlockLayout(self.element, rows, columns, 1, SCALE_WORDS[scale])
-        grid = (*lead, *layout.grid(N, K))
+        grid = (*weight.experts, *layout.grid(*weight.matrix))
         tensors = {
-            "codes": (weight, tuple(shape), self.codes_dtype),
-            "scales": (f"{weight}_scale", grid, scale),
+            "codes": DeclaredTensor(weight.name, tuple(weight.shape), self.codes_dtype),
+            "scales": DeclaredTensor(f"{weight.name}_scale", grid, scale),
         }
-        if self.element == "int8" and (not dtypes or f"_{weight}_zero_point" in dtypes):
-            tensors["zeros"] = (f"{weight}_zero_point", grid, torch.int8)
+        has_zeros = not weight.dtypes or f"_{weight.name}_zero_point" in weight.dtypes
+        if self.element == "int8" and has_zeros:
+            tensors["zeros"] = DeclaredTensor(f"{weight.name}_zero_point", grid, torch.int8)
         return DeclaredWeight(layout, tensors)
 
     def export(self, m: nn.Module) -> dict[str, Tensor]:
@@ -155,6 +141,11 @@ class _TorchAo(BlockScaledStorage):
         scale: Tensor = weight.scale
         rows, columns = _block_of(label, weight.shape, scale)
         layout = BlockLayout(self.element, rows, columns, 1, scale_word(label, scale))
+        if "zero_point" in parts and weight.zero_point.shape != scale.shape:
+            raise ValueError(
+                f"{label}: expected a zero point per scale, got shapes "
+                f"{list(weight.zero_point.shape)} and {list(scale.shape)}; quantise the model again"
+            )
         keys = {}
         for part in sorted(parts, key=lambda p: list(_ROLES).index(p) if p in _ROLES else 9):
             key = name if part == "qdata" else f"{name}_{part}"
@@ -162,7 +153,7 @@ class _TorchAo(BlockScaledStorage):
             m._parameters[key] = nn.Parameter(t.detach(), requires_grad=False)
             keys[_ROLES.get(part, part)] = key
         plain = self.spec(m, name, weight.shape, layout, keys)
-        plain.metadata = _description(weight)
+        plain.metadata = described(type(weight).__name__, attributes, parts)
         own = {f.name: getattr(plain, f.name) for f in fields(plain)}
         return TorchAoSpec(
             **own,
@@ -194,7 +185,7 @@ class TorchAoInt8Storage(_TorchAo):
     tensor_class = "Int8Tensor"
     element = "int8"
     codes_dtype = torch.int8
-    configs = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig")
+    configs = INT8_CONFIGS
 
     def _typed(self, q: BlockTensors, spec: BlockSpec) -> dict[str, Tensor]:
         """Codes are written symmetric, so zero points become 0."""
@@ -213,97 +204,7 @@ class TorchAoFloat8Storage(_TorchAo):
     tensor_class = "Float8Tensor"
     element = "e4m3"
     codes_dtype = torch.float8_e4m3fn
-    configs = ("Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig")
-
-
-_KNOWN = (*TorchAoInt8Storage.configs, *TorchAoFloat8Storage.configs)
-
-
-# ---- torchao's own descriptions
-
-
-def _description(weight: Tensor) -> str:
-    """What the metadata of a file says of a tensor; "" without torchao's encoder."""
-    try:
-        from torchao.prototype.safetensors.safetensors_utils import (
-            TensorSubclassAttributeJSONEncoder,
-        )
-    except ImportError:
-        return ""
-    return json.dumps(weight, cls=TensorSubclassAttributeJSONEncoder)
-
-
-def _config_of(label: str, weight: str, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The configuration of one weight; None if it is dense.
-
-    Raises:
-        ValueError: a configuration whose weights are not known.
-    """
-    kind = config.get("quant_type")
-    chosen = kind.get("default") if isinstance(kind, Mapping) else None
-    if not isinstance(chosen, Mapping):
-        raise ValueError(
-            f"torchao quant_type: expected a configuration of torchao 0.15 or later, got {kind!r}; "
-            'load the model dense and give quantization="nf4"'
-        )
-    found: Any = chosen
-    if chosen.get("_type") in ("FqnToConfig", "ModuleFqnToConfig"):
-        data: Mapping[str, Any] = chosen.get("_data") or {}
-        listed = data.get("fqn_to_config") or data.get("module_fqn_to_config") or {}
-        found = _listed(label, weight, listed)
-    elif weight != "weight":
-        return None  # a configuration for all layers means linear layers
-    if found is None:
-        return None
-    if found.get("_type") not in _KNOWN:
-        raise ValueError(
-            f"torchao {label!r}: expected one of {list(_KNOWN)}, got {found.get('_type')!r}, whose "
-            "weights are not known; load the model dense and give quantization=\"nf4\""
-        )
-    return cast("Mapping[str, Any]", found)
-
-
-def _listed(label: str, weight: str, listed: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Entry of a table of names, in torchao's order: names, patterns, then the default."""
-    full = join(label, weight)
-    for name in (full, label):
-        if name in listed:
-            return cast("Mapping[str, Any] | None", listed[name])
-    for pattern, entry in listed.items():
-        if not pattern.startswith("re:"):
-            continue
-        if any(re.fullmatch(pattern[3:], name) for name in (full, label)):
-            return cast("Mapping[str, Any] | None", entry)
-    return listed.get("_default") if weight == "weight" else None
-
-
-def _named(value: Any) -> Any:
-    """Name of a dtype in a configuration."""
-    return value.get("_data") if isinstance(value, Mapping) else value
-
-
-def _block(label: str, data: Mapping[str, Any], lead: int) -> tuple[int, int]:
-    """Rows and columns that share a scale; 0 means all.
-
-    Raises:
-        ValueError: another granularity.
-    """
-    found: Any = data.get("granularity") or {"_type": "PerRow"}
-    if isinstance(found, list):  # of activations and of weights
-        found = found[-1]
-    kind, values = found.get("_type"), found.get("_data") or {}
-    if data.get("group_size"):
-        return 1, int(data["group_size"])
-    if kind == "PerRow" and values.get("dim", -1) in (-1, 1 + lead):
-        return 1, 0
-    if kind == "PerGroup":
-        return 1, int(values["group_size"])
-    if kind == "PerTensor" and not lead:
-        return 0, 0
-    raise ValueError(
-        f"torchao {label!r} granularity: expected a scale per row, group of columns or matrix, got "
-        f"{found!r}; load the model dense and give quantization=\"nf4\""
-    )
+    configs = FLOAT8_CONFIGS
 
 
 def _block_of(label: str, shape: torch.Size, scale: Tensor) -> tuple[int, int]:
