@@ -332,7 +332,6 @@ def bases_in(path: Path) -> set[str]:
 # Files of methods/ that define no method of their own.
 NO_METHODS = (
     "arguments",
-    "base",
     "checks",
     "daubechies",
     "exchange",
@@ -350,6 +349,8 @@ def test_a_method_knows_only_edits() -> None:
     broken = []
     for found in OURS:
         if room(found.module) != "methods" or found.module == "lightning_peft.methods":
+            continue
+        if found.module.startswith("lightning_peft.methods.base"):
             continue
         if found.path.stem in NO_METHODS or found.target in METHOD_IMPORTS:
             continue
