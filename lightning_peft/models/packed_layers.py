@@ -54,8 +54,12 @@ class PackedLayer:
             join(self.name, key): shape for d in declared for key, shape, _ in d.tensors.values()
         }
 
-    def hold(self, dtype: torch.dtype) -> None:
+    def hold(self, dtype: torch.dtype, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
         """Check the tensors, hold them and swap the forward.
+
+        Args:
+            dtype: Dtype that the model computes in.
+            metadata: Name of a weight → what the files say of it.
 
         Raises:
             ValueError: a tensor is missing or has values that no encoder writes.
@@ -69,6 +73,7 @@ class PackedLayer:
                     self.module, name, shape, declared.layout, keys,
                     transposed=self.layout.transposed, adopted=False,
                 )  # fmt: skip
+                spec.metadata = metadata.get(join(self.name, name), "")
             except ValueError as error:
                 raise ValueError(f"{self.name!r}: {error}") from None
             specs.append((storage, name, spec))

@@ -45,9 +45,11 @@ class BlockSpec(QuantizedWeightSpec):
 
     Attributes:
         layout: Which code, and which block each scale covers.
+        metadata: What files say of the weight beside its tensors.
     """
 
     layout: BlockLayout = field(default=_WHOLE)
+    metadata: str = ""
 
     @property
     def matrix(self) -> tuple[int, int]:
