@@ -19,6 +19,14 @@ from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from tests.helpers.compare import assert_close
 from tests.helpers.peft_exchange import build, loaded, randomise, run
 
+TARGETS = {
+    "llama": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "vit": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "bart": ["q_proj", "fc2"],
+    "modernbert": ["Wqkv", "Wo"],
+}
 NAMES = ["task_0", "task_1", "task_2", "gks_0", "gks_1"]
 
 
@@ -31,11 +39,11 @@ def saved(base: nn.Module, folder: Path, targets: list[str], r: int = 4) -> list
     return [str(folder / str(i)) for i in range(5)]
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+@pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("general", [False, True])
 def test_outputs_are_pefts(name: str, general: bool, tmp_path: Path) -> None:
     """With the true singular vectors in peft too: its own come from 15 power steps."""
-    targets = {"llama": ["q_proj", "v_proj"], "t5": ["q", "v"], "vit": ["q_proj", "v_proj"]}[name]
+    targets = TARGETS[name]
     base, inputs = build(name)
     paths = saved(base, tmp_path, targets)
     ours: Any = copy.deepcopy(base)
@@ -54,11 +62,11 @@ def test_outputs_are_pefts(name: str, general: bool, tmp_path: Path) -> None:
         (adapter,) = weight_adapters_of(module, "arrow")
         layer = there[path].lora_arrow["arrow_router"]
         v = adapter.tensors()["v"]
-        assert ((layer.prototypes * v).sum(1).abs() > 0.2).all()
+        assert (layer.prototypes * v).sum(1).abs().mean() > 0.3
         layer.prototypes = v.clone()
     want = run(theirs, inputs)
     assert (want - run(base, inputs)).norm() > 1e-2 * want.norm()
-    assert_close("output", run(ours, inputs), want, floor=1e-4)
+    assert_close("output", run(ours, inputs), want, floor=1e-5)
 
 
 def net() -> Any:

@@ -21,6 +21,8 @@ TARGETS = {
     "llama": ["q_proj", "down_proj"],
     "gemma2": ["q_proj", "down_proj"],
     "qwen3": ["v_proj", "up_proj"],
+    "olmo2": ["q_proj", "down_proj"],
+    "phi": ["q_proj", "fc2"],
 }
 NAMES = ["0", "1", "2"]
 
@@ -91,10 +93,10 @@ def test_outputs_and_gradients_are_pefts(name: str, fields: dict[str, Any], tmp_
         y = model(**inputs).logits
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
         (y * weight).sum().backward()
-    assert_close("output", run(ours, inputs), run(theirs, inputs), floor=1e-4)
+    assert_close("output", run(ours, inputs), run(theirs, inputs), floor=1e-5)
     assert (run(ours, inputs) - run(base, inputs)).norm() > 1e-3
     for mine, other in zip(block.parameters(), classifier.parameters(), strict=True):
-        assert_close("gradient", mine.grad, other.grad, floor=1e-4)
+        assert_close("gradient", mine.grad, other.grad, floor=1e-5)
     trained = {n for n, p in ours.named_parameters() if p.requires_grad}
     assert all(".peft.router.block.layers." in n for n in trained)
 
@@ -116,7 +118,7 @@ def test_training_the_adapters_too_under_checkpointing(tmp_path: Path) -> None:
     assert any(".peft.0." in n for n in found[0])
     for n, grad in found[0].items():
         assert grad is not None, n
-        assert_close(n, found[1][n], grad, floor=1e-4)
+        assert_close(n, found[1][n], grad, floor=1e-5)
 
 
 def test_generation_resume_and_switching(tmp_path: Path) -> None:
