@@ -5,7 +5,6 @@ Every tensor and option is checked against the model before the model is changed
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.hf.attention_prompts import split_attention_prompts
+from lightning_peft.hf.base_copies import Embeddings, base_rewrites, rewritten
 from lightning_peft.hf.config import CONFIG, method_fields
 from lightning_peft.hf.keys import PREFIX, Reading, read_keys
 from lightning_peft.hf.layouts import layout_for
@@ -69,6 +69,7 @@ def load_adapter(
     modules_to_save: Sequence[str] | None = (),
     device: torch.device | str | None = None,
     heads: Heads = "load",
+    embeddings: Embeddings = "check",
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
@@ -98,6 +99,9 @@ def load_adapter(
         device: Where to quantise, as in `attach`.
         heads: ``"skip"`` leaves out the trained heads of a peft directory, and reads the rest into
             the bare base too.
+        embeddings: ``"restore"`` writes the embeddings that a peft directory holds into the base,
+            as peft does: the rows of new tokens after ``resize_token_embeddings``. By default they
+            must equal the base's.
 
     Returns:
         The report of attaching. Its notes count the tensors and layers loaded.
@@ -109,6 +113,10 @@ def load_adapter(
     """
     if heads not in ("load", "skip"):
         raise ValueError(f"load_adapter: heads: expected 'load' or 'skip', got {heads!r}")
+    if embeddings not in ("check", "restore"):
+        raise ValueError(
+            f"load_adapter: embeddings: expected 'check' or 'restore', got {embeddings!r}"
+        )
     storage = as_config(quantization)
     check_adapter_name(adapter_name)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora, config, heads)
@@ -116,7 +124,7 @@ def load_adapter(
     snapshot = None if storage is not None else ModelSnapshot(model)
     try:
         with adopted_layers(model):  # a refusal gives them back
-            return _load(model, source, adapter_name, storage, modules_to_save, device)
+            return _load(model, source, adapter_name, storage, modules_to_save, device, embeddings)
     except BaseException:
         if snapshot is not None:
             snapshot.restore(_weight_adapters(model, adapter_name))
@@ -135,6 +143,7 @@ def _load(
     quantization: StorageConfig | None,
     modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
+    embeddings: Embeddings,
 ) -> Report:
     with AllocationLimit.for_loading(model, source.tensors.values()):
         reading = _read(source)
@@ -150,27 +159,28 @@ def _load(
             reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
         else:
             _check_shared(source.format, reading)
-        _check_base(source, reading)
+        rewrites = base_rewrites(source, reading, embeddings)
         names += source.outside.names
         if modules_to_save is None:
             modules_to_save = list(new_layers_of(model, method).trained)
         more = [m for m in modules_to_save if not matches_suffix(m, names)]
-        report = attach(
-            model,
-            method,
-            adapter_name=adapter_name,
-            quantization=quantization,
-            modules_to_save=[*names, *more],
-            device=device,
-            separate_copies=separate,
-        )
-    try:
-        count = _copy(model, adapter_name, values, reading.shared)
-        count += source.outside.copy_into(model, adapter_name)
-    except BaseException:
-        if quantization is not None:
-            detach(model, adapter_name)
-        raise
+        with rewritten(rewrites):
+            report = attach(
+                model,
+                method,
+                adapter_name=adapter_name,
+                quantization=quantization,
+                modules_to_save=[*names, *more],
+                device=device,
+                separate_copies=separate,
+            )
+            try:
+                count = _copy(model, adapter_name, values, reading.shared)
+                count += source.outside.copy_into(model, adapter_name)
+            except BaseException:
+                if quantization is not None:
+                    detach(model, adapter_name)
+                raise
     layers = len({e.path for e in reading.entries} | {module for module, *_ in rows})
     layers += len(reading.norms) + len(reading.positions)
     report.notes += [
@@ -225,7 +235,7 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
         if reason:
             raise ValueError(
                 f"adapter file: {method.label} on {e.path!r} has no equal here: {reason}; exclude "
-                "the layer, or merge the adapter with peft; nothing was loaded"
+                "the layer, or go on running the adapter in peft; nothing was loaded"
             )
     return method
 
@@ -329,60 +339,6 @@ def _expected_targets(
         ops = parameter_ops(module)
         weights = () if ops is None else ops.parameters(module)
         yield from (f"{name}.{w}" for w in weights if named(f"{name}.{w}"))
-
-
-def _check_base(source: Source, reading: Reading) -> None:
-    """Check that the remaining tensors equal the base (peft saves adapted embeddings too).
-
-    Raises:
-        ValueError: a tensor that differs from the base, or has no place in it.
-    """
-    if not reading.other:
-        return
-    problems = []
-    saved_prefix = source.format.saved_prefix
-    parameters: dict[str, Tensor] = {
-        **dict(source.top.named_parameters(remove_duplicate=False)),
-        **dict(source.top.named_buffers(remove_duplicate=False)),
-    }
-    for key, tensor in reading.other.items():
-        head = PREFIX if key.startswith(PREFIX) else saved_prefix
-        name = re.sub(r"(\.base_layer)+\.(?=[^.]+$)", ".", key.removeprefix(head))
-        base = parameters.get(name)
-        if not key.startswith(head) or base is None:
-            problems.append(f"extra {key}")
-        elif base.shape != tensor.shape:
-            problems.append(f"{key}: {_other_size(tensor, base)}")
-        elif not torch.equal(base.detach().cpu().to(tensor.dtype), tensor):
-            problems.append(f"{key}: {_other_rows(name, tensor, base)}")
-        else:
-            reading.notes.append(f"{key}: equal to the base, left out")
-    if problems:
-        raise ValueError(
-            "adapter file: expected the base model it was trained on and no further tensors; "
-            "nothing was loaded:\n  " + "\n  ".join(problems[:20])
-        )
-
-
-def _other_size(tensor: Tensor, base: Tensor) -> str:
-    found = f"a copy of the base of shape {list(tensor.shape)}, the base has {list(base.shape)}"
-    if tensor.ndim == 2 and base.ndim == 2 and tensor.shape[1] == base.shape[1]:
-        found += f"; call model.resize_token_embeddings({len(tensor)}) before load_adapter"
-    return found
-
-
-def _other_rows(name: str, tensor: Tensor, base: Tensor) -> str:
-    """Say which rows of a copy of the base differ: new tokens are random in every process."""
-    held = base.detach().cpu().to(tensor.dtype)
-    rows = (held != tensor).flatten(1).any(1).nonzero().flatten().tolist() if held.ndim > 1 else []
-    found = "a copy of the base that differs from this one"
-    if not 0 < len(rows) < len(held):
-        return found
-    return (
-        f"{found} in {len(rows)} of {len(held)} rows ({rows[:5]}); if these are new tokens, put "
-        f"the file's rows into the model first: model.get_parameter({name!r}).data.copy_("
-        "safetensors.torch.load_file(file)[key])"
-    )
 
 
 # ---- copying

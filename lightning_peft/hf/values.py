@@ -19,6 +19,7 @@ from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import tied_with
+from lightning_peft.hf.vocabulary import resize_advice
 from lightning_peft.methods.adaption_prompt import AdaptionPrompt
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
@@ -62,7 +63,7 @@ def saved_modules(source: Source, reading: Reading) -> dict[str, dict[str, Tenso
             continue
         head = f"{source.format.saved_prefix}{name}."
         found = {k[len(head) :]: t for k, t in reading.other.items() if k.startswith(head)}
-        problems += _copy_problems(module, head, found)
+        problems += _copy_problems(source.top, module, head, found)
         parameters = {n for n, _ in module.named_parameters()}
         copied = parameters | _statistics(module)
         saved[name] = {k: t for k, t in found.items() if k in copied}
@@ -103,7 +104,9 @@ def has_separate_copies(source: Source, saved: Mapping[str, Mapping[str, Tensor]
     return bool(differing) or (tied is False and bool(shared))
 
 
-def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) -> list[str]:
+def _copy_problems(
+    top: nn.Module, module: nn.Module, head: str, found: Mapping[str, Tensor]
+) -> list[str]:
     """Return the differences between a module's own tensors and those that a file has for it."""
     expected = {k: t for k, t in module.state_dict().items() if not in_adapter(k)}
     parameters = {n for n, _ in module.named_parameters()}
@@ -114,9 +117,9 @@ def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) ->
         if key not in expected:
             problems.append(f"extra {head}{key}")
         elif tensor.shape != expected[key].shape:
-            problems.append(
-                f"{head}{key}: expected shape {list(expected[key].shape)}, got {list(tensor.shape)}"
-            )
+            shapes = f"shape {list(expected[key].shape)}, got {list(tensor.shape)}"
+            advice = resize_advice(top, module, expected[key].shape, tensor.shape)
+            problems.append(f"{head}{key}: expected {shapes}{advice}")
         elif key not in copied and not torch.equal(tensor, expected[key].to(tensor)):
             problems.append(f"{head}{key}: a buffer that differs from the base's")
     return problems
@@ -320,7 +323,9 @@ class ValueMatcher:
                 axes = fmt.axes.get(name, "")
                 expected = entry.layout.to_peft(site.parameter, axes, known[name]).shape
                 got = entry.shapes.get(_peft_name(fmt, entry, name), tuple(tensor.shape))
-                problems.append(f"{named(name)}: expected shape {list(expected)}, got {list(got)}")
+                advice = resize_advice(self.source.top, site.module, expected, got)
+                shapes = f"shape {list(expected)}, got {list(got)}"
+                problems.append(f"{named(name)}: expected {shapes}{advice}")
         return problems
 
 

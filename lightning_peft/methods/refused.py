@@ -23,9 +23,9 @@ REFUSED_OPTIONS = {
     "config.num_hidden_layers), save it, and train LoRA on it",
     "arrow_config": "it has no tensors of its own and mixes other adapters. Load those, and call "
     "lightning_peft.route(model, names, into)",
-    "use_qalora": "it pools the inputs of GPTQ layers, and no storage here holds GPTQ weights. "
-    "Train LoRA on a base in NF4 (quantization='nf4'), or run the adapter with peft. If the base "
-    "was not GPTQ, peft ignored the option: set use_qalora to false in the file",
+    "use_qalora": "its A acts on averages of the inputs of GPTQ layers, and peft cannot merge it. "
+    "Train LoRA on the GPTQ base itself, or run the adapter with peft. If the base was not GPTQ, "
+    "peft ignored the option: set use_qalora to false in the file",
 }
 
 
