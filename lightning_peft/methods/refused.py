@@ -24,8 +24,9 @@ REFUSED_OPTIONS = {
     "arrow_config": "it has no tensors of its own and mixes other adapters. Load those, and call "
     "lightning_peft.route(model, names, into)",
     "use_qalora": "its A acts on averages of the inputs of GPTQ layers, and peft cannot merge it. "
-    "Train LoRA on the GPTQ base itself, or run the adapter with peft. If the base was not GPTQ, "
-    "peft ignored the option: set use_qalora to false in the file",
+    "Train LoRA on a base in NF4 (quantization='nf4') or on the GPTQ base itself, or run the "
+    "adapter with peft. If the base was not GPTQ, peft ignored the option: set use_qalora to false "
+    "in the file",
 }
 
 
