@@ -32,7 +32,13 @@ from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.norm_layers import split_norm_layers
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.source import Source, read_source
-from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights, tied_with
+from lightning_peft.hf.targets import (
+    exact_targets,
+    targeted,
+    targeted_weights,
+    tied_with,
+    ties_rows,
+)
 from lightning_peft.hf.task_heads import Heads
 from lightning_peft.hf.token_rows import match_token_rows, split_token_rows
 from lightning_peft.hf.values import (
@@ -153,7 +159,7 @@ def _load(
         separate = has_separate_copies(source, saved)
         planned = plan_attach(model, [method], names, separate).adapters
         values = ValueMatcher(method, source, reading, saved).match(planned)
-        rows = match_token_rows(planned, reading.rows, source.config, source.prefix)
+        rows = match_token_rows(planned, reading.rows, source.config, source.top, source.prefix)
         values |= rows
         if isinstance(method, SequenceMethod):
             reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
@@ -212,6 +218,9 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
     fields = method_fields(source.method, source.config, reading.entries)
     if issubclass(source.method, TrainableTokens):
         fields["target_modules"] = source.config.get("target_modules")
+        layers = base_modules(source.top)
+        named = [layers[path] for path in reading.rows if path in layers]
+        fields["tied"] = any(ties_rows(source.top, module) for module in named)
     if issubclass(source.method, NormTuning):
         layers = base_modules(source.top)
         unknown = [n for n in reading.norms if n not in layers or list(layers[n].children())]

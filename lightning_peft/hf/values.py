@@ -245,10 +245,11 @@ class ValueMatcher:
 
     def _match_copies(self, placement: Placement) -> None:
         path = self._path(placement)
-        owner = self._owner(path)
-        assert owner is not None  # attach plans copies of `saved` alone
         for p in (*placement.paths, *_statistics_of(placement)):
-            key = join(path, p)[len(owner) + 1 :]
+            full = join(path, p)
+            owner = self._owner(full)  # a part of an attention may be trained alone
+            assert owner is not None  # attach plans copies of `saved` alone
+            key = full[len(owner) + 1 :]
             if key in self.saved[owner]:  # earlier files have no num_batches_tracked
                 self.values[id(placement.module), p, COPY] = self.saved[owner][key]
 

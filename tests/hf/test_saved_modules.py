@@ -53,6 +53,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "biases of attention": {"bias": "lora_only", "target_modules": ["pre", "attention"]},
     "every bias, attention": {"bias": "all", "target_modules": ["attention"]},
+    "a part of an attention": {
+        "target_modules": ["pre"], "modules_to_save": ["attention.out_proj"],
+    },
     "a part of an adapted layer": {
         "target_modules": ["attention"], "modules_to_save": ["attention.out_proj", "head.0"],
     },
