@@ -1,7 +1,7 @@
 """Tensors of a peft directory that repeat the base: compared with it, or written into it.
 
 peft writes the embeddings next to the adapter if their vocabulary was resized. Its load puts them
-into the base; here this is asked for, because the base is then no longer the one that was given.
+into the base; here that needs an option, because it changes the base that was given.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_trained_modules_inside_of_each_other(saved: list[str], tmp_path: Path) 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_starts_of_a_rank_above_the_layers(start: str, tmp_path: Path) -> None:
-    """They have as many vectors as the layer; the scale is that of the rank that was asked for."""
+    """They have as many vectors as the layer; the scale is that of the configured rank."""
     base = net()
     theirs = by_peft(
         base, tmp_path, r=6, lora_alpha=9, init_lora_weights=start,
