@@ -90,6 +90,7 @@ METHOD_IMPORTS = (
     "lightning_peft.methods.checks",
     "lightning_peft.methods.daubechies",  # WaveFT's filters
     "lightning_peft.methods.exchange",
+    "lightning_peft.methods.lora_checks",  # LoRA's arguments
     "lightning_peft.methods.lora_exchange",  # LoRA's exchange table
     "lightning_peft.methods.lora_gradients",  # LoRA's changes of its gradients
     "lightning_peft.methods.lora_start",  # LoRA's initialisations
@@ -336,6 +337,7 @@ NO_METHODS = (
     "daubechies",
     "exchange",
     "hybrids",
+    "lora_checks",
     "lora_gradients",
     "lora_start",
     "refused",

@@ -31,6 +31,7 @@ from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.load_checks import check_base, check_shared, check_targets
 from lightning_peft.hf.norm_layers import split_norm_layers
 from lightning_peft.hf.prompts import table_of
+from lightning_peft.hf.routers import attached_experts, load_arrow, split_router
 from lightning_peft.hf.source import Source, read_source
 from lightning_peft.hf.targets import exact_targets, targeted
 from lightning_peft.hf.task_heads import Heads
@@ -46,7 +47,7 @@ from lightning_peft.layers import adaptable, ops_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.methods.base import HFEntry, Method, SequenceMethod
+from lightning_peft.methods.base import HFEntry, Method, RouterMethod, SequenceMethod
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.report.summary import Report
@@ -111,6 +112,13 @@ def load_adapter(
     storage = as_config(quantization)
     check_adapter_name(adapter_name)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora, config, heads)
+    if source.config.get("arrow_config"):
+        if storage is not None:
+            raise ValueError(
+                "load_adapter: quantization: expected None for an adapter that mixes attached "
+                f"ones, got {quantization!r}; quantise when the first of them is loaded"
+            )
+        return load_arrow(model, source.config, adapter_name)
     # A snapshot would keep the dense weights of layers that are packed.
     snapshot = None if storage is not None else ModelSnapshot(model)
     try:
@@ -191,8 +199,10 @@ def _read(source: Source) -> Reading:
     rows, tensors = split_token_rows(source.tensors)
     norms, tensors = split_norm_layers(tensors)
     positions, tensors = split_attention_prompts(tensors)
+    router, tensors = split_router(tensors)
     reading = read_keys(fmt, tensors, source.top, source.prefix, config)
     reading.rows, reading.norms, reading.positions = rows, norms, positions
+    reading.router = router
     reading.notes += source.notes
     if issubclass(source.method, TrainableTokens):
         return reading
@@ -207,6 +217,8 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
     fields = method_fields(source.method, source.config, reading.entries)
     if issubclass(source.method, TrainableTokens):
         fields["target_modules"] = source.config.get("target_modules")
+    if issubclass(source.method, RouterMethod):
+        fields["adapters"] = attached_experts(model, source.config)
     if issubclass(source.method, NormTuning):
         fields |= _norm_targets(source, reading)
     if reading.entries:

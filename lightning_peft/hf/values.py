@@ -15,12 +15,13 @@ from lightning_peft.adapters.placement.placement import (
 )
 from lightning_peft.core.modules import base_modules, parameter_at, persistent_buffers
 from lightning_peft.core.names import counted, in_adapter, join
+from lightning_peft.core.site import RouterSite
 from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import tied_with
 from lightning_peft.methods.adaption_prompt import AdaptionPrompt
-from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
+from lightning_peft.methods.base import HFEntry, HFFormat, Method, RouterMethod, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
@@ -173,6 +174,8 @@ class ValueMatcher:
                 self._match_copies(placement)
             elif isinstance(method, AdaptionPrompt):
                 self._match_positions(method, placement)
+            elif isinstance(method, RouterMethod):
+                self._match_router(method, placement)
             elif isinstance(method, NormTuning):
                 self._match_norm(placement)
             elif isinstance(method, TrainableTokens):
@@ -244,6 +247,25 @@ class ValueMatcher:
                 self.problems.append(f"{path}: {name}: expected shape {shape}, got {got}")
             else:
                 self.values[id(placement.module), site.parameter, name] = found[name]
+
+    def _match_router(self, method: RouterMethod, placement: Placement) -> None:
+        found, site = self.reading.router, placement.site
+        assert isinstance(site, RouterSite)
+        if not found:
+            self.problems.append(
+                f"{method.label}: no tensor of its classifier, which peft 0.21 does not write; "
+                "train one with XLoRA(adapters=[...])"
+            )
+            return
+        with fork_seeded_rng(0):
+            expected = method.module(site).state_dict()
+        self.problems += [f"missing {k} of the classifier" for k in expected if k not in found]
+        for key, tensor in found.items():
+            shape = list(expected[key].shape) if key in expected else None
+            if shape != list(tensor.shape):
+                wanted = "no such tensor" if shape is None else f"shape {shape}"
+                self.problems.append(f"{key}: expected {wanted}, got {list(tensor.shape)}")
+            self.values[id(placement.module), site.parameter, key] = tensor
 
     def _match_biases(self, placement: Placement, adapted: Sequence[str]) -> None:
         path, module = self._path(placement), placement.module

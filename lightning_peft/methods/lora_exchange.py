@@ -296,7 +296,7 @@ FORMAT = HFFormat(
     },
     ignored=(
         *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
-        *("lora_ga_config", "megatron_core", "qalora_group_size"),
+        *("lora_ga_config", "megatron_core", "qalora_group_size", "arrow_config"),
     ),
     dropped=("lora_velora_embed", "lora_monteclora_sampler"),
     pack=pack,
