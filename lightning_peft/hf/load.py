@@ -25,15 +25,16 @@ from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.hf.attention_prompts import split_attention_prompts
+from lightning_peft.hf.base_copies import Embeddings, base_rewrites, rewritten
 from lightning_peft.hf.config import method_fields
 from lightning_peft.hf.keys import Reading, read_keys
 from lightning_peft.hf.layouts import layout_for
-from lightning_peft.hf.load_checks import check_base, check_shared, check_targets
+from lightning_peft.hf.load_checks import check_shared, check_targets
 from lightning_peft.hf.norm_layers import split_norm_layers
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.routers import attached_experts, load_arrow, split_router
 from lightning_peft.hf.source import Source, read_source
-from lightning_peft.hf.targets import exact_targets, targeted
+from lightning_peft.hf.targets import exact_targets, targeted, ties_rows
 from lightning_peft.hf.task_heads import Heads
 from lightning_peft.hf.token_rows import match_token_rows, split_token_rows
 from lightning_peft.hf.values import (
@@ -69,6 +70,7 @@ def load_adapter(
     modules_to_save: Sequence[str] | None = (),
     device: torch.device | str | None = None,
     heads: Heads = "load",
+    embeddings: Embeddings = "check",
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
@@ -98,6 +100,9 @@ def load_adapter(
         device: Where to quantise, as in `attach`.
         heads: ``"skip"`` leaves out the trained heads of a peft directory, and reads the rest into
             the bare base too.
+        embeddings: ``"restore"`` writes the embeddings that a peft directory holds into the base,
+            as peft does: the rows of new tokens after ``resize_token_embeddings``. By default they
+            must equal the base's.
 
     Returns:
         The report of attaching. Its notes count the tensors and layers loaded.
@@ -109,6 +114,10 @@ def load_adapter(
     """
     if heads not in ("load", "skip"):
         raise ValueError(f"load_adapter: heads: expected 'load' or 'skip', got {heads!r}")
+    if embeddings not in ("check", "restore"):
+        raise ValueError(
+            f"load_adapter: embeddings: expected 'check' or 'restore', got {embeddings!r}"
+        )
     storage = as_config(quantization)
     check_adapter_name(adapter_name)
     source = read_source(model, directory, adapter_name, root, alpha, enable_lora, config, heads)
@@ -123,7 +132,7 @@ def load_adapter(
     snapshot = None if storage is not None else ModelSnapshot(model)
     try:
         with adopted_layers(model):  # a refusal gives them back
-            return _load(model, source, adapter_name, storage, modules_to_save, device)
+            return _load(model, source, adapter_name, storage, modules_to_save, device, embeddings)
     except BaseException:
         if snapshot is not None:
             snapshot.restore(_weight_adapters(model, adapter_name))
@@ -142,6 +151,7 @@ def _load(
     quantization: StorageConfig | None,
     modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
+    embeddings: Embeddings,
 ) -> Report:
     with AllocationLimit.for_loading(model, source.tensors.values()):
         reading = _read(source)
@@ -151,31 +161,31 @@ def _load(
         separate = has_separate_copies(source, saved)
         planned = plan_attach(model, [method], names, separate).adapters
         values = ValueMatcher(method, source, reading, saved).match(planned)
-        rows = match_token_rows(planned, reading.rows, source.config, source.prefix)
+        rows = match_token_rows(planned, reading.rows, source.config, source.top, source.prefix)
         values |= rows
         if isinstance(method, SequenceMethod):
             reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
         else:
             check_shared(source.format, reading)
-        check_base(source, reading)
-        report = attach(
-            model,
-            method,
-            adapter_name=adapter_name,
-            quantization=quantization,
-            modules_to_save=_trained(
-                model, method, [*names, *source.outside.names], modules_to_save
-            ),
-            device=device,
-            separate_copies=separate,
-        )
-    try:
-        count = _copy(model, adapter_name, values, reading.shared)
-        count += source.outside.copy_into(model, adapter_name)
-    except BaseException:
-        if quantization is not None:
-            detach(model, adapter_name)
-        raise
+        rewrites = base_rewrites(source, reading, embeddings)
+        trained = _trained(model, method, [*names, *source.outside.names], modules_to_save)
+        with rewritten(rewrites):
+            report = attach(
+                model,
+                method,
+                adapter_name=adapter_name,
+                quantization=quantization,
+                modules_to_save=trained,
+                device=device,
+                separate_copies=separate,
+            )
+            try:
+                count = _copy(model, adapter_name, values, reading.shared)
+                count += source.outside.copy_into(model, adapter_name)
+            except BaseException:
+                if quantization is not None:
+                    detach(model, adapter_name)
+                raise
     layers = len({e.path for e in reading.entries} | {module for module, *_ in rows})
     layers += len(reading.norms) + len(reading.positions)
     report.notes += [
@@ -217,6 +227,9 @@ def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
     fields = method_fields(source.method, source.config, reading.entries)
     if issubclass(source.method, TrainableTokens):
         fields["target_modules"] = source.config.get("target_modules")
+        layers = base_modules(source.top)
+        named = [layers[path] for path in reading.rows if path in layers]
+        fields["tied"] = any(ties_rows(source.top, module) for module in named)
     if issubclass(source.method, RouterMethod):
         fields["adapters"] = attached_experts(model, source.config)
     if issubclass(source.method, NormTuning):
@@ -257,7 +270,7 @@ def _require_equals(source: Source, method: Method, reading: Reading) -> None:
         if reason:
             raise ValueError(
                 f"adapter file: {method.label} on {e.path!r} has no equal here: {reason}; exclude "
-                "the layer, or merge the adapter with peft; nothing was loaded"
+                "the layer, or go on running the adapter in peft; nothing was loaded"
             )
 
 
