@@ -2,8 +2,8 @@
 
     python benchmarks/cpu/large_base.py --layers 12 --hidden 3072 --vocab 32000 --ranks 1 2 4
 
-That base has 2.8 GB. It is written to a folder of bf16 shards once. Every row is the rank that needs
-most:
+That base has 2.8 GB. It is written to a folder of bf16 shards once. Every row is the rank that
+needs most:
 
 * bytes read from the files, and their sum over ranks;
 * bytes held after loading, and growth of the process while loading (anonymous memory, without
@@ -188,7 +188,9 @@ def sent_at_best(net: Any, ranks: int, options: Options) -> dict[str, int]:
     return {"allgather_base": everything + twice, "reduce_scatter_base": trained}
 
 
-def work(rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace, name: str) -> None:
+def work(
+    rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace, name: str
+) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if ranks > 1 else {}
     torch.set_num_threads(1)

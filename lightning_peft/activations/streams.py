@@ -70,7 +70,8 @@ class CudaStreams:
 
     def record(self) -> torch.cuda.Event:
         """Mark the end of what the side stream was given so far."""
-        return self._side.record_event()
+        event: torch.cuda.Event = self._side.record_event()
+        return event
 
     def compute_waits(self, event: Event) -> None:
         """Let the compute stream wait for a mark."""

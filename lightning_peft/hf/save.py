@@ -43,6 +43,7 @@ from lightning_peft.hf.outside import (
 )
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
+from lightning_peft.hf.routers import add_router, experts_of
 from lightning_peft.hf.targets import misread_names, model_root
 from lightning_peft.hf.token_rows import add_token_rows
 from lightning_peft.layers.weight_adapter import WeightAdapter
@@ -75,7 +76,7 @@ def save_adapter(
     The files are adapter_config.json and adapter_model.safetensors. An adapter named "default" goes
     into `directory`, any other into ``directory/<name>``, as in peft. Initialisations that moved
     part of the base into the adapter (PiSSA, OLoRA, LoftQ) are written in plain form, for the
-    original base.
+    original base. The adapters that `XLoRA` mixes are written next to it.
 
     Args:
         model: A model with the adapter attached.
@@ -106,6 +107,7 @@ def save_adapter(
     prefix, top = model_root(model, root)
     found, outside = find_adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = exported_method(found)
+    experts = experts_of(model, found, strip_compile(prefix))
     apart = TrainableTokens | NormTuning
     weights = [each for each in found if not isinstance(each[2].method, apart)]
     _warn_of_rounded_start(weights)
@@ -125,6 +127,7 @@ def save_adapter(
     add_token_rows(top, found, method, config, tensors)
     add_norm_layers(top, found, config, tensors)
     add_attention_prompts(found, config, tensors)
+    add_router(found, Path(directory), config, tensors)
     add_saved_modules(model, top, found, fmt, adapter_name, strip_compile(prefix), config, tensors)
     if isinstance(method, SequenceMethod):
         add_heads(top, fmt, config, tensors)
@@ -132,6 +135,8 @@ def save_adapter(
         config, tensors = legacy_names(top, fmt, config, tensors)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
     metadata = provenance_of(model, adapter_name, strip_compile(prefix))
+    for expert in experts:
+        save_adapter(model, directory, adapter_name=expert, names=names, root=root)
     outside += trained_outside(model)
     warn_of_left_out(model, adapter_name, outside)
     if outside:

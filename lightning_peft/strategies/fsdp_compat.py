@@ -1,10 +1,13 @@
-"""What FSDP2 does otherwise than we need, by torch version.
+"""What FSDP2 does otherwise than adapters over packed bytes need, by torch version.
 
-Before torch 2.13, it shards floating parameters only and reduces what has a gradient. Packed bytes are held as a parameter of the compute's own 16-bit type (a view: no bit changes, and
-no cast is made where the types agree), which the storage views as bytes again. A tensor whose
-rows are an odd number of bytes is left whole on every process. And every adapter of a block gets a
-zero gradient where a process did not reach it: else FSDP2 would add gradients of different
-parameters to each other.
+Before torch 2.13, FSDP2 shards floating parameters only and reduces what has a gradient. Packed
+bytes are held as a parameter of the compute's own 16-bit type (a view: no bit changes, and no cast
+is made where the types agree), which the storage views as bytes again. A tensor whose rows are an
+odd number of bytes is left whole on every process. And every adapter of a block gets a zero
+gradient where a process did not reach it: else FSDP2 would add gradients of different parameters
+to each other.
+
+In every version, what the last unit received stays in memory until forward ends.
 """
 
 from __future__ import annotations
