@@ -32,7 +32,7 @@ from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO, install_chec
 from lightning_peft.callback.compatibility import check_compatible, check_trainer
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
-from lightning_peft.callback.export import export_best
+from lightning_peft.callback.export import check_exportable, export_best
 from lightning_peft.callback.finite_gradients import FiniteGradients
 from lightning_peft.callback.frozen_base import FrozenBase
 from lightning_peft.callback.gradient_checks import (
@@ -43,7 +43,7 @@ from lightning_peft.callback.gradient_checks import (
 )
 from lightning_peft.callback.kernel_check import check_kernels
 from lightning_peft.callback.liger import apply_liger
-from lightning_peft.callback.memory_plan import make_plan
+from lightning_peft.callback.memory_plan import check_plan, make_plan
 from lightning_peft.callback.merged_ties import refuse_untying
 from lightning_peft.callback.method_hooks import TrainerMethodHooks, grad_scale
 from lightning_peft.callback.optimizer_setup import (
@@ -86,7 +86,7 @@ from lightning_peft.report.tokens import stop_counting
 from lightning_peft.storage import Quantization, StorageConfig, as_config
 from lightning_peft.strategies import register_strategies
 from lightning_peft.trainers.callback_base import TrainerCallback
-from lightning_peft.trainers.packages import callbacks_of, is_fitting
+from lightning_peft.trainers.packages import callbacks_of, is_fitting, is_trial
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -143,6 +143,7 @@ class PEFT(TrainerCallback):
             configuration comes from there.
         export_to: Directory to write the adapters of the best checkpoint to when fit ends, or the
             current ones if no checkpoint was written. The Trainer's root process writes it.
+            Whether it can be written is checked at the start; ``fast_dev_run`` checks alone.
         root: Dotted path of the submodule to adapt. The default is the LightningModule. Parameters
             outside the root are trained and saved if they require gradients.
         kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -218,7 +219,7 @@ class PEFT(TrainerCallback):
         self.adapters = methods_by_name(method, adapters, adapter_name, modules_to_save, init_from)
         for name in self.adapters:
             check_adapter_name(name)
-        check_export(export_to, self.adapters)
+        check_export(export_to, self.adapters, checkpoint)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
         self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
@@ -233,6 +234,7 @@ class PEFT(TrainerCallback):
         check_loss(loss)
         self.loss: LossForm | None = loss
         self.report = report
+        check_plan(plan)
         self.plan = plan
         check_form(checkpoint)
         self.checkpoint: CheckpointForm = checkpoint
@@ -373,6 +375,8 @@ class PEFT(TrainerCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit begins: prints the report and restores random states."""
         self._check_not_lost(pl_module)
+        if self.export_to is not None:
+            check_exportable(pl_module, self.names, self.export_to)
         if self.memory_plan is not None and trainer.is_global_zero:
             print(self.memory_plan)
         self._show(trainer, pl_module)
@@ -464,7 +468,9 @@ class PEFT(TrainerCallback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit ends: exports the adapters of the best checkpoint."""
-        if self.export_to is not None and trainer.is_global_zero:
+        if self.export_to is None or is_trial(trainer):  # it would replace a good export
+            return
+        if trainer.is_global_zero:
             export_best(trainer, pl_module, self.names, self.export_to)
 
     @override

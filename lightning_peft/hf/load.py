@@ -6,7 +6,9 @@ Every tensor and option is checked against the model before the model is changed
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from lightning_peft.core.finite import is_finite
 from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join, matches_suffix
 from lightning_peft.core.site import Site
+from lightning_peft.core.value_types import shown
 from lightning_peft.hf.attention_prompts import split_attention_prompts
 from lightning_peft.hf.config import CONFIG, method_fields
+from lightning_peft.hf.error_source import naming_files
 from lightning_peft.hf.keys import PREFIX, Reading, read_keys
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.norm_layers import split_norm_layers
@@ -108,15 +112,24 @@ def load_adapter(
         RuntimeError: the adapter's name is taken.
     """
     if heads not in ("load", "skip"):
-        raise ValueError(f"load_adapter: heads: expected 'load' or 'skip', got {heads!r}")
+        raise ValueError(f"load_adapter: heads: expected 'load' or 'skip', got {shown(heads)}")
     storage = as_config(quantization)
     check_adapter_name(adapter_name)
-    source = read_source(model, directory, adapter_name, root, alpha, enable_lora, config, heads)
+    if not isinstance(directory, str | Path | Mapping):
+        raise TypeError(
+            f"load_adapter: expected a directory, a file or a state dict, got {shown(directory)}; "
+            "write load_adapter(model, 'adapter')"
+        )
+    naming = partial(naming_files, directory, adapter_name)
+    with naming():
+        source = read_source(
+            model, directory, adapter_name, root, alpha, enable_lora, config, heads
+        )
     # A snapshot would keep the dense weights of layers that are packed.
     snapshot = None if storage is not None else ModelSnapshot(model)
     try:
         with adopted_layers(model):  # a refusal gives them back
-            return _load(model, source, adapter_name, storage, modules_to_save, device)
+            return _load(model, source, adapter_name, storage, modules_to_save, device, naming)
     except BaseException:
         if snapshot is not None:
             snapshot.restore(_weight_adapters(model, adapter_name))
@@ -135,22 +148,26 @@ def _load(
     quantization: StorageConfig | None,
     modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
+    naming: Callable[[], AbstractContextManager[None]],
 ) -> Report:
     with AllocationLimit.for_loading(model, source.tensors.values()):
-        reading = _read(source)
-        method = _method(model, source, reading)
-        saved = saved_modules(source, reading)
-        names = [join(source.prefix, name) for name in saved]
-        separate = has_separate_copies(source, saved)
-        planned = plan_attach(model, [method], names, separate).adapters
-        values = ValueMatcher(method, source, reading, saved).match(planned)
-        rows = match_token_rows(planned, reading.rows, source.config, source.prefix)
-        values |= rows
-        if isinstance(method, SequenceMethod):
-            reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
-        else:
-            _check_shared(source.format, reading)
-        _check_base(source, reading)
+        with naming():
+            reading = _read(source)
+            method = _method(model, source, reading)
+            saved = saved_modules(source, reading)
+            names = [join(source.prefix, name) for name in saved]
+            separate = has_separate_copies(source, saved)
+            planned = plan_attach(model, [method], names, separate).adapters
+            values = ValueMatcher(method, source, reading, saved).match(planned)
+            rows = match_token_rows(planned, reading.rows, source.config, source.prefix)
+            values |= rows
+            if isinstance(method, SequenceMethod):
+                reading.shared = table_of(
+                    method, source.format, source.config, planned, reading.shared
+                )
+            else:
+                _check_shared(source.format, reading)
+            _check_base(source, reading)
         names += source.outside.names
         if modules_to_save is None:
             modules_to_save = list(new_layers_of(model, method).trained)
@@ -165,8 +182,9 @@ def _load(
             separate_copies=separate,
         )
     try:
-        count = _copy(model, adapter_name, values, reading.shared)
-        count += source.outside.copy_into(model, adapter_name)
+        with naming():
+            count = _copy(model, adapter_name, values, reading.shared)
+            count += source.outside.copy_into(model, adapter_name)
     except BaseException:
         if quantization is not None:
             detach(model, adapter_name)

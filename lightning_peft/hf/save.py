@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.adapters.intact import check_intact
 from lightning_peft.core.names import strip_compile
 from lightning_peft.core.registry import registries_in
+from lightning_peft.core.value_types import shown
 from lightning_peft.hf.attention_prompts import add_attention_prompts
 from lightning_peft.hf.config import base_config
 from lightning_peft.hf.exported_adapters import (
@@ -56,7 +58,7 @@ from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.storage import storage_for
 
-__all__ = ["save_adapter"]
+__all__ = ["AdapterFiles", "adapter_files", "save_adapter"]
 
 
 def save_adapter(
@@ -101,14 +103,68 @@ def save_adapter(
             layer has no name in transformers 4.
     """
     if names not in ("current", "legacy"):
-        raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
+        raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {shown(names)}")
+    files = adapter_files(model, adapter_name, names=names, uniform=uniform, root=root)
+    _warn_of_rounded_start(files.weights)
+    outside = files.outside + trained_outside(model)
+    warn_of_left_out(model, adapter_name, outside)
+    target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
+    metadata = provenance_of(model, adapter_name, files.prefix)
+    if outside:
+        write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
+    label = _storage_label(model, adapter_name)
+    card = model_card(files.top, files.method, files.config, label, metrics or {})
+    write_adapter(target, files.config, files.tensors, card, metadata)
+    if push_to_hub is not None:
+        upload(target, push_to_hub)
+    return target
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter in the form of a peft directory, in memory.
+
+    Attributes:
+        config: Content of adapter_config.json.
+        tensors: Content of adapter_model.safetensors.
+        prefix: Name in the model of the module whose layer names are used.
+        top: That module.
+        method: The method.
+        weights: Adapted layers that the method itself changes.
+        outside: Names of trained modules outside of `top`.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    prefix: str
+    top: nn.Module
+    method: Method
+    weights: FoundAdapters
+    outside: list[str]
+
+
+def adapter_files(
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    names: Literal["current", "legacy"] = "current",
+    uniform: bool = False,
+    root: str | None = None,
+) -> AdapterFiles:
+    """Return what `save_adapter` writes; nothing is written.
+
+    The arguments are those of `save_adapter`.
+
+    Raises:
+        KeyError: no adapter of that name.
+        ValueError: an adapter that peft has no equal of.
+    """
     check_intact(model, "save_adapter", adapter_name)
     prefix, top = model_root(model, root)
     found, outside = find_adapters(model, adapter_name, strip_compile(prefix))
     method, fmt = exported_method(found)
     apart = TrainableTokens | NormTuning
     weights = [each for each in found if not isinstance(each[2].method, apart)]
-    _warn_of_rounded_start(weights)
     entries = exchange_entries(weights, method, fmt, misread_names(top, fmt))
     config = _config(top, method, fmt, entries, uniform=uniform)
     if fmt.tensors:
@@ -130,17 +186,7 @@ def save_adapter(
         add_heads(top, fmt, config, tensors)
     if names == "legacy":
         config, tensors = legacy_names(top, fmt, config, tensors)
-    target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
-    metadata = provenance_of(model, adapter_name, strip_compile(prefix))
-    outside += trained_outside(model)
-    warn_of_left_out(model, adapter_name, outside)
-    if outside:
-        write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
-    card = model_card(top, method, config, _storage_label(model, adapter_name), metrics or {})
-    write_adapter(target, config, tensors, card, metadata)
-    if push_to_hub is not None:
-        upload(target, push_to_hub)
-    return target
+    return AdapterFiles(config, tensors, strip_compile(prefix), top, method, weights, outside)
 
 
 def _warn_of_rounded_start(found: FoundAdapters) -> None:

@@ -185,53 +185,53 @@ class LoRA(WeightMethod):
         r, most = self.rank(site), min(site.out_features, site.in_features)
         require(
             r <= most or not self.limits_rank,
-            f"{self.label} on {site.label!r}: expected 1 <= r <= min(in_features, out_features) = "
+            f"{self.label} on {site.quoted}: expected 1 <= r <= min(in_features, out_features) = "
             f"{most}, got r = {r}; lower r, or set it for this layer with rank_pattern, or exclude "
             "it",
         )
         require(
             self.init != "orthogonal" or r % 2 == 0,
-            f"{self.label} on {site.label!r}: expected an even rank for init='orthogonal', got r = "
+            f"{self.label} on {site.quoted}: expected an even rank for init='orthogonal', got r = "
             f"{r}",
         )
         require(
             not (site.is_embedding and self.rewrites_base),
-            f"{self.label} on {site.label!r}: expected a layer with features for input with "
+            f"{self.label} on {site.quoted}: expected a layer with features for input with "
             f"init={self.init!r}, got an embedding; exclude it or use init='default'",
         )
         require(
             self.needs_data != InitData.GRADIENTS or 2 * r <= most,
-            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 = "
+            f"{self.label} on {site.quoted}: expected r <= min(in_features, out_features) / 2 = "
             f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; "
             "lower r, or set it for this layer with rank_pattern, or exclude it",
         )
         require(
             not self.needs_data or (site.ops.features_last and not site.batch_shape),
-            f"{self.label} on {site.label!r}: expected a linear layer with init={self.init!r}, got "
+            f"{self.label} on {site.quoted}: expected a linear layer with init={self.init!r}, got "
             f"{type(site.module).__name__}; exclude it or use init='default'",
         )
         require(
             not (site.batch_shape and self.experts == "shared" and self.rewrites_base),
-            f"{self.label} on {site.label!r}: expected experts='each' with init={self.init!r}, "
+            f"{self.label} on {site.quoted}: expected experts='each' with init={self.init!r}, "
             "which takes its start from each expert's weight, got experts='shared'; use "
             "init='default'",
         )
         require(
             not (site.is_embedding and (self.freeze_A or self.init == "mica")),
-            f"{self.label} on {site.label!r}: expected a layer with features for input with "
+            f"{self.label} on {site.quoted}: expected a layer with features for input with "
             "freeze_A or init='mica', got an embedding, whose A starts at zero and is what is "
             "trained; exclude it",
         )
         require(
             site.tied_to is None
             or not (type(self) is not LoRA or self.lora_bias or self.precondition),
-            f"{self.label} on {site.label!r}: expected plain LoRA without lora_bias and "
+            f"{self.label} on {site.quoted}: expected plain LoRA without lora_bias and "
             f"precondition on weights that are tied, got ensure_weight_tying=True with "
             f"{self.label}; leave ensure_weight_tying out",
         )
         require(
             not (site.is_embedding and self.lora_bias),
-            f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got "
+            f"{self.label} on {site.quoted}: expected no lora_bias on an embedding, got "
             "lora_bias=True",
         )
 

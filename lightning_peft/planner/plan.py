@@ -11,12 +11,13 @@ from typing import Any
 from lightning_peft.activations.config import ActivationKind, Activations
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.planner.activation_trace import Trace
+from lightning_peft.planner.byte_sizes import size
 from lightning_peft.planner.example_inputs import NoInputs
 from lightning_peft.planner.meta_model import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 from lightning_peft.storage import Quantization, StorageConfig, storage_for
 
-__all__ = ["ALLOWANCES", "NCCL", "OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]
+__all__ = ["ALLOWANCES", "NCCL", "OPTIMIZER_BYTES", "Choice", "Plan", "Step"]
 
 # name → (full-size states in the parameter's own dtype, further bytes per element)
 OPTIMIZER_BYTES: dict[str, tuple[int, float]] = {
@@ -380,7 +381,8 @@ class Plan:
             f"trained {self.trainable:,} of {self.total:,} = {self.percent:.3f} %"
         )
         for label, (numel, nbytes) in self.sizes.base.items():
-            lines.append(f"base in {label}: {numel:,} weights, {size(nbytes)}")
+            if numel:  # counters and ids are buffers: bytes without a weight
+                lines.append(f"base in {label}: {numel:,} weights, {size(nbytes)}")
         if self.host:
             lines.append(f"in host memory: {size(self.host)}")
         lines += [f"next: {s.what} saves {size(s.saving)}" for s in self.next_steps]
@@ -392,11 +394,3 @@ def _fitting(plan: Plan, budget: int) -> str:
         return str(plan.largest_batch(budget))
     except ValueError:
         return "-"
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 14.83 GB, 512.00 kB (powers of ten)."""
-    for unit, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(nbytes) >= n:
-            return f"{nbytes / n:,.2f} {unit}"
-    return f"{nbytes:.0f} B"
