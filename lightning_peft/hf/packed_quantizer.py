@@ -29,7 +29,7 @@ from lightning_peft.models.packed_layers import (
     dense_patterns,
     released_config,
 )
-from lightning_peft.models.packed_state import packed_state
+from lightning_peft.models.packed_state import packed_metadata, packed_state
 from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.registry import released_formats, released_methods
 from lightning_peft.storage.tensor_files import TensorFiles
@@ -107,7 +107,7 @@ def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
         ) from error
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.hf_quantizer.finish(model, set(info["missing_keys"]))
+    model.hf_quantizer.finish(model, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return (model, info) if wants_info else model
 
 
@@ -241,17 +241,24 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.released
         return model
 
-    def finish(self, model: Any, missing: Collection[str]) -> None:
+    def finish(self, model: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
         """Hold the weights, and keep the conversions by which transformers saves the model.
+
+        Args:
+            model: As transformers loaded it.
+            missing: Parameters without a tensor in the files.
+            unexpected: Tensors in the files without a parameter.
 
         Raises:
             ValueError: a tensor is missing, or has values that no encoder writes.
         """
         self.pre_quantized = True
         self._require_all(missing)
+        _require_dense(missing, unexpected)
+        metadata = _metadata_of(self.quantization_config.files)
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else None
         for layer in self._layers:
-            layer.hold(dtype or torch.get_default_dtype())
+            layer.hold(dtype or torch.get_default_dtype(), metadata)
         self._layers = []
         # `export` knows the files' names; transformers only splits experts again.
         used = [c for c in model._weight_conversions if all(c is not r for r in self._renamings)]
@@ -287,7 +294,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, safe_serialization: bool | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called by `save_pretrained` of a model without adapters."""
-        return packed_state(model), {}
+        return packed_state(model), packed_metadata(model)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """The packed weights are written as they were read."""
@@ -302,6 +309,27 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The products are ops that `torch.compile` traces."""
         return True
+
+
+def _require_dense(missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise if the files hold a layer in other tensors than the configuration says."""
+    layers = {name.rpartition(".")[0] for name in unexpected}
+    wrong = sorted(name for name in missing if name.rpartition(".")[0] in layers)
+    if wrong:
+        raise ValueError(
+            f"load_packed: expected dense tensors of the layers that the quantization_config "
+            f"leaves out, got other ones for {', '.join(wrong[:6])}; the config does not belong to "
+            "these files: download the checkpoint again"
+        )
+
+
+def _metadata_of(files: Sequence[str]) -> dict[str, str]:
+    """What the files say of their tensors."""
+    found: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            found |= handle.metadata() or {}
+    return found
 
 
 def _shapes_of(files: Sequence[str]) -> dict[str, tuple[int, ...]]:

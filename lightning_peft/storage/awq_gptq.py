@@ -12,7 +12,7 @@ of gptqmodel is needed.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +20,15 @@ import torch
 from lightning_peft_kernels.block_scaled.layout import BlockLayout
 from torch import Tensor, nn
 
-from lightning_peft.storage.block_scaled import BlockScaledStorage, BlockSpec, DeclaredWeight
+from lightning_peft.storage.block_scaled import BlockScaledStorage, BlockSpec
 from lightning_peft.storage.fp8 import SCALE_WORDS
 from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.registry import register_storage
+from lightning_peft.storage.released_format import (
+    DeclaredTensor,
+    DeclaredWeight,
+    ReleasedWeight,
+)
 
 __all__ = ["AWQStorage", "GPTQStorage"]
 
@@ -31,7 +36,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _IN_ORDER = tuple(range(8))
 
 
-class _ColumnsStorage(BlockScaledStorage):
+class _ColumnsStorage(BlockScaledStorage, ABC):
     """What AWQ and GPTQ have in common."""
 
     renamings = (
@@ -41,27 +46,21 @@ class _ColumnsStorage(BlockScaledStorage):
         (r"\.g_idx$", ".weight_g_idx"),
     )
 
-    def declare(
-        self,
-        label: str,
-        weight: str,
-        shape: torch.Size,
-        config: Mapping[str, Any],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> DeclaredWeight | None:
+    def declare(self, weight: ReleasedWeight) -> DeclaredWeight | None:
         """Codes, zero points and scales of a linear layer."""
-        self._check_config(label, shape, config)
-        N, K = shape
-        group = int(config.get("group_size", 128))
+        self._check_config(weight)
+        N, K = weight.matrix
+        group = int(weight.config.get("group_size", 128))
         group = K if group == -1 else group
-        scale = dtypes.get("scales", torch.float16)
-        tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
-            "codes": ("weight", self._code_words(N, K), torch.int32),
-            "scales": ("weight_scale", (-(-K // group), N), scale),
-            "zeros": ("weight_zeros", (-(-K // group), N // 8), torch.int32),
+        scale = weight.dtypes.get("scales", torch.float16)
+        groups = -(-K // group)
+        tensors = {
+            "codes": DeclaredTensor("weight", self._code_words(N, K), torch.int32),
+            "scales": DeclaredTensor("weight_scale", (groups, N), scale),
+            "zeros": DeclaredTensor("weight_zeros", (groups, N // 8), torch.int32),
         }
         if self._has_indices:
-            tensors["indices"] = ("weight_g_idx", (K,), torch.int32)
+            tensors["indices"] = DeclaredTensor("weight_g_idx", (K,), torch.int32)
         return DeclaredWeight(BlockLayout("uint4", 1, group, 1, SCALE_WORDS[scale]), tensors)
 
     _has_indices = False
@@ -80,23 +79,23 @@ class _ColumnsStorage(BlockScaledStorage):
     def _words(self, codes: Tensor) -> Tensor:
         """Inverse of `_unpacked`."""
 
-    def _check_config(self, label: str, shape: torch.Size, config: Mapping[str, Any]) -> None:
-        bits = config.get("bits", config.get("w_bit", 4))
+    def _check_config(self, weight: ReleasedWeight) -> None:
+        label = f"{self.label} {weight.layer!r}"
+        bits = weight.config.get("bits", weight.config.get("w_bit", 4))
         if bits != 4:
             raise ValueError(
                 f"{self.label}: expected 4 bits, got {bits!r}; load the model with gptqmodel and "
                 "dequantise it"
             )
-        if len(shape) > 2:
+        if weight.experts:
             raise ValueError(
-                f"{self.label} {label!r}: expected linear layers, got fused experts, whose words "
-                "transformers cannot merge; load the model dequantised and give "
-                "quantization='nf4'"
+                f"{label}: expected linear layers, got fused experts, whose words transformers "
+                "cannot merge; load the model dequantised and give quantization='nf4'"
             )
-        if shape[0] % 8 or shape[1] % 8:
+        if weight.shape[0] % 8 or weight.shape[1] % 8:
             raise ValueError(
-                f"{self.label} {label!r}: expected multiples of 8 features, got {list(shape)}; the "
-                "config does not belong to this checkpoint"
+                f"{label}: expected multiples of 8 features, got {list(weight.shape)}; the config "
+                "does not belong to this checkpoint"
             )
 
     def repack(self, m: nn.Module, name: str, keys: Mapping[str, str]) -> dict[str, str]:
@@ -176,9 +175,9 @@ class AWQStorage(_ColumnsStorage):
     quant_methods = ("awq",)
     _zero_order = _AWQ_ORDER
 
-    def _check_config(self, label: str, shape: torch.Size, config: Mapping[str, Any]) -> None:
-        super()._check_config(label, shape, config)
-        version = str(config.get("version", "gemm")).lower()
+    def _check_config(self, weight: ReleasedWeight) -> None:
+        super()._check_config(weight)
+        version = str(weight.config.get("version", "gemm")).lower()
         if version != "gemm":
             raise ValueError(
                 f"awq version: expected 'gemm', got {version!r}; its words are in another order: "
@@ -195,7 +194,7 @@ class AWQStorage(_ColumnsStorage):
         return _from_nibbles(codes, _AWQ_ORDER)
 
 
-class _GPTQ(_ColumnsStorage):
+class _GPTQ(_ColumnsStorage, ABC):
     """GPTQ with groups in order."""
 
     quant_methods = ("gptq",)

@@ -335,6 +335,50 @@ def modelopt_state(packed: State) -> State:
     return found
 
 
+# ---- torchao
+
+
+def pack_torchao(group: int | None = None, fp8: bool = False) -> Callable[[str, Tensor], State]:
+    """One scale per row, or per group of columns; int8 with zero points that are 0."""
+
+    def pack(key: str, W: Tensor) -> State:
+        name = f"{key.removesuffix('weight')}_weight"
+        groups = W.unflatten(-1, (-1, group or W.shape[-1]))
+        s = groups.abs().amax(-1) / (448 if fp8 else 127)
+        codes = (groups / s[..., None]).flatten(-2)
+        found = {f"{name}_scale": s}
+        if fp8:
+            return {f"{name}_qdata": codes.to(torch.float8_e4m3fn), **found}
+        found[f"{name}_zero_point"] = torch.zeros_like(s, dtype=torch.int8)
+        return {f"{name}_qdata": codes.round().to(torch.int8), **found}
+
+    return pack
+
+
+def torchao_state(packed: State) -> State:
+    found = {}
+    for key, t in packed.items():
+        name = key.removesuffix("_qdata")
+        if name == key and not key.endswith(("_scale", "_zero_point")):
+            found[key] = t.float()
+        elif name != key:
+            s = packed[f"{name}_scale"]
+            zero = packed.get(f"{name}_zero_point", torch.zeros(1))
+            codes = t.float().unflatten(-1, (s.shape[-1], -1)) - zero.float()[..., None]
+            found[name.replace("._", ".")] = (codes * s[..., None]).flatten(-2)
+    return found
+
+
+def torchao(kind: str, **data: Any) -> dict[str, Any]:
+    config = {"_type": kind, "_version": 2, "_data": data}
+    return {
+        "quant_method": "torchao",
+        "quant_type": {"default": config},
+        "modules_to_not_convert": None,
+        "include_input_output_embeddings": False,
+    }
+
+
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     return {
@@ -520,6 +564,21 @@ RELEASED |= {
         qwen3_moe, {**_FP8, "weight_block_size": None},
         lambda key, W: {k: t for k, t in pack_fp8_static(key, W).items() if "activation" not in k},
         fp8_state, "fp8",
+    ),
+}  # fmt: skip
+
+
+RELEASED |= {
+    "torchao int8": Released(
+        llama, torchao("Int8WeightOnlyConfig", group_size=None,
+                       granularity={"_type": "PerGroup", "_data": {"group_size": 32}}),
+        pack_torchao(32), torchao_state, "int8 (torchao)",
+    ),
+    "torchao fp8": Released(
+        llama, torchao("Float8WeightOnlyConfig",
+                       granularity={"_type": "PerRow", "_data": {"dim": -1}},
+                       weight_dtype={"_type": "torch.dtype", "_data": "float8_e4m3fn"}),
+        pack_torchao(fp8=True), torchao_state, "fp8 (torchao)",
     ),
 }  # fmt: skip
 
