@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO
 from lightning_peft.checkpoint.contents import load_kept
 from lightning_peft.checkpoint.kept import kept_tensors
-from lightning_peft.hf.save import adapter_files, save_adapter
+from lightning_peft.hf.adapter_files import adapter_files
+from lightning_peft.hf.save import save_adapter
 from lightning_peft.models.modules import fork_seeded_rng
 from lightning_peft.storage.dtensor import is_sharded
 
@@ -46,7 +47,7 @@ def check_exportable(
     for name in names:
         try:
             with fork_seeded_rng(0):  # prompts draw dropout; the run's own draws stay
-                adapter_files(module, name)
+                adapter_files(module, directory, name)
         except ValueError as error:
             raise ValueError(
                 f"PEFT export_to: the export at the end of training would fail: {error}; or leave "

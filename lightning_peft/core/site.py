@@ -95,6 +95,11 @@ class Site:
         return self.storage.dtype(self.module, self.parameter)
 
     @property
+    def wide_dtype(self) -> torch.dtype:
+        """Dtype that changes of the weight are computed in: fp32, fp64 if the weight is fp64."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
     def device(self) -> torch.device:
         """Device of the stored weight."""
         return held(self.module, self.parameter).device

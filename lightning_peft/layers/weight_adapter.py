@@ -201,7 +201,7 @@ class WeightAdapter(Adapter):
             return
         site = self.site
         with torch.no_grad():
-            base = site.weight(torch.float32).clone()
+            base = site.weight(site.wide_dtype).clone()
             for term in self.edit().terms:
                 base -= term.matrix().to(base)
             self.rewrite = BaseRewrite(site.storage.snapshot(site.module, site.parameter))

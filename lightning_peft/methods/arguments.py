@@ -22,6 +22,7 @@ _TOO_LARGE = 1 << 63
 #: Arguments of other libraries → how the choice is written here.
 _ELSEWHERE = {
     "use_dora": "DoRA(...)",
+    "arrow_config": "lightning_peft.route(model, names, into)",
     "rank": "r=...",
     "modules_to_save": "PEFT(..., modules_to_save=[...]) or attach(..., modules_to_save=[...])",
     "adapter_name": "PEFT(..., adapter_name=...) or attach(..., adapter_name=...)",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.hf.save import adapter_files
+from lightning_peft.hf.adapter_files import adapter_files
 from tests.helpers.compare import assert_close
 from tests.helpers.layer_cases import LAYERS, Layer
 from tests.helpers.method_cases import CASES
@@ -87,7 +87,7 @@ def test_cell(name: str, kind: str, tmp_path: Path) -> None:
         lp.attach(model, method)
     except ValueError as error:
         pytest.skip(f"not attached: {str(error)[:60]}")
-    early = refusal_of(lambda: adapter_files(model))
+    early = refusal_of(lambda: adapter_files(model, tmp_path))
     randomise(model)
     with torch.no_grad():
         want = layer.run(model.eval(), x)
