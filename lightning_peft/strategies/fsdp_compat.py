@@ -1,4 +1,4 @@
-"""What FSDP2 does otherwise than adapters over packed bytes need, by torch version.
+"""Adapters over packed bytes under the FSDP2 of each torch version.
 
 Before torch 2.13, FSDP2 shards floating parameters only and reduces what has a gradient. Packed
 bytes are held as a parameter of the compute's own 16-bit type (a view: no bit changes, and no cast
