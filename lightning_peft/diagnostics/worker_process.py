@@ -74,7 +74,7 @@ def run_worker(
                     yield entry
             status = process.wait()
         finally:
-            process.kill()  # this process was interrupted, or nobody takes more results
+            process.kill()  # the caller was interrupted, or takes no more results
             process.wait()
         errors.seek(0)
         ended = f"exit status {status}"
