@@ -23,7 +23,12 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def interleaved(
-    candidates: Mapping[Name, Callable[[], Any]], repeats: int, warmup: int = 2, *, again: int = 0
+    candidates: Mapping[Name, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 2,
+    *,
+    again: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
     """Seconds of each call; the candidates take turns, the last of a turn first in the next.
 
@@ -33,6 +38,8 @@ def interleaved(
         warmup: Turns before them.
         again: Untimed calls before each timed one: a step of training follows a step of its own,
             not what another candidate leaves of caches and of free memory.
+        clock: Seconds; `time.process_time` counts the work of this process alone, which is steadier
+            on a machine that is shared.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in candidates}
     order = list(candidates.items())
@@ -40,10 +47,10 @@ def interleaved(
         for name, call in order[:: -1 if turn % 2 else 1]:
             for _ in range(again):
                 call()
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
