@@ -208,7 +208,11 @@ ON_LINEAR_LAYERS: dict[str, Pair] = {
     "GLoRA": linear(lp.GLoRA(r=8), peft.GloraConfig(r=8)),
     "AdaMSS": linear(lp.AdaMSS(r=64), peft.AdamssConfig(r=64)),
     "Lily": linear(lp.Lily(r=16, stride=2), peft.LilyConfig(r=16, stride_A=2)),
-    "Poly": linear(lp.Poly(r=8, tasks=2), peft.PolyConfig(r=8, n_tasks=2, task_type="CAUSAL_LM"), tasks=True),
+    "Poly": linear(
+        lp.Poly(r=8, tasks=2),
+        peft.PolyConfig(r=8, n_tasks=2, task_type="CAUSAL_LM"),
+        tasks=True,
+    ),
 }  # fmt: skip
 ON_MODELS: dict[str, Pair] = {
     "NormTuning": whole(lp.NormTuning(), peft.LNTuningConfig(target_modules=NORMS)),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.core.modules import base_modules
 from lightning_peft.hf.config import CONFIG
@@ -17,7 +15,7 @@ from lightning_peft.layers import adaptable, parameter_ops
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.models.target_modules import bypassed
 
-__all__ = ["check_base", "check_shared", "check_targets"]
+__all__ = ["check_shared", "check_targets"]
 
 
 def check_shared(fmt: HFFormat, reading: Reading) -> None:
@@ -101,57 +99,3 @@ def _expected_targets(
         ops = parameter_ops(module)
         weights = () if ops is None else ops.parameters(module)
         yield from (f"{name}.{w}" for w in weights if named(f"{name}.{w}"))
-
-
-def check_base(source: Source, reading: Reading) -> None:
-    """Check that the remaining tensors equal the base (peft saves adapted embeddings too).
-
-    Raises:
-        ValueError: a tensor that differs from the base, or has no place in it.
-    """
-    if not reading.other:
-        return
-    problems = []
-    saved_prefix = source.format.saved_prefix
-    parameters: dict[str, Tensor] = {
-        **dict(source.top.named_parameters(remove_duplicate=False)),
-        **dict(source.top.named_buffers(remove_duplicate=False)),
-    }
-    for key, tensor in reading.other.items():
-        head = PREFIX if key.startswith(PREFIX) else saved_prefix
-        name = re.sub(r"(\.base_layer)+\.(?=[^.]+$)", ".", key.removeprefix(head))
-        base = parameters.get(name)
-        if not key.startswith(head) or base is None:
-            problems.append(f"extra {key}")
-        elif base.shape != tensor.shape:
-            problems.append(f"{key}: {_other_size(tensor, base)}")
-        elif not torch.equal(base.detach().cpu().to(tensor.dtype), tensor):
-            problems.append(f"{key}: {_other_rows(name, tensor, base)}")
-        else:
-            reading.notes.append(f"{key}: equal to the base, left out")
-    if problems:
-        raise ValueError(
-            "adapter file: expected the base model it was trained on and no further tensors; "
-            "nothing was loaded:\n  " + "\n  ".join(problems[:20])
-        )
-
-
-def _other_size(tensor: Tensor, base: Tensor) -> str:
-    found = f"a copy of the base of shape {list(tensor.shape)}, the base has {list(base.shape)}"
-    if tensor.ndim == 2 and base.ndim == 2 and tensor.shape[1] == base.shape[1]:
-        found += f"; call model.resize_token_embeddings({len(tensor)}) before load_adapter"
-    return found
-
-
-def _other_rows(name: str, tensor: Tensor, base: Tensor) -> str:
-    """Say which rows of a copy of the base differ: new tokens are random in every process."""
-    held = base.detach().cpu().to(tensor.dtype)
-    rows = (held != tensor).flatten(1).any(1).nonzero().flatten().tolist() if held.ndim > 1 else []
-    found = "a copy of the base that differs from this one"
-    if not 0 < len(rows) < len(held):
-        return found
-    return (
-        f"{found} in {len(rows)} of {len(held)} rows ({rows[:5]}); if these are new tokens, put "
-        f"the file's rows into the model first: model.get_parameter({name!r}).data.copy_("
-        "safetensors.torch.load_file(file)[key])"
-    )

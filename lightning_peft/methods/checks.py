@@ -99,7 +99,7 @@ def require_features(label: str, site: Site) -> None:
     """Raise ValueError on an embedding."""
     require(
         not site.is_embedding,
-        f"{label} on {site.label!r}: expected a layer with features for input, got an embedding; "
+        f"{label} on {site.quoted}: expected a layer with features for input, got an embedding; "
         "exclude it",
     )
 
@@ -108,7 +108,7 @@ def require_matrix(label: str, site: Site) -> None:
     """Raise ValueError on a stack of experts."""
     require(
         not site.batch_shape,
-        f"{label} on {site.label!r}: expected one matrix, got a stack of experts; exclude it or "
+        f"{label} on {site.quoted}: expected one matrix, got a stack of experts; exclude it or "
         "use LoRA there",
     )
 
@@ -117,7 +117,7 @@ def require_linear(label: str, site: Site) -> None:
     """Raise ValueError on a layer whose input does not end in features."""
     require(
         site.ops.features_last and not site.is_embedding,
-        f"{label} on {site.label!r}: expected a linear layer, got {type(site.module).__name__}; "
+        f"{label} on {site.quoted}: expected a linear layer, got {type(site.module).__name__}; "
         "exclude it or use LoRA there",
     )
 

@@ -82,7 +82,7 @@ class Poly(WeightMethod):
         require_linear(self.label, site)
         require(
             site.in_features % self.splits == 0 and site.out_features % self.splits == 0,
-            f"{self.label} on {site.label!r}: expected splits that divide in_features and "
+            f"{self.label} on {site.quoted}: expected splits that divide in_features and "
             f"out_features, got splits = {self.splits} with {site.in_features} and "
             f"{site.out_features}",
         )

@@ -33,7 +33,8 @@ def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[
         raise ValueError(
             "adapter_config.json: psoft_svd: expected 'full', whose factors of the weight are the "
             f"same in every process, got {config['psoft_svd']!r}: they are approximated from "
-            "random vectors and not in the file; merge the adapter with peft (merge_and_unload)"
+            "random vectors and not in the file; merge the adapter with peft (merge_and_unload) in "
+            "the process that trained it"
         )
     return {}
 
@@ -116,7 +117,7 @@ class PSOFT(WeightMethod):
         most = min(site.out_features, site.in_features)
         require(
             self.r <= most,
-            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) = "
+            f"{self.label} on {site.quoted}: expected r <= min(in_features, out_features) = "
             f"{most}, got r = {self.r}; lower r or exclude the layer",
         )
 

@@ -19,9 +19,10 @@ REFUSED_OPTIONS = {
     "layer_replication": "it repeats blocks of the model, whose weights the copies share, so that "
     "peft's own merge is wrong. Build the deeper model first (copy the blocks and set "
     "config.num_hidden_layers), save it, and train LoRA on it",
-    "use_qalora": "it pools the inputs of GPTQ layers, and no storage here holds GPTQ weights. "
-    "Train LoRA on a base in NF4 (quantization='nf4'), or run the adapter with peft. If the base "
-    "was not GPTQ, peft ignored the option: set use_qalora to false in the file",
+    "use_qalora": "its A acts on averages of the inputs of GPTQ layers, and peft cannot merge it. "
+    "Train LoRA on a base in NF4 (quantization='nf4') or on the GPTQ base itself, or run the "
+    "adapter with peft. If the base was not GPTQ, peft ignored the option: set use_qalora to false "
+    "in the file",
 }
 
 
