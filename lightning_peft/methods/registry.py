@@ -34,8 +34,8 @@ def _defaults(cls: type[Method], fmt: HFFormat) -> dict[str, Any]:
     found = {}
     for f in dataclasses.fields(cast("type[Targeted]", cls)):
         if f.name in fmt.config:
-            made = f.default_factory is not dataclasses.MISSING
-            found[fmt.config[f.name]] = f.default_factory() if made else f.default  # type: ignore[misc]
+            made = f.default_factory
+            found[fmt.config[f.name]] = f.default if made is dataclasses.MISSING else made()
     return found
 
 
