@@ -43,7 +43,7 @@ class GroupedLinearOps(MatrixOps):
 
     def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
         """[groups, out]."""
-        return v.unflatten(-1, (_groups(m), -1))
+        return v.view(_groups(m), -1)
 
 
 def _groups(m: Any) -> int:
@@ -51,4 +51,4 @@ def _groups(m: Any) -> int:
 
 
 def _by_group(m: nn.Module, x: Tensor, W: Tensor) -> Tensor:
-    return torch.einsum("...gk,gnk->...gn", x, W.unflatten(0, (_groups(m), -1)))
+    return torch.einsum("...gk,gnk->...gn", x, W.view(_groups(m), -1, W.shape[-1]))
