@@ -8,6 +8,7 @@ import re
 from typing import Any, get_args
 
 from lightning_peft.activations.config import ActivationKind
+from lightning_peft.core.commands import Commands
 from lightning_peft.methods.registry import METHODS
 from lightning_peft.planner.estimate import estimate_memory
 from lightning_peft.planner.plan import size
@@ -18,7 +19,7 @@ __all__ = ["add_plan", "parse_bytes"]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def add_plan(commands: Any) -> None:
+def add_plan(commands: Commands) -> None:
     """Add the command to the program's subparsers."""
     plan = commands.add_parser(
         "plan", help="memory of a fine-tuning run, before anything is loaded"
