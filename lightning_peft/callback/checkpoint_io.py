@@ -136,6 +136,7 @@ class PEFTCheckpointIO(CheckpointIO):
         self.form: CheckpointForm = "adapters"
         self.fall_back = False
         self._superseded = SupersededFiles()
+        self._written: set[str] = set()
         self.lost: list[str] = []
         self._hparams_checked = False
 
@@ -156,8 +157,17 @@ class PEFTCheckpointIO(CheckpointIO):
             if not self._is_finite(module, checkpoint, path):
                 return
         self.inner.save_checkpoint(checkpoint, path, storage_options)
+        self._written.add(os.fspath(path))
         if self.resuming():
             self._superseded.remove(path, checkpoint.get("global_step"))
+
+    def read_again(self, path: str | Path) -> dict[str, Any]:
+        """Return the content of a file as it was written, without the base.
+
+        Objects in a file that this process wrote are unpickled, since they come from here.
+        """
+        weights_only = False if os.fspath(path) in self._written else None
+        return self.inner.load_checkpoint(path, weights_only=weights_only)
 
     def _is_finite(
         self, module: LightningModule, checkpoint: dict[str, Any], path: str | Path
@@ -200,7 +210,10 @@ class PEFTCheckpointIO(CheckpointIO):
         try:
             checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only, **given)
         except DamagedCheckpointError as error:
-            if not self.fall_back or error.newest is None:
+            if error.newest is None:
+                raise
+            if not self.fall_back:
+                error.args = (f"{error}, or give PEFT(fall_back=True), which resumes from it",)
                 raise
             warnings.warn(f"{error}; resuming from {error.newest}", stacklevel=2)
             path = error.newest

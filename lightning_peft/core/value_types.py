@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["argument_types", "describe", "fits", "require_fit"]
+__all__ = ["argument_types", "describe", "fits", "require_fit", "shown"]
 
 #: Types of single values → how a message calls them, and the test.
 _SINGLE: dict[Any, tuple[str, Callable[[object], bool]]] = {
@@ -22,6 +22,7 @@ _SINGLE: dict[Any, tuple[str, Callable[[object], bool]]] = {
     str: ("a string", lambda v: isinstance(v, str)),
     type(None): ("None", lambda v: v is None),
 }
+_LONGEST = 300  # characters of a value in a message; a method with its arguments has 350
 _PLURALS = {str: "strings", int: "whole numbers", float: "numbers"}
 
 
@@ -75,8 +76,16 @@ def require_fit(owner: str, name: str, value: object, annotation: object, form: 
     """Raise TypeError unless a value fits; `form` is the argument as it should be written."""
     if not fits(value, annotation):
         raise TypeError(
-            f"{owner} {name}: expected {describe(annotation)}, got {value!r}; write {form}"
+            f"{owner} {name}: expected {describe(annotation)}, got {shown(value)}; write {form}"
         )
+
+
+def shown(value: object) -> str:
+    """Return a value for a message; the type alone of what would fill pages, as a module does."""
+    text = repr(value)
+    if len(text) <= _LONGEST and "\n" not in text:
+        return text
+    return f"a value of type {type(value).__name__}"
 
 
 def _many(inner: tuple[Any, ...]) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 
 from lightning_peft.planner.activation_trace import Trace
 from lightning_peft.planner.alternatives import baselines, next_changes
+from lightning_peft.planner.byte_sizes import size
 from lightning_peft.planner.choice import Choice
 from lightning_peft.planner.example_inputs import NoInputs
 from lightning_peft.planner.fixed_parts import STATES, WEIGHTS, fixed_parts
 from lightning_peft.planner.meta_model import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 
-__all__ = ["Plan", "Step", "size"]
+__all__ = ["Plan", "Step"]
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,8 @@ class Plan:
         """A plain table, the settings, and what to switch on next."""
         lines = [*self._table(), self._settings()]
         for label, (numel, nbytes) in self.sizes.base.items():
-            lines.append(f"base in {label}: {numel:,} weights, {size(nbytes)}")
+            if numel:  # counters and ids are buffers: bytes without a weight
+                lines.append(f"base in {label}: {numel:,} weights, {size(nbytes)}")
         if self.host:
             lines.append(f"in host memory: {size(self.host)}")
         lines += [f"next: {s.what} saves {size(s.saving)}" for s in self.next_steps]
@@ -273,11 +275,3 @@ def _fitting(plan: Plan, budget: int) -> str:
         return str(plan.largest_batch(budget))
     except ValueError:
         return "-"
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 14.83 GB, 512.00 kB (powers of ten)."""
-    for unit, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(nbytes) >= n:
-            return f"{nbytes / n:,.2f} {unit}"
-    return f"{nbytes:.0f} B"

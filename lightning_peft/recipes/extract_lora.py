@@ -232,7 +232,7 @@ def _factored(site: Site, pair: _Pair, r: int, report: ExtractReport) -> tuple[T
         delta = new - W
         if not delta.isfinite().all():
             raise ValueError(
-                f"extract_lora: {site.label!r}: expected finite weights, got NaN or infinity"
+                f"extract_lora: {site.quoted}: expected finite weights, got NaN or infinity"
             )
         A, B = factors(delta, r)
         energy = kept_energy(delta, A, B)
