@@ -34,7 +34,7 @@ def merge(
     into: Into = "dense",
     keep_base: bool = True,
     base: Mapping[str, Tensor] | None = None,
-    batch: Any = None,
+    batch: object = None,
 ) -> MergeReport:
     """Write W' into the weights, in fp32 and with one rounding; forward then runs the plain layers.
 

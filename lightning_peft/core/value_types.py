@@ -35,7 +35,7 @@ def argument_types(owner: Hashable) -> dict[str, Any]:
         return {}
 
 
-def fits(value: object, annotation: Any) -> bool:
+def fits(value: object, annotation: object) -> bool:
     """Whether a value fits. True is no number, and a string is no collection of strings.
 
     Of a `Literal` the type is checked alone: which words are allowed is for the caller to say.
@@ -55,7 +55,7 @@ def fits(value: object, annotation: Any) -> bool:
     return True
 
 
-def describe(annotation: Any) -> str:
+def describe(annotation: object) -> str:
     """Return what an annotation wants, in words: ``a string or a list of strings``."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation in _SINGLE:
@@ -72,7 +72,7 @@ def describe(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def require_fit(owner: str, name: str, value: object, annotation: Any, form: str) -> None:
+def require_fit(owner: str, name: str, value: object, annotation: object, form: str) -> None:
     """Raise TypeError unless a value fits; `form` is the argument as it should be written."""
     if not fits(value, annotation):
         raise TypeError(
