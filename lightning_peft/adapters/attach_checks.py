@@ -14,10 +14,11 @@ from lightning_peft.adapters.quantize import (
     QuantizationPlan,
 )
 from lightning_peft.core.modules import base_modules, base_parameters
-from lightning_peft.core.names import matches_suffix, nearest_names
+from lightning_peft.core.names import matches_suffix, nearest_names, quoted
 from lightning_peft.core.registry import (
     registries_in,
 )
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.mixed_batch import BASE
 from lightning_peft.methods.arguments import require_methods
@@ -66,7 +67,7 @@ def check_adapter_name(name: str) -> None:
         ValueError: other characters, an attribute of the class, or the name of the base.
     """
     if not isinstance(name, str):
-        raise TypeError(f"adapter_name: expected a string, got {name!r}; write 'default'")
+        raise TypeError(f"adapter_name: expected a string, got {shown(name)}; write 'default'")
     if name == BASE:
         raise ValueError(
             f"adapter_name: expected another name than {BASE!r}, by which adapter_names() calls "
@@ -153,9 +154,9 @@ def check_copies_stay_dense(
         placement = each.placement
         if set(packed.get(id(placement.module), ())) & set(placement.paths):
             raise ValueError(
-                f"{each.method.label} on {placement.name!r}: expected a dense weight to train a "
-                "copy of, got one that is to be quantised; exclude it from the quantization, or "
-                "use an adapter"
+                f"{each.method.label} on {quoted(placement.name)}: expected a dense weight to "
+                "train a copy of, got one that is to be quantised; exclude it from the "
+                "quantization, or use an adapter"
             )
 
 
@@ -172,7 +173,7 @@ def check_starts_can_be_written(
         storage = placement.site.storage
         if storage.exports and id(placement.module) not in transcoded:
             raise ValueError(
-                f"{method.label} on {placement.name!r}: expected a base that the start can rewrite "
-                f"without loss, got {storage.label}, which rounds the residual; use "
+                f"{method.label} on {quoted(placement.name)}: expected a base that the start can "
+                f"rewrite without loss, got {storage.label}, which rounds the residual; use "
                 "init='default', or transcode the base with quantization='nf4'"
             )

@@ -57,9 +57,18 @@ class OutputCheck:
         if before is None or after is None:
             return None
         found = relative_change(after, before)
-        allowed = _ROUNDING.get(before.dtype, _EIGHT_BITS) + 4 * weight_error
+        allowed = self._rounding(before.dtype) + 4 * weight_error
         self._require(found, allowed + (_EIGHT_BITS if self._eight_bits else 0.0), "output")
         return found
+
+    def _rounding(self, dtype: torch.dtype) -> float:
+        """Return the difference that rounding explains for an output of this dtype.
+
+        An adapter computes in the dtype of its own tensors: an fp32 adapter rounds an fp64 output.
+        """
+        tensors = [t for a in self._part.edits() for t in a.tensors().values()]
+        dtypes = {dtype, *(t.dtype for t in tensors if t.is_floating_point())}
+        return max(_ROUNDING.get(d, _EIGHT_BITS) for d in dtypes)
 
     def _require(self, found: float, allowed: float, what: str) -> None:
         if found <= allowed:
@@ -82,7 +91,7 @@ class OutputCheck:
         )
 
     def _effective_values(self) -> dict[tuple[str, str], Tensor]:
-        """Return W' and b' in fp32 of each weight that an adapter acts on which stays."""
+        """Return W' and b' in fp32 or fp64 of each weight that an adapter acts on which stays."""
         active = self._part.module._peft.active
         found: dict[tuple[str, str], Tensor] = {}
         with torch.no_grad():
@@ -90,14 +99,14 @@ class OutputCheck:
                 acting = [a for a in active.edits if a.site.parameter == path]
                 site = acting[0].site
                 edits = [a.edit() for a in acting]
-                start = site.weight(torch.float32)
+                start = site.weight(site.wide_dtype)
                 copied = self._copy_of(path)
                 if copied is not None:
                     start = site.ops.to_canonical(site.module, path, copied)
                 found[path, "weight"] = apply_edits(site, edits, start).clone()
                 bias = site.ops.bias(site.module, path)
                 b = self._copy_of(bias)
-                b = site.bias(torch.float32) if b is None else b
+                b = site.bias(site.wide_dtype) if b is None else b
                 for edit in edits:
                     b = edit.edited_bias(b)
                 if b is not None:
@@ -105,10 +114,13 @@ class OutputCheck:
         return found
 
     def _copy_of(self, path: str | None) -> Tensor | None:
-        """Return the trained copy that acts in place of a parameter, in fp32."""
+        """Return the trained copy that acts in place of a parameter, in fp32 or fp64."""
         active = self._part.module._peft.active
         copies = [c[path] for a in active.trained_copies if path in (c := a.copies())]
-        return copies[-1].detach().float() if copies else None
+        if not copies:
+            return None
+        copied = copies[-1].detach()
+        return copied if copied.dtype == torch.float64 else copied.float()
 
     def _run(self) -> Tensor | None:
         if self._inputs is None:

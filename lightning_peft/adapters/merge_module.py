@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.merge_check import OutputCheck
@@ -94,10 +93,10 @@ class _WeightChange:
             RuntimeError: it is not finite.
         """
         site = self.adapters[0].site
-        W = start = site.weight(torch.float32).clone()  # dense storage is read without a copy
+        W = start = site.weight(site.wide_dtype).clone()  # dense storage is read without a copy
         given = self.copy if base is None or self.copy is not None else base[self.key]
         if given is not None:
-            given = given.detach().to(W.device, torch.float32)
+            given = given.detach().to(W)
             start = site.ops.to_canonical(self.module, site.parameter, given)
         merged = apply_edits(site, self.edits, start)
         _require_finite(self.key, merged)
@@ -195,7 +194,7 @@ def _merge_weight(
     formed = change.form(settings.base)
     _untie(change.module, site.parameter, change.key, settings, steps)
     _write(change, formed.merged, settings.into, steps)
-    stored = site.weight(torch.float32)
+    stored = site.weight(site.wide_dtype)
     kept, noise = _survival(stored, formed) if site.storage.is_quantized else (None, None)
     return SiteError(
         change.key,

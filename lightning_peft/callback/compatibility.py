@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_peft.callback.configuration import PEFTConfiguration
 from lightning_peft.trainers.packages import (
     OLDEST,
     callbacks_of,
@@ -15,8 +16,6 @@ from lightning_peft.trainers.packages import (
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-
-    from lightning_peft.callback.peft import PEFT
 
 __all__ = ["check_compatible", "check_trainer"]
 
@@ -65,7 +64,9 @@ def check_trainer(trainer: object) -> None:
         )
 
 
-def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> None:
+def check_compatible(
+    trainer: pl.Trainer, peft: PEFTConfiguration, peers: Sequence[PEFTConfiguration]
+) -> None:
     """Raise if another part of the Trainer works against adapters.
 
     Args:
@@ -109,7 +110,7 @@ def check_compatible(trainer: pl.Trainer, peft: PEFT, peers: Sequence[PEFT]) -> 
             )
 
 
-def _check_names(peft: PEFT, peers: Sequence[PEFT]) -> None:
+def _check_names(peft: PEFTConfiguration, peers: Sequence[PEFTConfiguration]) -> None:
     for other in peers:
         twice = sorted(set(peft.names) & set(other.names)) if other is not peft else []
         if twice:
@@ -126,7 +127,7 @@ def _check_names(peft: PEFT, peers: Sequence[PEFT]) -> None:
             )
 
 
-def _check_backends(peers: Sequence[PEFT]) -> None:
+def _check_backends(peers: Sequence[PEFTConfiguration]) -> None:
     requested = sorted({other.kernels for other in peers} - {"auto"})
     if len(requested) > 1:
         raise ValueError(
@@ -135,7 +136,7 @@ def _check_backends(peers: Sequence[PEFT]) -> None:
         )
 
 
-def _check_forms(peers: Sequence[PEFT]) -> None:
+def _check_forms(peers: Sequence[PEFTConfiguration]) -> None:
     forms = sorted({other.checkpoint for other in peers})
     if len(forms) > 1:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 __all__ = [
+    "LayerParameters",
     "finish_optimizers",
     "install_optimizer_setup",
     "layers_of",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 Step = Callable[["pl.Trainer"], None]
+#: Weak references to the parameters of each layer, by its name.
+LayerParameters = dict[str, list["weakref.ref[nn.Parameter]"]]
 
 
 class OptimizerSetup:
@@ -92,7 +95,7 @@ def install_optimizer_setup(strategy: Strategy, owner: object, begin: Step, fini
     setup.steps[id(owner)] = begin, finish
 
 
-def layers_of(root: nn.Module, prefix: str) -> dict[str, list[Any]]:
+def layers_of(root: nn.Module, prefix: str) -> LayerParameters:
     """Weak references to every module's own parameters, by name: an early optimizer holds them."""
     return {
         f"{prefix}.{name}".strip("."): [weakref.ref(p) for p in module.parameters(recurse=False)]
@@ -103,7 +106,7 @@ def layers_of(root: nn.Module, prefix: str) -> dict[str, list[Any]]:
 def finish_optimizers(
     module: nn.Module,
     strategy: Strategy,
-    layers: Mapping[str, Sequence[Any]],
+    layers: LayerParameters,
     name: str | None,
 ) -> None:
     """Repair optimizers that were built before the adapters, check them, swap their class if asked.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lightning_peft.callback.configuration import PEFTConfiguration
 from lightning_peft.core.collectives import check_same_on_all_ranks, raise_on_all_ranks
 from lightning_peft.methods.registry import to_dict
 from lightning_peft.storage import config_to_dict
@@ -19,12 +20,10 @@ from lightning_peft.trainers.packages import is_fitting, package_of
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_peft.callback.peft import PEFT
-
 __all__ = ["check_same_batches", "check_same_configuration", "verify_consistent_attach"]
 
 
-def check_same_configuration(peft: PEFT, trainer: pl.Trainer) -> None:
+def check_same_configuration(peft: PEFTConfiguration, trainer: pl.Trainer) -> None:
     """Compare the arguments of the callback and the versions of packages between ranks.
 
     Raises:

@@ -54,6 +54,7 @@ class Reading:
         entries: Adapted weights.
         norms: Trained normalisation layers by name, with their parameters.
         positions: Trained positions in attention, by the attention module's name.
+        router: Tensors of the module that mixes adapters, by their names in it.
         rows: Trained token rows, by the embedding's name.
         shared: Tensors that occur once for the model, by our names.
         other: All other tensors: trained copies, biases, copies of the base.
@@ -63,6 +64,7 @@ class Reading:
     entries: list[HFEntry] = field(default_factory=list)
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     positions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    router: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     other: dict[str, Tensor] = field(default_factory=dict)

@@ -5,8 +5,9 @@ Every tensor and option is checked against the model before the model is changed
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,27 @@ from lightning_peft.adapters.attach import attach
 from lightning_peft.adapters.attach_checks import check_adapter_name
 from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.new_layers import new_layers_of
-from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.allocation_limit import AllocationLimit
 from lightning_peft.core.finite import is_finite
-from lightning_peft.core.modules import base_modules
-from lightning_peft.core.names import join, matches_suffix
-from lightning_peft.core.site import Site
-from lightning_peft.hf.attention_prompts import split_attention_prompts
-from lightning_peft.hf.config import CONFIG, method_fields
-from lightning_peft.hf.keys import PREFIX, Reading, read_keys
-from lightning_peft.hf.layouts import layout_for
-from lightning_peft.hf.norm_layers import split_norm_layers
-from lightning_peft.hf.prompts import table_of
+from lightning_peft.core.names import matches_suffix
+from lightning_peft.core.value_types import shown
+from lightning_peft.hf.base_copies import Embeddings, rewritten
+from lightning_peft.hf.error_source import naming_files
+from lightning_peft.hf.matching import Matched, match_source
+from lightning_peft.hf.routers import load_arrow
 from lightning_peft.hf.source import Source, read_source
-from lightning_peft.hf.targets import exact_targets, targeted, targeted_weights, tied_with
 from lightning_peft.hf.task_heads import Heads
-from lightning_peft.hf.token_rows import match_token_rows, split_token_rows
 from lightning_peft.hf.values import (
     COPY,
-    ValueMatcher,
     Values,
-    has_separate_copies,
-    saved_modules,
 )
-from lightning_peft.layers import adaptable, ops_for, parameter_ops
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.methods.base import HFEntry, HFFormat, Method, SequenceMethod
-from lightning_peft.methods.norm_tuning import NormTuning
-from lightning_peft.methods.trainable_tokens import TrainableTokens
-from lightning_peft.models.target_modules import bypassed
+from lightning_peft.methods.base import Method
 from lightning_peft.report.summary import Report
-from lightning_peft.storage import StorageConfig, as_config, storage_of
+from lightning_peft.storage import StorageConfig, as_config
 
 __all__ = ["load_adapter"]
 
@@ -69,6 +57,7 @@ def load_adapter(
     modules_to_save: Sequence[str] | None = (),
     device: torch.device | str | None = None,
     heads: Heads = "load",
+    embeddings: Embeddings = "check",
 ) -> Report:
     """Attach the adapter of a Hugging Face peft directory, in place.
 
@@ -98,6 +87,9 @@ def load_adapter(
         device: Where to quantise, as in `attach`.
         heads: ``"skip"`` leaves out the trained heads of a peft directory, and reads the rest into
             the bare base too.
+        embeddings: ``"restore"`` writes the embeddings that a peft directory holds into the base,
+            as peft does: the rows of new tokens after ``resize_token_embeddings``. By default they
+            must equal the base's.
 
     Returns:
         The report of attaching. Its notes count the tensors and layers loaded.
@@ -108,15 +100,41 @@ def load_adapter(
         RuntimeError: the adapter's name is taken.
     """
     if heads not in ("load", "skip"):
-        raise ValueError(f"load_adapter: heads: expected 'load' or 'skip', got {heads!r}")
+        raise ValueError(f"load_adapter: heads: expected 'load' or 'skip', got {shown(heads)}")
+    if embeddings not in ("check", "restore"):
+        raise ValueError(
+            f"load_adapter: embeddings: expected 'check' or 'restore', got {shown(embeddings)}"
+        )
     storage = as_config(quantization)
     check_adapter_name(adapter_name)
-    source = read_source(model, directory, adapter_name, root, alpha, enable_lora, config, heads)
+    if not isinstance(directory, str | Path | Mapping):
+        raise TypeError(
+            f"load_adapter: expected a directory, a file or a state dict, got {shown(directory)}; "
+            "write load_adapter(model, 'adapter')"
+        )
+    naming = partial(naming_files, directory, adapter_name)
+    with naming():
+        source = read_source(
+            model, directory, adapter_name, root, alpha, enable_lora, config, heads
+        )
+    if source.config.get("arrow_config"):
+        if storage is not None:
+            raise ValueError(
+                "load_adapter: quantization: expected None for an adapter that mixes attached "
+                f"ones, got {quantization!r}; quantise when the first of them is loaded"
+            )
+        with naming():
+            return load_arrow(model, source.config, adapter_name)
     # A snapshot would keep the dense weights of layers that are packed.
     snapshot = None if storage is not None else ModelSnapshot(model)
     try:
-        with adopted_layers(model):  # a refusal gives them back
-            return _load(model, source, adapter_name, storage, modules_to_save, device)
+        limit = AllocationLimit.for_loading(model, source.tensors.values())
+        with adopted_layers(model), limit:  # a refusal gives the layers back
+            with naming():
+                matched = match_source(model, source, embeddings)
+            return _load(
+                model, source, matched, adapter_name, storage, modules_to_save, device, naming
+            )
     except BaseException:
         if snapshot is not None:
             snapshot.restore(_weight_adapters(model, adapter_name))
@@ -131,261 +149,46 @@ def _weight_adapters(model: nn.Module, adapter_name: str) -> list[WeightAdapter]
 def _load(
     model: nn.Module,
     source: Source,
+    matched: Matched,
     adapter_name: str,
     quantization: StorageConfig | None,
     modules_to_save: Sequence[str] | None,
     device: torch.device | str | None,
+    naming: Callable[[], AbstractContextManager[None]],
 ) -> Report:
-    with AllocationLimit.for_loading(model, source.tensors.values()):
-        reading = _read(source)
-        method = _method(model, source, reading)
-        saved = saved_modules(source, reading)
-        names = [join(source.prefix, name) for name in saved]
-        separate = has_separate_copies(source, saved)
-        planned = plan_attach(model, [method], names, separate).adapters
-        values = ValueMatcher(method, source, reading, saved).match(planned)
-        rows = match_token_rows(planned, reading.rows, source.config, source.prefix)
-        values |= rows
-        if isinstance(method, SequenceMethod):
-            reading.shared = table_of(method, source.format, source.config, planned, reading.shared)
-        else:
-            _check_shared(source.format, reading)
-        _check_base(source, reading)
-        names += source.outside.names
-        if modules_to_save is None:
-            modules_to_save = list(new_layers_of(model, method).trained)
-        more = [m for m in modules_to_save if not matches_suffix(m, names)]
+    """Attach the method and copy the values; `naming` is for errors about the files."""
+    reading, method = matched.reading, matched.method
+    with rewritten(matched.rewrites):
         report = attach(
             model,
             method,
             adapter_name=adapter_name,
             quantization=quantization,
-            modules_to_save=[*names, *more],
+            modules_to_save=_trained(model, method, matched.saved, modules_to_save),
             device=device,
-            separate_copies=separate,
+            separate_copies=matched.separate,
         )
-    try:
-        count = _copy(model, adapter_name, values, reading.shared)
-        count += source.outside.copy_into(model, adapter_name)
-    except BaseException:
-        if quantization is not None:
-            detach(model, adapter_name)
-        raise
-    layers = len({e.path for e in reading.entries} | {module for module, *_ in rows})
-    layers += len(reading.norms) + len(reading.positions)
+        try:
+            with naming():
+                count = _copy(model, adapter_name, matched.values, reading.shared)
+                count += source.outside.copy_into(model, adapter_name)
+        except BaseException:
+            if quantization is not None:
+                detach(model, adapter_name)
+            raise
     report.notes += [
-        f"{adapter_name}: {count} tensors loaded into {layers} of {layers} layers",
+        f"{adapter_name}: {count} tensors loaded into {matched.layers} of {matched.layers} layers",
         *reading.notes,
     ]
     return report
 
 
-def _read(source: Source) -> Reading:
-    """Sort the file's tensors and compare the adapted layers with the config's targets."""
-    fmt, config = source.format, source.config
-    rows, tensors = split_token_rows(source.tensors)
-    norms, tensors = split_norm_layers(tensors)
-    positions, tensors = split_attention_prompts(tensors)
-    reading = read_keys(fmt, tensors, source.top, source.prefix, config)
-    reading.rows, reading.norms, reading.positions = rows, norms, positions
-    reading.notes += source.notes
-    if issubclass(source.method, TrainableTokens):
-        return reading
-    _add_entries_by_config(source, reading)
-    if fmt.tensors:
-        _check_targets(source, reading)
-    return reading
-
-
-def _method(model: nn.Module, source: Source, reading: Reading) -> Method:
-    """Build the method that the config describes, for exactly the layers of the file."""
-    fields = method_fields(source.method, source.config, reading.entries)
-    if issubclass(source.method, TrainableTokens):
-        fields["target_modules"] = source.config.get("target_modules")
-    if issubclass(source.method, NormTuning):
-        layers = base_modules(source.top)
-        unknown = [n for n in reading.norms if n not in layers or list(layers[n].children())]
-        if unknown or not reading.norms:
-            raise ValueError(
-                f"adapter file: LN_TUNING: expected layers of {type(source.top).__name__} without "
-                f"parts, got {unknown[:5] or 'none'}; nothing was loaded"
-            )
-        norms = ["norm" in type(layers[n]).__name__.lower() for n in reading.norms]
-        fields["any_layer"] = not all(norms)
-        fields["target_modules"] = [join(source.prefix, name) for name in reading.norms]
-    if reading.entries:
-        fields["target_modules"] = exact_targets(model, [e.site for e in reading.entries])
-    try:
-        method = source.method(**fields)
-    except TypeError as error:
-        raise ValueError(f"adapter_config.json: {error}; nothing was loaded") from None
-    refuse = source.format.refuse
-    for e in reading.entries if refuse is not None else ():
-        reason = refuse(method, e.site) if refuse is not None else ""
-        if reason:
-            raise ValueError(
-                f"adapter file: {method.label} on {e.path!r} has no equal here: {reason}; exclude "
-                "the layer, or merge the adapter with peft; nothing was loaded"
-            )
-    return method
-
-
-def _add_entries_by_config(source: Source, reading: Reading) -> None:
-    """Add an entry per target of the config, if the file has shared tensors only."""
-    fmt = source.format
-    if reading.entries or not reading.shared or set(fmt.tensors) - set(fmt.optional):
-        return
-    wants = targeted(source.config, source.top)
-    for name, module in base_modules(source.top).items():
-        ops = ops_for(module) if name and wants(name, module) and adaptable(module) else None
-        if ops is not None:
-            storage = storage_of(module, "weight")
-            site = Site(module, "weight", join(source.prefix, name), ops, storage)
-            layout = layout_for(ops, module)
-            reading.entries.append(HFEntry(name, site, layout, None, {}))
-
-
-# ---- checks
-
-
-def _check_shared(fmt: HFFormat, reading: Reading) -> None:
-    """Check that the file has every tensor that all layers share.
-
-    Raises:
-        ValueError: the keys that are missing.
-    """
-    missing = [k for n, k in fmt.prefix.items() if n not in (*reading.shared, *fmt.optional)]
-    if missing:
-        raise ValueError(
-            f"adapter file: expected {missing}, which all layers share, found none; nothing was "
-            "loaded"
-        )
-
-
-def _check_targets(source: Source, reading: Reading) -> None:
-    """Check that the config's targets are the layers with tensors; sets `HFEntry.by_weight`.
-
-    Raises:
-        ValueError: targets without tensors, tensors without target, or no tensors at all.
-    """
-    config = source.config
-    wants = targeted(config, source.top)
-    modules = base_modules(source.top)
-    tied = set[str]()
-    if config.get("ensure_weight_tying"):
-        targets = {e.path for e in reading.entries if wants(e.path, modules[e.path])}
-        tied = tied_with(source.top, targets)
-    for e in reading.entries:
-        e.by_weight = e.path not in tied and not wants(e.path, modules[e.path])
-    if not reading.entries:
-        raise ValueError(
-            f"adapter file: expected tensors named as {list(source.format.tensors.values())} "
-            f"behind '{PREFIX}<layer>.', found none, but {sorted(reading.other)[:3]}; nothing was "
-            "loaded"
-        )
-    if config.get("target_modules") is None and not config.get("target_parameters"):
-        if "target_modules" not in config:
-            raise ValueError(
-                f"{CONFIG}: expected 'target_modules', found none among {sorted(config)}"
-            )
-        return  # the architecture's usual choice when the file was made; the tensors say which
-    unread = bypassed(list(modules.items()))
-    _check_none_bypassed(reading, unread)
-    expected = tied.union(_expected_targets(source, modules, unread))
-    have = {e.target for e in reading.entries}
-    missing = sorted(expected - have)
-    extra = sorted(have - expected)
-    if missing or extra:
-        raise ValueError(
-            f"adapter file: expected tensors for the {len(expected)} layers and weights that "
-            "target_modules and target_parameters "
-            f"name, got them for {len(have)}; missing: {missing[:10] or 'none'}; extra: "
-            f"{extra[:10] or 'none'}; nothing was loaded"
-        )
-
-
-def _check_none_bypassed(reading: Reading, unread: Mapping[str, str]) -> None:
-    """Check that no adapted layer is among those whose forward is not always called."""
-    adapted = sorted(unread.keys() & {e.path for e in reading.entries})
-    if adapted:
-        raise ValueError(
-            f"adapter file: {adapted[0]}: expected a layer whose change acts on every machine, got "
-            f"one left out: {unread[adapted[0]]}; merge the adapter with the library it was made "
-            "with; nothing was loaded"
-        )
-
-
-def _expected_targets(
-    source: Source, modules: Mapping[str, nn.Module], unread: Mapping[str, str]
-) -> Iterator[str]:
-    """Yield the names of the layers, and of single weights, that the config targets."""
-    wants, named = targeted(source.config, source.top), targeted_weights(source.config)
-    for name, module in modules.items():
-        if not name or name in unread:
-            continue
-        if adaptable(module) and wants(name, module):
-            yield name
-            continue
-        ops = parameter_ops(module)
-        weights = () if ops is None else ops.parameters(module)
-        yield from (f"{name}.{w}" for w in weights if named(f"{name}.{w}"))
-
-
-def _check_base(source: Source, reading: Reading) -> None:
-    """Check that the remaining tensors equal the base (peft saves adapted embeddings too).
-
-    Raises:
-        ValueError: a tensor that differs from the base, or has no place in it.
-    """
-    if not reading.other:
-        return
-    problems = []
-    saved_prefix = source.format.saved_prefix
-    parameters: dict[str, Tensor] = {
-        **dict(source.top.named_parameters(remove_duplicate=False)),
-        **dict(source.top.named_buffers(remove_duplicate=False)),
-    }
-    for key, tensor in reading.other.items():
-        head = PREFIX if key.startswith(PREFIX) else saved_prefix
-        name = re.sub(r"(\.base_layer)+\.(?=[^.]+$)", ".", key.removeprefix(head))
-        base = parameters.get(name)
-        if not key.startswith(head) or base is None:
-            problems.append(f"extra {key}")
-        elif base.shape != tensor.shape:
-            problems.append(f"{key}: {_other_size(tensor, base)}")
-        elif not torch.equal(base.detach().cpu().to(tensor.dtype), tensor):
-            problems.append(f"{key}: {_other_rows(name, tensor, base)}")
-        else:
-            reading.notes.append(f"{key}: equal to the base, left out")
-    if problems:
-        raise ValueError(
-            "adapter file: expected the base model it was trained on and no further tensors; "
-            "nothing was loaded:\n  " + "\n  ".join(problems[:20])
-        )
-
-
-def _other_size(tensor: Tensor, base: Tensor) -> str:
-    found = f"a copy of the base of shape {list(tensor.shape)}, the base has {list(base.shape)}"
-    if tensor.ndim == 2 and base.ndim == 2 and tensor.shape[1] == base.shape[1]:
-        found += f"; call model.resize_token_embeddings({len(tensor)}) before load_adapter"
-    return found
-
-
-def _other_rows(name: str, tensor: Tensor, base: Tensor) -> str:
-    """Say which rows of a copy of the base differ: new tokens are random in every process."""
-    held = base.detach().cpu().to(tensor.dtype)
-    rows = (held != tensor).flatten(1).any(1).nonzero().flatten().tolist() if held.ndim > 1 else []
-    found = "a copy of the base that differs from this one"
-    if not 0 < len(rows) < len(held):
-        return found
-    return (
-        f"{found} in {len(rows)} of {len(held)} rows ({rows[:5]}); if these are new tokens, put "
-        f"the file's rows into the model first: model.get_parameter({name!r}).data.copy_("
-        "safetensors.torch.load_file(file)[key])"
-    )
-
-
-# ---- copying
+def _trained(
+    model: nn.Module, method: Method, saved: Sequence[str], given: Sequence[str] | None
+) -> list[str]:
+    """Modules to train fully: those of the file, and those given or, for None, new layers."""
+    more = new_layers_of(model, method).trained if given is None else given
+    return [*saved, *(m for m in more if not matches_suffix(m, saved))]
 
 
 def _copy(model: nn.Module, adapter_name: str, values: Values, shared: Mapping[str, Tensor]) -> int:
@@ -413,16 +216,22 @@ def _copy(model: nn.Module, adapter_name: str, values: Values, shared: Mapping[s
             f"{ {k: list(t.shape) for k, t in missing.items()} }; nothing was loaded"
         )
     for tensor, value in live:
-        converted = value.to(tensor.dtype)  # VB-LoRA's own values are infinite in places
-        if tensor.is_floating_point() and is_finite(value) and not is_finite(converted):
-            raise ValueError(
-                f"adapter file: expected values in the range of {tensor.dtype}, got "
-                f"{float(value.abs().max()):.3g}; load it into a model of a wider dtype; nothing "
-                "was loaded"
-            )
+        _check_range(tensor, value)
     with torch.no_grad():
         for tensor, value in live:
             tensor.copy_(value)
         for adapter, table in tables:
             adapter.method.load_prompt_embeddings(adapter.block, table, adapter.site)
     return len(live) + len(tables)
+
+
+def _check_range(tensor: Tensor, value: Tensor) -> None:
+    """Raise ValueError where a finite value overflows; VB-LoRA's own are infinite in places."""
+    if not tensor.is_floating_point() or not is_finite(value):
+        return
+    if not is_finite(value.to(tensor.dtype)):
+        raise ValueError(
+            f"adapter file: expected values in the range of {tensor.dtype}, got "
+            f"{float(value.abs().max()):.3g}; load it into a model of a wider dtype; nothing was "
+            "loaded"
+        )

@@ -42,20 +42,11 @@ def add_norm_layers(
     config: dict[str, Any],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Add the layers of `NormTuning` and their names.
-
-    Raises:
-        ValueError: a layer with running statistics, which peft copies too.
-    """
+    """Add the layers of `NormTuning` and their names."""
     trained = [(p, m, a) for p, m, a in found if isinstance(a.method, NormTuning)]
     for path, module, adapter in trained:
-        if getattr(module, "track_running_stats", False):
-            raise ValueError(
-                f"save_adapter: NormTuning on {path!r}: peft's LN_TUNING has running statistics of "
-                "its own there; train it with modules_to_save, or exclude the layer"
-            )
         state = {k: t for k, t in module.state_dict().items() if not in_adapter(k)}
-        for key, value in {**state, **adapter.copies()}.items():
+        for key, value in {**state, **adapter.substitutes()}.items():
             tensors[PREFIX + join(path, _LAYERS.strip("."), key)] = value.detach()
     if trained:
         config["target_modules"] = compact(top, [path for path, _, _ in trained])

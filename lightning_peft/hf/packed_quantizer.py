@@ -23,13 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_peft.core.names import counted
+from lightning_peft.hf.packed_conversions import by_outputs_last, written_conversions
 from lightning_peft.models.packed_layers import (
     PackedLayer,
     declare_packed,
     dense_patterns,
     released_config,
 )
-from lightning_peft.models.packed_state import packed_state
+from lightning_peft.models.packed_state import packed_metadata, packed_state
 from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.registry import released_formats, released_methods
 from lightning_peft.storage.tensor_files import TensorFiles
@@ -107,7 +108,7 @@ def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
         ) from error
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.hf_quantizer.finish(model, set(info["missing_keys"]))
+    model.hf_quantizer.finish(model, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return (model, info) if wants_info else model
 
 
@@ -191,6 +192,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         self._layers: list[PackedLayer] = []
         self._renamings: list[Any] = []
+        self._dense: list[Any] = []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Called on the meta model."""
@@ -241,32 +243,28 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.released
         return model
 
-    def finish(self, model: Any, missing: Collection[str]) -> None:
+    def finish(self, model: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
         """Hold the weights, and keep the conversions by which transformers saves the model.
+
+        Args:
+            model: As transformers loaded it.
+            missing: Parameters without a tensor in the files.
+            unexpected: Tensors in the files without a parameter.
 
         Raises:
             ValueError: a tensor is missing, or has values that no encoder writes.
         """
         self.pre_quantized = True
         self._require_all(missing)
+        _require_dense(missing, unexpected)
+        metadata = _metadata_of(self.quantization_config.files)
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else None
         for layer in self._layers:
-            layer.hold(dtype or torch.get_default_dtype())
+            layer.hold(dtype or torch.get_default_dtype(), metadata)
         self._layers = []
         # `export` knows the files' names; transformers only splits experts again.
-        used = [c for c in model._weight_conversions if all(c is not r for r in self._renamings)]
-        suffixes = {storage.codes_suffix for storage in self.formats} - {""}
-        model._weight_conversions = used + [
-            c.copy(
-                [f"{name}{suffix}" for name in c._original_source_patterns],
-                [f"{name}{suffix}" for name in c._original_target_patterns],
-                operations=list(c.operations),
-            )
-            for suffix in suffixes
-            for c in used
-            if isinstance(c, WeightConverter)
-            and all(name.endswith(".weight") for name in c._original_source_patterns)
-        ]
+        read = [c for c in model._weight_conversions if all(c is not r for r in self._renamings)]
+        model._weight_conversions = written_conversions(read, self.formats, self._dense)
 
     def _require_all(self, missing: Collection[str]) -> None:
         absent = [name for layer in self._layers for name in layer.shapes if name in missing]
@@ -281,13 +279,19 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """Names in the files → parameters; companions of experts are merged as their codes."""
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
         self._renamings = [WeightRenaming(a, b) for s in self.formats for a, b in s.renamings]
+        self._dense = [c for c in weight_conversions if isinstance(c, WeightConverter)]
+        has_experts = any(
+            len(s) > 2 for layer in self._layers for _, s, _ in layer.weights.values()
+        )
+        if has_experts and any(s.outputs_last for s in self.formats):
+            updated = [by_outputs_last(c) for c in updated]
         return self._renamings + updated
 
     def get_state_dict_and_metadata(
         self, model: nn.Module, safe_serialization: bool | None = None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called by `save_pretrained` of a model without adapters."""
-        return packed_state(model), {}
+        return packed_state(model), packed_metadata(model)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """The packed weights are written as they were read."""
@@ -302,6 +306,27 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The products are ops that `torch.compile` traces."""
         return True
+
+
+def _require_dense(missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise if the files hold a layer in other tensors than the configuration says."""
+    layers = {name.rpartition(".")[0] for name in unexpected}
+    wrong = sorted(name for name in missing if name.rpartition(".")[0] in layers)
+    if wrong:
+        raise ValueError(
+            f"load_packed: expected dense tensors of the layers that the quantization_config "
+            f"leaves out, got other ones for {', '.join(wrong[:6])}; the config does not belong to "
+            "these files: download the checkpoint again"
+        )
+
+
+def _metadata_of(files: Sequence[str]) -> dict[str, str]:
+    """What the files say of their tensors."""
+    found: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            found |= handle.metadata() or {}
+    return found
 
 
 def _shapes_of(files: Sequence[str]) -> dict[str, tuple[int, ...]]:

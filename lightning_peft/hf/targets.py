@@ -31,6 +31,7 @@ __all__ = [
     "targeted",
     "targeted_weights",
     "tied_with",
+    "ties_rows",
 ]
 
 
@@ -169,6 +170,21 @@ def tied_with(root: nn.Module, names: Collection[str]) -> set[str]:
     """Return the modules that share their weight with one of these modules."""
     groups = [set(group) for group in tied_modules(root)]
     return {name for group in groups if group & set(names) for name in group}
+
+
+def ties_rows(root: nn.Module, embedding: nn.Module) -> bool:
+    """Whether peft has the layers tied to this embedding read its trained rows.
+
+    It goes by the model's config, not by the tensors.
+    """
+    config = getattr(root, "config", None)
+    getter = getattr(root, "get_input_embeddings", None)
+    return (
+        bool(getattr(config, "tie_word_embeddings", False))
+        and bool(getattr(root, "_tied_weights_keys", None))
+        and callable(getter)
+        and getter() is embedding
+    )
 
 
 def exact_targets(model: nn.Module, sites: Sequence[Site]) -> list[str] | str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.hf.keys import PREFIX
-from lightning_peft.hf.targets import compact, tied_with
+from lightning_peft.hf.targets import compact, tied_with, ties_rows
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.token_indices import TokenIndices
@@ -50,6 +50,7 @@ def match_token_rows(
     planned: Sequence[PlannedAdapter],
     rows: Mapping[str, Tensor],
     config: Mapping[str, Any],
+    top: nn.Module,
     prefix: str,
 ) -> _Values:
     """Return the value of every tensor of rows that attaching will create.
@@ -72,6 +73,8 @@ def match_token_rows(
             site.out_features if site.is_embedding else site.in_features,
         )
         if site.tied_to is not None:
+            if not ties_rows(top, site.tied_to.module):
+                problems.append(f"{path}: {_NOT_TIED.format(site.tied_to.name)}")
             leader = by_path.get(site.tied_to.name)
             if found is not None and (leader is None or not torch.equal(found, leader)):
                 problems.append(
@@ -109,6 +112,12 @@ def _ids(method: TrainableTokens, config: Mapping[str, Any], path: str) -> list[
 _BIAS = (
     "expected a head without a bias, got one with a bias, which peft 0.21 leaves out of the output "
     "of a layer with trained tokens"
+)
+
+
+_NOT_TIED = (
+    "expected a layer whose rows peft ties to those of {!r}, got one that shares its weight, but "
+    "the model's config.tie_word_embeddings does not say so: in peft its rows stay the base's"
 )
 
 
@@ -174,7 +183,13 @@ def _check_writable(top: nn.Module, adapters: Sequence[tuple[str, nn.Module, Ada
                 f"save_adapter: TrainableTokens on {path!r}: {_BIAS}; keep the adapter with "
                 "adapter_state_dict()"
             )
-        left = tied_with(top, [path]) - paths
+        leader = adapter.site.tied_to
+        if leader is not None and not ties_rows(top, leader.module):
+            raise ValueError(
+                f"save_adapter: TrainableTokens on {path!r}: {_NOT_TIED.format(leader.name)}; "
+                "attach TrainableTokens(tied=False), or keep the adapter with adapter_state_dict()"
+            )
+        left = tied_with(top, [path]) - paths if ties_rows(top, module) else set[str]()
         if adapter.site.is_embedding and left:
             raise ValueError(
                 f"save_adapter: TrainableTokens on {path!r}: expected that {sorted(left)}, tied to "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,12 +15,14 @@ from lightning_peft.adapters.placement.placement import (
 )
 from lightning_peft.core.modules import base_modules, parameter_at, persistent_buffers
 from lightning_peft.core.names import counted, in_adapter, join
+from lightning_peft.core.site import RouterSite
 from lightning_peft.hf.files import BATCHES
 from lightning_peft.hf.keys import Reading, bias_key, tensor_prefix
 from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import tied_with
+from lightning_peft.hf.vocabulary import resize_advice
 from lightning_peft.methods.adaption_prompt import AdaptionPrompt
-from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
+from lightning_peft.methods.base import HFEntry, HFFormat, Method, RouterMethod, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.methods.norm_tuning import NormTuning
 from lightning_peft.methods.trainable_tokens import TrainableTokens
@@ -48,31 +50,64 @@ def saved_modules(source: Source, reading: Reading) -> dict[str, dict[str, Tenso
         ValueError: missing, extra or misshapen tensors, or a buffer that differs from the base's.
     """
     wanted = tuple(source.config.get("modules_to_save") or ())
-    adapted = {e.path for e in reading.entries}
     modules = [(n, m) for n, m in base_modules(source.top).items() if n]
-    matched = {n for n, _ in modules if wanted and n.endswith(wanted) and n not in adapted}
+    matched = {n for n, _ in modules if wanted and n.endswith(wanted)}
+    # What is inside of an adapted layer, such as an attention's output projection, has no copy.
+    matched -= _inside({e.path for e in reading.entries}, matched)
     if source.config.get("ensure_weight_tying"):  # peft saves the tied modules too
         matched |= tied_with(source.top, matched)
     saved: dict[str, dict[str, Tensor]] = {}
-    problems: list[str] = []
+    problems = [
+        f"{name}: expected modules that are not inside of each other, got one inside of another: "
+        "peft trains two copies and writes one"
+        for name in sorted(_inside(matched, matched, itself=False))
+    ]
     for name, module in modules:
         if name not in matched:
             continue
-        if any(name.startswith(f"{outer}.") for outer in saved):
-            continue
         head = f"{source.format.saved_prefix}{name}."
         found = {k[len(head) :]: t for k, t in reading.other.items() if k.startswith(head)}
-        problems += _copy_problems(module, head, found)
+        for key in found:
+            del reading.other[head + key]
+        found = _once(module, found)
+        problems += _copy_problems(source.top, module, head, found)
         parameters = {n for n, _ in module.named_parameters()}
         copied = parameters | _statistics(module)
         saved[name] = {k: t for k, t in found.items() if k in copied}
-        for key in found:
-            del reading.other[head + key]
     if problems:
         raise ValueError(
             "adapter file: modules_to_save: nothing was loaded:\n  " + "\n  ".join(problems[:20])
         )
     return {name: found for name, found in saved.items() if found}
+
+
+def _inside(outer: Iterable[str], names: Iterable[str], *, itself: bool = True) -> set[str]:
+    """The names that are those of outer modules, or of modules inside of them."""
+    parts = tuple(f"{name}." for name in outer)
+    return {n for n in names if n.startswith(parts) or (itself and f"{n}." in parts)}
+
+
+#: Parts of peft's wrapper of a trained module.
+_COPY, _ORIGINAL = "modules_to_save", "original_module"
+
+
+def _once(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what peft writes twice: with bias="all" also the biases inside of its wrapper.
+
+    Those of the original module do not act. Those of the copy are kept if they say something else.
+    """
+    own = module.state_dict().keys()
+    kept: dict[str, Tensor] = {}
+    for key, tensor in found.items():
+        wrapped, _, rest = key.partition(".")
+        if key in own or wrapped not in (_COPY, _ORIGINAL):
+            kept[key] = tensor
+        elif wrapped == _COPY:
+            # Inside of a trained module the adapter's name is left in.
+            once = found.get(rest, found.get(rest.partition(".")[2]))
+            if once is None or not torch.equal(once, tensor):
+                kept[key] = tensor
+    return kept
 
 
 def has_separate_copies(source: Source, saved: Mapping[str, Mapping[str, Tensor]]) -> bool:
@@ -103,7 +138,9 @@ def has_separate_copies(source: Source, saved: Mapping[str, Mapping[str, Tensor]
     return bool(differing) or (tied is False and bool(shared))
 
 
-def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) -> list[str]:
+def _copy_problems(
+    top: nn.Module, module: nn.Module, head: str, found: Mapping[str, Tensor]
+) -> list[str]:
     """Return the differences between a module's own tensors and those that a file has for it."""
     expected = {k: t for k, t in module.state_dict().items() if not in_adapter(k)}
     parameters = {n for n, _ in module.named_parameters()}
@@ -114,9 +151,9 @@ def _copy_problems(module: nn.Module, head: str, found: Mapping[str, Tensor]) ->
         if key not in expected:
             problems.append(f"extra {head}{key}")
         elif tensor.shape != expected[key].shape:
-            problems.append(
-                f"{head}{key}: expected shape {list(expected[key].shape)}, got {list(tensor.shape)}"
-            )
+            shapes = f"shape {list(expected[key].shape)}, got {list(tensor.shape)}"
+            advice = resize_advice(top, module, expected[key].shape, tensor.shape)
+            problems.append(f"{head}{key}: expected {shapes}{advice}")
         elif key not in copied and not torch.equal(tensor, expected[key].to(tensor)):
             problems.append(f"{head}{key}: a buffer that differs from the base's")
     return problems
@@ -173,6 +210,8 @@ class ValueMatcher:
                 self._match_copies(placement)
             elif isinstance(method, AdaptionPrompt):
                 self._match_positions(method, placement)
+            elif isinstance(method, RouterMethod):
+                self._match_router(method, placement)
             elif isinstance(method, NormTuning):
                 self._match_norm(placement)
             elif isinstance(method, TrainableTokens):
@@ -209,18 +248,19 @@ class ValueMatcher:
 
     def _match_copies(self, placement: Placement) -> None:
         path = self._path(placement)
-        owner = self._owner(path)
-        assert owner is not None  # attach plans copies of `saved` alone
-        statistics = placement.statistics if isinstance(placement, CopyPlacement) else ()
-        for p in (*placement.paths, *statistics):
-            key = join(path, p)[len(owner) + 1 :]
+        for p in (*placement.paths, *_statistics_of(placement)):
+            full = join(path, p)
+            owner = self._owner(full)  # a part of an attention may be trained alone
+            assert owner is not None  # attach plans copies of `saved` alone
+            key = full[len(owner) + 1 :]
             if key in self.saved[owner]:  # earlier files have no num_batches_tracked
                 self.values[id(placement.module), p, COPY] = self.saved[owner][key]
 
     def _match_norm(self, placement: Placement) -> None:
         path = self._path(placement)
         found = self.reading.norms.get(path, {})
-        state = placement.module.state_dict()
+        state = {k: t for k, t in placement.module.state_dict().items() if not in_adapter(k)}
+        copied = {*placement.paths, *_statistics_of(placement)}
         self.problems += [f"extra {path}.{key}" for key in found if key not in state]
         for key in state:
             if key not in found:
@@ -228,10 +268,10 @@ class ValueMatcher:
             elif found[key].shape != state[key].shape:
                 shapes = f"{list(state[key].shape)}, got {list(found[key].shape)}"
                 self.problems.append(f"{path}.{key}: expected shape {shapes}")
-            elif key in placement.paths:
+            elif key in copied:
                 self.values[id(placement.module), key, COPY] = found[key]
-            else:
-                self.problems.append(f"{path}.{key}: LN_TUNING copies it, no copy is kept here")
+            elif not torch.equal(found[key], state[key].to(found[key])):
+                self.problems.append(f"{path}.{key}: a buffer that differs from the base's")
 
     def _match_positions(self, method: AdaptionPrompt, placement: Placement) -> None:
         path, site = self._path(placement), placement.site
@@ -245,6 +285,25 @@ class ValueMatcher:
             else:
                 self.values[id(placement.module), site.parameter, name] = found[name]
 
+    def _match_router(self, method: RouterMethod, placement: Placement) -> None:
+        found, site = self.reading.router, placement.site
+        assert isinstance(site, RouterSite)
+        if not found:
+            self.problems.append(
+                f"{method.label}: no tensor of its classifier, which peft 0.21 does not write; "
+                "train one with XLoRA(adapters=[...])"
+            )
+            return
+        with fork_seeded_rng(0):
+            expected = method.module(site).state_dict()
+        self.problems += [f"missing {k} of the classifier" for k in expected if k not in found]
+        for key, tensor in found.items():
+            shape = list(expected[key].shape) if key in expected else None
+            if shape != list(tensor.shape):
+                wanted = "no such tensor" if shape is None else f"shape {shape}"
+                self.problems.append(f"{key}: expected {wanted}, got {list(tensor.shape)}")
+            self.values[id(placement.module), site.parameter, key] = tensor
+
     def _match_biases(self, placement: Placement, adapted: Sequence[str]) -> None:
         path, module = self._path(placement), placement.module
         owner = self._owner(path)
@@ -256,7 +315,9 @@ class ValueMatcher:
                 tensor = self.saved[owner].get(join(path, p)[len(owner) + 1 :])
             shape = parameter_at(module, p).shape
             if tensor is None:
-                self.problems.append(f"missing {key}")
+                # peft trains what is named "bias" alone: an attention's in_proj_bias stays.
+                if p.rpartition(".")[2] == "bias":
+                    self.problems.append(f"missing {key}")
             elif tensor.shape != shape:
                 self.problems.append(
                     f"{key}: expected shape {list(shape)}, got {list(tensor.shape)}"
@@ -320,8 +381,15 @@ class ValueMatcher:
                 axes = fmt.axes.get(name, "")
                 expected = entry.layout.to_peft(site.parameter, axes, known[name]).shape
                 got = entry.shapes.get(_peft_name(fmt, entry, name), tuple(tensor.shape))
-                problems.append(f"{named(name)}: expected shape {list(expected)}, got {list(got)}")
+                advice = resize_advice(self.source.top, site.module, expected, got)
+                shapes = f"shape {list(expected)}, got {list(got)}"
+                problems.append(f"{named(name)}: expected {shapes}{advice}")
         return problems
+
+
+def _statistics_of(placement: Placement) -> tuple[str, ...]:
+    """Names of the running statistics that attaching copies."""
+    return placement.statistics if isinstance(placement, CopyPlacement) else ()
 
 
 def _site_buffers(

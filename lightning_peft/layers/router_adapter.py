@@ -31,6 +31,10 @@ class RouterAdapter(ModuleAdapter):
         """The method's module at this site."""
         return self.method.module(self.site)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the method's module by their names there."""
+        return dict(self.block.state_dict(keep_vars=True))
+
     def activate(self, active: ActiveAdapters) -> None:
         """Act as the router of the module."""
         active.routers.append(self)

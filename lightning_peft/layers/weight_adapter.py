@@ -201,7 +201,7 @@ class WeightAdapter(Adapter):
             return
         site = self.site
         with torch.no_grad():
-            base = site.weight(torch.float32).clone()
+            base = site.weight(site.wide_dtype).clone()
             for term in self.edit().terms:
                 base -= term.matrix().to(base)
             self.rewrite = BaseRewrite(site.storage.snapshot(site.module, site.parameter))
@@ -234,7 +234,7 @@ def check_replaced(adapters: Sequence[WeightAdapter]) -> None:
         shared = sorted(owners.keys() & set(ids))
         if shared:
             raise ValueError(
-                f"{adapter.site.label!r}: expected adapters that train different tokens, got "
+                f"{adapter.site.quoted}: expected adapters that train different tokens, got "
                 f"{shared[:5]} in both {owners[shared[0]]!r} and {adapter.adapter_name!r}; "
                 "activate one of them with set_adapter"
             )

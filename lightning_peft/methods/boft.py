@@ -19,7 +19,7 @@ from lightning_peft.methods.checks import (
     require_bias,
     require_shape,
 )
-from lightning_peft.methods.exchange import refuse_uneven_conv2d
+from lightning_peft.methods.exchange import config_keys, refuse_uneven_conv2d
 from lightning_peft.methods.registry import register
 
 __all__ = ["BOFT", "butterfly"]
@@ -86,22 +86,16 @@ class BOFT(WeightMethod):
     hf = HFFormat(
         peft_type="BOFT",
         tensors={"R": "boft_R", "s": "boft_s"},
-        config={
-            "bias": "bias",
-            "block_size": "boft_block_size",
-            "block_num": "boft_block_num",
-            "n_butterfly": "boft_n_butterfly_factor",
-            "dropout": "boft_dropout",
-        },
-        fixed={"fan_in_fan_out": False},
-        defaults={
-            "bias": "none",
-            "boft_block_size": 4,
-            "boft_block_num": 0,
-            "boft_n_butterfly_factor": 1,
-            "boft_dropout": 0.0,
-        },
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys(
+            "bias",
+            block_size="boft_block_size",
+            block_num="boft_block_num",
+            n_butterfly="boft_n_butterfly_factor",
+            dropout="boft_dropout",
+        ),
+        own_defaults=True,
+        inert={"fan_in_fan_out": False},
+        ignored=("init_weights",),
         pack=_pack,
         unpack=_unpack,
         from_config=_from_config,
@@ -138,20 +132,20 @@ class BOFT(WeightMethod):
         """Blocks must tile the input, the butterfly must have two halves at each stage."""
         require(
             not site.is_embedding and not site.batch_shape,
-            f"{self.label} on {site.label!r}: expected one matrix with features for input, got "
+            f"{self.label} on {site.quoted}: expected one matrix with features for input, got "
             f"{'an embedding' if site.is_embedding else 'a stack of experts'}; exclude it",
         )
         number, size = self.blocks(site)
         require(
             number >= 1 and number * size == site.in_features,
-            f"{self.label} on {site.label!r}: expected blocks that tile in_features = "
+            f"{self.label} on {site.quoted}: expected blocks that tile in_features = "
             f"{site.in_features}, got block_size = {self.block_size}, block_num = "
             f"{self.block_num}; choose a divisor, or exclude the layer",
         )
         stages = 2 ** (self.n_butterfly - 1)
         require(
             self.n_butterfly == 1 or (number % stages == 0 and number > 1),
-            f"{self.label} on {site.label!r}: expected a number of blocks that is a multiple of "
+            f"{self.label} on {site.quoted}: expected a number of blocks that is a multiple of "
             f"2^(n_butterfly - 1) = {stages}, got {number}; lower n_butterfly",
         )
 

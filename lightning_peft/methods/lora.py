@@ -23,20 +23,21 @@ from lightning_peft.methods.base import (
     WeightMethod,
     overrides_step_hooks,
 )
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
+from lightning_peft.methods.checks import empty_like_site, match_site
+from lightning_peft.methods.lora_checks import check_site, check_values
 from lightning_peft.methods.lora_gradients import precondition, project_frozen_down
 from lightning_peft.methods.lora_start import (
-    INITS,
-    check_options,
     complete_options,
     loftq_start,
+    minor_directions,
+    qr_factors,
     random_start,
     singular_factors,
     start_from_covariance,
     start_from_gradient,
 )
 from lightning_peft.methods.registry import register
-from lightning_peft.methods.token_indices import TokenIndices, check_token_indices
+from lightning_peft.methods.token_indices import TokenIndices
 
 __all__ = ["LoRA"]
 
@@ -115,38 +116,7 @@ class LoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
-        require(
-            0.0 <= self.dropout < 1.0,
-            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
-        )
-        require(
-            self.init in INITS or self._niter is not None,
-            f"{self.label}: expected init in {(*INITS, 'pissa_niter_N')}, got {self.init!r}",
-        )
-        require(
-            self.bias in ("none", "all", "lora_only"),
-            f"{self.label}: expected bias in ('none', 'all', 'lora_only'), got {self.bias!r}",
-        )
-
-        require(
-            self.experts in ("each", "shared", None),
-            f"{self.label}: expected experts in ('each', 'shared', None), got {self.experts!r}",
-        )
-        check_options(self.label, self.init, self.init_options)
-        if self.trainable_token_indices is not None:
-            check_token_indices(
-                f"{self.label} trainable_token_indices", self.trainable_token_indices
-            )
-        require(
-            not self.freeze_A or not (self.needs_data or self.init == "mica" or self.precondition),
-            f"{self.label}: expected freeze_A without precondition and with a start that trains B "
-            f"alone, got init={self.init!r}, precondition={self.precondition}",
-        )
-        require(
-            not self.precondition or self.init != "mica",
-            f"{self.label}: expected precondition with two trained factors, got init='mica'",
-        )
+        check_values(self)
 
     @property
     def needs_data(self) -> InitData:
@@ -164,7 +134,8 @@ class LoRA(WeightMethod):
         return complete_options(self.init, self.init_options)
 
     @property
-    def _niter(self) -> int | None:
+    def svd_iterations(self) -> int | None:
+        """N of ``init="pissa_niter_N"``; None for another start."""
         head, _, n = self.init.rpartition("_")
         return int(n) if head == "pissa_niter" and n.isdecimal() else None
 
@@ -182,58 +153,7 @@ class LoRA(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Rank against the layer's size; odd ranks cannot be split in two for ``"orthogonal"``."""
-        r, most = self.rank(site), min(site.out_features, site.in_features)
-        require(
-            r <= most or not self.limits_rank,
-            f"{self.label} on {site.label!r}: expected 1 <= r <= min(in_features, out_features) = "
-            f"{most}, got r = {r}; lower r, or set it for this layer with rank_pattern, or exclude "
-            "it",
-        )
-        require(
-            self.init != "orthogonal" or r % 2 == 0,
-            f"{self.label} on {site.label!r}: expected an even rank for init='orthogonal', got r = "
-            f"{r}",
-        )
-        require(
-            not (site.is_embedding and self.rewrites_base),
-            f"{self.label} on {site.label!r}: expected a layer with features for input with "
-            f"init={self.init!r}, got an embedding; exclude it or use init='default'",
-        )
-        require(
-            self.needs_data != InitData.GRADIENTS or 2 * r <= most,
-            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) / 2 = "
-            f"{most // 2} with init='lora_ga', which takes 2 r singular vectors, got r = {r}; "
-            "lower r, or set it for this layer with rank_pattern, or exclude it",
-        )
-        require(
-            not self.needs_data or (site.ops.features_last and not site.batch_shape),
-            f"{self.label} on {site.label!r}: expected a linear layer with init={self.init!r}, got "
-            f"{type(site.module).__name__}; exclude it or use init='default'",
-        )
-        require(
-            not (site.batch_shape and self.experts == "shared" and self.rewrites_base),
-            f"{self.label} on {site.label!r}: expected experts='each' with init={self.init!r}, "
-            "which takes its start from each expert's weight, got experts='shared'; use "
-            "init='default'",
-        )
-        require(
-            not (site.is_embedding and (self.freeze_A or self.init == "mica")),
-            f"{self.label} on {site.label!r}: expected a layer with features for input with "
-            "freeze_A or init='mica', got an embedding, whose A starts at zero and is what is "
-            "trained; exclude it",
-        )
-        require(
-            site.tied_to is None
-            or not (type(self) is not LoRA or self.lora_bias or self.precondition),
-            f"{self.label} on {site.label!r}: expected plain LoRA without lora_bias and "
-            f"precondition on weights that are tied, got ensure_weight_tying=True with "
-            f"{self.label}; leave ensure_weight_tying out",
-        )
-        require(
-            not (site.is_embedding and self.lora_bias),
-            f"{self.label} on {site.label!r}: expected no lora_bias on an embedding, got "
-            "lora_bias=True",
-        )
+        check_site(self, site, is_plain=type(self) is LoRA)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A and B (and bias_B) at their start, without the one that is frozen."""
@@ -305,18 +225,16 @@ class LoRA(WeightMethod):
         """A and B from W [*batch, out, in] fp32; returns the residual that the base keeps."""
         r = p["A"].shape[-2]
         if self.init == "mica":
-            p["A"] = torch.zeros_like(p["A"])
-            p["B"] = torch.linalg.svd(W, full_matrices=False)[0][..., -r:].contiguous()
+            p["A"], p["B"] = torch.zeros_like(p["A"]), minor_directions(W, r)
             return None
         s = self.scaling(site, r)
         if self.init == "loftq":
             A, B, base = loftq_start(site, W, r, s, self.loftq_iter)
         else:
             if self.init == "olora":
-                Q, R = torch.linalg.qr(W)
-                A, B = R[..., :r, :], Q[..., :, :r]
+                A, B = qr_factors(W, r)
             else:
-                A, B = singular_factors(W, r, s, self._niter)
+                A, B = singular_factors(W, r, s, self.svd_iterations)
             base = W - s * (B @ A)
         for name, value in (("A", A), ("B", B), ("A0", A), ("B0", B)):
             if name in p:

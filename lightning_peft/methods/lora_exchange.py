@@ -183,7 +183,9 @@ def from_config(
         site = e.site
         r, alpha = _by_patterns(settings, e.target)
         found = e.tensors["A"].shape[-2]
-        if e.config_rank(found) != r:
+        # These starts take r singular vectors or columns of W, as far as it has so many.
+        most = min(site.out_features, site.in_features) if start in _BASE_STARTS else r
+        if e.config_rank(found) != min(r, most):
             raise ValueError(
                 f"{e.path!r}: expected rank {r} by adapter_config.json, got {e.names_and_shapes()}"
             )
@@ -296,7 +298,7 @@ FORMAT = HFFormat(
     },
     ignored=(
         *("init_lora_weights", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config"),
-        *("lora_ga_config", "megatron_core", "qalora_group_size"),
+        *("lora_ga_config", "megatron_core", "qalora_group_size", "arrow_config"),
     ),
     dropped=("lora_velora_embed", "lora_monteclora_sampler"),
     pack=pack,

@@ -17,6 +17,8 @@ __all__ = [
     "check_options",
     "complete_options",
     "loftq_start",
+    "minor_directions",
+    "qr_factors",
     "random_start",
     "singular_factors",
     "start_from_covariance",
@@ -103,6 +105,18 @@ def singular_factors(W: Tensor, r: int, s: float, niter: int | None) -> tuple[Te
     return root.unsqueeze(-1) * Vh, U * root.unsqueeze(-2)
 
 
+def qr_factors(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Return OLoRA's A and B: the first r rows of R and columns of Q, W = Q R."""
+    Q, R = torch.linalg.qr(W)
+    return R[..., :r, :], Q[..., :, :r]
+
+
+def minor_directions(W: Tensor, r: int) -> Tensor:
+    """Return MiCA's B: the left singular vectors of the r smallest singular values."""
+    U: Tensor = torch.linalg.svd(W, full_matrices=False)[0]
+    return U[..., -r:].contiguous()
+
+
 def loftq_start(
     site: Site, W: Tensor, r: int, s: float, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +182,7 @@ def start_from_covariance(
     mean = C.diagonal().mean()
     require(
         bool(mean > 0),
-        f"{site.label!r}: expected inputs that are not all zero with init='corda', got zeros; give "
+        f"{site.quoted}: expected inputs that are not all zero with init='corda', got zeros; give "
         "other batches or exclude the layer",
     )
     eye, damping = torch.eye(len(C), dtype=C.dtype, device=C.device), 0.01

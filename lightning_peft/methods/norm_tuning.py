@@ -7,6 +7,7 @@ Models"; Zhao et al. 2024, "Tuning LayerNorm in Attention".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,6 +23,7 @@ class NormTuning(SelectMethod):
     """Parameters of every module whose class is a normalisation, as its name says.
 
     ``LayerNorm``, ``RMSNorm``, ``BatchNorm2d``, ``GroupNorm``, ``LlamaRMSNorm``, ``T5LayerNorm`` …
+    Running statistics are copied with the parameters: training moves the copy's.
 
     Attributes:
         bias: Whether shifts are trained too, not only scales.
@@ -29,10 +31,16 @@ class NormTuning(SelectMethod):
             names them. peft's ``LN_TUNING`` takes any layer.
     """
 
+    copies_statistics: ClassVar[bool] = True
+
     bias: bool = True
     any_layer: bool = False
 
-    hf = HFFormat(peft_type="LN_TUNING", tensors={}, config={})
+    hf = HFFormat(
+        peft_type="LN_TUNING",
+        tensors={},
+        config={},
+    )
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether the parameter belongs to a normalisation itself, not to a module inside it."""

@@ -13,19 +13,16 @@ _TYPES = {
     "(merge_and_unload) on the base of its training and load the merged model",
     "SHADOW": "it is a second transformer that runs next to the model, not a change of its "
     "weights, and cannot be merged. Run it with peft",
-    "XLORA": "peft saves no tensor of its classifier. Load its adapters, and train a classifier "
-    "with XLoRA(adapters=[...])",
 }
 #: Option of peft's LoRA → why it is refused, and what to do.
 REFUSED_OPTIONS = {
     "layer_replication": "it repeats blocks of the model, whose weights the copies share, so that "
     "peft's own merge is wrong. Build the deeper model first (copy the blocks and set "
     "config.num_hidden_layers), save it, and train LoRA on it",
-    "arrow_config": "it has no tensors of its own and mixes other adapters. Load those, and call "
-    "lightning_peft.route(model, names, into)",
-    "use_qalora": "it pools the inputs of GPTQ layers, and no storage here holds GPTQ weights. "
-    "Train LoRA on a base in NF4 (quantization='nf4'), or run the adapter with peft. If the base "
-    "was not GPTQ, peft ignored the option: set use_qalora to false in the file",
+    "use_qalora": "its A acts on averages of the inputs of GPTQ layers, and peft cannot merge it. "
+    "Train LoRA on a base in NF4 (quantization='nf4') or on the GPTQ base itself, or run the "
+    "adapter with peft. If the base was not GPTQ, peft ignored the option: set use_qalora to false "
+    "in the file",
 }
 
 

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.site import RouterSite
-from lightning_peft.methods.base import RouterMethod
+from lightning_peft.methods.base import HFFormat, RouterMethod
 from lightning_peft.methods.checks import require, require_dropout
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["XLoRA"]
@@ -37,8 +38,8 @@ class XLoRA(RouterMethod):
         load_adapter(model, "code", adapter_name="code")
         attach(model, XLoRA(adapters=["math", "code"]), adapter_name="router")
 
-    Generation needs ``use_cache=False``. peft's own files lose the classifier, so there is no
-    exchange; `adapter_state_dict` and checkpoints hold it.
+    Generation needs ``use_cache=False``. `save_adapter` writes the classifier under the names that
+    peft reads. peft itself writes none, and such a file is refused.
 
     Attributes:
         adapters: Names of the adapters that are mixed.
@@ -67,6 +68,27 @@ class XLoRA(RouterMethod):
     top_k: int | None = None
     softmax_top_k: bool = False
     weight: float = 1.0
+
+    hf: ClassVar[HFFormat | None] = HFFormat(
+        peft_type="XLORA",
+        tensors={},
+        config=config_keys(
+            depth="xlora_depth",
+            hidden="xlora_size",
+            dropout="xlora_dropout_p",
+            layerwise="layerwise_scalings",
+            softmax="enable_softmax",
+            temperature="softmax_temperature",
+            top_k="top_k_lora",
+            softmax_top_k="enable_softmax_topk",
+            weight="global_scaling_weight",
+        ),
+        own_defaults=True,
+        fixed={"scaling_pass_value": 0.0},
+        inert={"use_trainable_adapters": False},
+        ignored=("adapters", "hidden_size"),
+        saves_modules=False,
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""

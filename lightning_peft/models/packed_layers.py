@@ -18,8 +18,9 @@ from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import join
 from lightning_peft.core.protocols import WeightLayout
 from lightning_peft.layers import ops_for
-from lightning_peft.storage.block_scaled import BlockScaledStorage, DeclaredWeight
+from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.registry import released_formats
+from lightning_peft.storage.released_format import DeclaredWeight, ReleasedWeight
 
 __all__ = ["PackedLayer", "declare_packed", "dense_patterns", "released_config"]
 
@@ -53,8 +54,12 @@ class PackedLayer:
             join(self.name, key): shape for d in declared for key, shape, _ in d.tensors.values()
         }
 
-    def hold(self, dtype: torch.dtype) -> None:
+    def hold(self, dtype: torch.dtype, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
         """Check the tensors, hold them and swap the forward.
+
+        Args:
+            dtype: Dtype that the model computes in.
+            metadata: Name of a weight → what the files say of it.
 
         Raises:
             ValueError: a tensor is missing or has values that no encoder writes.
@@ -68,6 +73,7 @@ class PackedLayer:
                     self.module, name, shape, declared.layout, keys,
                     transposed=self.layout.transposed, adopted=False,
                 )  # fmt: skip
+                spec.metadata = metadata.get(join(self.name, name), "")
             except ValueError as error:
                 raise ValueError(f"{self.name!r}: {error}") from None
             specs.append((storage, name, spec))
@@ -154,8 +160,9 @@ def _declared(
         natural = module.get_parameter(weight).shape
         *lead, one, two = natural
         shape = torch.Size((*lead, two, one)) if layout.transposed else natural
+        asked = ReleasedWeight(name, weight, shape, released, dtypes)
         for storage in formats:
-            declared = storage.declare(name, weight, shape, released, dtypes)
+            declared = storage.declare(asked)
             if declared is not None:
                 found[weight] = (storage, shape, declared)
                 break

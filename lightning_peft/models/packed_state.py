@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 from torch import Tensor, nn
 
 from lightning_peft.core.names import in_adapter, join
 from lightning_peft.storage import held_tensors
+from lightning_peft.storage.packed import specs_of
 
-__all__ = ["is_released", "packed_state"]
+__all__ = ["is_released", "packed_metadata", "packed_state"]
 
 
 def is_released(model: nn.Module) -> bool:
@@ -32,3 +35,24 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
             del found[join(name, key)]
         found |= {join(name, key): t for key, t in exported.items()}
     return found
+
+
+def packed_metadata(model: nn.Module) -> dict[str, str]:
+    """Return what files in the format say of each tensor; empty for most formats.
+
+    torchao describes its packed weights, lists all names, and marks the dense ones.
+    """
+    found = {
+        join(name, weight): spec.metadata
+        for name, module in model.named_modules(remove_duplicate=False)
+        for weight, spec in specs_of(module).items()
+        if getattr(spec, "metadata", "")
+    }
+    if not found:
+        return {}
+    names = [key for key in nn.Module.state_dict(model) if not in_adapter(key)]
+    held = {join(n, key) for n, m in model.named_modules() for key in held_tensors(m)}
+    dense = [key for key in names if key not in held]
+    plain = json.dumps({"_type": "Tensor"})
+    listed = {"tensor_names": json.dumps([*found, *dense])}
+    return {**found, **dict.fromkeys(dense, plain), **listed}

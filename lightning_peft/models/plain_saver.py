@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.models.packed_layers import released_config
-from lightning_peft.models.packed_state import is_released, packed_state
+from lightning_peft.models.packed_state import is_released, packed_metadata, packed_state
 from lightning_peft.models.plain_state import plain_state
 from lightning_peft.storage.dtensor import is_sharded
 
@@ -83,7 +83,7 @@ class PlainSaver(HfQuantizer):  # type: ignore[misc]
                 "export_merged for the merged model on disk"
             )
         if self.replaced is not None and _says_quantised(model):
-            return packed_state(model), {}
+            return packed_state(model), packed_metadata(model)
         return plain_state(model), {}
 
     def _why_not_plain(self, model: nn.Module) -> str:

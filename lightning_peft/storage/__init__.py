@@ -7,6 +7,7 @@ from lightning_peft.storage import compressed_tensors as _compressed_tensors
 from lightning_peft.storage import fp8 as _fp8
 from lightning_peft.storage import modelopt as _modelopt
 from lightning_peft.storage import mxfp4 as _mxfp4
+from lightning_peft.storage import torchao as _torchao
 
 # These modules register their storages.
 from lightning_peft.storage.bitsandbytes import eight_bit as _eight_bit
@@ -43,4 +44,4 @@ __all__ = [
     "storage_of",
 ]
 
-del _awq_gptq, _compressed_tensors, _eight_bit, _four_bit, _fp8, _modelopt, _mxfp4, _nf4
+del _awq_gptq, _compressed_tensors, _eight_bit, _four_bit, _fp8, _modelopt, _mxfp4, _nf4, _torchao

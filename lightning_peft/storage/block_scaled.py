@@ -1,18 +1,16 @@
 """Base of the storages of released formats: codes of 8 or 4 bits with a scale per block.
 
-A format is one file. It says which layers of other libraries it takes over (`matches`, `arriving`)
-and which tensors of a checkpoint hold a weight (`declared`). Products and encoding follow from the
+A format is one file. It says which layers of other libraries it takes over (`matches`, `adopt`) and
+which tensors of a checkpoint hold a weight (`declare`). Products and encoding follow from the
 `BlockLayout` of each weight.
 """
 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning_peft_kernels.block_scaled.decode import decode_blocks
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.protocols import Reason
+from lightning_peft.storage.block_checks import check_codes, check_outer, check_scales
 from lightning_peft.storage.packed import (
     QuantizedWeightSpec,
     packed_tensors,
@@ -32,26 +31,12 @@ from lightning_peft.storage.packed import (
     to_bytes,
 )
 from lightning_peft.storage.quantized import QuantizedStorage
+from lightning_peft.storage.released_format import ReleasedFormat
 
-__all__ = ["BlockScaledStorage", "BlockSpec", "DeclaredWeight", "mro_names"]
+__all__ = ["BlockScaledStorage", "BlockSpec", "mro_names"]
 
 _ROLES = ("codes", "scales", "outer", "zeros")
-
-
 _WHOLE = BlockLayout("e4m3", 0, 0)
-
-
-@dataclass(frozen=True)
-class DeclaredWeight:
-    """The tensors of a checkpoint that hold one weight.
-
-    Attributes:
-        layout: Meaning of the codes.
-        tensors: Role → (name in the module, shape, dtype).
-    """
-
-    layout: BlockLayout
-    tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]]
 
 
 @dataclass
@@ -60,9 +45,11 @@ class BlockSpec(QuantizedWeightSpec):
 
     Attributes:
         layout: Which code, and which block each scale covers.
+        metadata: What files say of the weight beside its tensors.
     """
 
     layout: BlockLayout = field(default=_WHOLE)
+    metadata: str = ""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -70,68 +57,12 @@ class BlockSpec(QuantizedWeightSpec):
         return self.shape[-2], self.shape[-1]
 
 
-class BlockScaledStorage(QuantizedStorage[BlockSpec], ABC):
+class BlockScaledStorage(QuantizedStorage[BlockSpec], ReleasedFormat, ABC):
     """A weight in blocks, read and multiplied by the kernels of `block_scaled`."""
 
     exports = True
-    #: ``quant_method`` of the configurations whose checkpoints `load_packed` reads.
-    quant_methods: tuple[str, ...] = ()
-    #: Weight of a layer → names of the tensors that hold it in a file.
-    file_names: Mapping[str, Sequence[str]] = MappingProxyType({})
-    #: (pattern, replacement) of further names in files.
-    renamings: Sequence[tuple[str, str]] = ()
-    #: What files add to the name of a weight for its codes.
-    codes_suffix: str = ""
     #: Whether a scale may be zero: in e4m3, that of a block of small weights is.
     allows_zero_scales: bool = False
-
-    def reads(self, config: Mapping[str, Any]) -> bool:
-        """Whether `declare` knows this ``quantization_config``."""
-        return config.get("quant_method") in self.quant_methods
-
-    def skipped(self, config: Mapping[str, Any]) -> Sequence[str] | None:
-        """Patterns of layers that the checkpoint holds densely; None if it does not list them."""
-        skip: Sequence[str] | None = config.get("modules_to_not_convert")
-        return skip
-
-    def declare(
-        self,
-        label: str,
-        weight: str,
-        shape: torch.Size,
-        config: Mapping[str, Any],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> DeclaredWeight | None:
-        """The tensors of one weight in a checkpoint; None if it is dense there.
-
-        Args:
-            label: Name of the layer in the model.
-            weight: Name of the weight in the layer.
-            shape: Canonical shape, [out, in] or [experts, out, in].
-            config: The checkpoint's ``quantization_config``.
-            dtypes: Dtype of the tensors in the files by the last part of their name; empty where
-                there are no files.
-
-        Raises:
-            ValueError: a setting of the configuration that is not known.
-        """
-        return None
-
-    def repack(self, m: nn.Module, name: str, keys: Mapping[str, str]) -> dict[str, str]:
-        """Bring tensors as they were read into the form that `spec` describes; in place.
-
-        Args:
-            m: The layer.
-            name: The weight.
-            keys: Role → name of each declared tensor.
-
-        Returns:
-            Role → name of each tensor that is held.
-
-        Raises:
-            ValueError: values that the form cannot hold.
-        """
-        return dict(keys)
 
     # ---- codes and values
 
@@ -259,16 +190,19 @@ class BlockScaledStorage(QuantizedStorage[BlockSpec], ABC):
                     "the checkpoint again, all of its shards"
                 )
             tensors[role] = t
-        check = partial(self._check, m, name)
-        check("codes", tensors["codes"], self.codes_shape(shape, layout), layout)
-        check("scales", tensors["scales"], self.scales_shape(shape, layout), layout)
+        label = f"{self.label} {base_class(m).__name__}.{name}"
+        codes = self._code_rows(tensors["codes"], shape)
+        check_codes(f"{label} codes", codes, self.codes_shape(shape, layout), layout)
+        check_scales(
+            f"{label} scales", tensors["scales"], self.scales_shape(shape, layout), layout,
+            allow_zero=self.allows_zero_scales,
+        )  # fmt: skip
         if "outer" in tensors:
-            self._check_outer(m, name, tensors["outer"])
-        spec = BlockSpec(
+            check_outer(f"{label} global scale", tensors["outer"])
+        return BlockSpec(
             self.label, shape, transposed, _dense_dtype(m), dict(keys), adopted=adopted,
             layout=layout,
         )  # fmt: skip
-        return spec
 
     def codes_shape(self, shape: torch.Size, layout: BlockLayout) -> tuple[int, ...]:
         """Shape of the codes of a canonical weight."""
@@ -280,101 +214,9 @@ class BlockScaledStorage(QuantizedStorage[BlockSpec], ABC):
         *lead, N, K = shape
         return (*lead, *layout.grid(N, K))
 
-    def _check(
-        self,
-        m: nn.Module,
-        name: str,
-        role: str,
-        t: Tensor,
-        shape: tuple[int, ...],
-        layout: BlockLayout,
-    ) -> None:
-        label = f"{self.label} {base_class(m).__name__}.{name} {role}"
-        if hasattr(t, "to_local"):
-            raise ValueError(
-                f"{label}: expected a tensor of this process alone, got a DTensor; attach before "
-                "the model is sharded, and load it without tp_plan"
-            )
-        wanted = self._wanted_dtypes(role, layout)
-        if t.dtype not in wanted:
-            names = " or ".join(str(d).removeprefix("torch.") for d in wanted)
-            raise ValueError(
-                f"{label}: expected {names}, got {str(t.dtype).removeprefix('torch.')}; load the "
-                "checkpoint again and do not cast the model"
-            )
-        size, one = torch.Size(shape), role == "scales" and not layout.rows and not layout.columns
-        if t.shape != size and not (one and t.numel() == size.numel()):
-            raise ValueError(
-                f"{label}: expected shape {list(shape)}, got {list(t.shape)}; the file does not "
-                "belong to this model or was converted with another block size"
-            )
-        if t.device.type != "meta":
-            self._check_values(label, role, t.detach(), layout)
-
-    def _check_outer(self, m: nn.Module, name: str, t: Tensor) -> None:
-        values = t.detach().float()
-        if t.device.type != "meta" and not bool((values.isfinite() & (values > 0)).all()):
-            raise ValueError(
-                f"{self.label} {base_class(m).__name__}.{name} global scale: expected a finite "
-                f"positive number, got {values.reshape(-1)[:4].tolist()}; the file is damaged: "
-                "download it again"
-            )
-
-    def _wanted_dtypes(self, role: str, layout: BlockLayout) -> tuple[torch.dtype, ...]:
-        if role == "codes":
-            return _CODES[layout.element]
-        return (layout.scale_dtype, *((torch.uint8,) if layout.scale == "e8m0" else ()))
-
-    def _check_values(self, label: str, role: str, t: Tensor, layout: BlockLayout) -> None:
-        if role == "scales":
-            _check_scales(label, t, layout, self.allows_zero_scales)
-        elif layout.element == "e4m3":
-            bad = _count_nan_codes(t)
-            if bad:
-                raise ValueError(
-                    f"{label}: expected codes of numbers, got {bad} NaN of {t.numel()}; the file "
-                    "is damaged: download it again"
-                )
-
-
-_CODES: dict[str, tuple[torch.dtype, ...]] = {
-    "e4m3": (torch.float8_e4m3fn,),
-    "int8": (torch.int8,),
-    "e2m1": (torch.uint8, torch.int8),
-    "int4": (torch.uint8, torch.int32),
-    "uint4": (torch.uint8, torch.int32),
-}
-
-
-def _check_scales(label: str, t: Tensor, layout: BlockLayout, zero: bool) -> None:
-    remedy = "the file is damaged: download it again"
-    if layout.scale == "e8m0":
-        bad = int((t.view(torch.uint8) == 255).sum()) if t.ndim else int(t.float().isnan())
-        if bad:
-            raise ValueError(f"{label}: expected powers of two, got {bad} NaN; {remedy}")
-        return
-    values = t.float()
-    for what, wrong in (
-        ("finite", ~values.isfinite()),
-        ("positive", values < 0 if zero else values <= 0),
-    ):
-        bad = int(wrong.sum())
-        if bad:
-            worst = values[wrong].reshape(-1)[0].item()
-            raise ValueError(
-                f"{label}: expected {what} scales, got {bad} of {t.numel()} that are not, the "
-                f"first {worst}; {remedy}"
-            )
-
-
-def _count_nan_codes(t: Tensor) -> int:
-    """Number of NaN codes of e4m3, some million codes at a time."""
-    flat = t.reshape(-1).view(torch.uint8)
-    found = 0
-    for part in flat.split(1 << 22):
-        if int((part & 127).max()) == 127:
-            found += int(((part & 127) == 127).sum())
-    return found
+    def _code_rows(self, codes: Tensor, shape: torch.Size) -> Tensor:
+        """Codes as they arrived, in the axes of `codes_shape`."""
+        return codes
 
 
 def _dense_dtype(m: nn.Module) -> torch.dtype:

@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from lightning_peft.core.class_swap import PackedForward
 from lightning_peft.core.kernel_backend import backend_scope
 from lightning_peft.core.modules import own_tensor
-from lightning_peft.storage.block_scaled import (
-    BlockScaledStorage,
-    BlockSpec,
-    DeclaredWeight,
-    mro_names,
-)
+from lightning_peft.storage.block_scaled import BlockScaledStorage, BlockSpec, mro_names
 from lightning_peft.storage.linear_forward import recomputed, require_floating
 from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.registry import register_storage, storage_of
+from lightning_peft.storage.released_format import (
+    DeclaredTensor,
+    DeclaredWeight,
+    ReleasedWeight,
+)
 
 __all__ = [
     "SCALE_WORDS",
@@ -93,36 +93,28 @@ class FP8Storage(BlockScaledStorage):
         """MiniMax calls them ``ignored_layers``."""
         return super().skipped(config) or config.get("ignored_layers")
 
-    def declare(
-        self,
-        label: str,
-        weight: str,
-        shape: torch.Size,
-        config: Mapping[str, Any],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> DeclaredWeight | None:
+    def declare(self, weight: ReleasedWeight) -> DeclaredWeight | None:
         """Codes in e4m3, or FP4 experts; scales by block or one per tensor."""
+        config, name, experts = weight.config, weight.name, weight.experts
         block = config.get("weight_block_size", (128, 128))
         rows, columns = (0, 0) if block is None else (int(block[0]), int(block[1]))
         power = _one_of(config, "scale_fmt", ("float", "ue8m0"), "float") == "ue8m0"
         static = _one_of(config, "activation_scheme", ("dynamic", "static"), "dynamic") == "static"
         expert = _one_of(config, "expert_dtype", ("fp8", "fp4"), "fp8")
-        stored = scales_in_files(dtypes, power)
-        word = SCALE_WORDS[stored]
-        stack = len(shape) > 2
-        if stack and expert == "fp4":
+        stored = scales_in_files(weight.dtypes, power)
+        if experts and expert == "fp4":
             return None
-        layout = BlockLayout("e4m3", rows, columns, 2 if weight == "gate_up_proj" else 1, word)
-        grid = self.scales_shape(shape, layout)
+        layout = BlockLayout("e4m3", rows, columns, weight.halves, SCALE_WORDS[stored])
+        grid = self.scales_shape(weight.shape, layout)
         if block is None:
-            grid = (shape[0], layout.halves) if stack else ()
-        scale = "weight_scale_inv" if weight == "weight" else f"{weight}_scale_inv"
+            grid = (*experts, layout.halves) if experts else ()
+        scale = "weight_scale_inv" if name == "weight" else f"{name}_scale_inv"
         tensors = {
-            "codes": (weight, tuple(shape), torch.float8_e4m3fn),
-            "scales": (scale, grid, stored),
+            "codes": DeclaredTensor(name, tuple(weight.shape), torch.float8_e4m3fn),
+            "scales": DeclaredTensor(scale, grid, stored),
         }
-        if static and not stack:
-            tensors["activation"] = ("activation_scale", (), torch.float32)
+        if static and not experts:
+            tensors["activation"] = DeclaredTensor("activation_scale", (), torch.float32)
         return DeclaredWeight(layout, tensors)
 
     def matches(self, m: nn.Module) -> bool:
@@ -218,15 +210,15 @@ class AdoptedGroupedLinear(PackedForward):
     """Mixin: a block-diagonal linear layer, [..., groups, in] → [..., groups, out per group]."""
 
     _swap_prefix = "Adopted"
+    n_groups: int  # of transformers' layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply each group with its rows of the weight, decoded again in backward."""
-        module: Any = self
-        require_floating(module, x)
-        groups, bias = int(module.n_groups), own_tensor(module, "bias")
+        require_floating(self, x)
+        groups, bias = int(self.n_groups), own_tensor(self, "bias")
 
         def product(x: Tensor) -> Tensor:
-            W = storage_of(module).read(module, "weight", x.dtype)
+            W = storage_of(self).read(self, "weight", x.dtype)
             y = torch.einsum("...gk,gnk->...gn", x, W.view(groups, -1, W.shape[-1]))
             return y if bias is None else y + bias.view(groups, -1).to(y.dtype)
 
@@ -241,9 +233,8 @@ class AdoptedEmbedding(PackedForward):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Codes of the rows, times the scale of the table."""
-        module: Any = self
-        spec: BlockSpec = specs_of(module)["weight"]
-        held = packed_tensors(module, "weight")
+        spec: BlockSpec = specs_of(self)["weight"]
+        held = packed_tensors(self, "weight")
         codes = F.embedding(ids, held["codes"])
         scale = held["scales"].view(spec.layout.scale_dtype)
         rows = codes.view(torch.float8_e4m3fn).to(torch.float32) * scale.float().reshape(())

@@ -9,28 +9,43 @@ and W8A16.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning_peft_kernels.block_scaled.layout import BlockLayout
 
-from lightning_peft.storage.block_scaled import BlockScaledStorage, DeclaredWeight
-from lightning_peft.storage.compressed_tensors import file_names_of, matches_pattern
+from lightning_peft.storage.block_scaled import BlockScaledStorage
+from lightning_peft.storage.layer_patterns import is_listed
 from lightning_peft.storage.registry import register_storage
+from lightning_peft.storage.released_format import (
+    DeclaredTensor,
+    DeclaredWeight,
+    ReleasedWeight,
+)
 
 __all__ = ["ModelOptFP8Storage", "NVFP4Storage"]
 
 
-class _ModelOpt(BlockScaledStorage):
+class _ModelOpt(BlockScaledStorage, ABC):
     """What the formats of Model Optimizer have in common."""
 
     quant_methods = ("modelopt",)
     file_names = MappingProxyType(
         {"weight": ["weight", "weight_scale", "weight_scale_2", "input_scale"]}
     )
-    algorithm = ""
+    #: ``quant_algo`` of the configurations.
+    algorithm: ClassVar[str]
+
+    @abstractmethod
+    def _layout(self, weight: ReleasedWeight) -> BlockLayout:
+        """Meaning of the codes of one weight."""
+
+    @abstractmethod
+    def _tensors(self, weight: ReleasedWeight) -> dict[str, DeclaredTensor]:
+        """Codes and scales of one weight."""
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         """A configuration with this algorithm."""
@@ -41,12 +56,20 @@ class _ModelOpt(BlockScaledStorage):
         """None of transformers' patterns: `declare` reads the library's own list."""
         return []
 
-    def _is_dense(
-        self, label: str, weight: str, shape: torch.Size, config: Mapping[str, Any]
-    ) -> bool:
-        listed = config.get("ignore") or config.get("exclude_modules") or ()
-        names = file_names_of(label, weight, shape)
-        return any(matches_pattern(n, pattern) for n in names for pattern in listed)
+    def declare(self, weight: ReleasedWeight) -> DeclaredWeight | None:
+        """Codes and scales; of a linear layer, also the scale of its inputs."""
+        config = weight.config
+        if is_listed(weight, config.get("ignore") or config.get("exclude_modules") or ()):
+            return None
+        tensors = self._tensors(weight)
+        if not weight.experts and "input_scale" in weight.dtypes:
+            tensors["activation"] = DeclaredTensor("input_scale", (), torch.float32)
+        return DeclaredWeight(self._layout(weight), tensors)
+
+
+def _per_matrix(weight: ReleasedWeight) -> tuple[int, ...]:
+    """Shape of a scale per matrix: gate and up of an expert have one each."""
+    return (*weight.experts, weight.halves) if weight.experts else ()
 
 
 @register_storage()
@@ -57,28 +80,17 @@ class NVFP4Storage(_ModelOpt):
     algorithm = "NVFP4"
     allows_zero_scales = True
 
-    def declare(
-        self,
-        label: str,
-        weight: str,
-        shape: torch.Size,
-        config: Mapping[str, Any],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> DeclaredWeight | None:
-        """Codes and both scales."""
-        if self._is_dense(label, weight, shape, config):
-            return None
-        *lead, N, K = shape
-        halves = 2 if weight == "gate_up_proj" else 1
-        outer = (*lead, halves) if lead else ()
-        tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
-            "codes": (weight, (*lead, N, K // 2), torch.uint8),
-            "scales": (f"{weight}_scale", (*lead, N, -(-K // 16)), torch.float8_e4m3fn),
-            "outer": (f"{weight}_scale_2", outer, torch.float32),
+    def _layout(self, weight: ReleasedWeight) -> BlockLayout:
+        return BlockLayout("e2m1", 1, 16, 1, "e4m3")
+
+    def _tensors(self, weight: ReleasedWeight) -> dict[str, DeclaredTensor]:
+        (N, K), experts, name = weight.matrix, weight.experts, weight.name
+        grid = (*experts, N, -(-K // 16))
+        return {
+            "codes": DeclaredTensor(name, (*experts, N, K // 2), torch.uint8),
+            "scales": DeclaredTensor(f"{name}_scale", grid, torch.float8_e4m3fn),
+            "outer": DeclaredTensor(f"{name}_scale_2", _per_matrix(weight), torch.float32),
         }
-        if not lead and "input_scale" in dtypes:
-            tensors["activation"] = ("input_scale", (), torch.float32)
-        return DeclaredWeight(BlockLayout("e2m1", 1, 16, 1, "e4m3"), tensors)
 
 
 @register_storage()
@@ -88,23 +100,12 @@ class ModelOptFP8Storage(_ModelOpt):
     label = "fp8 (modelopt)"
     algorithm = "FP8"
 
-    def declare(
-        self,
-        label: str,
-        weight: str,
-        shape: torch.Size,
-        config: Mapping[str, Any],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> DeclaredWeight | None:
-        """Codes and their scale."""
-        if self._is_dense(label, weight, shape, config):
-            return None
-        *lead, _, _ = shape
-        halves = 2 if weight == "gate_up_proj" else 1
-        tensors: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
-            "codes": (weight, tuple(shape), torch.float8_e4m3fn),
-            "scales": (f"{weight}_scale", (*lead, halves) if lead else (), torch.float32),
+    def _layout(self, weight: ReleasedWeight) -> BlockLayout:
+        return BlockLayout("e4m3", 0, 0, weight.halves, "float32")
+
+    def _tensors(self, weight: ReleasedWeight) -> dict[str, DeclaredTensor]:
+        name = weight.name
+        return {
+            "codes": DeclaredTensor(name, tuple(weight.shape), torch.float8_e4m3fn),
+            "scales": DeclaredTensor(f"{name}_scale", _per_matrix(weight), torch.float32),
         }
-        if not lead and "input_scale" in dtypes:
-            tensors["activation"] = ("input_scale", (), torch.float32)
-        return DeclaredWeight(BlockLayout("e4m3", 0, 0, halves, "float32"), tensors)

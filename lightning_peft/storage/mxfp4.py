@@ -18,15 +18,15 @@ import torch
 from lightning_peft_kernels.block_scaled.layout import BlockLayout
 from torch import Tensor, nn
 
-from lightning_peft.storage.block_scaled import (
-    BlockScaledStorage,
-    BlockSpec,
-    DeclaredWeight,
-    mro_names,
-)
+from lightning_peft.storage.block_scaled import BlockScaledStorage, BlockSpec, mro_names
 from lightning_peft.storage.fp8 import SCALE_WORDS, scale_word, scales_in_files
 from lightning_peft.storage.packed import specs_of
 from lightning_peft.storage.registry import register_storage
+from lightning_peft.storage.released_format import (
+    DeclaredTensor,
+    DeclaredWeight,
+    ReleasedWeight,
+)
 
 __all__ = ["InterleavedGate", "Mxfp4Storage"]
 
@@ -71,53 +71,34 @@ class Mxfp4Storage(BlockScaledStorage):
         """MXFP4, and FP8 checkpoints whose experts are FP4."""
         return super().reads(config) or _has_fp4_experts(config)
 
-    def declare(
-        self,
-        label: str,
-        weight: str,
-        shape: torch.Size,
-        config: Mapping[str, Any],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> DeclaredWeight | None:
+    def declare(self, weight: ReleasedWeight) -> DeclaredWeight | None:
         """Experts; all other layers are dense, or FP8."""
-        if len(shape) < 3:
+        if not weight.experts:
             return None
-        E, N, K = shape
+        name, (N, K) = weight.name, weight.matrix
         if K % _GROUP:
             raise ValueError(
-                f"{label} {weight}: expected a multiple of {_GROUP} inputs, got {K}; MXFP4 has no "
-                "partial groups: the config does not belong to this checkpoint"
+                f"{weight.layer} {name}: expected a multiple of {_GROUP} inputs, got {K}; MXFP4 "
+                "has no partial groups: the config does not belong to this checkpoint"
             )
-        grid = (E, N, K // _GROUP)
-        if _has_fp4_experts(config):
-            stored = scales_in_files(dtypes, config.get("scale_fmt") == "ue8m0")
-            layout = BlockLayout("e2m1", 1, _GROUP, 1, SCALE_WORDS[stored])
-            return DeclaredWeight(
-                layout,
-                {
-                    "codes": (weight, (E, N, K // 2), torch.int8),
-                    "scales": (f"{weight}_scale_inv", grid, stored),
-                },
-            )
-        return DeclaredWeight(
-            BlockLayout("e2m1", 1, _GROUP, 1, "e8m0"),
-            {
-                "codes": (weight, (*grid, _GROUP // 2), torch.uint8),
-                "scales": (f"{weight}_scales", grid, torch.uint8),
-            },
-        )
+        lead = (*weight.experts, N)
+        grid = (*lead, K // _GROUP)
+        if _has_fp4_experts(weight.config):
+            power = weight.config.get("scale_fmt") == "ue8m0"
+            stored = scales_in_files(weight.dtypes, power)
+            word = SCALE_WORDS[stored]
+            codes = DeclaredTensor(name, (*lead, K // 2), torch.int8)
+            scales = DeclaredTensor(f"{name}_scale_inv", grid, stored)
+        else:
+            word = "e8m0"
+            codes = DeclaredTensor(name, (*grid, _GROUP // 2), torch.uint8)
+            scales = DeclaredTensor(f"{name}_scales", grid, torch.uint8)
+        layout = BlockLayout("e2m1", 1, _GROUP, 1, word)
+        return DeclaredWeight(layout, {"codes": codes, "scales": scales})
 
-    def _check(
-        self,
-        m: nn.Module,
-        name: str,
-        role: str,
-        t: Tensor,
-        shape: tuple[int, ...],
-        layout: BlockLayout,
-    ) -> None:
-        flat = t.flatten(-2) if role == "codes" and t.ndim == len(shape) + 1 else t
-        super()._check(m, name, role, flat, shape, layout)
+    def _code_rows(self, codes: Tensor, shape: torch.Size) -> Tensor:
+        """gpt-oss has an axis of the 16 bytes of a group."""
+        return codes.flatten(-2) if codes.ndim == len(shape) + 1 else codes
 
     def matches(self, m: nn.Module) -> bool:
         """Experts of gpt-oss on a GPU, and FP4 experts of DeepSeek-V4."""

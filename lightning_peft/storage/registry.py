@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from lightning_peft.core.protocols import Storage
+from lightning_peft.core.value_types import shown
+from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.config import Quantization, StorageConfig
 from lightning_peft.storage.dense import DenseStorage
 
@@ -85,8 +87,8 @@ def storage_for(config: StorageConfig) -> Storage:
         if config_type is not None and isinstance(config, config_type) and storage.accepts(config):
             return storage
     raise TypeError(
-        f"quantization: expected one of {sorted(_config_types())}, got {config!r}; register the "
-        "storage of another type with register_storage"
+        f"quantization: expected one of {sorted(_config_types())}, got {shown(config)}; register "
+        "the storage of another type with register_storage"
     )
 
 
@@ -95,15 +97,18 @@ def foreign_storage(module: nn.Module) -> Storage | None:
     return next((storage for _, storage in _STORAGES if storage.matches(module)), None)
 
 
-def released_formats(config: Mapping[str, Any]) -> list[Any]:
+def released_formats(config: Mapping[str, Any]) -> list[BlockScaledStorage]:
     """The storages that read checkpoints with this ``quantization_config``."""
-    return [s for _, s in _STORAGES if s.exports and cast(Any, s).reads(config)]
+    return [s for s in _released() if s.reads(config)]
 
 
 def released_methods() -> list[str]:
     """Values of ``quant_method`` that `load_packed` knows."""
-    found = (cast(Any, s).quant_methods for _, s in _STORAGES if s.exports)
-    return sorted({name for names in found for name in names})
+    return sorted({name for s in _released() for name in s.quant_methods})
+
+
+def _released() -> list[BlockScaledStorage]:
+    return [s for _, s in _STORAGES if isinstance(s, BlockScaledStorage)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +160,7 @@ def require_config(quantization: StorageConfig | str) -> StorageConfig:
     if not isinstance(quantization, StorageConfig):
         raise TypeError(
             f"quantization: expected a kind such as 'nf4', or a configuration such as "
-            f"Quantization('nf4'), got {quantization!r}; write quantization='nf4'"
+            f"Quantization('nf4'), got {shown(quantization)}; write quantization='nf4'"
         )
     return quantization
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft.tuners.lora.arrow import create_arrow_model
@@ -17,8 +16,16 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from tests.helpers.compare import assert_close
-from tests.helpers.peft_exchange import build, loaded, randomise, run
+from tests.helpers.peft_exchange import build, randomise, run
 
+TARGETS = {
+    "llama": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "vit": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "bart": ["q_proj", "fc2"],
+    "modernbert": ["Wqkv", "Wo"],
+}
 NAMES = ["task_0", "task_1", "task_2", "gks_0", "gks_1"]
 
 
@@ -31,11 +38,11 @@ def saved(base: nn.Module, folder: Path, targets: list[str], r: int = 4) -> list
     return [str(folder / str(i)) for i in range(5)]
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+@pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("general", [False, True])
 def test_outputs_are_pefts(name: str, general: bool, tmp_path: Path) -> None:
     """With the true singular vectors in peft too: its own come from 15 power steps."""
-    targets = {"llama": ["q_proj", "v_proj"], "t5": ["q", "v"], "vit": ["q_proj", "v_proj"]}[name]
+    targets = TARGETS[name]
     base, inputs = build(name)
     paths = saved(base, tmp_path, targets)
     ours: Any = copy.deepcopy(base)
@@ -54,11 +61,11 @@ def test_outputs_are_pefts(name: str, general: bool, tmp_path: Path) -> None:
         (adapter,) = weight_adapters_of(module, "arrow")
         layer = there[path].lora_arrow["arrow_router"]
         v = adapter.tensors()["v"]
-        assert ((layer.prototypes * v).sum(1).abs() > 0.2).all()
+        assert (layer.prototypes * v).sum(1).abs().mean() > 0.3
         layer.prototypes = v.clone()
     want = run(theirs, inputs)
     assert (want - run(base, inputs)).norm() > 1e-2 * want.norm()
-    assert_close("output", run(ours, inputs), want, floor=1e-4)
+    assert_close("output", run(ours, inputs), want, floor=1e-5)
 
 
 def net() -> Any:
@@ -101,16 +108,38 @@ def test_other_ranks_and_layers_and_resume() -> None:
     torch.testing.assert_close(again(x), want)
 
 
-def test_a_directory_of_pefts_router_says_what_to_do(tmp_path: Path) -> None:
-    base, _ = build("llama")
-    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2)).save_pretrained(str(tmp_path))
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "arrow_config": {"top_k": 2}}))
-    with pytest.raises(ValueError, match=r"arrow_config: .*route\(model, names, into\)"):
-        loaded(base, tmp_path)
-    file.write_text(json.dumps({"peft_type": "XLORA", "adapters": {"a": "b"}}))
-    with pytest.raises(ValueError, match=r"XLORA: .* XLoRA\(adapters="):
-        loaded(base, tmp_path)
+@pytest.mark.parametrize("general", [False, True])
+def test_a_directory_of_pefts_router_is_read(general: bool, tmp_path: Path) -> None:
+    base, inputs = build("llama")
+    paths = saved(base, tmp_path / "experts", TARGETS["llama"])
+    config = ArrowConfig(top_k=2, router_temperature=0.7, use_gks=general, rng_seed=1)
+    theirs: Any = create_arrow_model(
+        copy.deepcopy(base), paths[:3], config, general_adapter_paths=paths[3:] if general else None
+    )
+    theirs.save_pretrained(str(tmp_path), selected_adapters=["arrow_router"])
+    folder = tmp_path / "arrow_router"
+    names = NAMES if general else NAMES[:3]
+    model: Any = copy.deepcopy(base)
+    with pytest.raises(ValueError, match="expected adapters attached as"):
+        lp.load_adapter(model, folder, adapter_name="mix")
+    for name, path in zip(names, paths, strict=False):
+        lp.load_adapter(model, path, adapter_name=name)
+    report = lp.load_adapter(model, folder, adapter_name="mix")
+    assert any("estimates by power" in note for note in report.notes)
+    other: Any = copy.deepcopy(base)
+    for name, path in zip(names, paths, strict=False):
+        lp.load_adapter(other, path, adapter_name=name)
+    lp.route(other, NAMES[:3], "mix", top_k=2, temperature=0.7, general=names[3:])
+    lp.set_adapter(other, "mix")
+    assert torch.equal(run(model, inputs), run(other, inputs))
+    file = folder / "adapter_config.json"
+    wrong = json.loads(file.read_text())
+    wrong["arrow_config"]["top_k"] = "2"
+    file.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="expected task_adapter_names"):
+        lp.load_adapter(model, folder, adapter_name="more")
+    with pytest.raises(ValueError, match="quantise when the first"):
+        lp.load_adapter(model, folder, adapter_name="more", quantization="nf4")
 
 
 def test_refused(tmp_path: Path) -> None:

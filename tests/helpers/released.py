@@ -248,15 +248,21 @@ def pack_awq(key: str, W: Tensor) -> State:
             f"{name}scales": s}  # fmt: skip
 
 
-def pack_gptq(less: int) -> Callable[[str, Tensor], State]:
+def pack_gptq(less: int, desc_act: bool = False) -> Callable[[str, Tensor], State]:
     def pack(key: str, W: Tensor) -> State:
-        codes, zero, s = asymmetric(W, 32)
+        K = W.shape[1]
+        group = torch.arange(K, dtype=torch.int32) // 32
+        if desc_act:
+            group = group[torch.randperm(K, generator=torch.Generator().manual_seed(len(key)))]
+        order = group.argsort(stable=True)
+        codes, zero, s = asymmetric(W[:, order], 32)
+        codes = codes[order.argsort()]
         name = key.removesuffix("weight")
         return {
             f"{name}qweight": words(codes.mT).mT,
             f"{name}qzeros": words(zero - less),
             f"{name}scales": s,
-            f"{name}g_idx": torch.arange(W.shape[1], dtype=torch.int32) // 32,
+            f"{name}g_idx": group,
         }
 
     return pack
@@ -275,8 +281,8 @@ def columns_state(awq: bool, less: int = 0) -> Callable[[State], State]:
             order = AWQ if awq else range(8)
             codes = unwords(t, order) if awq else unwords(t.mT).mT
             zero, s = unwords(packed[f"{name}qzeros"], order) + less, packed[f"{name}scales"]
-            W = (codes.unflatten(0, (-1, 32)) - zero[:, None]) * s.float()[:, None]
-            found[f"{name}weight"] = W.flatten(0, 1).mT
+            group = packed.get(f"{name}g_idx", torch.arange(len(codes)) // 32).long()
+            found[f"{name}weight"] = ((codes - zero[group]) * s.float()[group]).mT
         return found
 
     return values
@@ -333,6 +339,50 @@ def modelopt_state(packed: State) -> State:
             scales = (s.float() * outer).unsqueeze(-1)
             found[key] = (fp4_values(t).unflatten(-1, (-1, 16)) * scales).flatten(-2)
     return found
+
+
+# ---- torchao
+
+
+def pack_torchao(group: int | None = None, fp8: bool = False) -> Callable[[str, Tensor], State]:
+    """One scale per row, or per group of columns; int8 with zero points that are 0."""
+
+    def pack(key: str, W: Tensor) -> State:
+        name = f"{key.removesuffix('weight')}_weight"
+        groups = W.unflatten(-1, (-1, group or W.shape[-1]))
+        s = groups.abs().amax(-1) / (448 if fp8 else 127)
+        codes = (groups / s[..., None]).flatten(-2)
+        found = {f"{name}_scale": s}
+        if fp8:
+            return {f"{name}_qdata": codes.to(torch.float8_e4m3fn), **found}
+        found[f"{name}_zero_point"] = torch.zeros_like(s, dtype=torch.int8)
+        return {f"{name}_qdata": codes.round().to(torch.int8), **found}
+
+    return pack
+
+
+def torchao_state(packed: State) -> State:
+    found = {}
+    for key, t in packed.items():
+        name = key.removesuffix("_qdata")
+        if name == key and not key.endswith(("_scale", "_zero_point")):
+            found[key] = t.float()
+        elif name != key:
+            s = packed[f"{name}_scale"]
+            zero = packed.get(f"{name}_zero_point", torch.zeros(1))
+            codes = t.float().unflatten(-1, (s.shape[-1], -1)) - zero.float()[..., None]
+            found[name.replace("._", ".")] = (codes * s[..., None]).flatten(-2)
+    return found
+
+
+def torchao(kind: str, **data: Any) -> dict[str, Any]:
+    config = {"_type": kind, "_version": 2, "_data": data}
+    return {
+        "quant_method": "torchao",
+        "quant_type": {"default": config},
+        "modules_to_not_convert": None,
+        "include_input_output_embeddings": False,
+    }
 
 
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
@@ -473,6 +523,22 @@ RELEASED |= {
         pack_gptq(0), columns_state(False), "gptq_v2",
     ),
 }  # fmt: skip
+RELEASED |= {
+    "awq experts": Released(
+        qwen3_moe, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True,
+                    "version": "gemm", "modules_to_not_convert": ["mlp.gate", "lm_head"]},
+        pack_awq, columns_state(True), "awq",
+    ),
+    "gptq experts": Released(
+        qwen3_moe, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
+                    "dynamic": {r"-:.*mlp\.gate$": {}}},
+        pack_gptq(1), columns_state(False, 1), "gptq",
+    ),
+    "gptq desc_act": Released(
+        llama, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+        pack_gptq(1, desc_act=True), columns_state(False, 1), "gptq",
+    ),
+}  # fmt: skip
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 _ROWS = {"num_bits": 8, "strategy": "channel", "symmetric": True}
 RELEASED |= {
@@ -520,6 +586,21 @@ RELEASED |= {
         qwen3_moe, {**_FP8, "weight_block_size": None},
         lambda key, W: {k: t for k, t in pack_fp8_static(key, W).items() if "activation" not in k},
         fp8_state, "fp8",
+    ),
+}  # fmt: skip
+
+
+RELEASED |= {
+    "torchao int8": Released(
+        llama, torchao("Int8WeightOnlyConfig", group_size=None,
+                       granularity={"_type": "PerGroup", "_data": {"group_size": 32}}),
+        pack_torchao(32), torchao_state, "int8 (torchao)",
+    ),
+    "torchao fp8": Released(
+        llama, torchao("Float8WeightOnlyConfig",
+                       granularity={"_type": "PerRow", "_data": {"dim": -1}},
+                       weight_dtype={"_type": "torch.dtype", "_data": "float8_e4m3fn"}),
+        pack_torchao(fp8=True), torchao_state, "fp8 (torchao)",
     ),
 }  # fmt: skip
 

@@ -148,6 +148,7 @@ QUANTIZERS = {
     "awq": "read",
     "modelopt": "read",
     "gptq": "read",
+    "torchao": "read",
     "bitsandbytes_4bit": "adopted",
     "bitsandbytes_8bit": "adopted",
 }

@@ -18,7 +18,7 @@ from lightning_peft.methods.base import Method
 from tests.helpers.compare import assert_close
 from tests.helpers.peft_exchange import build, by_peft, in_peft, loaded, run, trained
 
-FLOOR = 1e-4
+FLOOR = 1e-5
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.peft_exchange import build, in_peft, loaded, randomise, run
 from tests.helpers.tiny_models import BUILDERS, KINDS, example_inputs
 
-FLOOR = 1e-4
+FLOOR = 1e-5
 N = 3
 OURS: dict[str, SequenceMethod] = {
     "prompt": PromptTuning(n=N),

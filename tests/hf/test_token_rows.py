@@ -174,6 +174,38 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
         lp.save_adapter(loose, tmp_path)
 
 
+class TiedByHand(nn.Module):
+    """Shares a weight without a config that says so: peft ties no rows here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(99, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 99, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.inner(self.embedding(ids))))
+        return y
+
+
+def test_weights_that_are_tied_by_hand(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, ids = TiedByHand().eval(), torch.tensor([[3, 7, 90, 5]])
+    alone: dict[str, Any] = {"token_indices": IDS, "target_modules": ["embedding"]}
+    theirs = by_peft(base, tmp_path / "alone", peft.TrainableTokensConfig, **alone)
+    model = loaded(base, tmp_path / "alone")
+    assert_close("peft here", model(ids), theirs(ids), floor=FLOOR)
+    lp.save_adapter(model, tmp_path / "again")
+    assert_close("ours in peft", in_peft(base, tmp_path / "again")(ids), theirs(ids), floor=FLOOR)
+    tied = trained(base, lp.TrainableTokens(**alone))
+    with pytest.raises(ValueError, match="tie_word_embeddings does not say so"):
+        lp.save_adapter(tied, tmp_path / "tied")
+    rows = {"trainable_token_indices": {"embedding": IDS}, "target_modules": ["inner"]}
+    by_peft(base, tmp_path / "beside", r=2, **rows)
+    with pytest.raises(ValueError, match="tie_word_embeddings does not say so"):
+        lp.load_adapter(copy.deepcopy(base), tmp_path / "beside")
+
+
 @pytest.mark.parametrize(
     ("method", "more"),
     [

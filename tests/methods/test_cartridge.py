@@ -26,7 +26,7 @@ def test_starts_as_the_text_in_front(name: str) -> None:
     ids = torch.randint(3, 90, (2, 6))
     whole = torch.cat([torch.tensor(TEXT).expand(2, -1), ids], dim=1)
     want = run(base, {"input_ids": whole})[:, 4:]
-    assert_close("logits", run(model.eval(), {"input_ids": ids}), want, floor=1e-4)
+    assert_close("logits", run(model.eval(), {"input_ids": ids}), want, floor=1e-5)
     assert model.training is False
     plain: Any = base
     how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -35,7 +35,7 @@ def test_starts_as_the_text_in_front(name: str) -> None:
     assert torch.equal(got, text[:, 4:])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox", "mistral", "phi"])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_exchange(name: str, frozen: int, tmp_path: Path) -> None:
     base, inputs = build(name)
@@ -47,9 +47,9 @@ def test_exchange(name: str, frozen: int, tmp_path: Path) -> None:
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours = loaded(base, tmp_path / "theirs")
     want = run(theirs, inputs)
-    assert_close("peft's in ours", run(ours, inputs), want, floor=1e-4)
+    assert_close("peft's in ours", run(ours, inputs), want, floor=1e-5)
     lp.save_adapter(ours, tmp_path / "ours")
-    assert_close("ours in peft", run(in_peft(base, tmp_path / "ours"), inputs), want, floor=1e-4)
+    assert_close("ours in peft", run(in_peft(base, tmp_path / "ours"), inputs), want, floor=1e-5)
 
 
 def test_the_first_positions_are_not_trained() -> None:

@@ -41,7 +41,7 @@ def ours_of(base: Any, decay: float = 1.0, **fields: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox", "mistral", "opt"])
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_loss_gradients_projection_and_files_are_pefts(
     name: str, decay: float, tmp_path: Path
@@ -63,14 +63,14 @@ def test_loss_gradients_projection_and_files_are_pefts(
         torch.testing.assert_close(got, want)
         want.backward()
         got.backward()
-        assert_close("gradient", mine.grad, delta.grad, floor=1e-4)
+        assert_close("gradient", mine.grad, delta.grad, floor=1e-5)
         assert not mine.grad[3].any()
         hooks.before_step(optimizers[1])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     run(theirs, {"input_ids": ids, "labels": labels})  # peft projects in the forward
-    assert_close("δ", mine, delta, floor=1e-4)
+    assert_close("δ", mine, delta, floor=1e-5)
     radius = 0.3 * (mine.shape[1] / 2048) ** 0.5
     assert abs(float(mine.detach()[1].norm()) - radius) < 1e-5
     lp.save_adapter(ours, tmp_path / "ours")
@@ -80,13 +80,13 @@ def test_loss_gradients_projection_and_files_are_pefts(
     again = loaded(base, tmp_path / "theirs")
     found = next(iter(vars(again)["_peft_registry"].adapters.values())).methods[0]
     assert (list(found.types), found.decay, found.epsilon) == (TYPES, decay, 0.3)
-    assert_close("peft's in ours", run(again, text), want, floor=1e-4)
+    assert_close("peft's in ours", run(again, text), want, floor=1e-5)
     (moved,) = [p for n, p in again.named_parameters() if n.endswith(".P")]
     torch.testing.assert_close(moved, mine)
     there = in_peft(base, tmp_path / "ours")
     with torch.no_grad():
         logits = there(input_ids=ids, labels=None).logits
-    assert_close("ours in peft", logits[:, 8:], want, floor=1e-4)
+    assert_close("ours in peft", logits[:, 8:], want, floor=1e-5)
 
 
 def test_without_the_context_it_is_a_prompt() -> None:
@@ -94,7 +94,7 @@ def test_without_the_context_it_is_a_prompt() -> None:
     model, ids = ours_of(base), torch.randint(3, 90, (2, 6))
     whole = torch.cat([torch.tensor(IDS).expand(2, -1), ids], dim=1)
     assert_close(
-        "start", run(model, {"input_ids": ids}), run(base, {"input_ids": whole})[:, 8:], floor=1e-4
+        "start", run(model, {"input_ids": ids}), run(base, {"input_ids": whole})[:, 8:], floor=1e-5
     )
     model(input_ids=ids, labels=ids).loss.backward()
     with pytest.raises(ValueError, match="expected logits of 8 positions of the prompt"):
