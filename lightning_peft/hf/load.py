@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.adoption import adopted_layers
 from lightning_peft.adapters.attach import attach
-from lightning_peft.adapters.attach_checks import check_adapter_name
+from lightning_peft.adapters.attach_checks import check_adapter_name, check_starts_leave_ties
 from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.new_layers import new_layers_of
 from lightning_peft.adapters.plan import plan_attach
@@ -160,6 +160,7 @@ def _load(
         names = [join(source.prefix, name) for name in saved]
         separate = has_separate_copies(source, saved)
         planned = plan_attach(model, [method], names, separate).adapters
+        check_starts_leave_ties(model, planned)
         values = ValueMatcher(method, source, reading, saved).match(planned)
         rows = match_token_rows(planned, reading.rows, source.config, source.top, source.prefix)
         values |= rows

@@ -178,6 +178,23 @@ def test_lora_with_tied_factors(name: str, tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_take_a_part_of_a_tied_weight(start: str, tmp_path: Path) -> None:
+    """The embedding would change with the head, and nothing make up for it; so it does in peft."""
+    base, inputs, _, targets = build("llama")
+    model = copy.deepcopy(base)
+    message = r"'lm_head': expected a weight of its own, .* got one that is also 'model.embed_tok"
+    with pytest.raises(ValueError, match=message):
+        lp.attach(model, lp.LoRA(r=4, init=start, target_modules=[*targets, "lm_head"]))
+    assert_same_bits("attach", run(model, inputs), run(base, inputs))
+    by_peft(base, tmp_path, r=4, init_lora_weights=start, target_modules=[*targets, "lm_head"])
+    with pytest.raises(ValueError, match=message):
+        lp.load_adapter(model, tmp_path)
+    assert_same_bits("load", run(model, inputs), run(base, inputs))
+    lp.attach(model, lp.LoRA(r=4, init=start, target_modules=targets))
+    assert_close("others", run(model, inputs), run(base, inputs), floor=FLOOR)
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_files_with_copies_of_the_base(name: str, tmp_path: Path) -> None:
     base, inputs, _, targets = build(name)
