@@ -387,8 +387,10 @@ def test_the_reader_sees(source: str, target: str, type_only: bool, tmp_path: Pa
     assert (found.target, found.type_only) == (target, type_only)
 
 
-#: Files that derive classes from transformers'; they are imported when such a model is adapted.
+#: Files that derive classes from transformers', or that only those import; they are imported when
+#: such a model is adapted.
 DERIVES = (
+    "lightning_peft.hf.packed_conversions",
     "lightning_peft.hf.packed_quantizer",
     "lightning_peft.layers.prompt.prefix_cache",
     "lightning_peft.models.plain_saver",

@@ -18,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import lightning_peft
+from lightning_peft.trainers.packages import OLDEST
 from tests.helpers.site_packages import site_without
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
@@ -62,6 +63,15 @@ def test_either_lightning_package_suffices() -> None:
     assert not {"lightning", "pytorch-lightning"} & REQUIRED.keys()
     assert [Requirement(r).name for r in EXTRAS["lightning"]] == ["lightning"]
     assert [Requirement(r).name for r in EXTRAS["pytorch-lightning"]] == ["pytorch-lightning"]
+
+
+@pytest.mark.parametrize("extra", ["lightning", "pytorch-lightning"])
+def test_the_callback_takes_every_lightning_that_is_installed_with_it(extra: str) -> None:
+    *front, last = OLDEST
+    (requirement,) = map(Requirement, EXTRAS[extra])
+    oldest, before = (".".join(map(str, (*front, n))) for n in (last, last - 1))
+    assert requirement.specifier.contains(oldest)
+    assert not requirement.specifier.contains(before)
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])

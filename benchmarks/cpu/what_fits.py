@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from benchmarks.lib.side_by_side import RESULTS, write
 from lightning_peft import LoRA, Plan, estimate_memory
-from lightning_peft.planner.plan import ALLOWANCES
+from lightning_peft.planner.choice import ALLOWANCES
 
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "what_fits.png"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.registry import AdapterRegistry, is_part, registries_in, registry_of
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, refresh, unsettled
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.mixed_batch import batch_facts, chosen_adapters, mixed_batch
@@ -112,7 +113,7 @@ def _known_names(
     for name in wanted:
         if name not in known:
             raise KeyError(
-                f"{what}: expected one of {sorted(known)}, got {name!r}; attach it first"
+                f"{what}: expected one of {sorted(known)}, got {shown(name)}; attach it first"
             )
         if wanted.count(name) > 1:
             raise ValueError(f"{what}: expected each adapter once, got {wanted}; name it once")

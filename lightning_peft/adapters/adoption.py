@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.core.class_swap import PackedForward, rebind_forward, swap_in, swap_out
 from lightning_peft.core.modules import base_modules
-from lightning_peft.core.names import in_adapter
+from lightning_peft.core.names import in_adapter, quoted
 from lightning_peft.core.registry import ensure_registry
 from lightning_peft.layers import ops_for
 from lightning_peft.models.frozen_parts import inside
@@ -56,7 +56,7 @@ def _adopt(name: str, module: nn.Module) -> bool:
     try:
         storage.adopt(module)
     except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from None
+        raise ValueError(f"{quoted(name)}: {error}") from None
     forward = storage.foreign_forward(module)
     ops = ops_for(module)
     layout = None if ops is None else ops.weight_layout(module)
@@ -65,7 +65,7 @@ def _adopt(name: str, module: nn.Module) -> bool:
     if forward is None:
         storage.release(module)
         raise ValueError(
-            f"{name!r}: expected a kind of layer whose weight a storage can hold, got "
+            f"{quoted(name)}: expected a kind of layer whose weight a storage can hold, got "
             f"{type(module).__name__} in {storage.label}; register its kind of layer"
         )
     swap_in(module, forward)

@@ -14,10 +14,11 @@ from lightning_peft.adapters.quantize import (
     QuantizationPlan,
 )
 from lightning_peft.core.modules import base_modules, base_parameters, tied_parameters
-from lightning_peft.core.names import matches_suffix, nearest_names
+from lightning_peft.core.names import matches_suffix, nearest_names, quoted
 from lightning_peft.core.registry import (
     registries_in,
 )
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.mixed_batch import BASE
 from lightning_peft.methods.arguments import require_methods
@@ -68,7 +69,7 @@ def check_adapter_name(name: str) -> None:
         ValueError: other characters, an attribute of the class, or the name of the base.
     """
     if not isinstance(name, str):
-        raise TypeError(f"adapter_name: expected a string, got {name!r}; write 'default'")
+        raise TypeError(f"adapter_name: expected a string, got {shown(name)}; write 'default'")
     if name == BASE:
         raise ValueError(
             f"adapter_name: expected another name than {BASE!r}, by which adapter_names() calls "
@@ -155,9 +156,9 @@ def check_copies_stay_dense(
         placement = each.placement
         if set(packed.get(id(placement.module), ())) & set(placement.paths):
             raise ValueError(
-                f"{each.method.label} on {placement.name!r}: expected a dense weight to train a "
-                "copy of, got one that is to be quantised; exclude it from the quantization, or "
-                "use an adapter"
+                f"{each.method.label} on {quoted(placement.name)}: expected a dense weight to "
+                "train a copy of, got one that is to be quantised; exclude it from the "
+                "quantization, or use an adapter"
             )
 
 
@@ -174,8 +175,8 @@ def check_starts_can_be_written(
         storage = placement.site.storage
         if storage.exports and id(placement.module) not in transcoded:
             raise ValueError(
-                f"{method.label} on {placement.name!r}: expected a base that the start can rewrite "
-                f"without loss, got {storage.label}, which rounds the residual; use "
+                f"{method.label} on {quoted(placement.name)}: expected a base that the start can "
+                f"rewrite without loss, got {storage.label}, which rounds the residual; use "
                 "init='default', or transcode the base with quantization='nf4'"
             )
 
@@ -199,7 +200,7 @@ def check_starts_leave_ties(model: nn.Module, planned: Sequence[PlannedAdapter])
         others = readers.get((id(placement.module), placement.site.parameter))
         if others:
             raise ValueError(
-                f"{method.label} on {placement.name!r}: expected a weight of its own, because the "
-                f"start takes a part out of it, got one that is also {others[0]!r}; exclude the "
-                "layer, untie the two, or use a start that leaves the base alone"
+                f"{method.label} on {quoted(placement.name)}: expected a weight of its own, because "
+                f"the start takes a part out of it, got one that is also {quoted(others[0])}; "
+                "exclude the layer, untie the two, or use a start that leaves the base alone"
             )

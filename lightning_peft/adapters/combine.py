@@ -18,6 +18,7 @@ from lightning_peft.adapters.rehome import rehome
 from lightning_peft.core.registry import AdapterRegistry, registries_in
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, as_low_rank
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.copy_adapter import CopyAdapter
@@ -129,7 +130,7 @@ def exactly(name: str) -> str:
 
 def _check(names: Sequence[str], weights: Sequence[float], how: str, density: float | None) -> None:
     if how not in get_args(How):
-        raise ValueError(f"combine: how: expected one of {get_args(How)}, got {how!r}")
+        raise ValueError(f"combine: how: expected one of {get_args(How)}, got {shown(how)}")
     if not names or len(names) != len(weights):
         raise ValueError(
             f"combine: expected one weight for each of at least one adapter, got {len(names)} "
@@ -181,7 +182,7 @@ def low_rank_of(adapter: Adapter, what: str = "combine") -> LowRank:
             assert term is not None
             return term
     raise ValueError(
-        f"{what}: {adapter.adapter_name!r} at {adapter.site.label!r}: expected a low-rank change "
+        f"{what}: {adapter.adapter_name!r} at {adapter.site.quoted}: expected a low-rank change "
         f"of the weight that leaves the base alone, got {adapter.method.label}; merge it, or "
         "leave it out"
     )

@@ -8,6 +8,7 @@ from lightning_peft.adapters.activation import activate
 from lightning_peft.adapters.adoption import release_adopted
 from lightning_peft.adapters.plain import is_merged_for_good, make_plain, remove_adapters
 from lightning_peft.core.registry import AdapterRegistry, forget, is_part, registries_in
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.projection_group import share_inputs
 from lightning_peft.models.saving import restore_saving
@@ -30,7 +31,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> None:
     for _, root, registry in list(registries_in(model)):
         if adapter_name is not None and adapter_name not in registry.adapters:
             raise KeyError(
-                f"detach: expected one of {sorted(registry.adapters)}, got {adapter_name!r}"
+                f"detach: expected one of {sorted(registry.adapters)}, got {shown(adapter_name)}"
             )
         names = list(registry.adapters) if adapter_name is None else [adapter_name]
         if is_part(root, registry):

@@ -17,6 +17,7 @@ from lightning_peft.adapters.merge_report import MergeReport, SiteError
 from lightning_peft.adapters.merge_undo import Untied, UntiedConfig
 from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.modules import ParameterPlace, tied_parameters
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import Adapted, adapted_modules, refresh
 from lightning_peft.layers.adapted_state import MergeUndo, UndoStep
 from lightning_peft.models.outputs import output_of, relative_change
@@ -33,7 +34,7 @@ def merge(
     into: Into = "dense",
     keep_base: bool = True,
     base: Mapping[str, Tensor] | None = None,
-    batch: Any = None,
+    batch: object = None,
 ) -> MergeReport:
     """Write W' into the weights, in fp32 and with one rounding; forward then runs the plain layers.
 
@@ -61,7 +62,7 @@ def merge(
         ValueError: ``base`` lacks a weight or has another shape; ``into`` is unknown.
     """
     if into not in ("dense", "storage"):
-        raise ValueError(f"merge: into: expected 'dense' or 'storage', got {into!r}")
+        raise ValueError(f"merge: into: expected 'dense' or 'storage', got {shown(into)}")
     check_intact(model, "merge")
     wanted = names_to_merge(model, names)
     plan = plan_merge(model, wanted)

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_peft.adapters.build import unguard_fast_path
 from lightning_peft.core.class_swap import PackedForward, base_class
 from lightning_peft.core.kernel_backend import release_backend
-from lightning_peft.core.names import in_adapter
+from lightning_peft.core.names import in_adapter, quoted
 from lightning_peft.core.registry import AdapterRegistry, forget
 from lightning_peft.layers.adapted import (
     Adapted,
@@ -87,7 +87,7 @@ def _replace_foreign(root: nn.Module, name: str, module: nn.Module) -> None:
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
     if weight.ndim != 2 or not name or not isinstance(module, nn.Linear):
         raise TypeError(
-            f"{name!r}: expected a linear layer to hold the dense weight of "
+            f"{quoted(name)}: expected a linear layer to hold the dense weight of "
             f"{base_class(module).__name__}, got one of shape {list(weight.shape)}; exclude the "
             "layer, or dequantise the model with the library that loaded it"
         )

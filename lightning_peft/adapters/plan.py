@@ -153,7 +153,8 @@ def _all_trained_whole(
     return (
         f"{method.label} target_modules: expected a layer that is not trained whole "
         f"(modules_to_save), got {method.target_modules!r}, which matches only "
-        f"{', '.join(found[:5])}; name other layers ({others}), or leave {method.label} out and "
+        f"{', '.join(found[:5])}; name other layers ({others or 'there are none'}), or leave "
+        f"{method.label} out and "
         f"give modules_to_save={list(saved)} alone"
     )
 

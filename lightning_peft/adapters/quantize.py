@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_peft.adapters.snapshot import ModelSnapshot
 from lightning_peft.core.class_swap import PackedForward, Swapped, base_class, swap_out
 from lightning_peft.core.modules import base_modules, parameter_at, tied_ids
-from lightning_peft.core.names import matches_suffix, with_parents
+from lightning_peft.core.names import matches_suffix, quoted, with_parents
 from lightning_peft.core.protocols import Storage, WeightLayout
 from lightning_peft.core.pruning_masks import held
 from lightning_peft.layers import ops_for
@@ -117,7 +117,7 @@ def _warn_nothing_packed(model: nn.Module, plan: QuantizationPlan) -> None:
     kinds = sorted({type(m).__name__ for m in own})
     left = ", ".join(f"{name} ({why})" for name, why in plan.dense[:3])
     warnings.warn(
-        f"quantization {plan.quantization}: packed no layer of {type(model).__name__}, which has "
+        f"quantization {plan.storage.label}: packed no layer of {type(model).__name__}, which has "
         f"{', '.join(kinds[:6])}" + (f"; left dense: {left}" if left else ""),
         stacklevel=4,
     )
@@ -195,7 +195,7 @@ def _dense_reason(
     try:
         return storage.dense_reason(module, layout, config)
     except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from None
+        raise ValueError(f"{quoted(name)}: {error}") from None
 
 
 def _keep_in_fp32(model: nn.Module) -> list[str]:
@@ -215,7 +215,7 @@ def _require_finite(name: str, module: nn.Module, layout: WeightLayout) -> None:
             continue
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
-            f"quantize {name!r} {key}: expected finite weights, got {bad} NaN or infinite of "
+            f"quantize {quoted(name)} {key}: expected finite weights, got {bad} NaN or infinite of "
             f"{weight.numel()}; repair the checkpoint, or keep the layer dense with "
             "Quantization(exclude_modules=[…])"
         )
@@ -280,8 +280,8 @@ def quantize_layers(
                 if isinstance(error, Exception) and len(names) > 1:
                     rest = [n for n in names if n not in watch.packed]
                     raise RuntimeError(
-                        f"quantize {name!r}: {error}; packed: {watch.packed or 'none'}; untouched: "
-                        f"{rest}; the model runs, and a second call packs the rest"
+                        f"quantize {quoted(name)}: {error}; packed: {watch.packed or 'none'}; "
+                        f"untouched: {rest}; the model runs, and a second call packs the rest"
                     ) from error
                 raise
 

@@ -115,7 +115,7 @@ def _mean_of(
 def _without(term: LowRank, mean: LowRank, site: Site) -> LowRank:
     if len(term.A) != len(mean.A):
         raise ValueError(
-            f"route: {site.label!r}: expected the rank of the general adapters, {len(mean.A)}, got "
+            f"route: {site.quoted}: expected the rank of the general adapters, {len(mean.A)}, got "
             f"{len(term.A)}"
         )
     return dataclasses.replace(term, A=term.A - mean.A, B=term.B - mean.B)

@@ -128,5 +128,5 @@ class _Record:
             setattr(self.record, name, value)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     return value.copy() if isinstance(value, list | dict | set) else value

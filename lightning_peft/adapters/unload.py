@@ -14,6 +14,7 @@ from lightning_peft.adapters.new_bias import check_no_new_bias
 from lightning_peft.adapters.plain import is_merged_for_good, make_plain
 from lightning_peft.core.modules import ParameterPlace, persistent_buffers, tied_parameters
 from lightning_peft.core.registry import registries_in
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules
 
 __all__ = ["merge_and_unload"]
@@ -60,7 +61,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     if given is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype
     raise ValueError(
-        f"merge_and_unload: dtype: expected a floating dtype such as 'bfloat16', got {given!r}"
+        f"merge_and_unload: dtype: expected a floating dtype such as 'bfloat16', got {shown(given)}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.core.value_types import require_fit
+from lightning_peft.core.value_types import require_fit, shown
 from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
 from lightning_peft.optim.replace import check_optimizer_name
@@ -48,7 +48,7 @@ def check_paths(**given: str | Path | None) -> None:
     """Raise TypeError unless each argument is a path or None."""
     for name, path in given.items():
         if path is not None and not isinstance(path, str | Path):
-            raise TypeError(f"PEFT {name}: expected a directory, got {path!r}; give its path")
+            raise TypeError(f"PEFT {name}: expected a directory, got {shown(path)}; give its path")
 
 
 def check_separate_copies(separate_copies: bool, init_from: str | Path | None) -> None:
@@ -60,17 +60,26 @@ def check_separate_copies(separate_copies: bool, init_from: str | Path | None) -
         )
 
 
-def check_export(directory: str | Path | None, adapters: dict[str, list[Method]]) -> None:
-    """Raise ValueError where the export after training is known to fail.
+def check_export(
+    directory: str | Path | None, adapters: dict[str, list[Method]], checkpoint: str
+) -> None:
+    """Raise ValueError where the export after training is known to fail without a model.
 
     Args:
         directory: Where to; None for no export.
         adapters: Methods by adapter name.
+        checkpoint: What checkpoints hold.
     """
     if directory is None:
         return
     if Path(directory).is_file():
         raise ValueError(f"PEFT export_to: expected a directory, got the file {directory}")
+    if checkpoint == "merged":
+        raise ValueError(
+            "PEFT export_to: expected checkpoints that hold the adapters, got "
+            "checkpoint='merged', from which none can be taken; give checkpoint='adapters' or "
+            "'full', and merge_and_unload() gives the merged model"
+        )
     for name, methods in adapters.items():
         unknown = [m.label for m in methods if m.hf is None]
         if unknown:
@@ -103,19 +112,19 @@ def methods_by_name(
     """
     if init_from is not None and (method is not None or adapters):
         raise ValueError(
-            f"PEFT: expected init_from alone, got {method or adapters!r} too; the configuration "
-            "comes from the directory: leave the method out"
+            f"PEFT: expected init_from alone, got {shown(method or adapters)} too; the "
+            "configuration comes from the directory: leave the method out"
         )
     method = None if isinstance(method, list) and not method else method
     alone = method is None and (modules_to_save or init_from is not None)
     if (method is None) == (not adapters) and not alone:
         raise ValueError(
-            f"PEFT: expected one of method and adapters, got {method!r} and {adapters!r}; for a "
-            "method under a name of its own give adapter_name"
+            f"PEFT: expected one of method and adapters, got {shown(method)} and "
+            f"{shown(adapters)}; for a method under a name of its own give adapter_name"
         )
     if adapters is not None and not isinstance(adapters, dict):
         raise TypeError(
-            f"PEFT adapters: expected methods by adapter name, got {adapters!r}; write "
+            f"PEFT adapters: expected methods by adapter name, got {shown(adapters)}; write "
             "PEFT(adapters={'default': LoRA(r=8)})"
         )
     for each in [method] if adapters is None else adapters.values():

@@ -18,6 +18,7 @@ from lightning_peft.callback.arguments import (
     check_values,
     methods_by_name,
 )
+from lightning_peft.callback.memory_plan import check_plan
 from lightning_peft.callback.step_memory import LossForm, check_loss
 from lightning_peft.checkpoint.forms import CheckpointForm, check_form
 from lightning_peft.methods.base import Method
@@ -105,7 +106,7 @@ class PEFTConfiguration(TrainerCallback):
         self.adapters = methods_by_name(method, adapters, adapter_name, modules_to_save, init_from)
         for name in self.adapters:
             check_adapter_name(name)
-        check_export(export_to, self.adapters)
+        check_export(export_to, self.adapters, checkpoint)
         self.quantization = as_config(quantization)
         self.optimizer = optimizer
         self.modules_to_save = None if modules_to_save is None else tuple(modules_to_save)
@@ -120,6 +121,7 @@ class PEFTConfiguration(TrainerCallback):
         check_loss(loss)
         self.loss: LossForm | None = loss
         self.report = report
+        check_plan(plan)
         self.plan = plan
         check_form(checkpoint)
         self.checkpoint: CheckpointForm = checkpoint

@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_peft.checkpoint import atomic_file
+from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO
 from lightning_peft.checkpoint.contents import load_kept
 from lightning_peft.checkpoint.kept import kept_tensors
-from lightning_peft.checkpoint.shard_folder import is_folder, read_folder
+from lightning_peft.hf.adapter_files import adapter_files
 from lightning_peft.hf.save import save_adapter
+from lightning_peft.models.modules import fork_seeded_rng
+from lightning_peft.storage.dtensor import is_sharded
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["export_best"]
+__all__ = ["check_exportable", "export_best"]
+
+
+def check_exportable(
+    module: pl.LightningModule, names: Sequence[str], directory: str | Path
+) -> None:
+    """Raise before training where the export after it would be refused; nothing is written.
+
+    The adapters are brought into the form of their files, as they are at the start.
+
+    Raises:
+        ValueError: a method that peft does not have for one of the layers, a sharded model, or a
+            directory that cannot be made.
+    """
+    if any(is_sharded(p) for p in module.parameters()):
+        raise ValueError(
+            "PEFT export_to: expected a model that each process holds completely, got a sharded "
+            "one; leave export_to out, and after training call save_adapter(load_from_checkpoint("
+            "MyModule, path), directory) in one process"
+        )
+    _check_directory(Path(directory))
+    for name in names:
+        try:
+            with fork_seeded_rng(0):  # prompts draw dropout; the run's own draws stay
+                adapter_files(module, directory, name)
+        except ValueError as error:
+            raise ValueError(
+                f"PEFT export_to: the export at the end of training would fail: {error}; or leave "
+                "export_to out: checkpoints hold every adapter"
+            ) from error
+
+
+def _check_directory(directory: Path) -> None:
+    """Raise ValueError if the directory cannot be made; it is made at the end."""
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise ValueError(f"PEFT export_to: expected a directory, got the file {place}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"PEFT export_to: expected a directory that can be written, got {directory} inside "
+            f"{place}, which is read-only; give another one"
+        )
 
 
 def export_best(
@@ -35,26 +81,39 @@ def export_best(
         directory: Where to write.
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    with _values_of(module, _best_path(trainer)):
+    with _values_of(module, _best_state(trainer)):
         for name in names:
             save_adapter(module, directory, adapter_name=name, metrics=metrics)
 
 
-def _best_path(trainer: pl.Trainer) -> str:
-    """Path of the best checkpoint; "" if no checkpoint was written."""
+def _best_state(trainer: pl.Trainer) -> Mapping[str, Tensor]:
+    """Tensors of the best checkpoint; none, with a warning, if its file cannot be read any more."""
     saver: Any = trainer.checkpoint_callback
-    return str(getattr(saver, "best_model_path", "") or "")
+    path = str(getattr(saver, "best_model_path", "") or "")
+    io: Any = trainer.strategy.checkpoint_io
+    if not path or not isinstance(io, PEFTCheckpointIO):
+        return {}
+    try:
+        state: Mapping[str, Tensor] = io.read_again(path)["state_dict"]
+        return state
+    # Training is over, and the current values are better than no export.
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        warnings.warn(
+            f"PEFT export_to: expected to read the best checkpoint again, got: {error}. The "
+            "current values are exported instead",
+            stacklevel=2,
+        )
+        return {}
 
 
 @contextmanager
-def _values_of(module: nn.Module, path: str) -> Iterator[None]:
+def _values_of(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block, the module holds the values of a checkpoint."""
-    if not path:
+    if not state:
         yield
         return
     before = {key: tensor.detach().clone() for key, tensor in kept_tensors(module).items()}
-    checkpoint = read_folder(path) if is_folder(path) else atomic_file.read(path)
-    load_kept(module, checkpoint["state_dict"])
+    load_kept(module, state)
     try:
         yield
     finally:

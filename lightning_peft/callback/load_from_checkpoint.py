@@ -20,6 +20,7 @@ from lightning_peft.checkpoint.shard_folder import is_folder, read_folder
 from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.core.allocation_limit import AllocationLimit
 from lightning_peft.core.registry import registry_of
+from lightning_peft.core.value_types import shown
 from lightning_peft.hf.config import CONFIG
 from lightning_peft.methods.registry import from_dict
 from lightning_peft.models.frozen_parts import frozen_copies
@@ -109,7 +110,7 @@ def _checked(module_class: object, path: object) -> str:
     """
     form = "write load_from_checkpoint(MyModule, 'last.ckpt')"
     if not (isinstance(module_class, type) and hasattr(module_class, "configure_optimizers")):
-        instead, got = "", repr(module_class)
+        instead, got = "", shown(module_class)
         if isinstance(module_class, nn.Module):
             got = f"an instance of {type(module_class).__name__}"
             instead = "; load_checkpoint(model, path) reads into a model that has its adapters"
@@ -120,7 +121,7 @@ def _checked(module_class: object, path: object) -> str:
             f"load_from_checkpoint: expected a LightningModule class, got {got}; {form}{instead}"
         )
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"load_from_checkpoint: expected a path, got {path!r}; {form}")
+        raise TypeError(f"load_from_checkpoint: expected a path, got {shown(path)}; {form}")
     source = os.fspath(path)
     if os.path.isfile(os.path.join(source, CONFIG)):
         raise ValueError(

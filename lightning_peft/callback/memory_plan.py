@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,9 @@ from torch import nn
 
 from lightning_peft.activations.config import Activations
 from lightning_peft.adapters.new_layers import new_layers_of
+from lightning_peft.core.value_types import argument_types, require_fit
 from lightning_peft.methods.base import Method
+from lightning_peft.planner.byte_sizes import parse_bytes
 from lightning_peft.planner.estimate import Plan, estimate_memory
 from lightning_peft.planner.meta_model import PRECISIONS
 from lightning_peft.storage import StorageConfig
@@ -18,7 +22,43 @@ from lightning_peft.storage import StorageConfig
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["make_plan"]
+__all__ = ["check_plan", "make_plan"]
+
+#: Arguments that the callback itself gives.
+_OWN = ("model_or_config", "method")
+#: Values for messages, where the default says nothing about the form.
+_EXAMPLES: dict[str, object] = {
+    "quantization": "nf4",
+    "optimizer": "adamw_8bit",
+    "sequence_length": 2048,
+    "activations": "checkpoint",
+    "loss": "chunked",
+    "strategy": "fsdp",
+    "memory": "24GB",
+}
+
+
+def check_plan(plan: bool | Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for arguments that `estimate_memory` does not take.
+
+    A plan that cannot be made is a warning in the run; a wrong argument is not left for then.
+    """
+    if not isinstance(plan, Mapping):
+        return
+    parameters = inspect.signature(estimate_memory).parameters
+    known = [name for name in parameters if name not in _OWN]
+    types = argument_types(estimate_memory)
+    for name, value in plan.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1, 0.6)
+            remedy = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            raise TypeError(
+                f"PEFT plan: expected arguments of estimate_memory, got {name!r}; {remedy}"
+            )
+        form = f"plan={{{name!r}: {_EXAMPLES.get(name, parameters[name].default)!r}}}"
+        require_fit("PEFT plan", name, value, types.get(name), form)
+        if name == "memory" and isinstance(value, str):
+            parse_bytes(value, "PEFT plan memory")
 
 
 def make_plan(

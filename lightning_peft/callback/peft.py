@@ -15,7 +15,7 @@ from lightning_peft.callback.compatibility import check_compatible, check_traine
 from lightning_peft.callback.configuration import PEFTConfiguration
 from lightning_peft.callback.configure_model import unwrap_configure_model, wrap_configure_model
 from lightning_peft.callback.data_init import initialize_pending
-from lightning_peft.callback.export import export_best
+from lightning_peft.callback.export import check_exportable, export_best
 from lightning_peft.callback.finite_gradients import FiniteGradients
 from lightning_peft.callback.frozen_base import FrozenBase
 from lightning_peft.callback.gradient_checks import (
@@ -46,7 +46,7 @@ from lightning_peft.models.history import note_optimizers
 from lightning_peft.planner.estimate import Plan
 from lightning_peft.report.summary import parameter_report
 from lightning_peft.report.tokens import stop_counting
-from lightning_peft.trainers.packages import callbacks_of, is_fitting
+from lightning_peft.trainers.packages import callbacks_of, is_fitting, is_trial
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -81,6 +81,7 @@ class PEFT(PEFTConfiguration):
             configuration comes from there.
         export_to: Directory to write the adapters of the best checkpoint to when fit ends, or the
             current ones if no checkpoint was written. The Trainer's root process writes it.
+            Whether it can be written is checked at the start; ``fast_dev_run`` checks alone.
         root: Dotted path of the submodule to adapt. The default is the LightningModule. Parameters
             outside the root are trained and saved if they require gradients.
         kernels: Backend of the kernels during a run: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -166,6 +167,8 @@ class PEFT(PEFTConfiguration):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit begins: prints the report and restores random states."""
         self._net.check_not_lost(pl_module)
+        if self.export_to is not None:
+            check_exportable(pl_module, self.names, self.export_to)
         if self.memory_plan is not None and trainer.is_global_zero:
             print(self.memory_plan)
         self._show(trainer, pl_module)
@@ -218,7 +221,7 @@ class PEFT(PEFTConfiguration):
 
     @override
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Called when a batch begins: follows blocks that were compiled in the meantime.
 
@@ -233,7 +236,7 @@ class PEFT(PEFTConfiguration):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Called when a batch ends: saves a checkpoint and stops if any rank got SIGTERM."""
@@ -247,7 +250,9 @@ class PEFT(PEFTConfiguration):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when fit ends: exports the adapters of the best checkpoint."""
-        if self.export_to is not None and trainer.is_global_zero:
+        if self.export_to is None or is_trial(trainer):  # it would replace a good export
+            return
+        if trainer.is_global_zero:
             export_best(trainer, pl_module, self.names, self.export_to)
 
     @override

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_peft.activations.config import Activations
 from lightning_peft.activations.limit import ActivationLimit, limit_activations
+from lightning_peft.core.value_types import shown
 from lightning_peft.losses.output_head import ChunkedLoss, chunk_losses
 
 __all__ = ["LossForm", "StepMemory", "check_loss"]
@@ -19,8 +20,8 @@ def check_loss(loss: object) -> None:
     """Raise ValueError unless `loss` is one of the forms, or None."""
     if loss not in ("chunked", None):
         raise ValueError(
-            f"PEFT loss: expected 'chunked' or None, got {loss!r}; the loss itself is computed in "
-            "training_step"
+            f"PEFT loss: expected 'chunked' or None, got {shown(loss)}; the loss itself is "
+            "computed in training_step"
         )
 
 

@@ -219,7 +219,7 @@ def _local(t: Tensor) -> Tensor:
     return own
 
 
-def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(value: object, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):

@@ -22,8 +22,7 @@ class DamagedCheckpointError(ValueError):
     def __init__(self, path: Path, why: str) -> None:
         self.newest = newest_undamaged(path)
         advice = (
-            f"the newest undamaged checkpoint here is {self.newest}; resume from it, or give "
-            "PEFT(fall_back=True), which does so"
+            f"the newest undamaged checkpoint here is {self.newest}; take that one"
             if self.newest
             else "no undamaged checkpoint is in its folder"
         )

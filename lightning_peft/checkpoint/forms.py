@@ -16,6 +16,7 @@ from lightning_peft.adapters.merge import merge, unmerge
 from lightning_peft.checkpoint.description import FORMAT, KEY
 from lightning_peft.checkpoint.kept import live_tensors
 from lightning_peft.core.names import join, strip_compile
+from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.models.plain_state import dense_base, plain_state
 from lightning_peft.storage import held_tensors
@@ -40,7 +41,7 @@ def check_form(form: str) -> None:
     """Raise ValueError for an unknown form."""
     if form not in get_args(CheckpointForm):
         raise ValueError(
-            f"PEFT checkpoint: expected one of {list(get_args(CheckpointForm))}, got {form!r}"
+            f"PEFT checkpoint: expected one of {list(get_args(CheckpointForm))}, got {shown(form)}"
         )
 
 

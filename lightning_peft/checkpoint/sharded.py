@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -237,7 +237,7 @@ def _like(p: Tensor, part: Tensor) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    sharded: Any = p
+    sharded = cast(DTensor, p)
     made: Tensor = DTensor.from_local(
         part.to(local(p).device),
         sharded.device_mesh,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_peft.core.names import ADAPTER_CHILD, join
+from lightning_peft.core.value_types import shown
 
 __all__ = [
     "ParameterPlace",
@@ -60,7 +61,7 @@ def require_module(model: object) -> None:
         if isinstance(model, type) and issubclass(model, nn.Module):
             got, remedy = f"the class {model.__name__}", f"build one: {model.__name__}(...)"
         else:
-            got, remedy = repr(model)[:80], "give the model itself"
+            got, remedy = shown(model), "give the model itself"
         raise TypeError(f"model: expected an nn.Module, got {got}; {remedy}")
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "join",
     "matches_suffix",
     "nearest_names",
+    "quoted",
     "strip_compile",
     "with_parents",
 ]
@@ -55,6 +56,11 @@ def with_parents(name: str) -> list[str]:
 def counted(n: int, noun: str) -> str:
     """Return a number and its noun: ``1 difference``, ``2 differences``."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def quoted(name: str) -> str:
+    """Return a module's name for a message: ``'net.head'``, or ``the model`` for the root."""
+    return repr(name) if name else "the model"
 
 
 def nearest_names(wanted: str, names: Sequence[str], n: int = 5) -> list[str]:

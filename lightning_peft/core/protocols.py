@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from lightning_peft_kernels.experts.groups import Groups
 from torch import Tensor, nn
 
 from lightning_peft.core.class_swap import PackedForward
@@ -221,7 +222,7 @@ class Storage(Protocol):
         """`x Wᵀ + bias` with the canonical weight [out, in]; keeps no dense copy for backward."""
         ...
 
-    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, groups: Any) -> Tensor:
+    def grouped_linear(self, m: nn.Module, name: str, X: Tensor, groups: Groups) -> Tensor:
         """Multiply tokens [S, in], sorted by expert, with their experts' weights → [S, out]."""
         ...
 

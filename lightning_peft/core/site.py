@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.names import strip_compile
+from lightning_peft.core.names import quoted, strip_compile
 from lightning_peft.core.protocols import LayerOps, Storage
 from lightning_peft.core.pruning_masks import held
 
@@ -50,6 +50,11 @@ class Site:
         """Name of the weight for messages and files, without torch.compile's wrappers."""
         own = self.name if self.parameter == "weight" else f"{self.name}.{self.parameter}"
         return strip_compile(own)
+
+    @property
+    def quoted(self) -> str:
+        """The label as messages write it; of a model that is itself one layer, ``the model``."""
+        return quoted(self.label)
 
     @property
     def shape(self) -> torch.Size:

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["argument_types", "describe", "fits", "require_fit"]
+__all__ = ["argument_types", "describe", "fits", "require_fit", "shown"]
 
 #: Types of single values → how a message calls them, and the test.
 _SINGLE: dict[Any, tuple[str, Callable[[object], bool]]] = {
@@ -22,6 +22,7 @@ _SINGLE: dict[Any, tuple[str, Callable[[object], bool]]] = {
     str: ("a string", lambda v: isinstance(v, str)),
     type(None): ("None", lambda v: v is None),
 }
+_LONGEST = 300  # characters of a value in a message; a method with its arguments has 350
 _PLURALS = {str: "strings", int: "whole numbers", float: "numbers"}
 
 
@@ -34,7 +35,7 @@ def argument_types(owner: Hashable) -> dict[str, Any]:
         return {}
 
 
-def fits(value: object, annotation: Any) -> bool:
+def fits(value: object, annotation: object) -> bool:
     """Whether a value fits. True is no number, and a string is no collection of strings.
 
     Of a `Literal` the type is checked alone: which words are allowed is for the caller to say.
@@ -54,7 +55,7 @@ def fits(value: object, annotation: Any) -> bool:
     return True
 
 
-def describe(annotation: Any) -> str:
+def describe(annotation: object) -> str:
     """Return what an annotation wants, in words: ``a string or a list of strings``."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation in _SINGLE:
@@ -71,12 +72,20 @@ def describe(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def require_fit(owner: str, name: str, value: object, annotation: Any, form: str) -> None:
+def require_fit(owner: str, name: str, value: object, annotation: object, form: str) -> None:
     """Raise TypeError unless a value fits; `form` is the argument as it should be written."""
     if not fits(value, annotation):
         raise TypeError(
-            f"{owner} {name}: expected {describe(annotation)}, got {value!r}; write {form}"
+            f"{owner} {name}: expected {describe(annotation)}, got {shown(value)}; write {form}"
         )
+
+
+def shown(value: object) -> str:
+    """Return a value for a message; the type alone of what would fill pages, as a module does."""
+    text = repr(value)
+    if len(text) <= _LONGEST and "\n" not in text:
+        return text
+    return f"a value of type {type(value).__name__}"
 
 
 def _many(inner: tuple[Any, ...]) -> str:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.merge_plan import check_merge, names_to_merge, plan_merge
 from lightning_peft.adapters.new_bias import check_no_new_bias
+from lightning_peft.core.value_types import shown
 from lightning_peft.hf.config import method_class, read_config
+from lightning_peft.hf.error_source import naming_files
 from lightning_peft.hf.files import TENSORS
 from lightning_peft.hf.hub import ADAPTER_FILES, MODEL_FILES, local_directory
 from lightning_peft.hf.joined_files import JoinedFiles
@@ -115,6 +117,7 @@ def export_merged(
         RuntimeError: the method has no merged form.
         OSError: the disk is too full.
     """
+    _check_paths(adapter=adapter, base=base, out=out)
     target = Path(out)
     size, to = parse_size(shard_size), _dtype(dtype)
     _check_out(target, onto)
@@ -149,19 +152,31 @@ def export_merged(
 # ---- checks
 
 
+def _check_paths(**given: object) -> None:
+    """Raise TypeError for what is no path, such as a model in memory."""
+    for name, path in given.items():
+        if not isinstance(path, str | Path):
+            raise TypeError(
+                f"export_merged: {name}: expected a directory or a hub id, got {shown(path)}; it "
+                "merges files: a model in memory is for merge_and_unload(model)"
+            )
+
+
 def _dtype(given: str | None) -> torch.dtype | None:
-    dtype = None if given is None else getattr(torch, given, None)
+    dtype = getattr(torch, given, None) if isinstance(given, str) else None
     if given is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype
     raise ValueError(
         f"export_merged: dtype: expected a floating dtype such as 'bfloat16', or None, got "
-        f"{given!r}"
+        f"{shown(given)}"
     )
 
 
 def _check_out(out: Path, onto: str) -> None:
     if onto not in ("trained", "original"):
-        raise ValueError(f"export_merged: onto: expected 'trained' or 'original', got {onto!r}")
+        raise ValueError(
+            f"export_merged: onto: expected 'trained' or 'original', got {shown(onto)}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         found = f"{sum(1 for _ in out.iterdir())} files" if out.is_dir() else "a file"
         raise FileExistsError(
@@ -178,7 +193,17 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}: expected the directory of a model with config.json, found {found}; give "
             "the base that the adapter was trained on"
         )
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    try:
+        config: Any = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected JSON, got something else ({error}); download it again"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: expected an object of settings, got {type(config).__name__}; download it "
+            "again"
+        )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise ValueError(
@@ -196,7 +221,8 @@ def _with_adapter(
 ) -> tuple[nn.Module, JoinedFiles, Provenance]:
     """The skeleton of the base with the adapter attached, and the files as it reads them."""
     # An initialisation that rewrites the base writes into every adapted weight.
-    cls = method_class(read_config(source))
+    with naming_files(source):
+        cls = method_class(read_config(source))
     weights = issubclass(cls, WeightMethod) and not issubclass(cls, TrainableTokens)
     rewrites = weights and bool(getattr(cls(), "rewrites_base", False))
     model = weightless(skeleton(folder), writable=rewrites)

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
 from lightning_peft.core.site import Site
+from lightning_peft.core.value_types import shown
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.adapter import Adapter
@@ -48,8 +49,8 @@ def find_adapters(
                 f"LightningModule) and name this part with root="
             )
         raise KeyError(
-            f"save_adapter: expected one of the attached adapters {known}, got {adapter_name!r}; "
-            f"give adapter_name={known[0]!r}"
+            f"save_adapter: expected one of the attached adapters {known}, got "
+            f"{shown(adapter_name)}; give adapter_name={known[0]!r}"
             if known
             else "save_adapter: expected a model with adapters, got one without; attach one first"
         )
@@ -139,7 +140,7 @@ def exchange_entries(
         reason = reason or (fmt.refuse(method, site) if fmt.refuse is not None else "")
         if reason:
             raise ValueError(
-                f"save_adapter: {method.label} on {site.label!r} has no equal in peft: {reason}; "
+                f"save_adapter: {method.label} on {site.quoted} has no equal in peft: {reason}; "
                 "exclude the layer, or keep the adapter with adapter_state_dict()"
             )
         own = {

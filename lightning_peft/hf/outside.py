@@ -149,7 +149,7 @@ def read_outside(model: nn.Module, directory: Path) -> OutsideModules:
     tensors, metadata = read_file(file)
     found = OutsideModules()
     modules = base_modules(model)
-    for name in json.loads(metadata.get(_KEY, "[]")):
+    for name in _module_names(metadata, file):
         mine = {k: t for k, t in tensors.items() if k.startswith(f"{name}.")}
         if name not in modules:
             found.notes.append(f"{name}: left out, {type(model).__name__} has no such module")
@@ -169,3 +169,16 @@ def read_outside(model: nn.Module, directory: Path) -> OutsideModules:
         found.names.append(name)
         found.tensors |= mine
     return found
+
+
+def _module_names(metadata: Mapping[str, str], file: Path) -> list[str]:
+    try:
+        names = json.loads(metadata.get(_KEY, "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{file}: expected a list of module names as {_KEY!r} in the header, got "
+            f"{metadata[_KEY][:80]!r}; save the adapter again"
+        )
+    return names

@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_peft.core.names import counted
+from lightning_peft.hf.packed_conversions import by_outputs_last, written_conversions
 from lightning_peft.models.packed_layers import (
     PackedLayer,
     declare_packed,
@@ -191,6 +192,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         self._layers: list[PackedLayer] = []
         self._renamings: list[Any] = []
+        self._dense: list[Any] = []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Called on the meta model."""
@@ -261,19 +263,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             layer.hold(dtype or torch.get_default_dtype(), metadata)
         self._layers = []
         # `export` knows the files' names; transformers only splits experts again.
-        used = [c for c in model._weight_conversions if all(c is not r for r in self._renamings)]
-        suffixes = {storage.codes_suffix for storage in self.formats} - {""}
-        model._weight_conversions = used + [
-            c.copy(
-                [f"{name}{suffix}" for name in c._original_source_patterns],
-                [f"{name}{suffix}" for name in c._original_target_patterns],
-                operations=list(c.operations),
-            )
-            for suffix in suffixes
-            for c in used
-            if isinstance(c, WeightConverter)
-            and all(name.endswith(".weight") for name in c._original_source_patterns)
-        ]
+        read = [c for c in model._weight_conversions if all(c is not r for r in self._renamings)]
+        model._weight_conversions = written_conversions(read, self.formats, self._dense)
 
     def _require_all(self, missing: Collection[str]) -> None:
         absent = [name for layer in self._layers for name in layer.shapes if name in missing]
@@ -288,6 +279,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """Names in the files → parameters; companions of experts are merged as their codes."""
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
         self._renamings = [WeightRenaming(a, b) for s in self.formats for a, b in s.renamings]
+        self._dense = [c for c in weight_conversions if isinstance(c, WeightConverter)]
+        has_experts = any(
+            len(s) > 2 for layer in self._layers for _, s, _ in layer.weights.values()
+        )
+        if has_experts and any(s.outputs_last for s in self.formats):
+            updated = [by_outputs_last(c) for c in updated]
         return self._renamings + updated
 
     def get_state_dict_and_metadata(

@@ -8,53 +8,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-from lightning_peft.adapters.intact import check_intact
-from lightning_peft.core.names import strip_compile
 from lightning_peft.core.registry import registries_in
-from lightning_peft.hf.attention_prompts import add_attention_prompts
-from lightning_peft.hf.config import base_config
+from lightning_peft.core.value_types import shown
+from lightning_peft.hf.adapter_files import adapter_files
 from lightning_peft.hf.exported_adapters import (
     FoundAdapters,
-    exchange_entries,
-    exported_method,
-    find_adapters,
-)
-from lightning_peft.hf.exported_targets import name_targets
-from lightning_peft.hf.exported_tensors import (
-    add_biases,
-    add_saved_modules,
-    add_shared,
-    file_tensors,
 )
 from lightning_peft.hf.files import write_adapter, write_tensors
 from lightning_peft.hf.hub import upload
-from lightning_peft.hf.legacy_names import legacy_names
 from lightning_peft.hf.model_card import model_card
-from lightning_peft.hf.norm_layers import add_norm_layers
 from lightning_peft.hf.outside import (
     OUTSIDE,
     outside_tensors,
     trained_outside,
     warn_of_left_out,
 )
-from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.provenance import provenance_of
-from lightning_peft.hf.routers import add_router, experts_of
-from lightning_peft.hf.targets import misread_names, model_root
-from lightning_peft.hf.token_rows import add_token_rows
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.methods.base import (
-    HFEntry,
-    HFFormat,
-    Method,
-    SequenceMethod,
-)
-from lightning_peft.methods.norm_tuning import NormTuning
-from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.storage import storage_for
 
 __all__ = ["save_adapter"]
@@ -102,47 +76,20 @@ def save_adapter(
             layer has no name in transformers 4.
     """
     if names not in ("current", "legacy"):
-        raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {names!r}")
-    check_intact(model, "save_adapter", adapter_name)
-    prefix, top = model_root(model, root)
-    found, outside = find_adapters(model, adapter_name, strip_compile(prefix))
-    method, fmt = exported_method(found)
-    experts = experts_of(model, found, strip_compile(prefix))
-    apart = TrainableTokens | NormTuning
-    weights = [each for each in found if not isinstance(each[2].method, apart)]
-    _warn_of_rounded_start(weights)
-    entries = exchange_entries(weights, method, fmt, misread_names(top, fmt))
-    config = _config(top, method, fmt, entries, uniform=uniform)
-    if fmt.tensors:
-        name_targets(top, entries, config)
-        if fmt.shares_by_target and isinstance(config["target_modules"], str):
-            raise ValueError(
-                f"save_adapter: expected layers that a list of names selects, since peft's "
-                f"{fmt.peft_type} shares tensors by entry of the list, got "
-                f"{config['target_modules']!r}; keep the adapter with adapter_state_dict()"
-            )
-    tensors = file_tensors(fmt, entries)
-    add_shared(found, fmt, entries, config, tensors)
-    add_biases(found, tensors)
-    add_token_rows(top, found, method, config, tensors)
-    add_norm_layers(top, found, config, tensors)
-    add_attention_prompts(found, config, tensors)
-    add_router(found, Path(directory), config, tensors)
-    add_saved_modules(model, top, found, fmt, adapter_name, strip_compile(prefix), config, tensors)
-    if isinstance(method, SequenceMethod):
-        add_heads(top, fmt, config, tensors)
-    if names == "legacy":
-        config, tensors = legacy_names(top, fmt, config, tensors)
+        raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {shown(names)}")
+    files = adapter_files(model, directory, adapter_name, names=names, uniform=uniform, root=root)
+    _warn_of_rounded_start(files.weights)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)
-    metadata = provenance_of(model, adapter_name, strip_compile(prefix))
-    for expert in experts:
+    metadata = provenance_of(model, adapter_name, files.prefix)
+    for expert in files.experts:
         save_adapter(model, directory, adapter_name=expert, names=names, root=root)
-    outside += trained_outside(model)
+    outside = files.outside + trained_outside(model)
     warn_of_left_out(model, adapter_name, outside)
     if outside:
         write_tensors(target / OUTSIDE, *outside_tensors(model, outside, adapter_name))
-    card = model_card(top, method, config, _storage_label(model, adapter_name), metrics or {})
-    write_adapter(target, config, tensors, card, metadata)
+    label = _storage_label(model, adapter_name)
+    card = model_card(files.top, files.method, files.config, label, metrics or {})
+    write_adapter(target, files.config, files.tensors, card, metadata)
     if push_to_hub is not None:
         upload(target, push_to_hub)
     return target
@@ -180,20 +127,3 @@ def _storage_label(model: nn.Module, adapter_name: str) -> str:
     ]
     found = next((config for config in configs if config is not None), None)
     return "" if found is None else storage_for(found).label
-
-
-def _config(
-    top: nn.Module, method: Method, fmt: HFFormat, entries: list[HFEntry], *, uniform: bool
-) -> dict[str, Any]:
-    """Return the config but for its targets; `uniform` pads the entries' tensors."""
-    config = base_config(top, fmt)
-    config.update({theirs: getattr(method, ours) for ours, theirs in fmt.config.items()})
-    config.update(fmt.fixed)
-    if uniform and fmt.uniform is None:
-        raise ValueError(
-            f"save_adapter(uniform=True): expected a method with ranks, got {method.label}"
-        )
-    finish = fmt.uniform if uniform else fmt.to_config
-    if finish is not None:
-        finish(entries, config)
-    return config

@@ -20,6 +20,7 @@ from lightning_peft.hf.config import (
     missing_config,
     read_config,
 )
+from lightning_peft.hf.error_source import adapter_folder
 from lightning_peft.hf.files import checked, read_file, read_tensors
 from lightning_peft.hf.import_lora import foreign_adapter
 from lightning_peft.hf.legacy_experts import fused_experts
@@ -87,7 +88,7 @@ def read_source(
     else:
         path = Path(source)
         _check_no_config(config, str(path))
-        folder = path / adapter_name if (path / adapter_name / CONFIG).is_file() else path
+        folder = adapter_folder(path, adapter_name)
         ours = not path.exists() or not named(folder) or any(folder.glob("adapter_model.*"))
         if (folder / CONFIG).is_file() and ours:
             return _peft(model, folder, root, alpha, enable_lora, heads)

@@ -88,7 +88,7 @@ def _check_one_base(adapter: WeightAdapter) -> None:
     others = {a.adapter_name for a in adapter.state.active.edits} - {adapter.adapter_name}
     if others and site.storage.label == "dense":
         raise ValueError(
-            f"{site.label!r}: expected one adapter at a time where an initialisation changes the "
+            f"{site.quoted}: expected one adapter at a time where an initialisation changes the "
             f"base, got {sorted({adapter.adapter_name, *others})}; activate one"
         )
 

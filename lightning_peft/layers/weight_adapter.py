@@ -234,7 +234,7 @@ def check_replaced(adapters: Sequence[WeightAdapter]) -> None:
         shared = sorted(owners.keys() & set(ids))
         if shared:
             raise ValueError(
-                f"{adapter.site.label!r}: expected adapters that train different tokens, got "
+                f"{adapter.site.quoted}: expected adapters that train different tokens, got "
                 f"{shared[:5]} in both {owners[shared[0]]!r} and {adapter.adapter_name!r}; "
                 "activate one of them with set_adapter"
             )

@@ -199,7 +199,7 @@ class AdaLoRA(WeightMethod):
         """
         require(
             not site.batch_shape,
-            f"{self.label} on {site.label!r}: expected one matrix, got a stack of experts; "
+            f"{self.label} on {site.quoted}: expected one matrix, got a stack of experts; "
             "exclude it or use LoRA there",
         )
 

@@ -113,7 +113,7 @@ class ALoRA(LoRA):
         super().check(site)
         require(
             site.ops.features_last and not site.batch_shape and not site.is_embedding,
-            f"{self.label} on {site.label!r}: expected a linear layer, got "
+            f"{self.label} on {site.quoted}: expected a linear layer, got "
             f"{type(site.module).__name__}; exclude it or use LoRA there",
         )
 

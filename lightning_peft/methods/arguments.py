@@ -8,7 +8,7 @@ import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args, get_origin
 
-from lightning_peft.core.value_types import argument_types, describe, fits
+from lightning_peft.core.value_types import argument_types, describe, fits, shown
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.refused import REFUSED_OPTIONS
 
@@ -64,7 +64,7 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         _check_pattern(cls, name, annotation, value)
         if not fits(value, annotation):
             raise TypeError(
-                f"{cls.__name__}: expected {describe(annotation)} for {name}, got {value!r}; "
+                f"{cls.__name__}: expected {describe(annotation)} for {name}, got {shown(value)}; "
                 f"write {cls.__name__}({_right_form(known[name], value, name in kwargs, known)})"
             )
         for number in value.values() if isinstance(value, Mapping) else [value]:
@@ -90,7 +90,7 @@ def _right_form(
     return f"{field.name}={field.default!r}"
 
 
-def _check_pattern(cls: type[Method], name: str, annotation: Any, value: object) -> None:
+def _check_pattern(cls: type[Method], name: str, annotation: object, value: object) -> None:
     """Raise TypeError where a pattern gives a layer something else than a number."""
     inner = get_args(annotation)[-1:] if get_origin(annotation) is dict else ()
     if not inner or inner[0] not in (int, float) or not isinstance(value, Mapping):
@@ -103,7 +103,7 @@ def _check_pattern(cls: type[Method], name: str, annotation: Any, value: object)
             )
 
 
-def _unknown(cls: type[Method], name: str, value: Any, known: list[str]) -> str:
+def _unknown(cls: type[Method], name: str, value: object, known: list[str]) -> str:
     theirs = {} if cls.hf is None else {peft: ours for ours, peft in cls.hf.config.items()}
     near = difflib.get_close_matches(name, known, 1, 0.7)
     if name in REFUSED_OPTIONS:
@@ -137,5 +137,5 @@ def require_methods(given: object, call: str) -> None:
         if isinstance(method, type) and issubclass(method, Method):
             got, form = f"the class {method.__name__}", call.format(f"{method.__name__}()")
         else:
-            got, form = repr(method), call.format("LoRA(r=8)")
+            got, form = shown(method), call.format("LoRA(r=8)")
         raise TypeError(f"{what}: expected a method such as LoRA(r=8), got {got}; write {form}")

@@ -122,12 +122,12 @@ class Arrow(WeightMethod):
         """A linear layer that the experts adapt."""
         require(
             site.ops.features_last and not site.batch_shape and not site.is_embedding,
-            f"{self.label} on {site.label!r}: expected a linear layer, got "
+            f"{self.label} on {site.quoted}: expected a linear layer, got "
             f"{type(site.module).__name__}; leave it out of the adapters that are routed",
         )
         require(
             bool(match_site(self.ranks, site, [])),
-            f"{self.label} on {site.label!r}: expected a layer of ranks, got one without experts",
+            f"{self.label} on {site.quoted}: expected a layer of ranks, got one without experts",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ class BDLoRA(LoRA):
         a, b = (any(part in leaf for part in parts) for parts in (self.blocks_a, self.blocks_b))
         require(
             not (a and b),
-            f"{self.label} on {site.label!r}: expected a name in one of blocks_a and blocks_b, got "
+            f"{self.label} on {site.quoted}: expected a name in one of blocks_a and blocks_b, got "
             "it in both",
         )
         return "A" if a else "B" if b else ""
@@ -124,13 +124,13 @@ class BDLoRA(LoRA):
         split, n = self.split(site), self.nblocks
         require(
             bool(split) or not self.match_strict,
-            f"{self.label} on {site.label!r}: expected its name in blocks_a or blocks_b, found it "
+            f"{self.label} on {site.quoted}: expected its name in blocks_a or blocks_b, found it "
             "in neither; add it, or give match_strict=False",
         )
         size = site.in_features if split == "A" else site.out_features
         require(
             not split or size % n == 0,
-            f"{self.label} on {site.label!r}: expected nblocks that divides {size}, got {n}",
+            f"{self.label} on {site.quoted}: expected nblocks that divides {size}, got {n}",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:

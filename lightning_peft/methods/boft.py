@@ -138,20 +138,20 @@ class BOFT(WeightMethod):
         """Blocks must tile the input, the butterfly must have two halves at each stage."""
         require(
             not site.is_embedding and not site.batch_shape,
-            f"{self.label} on {site.label!r}: expected one matrix with features for input, got "
+            f"{self.label} on {site.quoted}: expected one matrix with features for input, got "
             f"{'an embedding' if site.is_embedding else 'a stack of experts'}; exclude it",
         )
         number, size = self.blocks(site)
         require(
             number >= 1 and number * size == site.in_features,
-            f"{self.label} on {site.label!r}: expected blocks that tile in_features = "
+            f"{self.label} on {site.quoted}: expected blocks that tile in_features = "
             f"{site.in_features}, got block_size = {self.block_size}, block_num = "
             f"{self.block_num}; choose a divisor, or exclude the layer",
         )
         stages = 2 ** (self.n_butterfly - 1)
         require(
             self.n_butterfly == 1 or (number % stages == 0 and number > 1),
-            f"{self.label} on {site.label!r}: expected a number of blocks that is a multiple of "
+            f"{self.label} on {site.quoted}: expected a number of blocks that is a multiple of "
             f"2^(n_butterfly - 1) = {stages}, got {number}; lower n_butterfly",
         )
 

@@ -96,7 +96,7 @@ class C3A(WeightMethod):
         b = match_site(self.block_size_pattern, site, self.block_size)
         require(
             site.in_features % b == 0 and site.out_features % b == 0,
-            f"{self.label} on {site.label!r}: expected block_size that divides in_features = "
+            f"{self.label} on {site.quoted}: expected block_size that divides in_features = "
             f"{site.in_features} and out_features = {site.out_features}, got {b}; choose another "
             "or exclude the layer",
         )

@@ -113,7 +113,7 @@ class Cartridge(PrefixTuning):
         stack: Any = site.module
         require(
             bool(site.embedding) and not site.embeddings.weight.is_meta,
-            f"{self.label} on {site.label!r}: expected a decoder of Hugging Face with its weights "
+            f"{self.label} on {site.quoted}: expected a decoder of Hugging Face with its weights "
             "to run the text through, got none; use init='random'",
         )
         ids = torch.tensor([list(self.init_ids)[: self.n]], device=site.embeddings.weight.device)
@@ -127,7 +127,7 @@ class Cartridge(PrefixTuning):
         pairs = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
         require(
             len(pairs) == len(site.layers),
-            f"{self.label} on {site.label!r}: expected keys and values of {len(site.layers)} "
+            f"{self.label} on {site.quoted}: expected keys and values of {len(site.layers)} "
             f"layers, got {len(pairs)}; use init='random'",
         )
         rows = [t[0].transpose(0, 1).reshape(self.n, -1) for pair in pairs for t in pair]

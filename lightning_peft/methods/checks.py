@@ -97,7 +97,7 @@ def require_features(label: str, site: Site) -> None:
     """Raise ValueError on an embedding."""
     require(
         not site.is_embedding,
-        f"{label} on {site.label!r}: expected a layer with features for input, got an embedding; "
+        f"{label} on {site.quoted}: expected a layer with features for input, got an embedding; "
         "exclude it",
     )
 
@@ -106,7 +106,7 @@ def require_matrix(label: str, site: Site) -> None:
     """Raise ValueError on a stack of experts."""
     require(
         not site.batch_shape,
-        f"{label} on {site.label!r}: expected one matrix, got a stack of experts; exclude it or "
+        f"{label} on {site.quoted}: expected one matrix, got a stack of experts; exclude it or "
         "use LoRA there",
     )
 

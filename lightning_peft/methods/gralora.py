@@ -122,7 +122,7 @@ class GraLoRA(WeightMethod):
         require_matrix(self.label, site)
         require(
             site.in_features % self.k == 0 and site.out_features % self.k == 0,
-            f"{self.label} on {site.label!r}: expected k that divides in_features = "
+            f"{self.label} on {site.quoted}: expected k that divides in_features = "
             f"{site.in_features} and out_features = {site.out_features}, got k = {self.k}; choose "
             "another or exclude the layer",
         )

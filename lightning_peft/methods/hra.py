@@ -91,7 +91,7 @@ class HRA(WeightMethod):
         require_matrix(self.label, site)
         require(
             not self.apply_gs or self.r <= site.in_features,
-            f"{self.label} on {site.label!r}: expected r <= in_features = {site.in_features} with "
+            f"{self.label} on {site.quoted}: expected r <= in_features = {site.in_features} with "
             f"apply_gs, got r = {self.r}; lower r or exclude the layer",
         )
 

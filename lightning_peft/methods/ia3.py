@@ -119,12 +119,12 @@ class IA3(WeightMethod):
         """The input of an embedding is ids: nothing to scale."""
         require(
             not (site.is_embedding and self.mode == "multiply" and self.scales_input(site)),
-            f"{self.label} on {site.label!r}: expected a layer with features for input among "
+            f"{self.label} on {site.quoted}: expected a layer with features for input among "
             "feedforward_modules, got an embedding; take it off that list",
         )
         require(
             not (self.mode == "add" and site.is_embedding),
-            f"{self.label} on {site.label!r}: expected a layer that adds a bias for mode='add', "
+            f"{self.label} on {site.quoted}: expected a layer that adds a bias for mode='add', "
             "got an embedding; exclude it",
         )
 

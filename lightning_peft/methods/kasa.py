@@ -81,7 +81,7 @@ class KaSA(LoRA):
         most = min(site.out_features, site.in_features)
         require(
             self.rank(site) < most,
-            f"{self.label} on {site.label!r}: expected r < min(in_features, out_features) = "
+            f"{self.label} on {site.quoted}: expected r < min(in_features, out_features) = "
             f"{most}, got r = {self.rank(site)}; lower r or exclude the layer",
         )
 

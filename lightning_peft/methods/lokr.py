@@ -169,7 +169,7 @@ class LoKr(WeightMethod):
         """Rows of ΔW are dropped by forming it, which experts are too many for."""
         require(
             not (site.batch_shape and self.rank_dropout),
-            f"{self.label} on {site.label!r}: expected rank_dropout=0 on a stack of experts, got "
+            f"{self.label} on {site.quoted}: expected rank_dropout=0 on a stack of experts, got "
             f"{self.rank_dropout}; use module_dropout, or exclude it",
         )
 

@@ -59,7 +59,7 @@ def check_site(lora: LoRA, site: Site, *, is_plain: bool) -> None:
     Raises:
         ValueError: with the layer.
     """
-    where = f"{lora.label} on {site.label!r}"
+    where = f"{lora.label} on {site.quoted}"
     r, most = lora.rank(site), min(site.out_features, site.in_features)
     require(
         r <= most or not lora.limits_rank,

@@ -182,7 +182,7 @@ def start_from_covariance(
     mean = C.diagonal().mean()
     require(
         bool(mean > 0),
-        f"{site.label!r}: expected inputs that are not all zero with init='corda', got zeros; give "
+        f"{site.quoted}: expected inputs that are not all zero with init='corda', got zeros; give "
         "other batches or exclude the layer",
     )
     eye, damping = torch.eye(len(C), dtype=C.dtype, device=C.device), 0.01

@@ -162,7 +162,7 @@ class MiSS(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Lengths against the layer's size."""
-        where = f"{self.label} on {site.label!r}"
+        where = f"{self.label} on {site.quoted}"
         require(
             self.r <= site.in_features,
             f"{where}: expected r <= in_features = {site.in_features}, got r = {self.r}",

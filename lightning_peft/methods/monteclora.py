@@ -161,7 +161,7 @@ class MonteCLoRA(LoRA):
         require_matrix(self.label, site)
         require(
             not site.ops.is_opaque,
-            f"{self.label} on {site.label!r}: expected a layer that draws A in its forward, got "
+            f"{self.label} on {site.quoted}: expected a layer that draws A in its forward, got "
             f"{type(site.module).__name__}, which reads merged weights; exclude it or use LoRA",
         )
 

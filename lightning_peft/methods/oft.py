@@ -178,18 +178,18 @@ class OFT(WeightMethod):
         """A rotation of features, not of a stack of matrices."""
         require(
             not site.batch_shape,
-            f"{self.label} on {site.label!r}: expected one matrix, got a stack of experts; "
+            f"{self.label} on {site.quoted}: expected one matrix, got a stack of experts; "
             "exclude it or use LoRA there",
         )
         require(
             self.block(site) > 1,
-            f"{self.label} on {site.label!r}: expected blocks of two rows at least, got 1 "
+            f"{self.label} on {site.quoted}: expected blocks of two rows at least, got 1 "
             f"(features = {_features(site)}), which rotates nothing; choose another block_size "
             "or exclude the layer",
         )
         require(
             not self.r or _features(site) % self.r == 0,
-            f"{self.label} on {site.label!r}: expected a number of blocks that divides the width "
+            f"{self.label} on {site.quoted}: expected a number of blocks that divides the width "
             f"({_features(site)}), got r = {self.r}; give block_size instead",
         )
 

@@ -75,7 +75,7 @@ class OSF(WeightMethod):
         most = min(site.out_features, site.in_features)
         require(
             1 <= self._kept(site) < most,
-            f"{self.label} on {site.label!r}: expected a number of kept triplets from 1 to "
+            f"{self.label} on {site.quoted}: expected a number of kept triplets from 1 to "
             f"{most - 1}, got {self._kept(site)}; change kept or exclude the layer",
         )
 

@@ -119,12 +119,12 @@ class Poly(WeightMethod):
         require_matrix(self.label, site)
         require(
             site.ops.features_last and not site.is_embedding,
-            f"{self.label} on {site.label!r}: expected a linear layer, got "
+            f"{self.label} on {site.quoted}: expected a linear layer, got "
             f"{type(site.module).__name__}; exclude it or use LoRA there",
         )
         require(
             site.in_features % self.splits == 0 and site.out_features % self.splits == 0,
-            f"{self.label} on {site.label!r}: expected splits that divide in_features and "
+            f"{self.label} on {site.quoted}: expected splits that divide in_features and "
             f"out_features, got splits = {self.splits} with {site.in_features} and "
             f"{site.out_features}",
         )

@@ -69,7 +69,7 @@ def _pack(
     theirs[:, rows] = parts
     require(
         torch.equal(theirs[:, rows], parts),
-        f"save_adapter: {method.label} on {site.label!r} has no equal in peft: its layout for "
+        f"save_adapter: {method.label} on {site.quoted} has no equal in peft: its layout for "
         f"encoder-decoders gives {len(site.layers)} decoder layers (an even number) one prefix for "
         "two layers; keep the adapter with adapter_state_dict()",
     )

@@ -125,7 +125,7 @@ class PromptTuning(SequenceMethod):
             return torch.randn(self.n, site.width) * std
         require(
             site.vocabulary > 0,
-            f"{self.label} on {site.label!r}: expected an nn.Embedding to start from, got "
+            f"{self.label} on {site.quoted}: expected an nn.Embedding to start from, got "
             f"{type(site.module).__name__}; use init='random'",
         )
         ids = torch.tensor(list(self.init_ids) or [0])

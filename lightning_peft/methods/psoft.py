@@ -133,7 +133,7 @@ class PSOFT(WeightMethod):
         most = min(site.out_features, site.in_features)
         require(
             self.r <= most,
-            f"{self.label} on {site.label!r}: expected r <= min(in_features, out_features) = "
+            f"{self.label} on {site.quoted}: expected r <= min(in_features, out_features) = "
             f"{most}, got r = {self.r}; lower r or exclude the layer",
         )
 

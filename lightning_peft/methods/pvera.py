@@ -139,7 +139,7 @@ class PVeRA(WeightMethod):
         require_matrix(self.label, site)
         require(
             not self.sample or site.ops.features_last,
-            f"{self.label} on {site.label!r}: expected a linear layer, got "
+            f"{self.label} on {site.quoted}: expected a linear layer, got "
             f"{type(site.module).__name__}; exclude it, or train the mean alone with sample=False",
         )
 

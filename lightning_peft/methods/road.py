@@ -84,7 +84,7 @@ class RoAd(WeightMethod):
         require_matrix(self.label, site)
         require(
             site.out_features % self.group_size == 0,
-            f"{self.label} on {site.label!r}: expected group_size that divides out_features = "
+            f"{self.label} on {site.quoted}: expected group_size that divides out_features = "
             f"{site.out_features}, got {self.group_size}; choose another or exclude the layer",
         )
 

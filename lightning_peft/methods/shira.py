@@ -79,7 +79,7 @@ class SHiRA(WeightMethod):
         n, most = self._count(site), site.shape.numel()
         require(
             n <= most,
-            f"{self.label} on {site.label!r}: expected r (in_features + out_features) <= "
+            f"{self.label} on {site.quoted}: expected r (in_features + out_features) <= "
             f"in_features · out_features = {most}, got {n} with r = {self.r}; lower r or exclude "
             "the layer",
         )

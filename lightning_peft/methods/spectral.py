@@ -40,7 +40,7 @@ class SpectralMethod(WeightMethod):
         most = site.shape.numel()
         require(
             self.count(site) <= most,
-            f"{self.label} on {site.label!r}: expected n_frequency <= in_features · out_features "
+            f"{self.label} on {site.quoted}: expected n_frequency <= in_features · out_features "
             f"= {most}, got {self.count(site)}; lower it or exclude the layer",
         )
 

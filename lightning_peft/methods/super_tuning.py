@@ -107,7 +107,7 @@ class SuperTuning(WeightMethod):
         require_matrix(self.label, site)
         require(
             self._count(site) >= 1,
-            f"{self.label} on {site.label!r}: expected a sparsity that leaves an entry of "
+            f"{self.label} on {site.quoted}: expected a sparsity that leaves an entry of "
             f"{site.shape.numel()}, got {self.sparsity}; lower it or exclude the layer",
         )
 

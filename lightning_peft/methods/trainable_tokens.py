@@ -77,22 +77,22 @@ class TrainableTokens(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Token ids against the size of the vocabulary; the layer's kind."""
-        name, ids = site.label, self.ids(site)
+        name, ids = site.quoted, self.ids(site)
         require(
             site.is_embedding or (site.ops.features_last and not site.batch_shape),
-            f"{self.label} on {name!r}: expected an embedding or a linear head, got "
+            f"{self.label} on {name}: expected an embedding or a linear head, got "
             f"{type(site.module).__name__}; name the embedding in target_modules",
         )
         size = site.in_features if site.is_embedding else site.out_features
         beyond = [i for i in ids if i >= size]
         require(
             not beyond,
-            f"{self.label} on {name!r}: expected token ids below the vocabulary's size {size}, got "
+            f"{self.label} on {name}: expected token ids below the vocabulary's size {size}, got "
             f"{beyond[:5]}; call model.resize_token_embeddings(len(tokenizer)) before attach",
         )
         require(
             not site.is_embedding or getattr(site.module, "max_norm", None) is None,
-            f"{self.label} on {name!r}: expected an embedding without max_norm, which changes its "
+            f"{self.label} on {name}: expected an embedding without max_norm, which changes its "
             "weight in the forward, got one; train it with modules_to_save",
         )
 

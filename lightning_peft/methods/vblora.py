@@ -131,7 +131,7 @@ class VBLoRA(WeightMethod):
         b = self.vector_length
         require(
             site.in_features % b == 0 and site.out_features % b == 0,
-            f"{self.label} on {site.label!r}: expected vector_length that divides in_features = "
+            f"{self.label} on {site.quoted}: expected vector_length that divides in_features = "
             f"{site.in_features} and out_features = {site.out_features}, got {b}; choose another "
             "or exclude the layer",
         )

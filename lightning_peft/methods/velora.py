@@ -135,7 +135,7 @@ class VeLoRA(LoRA):
         require_matrix(self.label, site)
         require(
             site.ops.features_last,
-            f"{self.label} on {site.label!r}: expected a linear layer, got "
+            f"{self.label} on {site.quoted}: expected a linear layer, got "
             f"{type(site.module).__name__}; exclude it or use LoRA there",
         )
 

@@ -13,10 +13,10 @@ __all__ = ["adaptable_layers"]
 
 
 def adaptable_layers(model: nn.Module, fits: Callable[[str], bool]) -> str:
-    """Return a few layers that could be named instead, with their classes, for a message."""
+    """Return a few layers that could be named instead, with their classes; "" if there are none."""
     kinds: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if name and not in_adapter(name) and fits(name) and editable_ops(module) is not None:
             kinds.setdefault(type(module).__name__, []).append(name)
     found = [f"{', '.join(names[:3])} ({kind} ×{len(names)})" for kind, names in kinds.items()]
-    return "; ".join(found[:5]) or "this model has no others that can be adapted"
+    return "; ".join(found[:5])

@@ -43,20 +43,20 @@ def option_problems(
             yield f"{key}: expected numbers below 1, got {value}"
 
 
-def _form(value: Any) -> str:
+def _form(value: object) -> str:
     if isinstance(value, bool):
         return "true or false"
     return f"{len(value)} numbers" if isinstance(value, list | tuple) else "a number"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether an option or a step is one number, as a tensor too."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, int | float)
 
 
-def numbers_in(value: Any) -> list[float]:
+def numbers_in(value: object) -> list[float]:
     """The numbers in an option; NaN is returned as infinity, which compares."""
     if isinstance(value, Tensor):
         return numbers_in(value.item()) if value.numel() == 1 and not value.is_complex() else []

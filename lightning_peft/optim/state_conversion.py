@@ -21,7 +21,7 @@ _BNB_NEST = "__bnb_optimizer_quant_state__"
 _TORCH_NAMES = ("exp_avg", "exp_avg_sq")
 
 
-def _steps(value: Any) -> Tensor:
+def _steps(value: object) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32).detach().reshape(()).clone()
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from typing import Any, get_args
 
 from lightning_peft.activations.config import ActivationKind
+from lightning_peft.core.commands import Commands
 from lightning_peft.methods.registry import METHODS
+from lightning_peft.planner.byte_sizes import size
 from lightning_peft.planner.estimate import estimate_memory
-from lightning_peft.planner.plan import size
 from lightning_peft.storage import Quantization
 
-__all__ = ["add_plan", "parse_bytes"]
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+__all__ = ["add_plan"]
 
 
-def add_plan(commands: Any) -> None:
+def add_plan(commands: Commands) -> None:
     """Add the command to the program's subparsers."""
     plan = commands.add_parser(
         "plan", help="memory of a fine-tuning run, before anything is loaded"
@@ -77,7 +75,7 @@ def _run(given: argparse.Namespace) -> None:
         strategy=given.strategy,
         world_size=given.world_size,
         liger=given.liger,
-        memory=None if given.memory is None else parse_bytes(given.memory),
+        memory=given.memory,
     )
     print(plan)
     if plan.budget is not None:
@@ -104,19 +102,3 @@ def _method(given: Any) -> Any:
         names = given.target_modules
         options["target_modules"] = names[0] if names == ["all-linear"] else names
     return known[name](**options)
-
-
-def parse_bytes(text: str) -> int:
-    """24GB is 24 · 10⁹ bytes, 24GiB is 24 · 2³⁰.
-
-    Raises:
-        ValueError: no such number.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if found is None:
-        raise ValueError(f"--memory: expected a size such as 24GB or 22.5GiB, got {text!r}")
-    number, unit, binary = found.groups()
-    factor = _UNITS[unit]
-    if binary:
-        factor = 1024 ** list(_UNITS).index(unit)
-    return int(float(number) * factor)

@@ -10,12 +10,15 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_peft.activations.config import ActivationKind, Activations, as_activations
+from lightning_peft.core.value_types import shown
 from lightning_peft.methods.base import Method
 from lightning_peft.models.modules import head_names, hf_models
 from lightning_peft.planner.activation_trace import UNTRACEABLE, Trace, trace
+from lightning_peft.planner.byte_sizes import parse_bytes
+from lightning_peft.planner.choice import ALLOWANCES, NCCL, OPTIMIZER_BYTES, Choice
 from lightning_peft.planner.example_inputs import NoInputs, usual_length
 from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
-from lightning_peft.planner.plan import ALLOWANCES, NCCL, OPTIMIZER_BYTES, Choice, Plan, Step
+from lightning_peft.planner.plan import Plan, Step
 from lightning_peft.storage import StorageConfig, as_config, storage_for
 
 __all__ = ["Plan", "Step", "estimate_memory"]
@@ -51,7 +54,7 @@ def estimate_memory(
     allowances: bool | Mapping[str, int] = False,
     liger: bool = False,
     modules_to_save: Sequence[str] = (),
-    memory: int | None = None,
+    memory: int | str | None = None,
 ) -> Plan:
     """Count the memory of one rank on the meta device; nothing is loaded, nothing is changed.
 
@@ -83,20 +86,22 @@ def estimate_memory(
             ``{"CUDA context": 6 * 10**8}``; True for `ALLOWANCES`. They lessen `memory`.
         liger: Whether liger-kernel's fused loss is used; its other layers are not counted.
         modules_to_save: Names or suffixes of modules trained fully.
-        memory: Bytes that a rank has, for the largest batch in the printed table.
+        memory: Bytes that a rank has, or ``"24GB"``, for the largest batch in the printed table.
 
     Raises:
         ValueError: an unknown architecture, a configuration without sizes, a number below 1, an
             unknown name, memory below the weights.
     """
+    if isinstance(memory, str):
+        memory = parse_bytes(memory)
     for name, n in (
         *(("batch_size", batch_size), ("world_size", world_size)),
         *(("replicas", replicas), ("context_parallel", context_parallel)),
         ("sequence_length", 1 if sequence_length is None else sequence_length),
         ("memory", 1 if memory is None else memory),
     ):
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"{name}: expected a whole number >= 1, got {n!r}")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {shown(n)}")
     quantization = as_config(quantization)
     methods = _methods(method, modules_to_save)
     if methods is None and quantization is not None:
@@ -280,12 +285,12 @@ def _methods(
     if any(not isinstance(m, Method) for m in found) or not (found or saved):
         raise ValueError(
             f"method: expected a method such as LoRA(r=16), a list of them, or 'full', got "
-            f"{method!r}"
+            f"{shown(method)}"
         )
     return tuple(m for m in found if isinstance(m, Method))
 
 
 def _named(what: str, name: str, known: Any) -> str:
     if name not in known:
-        raise ValueError(f"{what}: expected one of {sorted(known)}, got {name!r}")
+        raise ValueError(f"{what}: expected one of {sorted(known)}, got {shown(name)}")
     return name

@@ -3,83 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from lightning_peft.activations.config import ActivationKind, Activations
-from lightning_peft.methods.lora import LoRA
 from lightning_peft.planner.activation_trace import Trace
+from lightning_peft.planner.alternatives import baselines, next_changes
+from lightning_peft.planner.byte_sizes import size
+from lightning_peft.planner.choice import Choice
 from lightning_peft.planner.example_inputs import NoInputs
+from lightning_peft.planner.fixed_parts import STATES, WEIGHTS, fixed_parts
 from lightning_peft.planner.meta_model import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
-from lightning_peft.storage import Quantization, StorageConfig, storage_for
 
-__all__ = ["ALLOWANCES", "NCCL", "OPTIMIZER_BYTES", "Choice", "Plan", "Step", "size"]
-
-# name → (full-size states in the parameter's own dtype, further bytes per element)
-OPTIMIZER_BYTES: dict[str, tuple[int, float]] = {
-    "adamw": (2, 0.0),
-    "adam": (2, 0.0),
-    "lion": (1, 0.0),
-    "sgd": (0, 0.0),
-    "sgd_momentum": (1, 0.0),
-    "adamw_8bit": (0, 2 * (1 + 4 / 256)),
-    "paged_adamw_8bit": (0, 2 * (1 + 4 / 256)),
-    "paged_adamw_32bit": (0, 8.0),
-    "lion_8bit": (0, 1 + 4 / 256),
-}
-
-NCCL = "NCCL buffers"
-#: Bytes that a rank needs besides tensors: torch's kernels with the context of a current GPU, and
-#: the channels of a few communicators. These are round figures, not measurements.
-ALLOWANCES: dict[str, int] = {"CUDA context": 600 * 10**6, NCCL: 500 * 10**6}
-
-_BUCKET = "communication buckets"
-_GATHERED_KV = "gathered keys and values"
-_FULL = "fully trained weights"
-_STATES = ("base weights", "adapters", _FULL, GRADIENTS, "optimizer state")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The choices that a plan is made for; see `estimate_memory`."""
-
-    method: tuple[Any, ...] | None  # None is plain full fine-tuning
-    quantization: StorageConfig | None
-    optimizer: str
-    precision: str
-    batch_size: int
-    sequence_length: int
-    activations: Activations | None
-    loss: str | None
-    strategy: str | None
-    world_size: int
-    liger: bool
-    modules_to_save: tuple[str, ...] = ()
-    reshard_after_forward: bool = True
-    cpu_offload: bool = False
-    replicas: int = 1
-    context_parallel: int = 1
-    allowances: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def shards(self) -> int:
-        """Number of ranks that share one copy of weights and state."""
-        return self.world_size // self.replicas if self.strategy == "fsdp" else 1
-
-    @property
-    def label(self) -> str:
-        """Method and storage in a few words."""
-        if self.method is None:
-            return "full fine-tuning"
-        names = " + ".join(m.label for m in self.method)
-        return (
-            names
-            if self.quantization is None
-            else f"{names} on {storage_for(self.quantization).label}"
-        )
+__all__ = ["Plan", "Step"]
 
 
 @dataclass(frozen=True)
@@ -136,52 +74,12 @@ class Plan:
     @property
     def resident(self) -> int:
         """Bytes of weights, adapters, gradients and optimizer state."""
-        return sum(n for part, n in self._fixed.items() if part in _STATES)
+        return sum(n for part, n in self._fixed.items() if part in STATES)
 
     @cached_property
     def _fixed(self) -> dict[str, int]:
         """Parts that do not depend on the batch."""
-        s, c = self.sizes, self.choice
-        states, further = OPTIMIZER_BYTES[c.optimizer]
-        elements = s.trainable * further
-        compute = 4 if c.precision == "32-true" else 2
-        parts = {
-            "base weights": s.base_bytes,
-            "adapters": s.adapters,
-            _FULL: s.full,
-            GRADIENTS: s.trained_bytes,
-            "optimizer state": states * s.trained_bytes + math.ceil(elements),
-        }
-        parts = {part: -(-n // c.shards) for part, n in parts.items()}
-        if c.cpu_offload:
-            parts = dict.fromkeys(parts, 0)
-        parts["dequantise buffers"] = s.dequantised * compute
-        parts[_BUCKET] = 0
-        if c.strategy == "ddp" and c.world_size > 1:
-            parts[_BUCKET] = s.trained_bytes
-        elif c.strategy == "fsdp" and c.world_size > 1:
-            parts[_BUCKET] = self._gathered()
-        parts[_GATHERED_KV] = self._gathered_kv()
-        return parts
-
-    def _gathered(self) -> int:
-        """Bytes of the units that FSDP has gathered at once, and of gradients on their way."""
-        s, c = self.sizes, self.choice
-        end, rest = (
-            (0, s.rest + s.end) if c.liger else (s.end, s.rest)
-        )  # it reads the head's weight
-        if not c.reshard_after_forward:
-            return s.base_bytes + s.trained_bytes + s.block + s.block_trained
-        # This unit and the next, of which one may be the embedding or the head.
-        return s.block + max(s.block, end) + rest + s.block_trained
-
-    def _gathered_kv(self) -> int:
-        """Bytes of one layer's keys and values of all tokens, received in two steps."""
-        c = self.choice
-        if c.context_parallel == 1:
-            return 0
-        compute = 4 if c.precision == "32-true" else 2
-        return 2 * 2 * c.batch_size * c.sequence_length * self.sizes.kv_width * compute
+        return fixed_parts(self.choice, self.sizes)
 
     # ---- what a step adds
 
@@ -250,8 +148,8 @@ class Plan:
         if not self.choice.cpu_offload:
             return round(moved)
         on_device = replace(self.choice, cpu_offload=False)
-        fixed = Plan(on_device, self.sizes)._fixed
-        return round(moved) + sum(fixed[part] for part in _STATES)
+        fixed = fixed_parts(on_device, self.sizes)
+        return round(moved) + sum(fixed[part] for part in STATES)
 
     def require_weights(self, nbytes: int) -> None:
         """The weights alone must fit.
@@ -259,7 +157,7 @@ class Plan:
         Raises:
             ValueError: they do not.
         """
-        weights = sum(self._fixed[part] for part in ("base weights", "adapters", _FULL))
+        weights = sum(self._fixed[part] for part in WEIGHTS)
         if nbytes - self.allowance < weights:
             raise ValueError(
                 f"memory: expected at least the weights' {size(weights)}, got {size(nbytes)}; "
@@ -291,100 +189,85 @@ class Plan:
             low, high = (middle, high) if self.peak_at(middle) <= nbytes else (low, middle)
         return low
 
-    # ---- beside others
+    # ---- other choices
 
     def changed(self, **changes: Any) -> Plan:
         """The plan of the same model with some of the choice changed."""
+        return self._for(replace(self.choice, **changes))
+
+    def _for(self, choice: Choice) -> Plan:
         assert self._again is not None  # estimate_memory gives it
-        return self._again(replace(self.choice, **changes))
+        return self._again(choice)
 
     @cached_property
     def comparison(self) -> dict[str, Plan]:
         """Full fine-tuning, LoRA and QLoRA beside the given choice."""
-        lora = (self._lora(),)
-        others: dict[str, dict[str, Any]] = {
-            "full": {"method": None, "quantization": None, "modules_to_save": ()},
-            "LoRA r=16": {"method": lora, "quantization": None},
-            "QLoRA r=16": {"method": lora, "quantization": Quantization("nf4")},
-        }
         plans = {}
-        for name, changes in others.items():
+        for name, choice in baselines(self.choice).items():
             try:
-                plans[name] = self.changed(**changes)
+                plans[name] = self._for(choice)
             except ValueError as error:  # has no meaning for this model
                 self.notes.append(f"{name}: {error}")
         return {**plans, f"this: {self.choice.label}": self}
 
-    def _lora(self) -> LoRA:
-        """LoRA on the layers that the choice names, where it names any."""
-        named = [t for m in self.choice.method or () if (t := getattr(m, "target_modules", None))]
-        return LoRA(r=16, target_modules=named[0]) if named else LoRA(r=16)
-
     @cached_property
     def next_steps(self) -> list[Step]:
         """What is not switched on yet, the largest saving first."""
-        c = self.choice
-        tries: list[tuple[str, dict[str, Any]]] = []
-        if c.method is None:
-            tries.append(("method=LoRA(r=16)", {"method": (self._lora(),)}))
-        elif c.quantization is None:
-            tries.append(('quantization="nf4"', {"quantization": Quantization("nf4")}))
-        kept = c.activations
-        if kept is None or not kept.recomputes:
-            kind: ActivationKind = "checkpoint" if kept is None else "checkpoint+offload"
-            tries.append((f'activations="{kind}"', {"activations": Activations(kind)}))
-        elif not kept.offloads:
-            kind = "checkpoint+offload"
-            tries.append((f'activations="{kind}"', {"activations": replace(kept, kind=kind)}))
-        if not c.liger and c.loss is None:
-            tries.append(('loss="chunked"', {"loss": "chunked"}))
-        if c.optimizer in ("adamw", "adam"):
-            tries.append(('optimizer="adamw_8bit"', {"optimizer": "adamw_8bit"}))
-        if c.world_size > 1 and c.strategy != "fsdp":
-            tries.append(('strategy="fsdp"', {"strategy": "fsdp"}))
         steps = []
-        for what, changes in tries:
+        for what, choice in next_changes(self.choice):
             try:
-                saving = self.peak - self.changed(**changes).peak
+                saving = self.peak - self._for(choice).peak
             except ValueError:  # has no meaning for this model
                 continue
             if saving > 0:
                 steps.append(Step(what, saving))
         return sorted(steps, key=lambda s: -s.saving)
 
+    # ---- as text
+
     def __str__(self) -> str:
-        """A plain table."""
+        """A plain table, the settings, and what to switch on next."""
+        lines = [*self._table(), self._settings()]
+        for label, (numel, nbytes) in self.sizes.base.items():
+            if numel:  # counters and ids are buffers: bytes without a weight
+                lines.append(f"base in {label}: {numel:,} weights, {size(nbytes)}")
+        if self.host:
+            lines.append(f"in host memory: {size(self.host)}")
+        lines += [f"next: {s.what} saves {size(s.saving)}" for s in self.next_steps]
+        return "\n".join([*lines, *dict.fromkeys(self.notes)])
+
+    def _table(self) -> list[str]:
+        """A line per part, with a column per plan of the comparison."""
         plans = self.comparison
         width = max(14, *(len(name) + 2 for name in plans))
-        lines = [f"{'':<24}" + "".join(f"{name:>{width}}" for name in plans)]
+
+        def line(head: str, cells: Iterable[str]) -> str:
+            return f"{head:<24}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+        lines = [line("", plans)]
         for part in self.parts:
-            if not any(p.parts[part] for p in plans.values()):
-                continue
-            lines.append(
-                f"{part:<24}" + "".join(f"{size(p.parts[part]):>{width}}" for p in plans.values())
-            )
-        lines.append(f"{'peak':<24}" + "".join(f"{size(p.peak):>{width}}" for p in plans.values()))
+            if any(p.parts[part] for p in plans.values()):
+                lines.append(line(part, (size(p.parts[part]) for p in plans.values())))
+        lines.append(line("peak", (size(p.peak) for p in plans.values())))
         for name, nbytes in self.choice.allowances:
-            lines.append(f"{name:<24}" + f"{size(nbytes):>{width}}" * len(plans))
+            lines.append(line(name, [size(nbytes)] * len(plans)))
         if self.budget is not None:
-            fits = [_fitting(p, self.budget) for p in plans.values()]
-            label = f"batch in {size(self.budget)}"
-            lines.append(f"{label:<24}" + "".join(f"{n:>{width}}" for n in fits))
+            budget = self.budget
+            fits = (_fitting(p, budget) for p in plans.values())
+            lines.append(line(f"batch in {size(budget)}", fits))
+        return lines
+
+    def _settings(self) -> str:
+        """The choice and the trained share, in one line."""
         c = self.choice
         where = f", a rank of {c.world_size} ({c.strategy})" if c.world_size > 1 else ""
         if c.activations is not None:
             where += f", activations {c.activations.kind}"
         where += f", loss {c.loss}" if c.loss is not None else ""
-        lines.append(
+        return (
             f"batch {c.batch_size} × {self.sample}, {c.precision}, {c.optimizer}{where}; "
             f"trained {self.trainable:,} of {self.total:,} = {self.percent:.3f} %"
         )
-        for label, (numel, nbytes) in self.sizes.base.items():
-            lines.append(f"base in {label}: {numel:,} weights, {size(nbytes)}")
-        if self.host:
-            lines.append(f"in host memory: {size(self.host)}")
-        lines += [f"next: {s.what} saves {size(s.saving)}" for s in self.next_steps]
-        return "\n".join([*lines, *dict.fromkeys(self.notes)])
 
 
 def _fitting(plan: Plan, budget: int) -> str:
@@ -392,11 +275,3 @@ def _fitting(plan: Plan, budget: int) -> str:
         return str(plan.largest_batch(budget))
     except ValueError:
         return "-"
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 14.83 GB, 512.00 kB (powers of ten)."""
-    for unit, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(nbytes) >= n:
-            return f"{nbytes / n:,.2f} {unit}"
-    return f"{nbytes:.0f} B"

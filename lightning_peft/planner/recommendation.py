@@ -11,9 +11,9 @@ from typing import Any
 from lightning_peft.guideline.measurements import MEASURED, Measured
 from lightning_peft.methods.base import Method, Targeted
 from lightning_peft.methods.registry import METHODS
-from lightning_peft.planner.cli import parse_bytes
+from lightning_peft.planner.byte_sizes import parse_bytes, size
 from lightning_peft.planner.estimate import estimate_memory
-from lightning_peft.planner.plan import Plan, size
+from lightning_peft.planner.plan import Plan
 
 __all__ = ["Recommendation", "recommend"]
 

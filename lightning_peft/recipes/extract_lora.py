@@ -49,7 +49,7 @@ def extract_lora(
     bias: Literal["none", "all", "lora_only"] = "none",
     adapter_name: str = "default",
     directory: str | Path | None = None,
-    batch: Any = None,
+    batch: object = None,
     inputs: Iterable[Any] | None = None,
 ) -> ExtractReport:
     """Attach the LoRA adapter to `base` that approximates `tuned` best, in place.
@@ -168,7 +168,7 @@ class _Goals:
         fitted: The tuned model's outputs on the inputs to fit to.
     """
 
-    batch: Any
+    batch: object
     outputs: tuple[Tensor, Tensor] | None
     fitted: Sequence[Goal] | None
 
@@ -178,7 +178,7 @@ class _Goals:
         model: nn.Module,
         tuned: nn.Module | str | Path,
         pair: _Pair,
-        batch: Any,
+        batch: object,
         inputs: Iterable[Any] | None,
     ) -> _Goals:
         """Run both models on the batch, and the tuned one on the inputs."""
@@ -232,7 +232,7 @@ def _factored(site: Site, pair: _Pair, r: int, report: ExtractReport) -> tuple[T
         delta = new - W
         if not delta.isfinite().all():
             raise ValueError(
-                f"extract_lora: {site.label!r}: expected finite weights, got NaN or infinity"
+                f"extract_lora: {site.quoted}: expected finite weights, got NaN or infinity"
             )
         A, B = factors(delta, r)
         energy = kept_energy(delta, A, B)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from lightning_peft.core.protocols import Storage
+from lightning_peft.core.value_types import shown
 from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.config import Quantization, StorageConfig
 from lightning_peft.storage.dense import DenseStorage
@@ -86,8 +87,8 @@ def storage_for(config: StorageConfig) -> Storage:
         if config_type is not None and isinstance(config, config_type) and storage.accepts(config):
             return storage
     raise TypeError(
-        f"quantization: expected one of {sorted(_config_types())}, got {config!r}; register the "
-        "storage of another type with register_storage"
+        f"quantization: expected one of {sorted(_config_types())}, got {shown(config)}; register "
+        "the storage of another type with register_storage"
     )
 
 
@@ -159,7 +160,7 @@ def require_config(quantization: StorageConfig | str) -> StorageConfig:
     if not isinstance(quantization, StorageConfig):
         raise TypeError(
             f"quantization: expected a kind such as 'nf4', or a configuration such as "
-            f"Quantization('nf4'), got {quantization!r}; write quantization='nf4'"
+            f"Quantization('nf4'), got {shown(quantization)}; write quantization='nf4'"
         )
     return quantization
 

@@ -88,6 +88,8 @@ class ReleasedFormat(ABC):
     renamings: Sequence[tuple[str, str]] = ()
     #: What files add to the name of a weight for its codes.
     codes_suffix: str = ""
+    #: For tensors whose last axis is that of outputs: name in a linear layer → name in its files.
+    outputs_last: Mapping[str, str] = MappingProxyType({})
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         """Whether `declare` knows this ``quantization_config``."""

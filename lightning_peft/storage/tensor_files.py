@@ -41,7 +41,7 @@ class TensorFiles:
             raise FileNotFoundError(f"{folder}: expected *.safetensors, found none")
         listed = folder / "model.safetensors.index.json"
         if listed.exists():
-            told = set(json.loads(listed.read_text())["weight_map"].values())
+            told = _listed_files(listed)
             files = [f for f in files if f.name in told]
             absent = told - {f.name for f in files}
             if absent:
@@ -59,3 +59,18 @@ class TensorFiles:
 
         with safe_open(str(self.keys[key][0]), framework="pt") as handle:
             yield handle.get_slice(key)
+
+
+def _listed_files(index: Path) -> set[str]:
+    """Return the names of the files that an index lists.
+
+    Raises:
+        ValueError: no JSON with a ``weight_map``.
+    """
+    try:
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index}: expected JSON with a weight_map, got something else ({error}); download it "
+            "again"
+        ) from None

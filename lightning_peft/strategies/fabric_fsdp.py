@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.checkpoint.description import is_attached
 from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import FabricGuards
+from lightning_peft.strategies.fsdp_checks import check_adapted, check_precision
 from lightning_peft.strategies.rank_consistency import check_same_model
 from lightning_peft.strategies.shard_units import Classes
 from lightning_peft.strategies.sharding import (
@@ -103,16 +103,8 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         super().setup_environment()
 
     def _shard(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        if not is_attached(module):
-            raise RuntimeError(
-                "peft_fsdp: expected adapters, found none; call attach(model, method) before "
-                "fabric.setup_module"
-            )
-        if self.precision.precision == "16-mixed":
-            raise ValueError(
-                "peft_fsdp: expected 32-true, bf16-mixed, bf16-true or 16-true, got precision "
-                "'16-mixed'; use 'bf16-mixed'"
-            )
+        check_adapted(module, "call attach(model, method) before fabric.setup_module")
+        check_precision(self.precision.precision)
         check_same_model(module)
         if not is_sharded(module):
             options = replace(self.options, precision=self.precision.precision)
@@ -133,7 +125,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
             self._usage.leave_out(optimizer, device)
 
     @override
-    def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def save_checkpoint(self, path: str | Path, state: Any, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse `fabric.save`, which would write the base in shards of this run.
 
         Raises:
@@ -146,7 +138,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         )
 
     @override
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse `fabric.load`.
 
         Raises:

@@ -27,13 +27,14 @@ __all__ = [
     "is_interrupted",
     "is_loaded",
     "is_supported",
+    "is_trial",
     "loaded_packages",
     "package_of",
     "version_of",
 ]
 
 #: Oldest version of either package whose Trainer the callback works with.
-OLDEST = (2, 6)
+OLDEST = (2, 5, 3)
 _ROOTS = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -143,3 +144,8 @@ def is_fitting(trainer: pl.Trainer) -> bool:
 def is_interrupted(trainer: pl.Trainer) -> bool:
     """Return whether the Trainer is handling an exception."""
     return trainer.state.status == "interrupted"
+
+
+def is_trial(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer runs a few batches to see that they run: ``fast_dev_run``."""
+    return bool(vars(trainer).get("fast_dev_run", False))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft as lp
@@ -50,6 +55,99 @@ def test_without_checkpoints_the_last_values_are_exported(tmp_path) -> None:
     lp.load_adapter(fresh, tmp_path, adapter_name="a")
     exported, last = adapter_state_dict(fresh), adapter_state_dict(model)
     assert all(torch.equal(exported[key], last[key]) for key in exported)
+
+
+class Convolutions(InPackage):
+    """A net whose second layer is dilated, which peft computes without the dilation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"chosen": Chosen()})
+        self.first, self.second = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, dilation=2)
+        self.steps = 0
+
+    def training_step(self, batch, index):
+        self.steps += 1
+        return self.second(self.first(batch[0])).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Chosen:
+    """A hyper-parameter that is no plain data."""
+
+
+IMAGES = DataLoader(TensorDataset(torch.randn(4, 4, 8, 8)), 2)
+
+
+def test_what_peft_cannot_hold_is_said_before_training(tmp_path) -> None:
+    module = Convolutions()
+    peft = lp.PEFT(lp.LoRA(r=2, target_modules=["second"]), export_to=tmp_path / "adapter")
+    said = r"export_to: the export .* would fail: save_adapter: LoRA on 'second' has no equal in"
+    with pytest.raises(ValueError, match=said):
+        trainer(peft, max_steps=1).fit(module, IMAGES)
+    assert module.steps == 0
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_read_only_place_is_said_before_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    peft = lp.PEFT(lp.LoRA(r=2, target_modules=["first"]), export_to=tmp_path / "a" / "b")
+    with pytest.raises(
+        ValueError, match=r"can be written, got .*a/b inside .*, which is read-only"
+    ):
+        trainer(peft, max_steps=1).fit(Convolutions(), IMAGES)
+
+
+def test_a_file_in_the_way_is_said_before_training(tmp_path) -> None:
+    (tmp_path / "a").touch()
+    peft = lp.PEFT(lp.LoRA(r=2, target_modules=["first"]), export_to=tmp_path / "a" / "b")
+    with pytest.raises(ValueError, match="expected a directory, got the file"):
+        trainer(peft, max_steps=1).fit(Convolutions(), IMAGES)
+
+
+def test_merged_checkpoints_hold_no_adapter_to_export(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint='merged', from which none can be taken"):
+        lp.PEFT(lp.LoRA(r=2), export_to=tmp_path, checkpoint="merged")
+
+
+def saving(folder) -> object:
+    return pl.callbacks.ModelCheckpoint(folder, save_on_train_epoch_end=True)
+
+
+def test_a_best_file_with_objects_is_exported(tmp_path) -> None:
+    """The file was written by this process, so that nothing foreign is unpickled."""
+    module, saver = Convolutions(), saving(tmp_path)
+    peft = lp.PEFT(lp.LoRA(r=2, target_modules=["first"]), export_to=tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="'chosen' is no plain data"):
+        trainer(peft, saver, max_epochs=1).fit(module, IMAGES)
+    with pytest.raises(pickle.UnpicklingError, match="expected plain data"):
+        lp.load_from_checkpoint(in_package(Convolutions), saver.best_model_path)
+    fresh = Convolutions()
+    lp.load_adapter(fresh, tmp_path / "adapter")
+    got, want = adapter_state_dict(fresh), adapter_state_dict(module)
+    assert all(torch.equal(got[key], want[key]) for key in got)
+
+
+class Vanishing(Classifier):
+    """Something outside deletes the best file before fit ends."""
+
+    def on_train_end(self) -> None:
+        Path(self.trainer.checkpoint_callback.best_model_path).unlink()
+
+
+def test_a_best_file_that_is_gone_is_told(tmp_path) -> None:
+    peft = lp.PEFT(lp.LoRA(r=2), export_to=tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"best checkpoint again, got: .* found no such file"):
+        trainer(peft, saving(tmp_path), max_epochs=1).fit(Vanishing(), DataLoader(DATA, 8))
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_a_trial_run_leaves_the_former_export(tmp_path) -> None:
+    peft = lp.PEFT(lp.LoRA(r=2), export_to=tmp_path / "adapter")
+    trainer(peft, fast_dev_run=True).fit(Classifier(), DataLoader(DATA, 8))
+    assert not (tmp_path / "adapter").exists()
 
 
 class CausalModule(InPackage):

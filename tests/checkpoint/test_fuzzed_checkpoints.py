@@ -208,8 +208,11 @@ def test_the_newest_undamaged_file_is_named_and_taken(tmp_path: Path) -> None:
     content[content.index(b"state_dict")] ^= 4  # in a record; between records lies padding
     last.write_bytes(content)
     (tmp_path / "epoch=1.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"last\.ckpt.*newest undamaged.*epoch=0\.ckpt"):
+    named = r"last\.ckpt.*newest undamaged.*epoch=0\.ckpt; take that one"
+    with pytest.raises(ValueError, match=named + r", or give PEFT\(fall_back=True\)"):
         trainer(peft(), max_epochs=3).fit(Scheduled(), ckpt_path=last)
+    with pytest.raises(ValueError, match=named + "$"):  # no callback, so no argument of it
+        load_from_checkpoint(Scheduled, last)
     again = trainer(peft(fall_back=True), max_epochs=3)
     with pytest.warns(UserWarning, match=r"resuming from .*epoch=0\.ckpt"):
         again.fit(Scheduled(), ckpt_path=last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args, get_origin
 
+import lightning.pytorch as pl
 import pytest
 from torch import nn
 
@@ -77,11 +78,46 @@ def test_what_fits(annotation: Any, good: Any, bad: Any, words: str) -> None:
         ({"modules_to_save": 5}, "modules_to_save: expected a list of strings or None, got 5"),
         ({"report": "no"}, "report: expected True or False, got 'no'"),
         ({"plan": 3}, "plan: expected True or False or values by name, got 3"),
+        ({"plan": {"memry": 1}}, "plan: .* got 'memry'; did you mean 'memory'"),
+        ({"plan": {"memory": "lots"}}, "PEFT plan memory: .* such as '24GB' or '22.5GiB', got 'lo"),
+        (
+            {"plan": {"batch_size": "4"}},
+            "plan batch_size: .* got '4'; write plan={'batch_size': 1}",
+        ),
     ],
 )
 def test_arguments_of_the_callback(given: dict[str, Any], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         lp.PEFT(lp.LoRA(r=2), **given)
+
+
+MODEL = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: lp.PEFT(MODEL),
+        lambda: lp.PEFT(adapters={"a": MODEL}),
+        lambda: lp.PEFT(lp.LoRA(), quantization=MODEL),
+        lambda: lp.PEFT(lp.LoRA(), export_to=MODEL),
+        lambda: lp.attach(MODEL, MODEL),
+        lambda: lp.attach([MODEL], lp.LoRA()),
+        lambda: lp.attach(MODEL, lp.LoRA(), adapter_name=MODEL),
+        lambda: lp.quantize(MODEL, MODEL),
+        lambda: lp.estimate_memory(MODEL, [MODEL]),
+        lambda: lp.estimate_memory(MODEL, lp.LoRA(), batch_size=MODEL),
+        lambda: lp.export_merged(MODEL, "base", "out"),
+        lambda: lp.export_merged("adapter", "base", "out", MODEL),
+        lambda: lp.load_adapter(nn.Linear(8, 8), MODEL),
+        lambda: lp.load_from_checkpoint(pl.LightningModule, MODEL),
+    ],
+)
+def test_a_model_in_the_wrong_place_does_not_fill_the_message(call: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="expected") as caught:
+        call()
+    assert any(word in str(caught.value) for word in ("Sequential", "bfloat16", "list"))
+    assert "(0): Linear" not in str(caught.value)
 
 
 def test_no_method_at_all() -> None:

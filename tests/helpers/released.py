@@ -248,15 +248,21 @@ def pack_awq(key: str, W: Tensor) -> State:
             f"{name}scales": s}  # fmt: skip
 
 
-def pack_gptq(less: int) -> Callable[[str, Tensor], State]:
+def pack_gptq(less: int, desc_act: bool = False) -> Callable[[str, Tensor], State]:
     def pack(key: str, W: Tensor) -> State:
-        codes, zero, s = asymmetric(W, 32)
+        K = W.shape[1]
+        group = torch.arange(K, dtype=torch.int32) // 32
+        if desc_act:
+            group = group[torch.randperm(K, generator=torch.Generator().manual_seed(len(key)))]
+        order = group.argsort(stable=True)
+        codes, zero, s = asymmetric(W[:, order], 32)
+        codes = codes[order.argsort()]
         name = key.removesuffix("weight")
         return {
             f"{name}qweight": words(codes.mT).mT,
             f"{name}qzeros": words(zero - less),
             f"{name}scales": s,
-            f"{name}g_idx": torch.arange(W.shape[1], dtype=torch.int32) // 32,
+            f"{name}g_idx": group,
         }
 
     return pack
@@ -275,8 +281,8 @@ def columns_state(awq: bool, less: int = 0) -> Callable[[State], State]:
             order = AWQ if awq else range(8)
             codes = unwords(t, order) if awq else unwords(t.mT).mT
             zero, s = unwords(packed[f"{name}qzeros"], order) + less, packed[f"{name}scales"]
-            W = (codes.unflatten(0, (-1, 32)) - zero[:, None]) * s.float()[:, None]
-            found[f"{name}weight"] = W.flatten(0, 1).mT
+            group = packed.get(f"{name}g_idx", torch.arange(len(codes)) // 32).long()
+            found[f"{name}weight"] = ((codes - zero[group]) * s.float()[group]).mT
         return found
 
     return values
@@ -515,6 +521,22 @@ RELEASED |= {
         llama, {"quant_method": "gptq", "bits": 4, "group_size": 32,
                 "checkpoint_format": "gptq_v2"},
         pack_gptq(0), columns_state(False), "gptq_v2",
+    ),
+}  # fmt: skip
+RELEASED |= {
+    "awq experts": Released(
+        qwen3_moe, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True,
+                    "version": "gemm", "modules_to_not_convert": ["mlp.gate", "lm_head"]},
+        pack_awq, columns_state(True), "awq",
+    ),
+    "gptq experts": Released(
+        qwen3_moe, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
+                    "dynamic": {r"-:.*mlp\.gate$": {}}},
+        pack_gptq(1), columns_state(False, 1), "gptq",
+    ),
+    "gptq desc_act": Released(
+        llama, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+        pack_gptq(1, desc_act=True), columns_state(False, 1), "gptq",
     ),
 }  # fmt: skip
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}

@@ -181,8 +181,9 @@ def test_bad(case: str, good: Path, tmp_path: Path) -> None:
     change(tmp_path)
     model, _ = build("llama")
     before, rng = state(model), torch.get_rng_state()
-    with pytest.raises(error, match=f"(?s){message}"):
+    with pytest.raises(error, match=f"(?s){message}") as caught:
         lp.load_adapter(model, tmp_path)
+    assert str(caught.value).startswith(str(tmp_path)), "the message says where the files are"
     assert_same_state(model, before)
     assert torch.equal(rng, torch.get_rng_state())
 

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
+from lightning_peft.hf.adapter_files import adapter_files
 from tests.helpers.compare import assert_close
 from tests.helpers.layer_cases import LAYERS, Layer
 from tests.helpers.method_cases import CASES
@@ -61,6 +63,15 @@ _NOT_OURS = (
 )
 
 
+def refusal_of(call: Callable[[], object]) -> str:
+    """Text of the error that a call raises; "" for none."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.sweep(0.12)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", METHODS)
@@ -76,14 +87,12 @@ def test_cell(name: str, kind: str, tmp_path: Path) -> None:
         lp.attach(model, method)
     except ValueError as error:
         pytest.skip(f"not attached: {str(error)[:60]}")
+    early = refusal_of(lambda: adapter_files(model, tmp_path))
     randomise(model)
     with torch.no_grad():
         want = layer.run(model.eval(), x)
-    refusal = ""
-    try:
-        lp.save_adapter(model, tmp_path)
-    except ValueError as error:
-        refusal = str(error)
+    refusal = refusal_of(lambda: lp.save_adapter(model, tmp_path))
+    assert refusal == early, "PEFT(export_to=...) says it before training"
     if refusal:
         assert "peft" in refusal
         assert not list(tmp_path.iterdir()), "a refusal writes nothing"

@@ -22,8 +22,7 @@ from lightning_peft import (
     attach,
     set_adapter,
 )
-from lightning_peft.layers import mixed_batch
-from lightning_peft.layers.mixed_batch import current_mixed_batch
+from lightning_peft.layers.mixed_batch import any_mixed_batch, current_mixed_batch
 
 NAMES = ("a", "b", "c", "d")
 WIDTH = 32
@@ -336,7 +335,7 @@ def test_nothing_is_kept() -> None:
     assert current_mixed_batch() is None
     assert batch() is not None  # until backward has read the tensors
     loss.backward(retain_graph=True)
-    assert not mixed_batch._scopes.exist
+    assert not any_mixed_batch()
     loss.backward()
     del loss
     gc.collect()

@@ -25,7 +25,7 @@ from transformers import (
 from lightning_peft import PEFT, Activations, LoRA, Plan, Quantization, attach, estimate_memory
 from lightning_peft.__main__ import main
 from lightning_peft.planner import activation_trace
-from lightning_peft.planner.cli import parse_bytes
+from lightning_peft.planner.byte_sizes import parse_bytes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, LOGITS, Meter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -231,6 +231,9 @@ def test_packed_experts_are_run_dense() -> None:
     [
         ({"batch_size": -1}, "batch_size: expected a whole number >= 1, got -1"),
         ({"memory": 1000}, "memory: expected at least the weights'"),
+        ({"memory": "1kB"}, "memory: expected at least the weights'"),
+        ({"memory": "much"}, "memory: expected a size such as '24GB'"),
+        ({"batch_size": True}, "batch_size: expected a whole number >= 1, got True"),
         ({"optimizer": "adamw_7bit"}, "optimizer: expected one of"),
         ({"precision": "8"}, "precision: expected one of"),
         ({"strategy": "dp"}, "strategy: expected one of"),
@@ -315,6 +318,14 @@ def test_the_table_names_what_is_trained_and_leaves_empty_rows_out() -> None:
     assert rows["fully trained weights"].count("0 B") < 4
     assert "communication buckets" not in rows
     assert "512 tokens" in "".join(lines)
+
+
+def test_a_plan_says_sizes_as_people_do_and_leaves_counters_out() -> None:
+    plan = estimate_memory(BertConfig(num_hidden_layers=1), LoRA(), memory="24GB")
+    assert plan.budget == 24 * 10**9
+    assert "batch in 24.00 GB" in str(plan)
+    assert "base in bfloat16" in str(plan)
+    assert "int64" not in str(plan)
 
 
 def test_a_plan_of_an_image_model() -> None:

@@ -14,7 +14,7 @@ from lightning_peft import Activations, LoRA, Plan, attach, chunk_losses, estima
 from lightning_peft.__main__ import main
 from lightning_peft.activations.host_memory import HostMemories
 from lightning_peft.activations.limit import ActivationLimit
-from lightning_peft.planner.plan import ALLOWANCES
+from lightning_peft.planner.choice import ALLOWANCES
 from lightning_peft.planner.planned_host import PlannedHost
 from lightning_peft.planner.storage_meter import ACTIVATIONS, LOGITS, Meter
 

@@ -64,6 +64,21 @@ def test_layers_narrower_than_the_rank_are_left_out_and_listed() -> None:
         lp.attach(nn.Sequential(nn.Linear(4, 4)), lp.LoRA(r=16, target_modules="all-linear"))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        lp.LoRA(r=16, target_modules="all-linear"),
+        lp.OFT(r=3, block_size=0, target_modules="all-linear"),
+        lp.TrainableTokens([99]),
+    ],
+)
+def test_a_model_that_is_one_layer_is_called_the_model(method: lp.methods.Method) -> None:
+    model = nn.Embedding(8, 8) if isinstance(method, lp.TrainableTokens) else nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=f"^{method.label} on the model: expected") as caught:
+        lp.attach(model, method)
+    assert "name other layers" not in str(caught.value)
+
+
 class Linear(nn.Module):
     """A linear layer that is no `nn.Linear`, as graph libraries have it."""
 
@@ -92,7 +107,8 @@ def test_lazy_layers_are_refused_with_the_way_out() -> None:
 
 def test_a_quantisation_that_packs_nothing_says_so() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
-    with pytest.warns(UserWarning, match="packed no layer of Sequential, which has Conv2d"):
+    said = "^quantization nf4: packed no layer of Sequential, which has Conv2d$"
+    with pytest.warns(UserWarning, match=said):
         lp.attach(model, lp.LoRA(r=2, target_modules=["0", "1"]), quantization="nf4")
 
 

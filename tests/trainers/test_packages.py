@@ -181,8 +181,13 @@ def test_an_older_package_is_refused_by_its_version(monkeypatch: pytest.MonkeyPa
     old.Trainer = type("Trainer", (), {"__module__": "pytorch_lightning"})
     monkeypatch.setitem(sys.modules, "pytorch_lightning", old)
     register_strategies()
-    with pytest.raises(RuntimeError, match=r"pytorch_lightning 2\.6 or later, got 1\.9\.5; upgr"):
+    with pytest.raises(RuntimeError, match=r"lightning 2\.5\.3 or later, got 1\.9\.5; upgr"):
         check_trainer(old.Trainer())
-    for version, supported in (("2.5.9", False), ("2.6.6.post1", True), ("2.10", True)):
+    for version, supported in (
+        ("2.5.2", False),
+        ("2.5.3", True),
+        ("2.6.6.post1", True),
+        ("2.10", True),
+    ):
         old.__version__ = version
         assert is_supported("pytorch_lightning") == supported

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_peft.adapters.placement.inside import inside_targets
 from lightning_peft.adapters.placement.placement import AttentionPlacement, BlockPlacement
 from lightning_peft.core.class_swap import base_class
-from lightning_peft.core.names import in_adapter, join, matches_suffix
+from lightning_peft.core.names import in_adapter, join, matches_suffix, quoted
 from lightning_peft.core.site import BlockSite
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.attention_prompt import why_no_attention_prompt
@@ -145,8 +145,8 @@ def _stream(modules: dict[str, nn.Module], name: str, block: Block) -> str:
         if found:
             return found
     raise ValueError(
-        f"{name!r}: expected a module named {block.stream!r} in its block, whose input is the "
-        "stream that enters the feed-forward branch, found none; name feed-forward modules in "
+        f"{quoted(name)}: expected a module named {block.stream!r} in its block, whose input is "
+        "the stream that enters the feed-forward branch, found none; name feed-forward modules in "
         "target_modules"
     )
 
@@ -210,7 +210,8 @@ def _block_site(name: str, module: nn.Module, role: _Role, width: int = 0) -> Bl
     width = width or block_width(module)
     if not width:
         raise ValueError(
-            f"{name!r}: expected a layer whose output ends in features (Linear, Conv1D, Embedding, "
+            f"{quoted(name)}: expected a layer whose output ends in features (Linear, Conv1D, "
+            "Embedding, "
             f"MultiheadAttention, a normalisation), got {base_class(module).__name__}; name such a "
             "layer inside it"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_peft.core.names import quoted
 from lightning_peft.layers.adapted import is_adapted
 
 __all__ = ["check_swappable"]
@@ -21,14 +22,15 @@ def check_swappable(name: str, module: nn.Module) -> None:
         return
     if hasattr(module, "peft"):
         raise ValueError(
-            f"{name!r}: expected a module without an attribute named 'peft', found "
+            f"{quoted(name)}: expected a module without an attribute named 'peft', found "
             f"{type(module.peft).__name__}; rename it, or exclude the module"
         )
     if parametrize.is_parametrized(module):
         parametrized = list(module.get_submodule("parametrizations")._modules)
         raise ValueError(
-            f"{name!r}: expected a module that is not parametrised, found {parametrized} under "
-            "torch.nn.utils.parametrize; remove the parametrisation first, or exclude the module"
+            f"{quoted(name)}: expected a module that is not parametrised, found {parametrized} "
+            "under torch.nn.utils.parametrize; remove the parametrisation first, or exclude the "
+            "module"
         )
     forward = vars(module).get("forward")
     if forward is not None and "_old_forward" not in vars(module):
@@ -38,6 +40,6 @@ def check_swappable(name: str, module: nn.Module) -> None:
         if theirs:
             remedy = "load the checkpoint with lightning_peft.load_packed"
         raise ValueError(
-            f"{name!r}: expected the class's own forward, found an instance attribute 'forward' "
-            f"from {source}; it would bypass the adapter: {remedy}"
+            f"{quoted(name)}: expected the class's own forward, found an instance attribute "
+            f"'forward' from {source}; it would bypass the adapter: {remedy}"
         )

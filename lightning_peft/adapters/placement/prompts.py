@@ -10,7 +10,7 @@ from torch import nn
 from lightning_peft.adapters.placement.blocks import block_width
 from lightning_peft.adapters.placement.placement import PromptPlacement
 from lightning_peft.core.class_swap import base_class
-from lightning_peft.core.names import in_adapter
+from lightning_peft.core.names import in_adapter, quoted
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.layers import PLAIN, ops_for
 from lightning_peft.layers.prompt.adapter import PromptAdapter, PromptHooks
@@ -163,7 +163,8 @@ def _custom_placement(method: SequenceMethod, model: nn.Module) -> PromptPlaceme
     weight = next((n for n, _ in module.named_parameters()), "")
     if not width or not weight:
         raise ValueError(
-            f"{method.label} on {name!r}: expected a module with parameters whose output's width "
+            f"{method.label} on {quoted(name)}: expected a module with parameters whose output's "
+            "width "
             f"is known (Embedding, Linear, a normalisation), got {type(module).__name__}; name "
             "such a module"
         )

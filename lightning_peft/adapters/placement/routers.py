@@ -46,7 +46,7 @@ def find_router_placements(
                 raise ValueError(
                     f"{method.label}: expected low-rank changes that leave the base alone, got "
                     f"{adapter.method.label} as {adapter.adapter_name!r} at "
-                    f"{adapter.site.label!r}; merge it, or leave it out"
+                    f"{adapter.site.quoted}; merge it, or leave it out"
                 )
         if found:
             layers.append(module)

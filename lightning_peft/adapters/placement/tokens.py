@@ -7,7 +7,7 @@ from torch import nn
 from lightning_peft.adapters.placement.placement import WeightPlacement
 from lightning_peft.adapters.placement.tied import with_tied
 from lightning_peft.core.modules import base_modules
-from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names
+from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names, quoted
 from lightning_peft.core.site import Site
 from lightning_peft.layers import editable_ops
 from lightning_peft.methods.trainable_tokens import TrainableTokens
@@ -35,8 +35,8 @@ def find_token_placements(
         ops = editable_ops(module)
         if ops is None:
             raise ValueError(
-                f"{method.label}: expected an embedding or a linear head, got {name!r} of type "
-                f"{type(module).__name__}; name the embedding itself"
+                f"{method.label}: expected an embedding or a linear head, got {quoted(name)} of "
+                f"type {type(module).__name__}; name the embedding itself"
             )
         refuse_unknown_format(module, "weight", name)
         placements.append(

@@ -85,19 +85,19 @@ def _checked(
             method.check(placement.site)
         except ValueError as error:
             refusal = refusal or error
-            unfit.append((placement.name, _reason(error, placement.site.label)))
+            unfit.append((placement.name, _reason(error, placement.site.quoted)))
         else:
             fitting.append(placement)
     if refusal is not None and not fitting:
         matched = {placement.name for placement in placements}
         others = adaptable_layers(model, lambda name: name not in matched)
-        raise ValueError(f"{refusal}; or name other layers: {others}")
+        raise ValueError(f"{refusal}; or name other layers: {others}" if others else str(refusal))
     return fitting, dataclasses.replace(selection, skipped=(*selection.skipped, *unfit))
 
 
 def _reason(error: ValueError, label: str) -> str:
     """The part of an error that says why, without the layer's name."""
-    text = str(error).partition(f"{label!r}: ")[2] or str(error)
+    text = str(error).partition(f"{label}: ")[2] or str(error)
     return text.partition("; ")[0]
 
 

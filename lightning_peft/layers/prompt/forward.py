@@ -272,7 +272,7 @@ def _prepend_in_custom_model(
     if prompt is not None and prompt.mask is not None:
         raise ValueError(
             f"adapter_names: expected prompts of one length in a model of your own, got different "
-            f"ones on {adapters[0].site.label!r}; run the adapters one after the other"
+            f"ones on {adapters[0].site.quoted}; run the adapters one after the other"
         )
     n = 0 if prompt is None else prompt.n
     state_of(module).prompt_lengths.set((n, embeds.shape[1]))
