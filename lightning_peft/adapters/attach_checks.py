@@ -200,7 +200,7 @@ def check_starts_leave_ties(model: nn.Module, planned: Sequence[PlannedAdapter])
         others = readers.get((id(placement.module), placement.site.parameter))
         if others:
             raise ValueError(
-                f"{method.label} on {quoted(placement.name)}: expected a weight of its own, because "
+                f"{method.label} on {quoted(placement.name)}: expected a weight of its own, for "
                 f"the start takes a part out of it, got one that is also {quoted(others[0])}; "
                 "exclude the layer, untie the two, or use a start that leaves the base alone"
             )

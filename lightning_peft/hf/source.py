@@ -152,7 +152,7 @@ def _peft_state(
     return Source(found, tensors, method, prefix, top, notes)
 
 
-def _without_idle_tying(top: nn.Module, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+def _without_idle_tying(top: nn.Module, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Switch ensure_weight_tying off where peft ignores it, and say so."""
     if not config.get("ensure_weight_tying") or ties_embeddings(top):
         return config, ""
