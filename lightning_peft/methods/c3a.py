@@ -16,7 +16,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["C3A", "Circulant"]
@@ -77,10 +77,10 @@ class C3A(WeightMethod):
     hf = HFFormat(
         peft_type="C3A",
         tensors={"c": "c3a_kernel"},
-        config={"block_size": "block_size", "block_size_pattern": "block_size_pattern"},
-        fixed={"bias": "none", "init_weights": "xavier_uniform"},
-        defaults={"block_size_pattern": {}},
-        ignored=("init_weights",),
+        config=config_keys("block_size", "block_size_pattern"),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"init_weights": "xavier_uniform"},
         refuse=refuse_all_but_linear,
     )
 

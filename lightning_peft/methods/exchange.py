@@ -24,6 +24,7 @@ __all__ = [
     "HFEntry",
     "HFFormat",
     "LayerLayout",
+    "config_keys",
     "refuse_all_but_features",
     "refuse_all_but_linear",
     "refuse_uneven_conv2d",
@@ -158,6 +159,11 @@ PackShared = Callable[
 ]
 
 
+def config_keys(*same: str, **others: str) -> dict[str, str]:
+    """Return `HFFormat.config`: fields that have the name of their key, and field → key."""
+    return {**{name: name for name in same}, **others}
+
+
 @dataclass(frozen=True)
 class HFFormat:
     """How a method is written in a Hugging Face peft directory.
@@ -176,6 +182,10 @@ class HFFormat:
             raises.
         when: Config keys that tell methods of one ``peft_type`` apart; a key absent from a file
             counts as false.
+        own_defaults: Whether peft's defaults of the keys in `config` are those of our fields. A
+            file may leave out any of them; registering the method adds them to `defaults`.
+        inert: Config keys that say nothing about the tensors or the forward, as `ignored`, with the
+            value that is written.
         ignored: Config keys that say nothing about the tensors or the forward (initialisation).
         prefix: Tensors that occur once per model, our name → their full key
             (``"P": "prompt_embeddings"``).
@@ -212,7 +222,9 @@ class HFFormat:
     config: Mapping[str, str]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    own_defaults: bool = False
     when: Mapping[str, Any] = field(default_factory=dict)
+    inert: Mapping[str, Any] = field(default_factory=dict)
     ignored: Sequence[str] = ()
     prefix: Mapping[str, str] = field(default_factory=dict)
     optional: Sequence[str] = ()

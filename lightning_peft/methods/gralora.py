@@ -22,7 +22,7 @@ from lightning_peft.methods.checks import (
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 
 __all__ = ["GraLoRA", "Granular"]
@@ -94,16 +94,10 @@ class GraLoRA(WeightMethod):
             "Ag": "gralora_A_general.weight",
             "Bg": "gralora_B_general.weight",
         },
-        config={
-            "r": "r",
-            "alpha": "alpha",
-            "k": "gralora_k",
-            "hybrid_r": "hybrid_r",
-            "dropout": "gralora_dropout",
-        },
-        fixed={"bias": "none", "fan_in_fan_out": False, "init_weights": True},
-        defaults={"r": 32, "alpha": 64, "gralora_k": 2, "hybrid_r": 0, "gralora_dropout": 0.0},
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys("r", "alpha", "hybrid_r", k="gralora_k", dropout="gralora_dropout"),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "init_weights": True},
         refuse=refuse_all_but_features,
     )
 

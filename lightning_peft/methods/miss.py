@@ -18,7 +18,8 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Grouped, Term
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_bias
+from lightning_peft.methods.checks import empty_like_site, require, require_bias, require_choice
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["MiSS", "Tiled"]
@@ -138,9 +139,9 @@ class MiSS(WeightMethod):
     hf = HFFormat(
         peft_type="MISS",
         tensors={"D": "miss_block"},
-        config={"bias": "bias", "r": "r", "mini_r": "mini_r", "dropout": "miss_dropout"},
-        fixed={},
-        defaults={"bias": "none", "mini_r": 1, "miss_dropout": 0.0, "init_weights": True},
+        config=config_keys("bias", "r", "mini_r", dropout="miss_dropout"),
+        own_defaults=True,
+        defaults={"init_weights": True},
         to_config=_to_config,
         from_config=_from_config,
         kinds=("Linear",),
@@ -155,10 +156,7 @@ class MiSS(WeightMethod):
             0.0 <= self.dropout < 1.0,
             f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
         )
-        require(
-            self.form in ("default", "mini", "bat"),
-            f"{self.label}: expected form in ('default', 'mini', 'bat'), got {self.form!r}",
-        )
+        require_choice(self.label, "form", self.form, ("default", "mini", "bat"))
 
     def check(self, site: Site) -> None:
         """Lengths against the layer's size."""

@@ -19,6 +19,7 @@ from lightning_peft.core.rotation import BlockRotation, neumann
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require, require_bias
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["OFT", "cayley", "nearest_divisor", "skew"]
@@ -135,28 +136,20 @@ class OFT(WeightMethod):
         peft_type="OFT",
         tensors={"triangle": "oft_R.weight"},
         lookup={"triangle": "oft_embedding_R.weight"},
-        config={
-            "bias": "bias",
-            "block_size": "oft_block_size",
-            "r": "r",
-            "block_share": "block_share",
-            "coft": "coft",
-            "eps": "eps",
-            "cayley_neumann": "use_cayley_neumann",
-            "terms": "num_cayley_neumann_terms",
-        },
-        fixed={"module_dropout": 0.0, "fan_in_fan_out": False},
-        defaults={
-            "bias": "none",
-            "oft_block_size": 32,
-            "r": 0,
-            "block_share": False,
-            "coft": False,
-            "eps": 6e-5,
-            "use_cayley_neumann": True,
-            "num_cayley_neumann_terms": 5,
-        },
-        ignored=("init_weights", "fan_in_fan_out", "module_dropout"),
+        config=config_keys(
+            "bias",
+            "r",
+            "block_share",
+            "coft",
+            "eps",
+            block_size="oft_block_size",
+            cayley_neumann="use_cayley_neumann",
+            terms="num_cayley_neumann_terms",
+        ),
+        own_defaults=True,
+        inert={"module_dropout": 0.0, "fan_in_fan_out": False},
+        defaults={"use_cayley_neumann": True},
+        ignored=("init_weights",),
         to_config=_to_config,
         from_config=_from_config,
         kinds=("Linear", "Conv2d", "Embedding"),

@@ -20,6 +20,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, require, require_bias
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["VeRA", "Vectors"]
@@ -120,22 +121,14 @@ class VeRA(WeightMethod):
         prefix={"A": "base_model.vera_A", "B": "base_model.vera_B"},
         optional=("A", "B"),
         axes={"b": ""},
-        config={
-            "bias": "bias",
-            "r": "r",
-            "d_initial": "d_initial",
-            "seed": "projection_prng_key",
-            "dropout": "vera_dropout",
-        },
-        fixed={"save_projection": True, "fan_in_fan_out": False},
-        defaults={
-            "bias": "none",
-            "d_initial": 0.1,
-            "projection_prng_key": 0,
-            "vera_dropout": 0.0,
-            "save_projection": True,
-        },
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys(
+            "bias", "r", "d_initial", seed="projection_prng_key", dropout="vera_dropout"
+        ),
+        own_defaults=True,
+        fixed={"save_projection": True},
+        inert={"fan_in_fan_out": False},
+        defaults={"save_projection": True},
+        ignored=("init_weights",),
         kinds=("Linear", "Conv1D"),
     )
 

@@ -14,9 +14,9 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
 from lightning_peft.core.terms import FormedTerm
 from lightning_peft.methods.base import HFEntry, HFFormat
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import empty_like_site, require_choice
 from lightning_peft.methods.daubechies import FAMILIES, synthesis, synthesis_filters
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.spectral import SpectralMethod
 
@@ -100,24 +100,18 @@ class WaveFT(SpectralMethod):
         peft_type="WAVEFT",
         tensors={"c": "waveft_spectrum"},
         unwritten=("places",),
-        config={
-            "n_frequency": "n_frequency",
-            "scaling": "scaling",
-            "family": "wavelet_family",
-            "use_idwt": "use_idwt",
-            "seed": "random_loc_seed",
-            "n_frequency_pattern": "n_frequency_pattern",
-        },
-        fixed={"bias": "none", "fan_in_fan_out": False, "init_weights": True},
-        defaults={
-            "scaling": 25.0,
-            "wavelet_family": "db1",
-            "use_idwt": True,
-            "random_loc_seed": 777,
-            "n_frequency_pattern": {},
-            "proportional_parameters": False,
-        },
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys(
+            "n_frequency",
+            "scaling",
+            "use_idwt",
+            "n_frequency_pattern",
+            family="wavelet_family",
+            seed="random_loc_seed",
+        ),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "init_weights": True},
+        defaults={"proportional_parameters": False},
         from_config=_from_config,
         refuse=refuse_all_but_features,
     )
@@ -125,10 +119,7 @@ class WaveFT(SpectralMethod):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(
-            self.family in FAMILIES,
-            f"{self.label}: expected family in {tuple(FAMILIES)}, got {self.family!r}",
-        )
+        require_choice(self.label, "family", self.family, FAMILIES)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """c [n] zeros."""

@@ -15,11 +15,15 @@ from tests.helpers.distributed.processes import difference, run
 pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
 #: Runs that FSDP2 refuses by name: tensors that layers share, a penalty on whole tensors.
-REFUSED = {("fsdp", "MonteCLoRA"), ("fsdp", "Lily")}
+REFUSED = {("fsdp", "MonteCLoRA"), ("fsdp", "Lily"), ("fsdp", "XLoRA")}
 METHODS: dict[str, dict[str, Any]] = {
     "VeLoRA": {"method": "VeLoRA", "method_options": {"groups": 4, "direction": "random"}},
     "MonteCLoRA": {"method": "MonteCLoRA", "method_options": {"noise": 0.0, "kl_weight": 0.1}},
     "Lily": {"method": "Lily", "method_options": {"stride": 2, "per_sample": True}},
+    "Poly": {"method": "Poly", "method_options": {"tasks": 3}, "tasks": 3, "draws": False},
+    "MultitaskPrompt": {"method": "MultitaskPrompt", "method_options": {"tasks": 3}, "tasks": 3},
+    "XLoRA": {"method": "XLoRA", "method_options": {"adapters": ["a", "b"], "layerwise": True}},
+    "Arrow": {"method": "Arrow", "method_options": {"top_k": 1}, "fabric": True},
 }
 
 
@@ -43,5 +47,5 @@ def runs(lightning_package: str, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.mark.parametrize("name", METHODS)
 def test_same_adapters(name: str, where: str, runs: dict[str, Job]) -> None:
     if (where, name) in REFUSED:
-        pytest.skip("refused by name: see tests/methods/test_lily.py and test_monteclora.py")
+        pytest.skip(f"refused by name: see tests/methods/test_{name.lower()}.py")
     assert difference(runs[f"one {name}"], runs[f"{where} {name}"]) < 1e-5
