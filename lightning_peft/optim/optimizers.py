@@ -113,7 +113,7 @@ class PooledOptimizer(torch.optim.Optimizer):
                 self._update(pool, same, found)
 
     def _found(self, items: list[_Item], device: torch.device) -> Tensor:
-        """Return 1 if a gradient is not finite, else 0: an fp32 scalar on `device`, without wait."""
+        """Return 1 if a gradient is not finite, else 0: an fp32 scalar, without a wait."""
         grads = [local(item.grad) for item in items]
         scaler = getattr(self, "found_inf", None)
         found = torch.zeros((), device=device)
