@@ -52,10 +52,22 @@ def _taps(moments: int) -> tuple[float, ...]:
 
 
 def synthesis_filters(family: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Low-pass and high-pass filters [2, 1, taps]."""
+    """Low-pass and high-pass filters [2, 1, taps]; kept, so that no step copies them again."""
+    if torch.compiler.is_compiling():
+        return _filters(family, str(device), dtype)
+    return _kept_filters(family, str(device), dtype)
+
+
+def _filters(family: str, device: str, dtype: torch.dtype) -> Tensor:
     low = _taps(FAMILIES[family])
     high = [(-1) ** k * t for k, t in enumerate(reversed(low))]
     return torch.tensor([list(low), high], device=device, dtype=dtype).unsqueeze(1)
+
+
+@functools.cache
+def _kept_filters(family: str, device: str, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # what training saves must not be an inference tensor
+        return _filters(family, device, dtype)
 
 
 def synthesis(S: Tensor, filters: Tensor, n: int) -> Tensor:

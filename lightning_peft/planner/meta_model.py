@@ -57,7 +57,9 @@ class Sizes:
         dequantised: Elements of the largest packed weight.
         block: Bytes of the largest block, what it trains included.
         block_trained: Bytes of what that block trains.
-        end: Bytes of the larger one of embedding and head; of both if they are tied.
+        embedding: Bytes of the embedding; 0 if it is tied to the head.
+        head: Bytes of the output head; 0 if it is tied to the embedding.
+        tied: Bytes of embedding and head if they are tied.
         rest: Bytes of what is outside of blocks, embedding and head.
         kv_width: Features of the keys of one layer.
         trained_bytes: Bytes of the trained tensors.
@@ -71,7 +73,9 @@ class Sizes:
     dequantised: int = 0
     block: int = 0
     block_trained: int = 0
-    end: int = 0
+    embedding: int = 0
+    head: int = 0
+    tied: int = 0
     rest: int = 0
     kv_width: int = 0
     trained_bytes: int = 0
@@ -352,20 +356,28 @@ def _measure_units(model: nn.Module, sizes: Sizes) -> None:
         sizes.block, sizes.block_trained = whole, trained
         return
     sizes.block, sizes.block_trained = max(outermost)
-    ends: dict[int, int] = {}
+    inputs: dict[int, int] = {}
+    outputs: dict[int, int] = {}
     for _, net in hf_models(model):
-        for module in (input_embeddings(net), output_embeddings(net)):
+        for module, found in (
+            (input_embeddings(net), inputs),
+            (output_embeddings(net), outputs),
+        ):
             weight = None if module is None else module._parameters.get("weight")
             if module is not None and weight is not None:
-                ends[id(weight)] = max(ends.get(id(weight), 0), _bytes(module)[0])
+                found[id(weight)] = max(found.get(id(weight), 0), _bytes(module)[0])
         config = net.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or 0
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         hidden = getattr(config, "hidden_size", None) or 0
         head = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
         sizes.kv_width = max(sizes.kv_width, kv_heads * head)
-    sizes.end = max(ends.values(), default=0)
-    sizes.rest = max(0, whole - sum(n for n, _ in outermost) - sum(ends.values()))
+    tied = inputs.keys() & outputs.keys()
+    sizes.tied = sum(max(inputs[i], outputs[i]) for i in tied)
+    sizes.embedding = sum(n for i, n in inputs.items() if i not in tied)
+    sizes.head = sum(n for i, n in outputs.items() if i not in tied)
+    ends = sizes.tied + sizes.embedding + sizes.head
+    sizes.rest = max(0, whole - sum(n for n, _ in outermost) - ends)
 
 
 def _bytes(module: nn.Module) -> tuple[int, int]:
