@@ -210,8 +210,8 @@ def _untie_configs(
 ) -> None:
     """Clear the flag by which Hugging Face ties embeddings again when it loads the merged model.
 
-    Without the flag it ties none, and it writes a tensor under one name only. So the places of a
-    group that still share one get a tensor each.
+    Without the flag, Hugging Face ties nothing and writes a shared tensor under one name only. Once
+    the weights of a tied group differ, the layers that still share one therefore get a copy each.
     """
     tied: dict[int, Any] = {}
     for module in model.modules():
