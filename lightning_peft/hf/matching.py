@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.adapters.attach_checks import check_starts_leave_ties
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.core.modules import base_modules
 from lightning_peft.core.names import join
@@ -66,6 +67,7 @@ def match_source(model: nn.Module, source: Source, embeddings: Embeddings) -> Ma
     names = [join(source.prefix, name) for name in saved]
     separate = has_separate_copies(source, saved)
     planned = plan_attach(model, [method], names, separate).adapters
+    check_starts_leave_ties(model, planned)
     values = ValueMatcher(method, source, reading, saved).match(planned)
     rows = match_token_rows(planned, reading.rows, source.config, source.top, source.prefix)
     values |= rows

@@ -23,7 +23,11 @@ from lightning_peft.methods.checks import (
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
+from lightning_peft.methods.exchange import (
+    config_keys,
+    refuse_all_but_features,
+    refuse_scaled_embedding,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["TinyLoRA"]
@@ -38,7 +42,9 @@ def _turned(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse(method: TinyLoRA, site: Site) -> str:
-    return "" if site.is_embedding else refuse_all_but_features(method, site)
+    if site.is_embedding:
+        return refuse_scaled_embedding(method, site)
+    return refuse_all_but_features(method, site)
 
 
 @register
