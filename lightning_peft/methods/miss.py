@@ -61,7 +61,7 @@ def _stretches(x: Tensor, r: int) -> Tensor:
     """Σ_j x_j [..., r]; the last stretch may be short."""
     rest = x.shape[-1] % r
     whole = x[..., : x.shape[-1] - rest] if rest else x
-    s: Tensor = whole.reshape(*x.shape[:-1], -1, r).sum(-2)
+    s: Tensor = whole.reshape(*x.shape[:-1], whole.shape[-1] // r, r).sum(-2)
     # Not by padding x, which would copy all of it.
     return s + F.pad(x[..., -rest:], (0, r - rest)) if rest else s
 
@@ -92,7 +92,7 @@ class _TiledLinear(KernelFunction):
             dX, dS, r = dY2 @ W, dY2 @ D.mT, D.shape[0]
             rest = dX.shape[1] % r
             stretches = dX[:, : dX.shape[1] - rest] if rest else dX
-            stretches.view(len(dX), -1, r).add_(dS.unsqueeze(1))
+            stretches.view(len(dX), stretches.shape[1] // r, r).add_(dS.unsqueeze(1))
             if rest:
                 dX[:, -rest:].add_(dS[:, :rest])
             dX = dX.view(*dY.shape[:-1], dX.shape[1])

@@ -107,7 +107,7 @@ def _unmade(
 def _plain_start(method: Method) -> Method:
     """Start values do not matter here, and there are no weights to take them from."""
     named = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    if getattr(method, "starts_from_weight", False) and "init" in named:
+    if getattr(method, "rewrites_base", False) and "init" in named:
         try:
             return dataclasses.replace(method, init="default")  # type: ignore[type-var]
         except ValueError:  # its starts have other names
