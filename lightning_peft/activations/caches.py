@@ -26,7 +26,7 @@ def without_caches(
     )
 
 
-def _is_dropped(value: Any) -> bool:
+def _is_dropped(value: object) -> bool:
     length = getattr(value, "get_seq_length", None)
     if length is None:
         return False

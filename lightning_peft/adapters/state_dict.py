@@ -119,7 +119,7 @@ def check_state(
         )
 
 
-def _problem(key: str, value: Any, live: Tensor) -> str:
+def _problem(key: str, value: object, live: Tensor) -> str:
     """Return what is wrong with one tensor of a file; "" if it can be loaded."""
     if not isinstance(value, Tensor):
         return f"{key}: expected a tensor, got {type(value).__name__}"

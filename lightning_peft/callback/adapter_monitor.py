@@ -83,7 +83,7 @@ class AdapterMonitor(TrainerCallback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Called when a batch ends: counts its samples, and logs in a step that is due."""
@@ -129,7 +129,7 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _size(batch: Any) -> tuple[int, str]:
+def _size(batch: object) -> tuple[int, str]:
     """Tokens of a batch with ids, else its samples."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if isinstance(ids, Tensor):

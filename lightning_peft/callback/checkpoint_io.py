@@ -61,7 +61,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
         """Write the complete file or leave the former one in place."""
         if storage_options is not None or not atomic_file.is_local(path):
@@ -77,7 +77,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     @override
     def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a file or a folder of shards; plain data only, unless the caller asks for more."""
         if atomic_file.is_local(path):
@@ -95,7 +95,7 @@ class AtomicCheckpointIO(CheckpointIO):
         return atomic_file.read(path)
 
     @override
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint as Lightning does."""
         self.remote.remove_checkpoint(path)
 
@@ -142,7 +142,7 @@ class PEFTCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
         """Write adapters and Trainer state in the form that was chosen."""
         module = self.module()
@@ -161,7 +161,7 @@ class PEFTCheckpointIO(CheckpointIO):
         if self.resuming():
             self._superseded.remove(path, checkpoint.get("global_step"))
 
-    def read_again(self, path: Any) -> dict[str, Any]:
+    def read_again(self, path: str | Path) -> dict[str, Any]:
         """Return the content of a file as it was written, without the base.
 
         Objects in a file that this process wrote are unpickled, since they come from here.
@@ -169,7 +169,9 @@ class PEFTCheckpointIO(CheckpointIO):
         weights_only = False if os.fspath(path) in self._written else None
         return self.inner.load_checkpoint(path, weights_only=weights_only)
 
-    def _is_finite(self, module: LightningModule, checkpoint: dict[str, Any], path: Any) -> bool:
+    def _is_finite(
+        self, module: LightningModule, checkpoint: dict[str, Any], path: str | Path
+    ) -> bool:
         """Whether the trained tensors are finite; a run that goes on is ended if they are not.
 
         Raises:
@@ -186,7 +188,7 @@ class PEFTCheckpointIO(CheckpointIO):
         warnings.warn(text, stacklevel=3)
         return False
 
-    def _warn(self, module: LightningModule, checkpoint: dict[str, Any], path: Any) -> None:
+    def _warn(self, module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
         for where in leaks(module, checkpoint) if self.form == "adapters" else ():
             warnings.warn(f"{path}: {where} holds a tensor of the frozen base", stacklevel=3)
         if not self._hparams_checked:
@@ -201,7 +203,7 @@ class PEFTCheckpointIO(CheckpointIO):
 
     @override
     def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read the file, check it against the live model, and add the base."""
         given = {} if map_location is None else {"map_location": map_location}
@@ -239,7 +241,7 @@ class PEFTCheckpointIO(CheckpointIO):
         return checkpoint
 
     @override
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint with the inner plugin."""
         self.inner.remove_checkpoint(path)
 

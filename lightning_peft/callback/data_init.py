@@ -88,7 +88,7 @@ def _step(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
     numbers = count()
     takes_index = len(inspect.signature(module.training_step).parameters) > 1
 
-    def step(batch: Any) -> Any:
+    def step(batch: object) -> Any:
         args = (batch, next(numbers)) if takes_index else (batch,)
         with trainer.precision_plugin.train_step_context():
             return module.training_step(*args)

@@ -221,7 +221,7 @@ class PEFT(PEFTConfiguration):
 
     @override
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Called when a batch begins: follows blocks that were compiled in the meantime.
 
@@ -236,7 +236,7 @@ class PEFT(PEFTConfiguration):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
     ) -> None:
         """Called when a batch ends: saves a checkpoint and stops if any rank got SIGTERM."""

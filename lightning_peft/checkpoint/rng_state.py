@@ -68,11 +68,11 @@ def malformed_generators(state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_bytes(value: Any) -> bool:
+def _is_bytes(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 1
 
 
-def _is_python_state(value: Any) -> bool:
+def _is_python_state(value: object) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 3
@@ -85,7 +85,7 @@ def _is_python_state(value: Any) -> bool:
     )
 
 
-def _is_numpy_state(value: Any) -> bool:
+def _is_numpy_state(value: object) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 5

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from lightning_peft.checkpoint.rng_state import malformed_generators
 
 __all__ = ["check_like", "check_structure"]
 
-_Rule = tuple[Callable[[Any], bool], str]
+_Rule = tuple[Callable[[object], bool], str]
 _LARGEST = 1 << 62
 
 
@@ -30,8 +30,8 @@ def check_structure(checkpoint: Mapping[str, Any], source: str) -> None:
     if isinstance(entry, Mapping):
         problems += _fields(entry, _ENTRY, f"{KEY}.")
         problems += _roots(entry.get("roots"))
-        states: Any = entry.get("rng") if _is_dicts(entry.get("rng")) else ()
-        for i, state in enumerate(states):
+        states = entry.get("rng")
+        for i, state in enumerate(states if _is_dicts(states) else ()):
             bad = malformed_generators(state)
             problems += [f"{KEY}.rng[{i}].{name}: expected a random state" for name in bad]
     if problems:
@@ -44,7 +44,7 @@ def check_structure(checkpoint: Mapping[str, Any], source: str) -> None:
         )
 
 
-def check_like(found: Any, live: Any, source: str, what: str, *, complete: bool) -> None:
+def check_like(found: object, live: object, source: str, what: str, *, complete: bool) -> None:
     """Raise unless a stored state has the form of the live one: the same counts, rates and dicts.
 
     Args:
@@ -65,7 +65,7 @@ def check_like(found: Any, live: Any, source: str, what: str, *, complete: bool)
         )
 
 
-def _unlike(found: Any, live: Any, path: str, complete: bool) -> Iterator[str]:
+def _unlike(found: object, live: object, path: str, complete: bool) -> Iterator[str]:
     """Yield where counts and dicts are of another kind than in the live state."""
     if isinstance(live, Mapping):
         if not isinstance(found, Mapping):
@@ -95,31 +95,33 @@ def _unlike(found: Any, live: Any, path: str, complete: bool) -> Iterator[str]:
         yield f"{path}: expected true or false, got {_short(found)}"
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < _LARGEST
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and (abs(value) < _LARGEST or value in (math.inf, -math.inf))
+def _is_number(value: object) -> TypeGuard[float]:
+    if type(value) is int or type(value) is float:
+        return abs(value) < _LARGEST or value in (math.inf, -math.inf)
+    return False
 
 
-def _is_dict(value: Any) -> bool:
+def _is_dict(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_named(value: Any) -> bool:
+def _is_named(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
 
 
-def _is_dicts(value: Any) -> bool:
+def _is_dicts(value: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return isinstance(value, list | tuple) and all(isinstance(each, Mapping) for each in value)
 
 
-def _holds_tensors(value: Any) -> bool:
+def _holds_tensors(value: object) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_tensors(child) for pair in value.items() for child in pair)
     if isinstance(value, list | tuple):
@@ -127,13 +129,13 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _is_optimizers(value: Any) -> bool:
+def _is_optimizers(value: object) -> bool:
     return _is_dicts(value) and all(
         _is_dict(each.get("state")) and _is_dicts(each.get("param_groups")) for each in value
     )
 
 
-def _is_sites(value: Any) -> bool:
+def _is_sites(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(site, list | tuple)
         and len(site) == 3
@@ -145,7 +147,7 @@ def _is_sites(value: Any) -> bool:
     )
 
 
-def _is_fingerprint(value: Any) -> bool:
+def _is_fingerprint(value: object) -> bool:
     if value is None:
         return True
     tensors = value.get("tensors") if isinstance(value, Mapping) else None
@@ -159,7 +161,7 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
-def _is_gradients(value: Any) -> bool:
+def _is_gradients(value: object) -> bool:
     return _is_dicts(value) and all(
         isinstance(name, str) and isinstance(g, Tensor) and g.is_floating_point()
         for each in value
@@ -226,7 +228,7 @@ def _fields(found: Mapping[str, Any], rules: Mapping[str, _Rule], path: str) -> 
             yield f"{path}{name}: expected {rule}, got {_short(found[name])}"
 
 
-def _roots(roots: Any) -> Iterator[str]:
+def _roots(roots: object) -> Iterator[str]:
     if not isinstance(roots, Mapping):
         return  # `verify` says so
     for prefix, root in roots.items():
@@ -247,7 +249,7 @@ def _roots(roots: Any) -> Iterator[str]:
             yield from _fields(adapter, _ADAPTER, f"{where}.{name}.")
 
 
-def _numbers(value: Any, path: str) -> Iterator[str]:
+def _numbers(value: object, path: str) -> Iterator[str]:
     """Yield the numbers that no counter or rate can have."""
     if isinstance(value, Mapping):
         for key, child in value.items():
@@ -261,7 +263,7 @@ def _numbers(value: Any, path: str) -> Iterator[str]:
         yield f"{path}: expected a number below 2**62, got {_short(value)}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.numel()} values of {value.dtype}"
     try:

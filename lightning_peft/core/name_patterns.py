@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +27,8 @@ _MOST_STEPS = 4_000
 _MOST_CHARACTERS = 4_000
 _QUANTIFIERS = re.compile(r"[*+?{|(\\]")
 
-_Node = tuple[Any, Any]
+#: (operation, its argument, whose form depends on the operation).
+_Node = tuple[int, Any]
 
 
 def is_plain(pattern: str) -> bool:
@@ -83,7 +84,7 @@ def _compiled(pattern: str) -> Callable[[str], bool]:
     return lambda name: _Match(pattern, name).run(tree, ignore_case)
 
 
-def _require_supported(pattern: str, tree: Any) -> None:
+def _require_supported(pattern: str, tree: Iterable[_Node]) -> None:
     known = {
         *(ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN, ops.BRANCH, ops.SUBPATTERN, ops.AT),
         *(ops.MAX_REPEAT, ops.MIN_REPEAT, ops.ASSERT, ops.ASSERT_NOT),
@@ -99,7 +100,7 @@ def _require_supported(pattern: str, tree: Any) -> None:
             _require_supported(pattern, child)
 
 
-def _children(op: Any, argument: Any) -> list[Any]:
+def _children(op: int, argument: Any) -> list[Iterable[_Node]]:
     if op is ops.BRANCH:
         return list(argument[1])
     if op is ops.SUBPATTERN:
@@ -117,11 +118,11 @@ class _Match:
         self.everywhere = (1 << (len(name) + 1)) - 1
         self.steps = 0
 
-    def run(self, tree: Any, ignore_case: bool) -> bool:
+    def run(self, tree: Iterable[_Node], ignore_case: bool) -> bool:
         """Whether the tree matches the complete name."""
         return bool(self.sequence(tree, 1, ignore_case) >> len(self.name) & 1)
 
-    def sequence(self, nodes: Any, starts: int, ignore_case: bool) -> int:
+    def sequence(self, nodes: Iterable[_Node], starts: int, ignore_case: bool) -> int:
         """Return the positions that the nodes reach, one after the other."""
         for node in nodes:
             if not starts:
@@ -179,7 +180,7 @@ class _Match:
             found |= fresh
         return found
 
-    def anchored(self, place: Any) -> int:
+    def anchored(self, place: int) -> int:
         """Return the positions at which an anchor holds."""
         end = 1 << len(self.name)
         if place in (ops.AT_BEGINNING, ops.AT_BEGINNING_STRING):
@@ -192,7 +193,7 @@ class _Match:
             edges |= int(left != right) << p
         return edges if place is ops.AT_BOUNDARY else self.everywhere & ~edges
 
-    def accepted(self, op: Any, argument: Any, ignore_case: bool) -> int:
+    def accepted(self, op: int, argument: Any, ignore_case: bool) -> int:
         """Return the positions whose character a node accepts."""
         found = 0
         for p, character in enumerate(self.name):
@@ -202,7 +203,7 @@ class _Match:
         return found
 
 
-def _accepts(op: Any, argument: Any, character: str) -> bool:
+def _accepts(op: int, argument: Any, character: str) -> bool:
     code = ord(character)
     if op is ops.ANY:
         return character != "\n"
@@ -214,7 +215,7 @@ def _accepts(op: Any, argument: Any, character: str) -> bool:
     return found != negated
 
 
-def _in_set(kind: Any, value: Any, character: str) -> bool:
+def _in_set(kind: int, value: Any, character: str) -> bool:
     if kind is ops.LITERAL:
         return bool(ord(character) == value)
     if kind is ops.RANGE:

@@ -7,12 +7,12 @@ import datetime
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_peft_kernels.races import read_races
 from lightning_peft_kernels.verdicts import device_key, read_verdicts
 
+from lightning_peft.core.commands import Commands
 from lightning_peft.diagnostics.bench_models import SMOKE, USUAL
 from lightning_peft.diagnostics.bench_report import BenchResult, markdown_table
 from lightning_peft.diagnostics.bench_rows import Row, measure
@@ -25,7 +25,7 @@ _PACKAGES = ("lightning_peft", "bitsandbytes", "peft", "transformers", "lightnin
 _SMOKE_SECONDS = 1.0
 
 
-def add_bench(commands: Any) -> None:
+def add_bench(commands: Commands) -> None:
     """Add the command to the program's subparsers."""
     bench = commands.add_parser(
         "bench", help="the times that decide, against peft and bitsandbytes, on this GPU"

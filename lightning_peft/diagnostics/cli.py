@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from lightning_peft_kernels.dispatch import triton_available
@@ -13,6 +12,7 @@ from lightning_peft_kernels.races import Race
 from lightning_peft_kernels.verdicts import Verdict, device_key, file_of
 from torch import nn
 
+from lightning_peft.core.commands import Commands
 from lightning_peft.diagnostics.check_runner import OPS, check_device
 from lightning_peft.diagnostics.model_shapes import LLAMA_8B, ModelShapes, shapes_of
 from lightning_peft.diagnostics.race_runner import tune_device
@@ -22,7 +22,7 @@ __all__ = ["add_check", "device_named"]
 _TOKENS = 100  # of a check: several tiles and a remainder
 
 
-def add_check(commands: Any, build: Callable[[str], nn.Module]) -> None:
+def add_check(commands: Commands, build: Callable[[str], nn.Module]) -> None:
     """Add the command to the program's subparsers.
 
     Args:

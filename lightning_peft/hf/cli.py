@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
+from lightning_peft.core.commands import Commands
 from lightning_peft.hf.export import export_merged
 
 __all__ = ["add_merge"]
 
 
-def add_merge(commands: Any) -> None:
+def add_merge(commands: Commands) -> None:
     """Add the command to the program's subparsers."""
     merge = commands.add_parser(
         "merge", help="merge an adapter directory into a model directory, weight by weight"

@@ -116,7 +116,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 

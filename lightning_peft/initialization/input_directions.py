@@ -67,7 +67,7 @@ def input_directions(
 
 def _add_batch(
     turning: Mapping[str, tuple[WeightAdapter, IncrementalPCA]],
-    batch: Any,
+    batch: object,
     mask: Tensor | None,
     run: Callable[[Any], Any],
 ) -> None:

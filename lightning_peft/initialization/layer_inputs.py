@@ -25,7 +25,7 @@ def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None)
     return x.detach().reshape(-1, x.shape[-1])
 
 
-def attended(batch: Any, options: Mapping[str, Any]) -> Tensor | None:
+def attended(batch: object, options: Mapping[str, Any]) -> Tensor | None:
     """Positions of a text that are attended to and, if there are labels, contribute to the loss."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         return None
@@ -59,7 +59,10 @@ def _note_digest(seen: dict[str, str], name: str, x: Tensor) -> None:
 
 
 def input_owners(
-    named: Mapping[str, WeightAdapter], batch: Any, mask: Tensor | None, run: Callable[[Any], Any]
+    named: Mapping[str, WeightAdapter],
+    batch: object,
+    mask: Tensor | None,
+    run: Callable[[Any], Any],
 ) -> dict[str, str]:
     """Layer → first layer with the same input. Layers that are their own owner come first."""
     seen: dict[str, str] = {}

@@ -12,6 +12,7 @@ from lightning_peft.layers.conv import ConvOps
 from lightning_peft.layers.direct_parameters import DirectParametersOps, direct_matrices
 from lightning_peft.layers.embedding import EmbeddingOps
 from lightning_peft.layers.experts.ops import ExpertsOps, is_experts
+from lightning_peft.layers.grouped_linear import GroupedLinearOps
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
 from lightning_peft.layers.multihead_attention import MultiheadAttentionOps
 from lightning_peft.layers.recurrent import RecurrentOps
@@ -29,11 +30,14 @@ __all__ = [
 ]
 
 _CONV, _RECURRENT, _DIRECT = ConvOps(), RecurrentOps(), DirectParametersOps()
+_GROUPED = GroupedLinearOps()
 
 #: Qualified class name → ops. By name, so that no optional package is imported to look one up.
 _BY_CLASS: dict[str, LayerOps] = {
     "torch.nn.modules.linear.Linear": LinearOps(),
     "transformers.pytorch_utils.Conv1D": Conv1DOps(),
+    "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4GroupedLinear": _GROUPED,
+    "transformers.integrations.finegrained_fp8.FP8GroupedLinear": _GROUPED,
     "torch_geometric.nn.dense.linear.Linear": LinearOps(),  # weight [out, in], F.linear
     "torch.nn.modules.conv.Conv1d": _CONV,
     "torch.nn.modules.conv.Conv2d": _CONV,

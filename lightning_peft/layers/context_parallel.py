@@ -12,11 +12,13 @@ used.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from lightning_peft.core.modules import modules_by_name
@@ -31,15 +33,25 @@ _IGNORED = -100  # label of a token without a loss
 
 
 # torch 2.13 renamed the two.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_Collective = Callable[..., object]
+_all_gather: _Collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: _Collective = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+
+
+class _GatherContext(FunctionCtx):
+    """What `_Gather` keeps for backward."""
+
+    group: dist.ProcessGroup
+    shape: torch.Size
 
 
 class _Gather(torch.autograd.Function):
     """[B, H, S/c, D] of every rank → [c, B, H, S/c, D]; backward sums the ranks' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: _GatherContext, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.shape = group, x.shape
         size = dist.get_world_size(group)
         out = x.new_empty((size * x.shape[0], *x.shape[1:]))
@@ -47,7 +59,7 @@ class _Gather(torch.autograd.Function):
         return out.view(size, *x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _GatherContext, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].flatten(0, 1).contiguous()
         out = grad.new_empty(ctx.shape)
         _reduce_scatter(out, grad, group=ctx.group)
@@ -68,7 +80,7 @@ class ContextParallel:
         ValueError: a model whose attention cannot be split, by its class.
     """
 
-    def __init__(self, model: Any, group: Any) -> None:
+    def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
         _check(model)
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self._signature = inspect.signature(model.forward)
@@ -80,7 +92,9 @@ class ContextParallel:
         model.register_forward_pre_hook(self._enter, with_kwargs=True)
         model.register_forward_hook(self._leave)
 
-    def _enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _enter(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         _refuse(given)
@@ -113,7 +127,7 @@ class ContextParallel:
             }
         return (), given
 
-    def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
+    def _leave(self, model: nn.Module, args: object, output: Any) -> Any:
         loss = getattr(output, "loss", None)
         if loss is None:
             return output
@@ -134,8 +148,8 @@ class ContextParallel:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
 
     def _complete(self, t: Tensor) -> Tensor:
-        gather: Any = _Gather.apply
-        parts: Tensor = gather(t, self.group)
+        gather: Callable[..., Tensor] = _Gather.apply
+        parts = gather(t, self.group)
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
@@ -144,8 +158,8 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right
 
-        bias: Any = causal_lower_right(queries, keys)
-        return bias  # type: ignore[no-any-return]
+        bias: Tensor = causal_lower_right(queries, keys)
+        return bias
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
@@ -174,7 +188,7 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def _no_mask(*args: object, **kwargs: object) -> None:
     """The mask function that transformers calls: masks are formed in `attend`."""
 
 
@@ -185,7 +199,7 @@ def _register() -> None:
     AttentionMaskInterface.register(_NAME, _no_mask)
 
 
-def _check(model: Any) -> None:
+def _check(model: nn.Module) -> None:
     config, kind = getattr(model, "config", None), type(model).__name__
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     reasons = {

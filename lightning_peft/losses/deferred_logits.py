@@ -146,25 +146,25 @@ class DeferredLogits:
             return self if not others else self.tensor().to(*args, **kwargs)
         return self._with(lambda z: z.to(dtype), dtype)
 
-    def float(self) -> Any:
+    def float(self) -> DeferredLogits | Tensor:
         """Cast to float32."""
-        return self.to(torch.float32)
+        return self._with(lambda z: z.to(torch.float32), torch.float32)
 
     def contiguous(self) -> DeferredLogits:
         """Return the logits themselves."""
         return self
 
-    def view(self, *shape: Any) -> Any:
+    def view(self, *shape: Any) -> DeferredLogits | Tensor:
         """Change the leading axes, or compute the logits for another view."""
         found = self._regrouped(shape)
         return self.tensor().reshape(*shape) if found is None else found
 
-    def reshape(self, *shape: Any) -> Any:
+    def reshape(self, *shape: Any) -> DeferredLogits | Tensor:
         """Change the leading axes, or compute the logits for another shape."""
         found = self._regrouped(shape)
         return self.tensor().reshape(*shape) if found is None else found
 
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> DeferredLogits | Tensor:
         """Join leading axes, or compute the logits to join others."""
         start, end = start_dim % self.ndim, end_dim % self.ndim
         if self._class_axis != -1 or end == self.ndim - 1:
@@ -172,7 +172,7 @@ class DeferredLogits:
         joined = torch.Size(self._lead[start : end + 1]).numel()
         return self._reshaped((*self._lead[:start], joined, *self._lead[end + 1 :]))
 
-    def transpose(self, dim0: int, dim1: int) -> Any:
+    def transpose(self, dim0: int, dim1: int) -> DeferredLogits | Tensor:
         """Move the classes of [batch, tokens, classes] to axis 1, or compute the logits."""
         if self._class_axis == -1 and {dim0 % self.ndim, dim1 % self.ndim} == {1, 2} == {
             1,
@@ -181,26 +181,25 @@ class DeferredLogits:
             return self._reshaped(self._lead, 1)
         return self.tensor().transpose(dim0, dim1)
 
-    def permute(self, *dims: Any) -> Any:
+    def permute(self, *dims: Any) -> DeferredLogits | Tensor:
         """Move the classes of [batch, tokens, classes] to axis 1, or compute the logits."""
-        order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-        if self.ndim == 3 and [d % 3 for d in order] == [0, 2, 1]:
+        order = _sizes(dims)
+        if self.ndim == 3 and order is not None and [d % 3 for d in order] == [0, 2, 1]:
             return self.transpose(1, 2)
         return self.tensor().permute(*dims)
 
-    def _regrouped(self, shape: tuple[Any, ...]) -> DeferredLogits | None:
+    def _regrouped(self, shape: tuple[int | Sequence[int], ...]) -> DeferredLogits | None:
         """Return the logits with other leading axes; None if the classes are regrouped too."""
-        if len(shape) == 1 and not isinstance(shape[0], int):
-            shape = tuple(shape[0])
-        if not all(isinstance(n, int) for n in shape) or self._class_axis != -1:
+        sizes = _sizes(shape)
+        if sizes is None or self._class_axis != -1:
             return None
-        if not shape or shape[-1] not in (-1, self._head.vocabulary):
+        if not sizes or sizes[-1] not in (-1, self._head.vocabulary):
             return None
         tokens = torch.Size(self._lead).numel()
-        lead = list(shape[:-1])
+        lead = list(sizes[:-1])
         if -1 in lead:
             known = torch.Size([n for n in lead if n != -1]).numel()
-            if shape[-1] == -1 or not known or tokens % known:
+            if sizes[-1] == -1 or not known or tokens % known:
                 return None
             lead[lead.index(-1)] = tokens // known
         return self._reshaped(tuple(lead)) if torch.Size(lead).numel() == tokens else None
@@ -224,17 +223,17 @@ class DeferredLogits:
 
     __hash__ = object.__hash__
 
-    def __mul__(self, other: Any) -> Any:
+    def __mul__(self, other: Tensor | _Number) -> Any:
         return self.__torch_function__(torch.mul, (), (self, other))
 
     __rmul__ = __mul__
 
-    def __add__(self, other: Any) -> Any:
+    def __add__(self, other: Tensor | _Number) -> Any:
         return self.__torch_function__(torch.add, (), (self, other))
 
     __radd__ = __add__
 
-    def __truediv__(self, other: Any) -> Any:
+    def __truediv__(self, other: Tensor | _Number) -> Any:
         return self.__torch_function__(torch.div, (), (self, other))
 
     def __getattr__(self, name: str) -> Any:
@@ -286,7 +285,7 @@ class DeferredLogits:
 
     def _cross_entropy(
         self,
-        target: Any = None,
+        target: object = None,
         weight: Tensor | None = None,
         size_average: bool | None = None,
         ignore_index: int = -100,
@@ -323,6 +322,14 @@ def _operator(name: str) -> Callable[..., Any]:
 
 for _name in _OPERATORS:
     setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _sizes(given: tuple[int | Sequence[int], ...]) -> tuple[int, ...] | None:
+    """Return integers that are given one by one or as one sequence; None for anything else."""
+    if len(given) == 1 and not isinstance(given[0], int):
+        given = tuple(given[0])
+    sizes = tuple(n for n in given if isinstance(n, int))
+    return sizes if len(sizes) == len(given) else None
 
 
 def _is_number(value: object) -> bool:

@@ -156,10 +156,10 @@ class ChunkedLoss:
             after = net.register_forward_hook(self._leave, always_call=True)
             self._handles += [before, after]
 
-    def _enter(self, net: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _enter(self, net: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
         self._has_labels.set(kwargs.get("labels") is not None)
 
-    def _leave(self, net: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, net: nn.Module, args: object, output: object) -> None:
         self._has_labels.set(False)
 
     def remove(self) -> None:

@@ -90,7 +90,7 @@ def _right_form(
     return f"{field.name}={field.default!r}"
 
 
-def _check_pattern(cls: type[Method], name: str, annotation: Any, value: object) -> None:
+def _check_pattern(cls: type[Method], name: str, annotation: object, value: object) -> None:
     """Raise TypeError where a pattern gives a layer something else than a number."""
     inner = get_args(annotation)[-1:] if get_origin(annotation) is dict else ()
     if not inner or inner[0] not in (int, float) or not isinstance(value, Mapping):
@@ -103,7 +103,7 @@ def _check_pattern(cls: type[Method], name: str, annotation: Any, value: object)
             )
 
 
-def _unknown(cls: type[Method], name: str, value: Any, known: list[str]) -> str:
+def _unknown(cls: type[Method], name: str, value: object, known: list[str]) -> str:
     theirs = {} if cls.hf is None else {peft: ours for ours, peft in cls.hf.config.items()}
     near = difflib.get_close_matches(name, known, 1, 0.7)
     if name in REFUSED_OPTIONS:

@@ -16,7 +16,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["C3A", "Circulant"]
@@ -40,7 +40,7 @@ class Circulant(Term):
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """Y_m = Σ_n X_n conj(C_mn) at each of b/2 + 1 frequencies, in fp32 at least."""
-        if not ops.features_last:
+        if not ops.features_last or not x.numel():  # MKL transforms no empty batch
             return Dense(self.matrix()).apply(ops, site, x)
         m, n, b = self.c.shape
         c, x = (t.float() if t.dtype.itemsize < 4 else t for t in (self.c, x))
@@ -77,10 +77,10 @@ class C3A(WeightMethod):
     hf = HFFormat(
         peft_type="C3A",
         tensors={"c": "c3a_kernel"},
-        config={"block_size": "block_size", "block_size_pattern": "block_size_pattern"},
-        fixed={"bias": "none", "init_weights": "xavier_uniform"},
-        defaults={"block_size_pattern": {}},
-        ignored=("init_weights",),
+        config=config_keys("block_size", "block_size_pattern"),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"init_weights": "xavier_uniform"},
         refuse=refuse_all_but_linear,
     )
 

@@ -15,8 +15,8 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.checks import empty_like_site, require, require_choice, require_matrix
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 
 __all__ = ["DEFT"]
@@ -47,30 +47,18 @@ class DEFT(WeightMethod):
     hf = HFFormat(
         peft_type="DEFT",
         tensors={"P": "deft_P", "R": "deft_R"},
-        config={
-            "r": "r",
-            "decomposition": "decomposition_method",
-            "alpha": "alpha",
-            "para": "para",
-        },
-        fixed={
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-            "deft_dropout": 0.0,
-        },
-        defaults={"r": 8, "decomposition_method": "relu", "alpha": None, "para": False},
-        ignored=("init_weights", "fan_in_fan_out", "init_scale"),
+        config=config_keys("r", "alpha", "para", decomposition="decomposition_method"),
+        own_defaults=True,
+        fixed={"bias": "none", "deft_dropout": 0.0},
+        inert={"fan_in_fan_out": False, "init_weights": True},
+        ignored=("init_scale",),
         refuse=refuse_all_but_features,
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(
-            self.decomposition in ("relu", "qr"),
-            f"{self.label}: expected decomposition in ('relu', 'qr'), got {self.decomposition!r}",
-        )
+        require_choice(self.label, "decomposition", self.decomposition, ("relu", "qr"))
         require(
             self.alpha is None or self.alpha > 0,
             f"{self.label}: expected alpha > 0 or None, got {self.alpha}",

@@ -20,7 +20,7 @@ from lightning_peft.methods.checks import (
     require,
     require_dropout,
 )
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["DeLoRA"]
@@ -54,22 +54,16 @@ class DeLoRA(WeightMethod):
         peft_type="DELORA",
         tensors={"A": "delora_A", "B": "delora_B", "lam": "delora_lambda", "w": "delora_w_norm"},
         axes={"A": "down", "B": "up"},
-        config={
-            "r": "r",
-            "strength": "delora_lambda",
-            "rank_pattern": "rank_pattern",
-            "strength_pattern": "lambda_pattern",
-            "dropout": "module_dropout",
-        },
-        fixed={"bias": "none", "init_weights": True},
-        defaults={
-            "r": 8,
-            "delora_lambda": 15,
-            "rank_pattern": {},
-            "lambda_pattern": {},
-            "module_dropout": 0.0,
-        },
-        ignored=("init_weights",),
+        config=config_keys(
+            "r",
+            "rank_pattern",
+            strength="delora_lambda",
+            strength_pattern="lambda_pattern",
+            dropout="module_dropout",
+        ),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"init_weights": True},
         refuse=refuse_all_but_linear,
     )
 

@@ -14,7 +14,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import FormedTerm
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.checks import empty_like_site
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.spectral import SpectralMethod
 
@@ -78,15 +78,10 @@ class FourierFT(SpectralMethod):
         peft_type="FOURIERFT",
         tensors={"c": "fourierft_spectrum"},
         unwritten=("places",),
-        config={
-            "n_frequency": "n_frequency",
-            "scaling": "scaling",
-            "seed": "random_loc_seed",
-            "n_frequency_pattern": "n_frequency_pattern",
-        },
-        fixed={"bias": "none", "fan_in_fan_out": False, "init_weights": False},
-        defaults={"scaling": 150.0, "random_loc_seed": 777, "n_frequency_pattern": {}},
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys("n_frequency", "scaling", "n_frequency_pattern", seed="random_loc_seed"),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "init_weights": False},
         refuse=refuse_all_but_features,
     )
 

@@ -22,7 +22,7 @@ from lightning_peft.methods.checks import (
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 
 __all__ = ["GraLoRA", "Granular"]
@@ -58,9 +58,10 @@ class Granular(Term):
             x = x.to(self.A.dtype)
         k, width, r = self.A.shape
         h = torch.bmm(x.reshape(-1, k, width).transpose(0, 1), self.A)  # [n, M, (j, q)]
-        h = h.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [j, M, (n, q)]
+        M = h.shape[1]
+        h = h.view(k, M, k, r // k).permute(2, 1, 0, 3).reshape(k, M, r)  # [j, M, (n, q)]
         y = torch.bmm(h * self.scaling, self.B).transpose(0, 1)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
 
 
 @register
@@ -94,16 +95,10 @@ class GraLoRA(WeightMethod):
             "Ag": "gralora_A_general.weight",
             "Bg": "gralora_B_general.weight",
         },
-        config={
-            "r": "r",
-            "alpha": "alpha",
-            "k": "gralora_k",
-            "hybrid_r": "hybrid_r",
-            "dropout": "gralora_dropout",
-        },
-        fixed={"bias": "none", "fan_in_fan_out": False, "init_weights": True},
-        defaults={"r": 32, "alpha": 64, "gralora_k": 2, "hybrid_r": 0, "gralora_dropout": 0.0},
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys("r", "alpha", "hybrid_r", k="gralora_k", dropout="gralora_dropout"),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "init_weights": True},
         refuse=refuse_all_but_features,
     )
 

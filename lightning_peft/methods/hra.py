@@ -21,7 +21,7 @@ from lightning_peft.methods.checks import (
     require_features,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_uneven_conv2d
+from lightning_peft.methods.exchange import config_keys, refuse_uneven_conv2d
 from lightning_peft.methods.registry import register
 
 __all__ = ["HRA", "Reflections"]
@@ -73,10 +73,10 @@ class HRA(WeightMethod):
     hf = HFFormat(
         peft_type="HRA",
         tensors={"u": "hra_u"},
-        config={"r": "r", "apply_gs": "apply_GS"},
-        fixed={"bias": "none", "init_weights": True},
-        defaults={"r": 8, "apply_GS": False},
-        ignored=("init_weights",),
+        config=config_keys("r", apply_gs="apply_GS"),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"init_weights": True},
         kinds=("Linear", "Conv2d"),
         refuse=refuse_uneven_conv2d,
     )

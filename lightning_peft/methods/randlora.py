@@ -23,7 +23,7 @@ from lightning_peft.methods.checks import (
     require_features,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 
 __all__ = ["RandLoRA"]
@@ -92,28 +92,17 @@ class RandLoRA(WeightMethod):
         },
         prefix={"A": "base_model.randlora_A", "B": "base_model.randlora_B"},
         optional=("A", "B"),
-        config={
-            "r": "r",
-            "alpha": "randlora_alpha",
-            "seed": "projection_prng_key",
-            "sparse": "sparse",
-            "very_sparse": "very_sparse",
-            "dropout": "randlora_dropout",
-        },
-        fixed={
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-            "save_projection": True,
-        },
-        defaults={
-            "projection_prng_key": 0,
-            "randlora_alpha": 640,
-            "sparse": False,
-            "very_sparse": False,
-            "randlora_dropout": 0.0,
-        },
-        ignored=("init_weights", "fan_in_fan_out", "save_projection"),
+        config=config_keys(
+            "r",
+            "sparse",
+            "very_sparse",
+            alpha="randlora_alpha",
+            seed="projection_prng_key",
+            dropout="randlora_dropout",
+        ),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
         unpack=_unpack,
         pack_shared=_pack_shared,
         from_config=_from_config,

@@ -19,10 +19,15 @@ from lightning_peft.methods.checks import (
     empty_like_site,
     empty_shared,
     require,
+    require_choice,
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import (
+    config_keys,
+    refuse_all_but_features,
+    refuse_scaled_embedding,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["TinyLoRA"]
@@ -37,7 +42,9 @@ def _turned(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse(method: TinyLoRA, site: Site) -> str:
-    return "" if site.is_embedding else refuse_all_but_features(method, site)
+    if site.is_embedding:
+        return refuse_scaled_embedding(method, site)
+    return refuse_all_but_features(method, site)
 
 
 @register
@@ -73,22 +80,17 @@ class TinyLoRA(WeightMethod):
         optional=("P",),
         unwritten=("group",),
         prefix={"v": "base_model.tinylora_v.{i}"},
-        config={
-            "r": "r",
-            "u": "u",
-            "weight_tying": "weight_tying",
-            "seed": "projection_seed",
-            "bound": "init_v_bound",
-            "dropout": "tinylora_dropout",
-        },
-        fixed={
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-            "save_projection": True,
-        },
-        defaults={"weight_tying": 0.0, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
-        ignored=("init_weights", "fan_in_fan_out", "save_projection"),
+        config=config_keys(
+            "r",
+            "u",
+            "weight_tying",
+            seed="projection_seed",
+            bound="init_v_bound",
+            dropout="tinylora_dropout",
+        ),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
         pack=lambda method, site, p: _turned(site, p),
         unpack=lambda method, site, p, config: _turned(site, p),
         refuse=_refuse,
@@ -102,10 +104,7 @@ class TinyLoRA(WeightMethod):
             0.0 <= self.weight_tying <= 1.0,
             f"{self.label}: expected 0 <= weight_tying <= 1, got {self.weight_tying}",
         )
-        require(
-            self.init in ("zeros", "uniform"),
-            f"{self.label}: expected init in ('zeros', 'uniform'), got {self.init!r}",
-        )
+        require_choice(self.label, "init", self.init, ("zeros", "uniform"))
         require_dropout(self.label, self.dropout)
 
     def check(self, site: Site) -> None:

@@ -16,7 +16,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_shared, require, require_dropout, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 
 __all__ = ["UniLoRA"]
@@ -72,21 +72,16 @@ class UniLoRA(WeightMethod):
         optional=("at_A", "at_B", "scale_A", "scale_B"),
         unwritten=("at_A", "at_B", "scale"),
         prefix={"theta": "base_model.unilora_theta_d"},
-        config={
-            "r": "r",
-            "length": "theta_d_length",
-            "seed": "proj_seed",
-            "dropout": "unilora_dropout",
-            "bound": "init_theta_d_bound",
-        },
-        fixed={
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-            "save_indices": False,
-        },
-        defaults={"unilora_dropout": 0.0, "init_theta_d_bound": 0.02},
-        ignored=("init_weights", "fan_in_fan_out", "save_indices"),
+        config=config_keys(
+            "r",
+            length="theta_d_length",
+            seed="proj_seed",
+            dropout="unilora_dropout",
+            bound="init_theta_d_bound",
+        ),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "init_weights": True, "save_indices": False},
         unpack=_unpack,
         refuse=refuse_all_but_features,
     )

@@ -20,7 +20,7 @@ from lightning_peft.methods.checks import (
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 
 __all__ = ["VBLoRA"]
@@ -93,23 +93,18 @@ class VBLoRA(WeightMethod):
         },
         integers=("A_at", "B_at"),
         prefix={"bank": "base_model.vblora_vector_bank"},
-        config={
-            "r": "r",
-            "num_vectors": "num_vectors",
-            "vector_length": "vector_length",
-            "topk": "topk",
-            "dropout": "vblora_dropout",
-            "bank_bound": "init_vector_bank_bound",
-            "logits_std": "init_logits_std",
-        },
-        fixed={"bias": "none", "fan_in_fan_out": False, "save_only_topk_weights": False},
-        defaults={
-            "vblora_dropout": 0.0,
-            "topk": 2,
-            "init_vector_bank_bound": 0.02,
-            "init_logits_std": 0.1,
-        },
-        ignored=("fan_in_fan_out", "save_only_topk_weights"),
+        config=config_keys(
+            "r",
+            "num_vectors",
+            "vector_length",
+            "topk",
+            dropout="vblora_dropout",
+            bank_bound="init_vector_bank_bound",
+            logits_std="init_logits_std",
+        ),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"fan_in_fan_out": False, "save_only_topk_weights": False},
         unpack=_unpack,
         refuse=refuse_all_but_features,
     )

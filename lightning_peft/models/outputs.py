@@ -13,7 +13,7 @@ from lightning_peft.models.modules import evaluating
 __all__ = ["output_of", "relative_change", "run_on"]
 
 
-def run_on(model: nn.Module, batch: Any) -> Any:
+def run_on(model: nn.Module, batch: object) -> Any:
     """The model's output: a mapping goes in by keyword, a tuple or list by position."""
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -25,13 +25,13 @@ def relative_change(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm().clamp_min(1e-30))
 
 
-def output_of(model: nn.Module, batch: Any) -> Tensor:
+def output_of(model: nn.Module, batch: object) -> Tensor:
     """The model's main output in eval mode, without gradients, fp32."""
     with evaluating(model), torch.no_grad():
         return main_output(model, batch)
 
 
-def main_output(model: nn.Module, batch: Any) -> Tensor:
+def main_output(model: nn.Module, batch: object) -> Tensor:
     """Run the model on a batch: its logits, last hidden states, or the first of a tuple, fp32."""
     out = run_on(model, batch)
     for attribute in ("logits", "last_hidden_state"):

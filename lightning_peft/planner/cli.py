@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, get_args
 
 from lightning_peft.activations.config import ActivationKind
+from lightning_peft.core.commands import Commands
 from lightning_peft.methods.registry import METHODS
 from lightning_peft.planner.byte_sizes import size
 from lightning_peft.planner.estimate import estimate_memory
@@ -15,7 +16,7 @@ from lightning_peft.storage import Quantization
 __all__ = ["add_plan"]
 
 
-def add_plan(commands: Any) -> None:
+def add_plan(commands: Commands) -> None:
     """Add the command to the program's subparsers."""
     plan = commands.add_parser(
         "plan", help="memory of a fine-tuning run, before anything is loaded"

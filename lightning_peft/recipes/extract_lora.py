@@ -49,7 +49,7 @@ def extract_lora(
     bias: Literal["none", "all", "lora_only"] = "none",
     adapter_name: str = "default",
     directory: str | Path | None = None,
-    batch: Any = None,
+    batch: object = None,
     inputs: Iterable[Any] | None = None,
 ) -> ExtractReport:
     """Attach the LoRA adapter to `base` that approximates `tuned` best, in place.
@@ -168,7 +168,7 @@ class _Goals:
         fitted: The tuned model's outputs on the inputs to fit to.
     """
 
-    batch: Any
+    batch: object
     outputs: tuple[Tensor, Tensor] | None
     fitted: Sequence[Goal] | None
 
@@ -178,7 +178,7 @@ class _Goals:
         model: nn.Module,
         tuned: nn.Module | str | Path,
         pair: _Pair,
-        batch: Any,
+        batch: object,
         inputs: Iterable[Any] | None,
     ) -> _Goals:
         """Run both models on the batch, and the tuned one on the inputs."""

@@ -101,7 +101,7 @@ def factorise(
     rank: int | None = None,
     target_modules: str | list[str] | None = "all-linear",
     exclude_modules: str | list[str] | None = None,
-    batch: Any = None,
+    batch: object = None,
 ) -> FactoriseReport:
     """Replace linear layers by two thin ones, in place. Call it before attaching and quantising.
 

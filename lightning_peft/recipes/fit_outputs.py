@@ -86,11 +86,11 @@ def _error(model: nn.Module, goals: Sequence[Goal], norm: float) -> float:
     return float((total / norm) ** 0.5)
 
 
-def _squares(output: Tensor, batch: Any, wanted: Tensor) -> Tensor:
+def _squares(output: Tensor, batch: object, wanted: Tensor) -> Tensor:
     return (_counted(batch, output) - _counted(batch, wanted).to(output.device)).square().sum()
 
 
-def _counted(batch: Any, output: Tensor) -> Tensor:
+def _counted(batch: object, output: Tensor) -> Tensor:
     """Return the outputs at positions that are not padding; without a mask, all of them."""
     parts = [batch, *batch] if isinstance(batch, list | tuple) else [batch]
     for part in parts:

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +75,7 @@ def remove_neurons(
     share: float,
     *,
     blocks: Sequence[tuple[Sequence[str], str]] | None = None,
-    batch: Any = None,
+    batch: object = None,
 ) -> NeuronReport:
     """Remove neurons of every feed-forward block, in place; call it before attaching and
     quantising.
@@ -196,7 +195,7 @@ def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _seconds(model: nn.Module, batch: Any) -> float:
+def _seconds(model: nn.Module, batch: object) -> float:
     times = []
     for _ in range(_RUNS):
         start = time.perf_counter()

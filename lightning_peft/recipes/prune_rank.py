@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +102,7 @@ def prune_rank(
     energy: float | None = None,
     rank: int | None = None,
     adapter_name: str = "default",
-    batch: Any = None,
+    batch: object = None,
 ) -> PruneReport:
     """Replace an adapter by its best approximation of smaller rank, in place.
 

@@ -121,14 +121,14 @@ class DenseStorage(BaseStorage):
 
 
 def _fused(
-    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
+    m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
 ) -> Tensor:
     W = required_tensor(m, "weight")
     return lora_linear(x, W, own_tensor(m, "bias"), A, B, scaling, dropout_p=dropout)
 
 
 def _fused_transposed(
-    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
+    m: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
 ) -> Tensor:
     W = required_tensor(m, "weight")
     return lora_linear(x, W.mT, own_tensor(m, "bias"), A, B, scaling, dropout_p=dropout)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
+import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 __all__ = [
     "ShardGroup",
@@ -29,13 +33,12 @@ class ShardGroup(NamedTuple):
 
     position: int
     size: int
-    group: Any
+    group: dist.ProcessGroup
 
 
-def _placements(t: Tensor) -> tuple[Any, ...]:
+def _placements(t: Tensor) -> tuple[Placement, ...]:
     """Return how each axis of the device mesh holds a DTensor."""
-    found: tuple[Any, ...] = t.placements  # type: ignore[attr-defined]
-    return found
+    return cast("DTensor", t).placements
 
 
 def shard_group(t: Tensor) -> ShardGroup | None:
@@ -67,7 +70,7 @@ def local_rows(t: Tensor) -> tuple[int, int]:
         return 0, rows
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    sharded: Any = t
+    sharded = cast("DTensor", t)
     shape, offset = compute_local_shape_and_global_offset(
         sharded.shape, sharded.device_mesh, sharded.placements
     )
@@ -99,7 +102,7 @@ def sharded_like(t: Tensor, own: Tensor) -> Tensor:
         return own
     from torch.distributed.tensor import DTensor
 
-    sharded: Any = t
+    sharded = cast(DTensor, t)
     mesh, placements = sharded.device_mesh, sharded.placements
     return DTensor.from_local(
         own, mesh, placements, run_check=False, shape=t.shape, stride=t.stride()

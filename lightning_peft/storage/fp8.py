@@ -210,15 +210,15 @@ class AdoptedGroupedLinear(PackedForward):
     """Mixin: a block-diagonal linear layer, [..., groups, in] → [..., groups, out per group]."""
 
     _swap_prefix = "Adopted"
+    n_groups: int  # of transformers' layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply each group with its rows of the weight, decoded again in backward."""
-        module: Any = self
-        require_floating(module, x)
-        groups, bias = int(module.n_groups), own_tensor(module, "bias")
+        require_floating(self, x)
+        groups, bias = int(self.n_groups), own_tensor(self, "bias")
 
         def product(x: Tensor) -> Tensor:
-            W = storage_of(module).read(module, "weight", x.dtype)
+            W = storage_of(self).read(self, "weight", x.dtype)
             y = torch.einsum("...gk,gnk->...gn", x, W.view(groups, -1, W.shape[-1]))
             return y if bias is None else y + bias.view(groups, -1).to(y.dtype)
 
@@ -233,9 +233,8 @@ class AdoptedEmbedding(PackedForward):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Codes of the rows, times the scale of the table."""
-        module: Any = self
-        spec: BlockSpec = specs_of(module)["weight"]
-        held = packed_tensors(module, "weight")
+        spec: BlockSpec = specs_of(self)["weight"]
+        held = packed_tensors(self, "weight")
         codes = F.embedding(ids, held["codes"])
         scale = held["scales"].view(spec.layout.scale_dtype)
         rows = codes.view(torch.float8_e4m3fn).to(torch.float32) * scale.float().reshape(())

@@ -28,10 +28,9 @@ class AdoptedLinear(PackedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x Wᵀ + bias` by the storage that holds the weight."""
-        module: Any = self
-        require_floating(module, x)
+        require_floating(self, x)
         with backend_scope(self):
-            return storage_of(module).linear(module, "weight", x, own_tensor(module, "bias"))
+            return storage_of(self).linear(self, "weight", x, own_tensor(self, "bias"))
 
 
 class PackedLinear(PackedReads, PackedForward):
@@ -41,17 +40,16 @@ class PackedLinear(PackedReads, PackedForward):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`x Wᵀ + bias`; a subclass with a forward of its own reads the dequantised weight."""
-        module: Any = self
-        require_floating(module, x)
-        storage, forward = storage_of(module), super().forward
+        require_floating(self, x)
+        storage, forward = storage_of(self), super().forward
 
         def product(x: Tensor) -> Tensor:
-            W = storage.read(module, "weight", x.dtype)
-            with weight_in_place(module, W):
+            W = storage.read(self, "weight", x.dtype)
+            with weight_in_place(self, W):
                 y: Tensor = forward(x, *args, **kwargs)
             return y
 
         with backend_scope(self):
-            if plain_forward(module):
-                return storage.linear(module, "weight", x, own_tensor(module, "bias"))
+            if plain_forward(self):
+                return storage.linear(self, "weight", x, own_tensor(self, "bias"))
             return recomputed(product, x)

@@ -125,7 +125,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
             self._usage.leave_out(optimizer, device)
 
     @override
-    def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def save_checkpoint(self, path: str | Path, state: Any, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse `fabric.save`, which would write the base in shards of this run.
 
         Raises:
@@ -138,7 +138,7 @@ class FabricFSDP(FabricGuards, ModelParallelStrategy):
         )
 
     @override
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse `fabric.load`.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,7 +146,7 @@ class TrainerGuards(GradientGuard, ParallelStrategy):
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
     ) -> None:
         """Write the checkpoint; if one rank cannot, all ranks raise.
 
@@ -163,7 +164,7 @@ class TrainerGuards(GradientGuard, ParallelStrategy):
             raise_on_all_ranks(error, f"saving {filepath}")
 
     def write_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object
     ) -> None:
         """Write this rank's part of the checkpoint."""
         if self.is_global_zero:
@@ -171,7 +172,7 @@ class TrainerGuards(GradientGuard, ParallelStrategy):
 
     @override
     def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint on every rank; if one rank cannot, all ranks raise.
 
@@ -188,7 +189,9 @@ class TrainerGuards(GradientGuard, ParallelStrategy):
         raise_on_all_ranks(error, f"loading {checkpoint_path}")
         return found
 
-    def read_checkpoint(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
+    def read_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None
+    ) -> dict[str, Any]:
         """Read a checkpoint on this rank."""
         found: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         return found

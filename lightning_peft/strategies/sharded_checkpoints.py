@@ -75,7 +75,7 @@ class ShardedCheckpoints(TrainerGuards, ModelParallelStrategy):
 
     @override
     def write_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object
     ) -> None:
         """Write one file on rank 0, or a folder of shards."""
         if self.interrupted:
@@ -101,20 +101,22 @@ class ShardedCheckpoints(TrainerGuards, ModelParallelStrategy):
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None
     ) -> None:
         """Write adapters only; Lightning's ModelParallelStrategy would write the base too."""
         TrainerGuards.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read the checkpoint on every rank, of sharded weights only the rank's rows."""
         return TrainerGuards.load_checkpoint(self, checkpoint_path, weights_only)
 
     @override
-    def read_checkpoint(self, checkpoint_path: Any, weights_only: bool | None) -> dict[str, Any]:
+    def read_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None
+    ) -> dict[str, Any]:
         """Read with the plugin; Lightning's ModelParallelStrategy would read the base too."""
         found: dict[str, Any] = self.checkpoint_io.load_checkpoint(
             checkpoint_path, weights_only=weights_only

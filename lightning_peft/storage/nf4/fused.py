@@ -16,16 +16,16 @@ from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.modules import own_tensor
 from lightning_peft.core.protocols import Reason
 from lightning_peft.storage.linear_forward import plain_forward, require_floating
-from lightning_peft.storage.nf4.packed_layer import FourBitSpec, packed_view
+from lightning_peft.storage.nf4.packed_layer import FourBitSpec, Packed4bitModule, packed_view
 
 __all__ = ["fused", "fused_group"]
 
 
 def fused(
-    m: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
+    m: Packed4bitModule, x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, dropout: float
 ) -> Tensor:
     """The adapted layer on x; `dropout` is 0 in evaluation."""
-    p: FourBitSpec = m._packed["weight"]
+    p = m._packed["weight"]
     require_floating(m, x)
     q = packed_view(m, "weight")
     bias = own_tensor(m, "bias")

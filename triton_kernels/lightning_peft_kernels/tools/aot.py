@@ -46,6 +46,7 @@ MODULES = (
     "lightning_peft_kernels.nf4.quantize_triton",
     "lightning_peft_kernels.fp8.quantize_rows_triton",
     "lightning_peft_kernels.nf4.small_batch_triton",
+    "lightning_peft_kernels.nf4.k_parts_triton",
     "lightning_peft_kernels.nf4.pair_table_triton",
     "lightning_peft_kernels.experts.grouped_linear_triton",
     "lightning_peft_kernels.experts.low_rank_triton",
