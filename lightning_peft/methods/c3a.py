@@ -41,7 +41,7 @@ class Circulant(Term):
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """Y_m = Σ_n X_n conj(C_mn) at each of b/2 + 1 frequencies, in fp32 at least."""
-        if not ops.features_last:
+        if not ops.features_last or not x.numel():  # MKL transforms no empty batch
             return Dense(self.matrix()).apply(ops, site, x)
         m, n, b = self.c.shape
         c, x = (t.float() if t.dtype.itemsize < 4 else t for t in (self.c, x))

@@ -59,9 +59,10 @@ class Granular(Term):
             x = x.to(self.A.dtype)
         k, width, r = self.A.shape
         h = torch.bmm(x.reshape(-1, k, width).transpose(0, 1), self.A)  # [n, M, (j, q)]
-        h = h.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [j, M, (n, q)]
+        M = h.shape[1]
+        h = h.view(k, M, k, r // k).permute(2, 1, 0, 3).reshape(k, M, r)  # [j, M, (n, q)]
         y = torch.bmm(h * self.scaling, self.B).transpose(0, 1)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
 
 
 @register

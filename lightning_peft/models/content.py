@@ -33,7 +33,7 @@ _ODD = 0x1E3779B97F4A7C15
 
 @dataclass
 class TensorContent:
-    """What is remembered of one tensor; of a sharded one, of this process's rows.
+    """Content of one tensor at one moment; of a sharded tensor, of this process's rows.
 
     Attributes:
         address: Memory address.
@@ -50,7 +50,7 @@ class TensorContent:
     sharded: bool
 
 
-#: What is remembered by name; None for a tensor that had no values then (on meta).
+#: Content by name; None for a tensor that had no values then (on meta).
 Contents = dict[str, TensorContent | None]
 
 
@@ -114,7 +114,7 @@ def _version(t: Tensor) -> int:
 
 
 def _sample(t: Tensor) -> Tensor:
-    """Return values of every row, at least one in 4,096; of a small tensor fewer."""
+    """Return values of every row, at least one in 4,096. A small tensor needs fewer."""
     if t.nbytes <= _HASHED_WHOLE or t.ndim < 2:
         sample = t.reshape(-1)[::_SAMPLE_STEP]
         if sample.device.type == "cpu":
