@@ -40,6 +40,7 @@ class WaveFT(SpectralMethod):
         use_idwt: Whether the coefficients are a spectrum; False trains entries of ΔW itself.
         seed: Seed of the places; layers of one shape share them.
         n_frequency_pattern: Layer name pattern → n_frequency.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"waveft_only"``.
 
     Raises:
         ValueError: n_frequency < 1, an unknown family.
@@ -52,11 +53,15 @@ class WaveFT(SpectralMethod):
     seed: int = 777
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
 
+    bias: str = "none"
+
+    bias_word = "waveft_only"
     hf = HFFormat(
         peft_type="WAVEFT",
         tensors={"c": "waveft_spectrum"},
         unwritten=("places",),
         config=config_keys(
+            "bias",
             "n_frequency",
             "scaling",
             "use_idwt",
@@ -65,7 +70,6 @@ class WaveFT(SpectralMethod):
             seed="random_loc_seed",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": True},
         defaults={"proportional_parameters": False},
         from_config=_from_config,
