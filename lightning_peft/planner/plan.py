@@ -15,7 +15,7 @@ from lightning_peft.planner.choice import Choice
 from lightning_peft.planner.example_inputs import NoInputs
 from lightning_peft.planner.fixed_parts import BUCKETS, STATES, WEIGHTS, fixed_parts
 from lightning_peft.planner.gathered_units import gathered_units
-from lightning_peft.planner.meta_model import Sizes
+from lightning_peft.planner.sizes import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 
 __all__ = ["Plan", "Step"]
