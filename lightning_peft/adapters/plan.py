@@ -156,8 +156,8 @@ def _check_parts(plan: AttachPlan, copies: Sequence[Placement], saved: Sequence[
         parts = [m for m in saved if m.startswith(f"{name}.")]
         raise ValueError(
             f"{planned.method.label}: expected layers without parts that are trained whole "
-            f"(modules_to_save), got {quoted(name)}, which reads {quoted(parts[0])} itself; exclude "
-            "the layer, or leave the part out"
+            f"(modules_to_save), got {quoted(name)}, which reads {quoted(parts[0])} itself; "
+            "exclude the layer, or leave the part out"
         )
 
 
