@@ -75,17 +75,23 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
 METHOD_IMPORTS = (
     "lightning_peft_kernels.autograd",
+    "lightning_peft.core.compressed",
     "lightning_peft.core.collectives",  # VeLoRA's direction is that of all processes
+    "lightning_peft.core.drawn",
     "lightning_peft.core.edit",
     "lightning_peft.core.input_dtype",
+    "lightning_peft.core.mixtures",
     "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
     "lightning_peft.core.protocols",
     "lightning_peft.core.replaced_rows",
     "lightning_peft.core.rotation",
     "lightning_peft.core.site",
+    "lightning_peft.core.skew",
     "lightning_peft.core.sparse",
     "lightning_peft.core.terms",
+    "lightning_peft.core.tiled",
+    "lightning_peft.core.vectors",
     "lightning_peft.methods.base",
     "lightning_peft.methods.checks",
     "lightning_peft.methods.daubechies",  # WaveFT's filters

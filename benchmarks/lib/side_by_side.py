@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,12 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def interleaved(
-    candidates: Mapping[Name, Callable[[], Any]], repeats: int, warmup: int = 2, *, again: int = 0
+    candidates: Mapping[Name, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 2,
+    *,
+    again: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
     """Seconds of each call; the candidates take turns, the last of a turn first in the next.
 
@@ -33,6 +38,8 @@ def interleaved(
         warmup: Turns before them.
         again: Untimed calls before each timed one: a step of training follows a step of its own,
             not what another candidate leaves of caches and of free memory.
+        clock: Seconds; `time.process_time` counts the work of this process alone, which is steadier
+            on a machine that is shared.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in candidates}
     order = list(candidates.items())
@@ -40,10 +47,10 @@ def interleaved(
         for name, call in order[:: -1 if turn % 2 else 1]:
             for _ in range(again):
                 call()
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -83,30 +90,60 @@ def traced_peak(model: nn.Module, step: Callable[[], Any], steps: int) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         for _ in range(steps):
             step()
-    events = [
-        (e.start_ns(), e.nbytes())
-        for e in prof.profiler.kineto_results.events()  # type: ignore[union-attr]
-        if e.name() == "[memory]"
+    return sum(held.values()) + fullest_moment(prof)
+
+
+def fullest_moment(traced: profile) -> int:
+    """Bytes at the fullest moment of a trace, beyond those before it.
+
+    Buffers of gloo's own are left out: a thread frees them at any time after the collective.
+    """
+    events = list(traced.profiler.kineto_results.events())  # type: ignore[union-attr]
+    calls = [
+        (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in events
+        if e.name().startswith("gloo:")
     ]
     now = top = 0
-    for _, n in sorted(events, key=lambda e: e[0]):
-        now += n
-        top = max(top, now)
-    return sum(held.values()) + top
+    buffers: list[int] = []
+    for at, n in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        if n > 0 and any(start <= at <= end for start, end in calls):
+            buffers.append(n)
+        elif -n in buffers:
+            buffers.remove(-n)
+        else:
+            now += n
+            top = max(top, now)
+    return top
 
 
-def write(name: str, table: list[dict[str, Any]]) -> None:
-    """Print the table and put it into benchmarks/results/<name>.csv with where it is from."""
+def write(
+    name: str,
+    table: list[dict[str, Any]],
+    *,
+    remark: str = "",
+    before: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Print the table and put it into benchmarks/results/<name>.csv with where it is from.
+
+    Args:
+        name: Name of the file.
+        table: The rows.
+        remark: What else is to be known of this run.
+        before: Complete rows of earlier runs, which come first.
+    """
     origin = {
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": " ".join(f"{p} {version(p)}" for p in PACKAGES),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
+        **({"remark": remark} if remark or before else {}),
     }
     for row in table:
         print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*table[0], *origin], lineterminator="\n")
+        writer = csv.DictWriter(file, [*table[0], *origin], restval="", lineterminator="\n")
         writer.writeheader()
+        writer.writerows(before)
         writer.writerows({**row, **origin} for row in table)

@@ -16,6 +16,8 @@ from lightning_peft_kernels.verdicts import (
 )
 
 from lightning_peft.diagnostics.check_worker import Request
+from lightning_peft.diagnostics.kernel_checks import kernel_checks
+from lightning_peft.diagnostics.pairs import Shape
 from lightning_peft.diagnostics.worker_process import Ended, run_worker
 
 __all__ = ["OPS", "SHAPE", "Verdicts", "check_device", "ensure_checked"]
@@ -25,6 +27,7 @@ Verdicts = dict[tuple[str, str], Verdict]
 OPS = (
     "dequantize_4bit",
     "quantize_4bit",
+    "decode_blocks",
     "nf4_small_batch",
     "rank_gradients",
     "seeded_dropout",
@@ -74,24 +77,41 @@ def check_device(
     """
     wanted = tuple(shapes) or (_shape(device),)
     request = Request(str(device), wanted, tuple(ops), short=short)
-    found = _check(request, told, worker)
-    with verdict_lock(device_key(device)):
-        return found, _store(device, found)
+    each = [request] if short else [replace(request, ops=(op,)) for op in request.ops]
+    found: Verdicts = {}
+    why = ""
+    for one in each:  # stored one by one: what was found is kept if the user interrupts
+        part = _check(one, told, worker)
+        with verdict_lock(device_key(device)):
+            why = _store(device, part)
+        found.update(part)
+    return found, why
 
 
 def ensure_checked(device: torch.device) -> tuple[Verdicts, str]:
-    """Return the stored verdicts on a device, after the short form if there are none.
+    """Return the stored verdicts on a device, after the short form for what has none.
 
     Processes that ask for the same device at once wait for one of them.
     """
     key = device_key(device)
     with verdict_lock(key):
         found = read_verdicts(key)
-        if found:
-            use_verdicts(device, found)
+        use_verdicts(device, found)
+        ops = _unchecked(device, found)
+        if not ops:
             return found, ""
-        found = _check(Request(str(device), (_shape(device),), OPS, short=True), None, WORKER)
-        return found, _store(device, found)
+        new = _check(Request(str(device), (_shape(device),), ops, short=True), None, WORKER)
+        why = _store(device, new)
+    return {**found, **new}, why
+
+
+def _unchecked(device: torch.device, found: Verdicts) -> tuple[str, ...]:
+    """Return the ops whose short check has no verdict: never run, or the check was interrupted."""
+    checks = kernel_checks(device, Shape(*_shape(device)), interpreted=device.type == "cpu")
+    missing = {
+        c.op for c in checks if c.short and (c.op, c.configuration) not in found and c.applies
+    }
+    return tuple(op for op in OPS if op in missing)
 
 
 def _shape(device: torch.device) -> tuple[int, int, int]:
@@ -107,16 +127,13 @@ def _store(device: torch.device, found: Verdicts) -> str:
 
 def _check(request: Request, told: Callable[[Verdict], None] | None, worker: str) -> Verdicts:
     """Return one verdict per op and configuration: the first that is not "ok", if there is one."""
-    ops = request.ops
-    each = [request] if request.short else [replace(request, ops=(op,)) for op in ops]
     found: Verdicts = {}
-    for one in each:
-        for verdict in _run(one, worker):
-            name = verdict.op, verdict.configuration
-            if name not in found or found[name].outcome == "ok":
-                found[name] = verdict
-            if told is not None:
-                told(verdict)
+    for verdict in _run(request, worker):
+        name = verdict.op, verdict.configuration
+        if name not in found or found[name].outcome == "ok":
+            found[name] = verdict
+        if told is not None:
+            told(verdict)
     return found
 
 

@@ -8,11 +8,9 @@ prints one line of JSON before each check and one with its verdict after it.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from time import perf_counter_ns
 
 import torch
 from lightning_peft_kernels.chips import CHIPS, nvidia_chip
@@ -20,8 +18,9 @@ from lightning_peft_kernels.launch import use_verdicts
 from lightning_peft_kernels.races import use_races
 from lightning_peft_kernels.verdicts import Verdict
 
-from lightning_peft.diagnostics.kernel_checks import Check, kernel_checks
+from lightning_peft.diagnostics.kernel_checks import kernel_checks
 from lightning_peft.diagnostics.pairs import Shape
+from lightning_peft.diagnostics.trials import Check
 
 __all__ = ["Request", "run_request"]
 
@@ -62,16 +61,16 @@ def run_request(request: Request) -> Iterator[tuple[str, Check, Verdict | None]]
             if not asked or name in request.done or not check.applies:
                 continue
             yield name, check, None
-            verdict = _verdict(check, timed=not interpreted)
+            verdict = _verdict(check, None if interpreted else device)
             if several and verdict.outcome != "ok":
                 where = f"N {shape.N}, K {shape.K}, {shape.tokens} tokens"
                 verdict = replace(verdict, detail=f"{where}: {verdict.detail}")
             yield name, check, verdict
 
 
-def _verdict(check: Check, *, timed: bool) -> Verdict:
+def _verdict(check: Check, timed_on: torch.device | None) -> Verdict:
     try:
-        error = check.error()
+        error, microseconds = check.examine(timed_on)
     except Exception as raised:
         if "CUDA error" in str(raised) or "HIP error" in str(raised):
             raise  # the device is lost to this process: its end is the verdict
@@ -80,21 +79,7 @@ def _verdict(check: Check, *, timed: bool) -> Verdict:
         return Verdict(check.op, check.configuration, "refused", told)
     if error:
         return Verdict(check.op, check.configuration, "wrong", error)
-    return Verdict(check.op, check.configuration, "ok", "", _time(check) if timed else 0.0)
-
-
-def _time(check: Check) -> float:
-    """Return the median of five checks in microseconds, inputs and reference included.
-
-    It tells a kernel that takes seconds; `bench` compares speeds.
-    """
-    times = []
-    for _ in range(5):
-        start = perf_counter_ns()
-        check.error()
-        torch.cuda.synchronize()
-        times.append((perf_counter_ns() - start) / 1e3)
-    return statistics.median(times)
+    return Verdict(check.op, check.configuration, "ok", "", microseconds)
 
 
 def main(text: str) -> None:

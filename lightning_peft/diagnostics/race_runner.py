@@ -51,6 +51,7 @@ def tune_device(
         str(device), str(dtype).removeprefix("torch."), shapes.linear, shapes.groups,
         shapes.experts, repeats=repeats, tokens=tokens,
     )  # fmt: skip
+    key, why = device_key(device), ""
     found: list[Race] = []
     while True:
         entries = run_worker(worker, asdict(request))
@@ -69,14 +70,13 @@ def tune_device(
             done.append(entry.pop("done"))
             race = Race(**{**entry, "shape": tuple(entry["shape"])})
             found.append(race)
+            with verdict_lock(key):  # one by one: what was raced is kept if the user interrupts
+                why = store_races(key, [race])
             if told is not None:
                 told(race)
         if ended is None:
             break
         banned = f"{ended.starts[0]} {ended.starts[1]}"
         request = replace(request, done=tuple(done), banned=(*request.banned, banned))
-    key = device_key(device)
-    with verdict_lock(key):
-        why = store_races(key, found)
-        use_races(device, read_races(key) if not why else found)
+    use_races(device, read_races(key) if not why else found)
     return found, why

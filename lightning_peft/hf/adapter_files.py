@@ -118,7 +118,7 @@ def _config(
     """Return the config but for its targets; `uniform` pads the entries' tensors."""
     config = base_config(top, fmt)
     config.update({theirs: getattr(method, ours) for ours, theirs in fmt.config.items()})
-    config.update(fmt.fixed)
+    config.update({**fmt.fixed, **fmt.inert})
     if uniform and fmt.uniform is None:
         raise ValueError(
             f"save_adapter(uniform=True): expected a method with ranks, got {method.label}"

@@ -261,7 +261,7 @@ def method_fields(
 
 def check_known(fmt: HFFormat, config: Mapping[str, Any]) -> None:
     """Raise ValueError if an option is on whose effect is not known."""
-    carried = {*fmt.config.values(), *fmt.defaults, *fmt.ignored, *fmt.when}
+    carried = {*fmt.config.values(), *fmt.defaults, *fmt.ignored, *fmt.inert, *fmt.when}
     for key, value in config.items():
         if key in _COMMON or key in carried:
             continue
@@ -308,7 +308,7 @@ def _typed(cls: type[Method], ours: str, theirs: str, value: Any) -> Any:
 
 def base_config(root: nn.Module, fmt: HFFormat) -> dict[str, Any]:
     """Return the config fields that do not depend on the adapter's tensors."""
-    config = dict(fmt.fixed)
+    config = {**fmt.fixed, **fmt.inert}
     task = _task_type(root)
     cls = base_class(root)
     described = getattr(root, "config", None)

@@ -179,7 +179,8 @@ class AdaMSS(WeightMethod):
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """Low rank: the factors of all clusters, one below another."""
         A = p["A"].flatten(0, 1) @ p["N"].to(p["A"].dtype)
-        here = torch.nn.functional.one_hot(p["cluster"], len(p["A"])).to(p["B"].dtype)
+        clusters = torch.arange(len(p["A"]), device=p["cluster"].device)
+        here = (p["cluster"].unsqueeze(1) == clusters).to(p["B"].dtype)
         used = torch.arange(self.rank_per_cluster, device=here.device) < here.sum(0).unsqueeze(1)
         B = (here.unsqueeze(2) * p["B"].unsqueeze(1) * used).flatten(1)
         change = LowRank(A[:, : site.in_features], B)

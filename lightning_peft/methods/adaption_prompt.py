@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.site import BlockSite
 from lightning_peft.methods.base import BlockMethod, HFEntry, HFFormat
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["AdaptionPrompt"]
@@ -58,7 +59,7 @@ class AdaptionPrompt(BlockMethod):
     hf: ClassVar[HFFormat | None] = HFFormat(
         peft_type="ADAPTION_PROMPT",
         tensors={},
-        config={"n": "adapter_len", "layers": "adapter_layers"},
+        config=config_keys(n="adapter_len", layers="adapter_layers"),
         saves_modules=False,
         to_config=_to_config,
         refuse=_refuse,

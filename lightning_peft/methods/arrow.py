@@ -12,54 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.input_dtype import to_adapter_dtype
-from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.mixtures import Routed
 from lightning_peft.core.site import Site
-from lightning_peft.core.terms import LowRank, NotMergeable, Term
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.methods.checks import empty_like_site, match_site, require
 from lightning_peft.methods.registry import register
 
-__all__ = ["Arrow", "Routed", "stacked_experts"]
-
-
-@dataclass(frozen=True)
-class Routed(Term):
-    """Σ_e w_e B_e A_e x; w is the softmax of |x · v_e| / temperature over the largest `top_k`.
-
-    Attributes:
-        A: [R, in], the factors of all experts one behind the other.
-        B: [out, R], scales included.
-        v: [experts, in], the leading right singular vector of each B_e A_e.
-        owner: [R], the expert of each rank.
-        top_k: Experts per token.
-        temperature: See above.
-    """
-
-    A: Tensor
-    B: Tensor
-    v: Tensor
-    owner: Tensor
-    top_k: int
-    temperature: float
-
-    def matrix(self) -> Tensor:
-        """None: the weights depend on the input."""
-        raise NotMergeable("which experts act depends on the input")
-
-    def weights(self, x: Tensor) -> Tensor:
-        """Weights of the experts [..., experts]; zero but for `top_k`."""
-        fit = torch.nn.functional.linear(x, self.v.to(x.dtype)).abs() / self.temperature
-        top = fit.topk(min(self.top_k, len(self.v)), dim=-1)
-        others = torch.full_like(fit, -torch.inf)
-        return others.scatter(-1, top.indices, top.values).softmax(-1)
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Two thin products; the weights act on what lies between them."""
-        x = to_adapter_dtype(x, self.A)
-        h = torch.nn.functional.linear(x, self.A)
-        h = h * self.weights(x).to(h.dtype)[..., self.owner]
-        return torch.nn.functional.linear(h, self.B)
+__all__ = ["Arrow", "stacked_experts"]
 
 
 def stacked_experts(terms: Sequence[LowRank]) -> dict[str, Tensor]:

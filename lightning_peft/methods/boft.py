@@ -19,7 +19,7 @@ from lightning_peft.methods.checks import (
     require_bias,
     require_shape,
 )
-from lightning_peft.methods.exchange import refuse_uneven_conv2d
+from lightning_peft.methods.exchange import config_keys, refuse_uneven_conv2d
 from lightning_peft.methods.registry import register
 
 __all__ = ["BOFT", "butterfly"]
@@ -86,22 +86,16 @@ class BOFT(WeightMethod):
     hf = HFFormat(
         peft_type="BOFT",
         tensors={"R": "boft_R", "s": "boft_s"},
-        config={
-            "bias": "bias",
-            "block_size": "boft_block_size",
-            "block_num": "boft_block_num",
-            "n_butterfly": "boft_n_butterfly_factor",
-            "dropout": "boft_dropout",
-        },
-        fixed={"fan_in_fan_out": False},
-        defaults={
-            "bias": "none",
-            "boft_block_size": 4,
-            "boft_block_num": 0,
-            "boft_n_butterfly_factor": 1,
-            "boft_dropout": 0.0,
-        },
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys(
+            "bias",
+            block_size="boft_block_size",
+            block_num="boft_block_num",
+            n_butterfly="boft_n_butterfly_factor",
+            dropout="boft_dropout",
+        ),
+        own_defaults=True,
+        inert={"fan_in_fan_out": False},
+        ignored=("init_weights",),
         pack=_pack,
         unpack=_unpack,
         from_config=_from_config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -21,8 +21,10 @@ __all__ = [
     "match_site",
     "require",
     "require_bias",
+    "require_choice",
     "require_dropout",
     "require_features",
+    "require_linear",
     "require_matrix",
     "require_places",
     "require_ranks",
@@ -109,6 +111,21 @@ def require_matrix(label: str, site: Site) -> None:
         f"{label} on {site.quoted}: expected one matrix, got a stack of experts; exclude it or "
         "use LoRA there",
     )
+
+
+def require_linear(label: str, site: Site) -> None:
+    """Raise ValueError on a layer whose input does not end in features."""
+    require(
+        site.ops.features_last and not site.is_embedding,
+        f"{label} on {site.quoted}: expected a linear layer, got {type(site.module).__name__}; "
+        "exclude it or use LoRA there",
+    )
+
+
+def require_choice(label: str, name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError where the value of a field is none of `choices`."""
+    known = tuple(choices)
+    require(value in known, f"{label}: expected {name} in {known}, got {value!r}")
 
 
 def require_places(places: Tensor, size: int) -> None:

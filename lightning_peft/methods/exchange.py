@@ -24,8 +24,10 @@ __all__ = [
     "HFEntry",
     "HFFormat",
     "LayerLayout",
+    "config_keys",
     "refuse_all_but_features",
     "refuse_all_but_linear",
+    "refuse_scaled_embedding",
     "refuse_uneven_conv2d",
 ]
 
@@ -81,6 +83,13 @@ def refuse_all_but_linear(method: object, site: Site) -> str:
     if type(site.module).__name__.endswith("Conv1D") and hasattr(site.module, "nf"):
         return "peft adapts nn.Linear only, not GPT-2's Conv1D"
     return refuse_all_but_features(method, site)
+
+
+def refuse_scaled_embedding(method: object, site: Site) -> str:
+    """Why a type of peft that knows plain embeddings cannot take one with a scale (Gemma)."""
+    if site.is_embedding and float(getattr(site.module, "embed_scale", 1.0)) != 1.0:
+        return "peft adds the adapter's part there without the embedding's scale"
+    return ""
 
 
 def refuse_uneven_conv2d(method: object, site: Site) -> str:
@@ -158,6 +167,11 @@ PackShared = Callable[
 ]
 
 
+def config_keys(*same: str, **others: str) -> dict[str, str]:
+    """Return `HFFormat.config`: fields that have the name of their key, and field → key."""
+    return {**{name: name for name in same}, **others}
+
+
 @dataclass(frozen=True)
 class HFFormat:
     """How a method is written in a Hugging Face peft directory.
@@ -176,6 +190,10 @@ class HFFormat:
             raises.
         when: Config keys that tell methods of one ``peft_type`` apart; a key absent from a file
             counts as false.
+        own_defaults: Whether peft's defaults of the keys in `config` are those of our fields. A
+            file may leave out any of them; registering the method adds them to `defaults`.
+        inert: Config keys that say nothing about the tensors or the forward, as `ignored`, with the
+            value that is written.
         ignored: Config keys that say nothing about the tensors or the forward (initialisation).
         prefix: Tensors that occur once per model, our name → their full key
             (``"P": "prompt_embeddings"``).
@@ -212,7 +230,9 @@ class HFFormat:
     config: Mapping[str, str]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    own_defaults: bool = False
     when: Mapping[str, Any] = field(default_factory=dict)
+    inert: Mapping[str, Any] = field(default_factory=dict)
     ignored: Sequence[str] = ()
     prefix: Mapping[str, str] = field(default_factory=dict)
     optional: Sequence[str] = ()

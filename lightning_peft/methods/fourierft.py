@@ -14,7 +14,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import FormedTerm
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.checks import empty_like_site
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.spectral import SpectralMethod
 
@@ -63,6 +63,7 @@ class FourierFT(SpectralMethod):
         n_frequency_pattern: Layer name pattern → n_frequency.
         zero_start: Coefficients start at zero, so that the output is unchanged; else normal, as in
             the paper.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"fourier_only"``.
 
     Raises:
         ValueError: n_frequency < 1.
@@ -74,19 +75,18 @@ class FourierFT(SpectralMethod):
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     zero_start: bool = False
 
+    bias: str = "none"
+
+    bias_word = "fourier_only"
     hf = HFFormat(
         peft_type="FOURIERFT",
         tensors={"c": "fourierft_spectrum"},
         unwritten=("places",),
-        config={
-            "n_frequency": "n_frequency",
-            "scaling": "scaling",
-            "seed": "random_loc_seed",
-            "n_frequency_pattern": "n_frequency_pattern",
-        },
-        fixed={"bias": "none", "fan_in_fan_out": False, "init_weights": False},
-        defaults={"scaling": 150.0, "random_loc_seed": 777, "n_frequency_pattern": {}},
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys(
+            "bias", "n_frequency", "scaling", "n_frequency_pattern", seed="random_loc_seed"
+        ),
+        own_defaults=True,
+        inert={"fan_in_fan_out": False, "init_weights": False},
         refuse=refuse_all_but_features,
     )
 

@@ -16,7 +16,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, kaiming, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["GLoRA"]
@@ -72,15 +72,12 @@ class GLoRA(WeightMethod):
             **{k: f"glora_{k}.X" for k in _PATHS},
             **{f"{k}0": f"glora_{k}.zeros" for k in _PATHS},
         },
-        config={
-            "r": "r",
-            "weight_form": "config_A_B",
-            "weight_to_bias": "config_C",
-            "bias_form": "config_D_E",
-        },
-        fixed={"bias": "none", "init_weights": True},
-        defaults={"r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
-        ignored=("init_weights",),
+        config=config_keys(
+            "r", weight_form="config_A_B", weight_to_bias="config_C", bias_form="config_D_E"
+        ),
+        own_defaults=True,
+        fixed={"bias": "none"},
+        inert={"init_weights": True},
         pack=_pack,
         unpack=_unpack,
         refuse=refuse_all_but_linear,

@@ -22,6 +22,7 @@ from lightning_peft.methods.checks import (
     require,
     require_dropout,
 )
+from lightning_peft.methods.exchange import config_keys, refuse_scaled_embedding
 from lightning_peft.methods.registry import register
 
 __all__ = ["Hadamard", "HiRA"]
@@ -48,7 +49,7 @@ def _refuse(method: HiRA, site: Site) -> str:
         return "peft adapts no convolution with groups here"
     if len(site.kernel_size) == 3 and site.kernel_size[:2] == (1, 1):
         return "peft takes a Conv3d whose kernel starts with 1, 1 for a Conv2d of size 1"
-    return ""
+    return refuse_scaled_embedding(method, site)
 
 
 @register
@@ -74,10 +75,9 @@ class HiRA(WeightMethod):
         tensors={"A": "hira_A", "B": "hira_B"},
         lookup={"A": "hira_embedding_A", "B": "hira_embedding_B"},
         axes={"A": "down", "B": "up"},
-        config={"r": "r", "rank_pattern": "rank_pattern", "dropout": "hira_dropout"},
-        fixed={"fan_in_fan_out": False, "init_weights": True},
-        defaults={"r": 32, "rank_pattern": {}, "hira_dropout": 0.0},
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys("r", "rank_pattern", dropout="hira_dropout"),
+        own_defaults=True,
+        inert={"fan_in_fan_out": False, "init_weights": True},
         kinds=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
         follows=("dilation",),
         refuse=_refuse,

@@ -16,7 +16,7 @@ from lightning_peft.core.name_patterns import fullmatch
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_shape
+from lightning_peft.methods.checks import empty_like_site, require, require_choice, require_shape
 from lightning_peft.methods.registry import register
 
 __all__ = ["IA3"]
@@ -85,8 +85,7 @@ class IA3(WeightMethod):
         axes={"scale": "vector"},
         config={},
         defaults={"feedforward_modules": None},
-        fixed={"fan_in_fan_out": False, "init_ia3_weights": True},
-        ignored=("init_ia3_weights", "fan_in_fan_out"),
+        inert={"fan_in_fan_out": False, "init_ia3_weights": True},
         pack=_pack,
         unpack=_unpack,
         to_config=_to_config,
@@ -98,10 +97,7 @@ class IA3(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(
-            self.mode in ("multiply", "add"),
-            f"{self.label}: expected mode in ('multiply', 'add'), got {self.mode!r}",
-        )
+        require_choice(self.label, "mode", self.mode, ("multiply", "add"))
 
     def resolved(self, feedforward: Sequence[str]) -> Method:
         """The architecture's feed-forward layers, unless they are named."""

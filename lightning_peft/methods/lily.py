@@ -12,50 +12,20 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.input_dtype import to_adapter_dtype
-from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.mixtures import Mixture
 from lightning_peft.core.site import Site
-from lightning_peft.core.terms import NotMergeable, Term
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, kaiming, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    kaiming,
+    require,
+    require_linear,
+    require_matrix,
+)
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
-__all__ = ["Lily", "Mixture"]
-
-
-@dataclass(frozen=True)
-class Mixture(Term):
-    """s · h Σ_e w_e B_e with h = x Aᵀ and w the mean over tokens of softmax(h Rᵀ).
-
-    Attributes:
-        A: [r, in].
-        B: [n · r, out].
-        R: [n, r], the router.
-        scaling: s.
-        per_sample: Whether each row of the batch has its own mean; else the batch has one.
-    """
-
-    A: Tensor
-    B: Tensor
-    R: Tensor
-    scaling: float
-    per_sample: bool
-
-    def matrix(self) -> Tensor:
-        """None: the mixture depends on the input."""
-        raise NotMergeable("its mixture of factors depends on the input")
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Two thin products, the second with mixed factors."""
-        h = torch.nn.functional.linear(to_adapter_dtype(x, self.A), self.A)
-        w = torch.nn.functional.linear(h, self.R.to(h.dtype)).softmax(-1)
-        B = self.B.to(h.dtype).unflatten(0, (len(self.R), -1))
-        if self.per_sample and x.dim() > 1:
-            w = w.flatten(1, -2).mean(1) if w.dim() > 2 else w
-            mixed = torch.einsum("be,eio->bio", w, B)
-            return torch.einsum("b...i,bio->b...o", h, mixed) * self.scaling
-        return h @ torch.einsum("e,eio->io", w.flatten(0, -2).mean(0), B) * self.scaling
+__all__ = ["Lily"]
 
 
 def _groups(sites: Sequence[Site]) -> list[list[int]]:
@@ -112,10 +82,9 @@ class Lily(WeightMethod):
     hf = HFFormat(
         peft_type="LILY",
         tensors={"A": "lily_A.weight", "B": "lily_B.weight", "R": "lily_router.weight"},
-        config={"r": "r", "stride": "stride_A", "n": "num_B", "scaling": "scaling"},
-        fixed={"init_weights": True},
-        defaults={"stride_A": 1, "num_B": 2, "scaling": 1.0},
-        ignored=("init_weights",),
+        config=config_keys("r", "scaling", stride="stride_A", n="num_B"),
+        own_defaults=True,
+        inert={"init_weights": True},
         from_config=_from_config,
         shares_by_target=True,
         refuse=lambda method, site: (
@@ -136,11 +105,7 @@ class Lily(WeightMethod):
     def check(self, site: Site) -> None:
         """A layer whose input ends in features."""
         require_matrix(self.label, site)
-        require(
-            site.ops.features_last and not site.is_embedding,
-            f"{self.label} on {site.quoted}: expected a linear layer, got "
-            f"{type(site.module).__name__}; exclude it or use LoRA there",
-        )
+        require_linear(self.label, site)
 
     def owners(self, sites: Sequence[Site]) -> Sequence[Mapping[str, int]]:
         """The first layer of a group owns B, the first of each `stride` layers A."""

@@ -14,6 +14,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["LoHa"]
@@ -64,22 +65,16 @@ class LoHa(WeightMethod):
             "t1": "hada_t1",
             "t2": "hada_t2",
         },
-        config={
-            "r": "r",
-            "alpha": "alpha",
-            "rank_dropout": "rank_dropout",
-            "module_dropout": "module_dropout",
-            "use_effective_conv2d": "use_effective_conv2d",
-            "rank_pattern": "rank_pattern",
-            "alpha_pattern": "alpha_pattern",
-        },
-        defaults={
-            "rank_dropout": 0.0,
-            "module_dropout": 0.0,
-            "use_effective_conv2d": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-        },
+        config=config_keys(
+            "r",
+            "alpha",
+            "rank_dropout",
+            "module_dropout",
+            "use_effective_conv2d",
+            "rank_pattern",
+            "alpha_pattern",
+        ),
+        own_defaults=True,
         ignored=("init_weights",),
         kinds=("Linear", "Conv1d", "Conv2d"),
         follows=("dilation",),

@@ -14,7 +14,14 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Kronecker
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
+from lightning_peft.methods.checks import (
+    empty_like_site,
+    match_site,
+    require,
+    require_choice,
+    require_ranks,
+)
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["LoKr", "factorization"]
@@ -119,28 +126,19 @@ class LoKr(WeightMethod):
             "w2_b": "lokr_w2_b",
             "t2": "lokr_t2",
         },
-        config={
-            "r": "r",
-            "alpha": "alpha",
-            "rank_dropout": "rank_dropout",
-            "module_dropout": "module_dropout",
-            "rank_dropout_scale": "rank_dropout_scale",
-            "decompose_both": "decompose_both",
-            "decompose_factor": "decompose_factor",
-            "use_effective_conv2d": "use_effective_conv2d",
-            "rank_pattern": "rank_pattern",
-            "alpha_pattern": "alpha_pattern",
-        },
-        defaults={
-            "rank_dropout": 0.0,
-            "module_dropout": 0.0,
-            "rank_dropout_scale": False,
-            "decompose_both": False,
-            "decompose_factor": -1,
-            "use_effective_conv2d": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-        },
+        config=config_keys(
+            "r",
+            "alpha",
+            "rank_dropout",
+            "module_dropout",
+            "rank_dropout_scale",
+            "decompose_both",
+            "decompose_factor",
+            "use_effective_conv2d",
+            "rank_pattern",
+            "alpha_pattern",
+        ),
+        own_defaults=True,
         ignored=("init_weights",),
         kinds=("Linear", "Conv1d", "Conv2d"),
         follows=("dilation",),
@@ -156,10 +154,7 @@ class LoKr(WeightMethod):
         for name in ("rank_dropout", "module_dropout"):
             p = getattr(self, name)
             require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
-        require(
-            self.conv1d in ("exact", "reshaped"),
-            f"{self.label}: expected conv1d in ('exact', 'reshaped'), got {self.conv1d!r}",
-        )
+        require_choice(self.label, "conv1d", self.conv1d, ("exact", "reshaped"))
         require(
             self.decompose_factor == -1 or self.decompose_factor >= 1,
             f"{self.label}: expected decompose_factor -1 or >= 1, got {self.decompose_factor}",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft.core.drawn import Drawn
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
-from lightning_peft.core.terms import LowRank, Term
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
@@ -24,7 +24,7 @@ from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_exchange import nested_config
 from lightning_peft.methods.registry import register
 
-__all__ = ["Drawn", "MonteCLoRA"]
+__all__ = ["MonteCLoRA"]
 
 _CONFIG = nested_config(
     "monteclora_config",
@@ -51,44 +51,6 @@ def _unpack(
 ) -> dict[str, Tensor]:
     kept = {k: t for k, t in p.items() if k not in ("variance", "weights")}
     return lora_exchange.unpack(method, site, kept, config)
-
-
-@dataclass(frozen=True)
-class Drawn(Term):
-    """A low-rank change with A + noise · ‖w‖ · diag(σ) Z in place of A.
-
-    The mean over samples with weights w that add up to one is one normal draw Z of that width.
-
-    Attributes:
-        low_rank: The change by the mean.
-        log_std: [r].
-        log_concentration: [samples], of the Dirichlet distribution of w.
-        noise: Factor on the noise.
-    """
-
-    low_rank: LowRank
-    log_std: Tensor
-    log_concentration: Tensor
-    noise: float
-
-    def matrix(self) -> Tensor:
-        """ΔW by the mean."""
-        return self.low_rank.matrix()
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Two thin products with a drawn A."""
-        A = self.low_rank.A
-        r, n = len(self.log_std), len(self.log_concentration)
-        # Diagonal of a Wishart matrix with r degrees of freedom and scale diag(std²).
-        spread = torch.randn(r, r, device=A.device).square().sum(0)
-        variance = (torch.exp(2 * self.log_std) * spread).clamp(min=1e-3)
-        a = self.log_concentration
-        inverse = torch.exp(-a)
-        width = inverse * (1 - 2 / n) + inverse.sum() / n**2
-        logits = a - a.mean() + width.clamp(min=1e-6).sqrt() * torch.randn_like(a)
-        std = variance.sqrt() * torch.linalg.vector_norm(logits.softmax(0))
-        drawn = A + self.noise * std.to(A.dtype).unsqueeze(-1) * torch.randn_like(A)
-        return dataclasses.replace(self.low_rank, A=drawn).apply(ops, site, x)
 
 
 @register

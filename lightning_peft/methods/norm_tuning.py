@@ -36,7 +36,11 @@ class NormTuning(SelectMethod):
     bias: bool = True
     any_layer: bool = False
 
-    hf = HFFormat(peft_type="LN_TUNING", tensors={}, config={})
+    hf = HFFormat(
+        peft_type="LN_TUNING",
+        tensors={},
+        config={},
+    )
 
     def selects(self, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
         """Whether the parameter belongs to a normalisation itself, not to a module inside it."""

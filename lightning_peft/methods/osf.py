@@ -15,7 +15,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import HFFormat, StepContext, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["OSF"]
@@ -46,10 +46,10 @@ class OSF(WeightMethod):
         peft_type="OSF",
         tensors={k: f"osf_svd_params.{k}_low" for k in _NAMES},
         unwritten=("U0", "S0", "V0", "H"),
-        config={"kept": "effective_rank", "rank_pattern": "rank_pattern"},
-        fixed={"init_weights": True},
-        defaults={"effective_rank": None, "rank_pattern": {}},
-        ignored=("init_weights", "target_svd_config"),
+        config=config_keys("rank_pattern", kept="effective_rank"),
+        own_defaults=True,
+        inert={"init_weights": True},
+        ignored=("target_svd_config",),
         refuse=refuse_all_but_linear,
     )
 

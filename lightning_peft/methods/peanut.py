@@ -15,7 +15,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import empty_like_site, kaiming, require
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["PEANuT"]
@@ -82,10 +82,9 @@ class PEANuT(WeightMethod):
             **{f"E{i}": f"peanut_encoders.{i}.weight" for i in range(_MOST)},
             **{f"D{i}": f"peanut_decoders.{i}.weight" for i in range(_MOST)},
         },
-        config={"r": "r", "depth": "depth", "act_fn": "act_fn", "scaling": "scaling"},
-        fixed={"init_weights": True},
-        defaults={"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
-        ignored=("init_weights",),
+        config=config_keys("r", "depth", "act_fn", "scaling"),
+        own_defaults=True,
+        inert={"init_weights": True},
         pack=_pack,
         unpack=_unpack,
         refuse=refuse_all_but_linear,

@@ -17,10 +17,11 @@ from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
 from lightning_peft.methods.checks import (
     empty_like_site,
     require,
+    require_choice,
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["PSOFT"]
@@ -80,37 +81,23 @@ class PSOFT(WeightMethod):
         peft_type="PSOFT",
         tensors=_TENSORS,
         unwritten=("A", "B"),
-        config={
-            "r": "r",
-            "alpha": "psoft_alpha",
-            "orthogonal": "psoft_orth",
-            "mag_a": "psoft_mag_a",
-            "mag_b": "psoft_mag_b",
-            "split": "ab_svd_init",
-            "dropout": "psoft_dropout",
-            "cayley_neumann": "use_cayley_neumann",
-            "terms": "num_cayley_neumann_terms",
-            "eps": "cayley_neumann_eps",
-        },
-        fixed={
-            "psoft_svd": "full",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-        },
-        defaults={
-            "r": 32,
-            "psoft_alpha": 32,
-            "psoft_orth": True,
-            "psoft_mag_a": True,
-            "psoft_mag_b": True,
-            "ab_svd_init": "psoft_init",
-            "psoft_dropout": 0.0,
-            "use_cayley_neumann": False,
-            "num_cayley_neumann_terms": 5,
-            "cayley_neumann_eps": None,
-            "psoft_svd": "full",
-        },
-        ignored=("init_weights", "fan_in_fan_out", "psoft_svd_lowrank_niter", "random_seed"),
+        config=config_keys(
+            "r",
+            alpha="psoft_alpha",
+            orthogonal="psoft_orth",
+            mag_a="psoft_mag_a",
+            mag_b="psoft_mag_b",
+            split="ab_svd_init",
+            dropout="psoft_dropout",
+            cayley_neumann="use_cayley_neumann",
+            terms="num_cayley_neumann_terms",
+            eps="cayley_neumann_eps",
+        ),
+        own_defaults=True,
+        fixed={"psoft_svd": "full"},
+        inert={"fan_in_fan_out": False, "init_weights": True},
+        defaults={"psoft_svd": "full"},
+        ignored=("psoft_svd_lowrank_niter", "random_seed"),
         from_config=_from_config,
         refuse=refuse_all_but_linear,
     )
@@ -119,10 +106,7 @@ class PSOFT(WeightMethod):
         """Check the values."""
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(self.alpha > 0, f"{self.label}: expected alpha > 0, got {self.alpha}")
-        require(
-            self.split in ("psoft_init", "pissa_init"),
-            f"{self.label}: expected split in ('psoft_init', 'pissa_init'), got {self.split!r}",
-        )
+        require_choice(self.label, "split", self.split, ("psoft_init", "pissa_init"))
         require_dropout(self.label, self.dropout)
         require(self.terms >= 1, f"{self.label}: expected terms >= 1, got {self.terms}")
         require(self.eps is None or self.eps > 0, f"{self.label}: expected eps > 0, got {self.eps}")

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lightning_peft.core.drawn import Sampled
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
-from lightning_peft.core.terms import LowRank, Term
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     empty_shared,
@@ -22,60 +21,15 @@ from lightning_peft.methods.checks import (
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 
-__all__ = ["PVeRA", "Sampled"]
-
-
-@dataclass(frozen=True)
-class Sampled(Term):
-    """b ∘ B z with z = μ + ε e^{l/2}, [μ; l] = d ∘ A x; merged and without sampling z = μ.
-
-    The vectors multiply thin activations and the output, so that no product makes a gradient of A
-    or B.
-
-    Attributes:
-        A: [2r, in], frozen.
-        B: [out, r], frozen.
-        d: [2r].
-        b: [out].
-        sample: Whether training samples.
-        always: Whether eval samples too.
-    """
-
-    A: Tensor
-    B: Tensor
-    d: Tensor
-    b: Tensor
-    sample: bool
-    always: bool
-
-    def to_mean(self) -> LowRank:
-        """The change by the mean."""
-        r = self.B.shape[1]
-        return LowRank(self.d[:r].unsqueeze(-1) * self.A[:r], self.b.unsqueeze(-1) * self.B)
-
-    def matrix(self) -> Tensor:
-        """ΔW of the mean."""
-        return self.to_mean().matrix()
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Two thin products with noise between, in training."""
-        if not ops.features_last:
-            return self.to_mean().apply(ops, site, x)
-        r = self.B.shape[1]
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)
-        if not (self.always or (self.sample and site.module.training)):
-            return F.linear(F.linear(x, self.A[:r]) * self.d[:r], self.B) * self.b
-        mean, log_variance = (F.linear(x, self.A) * self.d).chunk(2, dim=-1)
-        deviation = torch.exp(0.5 * log_variance)
-        return F.linear(mean + torch.randn_like(deviation) * deviation, self.B) * self.b
+__all__ = ["PVeRA"]
 
 
 @register
 @dataclass(frozen=True)
-class PVeRA(WeightMethod):
+class PVeRA(BiasOption):
     """VeRA whose thin activations are sampled in training; its mean is what is merged.
 
     Attributes:
@@ -85,6 +39,7 @@ class PVeRA(WeightMethod):
         dropout: Probability of dropping an input element of the branch, in training.
         sample: Whether training samples; False trains the mean alone.
         sample_at_inference: Whether eval samples too.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"pvera_only"``.
 
     Raises:
         ValueError: r < 1, dropout outside [0, 1), sampling at inference alone.
@@ -97,36 +52,31 @@ class PVeRA(WeightMethod):
     sample: bool = True
     sample_at_inference: bool = False
 
+    bias: str = "none"
+
+    bias_word = "pvera_only"
     hf = HFFormat(
         peft_type="PVERA",
         tensors={"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
         prefix={"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
         optional=("A", "B"),
-        config={
-            "r": "r",
-            "d_initial": "d_initial",
-            "seed": "projection_prng_key",
-            "dropout": "pvera_dropout",
-            "sample_at_inference": "sample_at_inference",
-        },
-        fixed={
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-            "save_projection": True,
-        },
-        defaults={
-            "d_initial": 0.1,
-            "projection_prng_key": 0,
-            "pvera_dropout": 0.0,
-            "sample_at_inference": False,
-        },
-        ignored=("init_weights", "fan_in_fan_out", "save_projection", "generator_seed"),
+        config=config_keys(
+            "bias",
+            "r",
+            "d_initial",
+            "sample_at_inference",
+            seed="projection_prng_key",
+            dropout="pvera_dropout",
+        ),
+        own_defaults=True,
+        inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
+        ignored=("generator_seed",),
         refuse=refuse_all_but_features,
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require_dropout(self.label, self.dropout)
         require(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 from lightning_peft.methods.arguments import checked_arguments
-from lightning_peft.methods.base import Method, Targeted
+from lightning_peft.methods.base import HFFormat, Method, Targeted
 
 __all__ = ["METHODS", "from_dict", "register", "to_dict"]
 
@@ -23,7 +23,20 @@ def register(cls: M) -> M:
     generated table.
     """
     METHODS[cls.__name__] = cls
+    fmt = vars(cls).get("hf")
+    if fmt is not None and fmt.own_defaults:
+        cls.hf = dataclasses.replace(fmt, defaults={**_defaults(cls, fmt), **fmt.defaults})
     return checked_arguments(cls)
+
+
+def _defaults(cls: type[Method], fmt: HFFormat) -> dict[str, Any]:
+    """peft's keys → the defaults of our fields."""
+    found = {}
+    for f in dataclasses.fields(cast("type[Targeted]", cls)):
+        if f.name in fmt.config:
+            made = f.default_factory
+            found[fmt.config[f.name]] = f.default if made is dataclasses.MISSING else made()
+    return found
 
 
 def to_dict(method: Method) -> dict[str, Any]:

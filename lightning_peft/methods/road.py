@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit, OutMap
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.checks import empty_like_site, require, require_choice, require_matrix
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["PairRotations", "RoAd"]
@@ -61,19 +61,15 @@ class RoAd(WeightMethod):
     hf = HFFormat(
         peft_type="ROAD",
         tensors={"theta": "road_theta", "alpha": "road_alpha"},
-        config={"variant": "variant", "group_size": "group_size"},
-        fixed={"init_weights": True},
-        defaults={"variant": "road_1", "group_size": 64},
-        ignored=("init_weights",),
+        config=config_keys("variant", "group_size"),
+        own_defaults=True,
+        inert={"init_weights": True},
         refuse=refuse_all_but_linear,
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(
-            self.variant in _SIZES,
-            f"{self.label}: expected variant in {tuple(_SIZES)}, got {self.variant!r}",
-        )
+        require_choice(self.label, "variant", self.variant, _SIZES)
         require(
             self.group_size >= 2 and self.group_size % 2 == 0,
             f"{self.label}: expected an even group_size >= 2, got {self.group_size}",

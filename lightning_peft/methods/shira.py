@@ -19,7 +19,7 @@ from lightning_peft.methods.checks import (
     require_matrix,
     require_places,
 )
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["SHiRA"]
@@ -61,10 +61,10 @@ class SHiRA(WeightMethod):
         peft_type="SHIRA",
         tensors={"values": "shira_weight", "places": "shira_indices"},
         integers=("places",),
-        config={"r": "r", "seed": "random_seed"},
-        fixed={"mask_type": "random", "fan_in_fan_out": False, "init_weights": True},
-        defaults={"r": 32, "random_seed": None},
-        ignored=("init_weights", "fan_in_fan_out"),
+        config=config_keys("r", seed="random_seed"),
+        own_defaults=True,
+        fixed={"mask_type": "random"},
+        inert={"fan_in_fan_out": False, "init_weights": True},
         unpack=_unpack,
         refuse=refuse_all_but_linear,
     )

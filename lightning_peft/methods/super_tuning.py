@@ -23,7 +23,7 @@ from lightning_peft.methods.checks import (
     require_matrix,
     require_places,
 )
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
 
 __all__ = ["SuperTuning"]
@@ -70,15 +70,9 @@ class SuperTuning(WeightMethod):
             "B": "supertuning_lora_B.weight",
         },
         integers=("places",),
-        config={
-            "sparsity": "sparsity",
-            "select_top": "select_top",
-            "r": "r",
-            "alpha": "lora_alpha",
-        },
-        fixed={"lora_dropout": 0.0, "init_weights": True, "save_precomputed_indices": True},
-        defaults={"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None},
-        ignored=("init_weights", "lora_dropout", "save_precomputed_indices"),
+        config=config_keys("sparsity", "select_top", "r", alpha="lora_alpha"),
+        own_defaults=True,
+        inert={"lora_dropout": 0.0, "init_weights": True, "save_precomputed_indices": True},
         unpack=_unpack,
         refuse=refuse_all_but_linear,
     )

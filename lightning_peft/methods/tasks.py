@@ -1,11 +1,20 @@
-"""Task ids of the batch, as methods that are trained on several tasks read them."""
+"""Task ids of the batch, as methods that are trained on several tasks read them, and the change
+that follows from them.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["tasks_of_rows"]
+from lightning_peft.core.input_dtype import to_adapter_dtype
+from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.site import Site
+from lightning_peft.core.terms import NotMergeable, Term
+
+__all__ = ["MixedSkills", "tasks_of_rows"]
 
 
 def tasks_of_rows(tasks: Tensor | None, rows: int, count: int, what: str) -> Tensor:
@@ -38,3 +47,44 @@ def tasks_of_rows(tasks: Tensor | None, rows: int, count: int, what: str) -> Ten
             "tasks"
         )
     return tasks.repeat_interleave(rows // len(tasks))
+
+
+@dataclass(frozen=True)
+class MixedSkills(Term):
+    """x A B / r, with A and B mixed for each sample by the weights of its task.
+
+    Attributes:
+        A: [splits, skills, in / splits, r].
+        B: [splits, skills, r, out / splits].
+        logits: [tasks, splits · skills].
+        tasks: [samples]; None where no task is known.
+    """
+
+    A: Tensor
+    B: Tensor
+    logits: Tensor
+    tasks: Tensor | None
+
+    def matrix(self) -> Tensor:
+        """None: it depends on the task."""
+        raise NotMergeable("it depends on the task of each sample")
+
+    def weights(self, site: Site, rows: int) -> Tensor:
+        """Weights of the skills [rows, splits, skills]; in training they are drawn."""
+        tasks = tasks_of_rows(self.tasks, rows, len(self.logits), site.label)
+        chosen = self.logits[tasks.to(self.logits.device)].unflatten(-1, self.A.shape[:2])
+        if site.module.training:  # a relaxed Bernoulli variable of temperature 1
+            eps = torch.finfo(chosen.dtype).eps
+            u = torch.rand_like(chosen).clamp(eps, 1 - eps)
+            chosen = chosen + u.log() - (-u).log1p()
+        w = torch.sigmoid(chosen)
+        return w / (w.sum(-1, keepdim=True) + 1e-12)
+
+    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
+        """Two thin products per sample."""
+        x = to_adapter_dtype(x, self.A)
+        w = self.weights(site, len(x)).to(self.A.dtype)
+        A = torch.einsum("bqs,qsdr->bqdr", w, self.A).flatten(1, 2)
+        B = torch.einsum("bqs,qsrd->brqd", w, self.B).flatten(2)
+        y = x.reshape(len(x), -1, x.shape[-1]) @ A @ B / self.A.shape[-1]
+        return y.reshape(*x.shape[:-1], -1)

@@ -14,15 +14,21 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     empty_shared,
     require,
+    require_choice,
     require_dropout,
     require_matrix,
 )
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.exchange import (
+    config_keys,
+    refuse_all_but_features,
+    refuse_scaled_embedding,
+)
 from lightning_peft.methods.registry import register
 
 __all__ = ["TinyLoRA"]
@@ -37,12 +43,14 @@ def _turned(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse(method: TinyLoRA, site: Site) -> str:
-    return "" if site.is_embedding else refuse_all_but_features(method, site)
+    if site.is_embedding:
+        return refuse_scaled_embedding(method, site)
+    return refuse_all_but_features(method, site)
 
 
 @register
 @dataclass(frozen=True)
-class TinyLoRA(WeightMethod):
+class TinyLoRA(BiasOption):
     """ΔW = B (Σ_i v_i P_i) A with A = √S Vᵀ, B = U √S of the r leading triplets of W, frozen.
 
     Attributes:
@@ -53,6 +61,7 @@ class TinyLoRA(WeightMethod):
         init: v starts at ``"zeros"``, or ``"uniform"`` within ± `bound`.
         bound: See `init`.
         dropout: Probability of dropping an input element of the branch, in training.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"tinylora_only"``.
 
     Raises:
         ValueError: r or u below 1, weight_tying outside [0, 1], an unknown init, dropout outside
@@ -67,28 +76,26 @@ class TinyLoRA(WeightMethod):
     bound: float = 0.02
     dropout: float = 0.0
 
+    bias: str = "none"
+
+    bias_word = "tinylora_only"
     hf = HFFormat(
         peft_type="TINYLORA",
         tensors={"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"},
         optional=("P",),
         unwritten=("group",),
         prefix={"v": "base_model.tinylora_v.{i}"},
-        config={
-            "r": "r",
-            "u": "u",
-            "weight_tying": "weight_tying",
-            "seed": "projection_seed",
-            "bound": "init_v_bound",
-            "dropout": "tinylora_dropout",
-        },
-        fixed={
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_weights": True,
-            "save_projection": True,
-        },
-        defaults={"weight_tying": 0.0, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
-        ignored=("init_weights", "fan_in_fan_out", "save_projection"),
+        config=config_keys(
+            "bias",
+            "r",
+            "u",
+            "weight_tying",
+            seed="projection_seed",
+            bound="init_v_bound",
+            dropout="tinylora_dropout",
+        ),
+        own_defaults=True,
+        inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
         pack=lambda method, site, p: _turned(site, p),
         unpack=lambda method, site, p, config: _turned(site, p),
         refuse=_refuse,
@@ -96,16 +103,14 @@ class TinyLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(self.u >= 1, f"{self.label}: expected u >= 1, got u = {self.u}")
         require(
             0.0 <= self.weight_tying <= 1.0,
             f"{self.label}: expected 0 <= weight_tying <= 1, got {self.weight_tying}",
         )
-        require(
-            self.init in ("zeros", "uniform"),
-            f"{self.label}: expected init in ('zeros', 'uniform'), got {self.init!r}",
-        )
+        require_choice(self.label, "init", self.init, ("zeros", "uniform"))
         require_dropout(self.label, self.dropout)
 
     def check(self, site: Site) -> None:

@@ -17,6 +17,7 @@ from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.token_indices import TokenIndices, check_token_indices
 
@@ -46,9 +47,9 @@ class TrainableTokens(WeightMethod):
     hf: ClassVar[HFFormat] = HFFormat(
         peft_type="TRAINABLE_TOKENS",
         tensors={"rows": "trainable_tokens_delta"},
-        config={"token_indices": "token_indices"},
-        fixed={"init_weights": True},
-        ignored=("init_weights",),
+        config=config_keys("token_indices"),
+        own_defaults=True,
+        inert={"init_weights": True},
         unwritten=("ids",),
         saves_modules=False,
     )

@@ -14,75 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.core.collectives import average_on_all_ranks
+from lightning_peft.core.compressed import Compressed
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.input_dtype import to_adapter_dtype
-from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
-from lightning_peft.core.terms import LowRank, Term
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import StepContext
-from lightning_peft.methods.checks import empty_like_site, require, require_matrix
+from lightning_peft.methods.checks import empty_like_site, require, require_linear, require_matrix
 from lightning_peft.methods.exchange import refuse_all_but_linear
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_exchange import nested_config
 from lightning_peft.methods.registry import register
 
-__all__ = ["Compressed", "VeLoRA"]
+__all__ = ["VeLoRA"]
 
 _CONFIG = nested_config(
     "velora_config", {"groups": "num_groups", "scale": "scale", "direction": "init_type"}
 )
-
-
-@dataclass(frozen=True)
-class Compressed(Term):
-    """A low-rank change that keeps x [n, in] for the backward as c [n, groups] alone.
-
-    Each row of x is cut into groups of length d; c is their product with v [d], and dA is formed
-    with scale · c ⊗ v in place of x. The output and the gradient of x are exact.
-
-    Attributes:
-        low_rank: The change.
-        v: Unit vector, or zeros where the first batch sets it.
-        groups: Number of groups.
-        scale: Factor on what is put in place of x.
-        direction: As in `VeLoRA`.
-    """
-
-    low_rank: LowRank
-    v: Tensor
-    groups: int
-    scale: float
-    direction: str
-
-    def matrix(self) -> Tensor:
-        """ΔW, formed."""
-        return self.low_rank.matrix()
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Two thin products; the first has no part in the gradient of A."""
-        A, B = self.low_rank.A, self.low_rank.B
-        x = to_adapter_dtype(x, A)
-        padding = self.groups * len(self.v) - x.shape[-1]
-        with torch.no_grad():
-            parts = F.pad(x, (0, padding)).unflatten(-1, (self.groups, len(self.v)))
-            v = self._vector(parts).to(parts.dtype)
-            c = parts @ v
-        folded = F.pad(A, (0, padding)).unflatten(-1, (self.groups, len(v))) @ v.to(A.dtype)
-        u = self.scale * F.linear(c, folded)
-        h = F.linear(x, A.detach()) + (u - u.detach())  # adds zero: a gradient and no value
-        return F.linear(h * self.low_rank.scaling, B)
-
-    def _vector(self, parts: Tensor) -> Tensor:
-        if self.direction == "random":
-            return self.v
-        mean = parts.float().flatten(0, -2).mean(dim=0)
-        mean = torch.where(mean.any(), mean, torch.ones_like(mean))
-        mean = mean / torch.linalg.vector_norm(mean)
-        if self.direction == "batch_average_once":
-            mean = torch.where(self.v.any(), self.v.float(), mean)
-            self.v.copy_(mean)
-        return mean
 
 
 @register
@@ -133,11 +81,7 @@ class VeLoRA(LoRA):
         """A layer that runs row by row."""
         super().check(site)
         require_matrix(self.label, site)
-        require(
-            site.ops.features_last,
-            f"{self.label} on {site.quoted}: expected a linear layer, got "
-            f"{type(site.module).__name__}; exclude it or use LoRA there",
-        )
+        require_linear(self.label, site)
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """v [⌈in / groups⌉]: a random direction, or zeros until the first batch."""

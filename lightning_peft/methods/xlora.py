@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.site import RouterSite
 from lightning_peft.methods.base import HFFormat, RouterMethod
 from lightning_peft.methods.checks import require, require_dropout
+from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
 __all__ = ["XLoRA"]
@@ -71,19 +72,21 @@ class XLoRA(RouterMethod):
     hf: ClassVar[HFFormat | None] = HFFormat(
         peft_type="XLORA",
         tensors={},
-        config={
-            "depth": "xlora_depth",
-            "hidden": "xlora_size",
-            "dropout": "xlora_dropout_p",
-            "layerwise": "layerwise_scalings",
-            "softmax": "enable_softmax",
-            "temperature": "softmax_temperature",
-            "top_k": "top_k_lora",
-            "softmax_top_k": "enable_softmax_topk",
-            "weight": "global_scaling_weight",
-        },
-        fixed={"use_trainable_adapters": False, "scaling_pass_value": 0.0},
-        ignored=("adapters", "hidden_size", "use_trainable_adapters"),
+        config=config_keys(
+            depth="xlora_depth",
+            hidden="xlora_size",
+            dropout="xlora_dropout_p",
+            layerwise="layerwise_scalings",
+            softmax="enable_softmax",
+            temperature="softmax_temperature",
+            top_k="top_k_lora",
+            softmax_top_k="enable_softmax_topk",
+            weight="global_scaling_weight",
+        ),
+        own_defaults=True,
+        fixed={"scaling_pass_value": 0.0},
+        inert={"use_trainable_adapters": False},
+        ignored=("adapters", "hidden_size"),
         saves_modules=False,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning_peft_kernels import verdicts
+from lightning_peft_kernels.chips import CHIPS
 from lightning_peft_kernels.launch import FAILURES, failure
 from lightning_peft_kernels.verdicts import (
     Verdict,
@@ -28,6 +30,8 @@ from lightning_peft.diagnostics.check_runner import OPS, check_device, ensure_ch
 from lightning_peft.diagnostics.check_worker import Request
 from lightning_peft.diagnostics.kernel_checks import kernel_checks
 from lightning_peft.diagnostics.pairs import Pair, Shape, bits, close
+from lightning_peft.diagnostics.worker_process import run_worker
+from tests.helpers.fake_gpu import GPUS
 
 CPU = torch.device("cpu")
 WORKER = "tests.helpers.failing_worker"
@@ -119,15 +123,25 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_verdicts_hold(cache: Pa
         pass
 
 
-def test_two_at_once_check_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, both = [], threading.Barrier(2)
+@pytest.fixture
+def short_form(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Ops of each run of the short form, which finds every kernel right, on a chip."""
+    monkeypatch.setitem(CHIPS, CPU, GPUS["sm_90"].chip)
+    checks = [c for c in kernel_checks(CPU, Shape(80, 192, 20), interpreted=True) if c.short]
+    runs: list[tuple[str, ...]] = []
 
     def check(request: Request, *given: object) -> check_runner.Verdicts:
-        runs.append(request.short)
-        return {("scale", "float16"): GOOD}
+        assert request.short
+        runs.append(request.ops)
+        names = [(c.op, c.configuration) for c in checks if c.op in request.ops]
+        return {name: Verdict(*name, "ok", "") for name in names}
 
     monkeypatch.setattr(check_runner, "_check", check)
-    found = []
+    return runs
+
+
+def test_two_at_once_check_once(short_form: list[tuple[str, ...]]) -> None:
+    both, found = threading.Barrier(2), []
 
     def ask() -> None:
         both.wait()
@@ -138,8 +152,41 @@ def test_two_at_once_check_once(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert runs == [True]
-    assert found == [{("scale", "float16"): GOOD}] * 2
+    assert len(short_form) == 1
+    assert found[0] == found[1]
+    assert {op for op, _ in found[0]} == set(short_form[0])
+
+
+def test_what_an_interrupted_check_left_out_is_checked(short_form: list[tuple[str, ...]]) -> None:
+    done = Verdict("dequantize_4bit", "float16", "wrong", "W: error 1, limit 0")
+    store_verdicts(device_key(CPU), {("dequantize_4bit", "float16"): done})
+    found, why = ensure_checked(CPU)
+    assert why == ""
+    assert found["dequantize_4bit", "float16"] == done
+    assert failure("dequantize_4bit", "float16", CPU)
+    (ops,) = short_form
+    assert "dequantize_4bit" not in ops
+    assert "rank_gradients" in ops
+    ensure_checked(CPU)
+    assert len(short_form) == 1
+
+
+def test_verdicts_are_stored_op_by_op() -> None:
+    def told(verdict: Verdict) -> None:
+        if verdict.op == "last":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_device(CPU, ops=("first", "wrong", "last"), worker=WORKER, told=told)
+    assert {op for op, _ in read_verdicts(device_key(CPU))} == {"first", "wrong"}
+
+
+def test_a_kernel_that_never_ends() -> None:
+    request = {"device": "cpu", "ops": ["hangs"], "short": True, "done": []}
+    entries = run_worker(WORKER, request, seconds=0.5)
+    with pytest.raises(StopIteration) as stopped:
+        next(entries)
+    assert stopped.value.value.starts == ["hangs", "float16"]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +210,22 @@ def test_every_op_has_a_check_of_its_own() -> None:
     assert {check.op for check in found} == set(OPS)
     names = [(check.op, check.configuration) for check in found]
     assert len(set(names)) == len(names)
+
+
+def test_every_op_that_launches_has_a_check() -> None:
+    """Ops are named where they run: ``run("op", …)``, ``attempt("op", …)``, ``select("op", …)``."""
+    package = Path(verdicts.__file__).parent
+    calls = [
+        node
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and node.args
+        and getattr(node.func, "id", "") in ("run", "attempt", "select")
+    ]
+    named = {c.args[0].value for c in calls if isinstance(c.args[0], ast.Constant)}
+    assert len(named) >= 10
+    assert named <= set(OPS)
 
 
 def interpreted(script: str, *arguments: str) -> str:

@@ -1,10 +1,11 @@
-"""Serves a request for checks without a device: one op ends its process, one is wrong."""
+"""Serves a request for checks without a device: ops end their process, are wrong, or hang."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 
 CONFIGURATIONS = ("float16", "float32")
 
@@ -19,6 +20,8 @@ def main() -> None:
             if op == "nothing":
                 sys.exit("the device is busy")
             print(json.dumps({"starts": [op, configuration]}), flush=True)
+            if op == "hangs":
+                time.sleep(600)
             if op == "crashes":
                 print("illegal memory access", file=sys.stderr, flush=True)
                 os.abort()

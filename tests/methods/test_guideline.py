@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from lightning_peft.guideline.guideline import GUIDELINE, guideline_table
@@ -14,7 +16,7 @@ from lightning_peft.methods.registry import METHODS
 def test_rows(row) -> None:
     assert row.method in METHODS
     assert row.latency == METHODS[row.method].mergeable
-    assert row.source.startswith("arXiv:")
+    assert row.source.startswith(("arXiv:", "OpenReview:"))
 
 
 def test_what_was_measured_stands_beside() -> None:
@@ -30,13 +32,38 @@ def test_what_was_measured_stands_beside() -> None:
 
 
 def test_filters() -> None:
-    assert [r.method for r in literature("generation", budget=0.05, latency=True)] == [
-        "IA3",
-        "VeRA",
-    ]
+    small = [r.method for r in literature("generation", budget=0.05, latency=True)]
+    assert small[:2] == ["IA3", "VeRA"]
+    assert set(small[2:]) == {"VBLoRA", "UniLoRA", "TinyLoRA", "FourierFT", "NormTuning", "BEFT"}
     assert all(r.multi_task for r in literature(multi_task=True))
     assert literature() == list(GUIDELINE)
     with pytest.raises(ValueError, match="task"):
         literature("speech")
     with pytest.raises(ValueError, match="budget"):
         literature(budget=0)
+
+
+def test_rows_by_sample_hold() -> None:
+    """`multi_task` says of a weight method what a batch of two adapters shows."""
+    import torch
+    from torch import nn
+
+    import lightning_peft as lp
+    from tests.helpers.method_cases import CASES
+
+    said = {row.method: row.multi_task for row in GUIDELINE}
+    seen = set()
+    for case in CASES:
+        label = case.method.label
+        if label in seen or not said.get(label, False) or "linear" in case.skip:
+            continue
+        seen.add(label)
+        model = nn.Sequential(nn.Linear(16, 8))
+        for name in "ab":
+            lp.attach(
+                model, dataclasses.replace(case.method, target_modules=["0"]), adapter_name=name
+            )
+        lp.set_adapter(model, ["a", "b"])
+        with lp.adapter_names(["a", "b"]):
+            assert model(torch.randn(2, 16)).shape == (2, 8)
+    assert len(seen) > 20

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet, MultivariateNormal, kl_divergence
 
 import lightning_peft as lp
+from lightning_peft.core.drawn import Drawn
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import StepContext
-from lightning_peft.methods.monteclora import Drawn
 from lightning_peft.strategies.sharding import _check_adapters
 from tests.helpers.compare import assert_close
 from tests.helpers.peft_exchange import build, by_peft, loaded, run

@@ -7,34 +7,29 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.distributed.grid import cells, job
 from tests.helpers.distributed.jobs import Job
 from tests.helpers.distributed.once import made_once
 from tests.helpers.distributed.processes import difference, run
 
 pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
-WHERE: dict[str, dict[str, Any]] = {
-    "one": {},
-    "ddp": {"devices": 2, "strategy": "peft_ddp"},
-    "fsdp": {"devices": 2, "strategy": "peft_fsdp"},
-}
 #: Runs that FSDP2 refuses by name: tensors that layers share, a penalty on whole tensors.
-REFUSED = {("fsdp", "MonteCLoRA"), ("fsdp", "Lily")}
+REFUSED = {("fsdp", "MonteCLoRA"), ("fsdp", "Lily"), ("fsdp", "XLoRA")}
 METHODS: dict[str, dict[str, Any]] = {
     "VeLoRA": {"method": "VeLoRA", "method_options": {"groups": 4, "direction": "random"}},
     "MonteCLoRA": {"method": "MonteCLoRA", "method_options": {"noise": 0.0, "kl_weight": 0.1}},
     "Lily": {"method": "Lily", "method_options": {"stride": 2, "per_sample": True}},
+    "Poly": {"method": "Poly", "method_options": {"tasks": 3}, "tasks": 3, "draws": False},
+    "MultitaskPrompt": {"method": "MultitaskPrompt", "method_options": {"tasks": 3}, "tasks": 3},
+    "XLoRA": {"method": "XLoRA", "method_options": {"adapters": ["a", "b"], "layerwise": True}},
+    "Arrow": {"method": "Arrow", "method_options": {"top_k": 1}, "fabric": True},
 }
 
 
 def jobs(folder: Path) -> dict[str, Job]:
-    listed = [
-        Job(f"{where} {name}", str(folder), **{**how, **options})
-        for name, options in METHODS.items()
-        for where, how in WHERE.items()
-        if (where, name) not in REFUSED
-    ]
-    return {job.name: job for job in listed}
+    listed = [job(cell, METHODS, folder) for cell in cells(METHODS, REFUSED)]
+    return {each.name: each for each in listed}
 
 
 @pytest.fixture(scope="module")
@@ -52,5 +47,5 @@ def runs(lightning_package: str, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.mark.parametrize("name", METHODS)
 def test_same_adapters(name: str, where: str, runs: dict[str, Job]) -> None:
     if (where, name) in REFUSED:
-        pytest.skip("refused by name: see tests/methods/test_lily.py and test_monteclora.py")
+        pytest.skip(f"refused by name: see tests/methods/test_{name.lower()}.py")
     assert difference(runs[f"one {name}"], runs[f"{where} {name}"]) < 1e-5

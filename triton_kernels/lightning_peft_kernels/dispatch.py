@@ -22,7 +22,7 @@ from typing import Literal, TypeVar
 import torch
 
 from lightning_peft_kernels.chips import chip_of
-from lightning_peft_kernels.launch import attempt, failure
+from lightning_peft_kernels.launch import any_failure, attempt, configuration, failure
 from lightning_peft_kernels.races import Question, measured
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
 
 Backend = Literal["auto", "triton", "torch"]
 T = TypeVar("T")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,16 @@ def select(
     requested = backend or current_backend()
     if requested == "torch":
         return Decision("torch", "requested")
+    # Every launch asks here, so the usual answer takes as few calls as possible.
+    if chip_of(device) is not None and dtype in _FLOATS and triton_available():
+        if requested == "triton":
+            return Decision("triton", "requested")
+        if any_failure(device):
+            failed = failure(op, configuration(dtype, detail), device)
+            if failed:
+                return Decision("torch", f"{op} does not run on {device}: {failed}")
+        return Decision("triton", f"{op} on {device.type}")
     blocked = _why_not_triton(device, dtype)
-    if blocked is None:
-        failed = failure(op, configuration(dtype, detail), device)
-        if failed and requested == "auto":
-            return Decision("torch", f"{op} does not run on {device}: {failed}")
-        return Decision(
-            "triton", "requested" if requested == "triton" else f"{op} on {device.type}"
-        )
     if requested == "triton":
         raise RuntimeError(f"{op}: expected a device for Triton, got {blocked}; use kernels='auto'")
     return Decision("torch", blocked)
@@ -173,12 +176,6 @@ def fastest(
         if tokens <= most:
             return Decision(winner, f"{tokens} tokens, {reason}")  # type: ignore[arg-type]
     return None
-
-
-def configuration(dtype: torch.dtype, detail: str = "") -> str:
-    """Name a kernel of an op: by its dtype, and `detail` if one dtype has several kernels."""
-    name = str(dtype).removeprefix("torch.")
-    return f"{name}, {detail}" if detail else name
 
 
 def run(
@@ -207,14 +204,10 @@ def run(
         return cpu()
     if select(op, device, dtype, backend).backend != "triton":
         return otherwise()
-    return attempt(op, configuration(dtype), device, backend, triton, otherwise)
+    return attempt(op, dtype, "", device, backend, triton, otherwise)
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     if chip_of(device) is None:
         return f"{device.type} tensors"
-    if not triton_available():
-        return "triton is not installed"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{dtype}"
-    return None
+    return f"{dtype}" if triton_available() else "triton is not installed"

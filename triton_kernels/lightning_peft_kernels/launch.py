@@ -16,7 +16,16 @@ from torch import Tensor
 
 from lightning_peft_kernels.verdicts import Verdict, device_key, read_verdicts
 
-__all__ = ["FAILURES", "LaunchError", "attempt", "failure", "launch", "use_verdicts"]
+__all__ = [
+    "FAILURES",
+    "LaunchError",
+    "any_failure",
+    "attempt",
+    "configuration",
+    "failure",
+    "launch",
+    "use_verdicts",
+]
 
 T = TypeVar("T")
 # RuntimeErrors of Triton's compiler: a pass that fails, and a host without a C compiler. A
@@ -63,9 +72,16 @@ def launch(
         raise LaunchError(f"{kernel.__name__}: {_reason(error)}") from error
 
 
+def configuration(dtype: torch.dtype, detail: str = "") -> str:
+    """Name a kernel of an op: by its dtype, and `detail` if one dtype has several kernels."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}, {detail}" if detail else name
+
+
 def attempt(
     op: str,
-    configuration: str,
+    dtype: torch.dtype,
+    detail: str,
     device: torch.device,
     requested: str,
     run: Callable[[], T],
@@ -75,7 +91,8 @@ def attempt(
 
     Args:
         op: Name of the op.
-        configuration: What distinguishes this kernel from others of the op, as `failure` is asked.
+        dtype: Dtype of the tensors.
+        detail: What else distinguishes this kernel from others of the op, see `configuration`.
         device: Device of the tensors.
         requested: Requested backend; ``"triton"`` allows no alternative.
         run: Launches the kernels. It changes no argument before its last launch.
@@ -89,8 +106,15 @@ def attempt(
     except LaunchError as error:
         if requested == "triton":
             raise
-        _remember(op, configuration, device, str(error))
+        _remember(op, configuration(dtype, detail), device, str(error))
     return otherwise()
+
+
+def any_failure(device: torch.device) -> bool:
+    """Whether any kernel is known not to run; false spares asking for each launch."""
+    if device.type == "cuda" and device not in _READ:
+        use_verdicts(device, read_verdicts(device_key(device)))
+    return bool(FAILURES)
 
 
 def failure(op: str, configuration: str, device: torch.device) -> str:
@@ -98,9 +122,7 @@ def failure(op: str, configuration: str, device: torch.device) -> str:
 
     A launch failed in this process, or the check on such a device found the kernel wrong.
     """
-    if device.type == "cuda" and device not in _READ:
-        use_verdicts(device, read_verdicts(device_key(device)))
-    return FAILURES.get((op, configuration, device), "")
+    return FAILURES.get((op, configuration, device), "") if any_failure(device) else ""
 
 
 def use_verdicts(device: torch.device, found: Mapping[tuple[str, str], Verdict]) -> None:
@@ -113,7 +135,8 @@ def use_verdicts(device: torch.device, found: Mapping[tuple[str, str], Verdict])
 
 
 # A traced graph reads it as a constant; the ops in the graph ask again when they run.
-vars(failure)["_dynamo_marked_constant"] = True
+for _asked in (any_failure, failure):
+    vars(_asked)["_dynamo_marked_constant"] = True
 
 
 def _remember(op: str, configuration: str, device: torch.device, reason: str) -> None:

@@ -29,12 +29,15 @@ import lightning_peft
 from lightning_peft import (
     PEFT,
     Activations,
+    LoRA,
     MethodHooks,
     Quantization,
     attach,
     convert_optimizer,
     load_checkpoint,
+    route,
     save_checkpoint,
+    set_adapter,
 )
 from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.optim.state_pool import local
@@ -62,8 +65,12 @@ class Job:
         reverse: Whether the optimizer gets its parameters in reverse order.
         fabric: Whether a loop under Fabric trains, instead of a Trainer.
         mixed: Whether each sample is under one of two adapters.
+        tasks: Number of tasks that samples belong to; 0 if the method reads none.
+        draws: Whether the net trains in train mode; else it draws no random numbers.
         activations: Arguments of `Activations`.
         loss: As `PEFT` takes it.
+        sgd: Learning rate of SGD in place of AdamW, which turns the rounding of a gradient near
+            zero into a part of a step.
     """
 
     name: str
@@ -93,6 +100,8 @@ class Job:
     method_options: dict[str, Any] = field(default_factory=dict)
     reverse: bool = False
     mixed: bool = False
+    tasks: int = 0
+    draws: bool = True
     modules_to_save: list[str] = field(default_factory=list)
     callbacks: list[str] = field(default_factory=list)
     validate: bool = False
@@ -103,6 +112,7 @@ class Job:
     watch_memory: bool = False
     activations: dict[str, Any] | None = None
     loss: str | None = None
+    sgd: float | None = None
 
 
 def rank() -> int:
@@ -190,6 +200,9 @@ class Net(InPackage):
         self.grown_at_start = 0
 
     def forward(self, ids: Tensor) -> Any:
+        if self.job.tasks:
+            with lightning_peft.task_ids([int(row[0]) % self.job.tasks for row in ids]):
+                return self.net(input_ids=ids, labels=ids)
         if not self.job.mixed:
             return self.net(input_ids=ids, labels=ids)
         with lightning_peft.adapter_names(["ab"[int(row[0]) % 2] for row in ids]):
@@ -199,6 +212,9 @@ class Net(InPackage):
         loss: Tensor = self(batch).loss
         self.losses.append(float(loss.detach()))
         return loss * self._fault(loss)
+
+    def on_train_epoch_start(self) -> None:
+        self.net.train(self.job.draws)
 
     def on_train_start(self) -> None:
         if self.memory is not None:
@@ -232,6 +248,8 @@ class Net(InPackage):
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]
         trained = trained[::-1] if self.job.reverse else trained
+        if self.job.sgd is not None:
+            return torch.optim.SGD(trained, lr=self.job.sgd)
         return torch.optim.AdamW(trained, lr=1e-2)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -250,9 +268,9 @@ def loader(trainer: pl.Trainer) -> DataLoader[Any]:
 
 def make(job: Job) -> tuple[Net, pl.Trainer, PEFT]:
     method, quantization = method_of(job), quantization_of(job)
-    adapters = {"a": method, "b": replace(method, alpha=2.0)} if job.mixed else None
+    adapters = adapters_of(job, method)
     peft = PEFT(
-        None if job.mixed else method,
+        None if adapters else method,
         adapters=adapters,
         modules_to_save=job.modules_to_save,
         quantization=quantization,
@@ -313,9 +331,21 @@ def quantization_of(job: Job) -> Quantization | None:
     )
 
 
+def adapters_of(job: Job, method: Any) -> dict[str, Any] | None:
+    """The adapters of a run with several; None if it has one."""
+    if job.mixed:
+        return {"a": method, "b": replace(method, alpha=2.0)}
+    if job.method == "XLoRA":
+        lora = LoRA(r=4, target_modules=["q_proj", "v_proj"])
+        return {"a": lora, "b": replace(lora, alpha=2.0), "router": method}
+    return None
+
+
 def method_of(job: Job) -> Any:
     kind = getattr(lightning_peft, job.method)
     options = {"target_modules": "all-linear", **job.method_options}
+    if job.method in ("MultitaskPrompt", "XLoRA"):
+        del options["target_modules"]
     if "r" in kind.__dataclass_fields__:
         options = {"r": of_rank(job.lora_r), **options}
     return kind(**options)
@@ -403,13 +433,28 @@ class Holder(torch.nn.Module):
         return self.net(input_ids=ids, labels=ids)
 
 
+def attach_all(job: Job, net: torch.nn.Module) -> None:
+    """The method; Arrow over two adapters, below one that is trained."""
+    if job.method != "Arrow":
+        attach(net, method_of(job), quantization=quantization_of(job))
+        return
+    lora, g = LoRA(r=4, target_modules=["q_proj", "v_proj"]), torch.Generator().manual_seed(5)
+    for name in "ab":
+        attach(net, lora, adapter_name=name, quantization=quantization_of(job))
+        for t in trained_tensors(net, name).values():
+            t.data.copy_(torch.randn(t.shape, generator=g))
+    route(net, ["a", "b"], "mix", **job.method_options)
+    attach(net, lora, adapter_name="new")
+    set_adapter(net, ["mix", "new"])
+
+
 def run_loop(job: Job) -> None:
     """The same fit as a loop under Fabric; saved after every epoch."""
     loop = fabric().Fabric(accelerator="cpu", devices=job.devices, strategy=job.strategy)
     loop.launch()
     loop.seed_everything(1, verbose=False)
     net = Holder(build(job))
-    attach(net, method_of(job), quantization=quantization_of(job))
+    attach_all(job, net)
     model = loop.setup_module(net)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = loop.setup_optimizers(

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_peft_kernels.block_scaled.expert_weights import BlockExperts
 from lightning_peft_kernels.block_scaled.layout import BlockTensors
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
-from lightning_peft_kernels.dispatch import Backend, configuration, run
+from lightning_peft_kernels.dispatch import Backend, run
 from lightning_peft_kernels.experts.groups import GroupLayout, Groups
 from lightning_peft_kernels.experts.products import grouped_product, unassigned_rows
 from lightning_peft_kernels.experts.selected import SelectedExperts
@@ -158,8 +158,10 @@ class _PackedWeight:
         how = select_experts(X.device, X.dtype, groups.rows, self.experts, shape, self.backend)
         if how.backend == "dequantize":
             return by_library()
-        name = configuration(X.dtype, experts_detail(groups.rows, self.experts))
-        return attempt("nf4_grouped_linear", name, X.device, self.backend, by_kernel, by_library)
+        detail, backend = experts_detail(groups.rows, self.experts), self.backend
+        return attempt(
+            "nf4_grouped_linear", X.dtype, detail, X.device, backend, by_kernel, by_library
+        )
 
     def _active(self, dtype: torch.dtype, ends: Tensor) -> Tensor:
         """Return W [E, N, K] with the active experts written; all of them without a kernel."""

@@ -27,7 +27,7 @@ from lightning_peft_kernels.autograd import (
     gradients_of,
     is_double_backward,
 )
-from lightning_peft_kernels.dispatch import Backend, configuration, current_backend
+from lightning_peft_kernels.dispatch import Backend, current_backend
 from lightning_peft_kernels.experts.groups import ActiveExperts, GroupLayout, Groups
 from lightning_peft_kernels.experts.products import grouped_product, grouped_weight_gradient
 from lightning_peft_kernels.experts.row_blocks import RowBlocks
@@ -289,5 +289,4 @@ def _run(
     rank = Z.shape[1]
     if select_one_pass(Z.device, Z.dtype, rank, backend, op).backend == "torch":
         return by_products()
-    name = configuration(Z.dtype, rank_detail(rank))
-    return attempt(op, name, Z.device, backend, by_kernel, by_products)
+    return attempt(op, Z.dtype, rank_detail(rank), Z.device, backend, by_kernel, by_products)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.autograd import scaled_linear
-from lightning_peft_kernels.dispatch import Backend, configuration, current_backend
+from lightning_peft_kernels.dispatch import Backend, current_backend
 from lightning_peft_kernels.launch import attempt
 from lightning_peft_kernels.lora.selection import rank_detail, select_one_pass
 from lightning_peft_kernels.registration import define_op
@@ -43,15 +43,21 @@ def rank_gradients(
         backend: Requested backend; default `current_backend()`.
     """
     requested = backend or current_backend()
-    if select_one_pass(dY.device, dY.dtype, B.shape[1], requested).backend == "torch":
-        return rank_gradients_reference(dY, S, B, scaling)
-    dS, dB = torch.ops.lightning_peft.rank_gradients(dY, S, B, scaling, requested)
-    return dS, dB
+    if torch.compiler.is_compiling():
+        if select_one_pass(dY.device, dY.dtype, B.shape[1], requested).backend == "torch":
+            return rank_gradients_reference(dY, S, B, scaling)
+        dS, dB = torch.ops.lightning_peft.rank_gradients(dY, S, B, scaling, requested)
+        return dS, dB
+    return _rank_gradients(dY, S, B, scaling, requested)
 
 
 def _rank_gradients(
     dY: Tensor, S: Tensor, B: Tensor, scaling: float, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
+    rank = B.shape[1]
+    if not dY.numel() or select_one_pass(dY.device, dY.dtype, rank, backend).backend == "torch":
+        return rank_gradients_reference(dY, S, B, scaling)
+
     def by_kernel() -> tuple[Tensor, Tensor]:
         from lightning_peft_kernels.lora.rank_gradients_triton import low_rank_gradients
 
@@ -60,11 +66,8 @@ def _rank_gradients(
     def by_products() -> tuple[Tensor, Tensor]:
         return rank_gradients_reference(dY, S, B, scaling)
 
-    rank = B.shape[1]
-    if not dY.numel() or select_one_pass(dY.device, dY.dtype, rank, backend).backend == "torch":
-        return by_products()
-    name = configuration(dY.dtype, rank_detail(rank))
-    return attempt("rank_gradients", name, dY.device, backend, by_kernel, by_products)
+    detail = rank_detail(rank)
+    return attempt("rank_gradients", dY.dtype, detail, dY.device, backend, by_kernel, by_products)
 
 
 def _rank_gradients_fake(

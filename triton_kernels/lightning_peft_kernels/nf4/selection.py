@@ -80,10 +80,12 @@ def select_product(
         if most is not None:
             reason = f"{tokens} tokens, bitsandbytes' rule for this chip and shape ends at {most}"
             return Decision("bitsandbytes" if 1 <= tokens <= most else "dequantize", reason)
+        if not _is_decodable(tokens, shape):
+            return Decision("dequantize", f"{tokens} tokens, K = {shape[1]}")
     base = select("nf4_small_batch", device, dtype, requested, small_batch_detail(tokens))
     if base.backend == "torch":
         return Decision("dequantize", base.reason)
-    if not 1 <= tokens <= _MOST_TOKENS or shape[1] % 8:
+    if not _is_decodable(tokens, shape):
         return Decision("dequantize", f"{tokens} tokens, K = {shape[1]}")
     if dtype.itemsize > 2 and tokens > FEW_TOKENS:
         return Decision("dequantize", f"{tokens} tokens, {dtype}: {WIDE}")
@@ -93,6 +95,11 @@ def select_product(
         return Decision("dequantize", f"{tokens} tokens, decoding pays up to {FEW_TOKENS}")
     why = why_no_tile(device, tile_rows(tokens))
     return Decision("dequantize", why) if why else Decision("fused", "requested")
+
+
+def _is_decodable(tokens: int, shape: Sequence[int]) -> bool:
+    """Whether our kernels take so many tokens and such rows."""
+    return 1 <= tokens <= _MOST_TOKENS and not shape[1] % 8
 
 
 def select_pairs(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import Backend, Decision, configuration, current_backend
+from lightning_peft_kernels.dispatch import Backend, Decision, current_backend
 from lightning_peft_kernels.launch import attempt
 from lightning_peft_kernels.nf4 import bitsandbytes_product
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
@@ -96,14 +96,13 @@ def multiply_few(
     def by_kernel() -> Tensor:
         from lightning_peft_kernels.nf4.small_batch_triton import decode
 
-        s, b, c = (None if t is None else t.contiguous() for t in (S, B, bias))
-        return decode(x.contiguous(), q, shape[0], s, b, c, kind, block_size)
+        return decode(x.contiguous(), q, shape[0], *_without_gaps(S, B, bias), kind, block_size)
 
     def by_pairs() -> Tensor:
         from lightning_peft_kernels.nf4.pair_table_triton import decode_pairs
 
-        s, b, c = (None if t is None else t.contiguous() for t in (S, B, bias))
-        return decode_pairs(x.contiguous(), q, shape[0], s, b, c, kind, block_size)
+        there = _without_gaps(S, B, bias)
+        return decode_pairs(x.contiguous(), q, shape[0], *there, kind, block_size)
 
     if how.backend == "bitsandbytes":
         y = bitsandbytes_product.multiply(x, q, shape, bias, kind, block_size)
@@ -111,10 +110,19 @@ def multiply_few(
     if how.backend == "dequantize":
         return by_library()
     if how.backend == "pairs":
-        name = configuration(x.dtype, PAIRS)
-        return attempt("nf4_small_batch", name, x.device, backend, by_pairs, by_library)
-    name = configuration(x.dtype, small_batch_detail(x.shape[0]))
-    return attempt("nf4_small_batch", name, x.device, backend, by_kernel, by_library)
+        return attempt("nf4_small_batch", x.dtype, PAIRS, x.device, backend, by_pairs, by_library)
+    detail = small_batch_detail(x.shape[0])
+    return attempt("nf4_small_batch", x.dtype, detail, x.device, backend, by_kernel, by_library)
+
+
+def _without_gaps(
+    S: Tensor | None, B: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (
+        S if S is None else S.contiguous(),
+        B if B is None else B.contiguous(),
+        bias if bias is None else bias.contiguous(),
+    )
 
 
 def _small_batch_fake(
