@@ -113,9 +113,11 @@ class Plan:
         if self.choice.strategy != "fsdp":
             return [forward, backward]
         gathered = gathered_units(self.choice, self.sizes)
+        # Blocks are done when the head arrives: what they need while they run is gone.
+        kept = min(forward[ACTIVATIONS], backward[ACTIVATIONS])
         return [
             {**forward, **dict.fromkeys(_TRACED, 0.0), BUCKETS: gathered.start},
-            {**forward, LOGITS: 0.0, BUCKETS: gathered.head},
+            {**forward, ACTIVATIONS: kept, LOGITS: 0.0, BUCKETS: gathered.head},
             {**forward, BUCKETS: gathered.forward},
             {**backward, BUCKETS: gathered.backward},
         ]
