@@ -71,6 +71,15 @@ def test_an_op_that_ends_its_process_is_named_and_the_others_are_checked(short: 
     assert read_verdicts(device_key(CPU)) == found
 
 
+def test_several_ops_at_a_time() -> None:
+    ops = ("first", "crashes", "wrong", "last")
+    one_by_one, _ = check_device(CPU, ops=ops, worker=WORKER)
+    together, _ = check_device(CPU, ops=ops, worker=WORKER, jobs=3)
+    assert together == one_by_one
+    assert read_verdicts(device_key(CPU)) == one_by_one
+    assert main(["check", "--jobs", "0"]) == 2
+
+
 def test_a_process_that_does_not_start_says_nothing_about_kernels(cache: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ended at its start \(the device is busy\); no kernel"):
         check_device(CPU, ops=("nothing",), worker=WORKER)
