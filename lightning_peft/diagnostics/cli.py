@@ -53,6 +53,11 @@ def add_check(commands: Commands, build: Callable[[str], nn.Module]) -> None:
 def _run(given: argparse.Namespace, build: Callable[[str], nn.Module]) -> None:
     if given.jobs < 1:
         raise ValueError(f"check: expected --jobs of at least 1, got {given.jobs}")
+    if given.shape is not None and (min(given.shape) < 1 or given.shape[1] % 64):
+        raise ValueError(
+            f"check: expected --shape N K TOKENS of at least 1 with K a multiple of 64, got "
+            f"{' '.join(map(str, given.shape))}"
+        )
     device = device_named(given.device)
     shapes = LLAMA_8B if given.model is None else shapes_of(build(given.model))
     if triton_available():

@@ -29,6 +29,7 @@ from lightning_peft.diagnostics import check_runner
 from lightning_peft.diagnostics.check_runner import OPS, check_device, ensure_checked
 from lightning_peft.diagnostics.check_worker import Request
 from lightning_peft.diagnostics.kernel_checks import kernel_checks
+from lightning_peft.diagnostics.model_shapes import ModelShapes
 from lightning_peft.diagnostics.pairs import Pair, Shape, bits, close
 from lightning_peft.diagnostics.worker_process import run_worker
 from tests.helpers.fake_gpu import GPUS
@@ -279,6 +280,19 @@ def test_the_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed.startswith("no CUDA device: Triton's interpreter runs the kernels")
     assert "0 will not be used" in printed
+
+
+@pytest.mark.parametrize("shape", [("0", "64", "8"), ("80", "100", "8"), ("80", "64", "-1")])
+def test_sizes_that_cannot_be_packed(
+    shape: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--shape", *shape]) == 2
+    assert f"K a multiple of 64, got {' '.join(shape)}" in capsys.readouterr().err
+
+
+def test_a_models_sizes_are_whole_blocks() -> None:
+    model = ModelShapes(linear=((32001, 1000), (64, 64)), experts=((4, 64, 64),))
+    assert model.for_checks(7) == [(32016, 1024, 7), (64, 64, 7)]
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
