@@ -112,6 +112,14 @@ def test_a_file_that_cannot_be_used_counts_as_absent(text: str) -> None:
     assert read_verdicts(key) == {("scale", "float16"): GOOD}
 
 
+def test_a_verdict_that_is_not_known_makes_the_file_unusable() -> None:
+    key = device_key(CPU)
+    store_verdicts(key, {("scale", "float16"): GOOD})
+    file_of(key).write_text(file_of(key).read_text().replace('"ok"', '"splendid"'))
+    with pytest.warns(UserWarning, match="outcome 'splendid'"):
+        assert read_verdicts(key) == {}
+
+
 def test_a_foreign_file_names_its_device() -> None:
     key = device_key(CPU)
     store_verdicts(key, {})
