@@ -340,6 +340,23 @@ def chat_tokens() -> str:
     return _table(["", "trained parameters", "weights, gradients and AdamW, GB"], lines)
 
 
+def token_rows() -> str:
+    """Step time and peak of a step with trained token rows, over peft's."""
+    rows = _read("token_rows")
+    lines = []
+    for key in dict.fromkeys((r["trained"], r["tied"]) for r in rows):
+        own = {r["candidate"]: r for r in rows if (r["trained"], r["tied"]) == key}
+        ours, theirs = own["lightning_peft"], own["peft"]
+        label = f"{key[0]}, {'tied' if key[1] == 'True' else 'separate head'}"
+        times = [ours["ratio"], own["peft again"]["ratio"]]
+        lines.append([label, *times, ours["peak_mb"], theirs["peak_mb"], ours["state_bytes"]])
+    columns = ["trained", "step time over peft's", "peft's over peft's", "peak, MB", "peft's"]
+    columns += ["AdamW's moments, bytes"]
+    if not rows:
+        return MISSING
+    return _table(columns, lines) + _origin(rows, "command", "device", "machine", "date")
+
+
 def _trained(row: dict[str, str]) -> str:
     if not row["adapted"]:
         return row["train"]
@@ -357,6 +374,6 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         *(compare_methods, protocol, defaults, step_times, planner, step_memory, guideline),
         *(methods, default_targets, versions, gpu, bench, ecosystem, chat_tokens),
-        *(what_fits, published_memory),
+        *(what_fits, published_memory, token_rows),
     )
 }

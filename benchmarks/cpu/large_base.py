@@ -2,11 +2,16 @@
 
     python benchmarks/cpu/large_base.py --layers 12 --hidden 3072 --vocab 32000 --ranks 1 2 4
 
-That base has 3 GB.
+That base has 2.8 GB. It is written to a folder of bf16 shards once. Every row is the rank that
+needs most:
 
-The base is written to a folder of bf16 shards once. Per number of ranks a line of JSON shows the
-largest rank's bytes held, peak growth of memory while loading and while training (anonymous memory,
-mapped files left out), seconds, and bytes and calls of collectives per step.
+* bytes read from the files, and their sum over ranks;
+* bytes held after loading, and growth of the process while loading (anonymous memory, without
+  mapped files), beside the ideal: bytes held and two dense layers;
+* bytes of tensors at the fullest moment of two steps, beside the plan of `estimate_memory`. On the
+  CPU, host and device are one memory, so the plan includes what it puts into host memory;
+* calls of collectives, and bytes that a rank sends in them per step, beside the ideal: blocks are
+  gathered twice, embedding and head once, and gradients of trained tensors are reduced once.
 """
 
 from __future__ import annotations
@@ -18,12 +23,42 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.lib.side_by_side import fullest_moment, write
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of the strategy, of the callback and of the planner that belong together."""
+
+    strategy: dict[str, Any] = field(default_factory=dict)
+    callback: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return {**self.strategy, **self.callback}
+
+
+OPTIONS = {
+    "plain": Options(),
+    "reshard_after_forward=False": Options({"reshard_after_forward": False}),
+    "replicas=2": Options({"replicas": 2}),
+    "cpu_offload": Options({"cpu_offload": True}),
+    "chunked": Options({}, {"loss": "chunked"}),
+    "checkpoint, chunked": Options({}, {"loss": "chunked", "activations": "checkpoint"}),
+    "checkpoint+offload": Options({}, {"activations": "checkpoint+offload"}),
+}
 
 
 def config(args: argparse.Namespace) -> Any:
@@ -36,7 +71,14 @@ def config(args: argparse.Namespace) -> Any:
         num_attention_heads=max(1, args.hidden // 64),
         num_key_value_heads=max(1, args.hidden // 256),
         vocab_size=args.vocab,
+        architectures=["LlamaForCausalLM"],
     )
+
+
+def method() -> Any:
+    from lightning_peft import LoRA
+
+    return LoRA(r=16, target_modules="all-linear")
 
 
 def write_base(folder: Path, args: argparse.Namespace, files: int = 4) -> int:
@@ -61,6 +103,9 @@ def write_base(folder: Path, args: argparse.Namespace, files: int = 4) -> int:
     return sum(t.numel() * 2 for t in state.values())
 
 
+# ---- what a rank measures
+
+
 def anonymous() -> int:
     """Bytes of this process's own memory."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -70,18 +115,44 @@ def anonymous() -> int:
 
 
 class Peak(threading.Thread):
-    """Growth of anonymous memory by phase."""
+    """Growth of anonymous memory until `over` is set."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes, self.phase, self.over = anonymous(), "load", False
-        self.growth: dict[str, int] = {}
+        self.start_bytes, self.over, self.growth = anonymous(), False, 0
 
     def run(self) -> None:
         while not self.over:
-            grown = anonymous() - self.start_bytes
-            self.growth[self.phase] = max(self.growth.get(self.phase, 0), grown)
-            time.sleep(0.005)
+            self.growth = max(self.growth, anonymous() - self.start_bytes)
+            time.sleep(0.002)
+
+
+class CountedRows:
+    """Rows of a tensor in a file, whose bytes are counted as they are read."""
+
+    read = 0
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __getitem__(self, where: Any) -> torch.Tensor:
+        part: torch.Tensor = self._rows[where]
+        CountedRows.read += part.nbytes
+        return part
+
+
+def count_reads() -> None:
+    """Count the bytes that this process reads from a base's files."""
+    from lightning_peft.storage.tensor_files import TensorFiles
+
+    plain = TensorFiles.open
+
+    @contextmanager
+    def counted(files: TensorFiles, key: str) -> Iterator[Any]:
+        with plain(files, key) as rows:
+            yield CountedRows(rows)
+
+    TensorFiles.open = counted  # type: ignore[method-assign]
 
 
 class Collectives(TorchDispatchMode):
@@ -100,14 +171,35 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def work(rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace) -> None:
+def own_bytes(tensors: Any) -> int:
+    """Bytes of this rank's shards."""
+    return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in tensors)
+
+
+def sent_at_best(net: Any, ranks: int, options: Options) -> dict[str, int]:
+    """Bytes that a rank must send per step in gathers and in reductions."""
+    if ranks == 1:
+        return {}
+    everything = own_bytes(net.parameters())
+    ends = [net.get_input_embeddings(), net.get_output_embeddings()]
+    once = own_bytes(p for end in ends for p in end.parameters())
+    twice = everything - once if options.strategy.get("reshard_after_forward", True) else 0
+    trained = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    return {"allgather_base": everything + twice, "reduce_scatter_base": trained}
+
+
+def work(
+    rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace, name: str
+) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if ranks > 1 else {}
     torch.set_num_threads(1)
     import lightning.pytorch as pl
+    from torch.distributed import fsdp  # noqa: F401  its modules do not belong to loading
     from transformers import LlamaForCausalLM
 
-    from lightning_peft import PEFT, LoRA
+    from lightning_peft import PEFT
+    from lightning_peft.strategies.lightning import PEFTFSDPStrategy
 
     class Net(pl.LightningModule):
         def configure_model(self) -> None:
@@ -119,8 +211,10 @@ def work(rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace
             return self.net(input_ids=batch, labels=batch, use_cache=False).loss
 
         def on_train_start(self) -> None:
-            self.loaded = time.perf_counter() - begun
-            peak.phase = "train"
+            self.loaded, peak.over = time.perf_counter() - begun, True
+            self.held = own_bytes(self.parameters())
+            self.held += sum(b.nbytes for b in self.buffers())
+            traced.start()
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             self.sent = Collectives()
@@ -129,14 +223,20 @@ def work(rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace
         def on_train_batch_end(self, *given: Any) -> None:
             self.sent.__exit__(None, None, None)
 
+        def on_train_end(self) -> None:
+            traced.stop()
+
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
+    options = OPTIONS[name]
+    count_reads()
+    traced = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     module, peak = Net(), Peak()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy="peft_fsdp",
+        strategy=PEFTFSDPStrategy(**options.strategy),
         precision="bf16-true",
         max_steps=args.steps,
         logger=False,
@@ -145,11 +245,12 @@ def work(rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace
         enable_model_summary=False,
         callbacks=[
             PEFT(
-                LoRA(r=16, target_modules="all-linear"),
+                method(),
                 quantization="nf4",
                 base_from=folder,
                 packed_cache=args.cache,
                 report=False,
+                **options.callback,
             )
         ],
     )
@@ -157,41 +258,108 @@ def work(rank: int, port: int, ranks: int, folder: str, args: argparse.Namespace
     begun = time.perf_counter()
     peak.start()
     trainer.fit(module, torch.utils.data.DataLoader(ids, 1))
-    peak.over = True
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in module.parameters())
     found = {
-        "ranks": ranks,
-        "held_mb": held / 1e6,
-        **{f"peak_{phase}_mb": grown / 1e6 for phase, grown in peak.growth.items()},
+        "read": CountedRows.read,
+        "held": module.held,
+        "growth": peak.growth,
+        "step": module.held + fullest_moment(traced),
         "load_s": module.loaded,
         "total_s": time.perf_counter() - begun,
-        "collectives": module.sent.seen,
+        "sent": module.sent.seen,
+        "ideal": sent_at_best(module.net, ranks, options),
     }
     Path(folder, f"result-{rank}.json").write_text(json.dumps(found))
 
 
-def main(given: list[str] | None = None) -> list[dict[str, Any]]:
+# ---- a row
+
+
+def measured(args: argparse.Namespace, folder: Path, name: str, ranks: int) -> list[dict[str, Any]]:
+    """Return what each rank measured."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, (port, ranks, str(folder), args, name), nprocs=ranks)
+    return [json.loads((folder / f"result-{r}.json").read_text()) for r in range(ranks)]
+
+
+def layer_bytes(args: argparse.Namespace) -> int:
+    """Bytes of one dense block."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        block = LlamaForCausalLM(config(args)).model.layers[0]
+    return sum(p.numel() * 2 for p in block.parameters())
+
+
+def row(args: argparse.Namespace, folder: Path, size: int, name: str, ranks: int) -> dict[str, Any]:
+    from lightning_peft import estimate_memory
+
+    parts = measured(args, folder, name, ranks)
+    plan = estimate_memory(
+        config(args),
+        method(),
+        quantization="nf4",
+        precision="bf16-true",
+        sequence_length=args.tokens,
+        strategy="fsdp",
+        world_size=ranks,
+        **OPTIONS[name].plan,
+    )
+    planned, first = plan.peak + plan.host, parts[0]
+    most = {key: max(part[key] for part in parts) for key in ("read", "held", "growth", "step")}
+    gathers, reductions = (
+        [*first["sent"].get(key, (0, 0)), first["ideal"].get(key, 0)]
+        for key in ("allgather_base", "reduce_scatter_base")
+    )
+    return {
+        "options": name,
+        "ranks": ranks,
+        "base_mb": _mb(size),
+        "read_mb": _mb(most["read"]),
+        "read_by_all": round(sum(part["read"] for part in parts) / size, 3),
+        "held_mb": _mb(most["held"]),
+        "load_mb": _mb(most["growth"]),
+        "load_ideal_mb": _mb(most["held"] + 2 * layer_bytes(args)),
+        "step_mb": _mb(most["step"]),
+        "planned_mb": _mb(planned),
+        "planned_by_measured": round(planned / most["step"], 3),
+        "gathers": gathers[0],
+        "gathered_mb": _mb(gathers[1]),
+        "gathered_ideal_mb": _mb(gathers[2]),
+        "reductions": reductions[0],
+        "reduced_mb": _mb(reductions[1]),
+        "reduced_ideal_mb": _mb(reductions[2]),
+        "load_s": round(max(part["load_s"] for part in parts), 1),
+        "total_s": round(max(part["total_s"] for part in parts), 1),
+    }
+
+
+def _mb(size: int) -> float:
+    return round(size / 1e6, 1)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("layers", 4), ("hidden", 512), ("vocab", 8192), ("tokens", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=["plain"])
     parser.add_argument("--cache", default=None)
-    args = parser.parse_args(given)
+    parser.add_argument("--csv", action="store_true", help="into results/large_base.csv")
+    args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "base"
         size = write_base(folder, args)
-        for ranks in args.ranks:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
-            mp.spawn(work, (port, ranks, str(folder), args), nprocs=ranks)
-            parts = [json.loads((folder / f"result-{r}.json").read_text()) for r in range(ranks)]
-            row = max(parts, key=lambda part: part["peak_load_mb"]) | {"base_mb": size / 1e6}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
+        for name in args.options:
+            # One rank has nothing to share; options are compared on the largest number of ranks.
+            for ranks in args.ranks if name == "plain" else args.ranks[-1:]:
+                rows.append(row(args, folder, size, name, ranks))
+                print(json.dumps(rows[-1]), flush=True)
+    if args.csv:
+        write("large_base", rows)
 
 
 if __name__ == "__main__":

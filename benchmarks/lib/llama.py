@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from lightning_peft import LoRA, Quantization, attach
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from lightning_peft.diagnostics.bench_models import LINEAR, pack_by_bitsandbytes
 
 
 def config(smoke: bool) -> Any:
@@ -55,27 +54,10 @@ def hugging_face(model: nn.Module, r: int, *, quantized: bool) -> nn.Module:
     import peft
 
     if quantized:
-        _bitsandbytes(model)
+        pack_by_bitsandbytes(model)
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=LINEAR)
     wrapped: nn.Module = peft.get_peft_model(model, config)
     return wrapped
-
-
-def _bitsandbytes(model: nn.Module) -> None:
-    import bitsandbytes
-
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and name in LINEAR:
-                packed = bitsandbytes.nn.Linear4bit(
-                    layer.in_features, layer.out_features, bias=False,
-                    compute_dtype=torch.bfloat16, quant_type="nf4",
-                )  # fmt: skip
-                packed.weight = bitsandbytes.nn.Params4bit(
-                    layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4",
-                    compress_statistics=True,
-                )  # fmt: skip
-                setattr(parent, name, packed.to(layer.weight.device))
 
 
 def liger(model: nn.Module) -> str:

@@ -90,16 +90,31 @@ def traced_peak(model: nn.Module, step: Callable[[], Any], steps: int) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         for _ in range(steps):
             step()
-    events = [
-        (e.start_ns(), e.nbytes())
-        for e in prof.profiler.kineto_results.events()  # type: ignore[union-attr]
-        if e.name() == "[memory]"
+    return sum(held.values()) + fullest_moment(prof)
+
+
+def fullest_moment(traced: profile) -> int:
+    """Bytes at the fullest moment of a trace, beyond those before it.
+
+    Buffers of gloo's own are left out: a thread frees them at any time after the collective.
+    """
+    events = list(traced.profiler.kineto_results.events())  # type: ignore[union-attr]
+    calls = [
+        (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in events
+        if e.name().startswith("gloo:")
     ]
     now = top = 0
-    for _, n in sorted(events, key=lambda e: e[0]):
-        now += n
-        top = max(top, now)
-    return sum(held.values()) + top
+    buffers: list[int] = []
+    for at, n in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        if n > 0 and any(start <= at <= end for start, end in calls):
+            buffers.append(n)
+        elif -n in buffers:
+            buffers.remove(-n)
+        else:
+            now += n
+            top = max(top, now)
+    return top
 
 
 def write(

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_peft.activations.streams import CudaStreams, Event, Streams
 from lightning_peft.core.per_thread import PerThread
 
 __all__ = [
@@ -61,7 +62,7 @@ class HostGroup:
     def __init__(self, previous: HostGroup | None) -> None:
         self.previous = None if previous is None else weakref.ref(previous)
         self.copies: list[weakref.ref[HostCopy]] = []
-        self.ready: torch.cuda.Event | None = None
+        self.ready: Event | None = None
 
     def live(self) -> list[HostCopy]:
         """Return the copies that autograd still holds."""
@@ -149,12 +150,12 @@ class _Leaving:
     def __init__(self, group: HostGroup) -> None:
         self.group = group
         self.tensors: list[tuple[Tensor, int]] = []
-        self.done: torch.cuda.Event | None = None
+        self.done: Event | None = None
 
-    def release(self, compute: torch.cuda.Stream) -> None:
+    def release(self, streams: Streams) -> None:
         """Let the compute stream reuse the memory once the copies are complete."""
         if self.done is not None:
-            compute.wait_event(self.done)
+            streams.compute_waits(self.done)
         for tensor, version in self.tensors:
             _check_version(tensor, version)
         self.tensors.clear()
@@ -186,78 +187,79 @@ class CudaHost(BaseHost):
 
     A tensor that leaves is held while the block after its own runs. Then the compute stream
     waits for the copy, so the allocator may reuse the memory without a record of other streams. A
-    tensor that comes back is allocated on the compute stream for the same reason.
+    tensor that comes back is allocated on the compute stream for the same reason, and is held
+    until the compute stream has waited for its copy: backward may never read it.
 
     Args:
-        device: The CUDA device.
+        streams: The streams of the device.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, streams: Streams) -> None:
         super().__init__()
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._streams = streams
         self._leaving: deque[_Leaving] = deque()
+        self._coming: dict[HostGroup, list[Tensor]] = {}
 
     def begin(self) -> HostGroup:
         """Begin a call of a block: the tensors of the call before the last one are free."""
         group = super().begin()
-        compute = torch.cuda.current_stream(self._device)
         while len(self._leaving) > 1:
-            self._leaving.popleft().release(compute)
+            self._leaving.popleft().release(self._streams)
+        for unread in list(self._coming):
+            self._arrive(unread)
         self._leaving.append(_Leaving(group))
         return group
 
     def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
         """Copy a tensor to pinned memory, on the side stream."""
         tensor = tensor.detach()
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            host.copy_(tensor, non_blocking=True)
-            if not self._leaving or self._leaving[-1].group is not group:
-                self._leaving.append(_Leaving(group))  # a backward inside the block drained it
-            self._leaving[-1].tensors.append((tensor, tensor._version))
-            self._leaving[-1].done = self._stream.record_event()
+        host = self._streams.pinned_like(tensor)
+        self._streams.side_waits()
+        self._streams.copy(host, tensor)
+        if not self._leaving or self._leaving[-1].group is not group:
+            self._leaving.append(_Leaving(group))  # a backward inside the block drained it
+        self._leaving[-1].tensors.append((tensor, tensor._version))
+        self._leaving[-1].done = self._streams.record()
         self.moved += tensor.nbytes
         return HostCopy(host, tensor.device, group)
 
     def get(self, copy: HostCopy) -> Tensor:
         """Return a tensor on its device, and begin to fetch those of the block before."""
-        compute = torch.cuda.current_stream(self._device)
-        self._drain(compute)
+        while self._leaving:  # what forward still held when backward begins
+            self._leaving.popleft().release(self._streams)
         if copy.fetched is None:
-            self._fetch(copy.group, compute)
+            self._fetch(copy.group)
         if copy.group.ready is not None:
-            compute.wait_event(copy.group.ready)
-            copy.group.ready = None
+            self._arrive(copy.group)
             before = None if copy.group.previous is None else copy.group.previous()
             if before is not None:
-                self._fetch(before, compute)
+                self._fetch(before)
         found = copy.fetched
         assert found is not None  # fetched above
         return self._taken(copy, found)
 
-    def _drain(self, compute: torch.cuda.Stream) -> None:
-        """Free what forward still held when backward begins."""
-        while self._leaving:
-            self._leaving.popleft().release(compute)
-
-    def _fetch(self, group: HostGroup, compute: torch.cuda.Stream) -> None:
+    def _fetch(self, group: HostGroup) -> None:
         waiting = [copy for copy in group.live() if copy.fetched is None]
         if not waiting:
             return
-        for copy in waiting:
-            copy.fetched = torch.empty_like(copy.host, device=copy.device, pin_memory=False)
-        self._stream.wait_stream(compute)  # the memory may still be in use there
-        with torch.cuda.stream(self._stream):
-            for copy in waiting:
-                assert copy.fetched is not None  # allocated above
-                copy.fetched.copy_(copy.host, non_blocking=True)
-            group.ready = self._stream.record_event()
+        tensors = [self._streams.device_like(copy.host, copy.device) for copy in waiting]
+        self._streams.side_waits()  # the memory may still be in use on the compute stream
+        for copy, tensor in zip(waiting, tensors, strict=True):
+            self._streams.copy(tensor, copy.host)
+            copy.fetched = tensor
+        group.ready = self._streams.record()
+        self._coming.setdefault(group, []).extend(tensors)
+
+    def _arrive(self, group: HostGroup) -> None:
+        """Let the compute stream wait for what was fetched."""
+        if group.ready is not None:
+            self._streams.compute_waits(group.ready)
+            group.ready = None
+        self._coming.pop(group, None)
 
 
 def _host_for(device: torch.device) -> HostMemory:
-    return CudaHost(device) if device.type == "cuda" else SynchronousHost()
+    return CudaHost(CudaStreams(device)) if device.type == "cuda" else SynchronousHost()
 
 
 class HostMemories:

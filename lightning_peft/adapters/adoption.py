@@ -1,4 +1,4 @@
-"""Layers of other libraries that arrive quantised: taken over before planning, given back later."""
+"""Layers of other libraries that arrive quantised: adopted before planning, given back later."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _is_dense_matrix(p: nn.Parameter) -> bool:
 
 
 def release_adopted(model: nn.Module, names: Sequence[str]) -> None:
-    """Give layers back to the library that made them; names that are gone are passed over."""
+    """Give layers back to the library that made them. Names that no longer exist are skipped."""
     modules = base_modules(model)
     for name in names:
         module = modules.get(name)

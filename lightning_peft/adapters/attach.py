@@ -19,6 +19,7 @@ from lightning_peft.adapters.attach_checks import (
     check_copies_stay_dense,
     check_free_name,
     check_starts_can_be_written,
+    check_starts_leave_ties,
     checked_methods,
     saved_modules,
 )
@@ -163,6 +164,7 @@ def attach_within(
             )
             check_copies_stay_dense(plan.adapters, packing)
             check_starts_can_be_written(plan.adapters, packing)
+            check_starts_leave_ties(model, plan.adapters)
             unused = unused_rules(model, methods, plan.adapters)
             readers = [m for m in methods if isinstance(m, WeightMethod) and m.reads_tokens]
             observed = [(m, stack_of(model, m)) for m in readers]

@@ -13,7 +13,7 @@ from lightning_peft.adapters.placement.unused_rules import check_patterns
 from lightning_peft.adapters.quantize import (
     QuantizationPlan,
 )
-from lightning_peft.core.modules import base_modules, base_parameters
+from lightning_peft.core.modules import base_modules, base_parameters, tied_parameters
 from lightning_peft.core.names import matches_suffix, nearest_names, quoted
 from lightning_peft.core.registry import (
     registries_in,
@@ -29,6 +29,8 @@ __all__ = [
     "check_adapter_name",
     "check_copies_stay_dense",
     "check_free_name",
+    "check_starts_can_be_written",
+    "check_starts_leave_ties",
     "checked_methods",
     "resolve_methods",
     "saved_modules",
@@ -176,4 +178,29 @@ def check_starts_can_be_written(
                 f"{method.label} on {quoted(placement.name)}: expected a base that the start can "
                 f"rewrite without loss, got {storage.label}, which rounds the residual; use "
                 "init='default', or transcode the base with quantization='nf4'"
+            )
+
+
+def check_starts_leave_ties(model: nn.Module, planned: Sequence[PlannedAdapter]) -> None:
+    """Raise ValueError if a start takes a part out of a weight that another module reads too."""
+    moving = [
+        (p.method, p.placement)
+        for p in planned
+        if isinstance(p.method, WeightMethod)
+        and (p.method.rewrites_base or p.method.needs_data.moves_base)
+    ]
+    if not moving:
+        return
+    readers = {
+        (id(place.module), place.key): [each.name for each in group if each is not place]
+        for group in tied_parameters(model)
+        for place in group
+    }
+    for method, placement in moving:
+        others = readers.get((id(placement.module), placement.site.parameter))
+        if others:
+            raise ValueError(
+                f"{method.label} on {quoted(placement.name)}: expected a weight of its own, for "
+                f"the start takes a part out of it, got one that is also {quoted(others[0])}; "
+                "exclude the layer, untie the two, or use a start that leaves the base alone"
             )

@@ -39,7 +39,7 @@ def stack_of(model: nn.Module, method: Method) -> nn.Module:
 def observe_batch(
     model: nn.Module, method: WeightMethod, stack: nn.Module, adapter_name: str
 ) -> None:
-    """Have the adapters of a method see its facts about every batch; the first holds the hook."""
+    """Let the adapters of a method see its facts about batches. The first one holds the hook."""
     observer = BatchObserver(method, stack)
     adapters = [a for _, m in adapted_modules(model) for a in weight_adapters_of(m, adapter_name)]
     adapters = [a for a in adapters if a.method is method]

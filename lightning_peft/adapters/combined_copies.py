@@ -51,8 +51,8 @@ def combined_copies(
 ) -> CombinedCopies:
     """Return the copies of a combination.
 
-    Changes of biases are summed by the weights: b + Σ wᵢ (bᵢ − b). A trained module must belong to
-    one of the adapters, and is taken as it is.
+    Changes of biases are summed by the weights: b + Σ wᵢ (bᵢ − b). A trained module must belong
+    to one adapter only, and is copied unchanged.
 
     Raises:
         ValueError: several adapters have trained the same module.

@@ -66,7 +66,7 @@ def merge(
     check_intact(model, "merge")
     wanted = names_to_merge(model, names)
     plan = plan_merge(model, wanted)
-    if not keep_base:  # a former call failed halfway: its modules are merged for good
+    if not keep_base:  # an earlier call failed halfway, and its modules stay merged
         plan = [part for part in plan if not _is_merged(part, wanted)]
     check_merge(plan, base)
     ties = tied_parameters(model)
@@ -210,8 +210,8 @@ def _untie_configs(
 ) -> None:
     """Clear the flag by which Hugging Face ties embeddings again when it loads the merged model.
 
-    Without the flag it ties none, and it writes a tensor under one name only. So the places of a
-    group that still share one get a tensor each.
+    Without the flag, transformers ties nothing on loading, and it writes a shared tensor only once.
+    Places of a group that still share a tensor therefore get copies of their own.
     """
     tied: dict[int, Any] = {}
     for module in model.modules():

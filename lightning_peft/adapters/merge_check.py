@@ -131,7 +131,7 @@ class OutputCheck:
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         try:
             return self._outputs()
-        except Exception:  # the class takes other inputs than its base
+        except Exception:  # the class takes inputs of another form than its base
             return None
         finally:
             for buffer, value in buffers:

@@ -83,7 +83,7 @@ def _dequantize(module: nn.Module) -> None:
 
 
 def _replace_foreign(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put an `nn.Linear` in the place of a layer whose class reads packed weights only."""
+    """Replace a layer whose class reads only packed weights by an `nn.Linear`."""
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
     if weight.ndim != 2 or not name or not isinstance(module, nn.Linear):
         raise TypeError(

@@ -12,7 +12,7 @@ __all__ = ["reset_adapters"]
 
 
 def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
-    """Reset every adapter to the initial values that attach gives under this seed.
+    """Reset every adapter to the values that `attach` draws under this seed.
 
     Raises:
         RuntimeError: an adapter rewrote the base or was initialised from data; detach and attach

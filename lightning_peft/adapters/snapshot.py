@@ -1,7 +1,7 @@
-"""The structure of a model at one moment, to go back to when a change fails halfway.
+"""The structure of a model at one moment, restored when a change fails halfway.
 
-Only references are kept: classes, attributes, parameters, buffers, hooks. Contents that a change
-writes in place are put back by whoever wrote them.
+Only references are kept: classes, attributes, parameters, buffers, hooks. Whoever writes
+contents in place restores them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ModelSnapshot:
         self._modules[id(module)] = _ModuleStructure(module)
 
     def restore(self, built: Iterable[WeightAdapter] = ()) -> None:
-        """Go back.
+        """Restore the structure.
 
         Args:
             built: Adapters built since. The base weights that their initialisation replaced are
@@ -96,7 +96,7 @@ class _ModuleStructure:
         self.records = [_Record(r) for r in [*records, registry] if r is not None]
 
     def restore(self) -> None:
-        """Go back; only references are set."""
+        """Restore the structure; only references are set."""
         module = self.module
         if type(module) is not self.cls:
             module.__class__ = self.cls

@@ -1,8 +1,7 @@
-"""A checkpoint file that is whole or absent: written beside the target, synced, renamed.
+"""Writes checkpoint files that are complete or absent: to a temporary file, synced, then renamed.
 
-A folder takes another's place by exchanging the two names in one system call. Where the file system
-cannot do that (NFS), the former one stands aside for a moment, and `recover` puts it back after a
-crash in between.
+One system call exchanges the names of a new and an old folder. Where the file system cannot do that
+(NFS), the old folder is renamed first, and `recover` restores it after a crash in between.
 """
 
 from __future__ import annotations
@@ -47,13 +46,12 @@ _HOST = socket.gethostname().replace("-", "_") or "host"
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a file of this machine, rather than an fsspec address."""
+    """Whether a path is on this machine, rather than an fsspec address."""
     return "://" not in os.fspath(path)
 
 
 def write(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """`torch.save` that a crash or a full disk cannot leave half done; the former file stays until
-    the new one is safe.
+    """Write like `torch.save`, but never half: the former file stays until the new one is safe.
 
     Raises:
         OSError: the disk is full, with the bytes needed; the temporary file is gone, the former
@@ -96,7 +94,7 @@ def _is_full(error: BaseException, free: int, data: object) -> bool:
 
 
 def _file_limit() -> float:
-    """The largest file that this process may write, in bytes."""
+    """Return the largest size of a file that this process may write, in bytes."""
     if resource is None:
         return math.inf
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
@@ -127,8 +125,9 @@ def _sync_directory(directory: Path) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Put a finished file or folder in the place of an older one, of either kind; the older goes
-    last. At every moment one of the two stands under `target`, or aside where `recover` finds it.
+    """Replace a file or folder by a finished one. The older is deleted last.
+
+    At every moment one of the two is at `target`, or where `recover` finds it.
     """
     recover(target)
     if not target.exists() or (target.is_file() and temporary.is_file()):
@@ -146,7 +145,7 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def recover(path: str | os.PathLike[str]) -> None:
-    """Put back a checkpoint that stood aside when its process died."""
+    """Restore a checkpoint that was set aside when its process died."""
     target = Path(path)
     former = _aside(target)
     if not former.exists():
@@ -182,7 +181,7 @@ def _renameat2() -> Any:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names at once; False where the system or the file system cannot.
+    """Exchange two names at once; return False where the system or file system cannot.
 
     Raises:
         OSError: it can, and failed.

@@ -104,7 +104,9 @@ def filter_checkpoint(
     """The checkpoint in one of the forms, with our entry; without ``state_dict`` unchanged."""
     if "state_dict" not in checkpoint:
         return dict(checkpoint)
-    if not any(is_sharded(p) for p in model.parameters()):  # else the strategy did on every rank
+    if not any(
+        is_sharded(p) for p in model.parameters()
+    ):  # otherwise the strategy did it on every rank
         note_moved(model)
     base = kept_base_tensors(model)
     kept = {**trained_tensors(model), **base}
@@ -141,7 +143,7 @@ def complete_checkpoint(
     checkpoint = adapters_of_file(checkpoint, source)
     with masked_as_stored(model, checkpoint["state_dict"]):
         verify(model, checkpoint, source, resuming=resuming)
-    # Beside an average the weights themselves stand apart; the average only rounds the start.
+    # Next to an average the file has the weights themselves; the average only rounds the start.
     restore_initialized(model, checkpoint.get("current_model_state", checkpoint["state_dict"]))
     return _each_state(dict(checkpoint), lambda state: complete_state(model, state))
 

@@ -52,7 +52,7 @@ def damage_of(path: Path) -> str:
             return f"{type(error).__name__}: {error}"
         if bad is not None:
             return f"the checksum of {bad} is wrong"
-        if folders:  # torch would read them as empty, into memory that holds anything
+        if folders:  # torch would read nothing, and leave uninitialised memory
             return f"{folders[0]} is marked as a folder"
     return ""
 

@@ -153,7 +153,7 @@ class DenseBaseReader:
 
 
 def merged_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint with plain merged weights, for inference; training cannot go on from it.
+    """Return a checkpoint with plain merged weights. Training cannot continue from it.
 
     The live model is the same afterwards, bit for bit.
 
@@ -184,7 +184,7 @@ def _merged_state(model: nn.Module) -> dict[str, Any]:
 
 
 def refuse_merged(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Raise ValueError for a file of merged weights: adapters would act a second time on them."""
+    """Raise ValueError for a file of merged weights: adapters would act on them a second time."""
     if form_of(checkpoint) == "merged":
         raise ValueError(
             f"{source}: expected a checkpoint with adapters, got merged weights "

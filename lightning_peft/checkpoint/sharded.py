@@ -59,7 +59,7 @@ def optimizer_shard(optimizer: Optimizer) -> Shard:
         p = params[key]
         states[key] = {
             "shape": list(p.shape),
-            "first": local_rows(p)[0] * p[:1].numel() if p.ndim else 0,
+            "first": local_rows(p)[0] * _row_width(p),
             "state": {
                 k: _own_copy(p, v.detach()) if isinstance(v, Tensor) else v
                 for k, v in state.items()
@@ -74,6 +74,11 @@ def _own_copy(p: Tensor, t: Tensor) -> Tensor:
     if own.ndim and not is_first_replica(p):
         own = own.reshape(-1)[:0] if own is not local(p) else own[:0]
     return own.to("cpu", copy=True)
+
+
+def _row_width(p: Tensor) -> int:
+    """Elements per row. A slice of a DTensor would gather all of it on every rank."""
+    return p.shape[1:].numel()
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
@@ -219,7 +224,7 @@ def shard_optimizer_state(optimizer: Optimizer, whole: Mapping[str, Any]) -> dic
 def _cut(p: Tensor, state: Mapping[str, Any], pooled: bool) -> dict[str, Any]:
     first, rows = local_rows(p)
     if "shards" in state or ("state1" in state and state["state1"].dtype == torch.uint8):
-        width = p[:1].numel() if p.ndim else 1
+        width = _row_width(p)
         return shard(dict(state), first * width, rows * width)
     cut: dict[str, Any] = {}
     for name, value in state.items():

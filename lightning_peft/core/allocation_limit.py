@@ -1,4 +1,4 @@
-"""A limit for tensors that the numbers in a file ask for, before their shapes are compared."""
+"""Limits the tensors that numbers in a file can request before their shapes are compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AllocationLimit(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Called for every operation: looks at the sizes given to those that create tensors."""
+        """Called for every operation; checks the sizes of tensors that it would create."""
         first = args[0] if args else None
         sizes = args[1] if isinstance(first, Tensor) and len(args) > 1 else first
         creates = not isinstance(first, Tensor) or func.overloadpacket.__name__.startswith("new_")
@@ -45,7 +45,7 @@ class AllocationLimit(TorchDispatchMode):
             self._check(sizes)
         return func(*args, **(kwargs or {}))
 
-    def _check(self, sizes: Any) -> None:
+    def _check(self, sizes: object) -> None:
         given = [sizes] if isinstance(sizes, int) else sizes
         if not isinstance(given, list | tuple) or not all(type(n) is int for n in given):
             return

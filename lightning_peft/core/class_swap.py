@@ -2,8 +2,8 @@
 
 A mixin is combined with the class a module has, once per pair (`class AdaptedLinear(Adapted,
 nn.Linear)`), and the module's `__class__` is set to it. Parameters, keys, hooks and identity stay;
-`isinstance` stays true; nothing is wrapped. The made class keeps the base's `__name__` and
-`__module__`, because others decide by them.
+`isinstance` stays true; nothing is wrapped. The combined class keeps the base's
+`__name__` and `__module__`, because other code decides by them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 from weakref import WeakValueDictionary
 
-# Imported for real: transformers resolves the annotations of every class made from a mixin.
+# Imported at run time: transformers resolves the annotations of every combined class.
 from lightning_peft_kernels.dispatch import Backend
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ else:
 class Swapped(_Module):
     """Base of all mixins that `swap_in` combines with a module's class.
 
-    A mixin is a module only when combined; the type checker takes it for one always.
+    A mixin is a module only when combined; type checkers always see it as one.
     """
 
     _swap_base: type[nn.Module]
@@ -51,7 +51,7 @@ class Swapped(_Module):
         return f"{prefix}{type(self).__name__}"
 
     def extra_repr(self) -> str:
-        """The arguments that the class underneath prints, also in a `__repr__` of its own."""
+        """Return what the class underneath prints between its parentheses."""
         base = base_class(self)
         if base.__repr__ is nn.Module.__repr__:
             return super().extra_repr()
@@ -68,17 +68,17 @@ class Swapped(_Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Called by `state_dict`: a class that saves its own way reads what is held, not W'."""
+        """Called by `state_dict`: a class with its own way of saving reads what is held, not W'."""
         with reading_held(self):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Called by `load_state_dict`: a class that loads its own way writes what is held."""
+        """Called by `load_state_dict`: a class with its own way of loading writes what is held."""
         with reading_held(self):
             super()._load_from_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy the attributes: a class that copies its own way would drop adapters and storage."""
+        """Copy the attributes. A class's own `__copy__` would drop adapters and storage."""
         made: Any = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__setstate__(copy.deepcopy(self._state(), memo))
@@ -96,7 +96,7 @@ class Swapped(_Module):
         while "_swap_base" in vars(cls):
             mixins.append((cls._swap_mixin, cls._swap_names))
             cls = cls._swap_base
-        if not mixins:  # another library stacked its own class on ours; it answers for the result
+        if not mixins:  # another library put its class on top of ours, and is responsible for it
             return super().__reduce_ex__(protocol)
         return _rebuild, (tuple(reversed(mixins)), cls), self._state()
 

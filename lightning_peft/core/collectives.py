@@ -1,4 +1,4 @@
-"""Questions that all processes answer together, so that an error on one is an error on all."""
+"""Exchanges between all processes, so that an error on one is an error on all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def gather_from_all_ranks(own: object) -> list[Any]:
-    """Return every rank's value by rank; this process's alone if there is no process group."""
+    """Return the value of every rank, in rank order. Without a process group there is one."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [own]
     answers: list[Any] = [None] * dist.get_world_size()
@@ -29,7 +29,7 @@ def gather_from_all_ranks(own: object) -> list[Any]:
 
 
 def average_on_all_ranks(t: Tensor) -> None:
-    """Replace a tensor by its mean over processes, in place; one process leaves it alone."""
+    """Replace a tensor by its mean over processes, in place; a single process changes nothing."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(t)
         t /= dist.get_world_size()

@@ -18,7 +18,7 @@ __all__ = ["Compressed"]
 
 @dataclass(frozen=True)
 class Compressed(Term):
-    """A low-rank change that keeps x [n, in] for the backward as c [n, groups] alone.
+    """A low-rank change that keeps only c [n, groups] for backward, in place of x [n, in].
 
     Each row of x is cut into groups of length d; c is their product with v [d], and dA is formed
     with scale · c ⊗ v in place of x. The output and the gradient of x are exact.
@@ -56,7 +56,7 @@ class Compressed(Term):
         return F.linear(h * self.low_rank.scaling, B)
 
     def _vector(self, parts: Tensor) -> Tensor:
-        if self.direction == "random":
+        if self.direction == "random" or not parts.numel():  # no rows have no mean
             return self.v
         mean = parts.float().flatten(0, -2).mean(dim=0)
         mean = torch.where(mean.any(), mean, torch.ones_like(mean))

@@ -34,7 +34,7 @@ class OutMap(Protocol):
     """A linear map M of the output and its bias; on the weight it acts column by column."""
 
     def apply(self, y: Tensor) -> Tensor:
-        """M y over the last axis."""
+        """Return M y over the last axis."""
         ...
 
 
@@ -110,7 +110,7 @@ class Edit:
         return self._only_terms and len(self.terms) > 0 and self._all_low_rank
 
     @property
-    def _only_terms(self) -> bool:  # spelled out: every forward of every layer reads it
+    def _only_terms(self) -> bool:  # written out for speed: every forward of every layer reads it
         return (
             self.in_scale is None
             and self.out_scale is None
@@ -137,7 +137,7 @@ class Edit:
 
     @property
     def _all_low_rank(self) -> bool:
-        if len(self.terms) == 1 and type(self.terms[0]) is LowRank:  # nearly always
+        if len(self.terms) == 1 and type(self.terms[0]) is LowRank:  # the usual case
             return True
         return all(isinstance(t, LowRank) or hasattr(t, "to_low_rank") for t in self.terms)
 

@@ -9,7 +9,7 @@ __all__ = ["is_finite"]
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all values are finite; true for tensors without floating values or content."""
+    """Whether all values are finite. Integer, empty and meta tensors count as finite."""
     if value.device.type == "meta" or not (value.is_floating_point() or value.is_complex()):
         return True
     # torch has no isfinite for float8.

@@ -1,4 +1,4 @@
-"""Terms that mix low-rank changes by weights which depend on the input."""
+"""Terms that mix low-rank changes with weights that depend on the input."""
 
 from __future__ import annotations
 

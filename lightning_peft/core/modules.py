@@ -50,8 +50,8 @@ def modules_by_name(root: nn.Module) -> dict[str, nn.Module]:
     through one frame per level.
     """
     require_module(root)
-    found: dict[str, nn.Module] = {}
-    _collect(root, "", set(), found, False)
+    found: dict[str, nn.Module] = {"": root}
+    _collect(root, "", {root}, found, with_adapters=True)
     return found
 
 
@@ -72,8 +72,8 @@ def base_modules(root: nn.Module) -> dict[str, nn.Module]:
     the number of adapters; `attach` walks the tree some thirty times.
     """
     require_module(root)
-    found: dict[str, nn.Module] = {}
-    _collect(root, "", set(), found, True)
+    found: dict[str, nn.Module] = {"": root}
+    _collect(root, "", {root}, found, with_adapters=False)
     return found
 
 
@@ -83,21 +83,24 @@ def is_adapter_child(module: nn.Module, key: str) -> bool:
 
 
 def _collect(
-    m: nn.Module,
-    name: str,
+    parent: nn.Module,
+    prefix: str,
     seen: set[nn.Module],
     found: dict[str, nn.Module],
-    is_base: bool,
+    *,
+    with_adapters: bool,
 ) -> None:
-    seen.add(m)
-    found[name] = m
-    prefix = f"{name}." if name else ""
-    for key, child in m._modules.items():
+    """Add the modules below one module. Leaves cost no call: most modules are leaves."""
+    for key, child in parent._modules.items():
         if child is None or child in seen:
             continue
-        if is_base and is_adapter_child(m, key):
+        if key == ADAPTER_CHILD and not with_adapters and is_adapter_child(parent, key):
             continue
-        _collect(child, prefix + key, seen, found, is_base)
+        seen.add(child)
+        name = prefix + key
+        found[name] = child
+        if child._modules:
+            _collect(child, f"{name}.", seen, found, with_adapters=with_adapters)
 
 
 def base_parameters(root: nn.Module) -> dict[str, nn.Parameter]:

@@ -43,7 +43,7 @@ class PerThread(Generic[T]):
         self._local.value = value
 
     def take(self) -> T:
-        """Return this thread's value and forget it."""
+        """Return this thread's value and delete it."""
         found = self.get()
         del self._local.value
         return found

@@ -12,7 +12,7 @@ __all__ = ["held", "mask_of", "show_masked"]
 def held(m: nn.Module, name: str) -> nn.Parameter:
     """The parameter that holds a weight: ``<name>_orig`` where torch.nn.utils.prune masks it."""
     owner, leaf = _owner(m, name)
-    own = owner._parameters.get(leaf)  # looked up on every forward: the short way first
+    own = owner._parameters.get(leaf)  # read in every forward, so the usual case comes first
     if own is not None:
         return own
     masked = owner._parameters.get(f"{leaf}_orig")
@@ -26,7 +26,7 @@ def mask_of(m: nn.Module, name: str) -> Tensor | None:
 
 
 def show_masked(m: nn.Module, name: str) -> None:
-    """Have what torch.nn.utils.prune computes before each forward computed now."""
+    """Compute now what torch.nn.utils.prune computes before each forward."""
     owner, leaf = _owner(m, name)
     mask = mask_of(m, name)
     if mask is not None:

@@ -91,13 +91,13 @@ class AdapterRegistry:
 
 
 def registry_of(model: nn.Module) -> AdapterRegistry | None:
-    """The registry stored on exactly this module, None if it has none."""
+    """Return the registry stored on this very module, None if it has none."""
     found: AdapterRegistry | None = vars(model).get(_ATTRIBUTE)
     return found
 
 
 def ensure_registry(model: nn.Module) -> AdapterRegistry:
-    """The registry stored on exactly this module; an empty one is stored if it has none."""
+    """Return the registry stored on this very module; store an empty one if it has none."""
     found = registry_of(model)
     if found is None:
         found = AdapterRegistry()
@@ -144,7 +144,7 @@ def membership_of(module: nn.Module) -> AdapterRegistry | None:
 
 
 def join_registry(module: nn.Module, registry: AdapterRegistry) -> None:
-    """Note on an adapted module which registry it belongs to; a former note stays."""
+    """Note on an adapted module which registry it belongs to, unless it has a note already."""
     if _MEMBERSHIP not in vars(module):
         vars(module)[_MEMBERSHIP] = registry
         registry.members += 1

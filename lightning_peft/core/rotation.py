@@ -96,7 +96,7 @@ class _BlockProduct(KernelFunction):
             dX = _by_stretches(dY, blocks.mT)
             dX = dX.index_select(-1, order[1]) if order else dX
         if ctx.needs_input_grad[1]:
-            # x itself is kept, not the permuted: this backward may be differentiated again.
+            # x itself is kept, not its permutation: this backward may be differentiated again.
             x = x.index_select(-1, order[0]) if order else x
             X, G = (t.reshape(-1, n, k).transpose(0, 1) for t in (x, dY))
             dB = torch.bmm(X.mT, G)

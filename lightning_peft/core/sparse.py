@@ -15,7 +15,7 @@ __all__ = ["Sparse", "random_places"]
 
 
 def random_places(site: Site, n: int, seed: int) -> Tensor:
-    """n flat places in a weight, int32, by the seed alone."""
+    """Draw n flat positions in a weight, int32, that depend only on the seed."""
     if site.device.type == "meta":
         return torch.empty(n, dtype=torch.int32, device="meta")
     generator = torch.Generator().manual_seed(seed)

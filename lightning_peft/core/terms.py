@@ -202,7 +202,7 @@ class Kronecker:
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """The vec identity: (C ⊗ D) x = C · X · Dᵀ with x read as X [c, d]."""
-        if not ops.features_last:  # a convolution or an embedding
+        if not ops.features_last:  # of a convolution or an embedding
             return Dense(self.matrix()).apply(ops, site, x)
         c, d = self.C.shape[1], self.D.shape[1]
         X = to_adapter_dtype(x, self.C).reshape(*x.shape[:-1], c, d)

@@ -1,7 +1,7 @@
-"""Whether a value fits an annotation, and how a message calls what it should be.
+"""Checks values against annotations, and words for the expected type in messages.
 
 Annotations are those of arguments that people write: numbers, texts, collections and mappings of
-them, and unions. Whatever else is annotated counts as fitting.
+them, and unions. A value always fits any other annotation.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def argument_types(owner: Hashable) -> dict[str, Any]:
     """Return the annotated types of a class's or function's names; {} if they cannot be read."""
     try:
         return get_type_hints(owner)
-    except (NameError, TypeError):  # an annotation for type checkers alone
+    except (NameError, TypeError):  # an annotation that exists only for type checkers
         return {}
 
 
 def fits(value: object, annotation: object) -> bool:
     """Whether a value fits. True is no number, and a string is no collection of strings.
 
-    Of a `Literal` the type is checked alone: which words are allowed is for the caller to say.
+    Of a `Literal` only the type is checked; the caller checks which words are allowed.
     """
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation in _SINGLE:
@@ -56,7 +56,7 @@ def fits(value: object, annotation: object) -> bool:
 
 
 def describe(annotation: object) -> str:
-    """Return what an annotation wants, in words: ``a string or a list of strings``."""
+    """Return an annotation in words: ``a string or a list of strings``."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation in _SINGLE:
         return _SINGLE[annotation][0]
@@ -81,7 +81,7 @@ def require_fit(owner: str, name: str, value: object, annotation: object, form: 
 
 
 def shown(value: object) -> str:
-    """Return a value for a message; the type alone of what would fill pages, as a module does."""
+    """Return a value for a message. Of a long one, such as a module, return only the type."""
     text = repr(value)
     if len(text) <= _LONGEST and "\n" not in text:
         return text
@@ -98,7 +98,7 @@ def _many(inner: tuple[Any, ...]) -> str:
 
 
 def _fit_all(values: Iterable[object], inner: tuple[Any, ...]) -> bool:
-    """Whether all values fit the type of elements; a tuple's type may go on with ``...``."""
+    """Whether all values fit the type of elements; a tuple's type may end in ``...``."""
     return not inner or all(fits(value, inner[0]) for value in values)
 
 

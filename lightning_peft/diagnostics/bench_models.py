@@ -14,9 +14,20 @@ from lightning_peft.adapters.attach import attach
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.storage import Quantization
 
-__all__ = ["SMOKE", "USUAL", "Absent", "Sizes", "blocks", "expert_stacks", "training_step"]
+__all__ = [
+    "LINEAR",
+    "SMOKE",
+    "USUAL",
+    "Absent",
+    "Sizes",
+    "blocks",
+    "expert_stacks",
+    "pack_by_bitsandbytes",
+    "training_step",
+]
 
-_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+#: Linear layers of a Llama block.
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -91,7 +102,7 @@ def _dense(sizes: Sizes, device: torch.device) -> nn.Module:
 
 
 def _ours(model: nn.Module, sizes: Sizes) -> nn.Module:
-    lora = LoRA(r=sizes.rank, alpha=2 * sizes.rank, target_modules=_LINEAR)
+    lora = LoRA(r=sizes.rank, alpha=2 * sizes.rank, target_modules=LINEAR)
     attach(model, lora, quantization=Quantization())
     return _trained_in_bf16(model)
 
@@ -102,8 +113,8 @@ def _peft(model: nn.Module, sizes: Sizes, *, quantized: bool) -> nn.Module:
     except ImportError as error:
         raise Absent(str(error)) from error
     if quantized:
-        _pack_by_bitsandbytes(model)
-    config = peft.LoraConfig(r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules=_LINEAR)
+        pack_by_bitsandbytes(model)
+    config = peft.LoraConfig(r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules=LINEAR)
     wrapped: nn.Module = peft.get_peft_model(model, config)
     return _trained_in_bf16(wrapped)
 
@@ -116,14 +127,19 @@ def _trained_in_bf16(model: nn.Module) -> nn.Module:
     return model
 
 
-def _pack_by_bitsandbytes(model: nn.Module) -> None:
+def pack_by_bitsandbytes(model: nn.Module) -> None:
+    """Replace the linear layers named in `LINEAR` by bitsandbytes' NF4 layers, in place.
+
+    Raises:
+        Absent: bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes
     except ImportError as error:
         raise Absent(str(error)) from error
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and name in _LINEAR:
+            if isinstance(layer, nn.Linear) and name in LINEAR:
                 packed = bitsandbytes.nn.Linear4bit(
                     layer.in_features, layer.out_features, bias=False,
                     compute_dtype=torch.bfloat16, quant_type="nf4",

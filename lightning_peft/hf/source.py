@@ -28,7 +28,7 @@ from lightning_peft.hf.legacy_names import current_names
 from lightning_peft.hf.outside import OutsideModules, read_outside
 from lightning_peft.hf.peft_state import is_peft_state, peft_state
 from lightning_peft.hf.recognise import named
-from lightning_peft.hf.targets import model_root
+from lightning_peft.hf.targets import model_root, ties_embeddings
 from lightning_peft.hf.task_heads import Heads, without_heads
 from lightning_peft.methods.base import HFFormat, Method
 
@@ -122,10 +122,11 @@ def _peft(
     prefix, top = model_root(model, root)
     config, tensors, fused = fused_experts(top, config, tensors)
     config, tensors, note = current_names(top, fmt, config, tensors)
+    config, idle = _without_idle_tying(top, config)
     outside, skipped = read_outside(model, folder), ""
     if heads == "skip":
         config, tensors, skipped = without_heads(top, fmt, config, tensors)
-    notes = [n for n in (fused, note, skipped, *outside.notes) if n]
+    notes = [n for n in (fused, note, idle, skipped, *outside.notes) if n]
     return Source(config, tensors, method, prefix, top, notes, outside)
 
 
@@ -146,11 +147,20 @@ def _peft_state(
     tensors = checked(tensors, "state dict", [fmt.tensors[name] for name in fmt.integers])
     found, tensors, fused = fused_experts(top, found, tensors)
     found, tensors, renamed = current_names(top, fmt, found, tensors)
-    notes = [n for n in (note, fused, renamed) if n]
+    found, idle = _without_idle_tying(top, found)
+    notes = [n for n in (note, fused, renamed, idle) if n]
     return Source(found, tensors, method, prefix, top, notes)
 
 
-def _check_no_config(config: Any, label: str) -> None:
+def _without_idle_tying(top: nn.Module, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Switch ensure_weight_tying off where peft ignores it, and say so."""
+    if not config.get("ensure_weight_tying") or ties_embeddings(top):
+        return config, ""
+    note = "ensure_weight_tying: left out, as in peft: config.tie_word_embeddings is not set"
+    return {**config, "ensure_weight_tying": False}, note
+
+
+def _check_no_config(config: object, label: str) -> None:
     if config is not None:
         raise ValueError(
             f"load_adapter: config: expected with the state dict of a PeftModel, got {label}, "

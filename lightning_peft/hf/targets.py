@@ -25,12 +25,14 @@ from lightning_peft.models.saving import is_transformers_model
 __all__ = [
     "compact",
     "compact_names",
+    "declared_ties",
     "exact_targets",
     "misread_names",
     "model_root",
     "targeted",
     "targeted_weights",
     "tied_with",
+    "ties_embeddings",
     "ties_rows",
 ]
 
@@ -172,19 +174,30 @@ def tied_with(root: nn.Module, names: Collection[str]) -> set[str]:
     return {name for group in groups if group & set(names) for name in group}
 
 
-def ties_rows(root: nn.Module, embedding: nn.Module) -> bool:
-    """Whether peft has the layers tied to this embedding read its trained rows.
+def ties_embeddings(root: nn.Module) -> bool:
+    """Whether peft takes the model's embeddings for tied: it goes by the config."""
+    return bool(getattr(getattr(root, "config", None), "tie_word_embeddings", False))
 
-    It goes by the model's config, not by the tensors.
-    """
-    config = getattr(root, "config", None)
+
+def ties_rows(root: nn.Module, embedding: nn.Module) -> bool:
+    """Whether peft has the layers tied to this embedding read its trained rows."""
     getter = getattr(root, "get_input_embeddings", None)
     return (
-        bool(getattr(config, "tie_word_embeddings", False))
+        ties_embeddings(root)
         and bool(getattr(root, "_tied_weights_keys", None))
         and callable(getter)
         and getter() is embedding
     )
+
+
+def declared_ties(root: nn.Module, name: str) -> set[str]:
+    """Return the modules that the model's class ties to this one, whatever their tensors are."""
+    keys = getattr(root, "_tied_weights_keys", None)
+    if not isinstance(keys, dict):
+        return set()
+    modules = base_modules(root)
+    tied = {k.rpartition(".")[0] for k, source in keys.items() if source == f"{name}.weight"}
+    return tied & modules.keys()
 
 
 def exact_targets(model: nn.Module, sites: Sequence[Site]) -> list[str] | str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.placement.placement import PlannedAdapter
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.hf.keys import PREFIX
-from lightning_peft.hf.targets import compact, tied_with, ties_rows
+from lightning_peft.hf.targets import compact, declared_ties, tied_with, ties_rows
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.token_indices import TokenIndices
@@ -81,7 +81,10 @@ def match_token_rows(
                     f"{path}: expected the rows of {site.tied_to.name!r}, which it is tied to"
                 )
             continue
-        if _drops_bias(site.module):
+        apart = declared_ties(top, path) - tied_with(top, [path]) - rows.keys()
+        if ties_rows(top, site.module) and apart:
+            problems.append(f"{path}: {_APART.format(sorted(apart))}")
+        elif _drops_bias(site.module):
             problems.append(f"{path}: {_BIAS}")
         elif found is None:
             problems.append(f"missing {PREFIX}{path}{_DELTA}")
@@ -115,6 +118,11 @@ _BIAS = (
 )
 
 
+_APART = (
+    "expected that {} share its weight, as the model's config.tie_word_embeddings says and peft "
+    "takes for granted, got weights of their own; call model.tie_weights(), or set "
+    "config.tie_word_embeddings to False"
+)
 _NOT_TIED = (
     "expected a layer whose rows peft ties to those of {!r}, got one that shares its weight, but "
     "the model's config.tie_word_embeddings does not say so: in peft its rows stay the base's"
@@ -166,6 +174,11 @@ def add_token_rows(
     config["trainable_token_indices"] = _beside(top, by_layer)
 
 
+def _ids_of(adapter: Adapter) -> list[int]:
+    method = adapter.method
+    return method.ids(adapter.site) if isinstance(method, TrainableTokens) else []
+
+
 def _beside(top: nn.Module, by_layer: Mapping[str, list[int]]) -> TokenIndices:
     getter = getattr(top, "get_input_embeddings", None)
     inputs = getter() if callable(getter) else None
@@ -188,6 +201,12 @@ def _check_writable(top: nn.Module, adapters: Sequence[tuple[str, nn.Module, Ada
             raise ValueError(
                 f"save_adapter: TrainableTokens on {path!r}: {_NOT_TIED.format(leader.name)}; "
                 "attach TrainableTokens(tied=False), or keep the adapter with adapter_state_dict()"
+            )
+        others = {p for p, _, a in adapters if _ids_of(a) != _ids_of(adapter)}
+        apart = declared_ties(top, path) - tied_with(top, [path]) - others
+        if ties_rows(top, module) and apart:
+            raise ValueError(
+                f"save_adapter: TrainableTokens on {path!r}: {_APART.format(sorted(apart))}"
             )
         left = tied_with(top, [path]) - paths if ties_rows(top, module) else set[str]()
         if adapter.site.is_embedding and left:

@@ -16,7 +16,7 @@ __all__ = ["input_covariances"]
 
 
 class _Moments:
-    """Σ xᵀ x over the rows of every call, on the CPU; each call is divided by its largest entry."""
+    """Sums xᵀ x over the rows of every call, on the CPU, each call divided by its largest entry."""
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None

@@ -77,7 +77,7 @@ def _gradient_hook(adapter: WeightAdapter, sums: _GradientSums) -> Callable[...,
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         x: Tensor = first_argument(args, kwargs).detach()
-        if not y.requires_grad:  # no graph leads here: start one
+        if not y.requires_grad:  # without a graph up to here, start one
             y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
         y.register_hook(lambda dy: sums.add(adapter, x, dy))
         return y

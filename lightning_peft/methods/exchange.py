@@ -27,6 +27,7 @@ __all__ = [
     "config_keys",
     "refuse_all_but_features",
     "refuse_all_but_linear",
+    "refuse_scaled_embedding",
     "refuse_uneven_conv2d",
 ]
 
@@ -82,6 +83,13 @@ def refuse_all_but_linear(method: object, site: Site) -> str:
     if type(site.module).__name__.endswith("Conv1D") and hasattr(site.module, "nf"):
         return "peft adapts nn.Linear only, not GPT-2's Conv1D"
     return refuse_all_but_features(method, site)
+
+
+def refuse_scaled_embedding(method: object, site: Site) -> str:
+    """Why a type of peft that knows plain embeddings cannot take one with a scale (Gemma)."""
+    if site.is_embedding and float(getattr(site.module, "embed_scale", 1.0)) != 1.0:
+        return "peft adds the adapter's part there without the embedding's scale"
+    return ""
 
 
 def refuse_uneven_conv2d(method: object, site: Site) -> str:

@@ -22,7 +22,7 @@ from lightning_peft.methods.checks import (
     require,
     require_dropout,
 )
-from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.exchange import config_keys, refuse_scaled_embedding
 from lightning_peft.methods.registry import register
 
 __all__ = ["Hadamard", "HiRA"]
@@ -49,7 +49,7 @@ def _refuse(method: HiRA, site: Site) -> str:
         return "peft adapts no convolution with groups here"
     if len(site.kernel_size) == 3 and site.kernel_size[:2] == (1, 1):
         return "peft takes a Conv3d whose kernel starts with 1, 1 for a Conv2d of size 1"
-    return ""
+    return refuse_scaled_embedding(method, site)
 
 
 @register

@@ -26,12 +26,14 @@ _HASHED_WHOLE = 1 << 24  # bytes up to which a tensor is always hashed completel
 _SAMPLE_STEP = 4096  # elements per sampled value
 _SMALL = 1 << 19  # bytes up to which one checksum call is faster than the polynomial
 _ROW = 1 << 16  # words per row of the polynomial: row and sum stay in a CPU's second cache
+_SHORT_ROW = 1 << 14  # words per row of a tensor with fewer than `_LONG` words
+_LONG = 1 << 18
 _ODD = 0x1E3779B97F4A7C15
 
 
 @dataclass
 class TensorContent:
-    """What is remembered of one tensor; of a sharded one, of this process's rows.
+    """Content of one tensor at one moment; of a sharded tensor, of this process's rows.
 
     Attributes:
         address: Memory address.
@@ -48,7 +50,7 @@ class TensorContent:
     sharded: bool
 
 
-#: What is remembered by name; None for a tensor that had no values then (on meta).
+#: Content by name; None for a tensor that had no values then (on meta).
 Contents = dict[str, TensorContent | None]
 
 
@@ -112,7 +114,7 @@ def _version(t: Tensor) -> int:
 
 
 def _sample(t: Tensor) -> Tensor:
-    """Return values of every row, at least one in 4,096; of a small tensor fewer."""
+    """Return values of every row, at least one in 4,096. A small tensor needs fewer."""
     if t.nbytes <= _HASHED_WHOLE or t.ndim < 2:
         sample = t.reshape(-1)[::_SAMPLE_STEP]
         if sample.device.type == "cpu":
@@ -137,8 +139,8 @@ def content_hash(t: Tensor) -> int:
     """Return a hash of the tensor's bytes, dtype and shape, computed where the tensor is.
 
     The bytes are read as 64-bit words. Rows of words are the coefficients of a polynomial modulo
-    2^64 at a fixed odd number, so that a change of any single word changes the hash, and so does an
-    exchange of two. It is no cryptographic hash.
+    2^64 at a fixed odd number, and the checksum is taken of its values, so that a change of any
+    single word changes the hash, and so does an exchange of two. It is no cryptographic hash.
     """
     kind = zlib.crc32(f"{t.dtype}{list(t.shape)}".encode())
     if t.device.type == "cpu" and t.nbytes <= _SMALL and t.is_contiguous():
@@ -167,10 +169,11 @@ def _checksum(t: Tensor) -> int:
 
 
 def _polynomial(words: Tensor) -> int:
-    """Return one number for all words: a polynomial per column, then a weighted sum of these."""
-    total = torch.zeros(min(_ROW, words.numel()), dtype=torch.int64, device=words.device)
-    for row in words.split(_ROW):
+    """Return one number for all words: a polynomial per column, then a checksum of these."""
+    width = _SHORT_ROW if words.numel() < _LONG else _ROW
+    total, *rows = words.split(width)
+    total = total.clone()
+    for row in rows:
         n = row.numel()
         torch.add(row, total[:n], alpha=_ODD, out=total[:n])
-    odd = torch.arange(1, 2 * total.numel(), 2, device=total.device).mul_(_ODD)
-    return int(total.mul_(odd).sum())
+    return _checksum(total.cpu())

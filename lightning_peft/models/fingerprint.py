@@ -27,8 +27,8 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
 
     Args:
         model: The model, before it is quantised.
-        trained: Names of parameters of which a copy is trained (a fresh head): their values do not
-            count.
+        trained: Names of parameters that are trained as a copy (a fresh head). Their values do
+            not count.
 
     Returns:
         ``{"tensors": {name: [shape, dtype, hash of the samples]}}``; the hash is "" for meta

@@ -89,7 +89,7 @@ def frozen_copies(model: nn.Module) -> list[FrozenCopy]:
 def _are_named_as_copies(student: str, teacher: str) -> bool:
     """Whether names say that one part follows the other: ``backbone``, ``backbone_momentum``.
 
-    Names that differ in an index alone say nothing: they are blocks of one stack.
+    Names that differ only in an index say nothing: they are blocks of one stack.
     """
     if re.sub(r"\d+", "", student) == re.sub(r"\d+", "", teacher):
         return False
@@ -122,7 +122,7 @@ def inside(name: str, parts: Sequence[str]) -> bool:
 
 
 def names_part(rule: str | Sequence[str] | None, part: str) -> bool:
-    """Whether a `target_modules` rule says the name of a part, rather than only matching in it."""
+    """Whether a `target_modules` rule names a part, rather than only matching inside it."""
     if rule is None or rule == "all-linear":
         return False
     leaf = part.rpartition(".")[2]

@@ -154,7 +154,7 @@ def outside_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _watched(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of a module's tensors that no inner history watches and we do not rewrite."""
+    """Return the tensors of a module that no inner history watches and that we do not rewrite."""
     inner = tuple(f"{strip_compile(p)}." for p, _, _ in histories_in(model) if p)
     ours = _rewritten_by_adapters(model)
     return {
@@ -225,8 +225,9 @@ def _not_kept(module: nn.Module, history: ModelHistory) -> dict[str, Tensor]:
 
 
 def changed_base(model: nn.Module) -> list[str]:
-    """Return canonical names of tensors of the base that no longer are as the module's code made
-    them: trained, owned by an optimizer, read from a file, or moved.
+    """Return the canonical names of base tensors that the module's code does not rebuild.
+
+    They were trained, owned by an optimizer, read from a file, or moved.
 
     Nothing is noted. Tensors under FSDP2 are compared by the rows of this process.
     """

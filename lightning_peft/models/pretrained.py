@@ -178,7 +178,7 @@ class _Search:
     found: NewLayers
 
     def visit(self, name: str, module: nn.Module) -> None:
-        """Sort the module, or its children if they differ."""
+        """Classify the module, or its children if they differ."""
         if name in self.parts or in_adapter(name):
             return
         holds = not name or any(part.startswith(f"{name}.") for part in self.parts)

@@ -71,7 +71,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": Family(
         ("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj", "v_proj", "down_proj"), ("down_proj",)
     ),
-    # Models with code of their own; peft's table has them
+    # Models that bring their own code; peft's table lists them
     "chatglm": Family(
         ("query_key_value",), ("query_key_value", "dense_4h_to_h"), ("dense_4h_to_h",)
     ),

@@ -1,4 +1,4 @@
-"""Optimizer state: pooled, 8-bit, paged; from the user's optimizer and back."""
+"""Optimizers with pooled, 8-bit or paged state, and conversion from and to the user's."""
 
 from lightning_peft.optim.half_precision import check_half_precision
 from lightning_peft.optim.method_hooks import MethodHooks

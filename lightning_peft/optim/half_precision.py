@@ -1,4 +1,4 @@
-"""Half-precision parameters under an optimizer that divides by a vanishing epsilon."""
+"""Refuses fp16 parameters under an optimizer whose epsilon rounds to zero."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def check_half_precision(optimizer: Optimizer) -> None:
     """Raise if fp16 parameters are trained with an epsilon that is zero in fp16.
 
     LoRA's A has an exactly zero gradient in the first step, because B is zero. The step then
-    computes 0/0, and A is NaN for good. Pooled optimizers keep their state in fp32.
+    computes 0/0, and A stays NaN. Pooled optimizers keep their state in fp32.
 
     Raises:
-        ValueError: with the group and what to use.
+        ValueError: names the group and the alternatives.
     """
     if isinstance(optimizer, PooledOptimizer):
         return

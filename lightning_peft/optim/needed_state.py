@@ -1,4 +1,4 @@
-"""What an optimizer class keeps per parameter: found by one step of a new one."""
+"""The state that an optimizer class keeps per parameter, found by one step of a new instance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = Mapping[str, Any]
 class TrialStates:
     """States after one step of a new optimizer of the live class, with the options of the file.
 
-    The step is taken on a small parameter with as many axes as the real one.
+    The step is on a small parameter with as many dimensions as the real one.
 
     Args:
         optimizer: The live optimizer.
@@ -44,7 +44,8 @@ class TrialStates:
     def _try(self, group: int, shape: torch.Size) -> State | None:
         weight = nn.Parameter(torch.zeros(shape))
         signs = torch.arange(weight.numel()).remainder(2).mul(2).sub(1)
-        weight.grad = signs.reshape(shape).to(weight.dtype)  # what can be negative, is
+        # Both signs, so that every state that can be negative is.
+        weight.grad = signs.reshape(shape).to(weight.dtype)
         options = {**self._optimizer.param_groups[group], **self._groups[group]}
         options |= {"params": [weight], "fused": None, "foreach": None, "capturable": False}
         options.pop("param_names", None)
@@ -53,18 +54,18 @@ class TrialStates:
             accepted = inspect.signature(kind).parameters
             trial = kind(**{k: v for k, v in options.items() if k in accepted})
             trial.step()
-        except Exception:  # a class of the user's, with arguments of its own
+        except Exception:  # a user's class whose arguments are unknown
             return None
         return dict(trial.state[weight])
 
 
 def tensors_of(state: State) -> set[str]:
-    """Names of the tensors in a state."""
+    """Return the names of the tensors in a state."""
     return {name for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def form_problems(state: State, trial: State, p: Tensor, *, sharded: bool) -> Iterator[str]:
-    """Yield the tensors of a stored state whose shape, kind or sign a run cannot have left."""
+    """Yield the tensors of a stored state with a shape, dtype or sign that no run produces."""
     for name in sorted(tensors_of(state) & tensors_of(trial)):
         value, like = state[name], trial[name]
         want = _size(like, p)
@@ -77,7 +78,7 @@ def form_problems(state: State, trial: State, p: Tensor, *, sharded: bool) -> It
 
 
 def _size(like: Tensor, p: Tensor) -> torch.Size:
-    """Shape for the real parameter of a tensor in the trial state."""
+    """Return the shape that a tensor of the trial state has for the real parameter."""
     if like.ndim != p.ndim:
         return like.shape
     small = [min(size, 2 + i) for i, size in enumerate(p.shape)]

@@ -1,4 +1,4 @@
-"""The optimizers: pooled state, one launch a step, nothing changed by a non-finite gradient."""
+"""Optimizers with pooled state: one launch per step; non-finite gradients skip a step."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class _Item(NamedTuple):
 
 
 class PooledOptimizer(torch.optim.Optimizer):
-    """State of all parameters in one buffer a device.
+    """Base class: the state of all parameters lies in one buffer per device.
 
-    A step whose gradients are not all finite changes no parameter, no state and no step count, and
-    is counted in `skipped_steps`. Under GradScaler, `found_inf` and `grad_scale` are read as
-    torch's fused optimizers do. Where gradients are DTensors the processes of their mesh agree
-    first. Elsewhere gradients are taken to be reduced, so every process sees the same.
+    If a gradient is not finite, the step is skipped: parameters, state and step counts stay as they
+    are, and `skipped_steps` counts it. Under GradScaler, `found_inf` and `grad_scale` are read as
+    in torch's fused optimizers. Processes that share DTensor gradients agree on the skip. Other
+    gradients are expected to be reduced already, so that every process decides alike.
 
     Group keys: lr, betas, eps, weight_decay, maximize.
     """
@@ -59,16 +59,16 @@ class PooledOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out because a gradient was not finite."""
+        """Number of steps skipped because a gradient was not finite."""
         return int(sum(float(count) for count in vars(self).get("_skipped", {}).values()))
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the pooled buffers."""
+        """Size of the pooled buffers in bytes."""
         return sum(pool.buffer.numel() for pool in self._pools().values())
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returned."""
+        """Take one step and return the value of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,12 +113,12 @@ class PooledOptimizer(torch.optim.Optimizer):
                 self._update(pool, same, found)
 
     def _found(self, items: list[_Item], device: torch.device) -> Tensor:
-        """fp32 scalar on `device`: 1 where a gradient is not finite, else 0. No wait on CUDA."""
+        """Return 1 if a gradient is not finite, else 0: an fp32 scalar, without a wait."""
         grads = [local(item.grad) for item in items]
         scaler = getattr(self, "found_inf", None)
         found = torch.zeros((), device=device)
         if device.type == "cpu":
-            # A sum carries every NaN and Inf; that it overflows by itself is rare and looked into.
+            # NaN and Inf survive a sum. A sum that overflows by itself is rare and is examined.
             suspects = [g for g in grads if not g.sum().isfinite()]
             if any(not bool(g.isfinite().all()) for g in suspects):
                 found.fill_(1)
@@ -134,7 +134,7 @@ class PooledOptimizer(torch.optim.Optimizer):
         return found
 
     def _hyper(self, pool: StatePool, items: list[_Item]) -> Tensor:
-        """Rows for `pooled_8bit_step`, in fp64 until the last."""
+        """Return the rows for `pooled_8bit_step`, computed in fp64 and rounded once."""
         told = [
             (float(g["lr"]), g["weight_decay"], g["eps"], *map(float, g["betas"]))
             for _, _, g in items
@@ -176,7 +176,7 @@ class PooledOptimizer(torch.optim.Optimizer):
                 shard.copy_(copy)
 
     def _pools(self) -> dict[torch.device, StatePool]:
-        """The pools, rebuilt when parameters came or moved, or states were put in."""
+        """Return the pools, rebuilt if parameters were added or moved, or states were set."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         pools: dict[torch.device, StatePool] = vars(self).setdefault("_pool_by_device", {})
         if all(
@@ -201,7 +201,7 @@ class PooledOptimizer(torch.optim.Optimizer):
         return made
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; each parameter's state is its own copy, without padding."""
+        """Return a state dict like torch's. Each state is a copy without the pool's padding."""
         saved = super().state_dict()
         saved["state"] = {
             key: {name: value.clone() for name, value in state.items()}
@@ -210,8 +210,9 @@ class PooledOptimizer(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take a state of this class, of torch.optim.AdamW or of bitsandbytes; paged again where
-        it was.
+        """Load a state of this class, of torch.optim.AdamW or of bitsandbytes.
+
+        A paged optimizer pages what it loads.
 
         Raises:
             ValueError: groups of another size, or a state of another number of elements.
@@ -281,7 +282,7 @@ class PagedAdamW32bit(PooledOptimizer):
         scale = getattr(self, "grad_scale", None)
         for own in groups.values():
             group, shards = own[0].group, [local(item.param) for item in own]
-            # torch's fused step wants one dtype; half precision goes by fp32 copies.
+            # torch's fused step expects one dtype, so half precision goes through fp32 copies.
             masters = [shard.detach().float() for shard in shards]
             torch._fused_adamw_(
                 masters,

@@ -20,7 +20,7 @@ _LARGEST = float(torch.finfo(torch.float32).max)
 def option_problems(
     optimizer: Optimizer, saved: Mapping[str, Any], live: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield options that have another form than the live ones, or a value that no run can have."""
+    """Yield options that differ in form from the live ones, or have an impossible value."""
     ours = set(optimizer.DEFAULTS) - {"lr"} if isinstance(optimizer, PooledOptimizer) else set()
     for key in optimizer.defaults:
         if key not in saved and key not in ours and numbers_in(live.get(key)):
@@ -50,14 +50,14 @@ def _form(value: object) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether an option or a step is one number, as a tensor too."""
+    """Whether an option or a step is one number; a tensor of one element is."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, int | float)
 
 
 def numbers_in(value: object) -> list[float]:
-    """The numbers in an option; NaN is returned as infinity, which compares."""
+    """Return the numbers in an option. NaN becomes infinity, which comparisons catch."""
     if isinstance(value, Tensor):
         return numbers_in(value.item()) if value.numel() == 1 and not value.is_complex() else []
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Memory of optimizer state: the device's, or managed memory that the driver pages."""
+"""Memory for optimizer state: device memory, or managed memory that the driver pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Managed:
-    """Owner of one managed allocation; kept alive by its tensor, frees the memory at its end."""
+    """Owns one managed allocation. The tensor keeps it alive; when it goes, the memory is freed."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -28,11 +28,11 @@ class _Managed:
             "data": (address, False),
             "version": 3,
         }
-        weakref.finalize(self, _free, address).atexit = False  # the process's end frees it anyway
+        weakref.finalize(self, _free, address).atexit = False  # at exit the driver frees it anyway
 
 
 def _free(address: int) -> None:
-    torch.cuda.synchronize()  # a kernel in flight may still use it
+    torch.cuda.synchronize()  # a running kernel may still use it
     ctypes.CDLL("libcuda.so.1").cuMemFree_v2(ctypes.c_uint64(address))
 
 
@@ -40,19 +40,19 @@ def _free(address: int) -> None:
 def _library() -> Any:
     if find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            "paged optimizer: expected bitsandbytes, which has the managed memory, found none; pip "
-            "install bitsandbytes, or leave 'paged_' out of the optimizer's name"
+            "paged optimizer: expected bitsandbytes, which allocates managed memory, found none; "
+            "pip install bitsandbytes, or leave 'paged_' out of the optimizer's name"
         )
     return bitsandbytes_library()
 
 
 @lru_cache(maxsize=1)
 def _say_plain(device_type: str) -> None:
-    _log.info("Paged optimizer state needs CUDA; on %s it lies in plain memory.", device_type)
+    _log.info("Paged optimizer state needs CUDA; on %s plain memory is used.", device_type)
 
 
 def allocate(nbytes: int, device: torch.device, paged: bool) -> Tensor:
-    """Zeroed bytes, uint8 [nbytes] on `device`; managed where `paged` and the device is CUDA."""
+    """Return zeros, uint8 [nbytes] on `device`; managed memory if `paged` on a CUDA device."""
     if not paged or nbytes == 0:
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
     if device.type != "cuda":
@@ -66,7 +66,7 @@ def allocate(nbytes: int, device: torch.device, paged: bool) -> Tensor:
 
 
 def prefetch(buffer: Tensor) -> None:
-    """Ask the driver to bring a managed `buffer` to its device before it is read."""
+    """Ask the driver to move a managed `buffer` to its device before it is read."""
     _library().cprefetch(
         ctypes.c_void_p(buffer.data_ptr()),
         ctypes.c_size_t(buffer.numel()),

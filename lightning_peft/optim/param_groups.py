@@ -1,4 +1,4 @@
-"""Parameter groups: repaired when built too early, split for LoRA+."""
+"""Parameter groups: completed if they were built before the adapters, and split for LoRA+."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def repair(
 ) -> list[str]:
     """Put trained parameters into optimizers that were built over the base's parameters.
 
-    An optimizer made before the adapters exist holds frozen weights only and would move nothing.
-    Each trained parameter that no group holds goes to the group that holds one of its bases, in
-    place, so schedulers stay valid; frozen parameters then leave the groups that grew.
+    An optimizer that is built before the adapters exist holds only frozen weights and would move
+    nothing. Each trained parameter without a group joins the group of its layer's base weights.
+    Frozen parameters then leave the groups that grew. Groups are changed in place, so that
+    schedulers stay valid.
 
     Args:
-        optimizers: all optimizers of the run.
-        trained: name → trained parameter.
-        bases: name of a trained parameter → the base parameters of the layer it belongs to.
+        optimizers: All optimizers of the run.
+        trained: Trained parameters by name.
+        bases: Returns the base parameters beside a trained parameter, given its name.
 
     Returns:
-        Names that were put in.
+        The names of the added parameters.
 
     Raises:
-        RuntimeError: a trained parameter would be in no optimizer or in several; nothing is
-            changed.
+        RuntimeError: a trained parameter would be in no group, or in several. Nothing is changed.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     holders: dict[int, list[int]] = {}
@@ -132,7 +132,8 @@ def _is_b(name: str, p: Tensor) -> bool:
     return p.ndim == 1 or "lora_B" in name or name.rsplit(".", 1)[-1] == "B"
 
 
-#: Lists in which schedulers keep one value per group, with their factor; None: a learning rate.
+#: Lists of schedulers with one value per group. The value here is the factor of a new group; None
+#: stands for the ratio of learning rates.
 _PER_GROUP: Mapping[str, float | None] = {
     "base_lrs": None,
     "_last_lr": None,
@@ -144,7 +145,7 @@ _PER_GROUP: Mapping[str, float | None] = {
 
 
 def _scale(schedulers: Sequence[Any], group: int, ratio: float, *, extend: bool) -> None:
-    """Group `group` of each scheduler, or its twin behind the last, at `ratio` times the rates."""
+    """Multiply the rates of a group in each scheduler, or append a group with the product."""
     changed: dict[int, list[float]] = {}  # SequentialLR shares a list with its first scheduler
     for scheduler in _with_inner(schedulers):
         for key, factor in _PER_GROUP.items():
@@ -163,7 +164,7 @@ def _scale(schedulers: Sequence[Any], group: int, ratio: float, *, extend: bool)
 
 
 def _with_inner(schedulers: Sequence[Any]) -> Iterator[Any]:
-    """Yield each scheduler and those that it drives."""
+    """Yield each scheduler and the schedulers inside it."""
     for scheduler in schedulers:
         yield scheduler
         yield from _with_inner(getattr(scheduler, "_schedulers", ()))

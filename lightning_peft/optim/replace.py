@@ -1,4 +1,4 @@
-"""From the user's optimizer to one of ours: only its class changes."""
+"""Converts the user's optimizer to one of ours by changing its class."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def convert_optimizer(optimizer: torch.optim.Optimizer, name: str) -> None:
     optimizer.state.clear()
     optimizer.state.update(states)
     optimizer.__class__ = target
-    optimizer._patch_step_function()  # else step hooks of the new class never fire
+    optimizer._patch_step_function()  # otherwise step hooks of the new class never run
     if scheduled:
         _count_steps(optimizer)
 
@@ -118,7 +118,7 @@ def _check(optimizer: torch.optim.Optimizer, name: str) -> None:
 
 
 def _count_steps(optimizer: torch.optim.Optimizer) -> None:
-    """What a scheduler puts round `step` to know that it ran; it had wrapped the old class's."""
+    """Wrap `step` as schedulers do, to note that it ran; they wrapped the former class's method."""
     own = weakref.ref(optimizer)
     function = type(optimizer).step
 

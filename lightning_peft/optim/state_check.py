@@ -1,7 +1,7 @@
 """Checks an optimizer state that was read from a file, before anything is loaded.
 
-An optimizer loads what it is given: a NaN, a wrong dtype or the state of another class is found
-only in a later step, or never. The check compares names, shapes, dtypes and values with what the
+Optimizers load any state. A NaN, a wrong dtype or the state of another class would be noticed in a
+later step, or never. The check compares names, shapes, dtypes and values with what the
 live optimizer needs.
 """
 
@@ -27,7 +27,7 @@ from lightning_peft.optim.state_names import names_of
 
 __all__ = ["check_optimizer_state", "converted_state", "is_8bit"]
 
-_MOST_STEPS = 1 << 53  # a float counts no further
+_MOST_STEPS = 1 << 53  # a float cannot count further
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
 _SECOND = {"exp_avg_sq", "state2"}
 _CODES = {"state1", "absmax1", "state2", "absmax2"}
@@ -44,7 +44,7 @@ def is_8bit(state_dict: Mapping[str, Any]) -> bool:
 
 
 def converted_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an 8-bit state as the live optimizer of torch holds it; others are returned as is.
+    """Convert an 8-bit state to the form of a live optimizer of torch. Others are returned as is.
 
     Call `check_optimizer_state` first.
     """
@@ -100,7 +100,7 @@ def check_optimizer_state(
     if problems:
         more = f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(
-            f"{what}: expected a state that {type(optimizer).__name__} can go on from, got "
+            f"{what}: expected a state that {type(optimizer).__name__} can continue from, got "
             f"{counted(len(problems), 'difference')}; nothing was loaded. Resume from "
             "another checkpoint, return the optimizer class that was saved, or start a new fit "
             "from the weights alone:\n  " + "\n  ".join(problems[:12]) + more
@@ -118,7 +118,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 # ---- structure
 
 
-def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
+def _check_structure(optimizer: Optimizer, state_dict: object, what: str) -> None:
     """Raise ValueError unless the state dict has the form of `Optimizer.state_dict`."""
     found = state_dict if isinstance(state_dict, Mapping) else {}
     state, groups = found.get("state"), found.get("param_groups")
@@ -151,7 +151,7 @@ def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
 
 
 def _state_problems(
-    optimizer: Optimizer, state: Any, p: Tensor, needed: set[str] | None, numel: int | None
+    optimizer: Optimizer, state: object, p: Tensor, needed: set[str] | None, numel: int | None
 ) -> Iterator[str]:
     if not isinstance(state, Mapping):
         yield f"expected a dict of tensors, got {type(state).__name__}"

@@ -1,9 +1,10 @@
-"""Optimizer state of one parameter, or a whole state dict, between ours, torch's and bitsandbytes'.
+"""Converts optimizer state between three forms: ours, torch's and bitsandbytes'.
 
-Ours (8 bit): step fp32 scalar, state1 and state2 uint8 [n], absmax1 and absmax2 fp32 [⌈n/256⌉]
-(Lion: without the second), over the parameter's elements in row order. torch: step, exp_avg,
-exp_avg_sq. bitsandbytes: as ours in the parameter's shape with a step that is an int, nested under
-one key in files, fp32 below 4,096 elements.
+- Ours (8 bit): step, an fp32 scalar; state1 and state2, uint8 [n]; absmax1 and absmax2, fp32
+  [⌈n/256⌉]. Elements are in row order. Lion has no state2 and absmax2.
+- torch: step, exp_avg and exp_avg_sq.
+- bitsandbytes: our names, in the parameter's shape, with an integer step. Files nest them under one
+  key. Parameters below 4,096 elements have fp32 state.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def _steps(value: object) -> Tensor:
 
 
 def moments(state: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """First and, where there is one, second moment, fp32 [n], of a state in any of the three forms.
+    """Return the first moment, and the second if there is one, as fp32 [n].
+
+    Args:
+        state: The state of one parameter in any of the three forms.
 
     Raises:
         ValueError: a form that is none of them.
@@ -54,8 +58,7 @@ def moments(state: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
 
 def pack(state: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Tensor]:
-    """A state in any form as the one that has `fields`. Codes of the same form are kept byte for
-    byte.
+    """Convert a state to the form that has `fields`. 8-bit codes stay byte for byte.
 
     Raises:
         ValueError: an unknown form, or a second moment is needed and missing.
@@ -69,8 +72,8 @@ def pack(state: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Tensor]:
     needed = 2 if {"state2", "exp_avg_sq"} & set(fields) else 1
     if len(values) < needed:
         raise ValueError(
-            f"optimizer state: expected two moments, got {sorted(flat)}; it was saved by Lion, "
-            "start afresh"
+            f"optimizer state: expected two moments, got {sorted(flat)}; it was saved by Lion; "
+            "start with a new state"
         )
     for i in range(needed):
         if codes:
@@ -83,14 +86,19 @@ def pack(state: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Tensor]:
 
 
 def from_torch(state_dict: Mapping[str, Any], *, lion: bool = False) -> dict[str, Any]:
-    """A state dict of torch.optim.AdamW or of bitsandbytes with 8-bit states; groups unchanged."""
+    """Convert a state dict of torch's AdamW or of bitsandbytes to 8 bits; groups stay."""
     fields = ("state1", "absmax1") if lion else ("state1", "absmax1", "state2", "absmax2")
     states = {key: pack(state, fields) for key, state in state_dict["state"].items()}
     return {**state_dict, "state": states}
 
 
 def to_torch(state_dict: Mapping[str, Any], shapes: Mapping[int, torch.Size]) -> dict[str, Any]:
-    """An 8-bit AdamW state dict as torch.optim.AdamW's, fp32; `shapes` by parameter index."""
+    """Convert an 8-bit AdamW state dict to torch.optim.AdamW's, in fp32.
+
+    Args:
+        state_dict: The state dict with 8-bit states.
+        shapes: Shape of each parameter, by its index.
+    """
     states = {
         key: {
             name: value if name == "step" else value.view(shapes[key])
@@ -102,8 +110,11 @@ def to_torch(state_dict: Mapping[str, Any], shapes: Mapping[int, torch.Size]) ->
 
 
 def shard(state: Mapping[str, Any], first: int, length: int) -> dict[str, Tensor]:
-    """Elements [first, first + length) of an 8-bit state. Bytes move where `first` is a multiple
-    of 256; elsewhere the values are requantised (an error of one code, once)."""
+    """Return the elements [first, first + length) of an 8-bit state.
+
+    If `first` is a multiple of 256, bytes are copied. Otherwise values are quantised again, which
+    changes each by at most one code.
+    """
     fields = [name for name in state if name != "step"]
     if "shards" in state:
         return _of_shards(state, first, length)
@@ -133,10 +144,11 @@ def _of_shards(state: Mapping[str, Any], first: int, length: int) -> dict[str, T
 
 
 def join_shards(shards: Sequence[Mapping[str, Tensor]], *, exact: bool = False) -> dict[str, Any]:
-    """Neighbouring ranges as one; bytes move where all but the last are whole blocks.
+    """Join the states of neighbouring ranges.
 
-    Where they are not, values are requantised, or, if `exact`, the shards are kept side by side
-    under ``"shards"``, which `pack` and `shard` read.
+    If all ranges but the last consist of whole blocks, bytes are copied. Otherwise values are
+    quantised again. With `exact`, the shards are kept under ``"shards"`` instead, a form that
+    `pack` and `shard` read.
     """
     fields = [name for name in shards[0] if name != "step"]
     if all(s["state1"].numel() % BLOCK == 0 for s in shards[:-1]):

@@ -1,4 +1,4 @@
-"""Optimizer state by the names of its parameters, so that a changed order is mapped or found."""
+"""Optimizer state by parameter name, so that another order of parameters is mapped or refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Names = list[list[str]]
 
 
 def names_of(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> Names:
-    """By group; a parameter of no name in `named` is told by its place."""
+    """Return the names by group. A parameter that `named` lacks is called by its position."""
     found = {id(p): strip_compile(name) for name, p in named.items()}
     return [
         [found.get(id(p), f"unnamed {i}.{j}") for j, p in enumerate(group["params"])]
@@ -26,7 +26,7 @@ def names_of(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> N
 
 
 def stepped_names(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters of which the optimizer holds a state."""
+    """Return the names of the parameters that have a state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     names = [name for group in names_of(optimizer, named) for name in group]
     return [n for n, p in zip(names, params, strict=True) if optimizer.state.get(p)]
@@ -35,7 +35,7 @@ def stepped_names(optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor])
 def in_live_order(
     state_dict: Mapping[str, Any], saved: Sequence[Sequence[str]], live: Names, what: str
 ) -> dict[str, Any]:
-    """A saved state dict as the live optimizer numbers its parameters.
+    """Return a saved state dict in the order of the live optimizer's parameters.
 
     Args:
         state_dict: As `torch.optim.Optimizer.state_dict` made it.
@@ -44,7 +44,7 @@ def in_live_order(
         what: Name of the optimizer, for messages.
 
     Raises:
-        ValueError: a parameter is in one of the two only, or moved to another group.
+        ValueError: a parameter is in only one of the two, or in another group.
     """
     if [list(group) for group in saved] == live:
         return dict(state_dict)

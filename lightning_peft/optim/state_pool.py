@@ -19,7 +19,7 @@ __all__ = ["Field", "StatePool", "local"]
 
 @dataclass(frozen=True)
 class Field:
-    """One kind of state: an entry every `every` elements; `shaped` like the parameter or flat."""
+    """One kind of state: one entry per `every` elements, flat or `shaped` like the parameter."""
 
     dtype: torch.dtype
     every: int = 1
@@ -36,10 +36,12 @@ FIELDS_8BIT = {
 
 
 class StatePool:
-    """State of `params` (all on one device), each beginning at a multiple of 256 elements.
+    """The state of parameters on one device. Each begins at a multiple of 256 elements.
 
-    `fields[name]` is the pooled tensor, `steps` fp32 [T] the number of steps each parameter took,
-    `views[p]` what belongs to p.
+    Attributes:
+        fields: Pooled tensors by name.
+        steps: Number of steps that each parameter took, fp32 [T].
+        views: For each parameter, its part of every field.
     """
 
     def __init__(self, params: Sequence[Tensor], fields: Mapping[str, Field], paged: bool) -> None:
@@ -55,7 +57,7 @@ class StatePool:
         self.managed = paged and device.type == "cuda" and self.buffer.numel() > 0
         self.fields: dict[str, Tensor] = {}
         offset = 0
-        # Wide types first, so that every field begins aligned.
+        # Wide types come first, so that every field is aligned.
         for name, field in sorted(fields.items(), key=lambda item: -item[1].dtype.itemsize):
             view = self.buffer[offset : offset + sizes[name]].view(field.dtype)
             self.fields[name] = view.fill_(field.fill) if field.fill else view
@@ -73,11 +75,11 @@ class StatePool:
         return rows_on(self.steps.device, [self.rows[p] for p in params], torch.int64)
 
     def fill(self, p: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Copy a saved state of `p` in."""
+        """Copy a saved state into the part of `p`."""
         for name, view in self.views[p].items():
             view.copy_(state[name].reshape(view.shape))
 
     def prefetch(self) -> None:
-        """Bring managed memory to the device, once a step."""
+        """Move managed memory to the device. Call it once per step."""
         if self.managed:
             prefetch(self.buffer)

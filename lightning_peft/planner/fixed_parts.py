@@ -1,15 +1,17 @@
-"""Bytes of a rank that do not depend on the batch: weights, state, and buffers of the strategy."""
+"""Bytes of a rank that do not depend on the batch: weights, state, buffers."""
 
 from __future__ import annotations
 
 import math
 
 from lightning_peft.planner.choice import OPTIMIZER_BYTES, Choice
-from lightning_peft.planner.meta_model import Sizes
+from lightning_peft.planner.sizes import Sizes
 from lightning_peft.planner.storage_meter import GRADIENTS
 
-__all__ = ["STATES", "WEIGHTS", "fixed_parts"]
+__all__ = ["BUCKETS", "STATES", "WEIGHTS", "fixed_parts"]
 
+#: Buffers of DDP, or units that FSDP has gathered, which change within a step.
+BUCKETS = "communication buckets"
 WEIGHTS = ("base weights", "adapters", "fully trained weights")
 #: Parts that are divided among the ranks that share one copy.
 STATES = (*WEIGHTS, GRADIENTS, "optimizer state")
@@ -23,7 +25,7 @@ def fixed_parts(choice: Choice, sizes: Sizes) -> dict[str, int]:
     return {
         **parts,
         "dequantise buffers": sizes.dequantised * _compute_bytes(choice),
-        "communication buckets": _buckets(choice, sizes),
+        BUCKETS: sizes.trained_bytes if choice.strategy == "ddp" and choice.world_size > 1 else 0,
         "gathered keys and values": _gathered_kv(choice, sizes),
     }
 
@@ -39,25 +41,6 @@ def _states(choice: Choice, sizes: Sizes) -> dict[str, int]:
 def _compute_bytes(choice: Choice) -> int:
     """Bytes of an element in the dtype that products run in."""
     return 4 if choice.precision == "32-true" else 2
-
-
-def _buckets(choice: Choice, sizes: Sizes) -> int:
-    if choice.world_size > 1 and choice.strategy == "ddp":
-        return sizes.trained_bytes
-    if choice.world_size > 1 and choice.strategy == "fsdp":
-        return _gathered_units(choice, sizes)
-    return 0
-
-
-def _gathered_units(choice: Choice, sizes: Sizes) -> int:
-    """Bytes of the units that FSDP has gathered at once, and of gradients on their way."""
-    if not choice.reshard_after_forward:
-        return sizes.base_bytes + sizes.trained_bytes + sizes.block + sizes.block_trained
-    end, rest = sizes.end, sizes.rest
-    if choice.liger:  # it reads the head's weight
-        end, rest = 0, rest + end
-    # This unit and the next, of which one may be the embedding or the head.
-    return sizes.block + max(sizes.block, end) + rest + sizes.block_trained
 
 
 def _gathered_kv(choice: Choice, sizes: Sizes) -> int:

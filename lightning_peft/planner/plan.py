@@ -13,11 +13,14 @@ from lightning_peft.planner.alternatives import baselines, next_changes
 from lightning_peft.planner.byte_sizes import size
 from lightning_peft.planner.choice import Choice
 from lightning_peft.planner.example_inputs import NoInputs
-from lightning_peft.planner.fixed_parts import STATES, WEIGHTS, fixed_parts
-from lightning_peft.planner.meta_model import Sizes
+from lightning_peft.planner.fixed_parts import BUCKETS, STATES, WEIGHTS, fixed_parts
+from lightning_peft.planner.gathered_units import gathered_units
+from lightning_peft.planner.sizes import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 
 __all__ = ["Plan", "Step"]
+
+_TRACED = (ACTIVATIONS, LOGITS, BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -93,24 +96,29 @@ class Plan:
             self.notes.append(f"activations are not counted: {error}")
             return Trace()
 
-    def _moments(self, batch_size: float) -> tuple[dict[str, float], dict[str, float]]:
-        """Parts at the fullest moment of forward and of backward."""
+    def _moments(self, batch_size: float) -> list[dict[str, float]]:
+        """Parts at the fullest moments of forward and backward, and where FSDP gathers most."""
         line, own = self._trace(self.choice.batch_size), self.choice.batch_size
         if batch_size != own:
             line = line.along(self._trace(2 * own), batch_size / own - 1)
-        shards = self.choice.shards
-        moments = []
-        for traced in (line.forward, line.backward):
-            parts: dict[str, float] = dict(self._fixed)
-            for part in (ACTIVATIONS, LOGITS, BACKWARD):
-                parts[part] = traced.get(part, 0.0)
-            if self._fused_loss is not None:
-                parts[LOGITS] = self._chunk(batch_size)
-            if traced is line.backward:
-                # Lightning frees the gradients of the last step right before backward.
-                parts[GRADIENTS] = min(parts[GRADIENTS], traced.get(GRADIENTS, 0.0) / shards)
-            moments.append(parts)
-        return moments[0], moments[1]
+        forward, backward = (
+            {**self._fixed, **{part: traced.get(part, 0.0) for part in _TRACED}}
+            for traced in (line.forward, line.backward)
+        )
+        if self._fused_loss is not None:
+            forward[LOGITS] = backward[LOGITS] = self._chunk(batch_size)
+        # Lightning frees the gradients of the last step right before backward.
+        made = line.backward.get(GRADIENTS, 0.0) / self.choice.shards
+        backward[GRADIENTS] = min(backward[GRADIENTS], made)
+        if self.choice.strategy != "fsdp":
+            return [forward, backward]
+        gathered = gathered_units(self.choice, self.sizes)
+        return [
+            {**forward, **dict.fromkeys(_TRACED, 0.0), BUCKETS: gathered.start},
+            {**forward, LOGITS: 0.0, BUCKETS: gathered.head},
+            {**forward, BUCKETS: gathered.forward},
+            {**backward, BUCKETS: gathered.backward},
+        ]
 
     def _chunk(self, batch_size: float) -> float:
         """Bytes of liger's loss: a chunk of logits, the gradient of the hidden states."""

@@ -212,9 +212,9 @@ def _count_base(model: nn.Module, report: Report) -> None:
     kinds: Counter[str] = Counter()
     seen: set[int] = set()
     for name, module in base_modules(model).items():
-        quantized = held_tensors(module)
-        for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+        quantized = held_tensors(module) if module._parameters else {}
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             size = parameter.numel() * parameter.element_size()

@@ -235,7 +235,8 @@ def _stream_dense(t: Tensor, source: RowSource, chunk: int) -> None:
     if not t.ndim:
         own.copy_(source[...])
         return
-    step = max(1, chunk // max(1, t[:1].numel()))
+    # A slice of a DTensor would gather the complete weight on every rank.
+    step = max(1, chunk // max(1, t.shape[1:].numel()))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         own[start:stop].copy_(source[first + start : first + stop])

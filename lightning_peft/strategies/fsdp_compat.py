@@ -1,22 +1,33 @@
-"""FSDP2 before torch 2.13, which shards floating parameters only and reduces what has a gradient.
+"""Adapters over packed bytes under the FSDP2 of each torch version.
 
-Packed bytes are held as a parameter of the compute's own 16-bit type (a view: no bit changes, and
-no cast is made where the types agree), which the storage views as bytes again. A tensor whose
-rows are an odd number of bytes is left whole on every process. And every adapter of a block gets a
-zero gradient where a process did not reach it: else FSDP2 would add gradients of different
-parameters to each other.
+Before torch 2.13, FSDP2 shards floating parameters only and reduces what has a gradient. Packed
+bytes are held as a parameter of the compute's own 16-bit type (a view: no bit changes, and no cast
+is made where the types agree), which the storage views as bytes again. A tensor whose rows are an
+odd number of bytes is left whole on every process. And every adapter of a block gets a zero
+gradient where a process did not reach it: else FSDP2 would add gradients of different parameters
+to each other.
+
+In every version, what the last unit received stays in memory until forward ends.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.storage import held_tensors
 
-__all__ = ["hold_bytes_as_floats", "shards_bytes", "touch_every_adapter"]
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+__all__ = [
+    "free_received_copy",
+    "hold_bytes_as_floats",
+    "shards_bytes",
+    "touch_every_adapter",
+]
 
 
 def shards_bytes() -> bool:
@@ -24,6 +35,21 @@ def shards_bytes() -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+
+
+def free_received_copy(module: FSDPModule, args: object) -> None:
+    """Free what the last all-gather received, once it was copied into parameters.
+
+    A forward pre-hook that runs after FSDP2's own. FSDP2 frees these bytes at the next all-gather
+    of the forward pass, or when that pass ends. For the output head, which comes last, that is
+    after the loss: the head would be in memory twice beside the logits.
+    """
+    context = module._get_fsdp_state()._comm_ctx
+    received = context.all_gather_state
+    if received is not None:
+        context.all_gather_copy_in_stream.wait_event(received.event)
+        context.all_gather_stream.wait_event(received.event)
+        context.all_gather_state = None
 
 
 def hold_bytes_as_floats(module: nn.Module, precision: str) -> set[nn.Parameter]:

@@ -21,6 +21,7 @@ from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
 from lightning_peft.strategies.base_reading import meta_tensors, read_into
 from lightning_peft.strategies.fsdp_compat import (
+    free_received_copy,
     hold_bytes_as_floats,
     shards_bytes,
     touch_every_adapter,
@@ -210,6 +211,7 @@ def _shard_end(modules: list[nn.Module], kwargs: dict[str, Any]) -> None:
         if not any(p.requires_grad for p in last.parameters()):
             last.set_unshard_in_backward(False)
         return
+    last.register_forward_pre_hook(free_received_copy)
     for module in modules:
         module.register_forward_hook(_free_without_gradients)
 

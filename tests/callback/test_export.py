@@ -103,7 +103,7 @@ def test_a_read_only_place_is_said_before_training(tmp_path, monkeypatch) -> Non
 def test_a_file_in_the_way_is_said_before_training(tmp_path) -> None:
     (tmp_path / "a").touch()
     peft = lp.PEFT(lp.LoRA(r=2, target_modules=["first"]), export_to=tmp_path / "a" / "b")
-    with pytest.raises(ValueError, match="expected a directory, got the file"):
+    with pytest.raises(FileExistsError, match=r"export_to: expected a directory .* is a file"):
         trainer(peft, max_steps=1).fit(Convolutions(), IMAGES)
 
 

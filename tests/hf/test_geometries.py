@@ -14,9 +14,22 @@ from tests.helpers.peft_tables import TableCase, run_case
 
 Layers = dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]
 
+
+class ScaledEmbedding(nn.Embedding):
+    """Multiplies its output, as Gemma's and BART's do."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.embed_scale = 4.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.embed_scale * super().forward(input)
+
+
 LAYERS: Layers = {
     "linear": (lambda: nn.Linear(16, 12), (3, 5, 16)),
     "embedding": (lambda: nn.Embedding(20, 8, padding_idx=0), ()),
+    "scaled": (lambda: ScaledEmbedding(20, 8), ()),
     "conv2d": (lambda: nn.Conv2d(4, 8, 3, padding=1, stride=2), (2, 4, 9, 9)),
     "dilated": (lambda: nn.Conv2d(4, 8, 3, dilation=2, padding=2), (2, 4, 9, 9)),
     "same": (lambda: nn.Conv2d(4, 8, 3, padding="same"), (2, 4, 9, 9)),
@@ -59,6 +72,8 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "hra": (peft.HRAConfig, {"r": 4}),
     "hra_gs": (peft.HRAConfig, {"r": 3, "apply_GS": True}),
     "hira": (peft.HiraConfig, {"r": 3}),
+    "tinylora": (peft.TinyLoraConfig, {"r": 2}),
+    "rows": (peft.TrainableTokensConfig, {"token_indices": [3, 5, 11]}),
     "miss": (peft.MissConfig, {"r": 4}),
     "vera": (peft.VeraConfig, {"r": 4}),
 }

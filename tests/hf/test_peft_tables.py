@@ -38,8 +38,6 @@ EXPLAINED = {
     "folds overlapping patches": "peft's OFT sums patches; with one patch per image it agrees",
     "got FROD": "replaces the weights by factors of them",
     "got SHADOW": "a second model",
-    "got 'LILY'": "a method that is not here",
-    "got 'CPT'": "a method that is not here",
     "psoft_svd": "peft draws the factors at random and leaves them out of the file",
     r"found none, but \[\]": "a file without tensors: peft's OSF leaves GPT-2's Conv1D alone",
 }

@@ -178,6 +178,23 @@ def test_lora_with_tied_factors(name: str, tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_take_a_part_of_a_tied_weight(start: str, tmp_path: Path) -> None:
+    """The embedding would change with the head, and nothing make up for it; so it does in peft."""
+    base, inputs, _, targets = build("llama")
+    model = copy.deepcopy(base)
+    message = r"'lm_head': expected a weight of its own, .* got one that is also 'model.embed_tok"
+    with pytest.raises(ValueError, match=message):
+        lp.attach(model, lp.LoRA(r=4, init=start, target_modules=[*targets, "lm_head"]))
+    assert_same_bits("attach", run(model, inputs), run(base, inputs))
+    by_peft(base, tmp_path, r=4, init_lora_weights=start, target_modules=[*targets, "lm_head"])
+    with pytest.raises(ValueError, match=message):
+        lp.load_adapter(model, tmp_path)
+    assert_same_bits("load", run(model, inputs), run(base, inputs))
+    lp.attach(model, lp.LoRA(r=4, init=start, target_modules=targets))
+    assert_close("others", run(model, inputs), run(base, inputs), floor=FLOOR)
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_files_with_copies_of_the_base(name: str, tmp_path: Path) -> None:
     base, inputs, _, targets = build(name)
@@ -232,6 +249,39 @@ def test_thirty_steps_in_peft_and_here(name: str, separate: bool, tmp_path: Path
     assert_close("their end here", run(loaded(base, tmp_path / "theirs"), full), end, floor=1e-5)
     mine = run(ours, full)
     assert_close("our end there", run(in_peft(base, tmp_path / "ours"), full), mine, floor=1e-5)
+
+
+@pytest.mark.sweep(0.4)
+@pytest.mark.parametrize("form", ["beside LoRA", "alone"])
+@pytest.mark.parametrize("name", MODELS)
+def test_thirty_steps_of_rows_in_peft_and_here(name: str, form: str, tmp_path: Path) -> None:
+    """The rows of new tokens, which both ends of the tie read."""
+    base, inputs, _, targets = build(name)
+    inputs.pop("decoder_input_ids", None)
+    ids = inputs["input_ids"].unique().tolist()[2:8]
+    config: Any = (
+        peft.TrainableTokensConfig(token_indices=ids)
+        if form == "alone"
+        else peft.LoraConfig(r=4, target_modules=targets, trainable_token_indices=ids)
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(theirs, std=0.05)
+    theirs.save_pretrained(str(tmp_path / "start"))
+    ours = loaded(base, tmp_path / "start")
+    table = ours.get_input_embeddings()._parameters["weight"].detach().clone()
+    want = losses(theirs, inputs, 30)
+    got = losses(ours, inputs, 30)
+    assert want[-1] < want[0]
+    assert_close("losses", torch.tensor(got), torch.tensor(want), floor=1e-5)
+    assert_same_bits("the table", ours.get_input_embeddings()._parameters["weight"], table)
+    lp.save_adapter(ours, tmp_path / "ours")
+    full = {**inputs, "labels": inputs["input_ids"]}
+    mine = run(ours, full)
+    assert_close("our end there", run(in_peft(base, tmp_path / "ours"), full), mine, floor=1e-5)
+    lp.merge(ours)
+    merged = ours.get_input_embeddings()._parameters["weight"]
+    others = [i for i in range(len(table)) if i not in ids]
+    assert_same_bits("other rows", merged[others], table[others])
 
 
 def test_separate_copies_from_attach_and_a_checkpoint(tmp_path: Path) -> None:

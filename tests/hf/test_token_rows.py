@@ -206,6 +206,45 @@ def test_weights_that_are_tied_by_hand(tmp_path: Path) -> None:
         lp.load_adapter(copy.deepcopy(base), tmp_path / "beside")
 
 
+@pytest.mark.parametrize("ids", [{"embed_tokens": IDS}, {"embed_tokens": IDS, "lm_head": IDS}])
+def test_weights_apart_under_a_config_that_ties(ids: Any, tmp_path: Path) -> None:
+    """peft has the head read the rows nevertheless."""
+    base = models("llama")[0]
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach() + 1)
+    by_peft(base, tmp_path, r=2, target_modules=["q_proj"], trainable_token_indices=ids)
+    with pytest.raises(ValueError, match=r"model.tie_weights\(\)|missing .*lm_head"):
+        lp.load_adapter(copy.deepcopy(base), tmp_path)
+    rows = trained(base, lp.TrainableTokens(ids))
+    with pytest.raises(ValueError, match=r"call model.tie_weights\(\)"):
+        lp.save_adapter(rows, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=["copy", "copies", "embedding", "head"],
+)
+def test_ensure_weight_tying_where_peft_ignores_it(
+    options: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    """Without config.tie_word_embeddings it has no effect, whatever the tensors are."""
+    base, inputs, _, _ = models("untied llama")
+    if tied:
+        base.lm_head.weight = base.get_input_embeddings().weight
+    theirs = by_peft(base, tmp_path, r=2, ensure_weight_tying=True, **options)
+    model = loaded(base, tmp_path)
+    assert_close("logits", run(model, inputs), run(theirs, inputs), floor=FLOOR)
+    lp.save_adapter(model, tmp_path / "again")
+    again = in_peft(base, tmp_path / "again")
+    assert_close("again", run(again, inputs), run(theirs, inputs), floor=FLOOR)
+
+
 @pytest.mark.parametrize(
     ("method", "more"),
     [

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.helpers.forks import run_function
 from tests.helpers.lightning_package import current
+from tests.strategies.collectives_job import llama
 
 pytestmark = [
     pytest.mark.usefixtures("lightning_package"),
@@ -57,3 +59,25 @@ def test_a_window_is_reduced_once(tmp_path: Path) -> None:
     found = run(tmp_path, False, 2)
     sent = [reduced(found, step) for step in range(4)]
     assert sent == [0, found["sizes"]["trained"]] * 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_weight_is_gathered_to_read_a_base_or_to_cut_a_state(
+    packed: bool, tmp_path: Path
+) -> None:
+    """Each rank reads its own rows. Scales of double quantisation need those of all rows."""
+    torch.manual_seed(0)
+    state = llama(False).state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    out = tmp_path / "sent.json"
+    run_function(
+        "tests.strategies.collectives_job:main_of_reading",
+        [str(tmp_path), str(out), packed],
+        tmp_path,
+    )
+    found = json.loads(out.read_text())
+    blocks = sum(t.numel() // 32 for name, t in state.items() if "proj" in name) if packed else 0
+    scales = 4 * blocks // 2  # those of this rank's rows
+    flags = 64  # whether a rank has failed
+    assert scales <= sum(found.pop("reading").values()) <= scales + flags
+    assert found == {"saving": {}, "loading": {}}

@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.distributed.grid import cells, job
 from tests.helpers.distributed.jobs import Job
 from tests.helpers.distributed.once import made_once
 from tests.helpers.distributed.processes import difference, run
 
 pytestmark = [pytest.mark.usefixtures("lightning_package"), pytest.mark.one_package]
 
-WHERE: dict[str, dict[str, Any]] = {
-    "one": {},
-    "ddp": {"devices": 2, "strategy": "peft_ddp"},
-    "fsdp": {"devices": 2, "strategy": "peft_fsdp"},
-}
 #: Runs that FSDP2 refuses by name: tensors that layers share, a penalty on whole tensors.
 REFUSED = {("fsdp", "MonteCLoRA"), ("fsdp", "Lily"), ("fsdp", "XLoRA")}
 METHODS: dict[str, dict[str, Any]] = {
@@ -32,13 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def jobs(folder: Path) -> dict[str, Job]:
-    listed = [
-        Job(f"{where} {name}", str(folder), **{**how, **options})
-        for name, options in METHODS.items()
-        for where, how in WHERE.items()
-        if (where, name) not in REFUSED
-    ]
-    return {job.name: job for job in listed}
+    listed = [job(cell, METHODS, folder) for cell in cells(METHODS, REFUSED)]
+    return {each.name: each for each in listed}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.distributed.grid import WHERE, cells, job
 from tests.helpers.distributed.jobs import Job
 from tests.helpers.distributed.once import made_once
 from tests.helpers.distributed.processes import Processes, difference, result, run
@@ -32,14 +33,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "tied": rows(model="gemma"),
     "tied 8bit": rows(model="gemma", optimizer="adamw_8bit"),
 }
-WHERE: dict[str, dict[str, Any]] = {
-    "one": {},
-    "ddp": {"devices": 2, "strategy": "peft_ddp"},
-    "fsdp": {"devices": 2, "strategy": "peft_fsdp"},
-}
 #: FSDP2 shards no tensor that two layers share.
 REFUSED = {("fsdp", "tied"), ("fsdp", "tied 8bit")}
-CELLS = [(where, name) for where in WHERE for name in METHODS if (where, name) not in REFUSED]
+CELLS = cells(METHODS, REFUSED)
 #: (where a run goes on, where its file is from, method)
 RESUMED = [
     (where, source, name) for where, name in CELLS for source in WHERE if (source, name) in CELLS
@@ -48,20 +44,12 @@ RESUMED = [
 
 def jobs(folder: Path) -> dict[str, Job]:
     """Uninterrupted runs of four steps, then those that go on after the second one."""
-    listed = [
-        Job(f"{where} {name}", str(folder), **{**WHERE[where], **METHODS[name]})
-        for where, name in CELLS
-    ]
-    listed += [
-        Job(
-            f"{where} from {source} {name}",
-            str(folder),
-            ckpt=str(folder / f"{source} {name}-step=2.ckpt"),
-            **{**WHERE[where], **METHODS[name]},
-        )
-        for where, source, name in RESUMED
-    ]
-    return {job.name: job for job in listed}
+    listed = [job(cell, METHODS, folder) for cell in CELLS]
+    for where, source, name in RESUMED:
+        ckpt = str(folder / f"{source} {name}-step=2.ckpt")
+        title = f"{where} from {source} {name}"
+        listed.append(job((where, name), METHODS, folder, title=title, ckpt=ckpt))
+    return {each.name: each for each in listed}
 
 
 @pytest.fixture(scope="module")

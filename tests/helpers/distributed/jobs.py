@@ -69,6 +69,8 @@ class Job:
         draws: Whether the net trains in train mode; else it draws no random numbers.
         activations: Arguments of `Activations`.
         loss: As `PEFT` takes it.
+        sgd: Learning rate of SGD in place of AdamW, which turns the rounding of a gradient near
+            zero into a part of a step.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Job:
     watch_memory: bool = False
     activations: dict[str, Any] | None = None
     loss: str | None = None
+    sgd: float | None = None
 
 
 def rank() -> int:
@@ -245,6 +248,8 @@ class Net(InPackage):
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]
         trained = trained[::-1] if self.job.reverse else trained
+        if self.job.sgd is not None:
+            return torch.optim.SGD(trained, lr=self.job.sgd)
         return torch.optim.AdamW(trained, lr=1e-2)
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["block_scale"]
+if TYPE_CHECKING:
+    from lightning_peft_kernels.nf4.ops import Packed4bit
+
+__all__ = ["block_scale", "scale_tensors"]
 
 
 @triton.jit
@@ -18,3 +24,11 @@ def block_scale(absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, block, inside, NES
     else:
         scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
     return scale
+
+
+def scale_tensors(q: Packed4bit) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `block_scale` reads; the latter two stand for nothing if scales are plain."""
+    absmax = q.absmax.reshape(-1)
+    if q.absmax2 is None or q.offset is None:
+        return absmax, absmax, absmax
+    return absmax, q.absmax2, q.offset

@@ -6,7 +6,7 @@ weight takes half a look-up and no multiplication of its own: 3.5 to 4.0 machine
 weight on sm_80 to sm_120 (`tools.sass`), whichever number of rows up to eight. Codes are rounded
 to the dtype of x, as the library's product rounds weights.
 
-K is cut into parts, written as fp32 and added in order by the epilogue of `small_batch_triton`.
+K is cut into parts, written as fp32 and added by `k_parts_triton`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import pair_table
 from lightning_peft_kernels.launch import launch
-from lightning_peft_kernels.nf4.block_scale_triton import block_scale
-from lightning_peft_kernels.nf4.small_batch_triton import add_parts
+from lightning_peft_kernels.nf4.block_scale_triton import block_scale, scale_tensors
+from lightning_peft_kernels.nf4.k_parts_triton import add_parts, cut_in_parts
 from lightning_peft_kernels.tools.aot import spec
 
 if TYPE_CHECKING:
@@ -97,16 +97,12 @@ def decode_pairs(
     """Return y [M, N] of contiguous x [M, K] in bf16 or fp16, 1 ≤ M ≤ 8, K whole blocks."""
     M, K = x.shape
     device, nested = str(x.device), q.absmax2 is not None
-    absmax, step = q.absmax.reshape(-1), min(_STEP, block_size)
-    scales = (absmax, q.absmax2 if nested else absmax, q.offset if nested else absmax)
-    columns, steps = triton.cdiv(N, _ROWS), K // step
-    parts = max(1, min(_MOST_PARTS, steps, _PROGRAMS // columns))
-    per_part = -(-steps // parts)
-    parts = -(-steps // per_part)
+    step, columns = min(_STEP, block_size), triton.cdiv(N, _ROWS)
+    per_part, parts = cut_in_parts(K // step, 1, columns, programs=_PROGRAMS, most=_MOST_PARTS)
     part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
     launch(
         _pairs_kernel, (columns, parts),
-        x, q.packed.reshape(-1), *scales, pair_table(kind, x.dtype, device),
+        x, q.packed.reshape(-1), *scale_tensors(q), pair_table(kind, x.dtype, device),
         dynamic_map(True, device), part, M, N, K, per_part, BLOCK_SIZE=block_size, NESTED=nested,
         STEP=step, ROWS=_ROWS, TOKENS=_TOKENS, num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -2,9 +2,8 @@
 
 Up to four rows, a program keeps 16 rows of W × 64 words in registers (`_gemv_kernel`). For more
 rows, W is the wide operand, so that few rows of x still fill `wgmma`; even and odd columns are two
-products, which needs no interleaving (`_gemm_kernel`). Both cut K into parts and write them as
-fp32. The epilogue adds the parts in order, so runs repeat bit for bit, then the low-rank term and
-the bias.
+products, which needs no interleaving (`_gemm_kernel`). Both cut K into parts, written as fp32 and
+added by `k_parts_triton`.
 """
 
 from __future__ import annotations
@@ -20,18 +19,20 @@ from lightning_peft_kernels.chips import chip_of, pipeline_stages, tile_rows
 from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.codebooks.four_bit import code
 from lightning_peft_kernels.launch import launch
-from lightning_peft_kernels.nf4.block_scale_triton import block_scale
+from lightning_peft_kernels.nf4.block_scale_triton import block_scale, scale_tensors
+from lightning_peft_kernels.nf4.k_parts_triton import add_parts, cut_in_parts
 from lightning_peft_kernels.nf4.selection import FEW_TOKENS
 from lightning_peft_kernels.tools.aot import spec
 
 if TYPE_CHECKING:
     from lightning_peft_kernels.nf4.ops import Packed4bit
 
-__all__ = ["add_parts", "aot_specs", "decode"]
+__all__ = ["aot_specs", "decode"]
 
 _ROWS, _WORDS = 16, 64
 _BLOCK_N, _BLOCK_K = 64, 128
-_PROGRAMS = 528  # four per multiprocessor of 132: K is cut further to reach this number
+#: Four per multiprocessor of 132: K is cut further to reach this number.
+_PROGRAMS, _MOST_PARTS = 528, 8
 
 
 @triton.jit
@@ -154,39 +155,6 @@ def _gemm_kernel(
     tl.store(part_ptr + at, sum, mask=(n < N)[:, None] & (m < M)[None, :])
 
 
-@triton.jit
-def _epilogue_kernel(
-    part_ptr,
-    S_ptr,
-    B_ptr,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    parts,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """y[m, n] = Σ_p part[p, m, n] + Σ_r S[m, r] B[n, r] + bias[n]; R = 0 without a low rank."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1)
-    inside = n < N
-    sum = tl.zeros((BLOCK_N,), tl.float32)
-    for p in range(parts):
-        sum += tl.load(part_ptr + (p * M + m) * N + n, mask=inside, other=0.0)
-    for start in tl.static_range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        s = tl.load(S_ptr + m * R + r, mask=r < R, other=0.0).to(tl.float32)
-        taken = inside[:, None] & (r < R)[None, :]
-        b = tl.load(B_ptr + n[:, None] * R + r[None, :], mask=taken, other=0.0).to(tl.float32)
-        sum += tl.sum(b * s[None, :], axis=1)
-    if HAS_BIAS:
-        sum += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * N + n, sum.to(y_ptr.dtype.element_ty), mask=inside)
-
-
 def decode(
     x: Tensor,
     q: Packed4bit,
@@ -200,14 +168,15 @@ def decode(
     """Return y [M, N] of contiguous x [M, K], 1 ≤ M ≤ 64, K a multiple of eight; S is scaled."""
     M, K = x.shape
     device, nested = str(x.device), q.absmax2 is not None
-    absmax = q.absmax.reshape(-1)
-    scales = (absmax, q.absmax2 if nested else absmax, q.offset if nested else absmax)
+    scales = scale_tensors(q)
     tables = (code(kind, device), dynamic_map(True, device))
     what = {"BLOCK_SIZE": block_size, "NESTED": nested}
     packed = q.packed.reshape(-1)
     if M <= FEW_TOKENS:
         columns, step = triton.cdiv(N, _ROWS), _WORDS
-        per_part, parts = _cut(K // 8, step, columns * M)
+        per_part, parts = cut_in_parts(
+            K // 8, step, columns * M, programs=_PROGRAMS, most=_MOST_PARTS
+        )
         part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
         launch(
             _gemv_kernel, (columns, parts, M),
@@ -216,7 +185,7 @@ def decode(
         )  # fmt: skip
     else:
         columns = triton.cdiv(N, _BLOCK_N)
-        per_part, parts = _cut(K, _BLOCK_K, columns)
+        per_part, parts = cut_in_parts(K, _BLOCK_K, columns, programs=_PROGRAMS, most=_MOST_PARTS)
         part = torch.empty(parts, M, N, dtype=torch.float32, device=x.device)
         block_m = tile_rows(M)
         launch(
@@ -226,29 +195,6 @@ def decode(
             num_stages=pipeline_stages(chip_of(x.device), block_m),
         )  # fmt: skip
     return add_parts(part, x.dtype, S, B, bias)
-
-
-def add_parts(
-    part: Tensor, dtype: torch.dtype, S: Tensor | None, B: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Return y [M, N] = Σ part [parts, M, N] + S Bᵀ + bias, the parts in order."""
-    parts, M, N = part.shape
-    y = torch.empty(M, N, dtype=dtype, device=part.device)
-    R = 0 if S is None else S.shape[1]
-    launch(
-        _epilogue_kernel, (triton.cdiv(N, 128), M),
-        part, part if S is None else S, part if B is None else B, part if bias is None else bias,
-        y, M, N, parts, R=R, BLOCK_R=16, HAS_BIAS=bias is not None, BLOCK_N=128, num_warps=4,
-    )  # fmt: skip
-    return y
-
-
-def _cut(size: int, step: int, programs: int) -> tuple[int, int]:
-    """Return (length of a part, parts) of `size`, in multiples of `step`, at most eight parts."""
-    steps = -(-size // step)
-    parts = max(1, min(8, steps, _PROGRAMS // max(programs, 1)))
-    length = -(-steps // parts) * step
-    return length, -(-size // length)
 
 
 def aot_specs() -> list[dict[str, Any]]:
@@ -271,8 +217,4 @@ def aot_specs() -> list[dict[str, Any]]:
             types = ["*bf16", "*u8", *scales]
             made = spec(name, _gemm_kernel, types, tile, gemm=True, rows=block_m, fast=fast)
             specs.append({**made, "weights": _BLOCK_N * _BLOCK_K})
-    types = ["*fp32", "*bf16", "*bf16", "*bf16", "*bf16", "i32", "i32", "i32"]
-    for R in (16, 256):
-        tile = {"R": R, "BLOCK_R": 16, "HAS_BIAS": True, "BLOCK_N": 128}
-        specs.append(spec(f"decode epilogue r {R}", _epilogue_kernel, types, tile, fast=R == 16))
     return specs

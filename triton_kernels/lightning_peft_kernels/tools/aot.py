@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ MODULES = (
     "lightning_peft_kernels.nf4.quantize_triton",
     "lightning_peft_kernels.fp8.quantize_rows_triton",
     "lightning_peft_kernels.nf4.small_batch_triton",
+    "lightning_peft_kernels.nf4.k_parts_triton",
     "lightning_peft_kernels.nf4.pair_table_triton",
     "lightning_peft_kernels.experts.grouped_linear_triton",
     "lightning_peft_kernels.experts.low_rank_triton",
@@ -222,7 +224,7 @@ def _read_amdgcn(row: Row, text: str) -> None:
     row.matrix = "mfma" if "v_mfma" in text else "-"
 
 
-def _child(pipe: Any, index: int, target: str, cache: str) -> None:
+def _child(pipe: Connection, index: int, target: str, cache: str) -> None:
     import os
 
     os.environ["TRITON_CACHE_DIR"] = cache
