@@ -201,6 +201,37 @@ def what_fits() -> str:
     return _table(columns, lines) + _origin(rows, "command", "date")
 
 
+def large_base() -> str:
+    """A base of 3 GB on the ranks of one machine: what is read, held and sent."""
+    rows = _read("large_base")
+    lines = [
+        [
+            r["ranks"],
+            r["read_mb"],
+            r["held_mb"],
+            f"{r['load_mb']} ({r['load_ideal_mb']})",
+            f"{r['step_mb']} ({r['planned_mb']})",
+            f"{r['gathered_mb']} ({r['gathered_ideal_mb']})",
+            f"{r['reduced_mb']} ({r['reduced_ideal_mb']})",
+        ]
+        for r in rows
+    ]
+    columns = ["ranks", "read, MB", "held, MB", "load (held + 2 layers)", "step (planned)"]
+    columns += ["gathered per step (ideal)", "reduced (ideal)"]
+    return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
+
+
+def context_parallel() -> str:
+    """Bytes per rank of a step when ranks share a sequence."""
+    rows = _read("context_parallel")
+    lines = [
+        [r["ranks"], r["first_rank_mb"], r["last_rank_mb"], r["planned_mb"], r["loss"]]
+        for r in rows
+    ]
+    columns = ["ranks", "first rank, MB", "last rank, MB", "planned, MB", "loss"]
+    return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
+
+
 def _on_card(row: dict[str, str]) -> str:
     return row["gpu_gb"] if row["card"] == "-" else f"{row['gpu_gb']} ({row['card']} card)"
 
@@ -374,6 +405,6 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         *(compare_methods, protocol, defaults, step_times, planner, step_memory, guideline),
         *(methods, default_targets, versions, gpu, bench, ecosystem, chat_tokens),
-        *(what_fits, published_memory, token_rows),
+        *(what_fits, published_memory, token_rows, large_base, context_parallel),
     )
 }
