@@ -139,11 +139,14 @@ def test_gptqmodel(desc_act: bool, tmp_path: Path) -> None:
         linear = nn.Linear(K, N, bias=False)
         linear.weight.data = W.half()
         layer.pack_original(linear, scale, zero, g_idx=index)  # `pack` compiles C++
-        layer.post_init()
-        dense = layer.dequantize_weight().float().mT
         prefix = key.removesuffix("weight")
         names = ("qweight", "qzeros", "scales", "g_idx")
-        return {f"{prefix}{n}": getattr(layer, n) for n in names}, dense
+        packed = {f"{prefix}{n}": getattr(layer, n).clone() for n in names}
+        layer.scales = layer.scales.float()  # else it dequantises in fp16
+        with torch.compiler.set_stance("force_eager"):
+            layer.post_init()
+            dense = layer.dequantize_weight().float().mT
+        return packed, dense
 
     # The layer holds and packs z; its files say so by their format.
     settings = {"bits": 4, "group_size": 32, "desc_act": desc_act, "checkpoint_format": "gptq_v2"}
