@@ -153,17 +153,20 @@ def defaults() -> str:
 
 def step_times() -> str:
     """Time of a training step over peft's, method by method."""
+    rows = _read("method_steps")
+    control = {r["method"]: r["ratio"] for r in rows if r["candidate"] == "peft again"}
     lines = [
-        [r["method"], r["ratio"]]
-        for r in _read("method_steps")
+        [r["method"], r["hidden"], r["ratio"], control.get(r["method"], "")]
+        for r in rows
         if r["candidate"] == "lightning_peft"
     ]
     lines += [
-        ["QLoRA against peft + bitsandbytes", r["ratio"]]
+        ["QLoRA against peft + bitsandbytes", r["hidden"], r["ratio"], ""]
         for r in _read("lora_step")
         if r["base"] == "nf4" and r["candidate"] == "lightning_peft"
     ]
-    return _table(["method", "step time over peft's"], lines) if lines else MISSING
+    columns = ["method", "width", "step time over peft's", "peft against itself"]
+    return _table(columns, lines) if lines else MISSING
 
 
 def planner() -> str:

@@ -64,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
         file = _cached(str(path)) or file
     if not file.is_file():
         raise ValueError(
-            f"plan: expected a config.json, a directory with one or a hub id in the local cache, "
+            f"model: expected a config.json, a directory with one or a hub id in the local cache, "
             f"found none at {str(path)!r}; give the path of a model saved with save_pretrained, or "
             "download the model first (hf download)"
         )
