@@ -222,7 +222,7 @@ PICTURES: dict[str, Callable[[Theme], str]] = {
     "how-it-works": how_it_works,
     "report": report,
     "memory-models": plot(memory, (8.6, 4.6)),
-    "step-time": plot(step_time, (7.6, 5.0)),
+    "step-time": plot(step_time, (7.6, 9.6)),
     "quality-classification": plot(lambda t, a: quality(t, a, "classification"), (7.6, 4.6)),
     "quality-language": plot(lambda t, a: quality(t, a, "language"), (7.6, 4.6)),
 }

@@ -153,17 +153,20 @@ def defaults() -> str:
 
 def step_times() -> str:
     """Time of a training step over peft's, method by method."""
+    rows = _read("method_steps")
+    control = {r["method"]: r["ratio"] for r in rows if r["candidate"] == "peft again"}
     lines = [
-        [r["method"], r["ratio"]]
-        for r in _read("method_steps")
+        [r["method"], r["hidden"], r["ratio"], control.get(r["method"], "")]
+        for r in rows
         if r["candidate"] == "lightning_peft"
     ]
     lines += [
-        ["QLoRA against peft + bitsandbytes", r["ratio"]]
+        ["QLoRA against peft + bitsandbytes", r["hidden"], r["ratio"], ""]
         for r in _read("lora_step")
         if r["base"] == "nf4" and r["candidate"] == "lightning_peft"
     ]
-    return _table(["method", "step time over peft's"], lines) if lines else MISSING
+    columns = ["method", "width", "step time over peft's", "peft against itself"]
+    return _table(columns, lines) if lines else MISSING
 
 
 def planner() -> str:
@@ -199,6 +202,37 @@ def what_fits() -> str:
         lines.append([f"{key[0]}, {key[1]} GPU, {key[2]}", *(_on_card(r) for r in here)])
     columns = ["GB per GPU", *(f"{int(n) // 1024}k tokens" for n in lengths)]
     return _table(columns, lines) + _origin(rows, "command", "date")
+
+
+def large_base() -> str:
+    """A base of 3 GB on the ranks of one machine: what is read, held and sent."""
+    rows = _read("large_base")
+    lines = [
+        [
+            r["ranks"],
+            r["read_mb"],
+            r["held_mb"],
+            f"{r['load_mb']} ({r['load_ideal_mb']})",
+            f"{r['step_mb']} ({r['planned_mb']})",
+            f"{r['gathered_mb']} ({r['gathered_ideal_mb']})",
+            f"{r['reduced_mb']} ({r['reduced_ideal_mb']})",
+        ]
+        for r in rows
+    ]
+    columns = ["ranks", "read, MB", "held, MB", "load (held + 2 layers)", "step (planned)"]
+    columns += ["gathered per step (ideal)", "reduced (ideal)"]
+    return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
+
+
+def context_parallel() -> str:
+    """Bytes per rank of a step when ranks share a sequence."""
+    rows = _read("context_parallel")
+    lines = [
+        [r["ranks"], r["first_rank_mb"], r["last_rank_mb"], r["planned_mb"], r["loss"]]
+        for r in rows
+    ]
+    columns = ["ranks", "first rank, MB", "last rank, MB", "planned, MB", "loss"]
+    return _table(columns, lines) + _origin(rows, "command", "device", "date") if rows else MISSING
 
 
 def _on_card(row: dict[str, str]) -> str:
@@ -340,6 +374,23 @@ def chat_tokens() -> str:
     return _table(["", "trained parameters", "weights, gradients and AdamW, GB"], lines)
 
 
+def token_rows() -> str:
+    """Step time and peak of a step with trained token rows, over peft's."""
+    rows = _read("token_rows")
+    lines = []
+    for key in dict.fromkeys((r["trained"], r["tied"]) for r in rows):
+        own = {r["candidate"]: r for r in rows if (r["trained"], r["tied"]) == key}
+        ours, theirs = own["lightning_peft"], own["peft"]
+        label = f"{key[0]}, {'tied' if key[1] == 'True' else 'separate head'}"
+        times = [ours["ratio"], own["peft again"]["ratio"]]
+        lines.append([label, *times, ours["peak_mb"], theirs["peak_mb"], ours["state_bytes"]])
+    columns = ["trained", "step time over peft's", "peft's over peft's", "peak, MB", "peft's"]
+    columns += ["AdamW's moments, bytes"]
+    if not rows:
+        return MISSING
+    return _table(columns, lines) + _origin(rows, "command", "device", "machine", "date")
+
+
 def _trained(row: dict[str, str]) -> str:
     if not row["adapted"]:
         return row["train"]
@@ -357,6 +408,6 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         *(compare_methods, protocol, defaults, step_times, planner, step_memory, guideline),
         *(methods, default_targets, versions, gpu, bench, ecosystem, chat_tokens),
-        *(what_fits, published_memory),
+        *(what_fits, published_memory, token_rows, large_base, context_parallel),
     )
 }

@@ -87,8 +87,11 @@ METHOD_IMPORTS = (
     "lightning_peft.core.replaced_rows",
     "lightning_peft.core.rotation",
     "lightning_peft.core.site",
+    "lightning_peft.core.skew",
     "lightning_peft.core.sparse",
     "lightning_peft.core.terms",
+    "lightning_peft.core.tiled",
+    "lightning_peft.core.vectors",
     "lightning_peft.methods.base",
     "lightning_peft.methods.checks",
     "lightning_peft.methods.daubechies",  # WaveFT's filters

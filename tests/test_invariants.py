@@ -465,3 +465,18 @@ def test_the_encoder_layer_runs_packed_layers_in_eval_too():
         attach(model, dataclasses.replace(CASES[0].method, target_modules=["linear1"]))
         detach(model)
         assert_close("detached", model(x), y)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_no_rows(case):
+    """A batch without rows, as an expert without tokens gets: no rows come out, gradients are 0."""
+    layer = next(y for y in LAYERS if y.name == "linear")
+    skip_if_told(case, layer)
+    model = attached(case, layer)
+    for shape in ((0, 16), (0, 5, 16)):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer.run(model, x)
+        assert y.shape == (*shape[:-1], 12)
+        y.sum().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is None or not p.grad.any(), name

@@ -53,6 +53,8 @@ def learning_rates(row: Row, task: str) -> list[float]:
 
 
 _LORA: dict[str, Any] = {"r": 8, "alpha": 16.0}
+#: Layers that lead into an attention or a feed-forward block, by the names of all tasks.
+_INWARD = ["query", "key", "value", "q_proj", "k_proj", "v_proj", "fc1"]
 ROWS: tuple[Row, ...] = (
     Row("full, same layers", None, (2e-4, 2e-3), reference="same layers", front=True),
     Row("full fine-tuning", None, (2e-4, 2e-3), reference="full", front=True),
@@ -86,6 +88,7 @@ ROWS: tuple[Row, ...] = (
     Row("VeRA", lp.VeRA(r=256), (2e-2, 5e-2)),
     Row("IA3", lp.IA3(), (2e-2, 5e-2), front=True),
     Row("IA3, added", lp.IA3(mode="add"), (5e-3, 2e-2)),
+    Row("BEFT", lp.BEFT(), (5e-3, 2e-2)),
     Row("OFT", lp.OFT(block_size=32), (2e-3, 1e-2)),
     Row("BOFT", lp.BOFT(block_size=4, n_butterfly=2), (4e-3, 2e-2)),
     Row("MiSS", lp.MiSS(r=16), (1e-3, 4e-3)),
@@ -93,7 +96,13 @@ ROWS: tuple[Row, ...] = (
     Row("MiSS, mini", lp.MiSS(r=32, mini_r=8, form="mini"), (1e-3, 4e-3)),
     Row("LoRA-FA", lp.LoRA(**_LORA, freeze_A=True), (4e-3, 2e-2)),
     Row("LoRA, MiCA", lp.LoRA(**_LORA, init="mica"), (4e-3, 2e-2)),
+    Row("LoRA, Riemannian", lp.LoRA(**_LORA, precondition=True), (1e-3, 4e-3)),
     Row("KaSA", lp.KaSA(**_LORA), (2e-3, 1e-2)),
+    Row(
+        "BD-LoRA",
+        lp.BDLoRA(**_LORA, nblocks=2, match_strict=False, blocks_b=_INWARD),
+        (2e-3, 1e-2),
+    ),
     Row("HRA", lp.HRA(r=8), (2e-3, 1e-2)),
     Row("RoAd", lp.RoAd(), (4e-3, 2e-2)),
     Row("DeLoRA", lp.DeLoRA(r=8), (4e-3, 2e-2)),
@@ -101,6 +110,8 @@ ROWS: tuple[Row, ...] = (
     Row("HiRA", lp.HiRA(r=8), (4e-3, 2e-2)),
     Row("PEANuT", lp.PEANuT(r=8), (2e-3, 1e-2)),
     Row("SHiRA", lp.SHiRA(r=8), (2e-3, 1e-2)),
+    Row("Super-Tuning", lp.SuperTuning(sparsity=0.97), (2e-3, 1e-2)),
+    Row("Supra", lp.SuperTuning(sparsity=0.99, r=4, alpha=8.0), (2e-3, 1e-2)),
     Row("VB-LoRA", lp.VBLoRA(r=4, vector_length=64), (1e-2, 4e-2)),
     Row("UniLoRA", lp.UniLoRA(r=4), (1e-2, 4e-2)),
     Row("TinyLoRA", lp.TinyLoRA(r=2), (1e-2, 4e-2)),

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
@@ -152,7 +153,7 @@ def count_reads() -> None:
         with plain(files, key) as rows:
             yield CountedRows(rows)
 
-    TensorFiles.open = counted  # type: ignore[method-assign]
+    mock.patch.object(TensorFiles, "open", counted).start()
 
 
 class Collectives(TorchDispatchMode):

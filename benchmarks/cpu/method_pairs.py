@@ -23,7 +23,7 @@ from torch import nn
 import lightning_peft as lp
 from lightning_peft import methods
 
-__all__ = ["PAIRS", "Pair"]
+__all__ = ["INVOCATION", "PAIRS", "Pair"]
 
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -138,6 +138,7 @@ def their_arrow(model: Any) -> nn.Module:
 LORA: dict[str, Any] = {"r": 16}
 LM: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 20}
 EXAMPLES = list(range(20))
+INVOCATION = 7
 BLOCKS = (["o_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
 ON_LINEAR_LAYERS: dict[str, Pair] = {
     "LoRA": linear(lp.LoRA(r=16), peft.LoraConfig(r=16)),
@@ -149,8 +150,8 @@ ON_LINEAR_LAYERS: dict[str, Pair] = {
         lp.LoRA(r=16, init="mica"), peft.LoraConfig(r=16, init_lora_weights="mica")
     ),
     "aLoRA": linear(
-        methods.ALoRA(r=16, invocation_tokens=[7]),
-        peft.LoraConfig(r=16, alora_invocation_tokens=[7], task_type="CAUSAL_LM"),
+        methods.ALoRA(r=16, invocation_tokens=[INVOCATION]),
+        peft.LoraConfig(r=16, alora_invocation_tokens=[INVOCATION], task_type="CAUSAL_LM"),
     ),
     "KaSA": linear(lp.KaSA(r=16), peft.LoraConfig(r=16, kasa_config=KasaConfig())),
     "BD-LoRA": linear(

@@ -21,7 +21,7 @@ from torch import nn
 
 import lightning_peft as lp
 from benchmarks.cpu.lora_step import base
-from benchmarks.cpu.method_pairs import PAIRS, Pair
+from benchmarks.cpu.method_pairs import INVOCATION, PAIRS, Pair
 from benchmarks.lib.side_by_side import RESULTS, interleaved, rows, write
 
 NAME = "method_steps"
@@ -114,6 +114,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = base(options.hidden, options.layers)
     ids = torch.randint(0, 1000, (1, options.tokens))
+    ids[0, 1:][ids[0, 1:] == INVOCATION] += 1
+    ids[0, 0] = INVOCATION  # aLoRA acts on all tokens; without one peft leaves its adapter out
     for name in options.methods:
         write(
             NAME,

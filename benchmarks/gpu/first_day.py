@@ -8,6 +8,8 @@ runs, each within its share of the time:
 2. `lightning-peft check --tune`: verdicts and winners, which later runs of this machine follow;
 3. `lightning-peft bench`, after tuning.
 
+Kernels compile on the host, in several processes where there are cores for them.
+
 What each step prints goes to the screen and to FOLDER (default: benchmarks/results/first_day), the
 line of `bench` also to benchmarks/results/bench.jsonl. A step that fails is named at the end, and
 the next ones run. With --smoke all of it takes tiny sizes, on a CPU too, and writes to FOLDER only.
@@ -16,10 +18,13 @@ the next ones run. With --smoke all of it takes tiny sizes, on a CPU too, and wr
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +34,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+#: Seconds that an interrupted step has to end.
+_TO_END = 20.0
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,27 @@ class Step:
 def steps(chosen: argparse.Namespace, folder: Path) -> list[Step]:
     """The commands; the shares of the first two are limits, the last takes what is asked."""
     lightning_peft = ("-m", "lightning_peft")
+    jobs = max(1, min(4, (os.cpu_count() or 1) // 3))
     line = folder / "bench.jsonl" if chosen.smoke else RESULTS / "bench.jsonl"
     if chosen.smoke:
         check = ("check", "--short", "--ops", "output_scale", "--tune", "--shape", "64", "128", "8")
         bench = ("bench", "--smoke", "--out", str(line))
     else:
-        check = ("check", "--tune")
-        bench = ("bench", "--minutes", f"{0.4 * chosen.minutes:.2f}", "--out", str(line))
-    tests = ("-m", "pytest", "-q", "-m", "gpu", "tests/kernels")
+        check = ("check", "--tune", "--jobs", str(jobs))
+        bench = ("bench", "--minutes", f"{0.35 * chosen.minutes:.2f}", "--out", str(line))
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "tests/kernels", *_workers(jobs))
     without_a_gpu = (0, 5) if chosen.smoke else (0,)  # 5: no test was selected, or all skipped
     return [
         Step("tests", tests, 0.25, without_a_gpu),
-        Step("check", (*lightning_peft, *check), 0.25),
-        Step("bench", (*lightning_peft, *bench), 0.5),
+        Step("check", (*lightning_peft, *check), 0.3),
+        Step("bench", (*lightning_peft, *bench), 0.45),
     ]
+
+
+def _workers(jobs: int) -> tuple[str, ...]:
+    """Options by which pytest runs several processes; none without pytest-xdist."""
+    spread = jobs > 1 and importlib.util.find_spec("xdist") is not None
+    return ("-n", str(jobs)) if spread else ()
 
 
 def run(step: Step, folder: Path, seconds: float) -> str:
@@ -78,17 +92,22 @@ def run(step: Step, folder: Path, seconds: float) -> str:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert process.stdout is not None  # Popen was given PIPE
-        stopped = False
+        # An interrupt, so that pytest prints what it has and a check ends its processes.
+        limits = [
+            threading.Timer(seconds, process.send_signal, [signal.SIGINT]),
+            threading.Timer(seconds + _TO_END, process.kill),
+        ]
+        for limit in limits:
+            limit.start()
         for line in process.stdout:
             print(line, end="", flush=True)
             kept.write(line)
-            if time.monotonic() - started > seconds and not stopped:
-                process.terminate()
-                stopped = True
         status = process.wait()
+        for limit in limits:
+            limit.cancel()
     taken = time.monotonic() - started
     print(f"--- {step.name}: {taken:.0f} s, exit status {status}", flush=True)
-    if stopped:
+    if taken >= seconds:
         return f"{step.name}: stopped after {seconds:.0f} s"
     return "" if status in step.good else f"{step.name}: exit status {status}"
 

@@ -117,6 +117,13 @@ def fullest_moment(traced: profile) -> int:
     return top
 
 
+def _script() -> str:
+    """The script as it is named from the root of the repository."""
+    path = Path(sys.argv[0]).resolve()
+    root = Path(__file__).parents[2]
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+
 def write(
     name: str,
     table: list[dict[str, Any]],
@@ -136,7 +143,7 @@ def write(
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": " ".join(f"{p} {version(p)}" for p in PACKAGES),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", _script(), *sys.argv[1:]]),
         **({"remark": remark} if remark or before else {}),
     }
     for row in table:

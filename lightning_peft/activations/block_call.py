@@ -124,7 +124,7 @@ class BlockCall:
         return checkpoint(self._run, *args, use_reentrant=False, **kwargs)
 
 
-def _call(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _call(run: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     return run(args, kwargs)
 
 

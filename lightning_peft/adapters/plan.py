@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_peft.adapters.placement.checks import check_swappable
 from lightning_peft.adapters.placement.find import find_placements
-from lightning_peft.adapters.placement.placement import PlannedAdapter
+from lightning_peft.adapters.placement.placement import Placement, PlannedAdapter
+from lightning_peft.core.names import quoted
 from lightning_peft.methods.base import Method, WeightMethod
 from lightning_peft.methods.modules_to_save import ModulesToSave, TrainedBias
 from lightning_peft.methods.trainable_tokens import TrainableTokens
@@ -64,10 +65,9 @@ def plan_attach(
     if saved:
         copies = ModulesToSave(modules=tuple(saved), tied=not separate_copies)
         overlap = any(_lies_in(p.placement.name, saved) for p in plan.adapters)
-        plan.adapters += [
-            PlannedAdapter(copies, "saved" if overlap else "", p)
-            for p in find_placements(copies, model)[0]
-        ]
+        placed = find_placements(copies, model)[0]
+        _check_parts(plan, placed, saved)
+        plan.adapters += [PlannedAdapter(copies, "saved" if overlap else "", p) for p in placed]
     for method in methods:  # after the copies, whose own refusal says more
         if isinstance(method, WeightMethod) and not any(p.method is method for p in plan.adapters):
             found = [p.name for p in find_placements(method, model)[0]]
@@ -144,6 +144,21 @@ def _check_tokens(
                 f"{method.label}: expected an embedding that is not trained otherwise, got "
                 f"{found[0]!r}, which {how}; choose one of the two"
             )
+
+
+def _check_parts(plan: AttachPlan, copies: Sequence[Placement], saved: Sequence[str]) -> None:
+    """Raise ValueError if a part of an adapted layer is trained whole: an attention's out_proj."""
+    modules = {id(p.module): p for p in copies}
+    for planned in plan.adapters:
+        name, copy = planned.placement.name, modules.get(id(planned.placement.module))
+        if copy is None or not isinstance(planned.method, WeightMethod) or _lies_in(name, saved):
+            continue
+        parts = [m for m in saved if m.startswith(f"{name}.")]
+        raise ValueError(
+            f"{planned.method.label}: expected layers without parts that are trained whole "
+            f"(modules_to_save), got {quoted(name)}, which reads {quoted(parts[0])} itself; "
+            "exclude the layer, or leave the part out"
+        )
 
 
 def _all_trained_whole(

@@ -16,6 +16,7 @@ from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO
 from lightning_peft.checkpoint.contents import load_kept
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.hf.adapter_files import adapter_files
+from lightning_peft.hf.files import require_directory
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.models.modules import fork_seeded_rng
 from lightning_peft.storage.dtensor import is_sharded
@@ -34,8 +35,9 @@ def check_exportable(
     The adapters are brought into the form of their files, as they are at the start.
 
     Raises:
+        FileExistsError: a file is in the place of the directory or of a parent.
         ValueError: a method that peft does not have for one of the layers, a sharded model, or a
-            directory that cannot be made.
+            directory that cannot be written.
     """
     if any(is_sharded(p) for p in module.parameters()):
         raise ValueError(
@@ -56,10 +58,9 @@ def check_exportable(
 
 
 def _check_directory(directory: Path) -> None:
-    """Raise ValueError if the directory cannot be made; it is made at the end."""
+    """Raise if the directory cannot be made; it is made at the end."""
+    require_directory(directory, "PEFT export_to")
     place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise ValueError(f"PEFT export_to: expected a directory, got the file {place}")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(
             f"PEFT export_to: expected a directory that can be written, got {directory} inside "

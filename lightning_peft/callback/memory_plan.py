@@ -16,7 +16,7 @@ from lightning_peft.core.value_types import argument_types, require_fit
 from lightning_peft.methods.base import Method
 from lightning_peft.planner.byte_sizes import parse_bytes
 from lightning_peft.planner.estimate import Plan, estimate_memory
-from lightning_peft.planner.meta_model import PRECISIONS
+from lightning_peft.planner.preparation import PRECISIONS
 from lightning_peft.storage import StorageConfig
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft.core.registry import registries_in
 from lightning_peft.methods.registry import to_dict
 from lightning_peft.report.summary import Report
-from lightning_peft.report.text import report_lines
+from lightning_peft.report.text import report_lines, wrapped
 from lightning_peft.report.tokens import token_lines
 from lightning_peft.storage import config_to_dict
 
@@ -26,7 +26,9 @@ __all__ = ["log_configuration", "print_report", "print_tokens", "print_unused_la
 def print_report(report: Report, title: str) -> None:
     """Print the report in the width of the terminal."""
     console = Console()
-    lines = [title, *report_lines(report, console.width), *report.kernels[:1]]
+    # The layers that share an input are in str(report): nothing that a user can act on.
+    kernels = [line for line in report.kernels if line.startswith("kernels: ")]
+    lines = [title, *report_lines(report, console.width), *wrapped(kernels, console.width)]
     if report.storages:
         lines.append("Lightning's own table counts packed bytes as parameters")
     if torch.cuda.is_available() and not triton_available():

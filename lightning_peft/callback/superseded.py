@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -50,7 +50,7 @@ class SupersededFiles:
     def __init__(self) -> None:
         self._steps: dict[tuple[str, float], int] = {}
 
-    def remove(self, written: Any, step: object) -> None:
+    def remove(self, written: str | Path, step: object) -> None:
         """Called when a checkpoint was written: removes the one of SIGTERM if it is older."""
         if not isinstance(step, int) or not atomic_file.is_local(written):
             return

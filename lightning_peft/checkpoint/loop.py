@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -288,7 +288,9 @@ def _optimizer_states(
     return found
 
 
-def _restore_rng(states: Any, device: torch.device, source: str) -> None:
+def _restore_rng(
+    states: Sequence[dict[str, Any]] | None, device: torch.device, source: str
+) -> None:
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if states is None:
         return

@@ -39,7 +39,7 @@ _SHARDED = ("state_dict", "optimizer_states")
 _PATIENCE = 5.0  # seconds until a network file system must show a file that another machine wrote
 
 
-def is_folder(path: Any) -> bool:
+def is_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a path or an fsspec address is a checkpoint in shards."""
     if atomic_file.is_local(path):
         return Path(path).is_dir()
@@ -47,7 +47,7 @@ def is_folder(path: Any) -> bool:
     return bool(fs.exists(f"{place}/{_META}"))
 
 
-def _file_system(address: Any) -> tuple[Any, str]:
+def _file_system(address: str | os.PathLike[str]) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     fs, place = url_to_fs(os.fspath(address))

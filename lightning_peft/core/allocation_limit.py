@@ -45,7 +45,7 @@ class AllocationLimit(TorchDispatchMode):
             self._check(sizes)
         return func(*args, **(kwargs or {}))
 
-    def _check(self, sizes: Any) -> None:
+    def _check(self, sizes: object) -> None:
         given = [sizes] if isinstance(sizes, int) else sizes
         if not isinstance(given, list | tuple) or not all(type(n) is int for n in given):
             return

@@ -56,7 +56,7 @@ class Compressed(Term):
         return F.linear(h * self.low_rank.scaling, B)
 
     def _vector(self, parts: Tensor) -> Tensor:
-        if self.direction == "random":
+        if self.direction == "random" or not parts.numel():  # no rows have no mean
             return self.v
         mean = parts.float().flatten(0, -2).mean(dim=0)
         mean = torch.where(mean.any(), mean, torch.ones_like(mean))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 
 import torch
@@ -54,6 +55,7 @@ def check_device(
     ops: Sequence[str] = OPS,
     shapes: Sequence[tuple[int, int, int]] = (),
     told: Callable[[Verdict], None] | None = None,
+    jobs: int = 1,
     worker: str = WORKER,
 ) -> tuple[Verdicts, str]:
     """Check the kernels of a device and store the verdicts beside those that are there.
@@ -67,6 +69,8 @@ def check_device(
         ops: Ops to check.
         shapes: (N, K, tokens) of the products, each checked; the default is one, small.
         told: Called with each verdict.
+        jobs: Processes at a time. Most of a check is compiling, but times of kernels that share the
+            device mean little.
         worker: Module that a process runs to serve a request.
 
     Returns:
@@ -78,14 +82,35 @@ def check_device(
     wanted = tuple(shapes) or (_shape(device),)
     request = Request(str(device), wanted, tuple(ops), short=short)
     each = [request] if short else [replace(request, ops=(op,)) for op in request.ops]
+    key = device_key(device)
     found: Verdicts = {}
     why = ""
-    for one in each:  # stored one by one: what was found is kept if the user interrupts
-        part = _check(one, told, worker)
-        with verdict_lock(device_key(device)):
+    for part in _parts(each, told, jobs, worker):
+        with verdict_lock(key):  # one by one: an interruption loses what runs at that moment
             why = _store(device, part)
         found.update(part)
     return found, why
+
+
+def _parts(
+    requests: Sequence[Request],
+    told: Callable[[Verdict], None] | None,
+    jobs: int,
+    worker: str,
+) -> Iterator[Verdicts]:
+    """Yield the verdicts of each request as it ends."""
+    if jobs == 1:
+        for request in requests:
+            yield _check(request, told, worker)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(_check, request, told, worker) for request in requests]
+        try:
+            for done in as_completed(running):
+                yield done.result()
+        finally:
+            for waiting in running:
+                waiting.cancel()
 
 
 def ensure_checked(device: torch.device) -> tuple[Verdicts, str]:

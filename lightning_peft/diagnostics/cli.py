@@ -36,6 +36,10 @@ def add_check(commands: Commands, build: Callable[[str], nn.Module]) -> None:
     check.add_argument("--device", help="cuda:0 …; default: the current one, else the interpreter")
     check.add_argument("--short", action="store_true", help="one configuration per op")
     check.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help="some ops")
+    check.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="ops checked at a time (default: 1); most of a check is compiling",
+    )  # fmt: skip
     check.add_argument("--shape", nargs=3, type=int, metavar=("N", "K", "TOKENS"))
     check.add_argument(
         "--model", help="config.json, its directory, or a hub id in the cache: check its shapes"
@@ -47,6 +51,13 @@ def add_check(commands: Commands, build: Callable[[str], nn.Module]) -> None:
 
 
 def _run(given: argparse.Namespace, build: Callable[[str], nn.Module]) -> None:
+    if given.jobs < 1:
+        raise ValueError(f"check: expected --jobs of at least 1, got {given.jobs}")
+    if given.shape is not None and (min(given.shape) < 1 or given.shape[1] % 64):
+        raise ValueError(
+            f"check: expected --shape N K TOKENS of at least 1 with K a multiple of 64, got "
+            f"{' '.join(map(str, given.shape))}"
+        )
     device = device_named(given.device)
     shapes = LLAMA_8B if given.model is None else shapes_of(build(given.model))
     if triton_available():
@@ -69,8 +80,9 @@ def _check(given: argparse.Namespace, device: torch.device, model: ModelShapes) 
     if given.model is not None and device.type == "cuda":
         shapes += model.for_checks(_TOKENS)
     found, why = check_device(
-        device, short=given.short, ops=given.ops, shapes=shapes, told=_tell_verdict
-    )
+        device, short=given.short, ops=given.ops, shapes=shapes, told=_tell_verdict,
+        jobs=given.jobs,
+    )  # fmt: skip
     bad = [verdict for verdict in found.values() if verdict.outcome != "ok"]
     print(f"{len(found)} kernels checked, {len(bad)} will not be used; {why or file_of(key)}")
     if bad:

@@ -30,9 +30,14 @@ class ModelShapes:
     experts: tuple[tuple[int, int, int], ...] = ()
 
     def for_checks(self, tokens: int) -> list[tuple[int, int, int]]:
-        """(N, K, tokens) of every matrix, experts included."""
-        matrices = dict.fromkeys([*self.linear, *((N, K) for _, N, K in self.experts)])
-        return [(N, K, tokens) for N, K in matrices]
+        """(N, K, tokens) of every matrix, experts included.
+
+        Sizes are rounded up to whole tiles of e4m3 and whole blocks of 64: a layer that has none
+        takes another way than the kernels that are checked.
+        """
+        matrices = [*self.linear, *((N, K) for _, N, K in self.experts)]
+        whole = dict.fromkeys((-(-N // 16) * 16, -(-K // 64) * 64) for N, K in matrices)
+        return [(N, K, tokens) for N, K in whole]
 
 
 #: Linear layers of Llama-3-8B and Mistral-7B.

@@ -21,7 +21,7 @@ from lightning_peft.adapters.new_bias import check_no_new_bias
 from lightning_peft.core.value_types import shown
 from lightning_peft.hf.config import method_class, read_config
 from lightning_peft.hf.error_source import naming_files
-from lightning_peft.hf.files import TENSORS
+from lightning_peft.hf.files import TENSORS, opened, require_directory
 from lightning_peft.hf.hub import ADAPTER_FILES, MODEL_FILES, local_directory
 from lightning_peft.hf.joined_files import JoinedFiles
 from lightning_peft.hf.load import load_adapter
@@ -177,6 +177,7 @@ def _check_out(out: Path, onto: str) -> None:
         raise ValueError(
             f"export_merged: onto: expected 'trained' or 'original', got {shown(onto)}"
         )
+    require_directory(out.absolute().parent, "export_merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         found = f"{sum(1 for _ in out.iterdir())} files" if out.is_dir() else "a file"
         raise FileExistsError(
@@ -237,9 +238,7 @@ def _with_adapter(
 
 def _fill_copied(model: nn.Module, file: Path, files: JoinedFiles) -> None:
     """Read the weights that an adapter file holds a copy of: `load_adapter` compares them."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as handle:
+    with opened(file) as handle:
         keys = {key.removeprefix("base_model.model.") for key in handle.keys()}  # noqa: SIM118
     names = stored_names(model, files)
     for name, parameter in model.named_parameters(remove_duplicate=False):

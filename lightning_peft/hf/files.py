@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ __all__ = [
     "BATCHES",
     "TENSORS",
     "checked",
+    "opened",
     "read_file",
     "read_tensors",
+    "require_directory",
     "write_adapter",
     "write_tensors",
 ]
@@ -60,24 +63,41 @@ def read_file(path: Path, integers: Sequence[str] = ()) -> tuple[dict[str, Tenso
     Raises:
         ValueError: a truncated or corrupt file, an integer or non-finite tensor.
     """
+    with opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return checked(tensors, str(path), integers), metadata
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file of an adapter.
+
+    Raises:
+        ValueError: a truncated or corrupt file.
+    """
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except MemoryError:
         raise
     except Exception as error:  # dtypes and shapes that torch lacks raise errors of many kinds
-        raise _unreadable(path, error) from None
-    return checked(tensors, str(path), integers), metadata
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do "
+            f"not read as one ({str(error)[:200]}); copy it again"
+        ) from None
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path}: expected a whole safetensors file, got {path.stat().st_size:,} bytes that do not "
-        f"read as one ({str(error)[:200]}); copy it again"
-    )
+def require_directory(directory: Path, what: str) -> None:
+    """Raise FileExistsError if a directory cannot be there, because it or a parent is a file."""
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise FileExistsError(
+            f"{what}: expected a directory to write to, got {directory}, where {place} is a file; "
+            "remove it, or write elsewhere"
+        )
 
 
 def checked(

@@ -30,10 +30,7 @@ from lightning_peft.hf.matching import Matched, match_source
 from lightning_peft.hf.routers import load_arrow
 from lightning_peft.hf.source import Source, read_source
 from lightning_peft.hf.task_heads import Heads
-from lightning_peft.hf.values import (
-    COPY,
-    Values,
-)
+from lightning_peft.hf.values import COPY, Values
 from lightning_peft.layers.adapted import adapted_modules, adapters_of, weight_adapters_of
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter

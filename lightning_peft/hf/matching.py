@@ -22,15 +22,11 @@ from lightning_peft.hf.load_checks import check_shared, check_targets
 from lightning_peft.hf.norm_layers import split_norm_layers
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.routers import attached_experts, split_router
+from lightning_peft.hf.saved_modules import has_separate_copies, saved_modules
 from lightning_peft.hf.source import Source
 from lightning_peft.hf.targets import exact_targets, targeted, ties_rows
 from lightning_peft.hf.token_rows import match_token_rows, split_token_rows
-from lightning_peft.hf.values import (
-    ValueMatcher,
-    Values,
-    has_separate_copies,
-    saved_modules,
-)
+from lightning_peft.hf.values import ValueMatcher, Values
 from lightning_peft.layers import adaptable, ops_for
 from lightning_peft.methods.base import HFEntry, Method, RouterMethod, SequenceMethod
 from lightning_peft.methods.norm_tuning import NormTuning

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -24,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_peft.core.names import counted
 from lightning_peft.hf.packed_conversions import by_outputs_last, written_conversions
+from lightning_peft.hf.packed_files import dtypes_of, metadata_of, open_slices, shapes_of
 from lightning_peft.models.packed_layers import (
     PackedLayer,
     declare_packed,
@@ -38,18 +38,6 @@ from lightning_peft.storage.tensor_files import TensorFiles
 __all__ = ["PackedQuantizer", "loaded"]
 
 _METHOD = "lightning_peft"
-_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 
 
 @register_quantization_config(_METHOD)
@@ -96,7 +84,7 @@ def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
             model, info = _concrete(model_class, config).from_pretrained(
                 None,
                 config=config,
-                state_dict=_slices(files, opened),
+                state_dict=open_slices(files, opened),
                 output_loading_info=True,
                 **given,
             )
@@ -132,51 +120,6 @@ def _concrete(model_class: Any, config: Any) -> Any:
     return (named or classes)[0]
 
 
-def _slices(files: Sequence[Path], opened: ExitStack) -> dict[str, Any]:
-    """Each tensor of the files, read when it is used.
-
-    The files are read, not mapped: mapped pages stay in memory beside the experts that transformers
-    stacks from them.
-    """
-    found = {}
-    for file in files:
-        handle: Any
-        try:
-            handle = safe_open(str(file), framework="pt", backend="pread")
-        except TypeError:  # safetensors before 0.8
-            handle = safe_open(str(file), framework="pt")
-        opened.enter_context(handle)
-        for key in handle.keys():  # noqa: SIM118  it is no dict
-            part = handle.get_slice(key)
-            is_scalar = not part.get_shape() and _OF_EXPERT.search(key)
-            found[key] = _OneElement(part) if is_scalar else part
-    return found
-
-
-class _OneElement:
-    """A scalar of one expert as a vector, so that transformers can concatenate gate's and up's.
-
-    Args:
-        scalar: The tensor in the file.
-    """
-
-    def __init__(self, scalar: Any) -> None:
-        self._scalar = scalar
-
-    def __getitem__(self, where: Any) -> Tensor:
-        value: Tensor = self._scalar[...]
-        return value.reshape(1)[where]
-
-    def get_shape(self) -> list[int]:
-        """[1]."""
-        return [1]
-
-    def get_dtype(self) -> str:
-        """Dtype in the file."""
-        dtype: str = self._scalar.get_dtype()
-        return dtype
-
-
 @register_quantizer(_METHOD)
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Declares the packed parameters, and holds them after loading."""
@@ -198,7 +141,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """Called on the meta model."""
         skip = dense_patterns(model, self.released)
         files = self.quantization_config.files
-        dtypes = _dtypes_of(files)
+        dtypes = dtypes_of(files)
         self._layers = declare_packed(model, self.released, skip, dtypes)
         self._check_files(files)
         # transformers reads the files of other checkpoints ahead, in threads: all experts would be
@@ -212,7 +155,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ValueError: some are missing, or have another shape.
         """
-        shapes = {self._renamed(key): shape for key, shape in _shapes_of(files).items()}
+        shapes = {self._renamed(key): shape for key, shape in shapes_of(files).items()}
         problems = []
         for layer in self._layers:
             wanted = layer.shapes
@@ -256,8 +199,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         self.pre_quantized = True
         self._require_all(missing)
-        _require_dense(missing, unexpected)
-        metadata = _metadata_of(self.quantization_config.files)
+        self._require_dense(model, unexpected)
+        metadata = metadata_of(self.quantization_config.files)
         dtype = model.config.dtype if isinstance(model.config.dtype, torch.dtype) else None
         for layer in self._layers:
             layer.hold(dtype or torch.get_default_dtype(), metadata)
@@ -273,6 +216,24 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"load_packed: expected the tensors of every packed layer in the files, found none "
                 f"for {len(absent)}: {', '.join(absent[:6])}; the quantization_config does not "
                 "belong to these files, or shards are missing: download the checkpoint again"
+            )
+
+    def _require_dense(self, model: nn.Module, unexpected: Collection[str]) -> None:
+        """Raise if the files hold a layer packed that the configuration leaves out.
+
+        Its codes would be read as weights.
+        """
+        packed, modules = {layer.name for layer in self._layers}, dict(model.named_modules())
+        wrong = set()
+        for name in unexpected:
+            layer, _, leaf = self._renamed(name).rpartition(".")
+            if leaf.startswith("weight_") and layer in modules and layer not in packed:
+                wrong.add(layer)
+        if wrong:
+            raise ValueError(
+                "load_packed: expected dense tensors of the layers that the quantization_config "
+                f"leaves out, got packed ones for {', '.join(sorted(wrong)[:6])}; the config does "
+                "not belong to these files: download the checkpoint again"
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -306,47 +267,3 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The products are ops that `torch.compile` traces."""
         return True
-
-
-def _require_dense(missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise if the files hold a layer in other tensors than the configuration says."""
-    layers = {name.rpartition(".")[0] for name in unexpected}
-    wrong = sorted(name for name in missing if name.rpartition(".")[0] in layers)
-    if wrong:
-        raise ValueError(
-            f"load_packed: expected dense tensors of the layers that the quantization_config "
-            f"leaves out, got other ones for {', '.join(wrong[:6])}; the config does not belong to "
-            "these files: download the checkpoint again"
-        )
-
-
-def _metadata_of(files: Sequence[str]) -> dict[str, str]:
-    """What the files say of their tensors."""
-    found: dict[str, str] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            found |= handle.metadata() or {}
-    return found
-
-
-def _shapes_of(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in the files."""
-    found = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118  it is no dict
-                found[key] = tuple(handle.get_slice(key).get_shape())
-    return found
-
-
-def _dtypes_of(files: Sequence[str]) -> dict[str, torch.dtype]:
-    """Dtype of the tensors in the files, by the last part of their name."""
-    found: dict[str, torch.dtype] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118  it is no dict
-                leaf = key.rpartition(".")[2]
-                if leaf not in found:
-                    word = handle.get_slice(key).get_dtype()
-                    found[leaf] = _DTYPES.get(word, torch.float32)
-    return found

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_peft.core.names import join, strip_compile
 from lightning_peft.core.registry import registries_in
+from lightning_peft.hf.files import opened
 from lightning_peft.storage import StorageConfig, config_from_dict, config_to_dict
 
 __all__ = ["Provenance", "provenance_of", "read_provenance"]
@@ -57,9 +58,7 @@ def read_provenance(file: Path) -> Provenance:
     Raises:
         ValueError: a header of ours that does not read.
     """
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as handle:
+    with opened(file) as handle:
         text = (handle.metadata() or {}).get(_KEY)
     if text is None:
         return Provenance()

@@ -18,7 +18,7 @@ from lightning_peft.hf.adapter_files import adapter_files
 from lightning_peft.hf.exported_adapters import (
     FoundAdapters,
 )
-from lightning_peft.hf.files import write_adapter, write_tensors
+from lightning_peft.hf.files import require_directory, write_adapter, write_tensors
 from lightning_peft.hf.hub import upload
 from lightning_peft.hf.model_card import model_card
 from lightning_peft.hf.outside import (
@@ -71,12 +71,14 @@ def save_adapter(
         The directory written to.
 
     Raises:
+        FileExistsError: `directory` is a file, or lies inside of one.
         KeyError: no adapter of that name.
         ValueError: peft has no equal of the method, or of the method on one of the layers; or a
             layer has no name in transformers 4.
     """
     if names not in ("current", "legacy"):
         raise ValueError(f"save_adapter: names: expected 'current' or 'legacy', got {shown(names)}")
+    require_directory(Path(directory), "save_adapter")
     files = adapter_files(model, directory, adapter_name, names=names, uniform=uniform, root=root)
     _warn_of_rounded_start(files.weights)
     target = Path(directory) / ("" if adapter_name == "default" else adapter_name)

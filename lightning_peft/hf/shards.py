@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -206,7 +206,7 @@ def _header(group: Sequence[PlannedTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_tensor(file: Any, planned: PlannedTensor) -> None:
+def _write_tensor(file: BinaryIO, planned: PlannedTensor) -> None:
     tensor = planned.form()
     if tuple(tensor.shape) != planned.shape:
         raise RuntimeError(

@@ -160,7 +160,7 @@ def _without_idle_tying(top: nn.Module, config: dict[str, Any]) -> tuple[dict[st
     return {**config, "ensure_weight_tying": False}, note
 
 
-def _check_no_config(config: Any, label: str) -> None:
+def _check_no_config(config: object, label: str) -> None:
     if config is not None:
         raise ValueError(
             f"load_adapter: config: expected with the state dict of a PeftModel, got {label}, "

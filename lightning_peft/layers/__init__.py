@@ -10,7 +10,7 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.layers.base import MatrixOps
 from lightning_peft.layers.conv import ConvOps
 from lightning_peft.layers.direct_parameters import DirectParametersOps, direct_matrices
-from lightning_peft.layers.embedding import EmbeddingOps
+from lightning_peft.layers.embedding import EmbeddingOps, has_other_rows
 from lightning_peft.layers.experts.ops import ExpertsOps, is_experts
 from lightning_peft.layers.grouped_linear import GroupedLinearOps
 from lightning_peft.layers.linear import Conv1DOps, LinearOps
@@ -123,6 +123,8 @@ def uneditable(module: nn.Module) -> str:
     """Return why the weights of a module of a known kind cannot be edited; "" if they can."""
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "read by nn.MultiheadAttention: target that module"
+    if has_other_rows(module):
+        return "its forward computes more than rows of its weight: train it with modules_to_save"
     return computed_weight(module)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class Adapter(nn.Module, ABC):
         self.site = site
         self.adapter_name = adapter_name
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Called by `.to()`, `.half()` and the like: the counted bytes no longer hold."""
         self.forget_size()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

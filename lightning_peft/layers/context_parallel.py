@@ -2,7 +2,7 @@
 
 Rank r of c holds tokens r S/c to (r + 1) S/c. In every attention layer the keys and values of all
 ranks are gathered, and queries stay where they are. Activations are a c-th of the sequence's; keys
-and values of one layer are complete while that layer runs.
+and values of one layer are complete while that layer runs, and while it runs backward.
 
 torch's own `context_parallel` has no rule for attention on the CPU (torch 2.13), and replaces
 `scaled_dot_product_attention` for the whole process. Here the model's own attention interface is
@@ -12,17 +12,17 @@ used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from lightning_peft.core.modules import modules_by_name
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
+from lightning_peft.layers.gathered_sequence import gather_sequence, saving_parts
 from lightning_peft.layers.prompt.adapter import PromptAdapter
 
 __all__ = ["ContextParallel"]
@@ -30,40 +30,6 @@ __all__ = ["ContextParallel"]
 _NAME = "lightning_peft_context"
 _ATTRIBUTE = "_peft_context"
 _IGNORED = -100  # label of a token without a loss
-
-
-# torch 2.13 renamed the two.
-_Collective = Callable[..., object]
-_all_gather: _Collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: _Collective = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)
-
-
-class _GatherContext(FunctionCtx):
-    """What `_Gather` keeps for backward."""
-
-    group: dist.ProcessGroup
-    shape: torch.Size
-
-
-class _Gather(torch.autograd.Function):
-    """[B, H, S/c, D] of every rank → [c, B, H, S/c, D]; backward sums the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: _GatherContext, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, ctx.shape = group, x.shape
-        size = dist.get_world_size(group)
-        out = x.new_empty((size * x.shape[0], *x.shape[1:]))
-        _all_gather(out, x.contiguous(), group=group)
-        return out.view(size, *x.shape)
-
-    @staticmethod
-    def backward(ctx: _GatherContext, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].flatten(0, 1).contiguous()
-        out = grad.new_empty(ctx.shape)
-        _reduce_scatter(out, grad, group=ctx.group)
-        return out, None
 
 
 class ContextParallel:
@@ -83,6 +49,7 @@ class ContextParallel:
     def __init__(self, model: Any, group: dist.ProcessGroup) -> None:
         _check(model)
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self._mask: tuple[tuple[object, ...], Tensor] | None = None
         self._signature = inspect.signature(model.forward)
         _register()
         model.set_attn_implementation(_NAME)
@@ -140,27 +107,39 @@ class ContextParallel:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float
     ) -> Tensor:
         """Attend from own queries [B, H, S/c, D] to the keys of all earlier tokens."""
-        heads = q.shape[1] // k.shape[1]
-        k, v = (self._complete(t)[:, :, : (self.rank + 1) * q.shape[2]] for t in (k, v))
-        if heads > 1:
-            k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
-        mask = _lower_right(q.shape[2], k.shape[2], q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+        heads, queries = q.shape[1] // k.shape[1], q.shape[2]
 
-    def _complete(self, t: Tensor) -> Tensor:
-        gather: Callable[..., Tensor] = _Gather.apply
-        parts = gather(t, self.group)
-        return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        def complete(part: Tensor) -> Tensor:
+            earlier = gather_sequence(part, self.group)[:, :, : (self.rank + 1) * queries]
+            return earlier.repeat_interleave(heads, 1) if heads > 1 else earlier
 
+        keys, values = complete(k), complete(v)
+        own = [(t, partial(complete, part.detach())) for t, part in ((keys, k), (values, v))]
+        how: dict[str, Any] = {"dropout_p": dropout, "scale": scale}
+        if self.rank:
+            how["attn_mask"] = self._lower_right(queries, keys.shape[2], q)
+        else:
+            how["is_causal"] = True
+        with saving_parts(own):
+            return F.scaled_dot_product_attention(q, keys, values, **how)
 
-def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return the causal mask of the last queries: a tensor, or what flash attention knows."""
-    if device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right
+    def _lower_right(self, queries: int, keys: int, like: Tensor) -> Tensor:
+        """Return the causal mask of the last queries: a tensor, or what flash attention knows.
 
-        bias: Tensor = causal_lower_right(queries, keys)
-        return bias
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        A tensor is shared by all layers, and has the dtype of the scores: attention would convert
+        another one, and save the result in every layer.
+        """
+        if like.device.type == "cuda":
+            from torch.nn.attention.bias import causal_lower_right
+
+            bias: Any = causal_lower_right(queries, keys)
+            return bias  # type: ignore[no-any-return]
+        key = (queries, keys, like.dtype)
+        if self._mask is None or self._mask[0] != key:
+            later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+            mask = torch.zeros(queries, keys, dtype=like.dtype).masked_fill_(later, float("-inf"))
+            self._mask = key, mask.to(like.device)
+        return self._mask[1]
 
 
 def _attention(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.core.class_swap import base_class
 from lightning_peft.core.pruning_masks import held
 from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.layers.base import MatrixOps
 
-__all__ = ["EmbeddingOps"]
+__all__ = ["EmbeddingOps", "has_other_rows"]
 
 
 class EmbeddingOps(MatrixOps):
@@ -70,6 +71,29 @@ class EmbeddingOps(MatrixOps):
     def per_output(self, m: nn.Module, v: Tensor) -> Tensor:
         """[dim]."""
         return v
+
+
+def has_other_rows(m: nn.Module) -> bool:
+    """Whether an embedding returns something else than rows of its weight, scaled.
+
+    Tables of positions shift or count what they are given (OPT, BART), others normalise the rows.
+    """
+    if not isinstance(m, nn.Embedding) or type(m) is not base_class(m):
+        return False
+    weight = held(m, "weight")
+    table = tuple(weight.shape) == (m.num_embeddings, m.embedding_dim)
+    if type(m).forward is nn.Embedding.forward or not (table and weight.is_floating_point()):
+        return False
+    ids = EmbeddingOps().example_inputs(m)
+    if ids is None:
+        return False
+    try:
+        with torch.no_grad():
+            y = type(m).forward(m, ids[0][None])
+            want = EmbeddingOps().functional(m, ids[0][None], weight, None)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
+        return True
+    return y.shape != want.shape or not torch.allclose(y.float(), want.float(), rtol=1e-2)
 
 
 def _output_scale(m: nn.Module, dtype: torch.dtype) -> Any:

@@ -19,6 +19,7 @@ M = TypeVar("M", bound=type[Method])
 #: Arguments that every method has: listed last.
 _LAST = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _TOO_LARGE = 1 << 63
+_LARGEST = 3.4e38  # of fp32
 #: Arguments of other libraries → how the choice is written here.
 _ELSEWHERE = {
     "use_dora": "DoRA(...)",
@@ -50,7 +51,8 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     """Raise TypeError for an unknown argument, or for a value of another type.
 
     Raises:
-        ValueError: an integer that no tensor size can have, in patterns too.
+        ValueError: an integer that no tensor size can have, or a number that is not finite in fp32;
+            in patterns too.
     """
     fields = [f for f in dataclasses.fields(cast(Any, cls)) if f.init]
     known = {f.name: f for f in fields}
@@ -72,6 +74,10 @@ def _check(cls: type[Method], args: Sequence[Any], kwargs: Mapping[str, Any]) ->
                 raise ValueError(
                     f"{cls.__name__}: expected {name} below 2**63, got a number of "
                     f"{number.bit_length()} bits; give the size that the layers have"
+                )
+            if isinstance(number, float) and not abs(number) <= _LARGEST:
+                raise ValueError(
+                    f"{cls.__name__}: expected a finite number of fp32 for {name}, got {number}"
                 )
 
 
@@ -96,6 +102,8 @@ def _check_pattern(cls: type[Method], name: str, annotation: object, value: obje
     if not inner or inner[0] not in (int, float) or not isinstance(value, Mapping):
         return
     for layer, number in value.items():
+        if not isinstance(layer, str):
+            raise TypeError(f"{cls.__name__} {name}: expected names of layers, got {shown(layer)}")
         if not fits(number, inner[0]):
             raise TypeError(
                 f"{cls.__name__} {name}: expected {describe(inner[0])} for {layer!r}, got "

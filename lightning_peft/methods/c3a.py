@@ -14,7 +14,8 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Term
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
@@ -40,7 +41,7 @@ class Circulant(Term):
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """Y_m = Σ_n X_n conj(C_mn) at each of b/2 + 1 frequencies, in fp32 at least."""
-        if not ops.features_last:
+        if not ops.features_last or not x.numel():  # MKL transforms no empty batch
             return Dense(self.matrix()).apply(ops, site, x)
         m, n, b = self.c.shape
         c, x = (t.float() if t.dtype.itemsize < 4 else t for t in (self.c, x))
@@ -54,7 +55,7 @@ class Circulant(Term):
 
 @register
 @dataclass(frozen=True)
-class C3A(WeightMethod):
+class C3A(BiasOption):
     """Blocks of circulant matrices, divided by in_features: one number per row of a block.
 
     Gradients are those of this formula. peft 0.21 has the same forward, but a wrong gradient of the
@@ -65,6 +66,7 @@ class C3A(WeightMethod):
         block_size_pattern: Layer name pattern → block_size.
         init: ``"xavier_uniform"``, ``"kaiming_uniform"``, ``"gaussian"``, or ``"zeros"``, which
             alone leaves the output unchanged at the start.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"c3a_only"``.
 
     Raises:
         ValueError: block_size < 1, an unknown init.
@@ -74,18 +76,21 @@ class C3A(WeightMethod):
     block_size_pattern: dict[str, int] = field(default_factory=dict)
     init: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
 
+    bias: str = "none"
+
+    bias_word = "c3a_only"
     hf = HFFormat(
         peft_type="C3A",
         tensors={"c": "c3a_kernel"},
-        config=config_keys("block_size", "block_size_pattern"),
+        config=config_keys("bias", "block_size", "block_size_pattern"),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"init_weights": "xavier_uniform"},
         refuse=refuse_all_but_linear,
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         for where, b in {"block_size": self.block_size, **self.block_size_pattern}.items():
             require(b >= 1, f"{self.label}: expected block_size >= 1, got {where} = {b}")
         require(self.init in _INITS, f"{self.label}: expected init in {_INITS}, got {self.init!r}")

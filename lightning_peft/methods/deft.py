@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import empty_like_site, require, require_choice, require_matrix
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
@@ -24,7 +25,7 @@ __all__ = ["DEFT"]
 
 @register
 @dataclass(frozen=True)
-class DEFT(WeightMethod):
+class DEFT(BiasOption):
     """ΔW = Q (s R − Nᵀ W) of rank r. Q = P, N = relu(P), or both the Q factor of P's QR.
 
     R starts as Nᵀ W / s: the output is unchanged, up to rounding. With `para` it is not.
@@ -34,6 +35,7 @@ class DEFT(WeightMethod):
         decomposition: ``"relu"`` (not orthogonal) or ``"qr"``.
         alpha: Scale numerator, s = alpha / r; None for s = 1.
         para: If True, project away only, without R (PaRa).
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"deft_only"``.
 
     Raises:
         ValueError: r < 1, alpha not above 0, an unknown decomposition.
@@ -44,12 +46,15 @@ class DEFT(WeightMethod):
     alpha: float | None = None
     para: bool = False
 
+    bias: str = "none"
+
+    bias_word = "deft_only"
     hf = HFFormat(
         peft_type="DEFT",
         tensors={"P": "deft_P", "R": "deft_R"},
-        config=config_keys("r", "alpha", "para", decomposition="decomposition_method"),
+        config=config_keys("bias", "r", "alpha", "para", decomposition="decomposition_method"),
         own_defaults=True,
-        fixed={"bias": "none", "deft_dropout": 0.0},
+        fixed={"deft_dropout": 0.0},
         inert={"fan_in_fan_out": False, "init_weights": True},
         ignored=("init_scale",),
         refuse=refuse_all_but_features,
@@ -57,6 +62,7 @@ class DEFT(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require_choice(self.label, "decomposition", self.decomposition, ("relu", "qr"))
         require(

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     kaiming,
@@ -30,7 +31,7 @@ _LEAST = 1e-4  # of a norm
 
 @register
 @dataclass(frozen=True)
-class DeLoRA(WeightMethod):
+class DeLoRA(BiasOption):
     """ΔW = B diag(λ / (r |a_i| |b_i|)) A diag(w), w_j the norm of column j of W at the start.
 
     Attributes:
@@ -39,6 +40,7 @@ class DeLoRA(WeightMethod):
         rank_pattern: Layer name pattern → rank.
         strength_pattern: Layer name pattern → strength.
         dropout: Probability of dropping an input element of the branch, in training.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"delora_only"``.
 
     Raises:
         ValueError: r < 1, strength ≤ 0, dropout outside [0, 1).
@@ -50,11 +52,15 @@ class DeLoRA(WeightMethod):
     strength_pattern: dict[str, float] = field(default_factory=dict)
     dropout: float = 0.0
 
+    bias: str = "none"
+
+    bias_word = "delora_only"
     hf = HFFormat(
         peft_type="DELORA",
         tensors={"A": "delora_A", "B": "delora_B", "lam": "delora_lambda", "w": "delora_w_norm"},
         axes={"A": "down", "B": "up"},
         config=config_keys(
+            "bias",
             "r",
             "rank_pattern",
             strength="delora_lambda",
@@ -62,13 +68,13 @@ class DeLoRA(WeightMethod):
             dropout="module_dropout",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"init_weights": True},
         refuse=refuse_all_but_linear,
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         for where, r in {"r": self.r, **self.rank_pattern}.items():
             require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
         for where, strength in {"strength": self.strength, **self.strength_pattern}.items():

@@ -63,6 +63,7 @@ class FourierFT(SpectralMethod):
         n_frequency_pattern: Layer name pattern → n_frequency.
         zero_start: Coefficients start at zero, so that the output is unchanged; else normal, as in
             the paper.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"fourier_only"``.
 
     Raises:
         ValueError: n_frequency < 1.
@@ -74,13 +75,17 @@ class FourierFT(SpectralMethod):
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     zero_start: bool = False
 
+    bias: str = "none"
+
+    bias_word = "fourier_only"
     hf = HFFormat(
         peft_type="FOURIERFT",
         tensors={"c": "fourierft_spectrum"},
         unwritten=("places",),
-        config=config_keys("n_frequency", "scaling", "n_frequency_pattern", seed="random_loc_seed"),
+        config=config_keys(
+            "bias", "n_frequency", "scaling", "n_frequency_pattern", seed="random_loc_seed"
+        ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": False},
         refuse=refuse_all_but_features,
     )

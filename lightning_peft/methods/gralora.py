@@ -14,7 +14,8 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, LowRank, Term
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     kaiming,
@@ -58,14 +59,15 @@ class Granular(Term):
             x = x.to(self.A.dtype)
         k, width, r = self.A.shape
         h = torch.bmm(x.reshape(-1, k, width).transpose(0, 1), self.A)  # [n, M, (j, q)]
-        h = h.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [j, M, (n, q)]
+        M = h.shape[1]
+        h = h.view(k, M, k, r // k).permute(2, 1, 0, 3).reshape(k, M, r)  # [j, M, (n, q)]
         y = torch.bmm(h * self.scaling, self.B).transpose(0, 1)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
 
 
 @register
 @dataclass(frozen=True)
-class GraLoRA(WeightMethod):
+class GraLoRA(BiasOption):
     """k × k blocks of rank r/k, as many numbers as LoRA of rank r.
 
     Attributes:
@@ -74,6 +76,7 @@ class GraLoRA(WeightMethod):
         k: Blocks each way; divides in_features and out_features.
         hybrid_r: Rank of a plain low-rank change beside, 0 for none.
         dropout: Probability of dropping an input element of the branch, in training.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"gralora_only"``.
 
     Raises:
         ValueError: r, alpha or k below 1, k that does not divide r, hybrid_r < 0, dropout outside
@@ -86,6 +89,9 @@ class GraLoRA(WeightMethod):
     hybrid_r: int = 0
     dropout: float = 0.0
 
+    bias: str = "none"
+
+    bias_word = "gralora_only"
     hf = HFFormat(
         peft_type="GRALORA",
         tensors={
@@ -94,15 +100,17 @@ class GraLoRA(WeightMethod):
             "Ag": "gralora_A_general.weight",
             "Bg": "gralora_B_general.weight",
         },
-        config=config_keys("r", "alpha", "hybrid_r", k="gralora_k", dropout="gralora_dropout"),
+        config=config_keys(
+            "bias", "r", "alpha", "hybrid_r", k="gralora_k", dropout="gralora_dropout"
+        ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": True},
         refuse=refuse_all_but_features,
     )
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(
             self.k >= 1 and self.r >= 1 and self.r % self.k == 0,
             f"{self.label}: expected k >= 1 that divides r, got r = {self.r}, k = {self.k}",

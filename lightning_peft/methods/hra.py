@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import Rotation
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     kaiming,
@@ -53,7 +54,7 @@ class Reflections(Rotation):
 
 @register
 @dataclass(frozen=True)
-class HRA(WeightMethod):
+class HRA(BiasOption):
     """W' = W H₁ … H_r with H_i = I − 2 u_i u_iᵀ, u_i the columns of u [in, r] at unit length.
 
     u starts as pairs of equal columns, whose reflections cancel: the output is unchanged. With an
@@ -62,6 +63,7 @@ class HRA(WeightMethod):
     Attributes:
         r: Number of reflections.
         apply_gs: Orthogonalise the columns first: W' = W (I − 2 Q Qᵀ).
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"hra_only"``.
 
     Raises:
         ValueError: r < 1.
@@ -70,12 +72,14 @@ class HRA(WeightMethod):
     r: int = 8
     apply_gs: bool = False
 
+    bias: str = "none"
+
+    bias_word = "hra_only"
     hf = HFFormat(
         peft_type="HRA",
         tensors={"u": "hra_u"},
-        config=config_keys("r", apply_gs="apply_GS"),
+        config=config_keys("bias", "r", apply_gs="apply_GS"),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"init_weights": True},
         kinds=("Linear", "Conv2d"),
         refuse=refuse_uneven_conv2d,
@@ -83,6 +87,7 @@ class HRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
 
     def check(self, site: Site) -> None:

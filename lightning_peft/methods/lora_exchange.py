@@ -87,6 +87,8 @@ def to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
                 f"{wanted[e.target]} and {found}; peft's patterns know modules only"
             )
     config["lora_alpha"] = _number(config["lora_alpha"])
+    if config.get("ensure_weight_tying"):  # peft ties more than the adapters: trained copies too
+        config["ensure_weight_tying"] = any(e.site.tied_to is not None for e in entries)
     if all(_by_patterns(config, path) == want for path, want in wanted.items()):
         return
     config["r"], config["lora_alpha"] = Counter(wanted.values()).most_common(1)[0][0]

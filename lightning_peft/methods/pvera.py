@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_peft.core.drawn import Sampled
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     empty_shared,
@@ -28,7 +29,7 @@ __all__ = ["PVeRA"]
 
 @register
 @dataclass(frozen=True)
-class PVeRA(WeightMethod):
+class PVeRA(BiasOption):
     """VeRA whose thin activations are sampled in training; its mean is what is merged.
 
     Attributes:
@@ -38,6 +39,7 @@ class PVeRA(WeightMethod):
         dropout: Probability of dropping an input element of the branch, in training.
         sample: Whether training samples; False trains the mean alone.
         sample_at_inference: Whether eval samples too.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"pvera_only"``.
 
     Raises:
         ValueError: r < 1, dropout outside [0, 1), sampling at inference alone.
@@ -50,12 +52,16 @@ class PVeRA(WeightMethod):
     sample: bool = True
     sample_at_inference: bool = False
 
+    bias: str = "none"
+
+    bias_word = "pvera_only"
     hf = HFFormat(
         peft_type="PVERA",
         tensors={"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
         prefix={"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
         optional=("A", "B"),
         config=config_keys(
+            "bias",
             "r",
             "d_initial",
             "sample_at_inference",
@@ -63,7 +69,6 @@ class PVeRA(WeightMethod):
             dropout="pvera_dropout",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
         ignored=("generator_seed",),
         refuse=refuse_all_but_features,
@@ -71,6 +76,7 @@ class PVeRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require_dropout(self.label, self.dropout)
         require(

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
-from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
+from lightning_peft.methods.base import HFEntry, HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     require,
@@ -57,7 +58,7 @@ def _pack_shared(
 
 @register
 @dataclass(frozen=True)
-class RandLoRA(WeightMethod):
+class RandLoRA(BiasOption):
     """ΔW = (alpha / r) Σ_j B_j diag(λ_j) A diag(γ_j), A and B_j random and shared, λ and γ trained.
 
     The number of bases makes ΔW of full rank, so it is formed. A step of λ moves the output twenty
@@ -70,6 +71,7 @@ class RandLoRA(WeightMethod):
         sparse: Ternary bases, a third of whose entries are not zero.
         very_sparse: The same, fewer: 1 in √(smallest width).
         dropout: Probability of dropping an input element of the branch, in training.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"randlora_only"``.
 
     Raises:
         ValueError: r < 1, alpha ≤ 0, dropout outside [0, 1).
@@ -82,6 +84,9 @@ class RandLoRA(WeightMethod):
     very_sparse: bool = False
     dropout: float = 0.0
 
+    bias: str = "none"
+
+    bias_word = "randlora_only"
     hf = HFFormat(
         peft_type="RANDLORA",
         tensors={
@@ -93,6 +98,7 @@ class RandLoRA(WeightMethod):
         prefix={"A": "base_model.randlora_A", "B": "base_model.randlora_B"},
         optional=("A", "B"),
         config=config_keys(
+            "bias",
             "r",
             "sparse",
             "very_sparse",
@@ -101,7 +107,6 @@ class RandLoRA(WeightMethod):
             dropout="randlora_dropout",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
         unpack=_unpack,
         pack_shared=_pack_shared,
@@ -111,6 +116,7 @@ class RandLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(self.alpha > 0, f"{self.label}: expected alpha > 0, got {self.alpha}")
         require_dropout(self.label, self.dropout)

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import random_places
-from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import match_site, require, require_matrix
 
 __all__ = ["SpectralMethod"]
 
 
-class SpectralMethod(WeightMethod):
+class SpectralMethod(BiasOption):
     """Base of methods with n coefficients; the dataclass of a method declares the fields.
 
     Attributes:
@@ -27,6 +27,7 @@ class SpectralMethod(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         for where, n in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
             require(n >= 1, f"{self.label}: expected n_frequency >= 1, got {where} = {n}")
 

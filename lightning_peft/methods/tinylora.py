@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     empty_shared,
@@ -49,7 +50,7 @@ def _refuse(method: TinyLoRA, site: Site) -> str:
 
 @register
 @dataclass(frozen=True)
-class TinyLoRA(WeightMethod):
+class TinyLoRA(BiasOption):
     """ΔW = B (Σ_i v_i P_i) A with A = √S Vᵀ, B = U √S of the r leading triplets of W, frozen.
 
     Attributes:
@@ -60,6 +61,7 @@ class TinyLoRA(WeightMethod):
         init: v starts at ``"zeros"``, or ``"uniform"`` within ± `bound`.
         bound: See `init`.
         dropout: Probability of dropping an input element of the branch, in training.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"tinylora_only"``.
 
     Raises:
         ValueError: r or u below 1, weight_tying outside [0, 1], an unknown init, dropout outside
@@ -74,6 +76,9 @@ class TinyLoRA(WeightMethod):
     bound: float = 0.02
     dropout: float = 0.0
 
+    bias: str = "none"
+
+    bias_word = "tinylora_only"
     hf = HFFormat(
         peft_type="TINYLORA",
         tensors={"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"},
@@ -81,6 +86,7 @@ class TinyLoRA(WeightMethod):
         unwritten=("group",),
         prefix={"v": "base_model.tinylora_v.{i}"},
         config=config_keys(
+            "bias",
             "r",
             "u",
             "weight_tying",
@@ -89,7 +95,6 @@ class TinyLoRA(WeightMethod):
             dropout="tinylora_dropout",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
         pack=lambda method, site, p: _turned(site, p),
         unpack=lambda method, site, p, config: _turned(site, p),
@@ -98,6 +103,7 @@ class TinyLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(self.u >= 1, f"{self.label}: expected u >= 1, got u = {self.u}")
         require(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import empty_shared, require, require_dropout, require_matrix
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
@@ -38,7 +39,7 @@ def _unpack(
 
 @register
 @dataclass(frozen=True)
-class UniLoRA(WeightMethod):
+class UniLoRA(BiasOption):
     """ΔW = B A, every entry of A [r, in] and B [out, r] one of θ over the root of its count.
 
     The output changes a little at the start, as in peft.
@@ -49,6 +50,7 @@ class UniLoRA(WeightMethod):
         seed: Seed of the places, which run over all layers in the order of the model.
         dropout: Probability of dropping an input element of the branch, in training.
         bound: θ starts uniform within ± this.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"unilora_only"``.
 
     Raises:
         ValueError: r or length below 1, dropout outside [0, 1).
@@ -60,6 +62,9 @@ class UniLoRA(WeightMethod):
     dropout: float = 0.0
     bound: float = 0.02
 
+    bias: str = "none"
+
+    bias_word = "unilora_only"
     hf = HFFormat(
         peft_type="UNILORA",
         tensors={
@@ -73,6 +78,7 @@ class UniLoRA(WeightMethod):
         unwritten=("at_A", "at_B", "scale"),
         prefix={"theta": "base_model.unilora_theta_d"},
         config=config_keys(
+            "bias",
             "r",
             length="theta_d_length",
             seed="proj_seed",
@@ -80,7 +86,6 @@ class UniLoRA(WeightMethod):
             bound="init_theta_d_bound",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": True, "save_indices": False},
         unpack=_unpack,
         refuse=refuse_all_but_features,
@@ -88,6 +93,7 @@ class UniLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(self.length >= 1, f"{self.label}: expected length >= 1, got {self.length}")
         require_dropout(self.label, self.dropout)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import (
     empty_like_site,
     empty_shared,
@@ -55,7 +56,7 @@ def _unpack(
 
 @register
 @dataclass(frozen=True)
-class VBLoRA(WeightMethod):
+class VBLoRA(BiasOption):
     """ΔW = B A; every stretch of A [r, in] and B [out, r] is a mixture of the bank's vectors.
 
     The output changes a little at the start, as in peft.
@@ -68,6 +69,7 @@ class VBLoRA(WeightMethod):
         dropout: Probability of dropping an input element of the branch, in training.
         bank_bound: The bank starts uniform within ± this.
         logits_std: Standard deviation of the logits at the start.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"vblora_only"``.
 
     Raises:
         ValueError: a number below 1, topk > num_vectors, dropout outside [0, 1).
@@ -81,6 +83,9 @@ class VBLoRA(WeightMethod):
     bank_bound: float = 0.02
     logits_std: float = 0.1
 
+    bias: str = "none"
+
+    bias_word = "vblora_only"
     hf = HFFormat(
         peft_type="VBLORA",
         tensors={
@@ -94,6 +99,7 @@ class VBLoRA(WeightMethod):
         integers=("A_at", "B_at"),
         prefix={"bank": "base_model.vblora_vector_bank"},
         config=config_keys(
+            "bias",
             "r",
             "num_vectors",
             "vector_length",
@@ -103,7 +109,6 @@ class VBLoRA(WeightMethod):
             logits_std="init_logits_std",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "save_only_topk_weights": False},
         unpack=_unpack,
         refuse=refuse_all_but_features,
@@ -111,6 +116,7 @@ class VBLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         for name in ("r", "num_vectors", "vector_length", "topk"):
             value = getattr(self, name)
             require(value >= 1, f"{self.label}: expected {name} >= 1, got {value}")

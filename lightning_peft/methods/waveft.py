@@ -6,63 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
-from lightning_peft.core.terms import FormedTerm
 from lightning_peft.methods.base import HFEntry, HFFormat
 from lightning_peft.methods.checks import empty_like_site, require_choice
-from lightning_peft.methods.daubechies import FAMILIES, synthesis, synthesis_filters
+from lightning_peft.methods.daubechies import FAMILIES, Wavelet
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.spectral import SpectralMethod
 
-__all__ = ["WaveFT", "Wavelet"]
-
-
-@dataclass(frozen=True)
-class Wavelet(FormedTerm):
-    """ΔW = scaling · R_out S R_inᵀ, R one level of a wavelet's synthesis, S.flatten()[places] = c.
-
-    S has even sizes, larger than [out, in] by what the filters cut off; places lie at its centre.
-    """
-
-    c: Tensor
-    places: Tensor
-    shape: tuple[int, int]
-    family: str
-    scaling: float
-
-    def _spectrum(self) -> Tensor:
-        """S; peft gives the right upper quadrant to the filters of rows and the left lower one to
-        those of columns: both change places.
-        """
-        cut = 2 * FAMILIES[self.family] - 2
-        rows, columns = (n + cut + (n + cut) % 2 for n in self.shape)
-        u = self.places // self.shape[1] + (rows - self.shape[0]) // 2
-        v = self.places % self.shape[1] + (columns - self.shape[1]) // 2
-        right, low = v >= columns // 2, u >= rows // 2
-        turn = (right ^ low).int()  # one of the two off-diagonal quadrants
-        u, v = (
-            u + turn * torch.where(low, -1, 1) * (rows // 2),
-            v + turn * torch.where(right, -1, 1) * (columns // 2),
-        )
-        c = self.c.float() if self.c.dtype.itemsize < 4 else self.c
-        S = c.new_zeros(rows * columns).index_add(0, u * columns + v, self.scaling * c)
-        return S.view(rows, columns)
-
-    def matrix(self) -> Tensor:
-        """ΔW: both axes of S by strided convolutions."""
-        filters = synthesis_filters(self.family, self.c.device, torch.float32)
-        S = self._spectrum()
-        filters = filters.to(S.dtype)
-        with torch.autocast(S.device.type, enabled=False):
-            half = synthesis(S, filters, self.shape[0])
-            delta = synthesis(half.mT, filters, self.shape[1]).mT
-        return delta.to(self.c.dtype)
+__all__ = ["WaveFT"]
 
 
 def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
@@ -84,6 +40,7 @@ class WaveFT(SpectralMethod):
         use_idwt: Whether the coefficients are a spectrum; False trains entries of ΔW itself.
         seed: Seed of the places; layers of one shape share them.
         n_frequency_pattern: Layer name pattern → n_frequency.
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"waveft_only"``.
 
     Raises:
         ValueError: n_frequency < 1, an unknown family.
@@ -96,11 +53,15 @@ class WaveFT(SpectralMethod):
     seed: int = 777
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
 
+    bias: str = "none"
+
+    bias_word = "waveft_only"
     hf = HFFormat(
         peft_type="WAVEFT",
         tensors={"c": "waveft_spectrum"},
         unwritten=("places",),
         config=config_keys(
+            "bias",
             "n_frequency",
             "scaling",
             "use_idwt",
@@ -109,7 +70,6 @@ class WaveFT(SpectralMethod):
             seed="random_loc_seed",
         ),
         own_defaults=True,
-        fixed={"bias": "none"},
         inert={"fan_in_fan_out": False, "init_weights": True},
         defaults={"proportional_parameters": False},
         from_config=_from_config,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
@@ -55,7 +56,7 @@ class PlainSaver(HfQuantizer):  # type: ignore[misc]
         """Called by `generate`; a dense model without a quantizer is compiled."""
         return self.replaced is None or bool(self.replaced.is_compileable)
 
-    def dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Called by the model's `dequantize`.
 
         Raises:

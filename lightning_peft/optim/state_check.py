@@ -118,7 +118,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 # ---- structure
 
 
-def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
+def _check_structure(optimizer: Optimizer, state_dict: object, what: str) -> None:
     """Raise ValueError unless the state dict has the form of `Optimizer.state_dict`."""
     found = state_dict if isinstance(state_dict, Mapping) else {}
     state, groups = found.get("state"), found.get("param_groups")
@@ -151,7 +151,7 @@ def _check_structure(optimizer: Optimizer, state_dict: Any, what: str) -> None:
 
 
 def _state_problems(
-    optimizer: Optimizer, state: Any, p: Tensor, needed: set[str] | None, numel: int | None
+    optimizer: Optimizer, state: object, p: Tensor, needed: set[str] | None, numel: int | None
 ) -> Iterator[str]:
     if not isinstance(state, Mapping):
         yield f"expected a dict of tensors, got {type(state).__name__}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning_peft.activations.config import ActivationKind
 from lightning_peft.core.commands import Commands
+from lightning_peft.methods.base import Method
 from lightning_peft.methods.registry import METHODS
 from lightning_peft.planner.byte_sizes import size
 from lightning_peft.planner.estimate import estimate_memory
@@ -83,7 +84,7 @@ def _run(given: argparse.Namespace) -> None:
         print(f"largest batch in {size(plan.budget)}: {batch}")
 
 
-def _method(given: Any) -> Any:
+def _method(given: argparse.Namespace) -> Method | Literal["full"]:
     name = given.method.lower()
     if name == "full":
         return "full"
@@ -101,4 +102,5 @@ def _method(given: Any) -> Any:
     if given.target_modules is not None:
         names = given.target_modules
         options["target_modules"] = names[0] if names == ["all-linear"] else names
-    return known[name](**options)
+    method: Method = known[name](**options)
+    return method

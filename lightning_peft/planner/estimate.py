@@ -17,8 +17,10 @@ from lightning_peft.planner.activation_trace import UNTRACEABLE, Trace, trace
 from lightning_peft.planner.byte_sizes import parse_bytes
 from lightning_peft.planner.choice import ALLOWANCES, NCCL, OPTIMIZER_BYTES, Choice
 from lightning_peft.planner.example_inputs import NoInputs, usual_length
-from lightning_peft.planner.meta_model import PRECISIONS, count, meta_model, prepare
+from lightning_peft.planner.meta_model import meta_model
 from lightning_peft.planner.plan import Plan, Step
+from lightning_peft.planner.preparation import PRECISIONS, prepare
+from lightning_peft.planner.sizes import count
 from lightning_peft.storage import StorageConfig, as_config, storage_for
 
 __all__ = ["Plan", "Step", "estimate_memory"]

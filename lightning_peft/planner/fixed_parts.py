@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_peft.planner.choice import OPTIMIZER_BYTES, Choice
-from lightning_peft.planner.meta_model import Sizes
+from lightning_peft.planner.sizes import Sizes
 from lightning_peft.planner.storage_meter import GRADIENTS
 
 __all__ = ["BUCKETS", "STATES", "WEIGHTS", "fixed_parts"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightning_peft.planner.choice import Choice
-from lightning_peft.planner.meta_model import Sizes
+from lightning_peft.planner.sizes import Sizes
 
 __all__ = ["GatheredUnits", "gathered_units"]
 

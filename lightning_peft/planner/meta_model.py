@@ -1,14 +1,10 @@
-"""The model that is planned for: from a configuration or a module to a copy on the meta device."""
+"""The model that is planned for, on the meta device: a copy of a module, or made from a config."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,87 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.adapters.adoption import adopted_layers
-from lightning_peft.adapters.attach import attach
-from lightning_peft.adapters.quantize import plan_quantization
-from lightning_peft.core.modules import parameter_at
-from lightning_peft.core.names import in_adapter
-from lightning_peft.layers.copy_adapter import CopyAdapter
-from lightning_peft.methods.base import Method
-from lightning_peft.models.modules import hf_models, input_embeddings, output_embeddings
 from lightning_peft.models.packed_layers import declare_packed, dense_patterns, released_config
-from lightning_peft.storage import StorageConfig, held_tensors, storage_for
 from lightning_peft.storage.registry import released_formats
 
-__all__ = ["PRECISIONS", "Sizes", "Unmade", "count", "meta_model", "prepare"]
-
-# precision → (dtype of the base, None as the module has it; dtype of what is trained; autocast)
-PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype, torch.dtype | None]] = {
-    "bf16": (torch.bfloat16, torch.float32, torch.bfloat16),
-    "16": (torch.float16, torch.float32, torch.float16),
-    "bf16-mixed": (None, torch.float32, torch.bfloat16),
-    "16-mixed": (None, torch.float32, torch.float16),
-    "bf16-true": (torch.bfloat16, torch.bfloat16, None),
-    "16-true": (torch.float16, torch.float16, None),
-    "32-true": (torch.float32, torch.float32, None),
-}
+__all__ = ["meta_model"]
 
 _SIZES = ("hidden_size", "d_model", "n_embd", "dim", "hidden_sizes", "embed_dim")
-
-
-@dataclass
-class Sizes:
-    """Elements and bytes of one model as it would be trained.
-
-    Attributes:
-        base: Storage or dtype → (logical elements, bytes) of what is not trained.
-        adapters: Bytes of adapters, buffers included.
-        full: Bytes of weights that are trained in full: copies, selected parameters, all weights.
-        trainable: Trained elements.
-        total: Logical elements, adapters included.
-        dequantised: Elements of the largest packed weight.
-        block: Bytes of the largest block, what it trains included.
-        block_trained: Bytes of what that block trains.
-        embedding: Bytes of the embedding; 0 if it is tied to the head.
-        head: Bytes of the output head; 0 if it is tied to the embedding.
-        tied: Bytes of embedding and head if they are tied.
-        rest: Bytes of what is outside of blocks, embedding and head.
-        kv_width: Features of the keys of one layer.
-        trained_bytes: Bytes of the trained tensors.
-    """
-
-    base: dict[str, tuple[int, int]] = field(default_factory=dict)
-    adapters: int = 0
-    full: int = 0
-    trainable: int = 0
-    total: int = 0
-    dequantised: int = 0
-    block: int = 0
-    block_trained: int = 0
-    embedding: int = 0
-    head: int = 0
-    tied: int = 0
-    rest: int = 0
-    kv_width: int = 0
-    trained_bytes: int = 0
-
-    @property
-    def base_bytes(self) -> int:
-        """Bytes of the frozen base."""
-        return sum(n for _, n in self.base.values())
-
-
-@dataclass(frozen=True)
-class Unmade:
-    """Weights that a storage would hold, were there values to quantise.
-
-    Attributes:
-        label: The storage's label.
-        nbytes: Bytes by id of the dense parameter.
-    """
-
-    label: str = ""
-    nbytes: dict[int, int] = field(default_factory=dict)
 
 
 def meta_model(model_or_config: Any) -> nn.Module:
@@ -143,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
         file = _cached(str(path)) or file
     if not file.is_file():
         raise ValueError(
-            f"plan: expected a config.json, a directory with one or a hub id in the local cache, "
+            f"model: expected a config.json, a directory with one or a hub id in the local cache, "
             f"found none at {str(path)!r}; give the path of a model saved with save_pretrained, or "
             "download the model first (hf download)"
         )
@@ -229,157 +150,3 @@ def _build(config: Any) -> nn.Module:
         for layer in declare_packed(model, released, dense_patterns(model, released)):
             layer.hold(dtype)
     return model
-
-
-def prepare(
-    model: nn.Module,
-    methods: Sequence[Method] | None,
-    quantization: StorageConfig | None,
-    precision: str,
-    modules_to_save: Sequence[str] = (),
-) -> Unmade:
-    """Bring a meta model to what is trained, in place; `methods` None is plain full fine-tuning.
-
-    Returns:
-        What a storage that quantises values only would hold; its weights stay dense here.
-    """
-    base, trained, _ = PRECISIONS[precision]
-    with adopted_layers(model):  # before a cast would reach their scales
-        return _prepare(model, methods, quantization, base, trained, modules_to_save)
-
-
-def _prepare(
-    model: nn.Module,
-    methods: Sequence[Method] | None,
-    quantization: StorageConfig | None,
-    base: torch.dtype | None,
-    trained: torch.dtype,
-    modules_to_save: Sequence[str],
-) -> Unmade:
-    unmade = Unmade()
-    if methods is None:
-        for p in model.parameters():
-            p.requires_grad_(p.is_floating_point())
-    if base is not None:
-        model.to(base)
-    if methods is not None:
-        if quantization is not None and not storage_for(quantization).quantizes_meta:
-            unmade = _unmade(model, quantization, modules_to_save)
-            quantization = None
-        attach(
-            model,
-            [_plain_start(m) for m in methods],
-            quantization=quantization,
-            modules_to_save=modules_to_save,
-        )
-    for p in model.parameters():
-        if p.requires_grad and p.is_floating_point():
-            p.data = p.data.to(trained)
-    return unmade
-
-
-def _unmade(
-    model: nn.Module, quantization: StorageConfig, modules_to_save: Sequence[str]
-) -> Unmade:
-    plan = plan_quantization(model, quantization, keep=list(modules_to_save))
-    nbytes = {}
-    for _, module, layout in plan.layers:
-        for name in layout.names:
-            W = parameter_at(module, name)
-            shape = W.mT.shape if layout.transposed else W.shape
-            bits = plan.storage.bits_per_weight(shape, quantization)
-            nbytes[id(W)] = round(W.numel() * bits / 8)
-    return Unmade(plan.storage.label, nbytes)
-
-
-def _plain_start(method: Method) -> Method:
-    """Start values do not matter here, and there are no weights to take them from."""
-    named = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    if getattr(method, "starts_from_weight", False) and "init" in named:
-        try:
-            return dataclasses.replace(method, init="default")  # type: ignore[type-var]
-        except ValueError:  # its starts have other names
-            return method
-    return method
-
-
-def count(model: nn.Module, unmade: Unmade) -> Sizes:
-    """Elements and bytes of a prepared model."""
-    sizes = Sizes()
-    base: Counter[str] = Counter()
-    logical: Counter[str] = Counter()
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        inside = in_adapter(name)
-        quantized = held_tensors(module)
-        tensors = [*module._parameters.items(), *module._buffers.items()]
-        for key, t in tensors:
-            if t is None or id(t) in seen:
-                continue
-            seen.add(id(t))
-            nbytes = t.numel() * t.element_size()
-            numel = t.numel() if isinstance(t, nn.Parameter) else 0
-            if t.requires_grad or inside:
-                in_full = not inside or isinstance(module, CopyAdapter)
-                sizes.full += nbytes if in_full else 0
-                sizes.adapters += 0 if in_full else nbytes
-                sizes.trained_bytes += nbytes if t.requires_grad else 0
-                sizes.trainable += numel if t.requires_grad else 0
-                sizes.total += numel
-                continue
-            label = str(t.dtype).removeprefix("torch.")
-            held = quantized.get(key)
-            if held is not None:
-                label, numel = held.storage.label, 0
-                if key == held.weight:
-                    shape = held.storage.shape(module, key)
-                    numel = shape.numel()
-                    sizes.dequantised = max(sizes.dequantised, shape[-2:].numel())
-            elif id(t) in unmade.nbytes:
-                label, nbytes = unmade.label, unmade.nbytes[id(t)]
-            base[label] += nbytes
-            logical[label] += numel
-            sizes.total += numel
-    sizes.base = {label: (logical[label], n) for label, n in base.items()}
-    _measure_units(model, sizes)
-    return sizes
-
-
-def _measure_units(model: nn.Module, sizes: Sizes) -> None:
-    """Set the bytes of what FSDP gathers at once, and the width of keys."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    blocks = {id(b): b for m in lists for b in m}
-    inner = {id(m) for b in blocks.values() for m in b.modules() if m is not b}
-    outermost = [_bytes(b) for key, b in blocks.items() if key not in inner]
-    whole, trained = _bytes(model)
-    if not outermost:
-        sizes.block, sizes.block_trained = whole, trained
-        return
-    sizes.block, sizes.block_trained = max(outermost)
-    inputs: dict[int, int] = {}
-    outputs: dict[int, int] = {}
-    for _, net in hf_models(model):
-        for module, found in (
-            (input_embeddings(net), inputs),
-            (output_embeddings(net), outputs),
-        ):
-            weight = None if module is None else module._parameters.get("weight")
-            if module is not None and weight is not None:
-                found[id(weight)] = max(found.get(id(weight), 0), _bytes(module)[0])
-        config = net.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None) or 0
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        hidden = getattr(config, "hidden_size", None) or 0
-        head = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
-        sizes.kv_width = max(sizes.kv_width, kv_heads * head)
-    tied = inputs.keys() & outputs.keys()
-    sizes.tied = sum(max(inputs[i], outputs[i]) for i in tied)
-    sizes.embedding = sum(n for i, n in inputs.items() if i not in tied)
-    sizes.head = sum(n for i, n in outputs.items() if i not in tied)
-    ends = sizes.tied + sizes.embedding + sizes.head
-    sizes.rest = max(0, whole - sum(n for n, _ in outermost) - ends)
-
-
-def _bytes(module: nn.Module) -> tuple[int, int]:
-    pairs = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
-    return sum(n for n, _ in pairs), sum(n for n, trained in pairs if trained)

@@ -15,7 +15,7 @@ from lightning_peft.planner.choice import Choice
 from lightning_peft.planner.example_inputs import NoInputs
 from lightning_peft.planner.fixed_parts import BUCKETS, STATES, WEIGHTS, fixed_parts
 from lightning_peft.planner.gathered_units import gathered_units
-from lightning_peft.planner.meta_model import Sizes
+from lightning_peft.planner.sizes import Sizes
 from lightning_peft.planner.storage_meter import ACTIVATIONS, BACKWARD, GRADIENTS, LOGITS
 
 __all__ = ["Plan", "Step"]
@@ -113,9 +113,11 @@ class Plan:
         if self.choice.strategy != "fsdp":
             return [forward, backward]
         gathered = gathered_units(self.choice, self.sizes)
+        # Blocks are done when the head arrives: what they need while they run is gone.
+        kept = min(forward[ACTIVATIONS], backward[ACTIVATIONS])
         return [
             {**forward, **dict.fromkeys(_TRACED, 0.0), BUCKETS: gathered.start},
-            {**forward, LOGITS: 0.0, BUCKETS: gathered.head},
+            {**forward, ACTIVATIONS: kept, LOGITS: 0.0, BUCKETS: gathered.head},
             {**forward, BUCKETS: gathered.forward},
             {**backward, BUCKETS: gathered.backward},
         ]

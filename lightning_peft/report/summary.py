@@ -28,7 +28,7 @@ from lightning_peft.report.kernels import (
     kernel_lines,
     replaced_lines,
 )
-from lightning_peft.report.text import report_lines
+from lightning_peft.report.text import report_lines, wrapped
 from lightning_peft.storage import held_tensors
 
 __all__ = ["Group", "Report", "attach_report", "parameter_report"]
@@ -113,7 +113,7 @@ class Report:
 
     def __str__(self) -> str:
         """Return the report as text of 80 columns."""
-        return "\n".join([*report_lines(self), *self.kernels])
+        return "\n".join([*report_lines(self), *wrapped(self.kernels)])
 
 
 def parameter_report(model: nn.Module) -> Report:

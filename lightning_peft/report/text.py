@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_peft.report.summary import Group, Report
 
-__all__ = ["report_lines"]
+__all__ = ["report_lines", "wrapped"]
 
 #: Reasons that follow from what the user asked, and need no line.
 _EXPECTED = ("trained whole", "trained whole (modules_to_save)", "output head", "frozen by you")
@@ -42,9 +42,16 @@ def report_lines(report: Report, width: int = 80) -> list[str]:
             f"{report.eval_modules} modules are in eval mode, without dropout; call "
             f"{_names(names)} to train with dropout"
         )
-    for sentence in [*sentences, *report.notes]:
-        lines += textwrap.wrap(sentence, width, subsequent_indent="  ", break_on_hyphens=False)
-    return lines
+    return lines + wrapped([*sentences, *report.notes], width)
+
+
+def wrapped(sentences: Iterable[str], width: int = 80) -> list[str]:
+    """Return sentences as lines of a width; a sentence goes on with an indent."""
+    return [
+        line
+        for sentence in sentences
+        for line in textwrap.wrap(sentence, width, subsequent_indent="  ", break_on_hyphens=False)
+    ]
 
 
 def _table(groups: Sequence[Group], width: int) -> list[str]:

@@ -12,12 +12,15 @@ In every version, what the last unit received stays in memory until forward ends
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.storage import held_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 __all__ = [
     "free_received_copy",
@@ -34,7 +37,7 @@ def shards_bytes() -> bool:
     return hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
-def free_received_copy(module: Any, args: object) -> None:
+def free_received_copy(module: FSDPModule, args: object) -> None:
     """Free what the last all-gather received, once it was copied into parameters.
 
     A forward pre-hook that runs after FSDP2's own. FSDP2 frees these bytes at the next all-gather

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft as lp
 from lightning_peft.adapters.state_dict import adapter_state_dict
+from lightning_peft.callback.export import check_exportable
 from tests.callback.test_new_layers import DATA, Classifier
 from tests.helpers.lightning_package import InPackage, in_package, pl
 from tests.helpers.nets import trainer
@@ -103,8 +104,15 @@ def test_a_read_only_place_is_said_before_training(tmp_path, monkeypatch) -> Non
 def test_a_file_in_the_way_is_said_before_training(tmp_path) -> None:
     (tmp_path / "a").touch()
     peft = lp.PEFT(lp.LoRA(r=2, target_modules=["first"]), export_to=tmp_path / "a" / "b")
-    with pytest.raises(ValueError, match="expected a directory, got the file"):
+    with pytest.raises(FileExistsError, match=r"export_to: expected a directory .* is a file"):
         trainer(peft, max_steps=1).fit(Convolutions(), IMAGES)
+
+
+def test_a_sharded_model_is_refused_with_the_way_out(tmp_path) -> None:
+    module = Convolutions()
+    module.first.weight.to_local = module.first.weight.detach  # as a DTensor has it
+    with pytest.raises(ValueError, match=r"got a sharded one; .*load_from_checkpoint\(MyModule"):
+        check_exportable(module, ["default"], tmp_path)
 
 
 def test_merged_checkpoints_hold_no_adapter_to_export(tmp_path) -> None:

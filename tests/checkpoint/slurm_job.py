@@ -107,7 +107,7 @@ def main(place: str, strategy: str, requeue: bool, name: str, everyone: bool) ->
     statuses, seconds = run_ranks(
         partial(as_task, folder, strategy, requeue, ranks, send), ranks, LIMIT
     )
-    left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*ckpt*") if not p.is_dir())
+    left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*ckpt*"))  # files, folders
     log = folder / "scontrol.log"
     print("statuses", statuses, "seconds", round(seconds, 1), flush=True)
     print("left", left, flush=True)

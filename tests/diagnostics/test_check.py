@@ -29,6 +29,7 @@ from lightning_peft.diagnostics import check_runner
 from lightning_peft.diagnostics.check_runner import OPS, check_device, ensure_checked
 from lightning_peft.diagnostics.check_worker import Request
 from lightning_peft.diagnostics.kernel_checks import kernel_checks
+from lightning_peft.diagnostics.model_shapes import ModelShapes
 from lightning_peft.diagnostics.pairs import Pair, Shape, bits, close
 from lightning_peft.diagnostics.worker_process import run_worker
 from tests.helpers.fake_gpu import GPUS
@@ -71,6 +72,15 @@ def test_an_op_that_ends_its_process_is_named_and_the_others_are_checked(short: 
     assert read_verdicts(device_key(CPU)) == found
 
 
+def test_several_ops_at_a_time() -> None:
+    ops = ("first", "crashes", "wrong", "last")
+    one_by_one, _ = check_device(CPU, ops=ops, worker=WORKER)
+    together, _ = check_device(CPU, ops=ops, worker=WORKER, jobs=3)
+    assert together == one_by_one
+    assert read_verdicts(device_key(CPU)) == one_by_one
+    assert main(["check", "--jobs", "0"]) == 2
+
+
 def test_a_process_that_does_not_start_says_nothing_about_kernels(cache: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ended at its start \(the device is busy\); no kernel"):
         check_device(CPU, ops=("nothing",), worker=WORKER)
@@ -100,6 +110,14 @@ def test_a_file_that_cannot_be_used_counts_as_absent(text: str) -> None:
         assert read_verdicts(key) == {}
     assert store_verdicts(key, {("scale", "float16"): GOOD}) == ""
     assert read_verdicts(key) == {("scale", "float16"): GOOD}
+
+
+def test_a_verdict_that_is_not_known_makes_the_file_unusable() -> None:
+    key = device_key(CPU)
+    store_verdicts(key, {("scale", "float16"): GOOD})
+    file_of(key).write_text(file_of(key).read_text().replace('"ok"', '"splendid"'))
+    with pytest.warns(UserWarning, match="outcome 'splendid'"):
+        assert read_verdicts(key) == {}
 
 
 def test_a_foreign_file_names_its_device() -> None:
@@ -270,6 +288,19 @@ def test_the_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed.startswith("no CUDA device: Triton's interpreter runs the kernels")
     assert "0 will not be used" in printed
+
+
+@pytest.mark.parametrize("shape", [("0", "64", "8"), ("80", "100", "8"), ("80", "64", "-1")])
+def test_sizes_that_cannot_be_packed(
+    shape: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--shape", *shape]) == 2
+    assert f"K a multiple of 64, got {' '.join(shape)}" in capsys.readouterr().err
+
+
+def test_a_models_sizes_are_whole_blocks() -> None:
+    model = ModelShapes(linear=((32001, 1000), (64, 64)), experts=((4, 64, 64),))
+    assert model.for_checks(7) == [(32016, 1024, 7), (64, 64, 7)]
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

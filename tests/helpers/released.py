@@ -18,7 +18,7 @@ import transformers as tr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["RELEASED", "Released", "save_state", "write"]
+__all__ = ["RELEASED", "Released", "save_state", "write", "write_case"]
 
 State = dict[str, Tensor]
 
@@ -607,7 +607,11 @@ RELEASED |= {
 
 def write(name: str, folder: Path) -> tuple[Path, Path]:
     """Write the checkpoint and its dequantised twin; the same bytes in every call."""
-    case = RELEASED[name]
+    return write_case(RELEASED[name], folder)
+
+
+def write_case(case: Released, folder: Path) -> tuple[Path, Path]:
+    """`write` for a format that is not listed."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         config = case.config()

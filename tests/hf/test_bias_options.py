@@ -29,6 +29,24 @@ TYPES: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any], str]] = {
     ),
     "BOFT": (lp.BOFT, {"block_size": 4}, peft.BOFTConfig, {"boft_block_size": 4}, "boft_only"),
     "MiSS": (lp.MiSS, {"r": 4}, peft.MissConfig, {"r": 4}, "MiSS_only"),
+    "C3A": (lp.C3A, {"block_size": 4}, peft.C3AConfig, {"block_size": 4}, "c3a_only"),
+    "DEFT": (lp.DEFT, {"r": 2}, peft.DeftConfig, {"r": 2}, "deft_only"),
+    "DeLoRA": (lp.DeLoRA, {"r": 2}, peft.DeloraConfig, {"r": 2}, "delora_only"),
+    "FourierFT": (
+        lp.FourierFT, {"n_frequency": 9}, peft.FourierFTConfig, {"n_frequency": 9}, "fourier_only",
+    ),
+    "GraLoRA": (lp.GraLoRA, {"r": 2, "k": 2}, peft.GraloraConfig, {"r": 2, "gralora_k": 2},
+                "gralora_only"),
+    "HRA": (lp.HRA, {"r": 2}, peft.HRAConfig, {"r": 2}, "hra_only"),
+    "PVeRA": (lp.PVeRA, {"r": 4}, peft.PveraConfig, {"r": 4}, "pvera_only"),
+    "RandLoRA": (lp.RandLoRA, {"r": 3}, peft.RandLoraConfig, {"r": 3}, "randlora_only"),
+    "TinyLoRA": (lp.TinyLoRA, {"r": 2}, peft.TinyLoraConfig, {"r": 2}, "tinylora_only"),
+    "UniLoRA": (lp.UniLoRA, {"r": 2}, peft.UniLoraConfig, {"r": 2}, "unilora_only"),
+    "VBLoRA": (
+        lp.VBLoRA, {"r": 2, "num_vectors": 6, "vector_length": 2},
+        peft.VBLoRAConfig, {"r": 2, "num_vectors": 6, "vector_length": 2}, "vblora_only",
+    ),
+    "WaveFT": (lp.WaveFT, {"n_frequency": 9}, peft.WaveFTConfig, {"n_frequency": 9}, "waveft_only"),
 }  # fmt: skip
 
 
@@ -40,6 +58,7 @@ def net() -> nn.Module:
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.sweep(0.6)
 @pytest.mark.parametrize("which", ["all", "adapted"])
 @pytest.mark.parametrize("name", TYPES)
 def test_both_ways(name: str, which: str, tmp_path: Path) -> None:

@@ -287,6 +287,7 @@ def test_a_base_that_does_not_fit(spoil, error, match, tmp_path) -> None:
         ({"adapter": "base"}, FileNotFoundError, "expected adapter_config.json"),
         ({"base": "adapter"}, FileNotFoundError, "config.json, found an adapter"),
         ({"out": "base"}, FileExistsError, "absent or empty, found . files; remove it"),
+        ({"out": "base/config.json/out"}, FileExistsError, "base/config.json is a file; remove it"),
         ({"dtype": "int8"}, ValueError, "floating dtype such as 'bfloat16', or None, got 'int8'"),
         ({"shard_size": "many"}, ValueError, "such as '5GB' or '500MB', got 'many'"),
         ({"onto": "both"}, ValueError, "'trained' or 'original', got 'both'"),
@@ -298,6 +299,17 @@ def test_arguments_that_do_not_fit(given, error, match, tmp_path) -> None:
     places = {name: tmp_path / given.get(name, name) for name in ("adapter", "base", "out")}
     with pytest.raises(error, match=match):
         lp.export_merged(**{**given, **places}, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_an_adapter_file_that_is_cut_short(tmp_path) -> None:
+    qlora(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors: .* got 100 bytes that do not"
+    ):
+        lp.export_merged(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.compare import assert_close
+from tests.helpers.peft_exchange import by_peft, loaded
 from tests.helpers.peft_tables import TableCase, run_case
 
 Layers = dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]
@@ -105,3 +108,19 @@ def test_cell(layer: str, kind: str) -> None:
         assert result.peft_itself or "rank 1 over a kernel" in result.reason, result
         return
     assert result.verdict == "pass", result
+
+
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["self_attn"]])
+def test_the_fused_path_of_torchs_encoder_layer(targets: list[str], tmp_path: Path) -> None:
+    """In eval torch reads the weights past peft's layers; what was trained acts here."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.0)
+    base = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 16)
+    theirs = by_peft(base, tmp_path, r=2, target_modules=targets)
+    model = loaded(base, tmp_path)
+    with torch.no_grad():
+        assert_close("peft leaves it out in eval", theirs(x), base(x), floor=1e-5)
+        want = theirs.train()(x)
+        assert_close("train", model.train()(x), want, floor=1e-5)
+        assert_close("eval", model.eval()(x), want, floor=1e-5)

@@ -138,6 +138,76 @@ def test_compressed_tensors_with_settings_that_are_not_known(tmp_path: Path) -> 
         load(folder)
 
 
+def make(name: str, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of the format, and its quantization_config."""
+    folder = write(name, tmp_path)[0]
+    return folder, json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("int8_weight_only", "expected the fields of a configuration of torchao, got 'int8_w"),
+        ({"default": {"_type": "Int4WeightOnlyConfig"}}, "got 'Int4WeightOnlyConfig', whose"),
+        (
+            {"default": {"_type": "Int8WeightOnlyConfig",
+                         "_data": {"granularity": {"_type": "PerAxis"}}}},
+            "granularity: expected a scale per row, group of columns or matrix, got .*PerAxis",
+        ),
+        (
+            {"default": {"_type": "Float8WeightOnlyConfig",
+                         "_data": {"weight_dtype": {"_data": "float8_e5m2"}}}},
+            "weight_dtype: expected float8_e4m3fn, got float8_e5m2",
+        ),
+    ],
+)  # fmt: skip
+def test_torchao_with_settings_that_are_not_known(kind: Any, message: str, tmp_path: Path) -> None:
+    folder, _ = make("torchao int8", tmp_path)
+    configure(folder, quant_type=kind)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_packed_embeddings_of_torchao(tmp_path: Path) -> None:
+    folder, _ = make("torchao int8", tmp_path)
+    configure(folder, include_input_output_embeddings=True)
+    with pytest.raises(ValueError, match="expected dense embeddings and a dense head, got packed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "fp8"])
+def test_a_packed_layer_that_the_config_leaves_out(name: str, tmp_path: Path) -> None:
+    """Its codes would be read as weights."""
+    folder, _ = make(name, tmp_path)
+    configure(folder, modules_to_not_convert=["up_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"expected dense tensors .* packed ones for .*up_proj"):
+        load(folder)
+
+
+@pytest.mark.parametrize("damage", ["order", "infinite", "bits", "truncated"])
+def test_damaged_gptq(damage: str, tmp_path: Path) -> None:
+    folder, _ = make("gptq desc_act", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    if damage == "bits":
+        configure(folder, bits=8)
+    elif damage == "order":
+        change(folder, g_idx=torch.zeros_like(state[f"{LAYER}.g_idx"]))
+    elif damage == "infinite":
+        scales = state[f"{LAYER}.scales"].clone()
+        scales[0, 3] = math.inf
+        change(folder, scales=scales)
+    else:
+        change(folder, qzeros=state[f"{LAYER}.qzeros"][:1])
+    message = {
+        "order": r"g_idx: expected 2 groups of 32 inputs each, got groups 0 to 0",
+        "infinite": r"scales: expected finite scales, got 1 of",
+        "bits": r"expected 4 bits, got 8",
+        "truncated": r"weight_zeros: expected shape \[2, 12\], got \[1, 12\]",
+    }[damage]
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
 #: What becomes of each quantizer of transformers. "read" is read packed by `load_packed`; "adopted"
 #: layers are taken over as another library loads them; all others are refused by name.
 QUANTIZERS = {

@@ -92,7 +92,9 @@ def test_cell(name: str, kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         want = layer.run(model.eval(), x)
     refusal = refusal_of(lambda: lp.save_adapter(model, tmp_path))
-    assert refusal == early, "PEFT(export_to=...) says it before training"
+    # A bias of an attention that peft leaves out can be written as long as it is 0.
+    if "got a trained one" not in refusal:
+        assert refusal == early, "PEFT(export_to=...) says it before training"
     if refusal:
         assert "peft" in refusal
         assert not list(tmp_path.iterdir()), "a refusal writes nothing"

@@ -40,3 +40,12 @@ def test_the_hub_cannot_be_reached(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match=r"push_to_hub='org/name': .*hf upload org/name"):
         card(tmp_path, "org/base", push_to_hub="org/name")
     assert (tmp_path / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_a_file_in_the_place_of_the_directory(inside, tmp_path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"save_adapter: expected a directory .* is a file"):
+        card(file / inside, "org/tiny-llama")
+    assert file.read_text() == "mine"

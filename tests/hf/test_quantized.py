@@ -101,3 +101,13 @@ def test_a_start_that_was_rounded_with_the_base_warns(tmp_path) -> None:
     lp.attach(model, method, quantization="nf4")
     with pytest.warns(UserWarning, match=r"2 layers, '0' first, were quantised after"):
         lp.save_adapter(model, tmp_path)
+
+
+def test_eight_bit_layers_that_we_made_log_nothing_per_forward(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """bitsandbytes logs a line per layer and forward on an input that is not fp16."""
+    model, inputs = build("llama")
+    lp.quantize(model, "int8")
+    run(model.eval(), inputs)
+    assert not caplog.records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def test_from_peft_and_back(case: str, tmp_path: Path) -> None:
     assert_close("ours in peft", in_peft(base, tmp_path / "ours")(X), theirs(X), floor=1e-5)
     lp.merge(model)
     assert_close("merged", model(X), theirs(X), floor=1e-5)
+
+
+@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.MiSS(r=2)], ids=["LoRA", "MiSS"])
+def test_a_trained_part_of_an_adapted_layer_is_refused(method: Any) -> None:
+    """One layer reads both; none of them may take the other's place."""
+    model = net()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    wanted = dataclasses.replace(method, target_modules=["attention", "pre"])
+    with pytest.raises(ValueError, match=r"'attention', which reads 'attention\.out_proj' itself"):
+        lp.attach(model, wanted, modules_to_save=["attention.out_proj"])
+    assert model.state_dict().keys() == before.keys()
+    lp.attach(model, wanted, modules_to_save=["attention", "head"])  # trained whole instead
 
 
 def test_biases_that_contradict_the_copy(tmp_path: Path) -> None:

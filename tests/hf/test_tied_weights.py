@@ -178,6 +178,17 @@ def test_lora_with_tied_factors(name: str, tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings
 
 
+def test_tied_factors_next_to_a_trained_head(tmp_path: Path) -> None:
+    """The head is trained whole, so nothing is tied; peft would tie the copy."""
+    base, inputs, embedding, targets = build("llama")
+    method = lp.LoRA(r=4, target_modules=[*targets, embedding], ensure_weight_tying=True)
+    model = trained(base, method, modules_to_save=["lm_head"])
+    lp.save_adapter(model, tmp_path)
+    want = run(model, inputs)
+    assert_close("peft", run(in_peft(base, tmp_path), inputs), want, floor=FLOOR)
+    assert_close("ours", run(loaded(base, tmp_path), inputs), want, floor=FLOOR)
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_starts_that_take_a_part_of_a_tied_weight(start: str, tmp_path: Path) -> None:
     """The embedding would change with the head, and nothing make up for it; so it does in peft."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import math
 import pickle
 from dataclasses import replace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 import lightning_peft as lp
+from tests.helpers.method_cases import CASES, Case
 from tests.helpers.peft_exchange import build
 
 
@@ -101,3 +104,19 @@ def test_print_shows_adapter_and_storage() -> None:
 def test_a_size_that_no_tensor_has_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"LoHa: expected (r|rank_pattern) below 2\*\*63"):
         lp.LoHa(**given)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_numbers_are_finite(case: Case) -> None:
+    """Every number of every method; infinity would make the output infinite, or nothing at all."""
+    for f in dataclasses.fields(case.method):  # type: ignore[arg-type]
+        if type(getattr(case.method, f.name)) is float:
+            for bad in (math.nan, math.inf, 1e300):
+                with pytest.raises(ValueError, match="expected"):
+                    replace(case.method, **{f.name: bad})
+
+
+@pytest.mark.parametrize("cls", [lp.LoRA, lp.LoHa, lp.HiRA, lp.DeLoRA])
+def test_patterns_have_names(cls: Any) -> None:
+    with pytest.raises(TypeError, match="rank_pattern: expected names of layers, got 3"):
+        cls(rank_pattern={3: 2})

@@ -122,3 +122,18 @@ def test_a_file_says_the_settings(tmp_path: Path) -> None:
     (method,) = vars(again)["_peft_registry"].adapters["default"].methods
     assert isinstance(method, lp.VeLoRA)
     assert (method.groups, method.scale) == (3, 0.5)
+
+
+def test_a_batch_without_rows_sets_no_direction() -> None:
+    """The first rows do, in a later batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6))
+    method = lp.VeLoRA(r=2, groups=2, direction="batch_average_once", target_modules=["0"])
+    lp.attach(model, method)
+    model.train()(torch.randn(0, 8)).sum().backward()
+    v = dict(model.named_buffers())["0.peft.default.v"]
+    assert not v.any()
+    x = torch.randn(3, 8)
+    model(x).sum().backward()
+    mean = x.view(6, 4).mean(0)
+    torch.testing.assert_close(v, mean / mean.norm())

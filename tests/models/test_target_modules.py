@@ -142,3 +142,22 @@ def test_a_root_that_is_one_layer() -> None:
         lp.attach(layer, lp.LoRA(r=4, target_modules="all-linear"))
     lp.attach(layer, lp.LoRA(r=2, target_modules="all-linear"))
     assert layer.peft.default.A.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("opt", "embed_positions"), ("bart", "embed_positions")]
+)
+def test_tables_of_positions_are_refused(name: str, target: str) -> None:
+    """They look up other rows than they are given; an adapter would take the input for ids."""
+    model = BUILDERS[name]()
+    with pytest.raises(ValueError, match="computes more than rows of its weight"):
+        lp.attach(model, lp.LoRA(r=2, target_modules=[target]))
+    with pytest.raises(ValueError, match="linear head"):
+        lp.attach(model, lp.TrainableTokens([3], target_modules=[target]))
+    lp.attach(model, lp.LoRA(r=2, target_modules=["q_proj"]), modules_to_save=[target])
+
+
+@pytest.mark.parametrize("name", ["gemma", "bart"])
+def test_scaled_tables_are_adapted(name: str) -> None:
+    model = BUILDERS[name]()
+    lp.attach(model, lp.LoRA(r=2, target_modules=["embed_tokens"]))

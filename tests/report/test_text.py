@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 import lightning_peft as lp
+from lightning_peft.callback.reporting import print_report
 from lightning_peft.report.text import report_lines
 from tests.helpers.peft_exchange import build
 
@@ -24,6 +25,7 @@ def test_every_line_fits(width) -> None:
     lines = report_lines(report(quantization="nf4", modules_to_save=["lm_head"]), width)
     assert max(map(len, lines)) <= width
     assert sum("×2" in line for line in lines) == 7
+    assert max(map(len, str(report(quantization="nf4")).splitlines())) <= 80
     assert any(line.startswith("model.layers.*.self_attn.q_proj") for line in lines)
 
 
@@ -75,3 +77,17 @@ def test_advice_of_bitsandbytes_is_not_shown() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.splitlines() == ["else"]
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").filters
+
+
+def test_every_kernel_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Convolutions and linear layers run differently; the layers of one input are no news."""
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "linear": nn.Linear(8, 8)})
+    found = lp.attach(model, lp.LoRA(r=2, target_modules=["conv", "linear"]))
+    found.kernels.append("a, b read one input: one by one")
+    print_report(found, "PEFT default")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("kernels: ")] == [
+        "kernels: conv: dense: Conv2d has a forward of its own",
+        "kernels: linear: fused",
+    ]
+    assert "read one input" not in lines[-1]

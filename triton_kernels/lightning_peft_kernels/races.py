@@ -21,11 +21,15 @@ _TYPES = ("cuda", "cpu")
 #: What is chosen: how few rows meet a packed weight; whether layers over one input run as one;
 #: how the two gradients of a low rank are computed; how rows meet packed experts.
 Question = Literal["product", "group", "rank_gradients", "experts"]
+_WAYS = {
+    "dequantize", "fused", "pairs", "bitsandbytes", "bf16",  # product, experts
+    "grouped", "apart", "torch", "triton",  # group, rank_gradients
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Race:
-    """One measurement.
+    """One measurement; ValueError for a way or a dtype that is not known.
 
     Attributes:
         question: What is chosen.
@@ -43,6 +47,12 @@ class Race:
     tokens: int
     winner: str
     microseconds: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if self.winner not in _WAYS:
+            raise ValueError(f"winner {self.winner!r}")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype {self.dtype!r}")
 
 
 #: Tokens, the fastest way up to them, and the reason for the report.

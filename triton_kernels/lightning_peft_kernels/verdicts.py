@@ -42,7 +42,7 @@ _FIELDS: dict[Kind, str] = {"kernels": "verdicts", "races": "races"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check found for one kernel.
+    """What the check found for one kernel; ValueError for another outcome.
 
     Attributes:
         op: Name of the op.
@@ -58,6 +58,10 @@ class Verdict:
     outcome: Literal["ok", "wrong", "refused", "crashed"]
     detail: str
     microseconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.outcome not in ("ok", "wrong", "refused", "crashed"):
+            raise ValueError(f"outcome {self.outcome!r}")
 
 
 def device_key(device: torch.device) -> Key:
@@ -141,7 +145,8 @@ def read_entries(key: Key, what: Kind, build: Callable[..., object] = dict) -> l
     Args:
         key: What the entries depend on.
         what: ``"kernels"`` or ``"races"``.
-        build: Called with the fields of each entry; it raises TypeError for one that is not whole.
+        build: Called with the fields of each entry; it raises TypeError or ValueError for one that
+            cannot be used.
     """
     path = file_of(key, what)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import cast
@@ -144,12 +145,33 @@ def _rowwise(W: Tensor) -> tuple[Tensor, Tensor]:
     return CB, SCB
 
 
+def _hush_casts() -> None:
+    """Drop bitsandbytes' line on the cast of inputs, which it logs per layer and forward.
+
+    The user asked for int8, whose product casts. A filter on the logger holds for layers of other
+    origin too; adding it twice has no effect.
+    """
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_HUSH)
+
+
+class _WithoutCasts(logging.Filter):
+    """Passes every record but those on casts."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is logged."""
+        return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+_HUSH = _WithoutCasts()
+
+
 def to_int8(m: nn.Module) -> None:
     """Turn a plain Linear into bitsandbytes' Linear8bitLt in place: same object, same keys, same
     hooks.
     """
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
+    _hush_casts()
     linear = cast(nn.Linear, m)
     W, bias, training = linear.weight.detach(), linear.bias, linear.training
     hooks = {k: v for k, v in vars(m).items() if k.startswith(("_forward", "_backward"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 from lightning_peft_kernels.tools import aot
 from lightning_peft_kernels.tools.aot import Row, broken
-from lightning_peft_kernels.tools.targets import TARGETS
+from lightning_peft_kernels.tools.targets import TARGETS, why_left_out
 
 from tests.helpers.forks import run_function
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "aot.csv"
 
 
 def run(*arguments: str) -> list[str]:
@@ -58,6 +61,21 @@ def test_one_configuration_of_each_kernel_for_hopper() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration(target: str) -> None:
     assert run("--targets", target)[-1].endswith("0 broken")
+
+
+def test_the_committed_table_holds_every_configuration() -> None:
+    """As `make aot` writes it; what it holds was compiled for the chip or is left out there."""
+    pytest.importorskip("triton")
+    with RESULTS.open(newline="") as file:
+        rows = {(row["kernel"], row["target"]): row for row in csv.DictReader(file)}
+    assert rows.keys() == {(spec["name"], target) for spec in aot.specs() for target in TARGETS}
+    for spec in aot.specs():
+        for target, at in TARGETS.items():
+            row = rows[spec["name"], target]
+            left_out = bool(why_left_out(spec, at.chip))
+            assert row["outcome"].startswith("skipped" if left_out else "ok"), row
+            assert int(row["shared"]) <= at.shared, row
+            assert row["spills"] == "0", row
 
 
 @pytest.mark.parametrize(

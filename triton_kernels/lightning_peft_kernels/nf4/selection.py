@@ -85,7 +85,7 @@ def select_product(
     base = select("nf4_small_batch", device, dtype, requested, small_batch_detail(tokens))
     if base.backend == "torch":
         return Decision("dequantize", base.reason)
-    if not _is_decodable(tokens, shape):
+    if requested == "triton" and not _is_decodable(tokens, shape):
         return Decision("dequantize", f"{tokens} tokens, K = {shape[1]}")
     if dtype.itemsize > 2 and tokens > FEW_TOKENS:
         return Decision("dequantize", f"{tokens} tokens, {dtype}: {WIDE}")

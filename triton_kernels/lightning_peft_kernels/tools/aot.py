@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def _read_amdgcn(row: Row, text: str) -> None:
     row.matrix = "mfma" if "v_mfma" in text else "-"
 
 
-def _child(pipe: Any, index: int, target: str, cache: str) -> None:
+def _child(pipe: Connection, index: int, target: str, cache: str) -> None:
     import os
 
     os.environ["TRITON_CACHE_DIR"] = cache
