@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_same_batches", "check_same_configuration", "verify_consistent_attach"]
 
+#: Packages whose version may change names, shapes or bytes of what ranks exchange.
+_COMPARED = ("lightning-peft", "triton", "transformers", "bitsandbytes")
+
 
 def check_same_configuration(peft: PEFTConfiguration, trainer: pl.Trainer) -> None:
     """Compare the arguments of the callback and the versions of packages between ranks.
@@ -29,6 +33,8 @@ def check_same_configuration(peft: PEFTConfiguration, trainer: pl.Trainer) -> No
     Raises:
         RuntimeError: on every rank, with the differences.
     """
+    if trainer.world_size == 1:
+        return
     package = package_of(trainer)
     said = {
         f"adapter {name!r}, method {i}, {key}": str(value)
@@ -45,10 +51,18 @@ def check_same_configuration(peft: PEFTConfiguration, trainer: pl.Trainer) -> No
         "root": str(peft.root),
         "torch": torch.__version__,
         "lightning": "" if package is None else f"{package.name} {package.version}",
+        **{name: _installed(name) for name in _COMPARED},
     }
     check_same_on_all_ranks(
         said, "PEFT", "start every process from the same script and environment"
     )
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -98,6 +99,17 @@ def test_processes_that_differ_are_told_at_the_start(
     for log in group.logs:
         assert named in log.read_text()
         assert "expected the same on all 2 processes" in log.read_text()
+
+
+def test_other_versions_on_one_process_are_told_at_the_start(tmp_path: Path) -> None:
+    metadata = tmp_path / "site" / "transformers-4.0.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
+    group, statuses = faulty(tmp_path, DDP, site_packages=["", str(tmp_path / "site")])
+    assert statuses == [1, 1]
+    told = r"transformers: \d+\.\d+\.\d+ on rank 0, 4\.0\.0 on rank 1"
+    for log in group.logs:
+        assert re.search(told, log.read_text())
 
 
 @pytest.mark.parametrize(

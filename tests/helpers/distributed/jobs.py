@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,7 @@ class Job:
         fault: What goes wrong, on `fault_rank`, in step `fault_step`.
         base_seed: Seed of the base, by rank; one value for all.
         lora_r: LoRA's r, by rank.
+        site_packages: Folders with further packages, by rank; "" for none.
         method_options: Further settings of the method.
         reverse: Whether the optimizer gets its parameters in reverse order.
         fabric: Whether a loop under Fabric trains, instead of a Trainer.
@@ -96,6 +97,7 @@ class Job:
     fault_step: int = 3
     base_seed: list[int] = field(default_factory=lambda: [7])
     lora_r: list[int] = field(default_factory=lambda: [4])
+    site_packages: list[str] = field(default_factory=lambda: [""])
     method: str = "LoRA"
     method_options: dict[str, Any] = field(default_factory=dict)
     reverse: bool = False
@@ -119,7 +121,10 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
-def of_rank(values: list[int]) -> int:
+T = TypeVar("T")
+
+
+def of_rank(values: list[T]) -> T:
     return values[min(rank(), len(values) - 1)]
 
 
@@ -515,6 +520,8 @@ def main(listed: str) -> None:
     torch.set_num_threads(1)
     for fields in json.loads(Path(listed).read_text()):
         job = Job(**fields)
+        if of_rank(job.site_packages):
+            sys.path.insert(0, of_rank(job.site_packages))
         with use_package(job.package):
             (run_loop if job.fabric else run)(job)
     if dist.is_initialized():
