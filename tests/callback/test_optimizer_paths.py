@@ -97,7 +97,7 @@ class Momentum(Plain):
 
 def test_another_optimizer_class_is_named(tmp_path: Path) -> None:
     run(Plain(), peft(), folder=tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match=r"(?s)SGD can go.*expected momentum_buffer, got exp_"):
+    with pytest.raises(ValueError, match=r"(?s)SGD can continue.*expected momentum_buffer, got exp_"):
         run(Momentum(), peft(), ckpt=str(tmp_path / "last.ckpt"), max_epochs=2)
     run(Momentum(), peft(), folder=tmp_path / "sgd", max_epochs=1)
     with pytest.raises(ValueError, match=r"(?s)AdamW can continue.*expected exp_avg, exp_avg_sq"):
@@ -109,7 +109,7 @@ def test_the_moments_of_adamw_are_not_read_as_those_of_lion(
     saved: str | None, tmp_path: Path
 ) -> None:
     run(Plain(), peft(optimizer=saved), folder=tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match=r"(?s)Lion8bit can go on.*another optimizer class"):
+    with pytest.raises(ValueError, match=r"(?s)Lion8bit can continue.*another optimizer class"):
         run(Plain(), peft(optimizer="lion_8bit"), ckpt=str(tmp_path / "last.ckpt"), max_epochs=2)
 
 
