@@ -212,16 +212,19 @@ def share_inputs(model: nn.Module, declared: Iterable[tuple[nn.Module, Sequence[
 def _bind_groups(layers: Sequence[nn.Module]) -> None:
     """Group layers of one input width whose weights are in one kind of storage."""
     alike: dict[tuple[int, str], list[Adapted]] = {}
+    storages: dict[tuple[int, str], Storage] = {}
     for m in layers:
         if not isinstance(m, Adapted):
             continue
         first = first_weight_adapter(m)
         if first is None or "forward" in vars(m) or len(m._peft.ops.parameters(m)) > 1:
             continue
-        site = first.site
-        if isinstance(site.storage, SupportsFusedGroup):
-            alike.setdefault((site.in_features, site.storage.label), []).append(m)
-    for members in alike.values():
+        key = first.site.in_features, first.site.storage.label
+        storages[key] = first.site.storage
+        alike.setdefault(key, []).append(m)
+    for key, members in alike.items():
+        if len(members) == 1 or not isinstance(storages[key], SupportsFusedGroup):
+            continue
         group = ProjectionGroup(members)
-        for member in members if len(members) > 1 else ():
+        for member in members:
             member._peft.projection_group = group

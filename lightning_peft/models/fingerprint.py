@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.modules import base_parameters
 from lightning_peft.core.names import strip_compile
 
 __all__ = [
@@ -35,7 +36,7 @@ def fingerprint(model: nn.Module, trained: Collection[str] = ()) -> dict[str, An
         tensors.
     """
     tensors: dict[str, list[Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model).items():
         content = "" if name in trained else sampled_hash(parameter.detach())
         plain = strip_compile(name)
         tensors[plain] = [list(parameter.shape), str(parameter.dtype), content]

@@ -38,7 +38,7 @@ def _walk(
         if len(names) > 1:
             taken.update(names)
             yield module, names
-    for name, child in module.named_children():
-        if is_adapter_child(module, name):
+    for name, child in module._modules.items():
+        if child is None or not child._modules or is_adapter_child(module, name):
             continue
         yield from _walk(child, (*path, name), declared, seen)

@@ -19,6 +19,8 @@ from lightning_peft.core.value_types import shown
 from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.config import Quantization, StorageConfig
 from lightning_peft.storage.dense import DenseStorage
+from lightning_peft.storage.packed import specs_of
+from lightning_peft.storage.quantized import QuantizedStorage
 
 __all__ = [
     "HeldTensor",
@@ -40,6 +42,9 @@ _DENSE = DenseStorage()
 #: Type of the configuration (None if the format only arrives) and storage, latest first.
 _STORAGES: list[tuple[type[StorageConfig] | None, Storage]] = []
 
+#: Those of them that find the weights they hold in a way of their own.
+_WITHOUT_SPECIFICATION: list[tuple[type[StorageConfig] | None, Storage]] = []
+
 S = TypeVar("S")
 
 
@@ -59,9 +64,15 @@ def register_storage(config_type: type[StorageConfig] | None = None) -> Callable
         for entry in again:
             _STORAGES.remove(entry)
         _STORAGES.insert(0, (config_type, storage))
+        _WITHOUT_SPECIFICATION[:] = [e for e in _STORAGES if not _reads_specification(e[1])]
         return cls
 
     return register
+
+
+def _reads_specification(storage: Storage) -> bool:
+    """Whether a storage holds only weights of modules with a specification (`specs_of`)."""
+    return getattr(type(storage), "weights", None) is QuantizedStorage.weights
 
 
 def _same_name(one: type, other: type) -> bool:
@@ -128,9 +139,10 @@ class HeldTensor:
 
 def held_tensors(module: nn.Module) -> dict[str, HeldTensor]:
     """The tensors of a module that quantising storages hold, by name; empty for a dense one."""
+    storages = _STORAGES if specs_of(module) else _WITHOUT_SPECIFICATION
     return {
         t.key: HeldTensor(storage, name, t.role)
-        for _, storage in _STORAGES
+        for _, storage in storages
         for name in storage.weights(module)
         for t in storage.iter_tensors(module, name)
         if t.key is not None
