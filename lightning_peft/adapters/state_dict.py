@@ -17,6 +17,7 @@ from lightning_peft.core.marker import unmarked
 from lightning_peft.core.modules import base_modules, persistent_buffers
 from lightning_peft.core.names import counted, join, strip_compile
 from lightning_peft.core.registry import registries_in
+from lightning_peft.core.value_types import shown
 from lightning_peft.initialization.restore import initialized_shapes, restore_initialized
 from lightning_peft.layers.adapted import adapted_modules
 
@@ -80,8 +81,14 @@ def load_adapter_state_dict(
             raise.
 
     Raises:
+        TypeError: no mapping of tensors, for instance the path of a file.
         ValueError: missing, extra, misshapen or non-finite tensors, with the list.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"load_adapter_state_dict: expected tensors by name, got {shown(state)}; read a "
+            "directory with load_adapter, a checkpoint with load_checkpoint"
+        )
     state, live = unmarked(state), trained_tensors(model)
     check_state({**live, **initialized_shapes(model, state)}, state, strict=strict)
     restore_initialized(model, state)
@@ -109,13 +116,13 @@ def check_state(
     checked = (_problem(k, value, live[k]) for k, value in state.items() if k in live)
     problems += [problem for problem in checked if problem]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (
+        listed = "\n  ".join(problems[:20]) + (
             f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         )
         raise ValueError(
             f"{source}: expected {len(live)} tensors that match the attached adapters, got "
             f"{len(state)} with {counted(len(problems), 'difference')}; nothing was loaded. "
-            f"{_advice(problems)}:\n  {shown}"
+            f"{_advice(problems)}:\n  {listed}"
         )
 
 
