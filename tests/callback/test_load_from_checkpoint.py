@@ -149,11 +149,11 @@ def test_other_things_than_a_class_and_a_file(tmp_path: Path) -> None:
         ((nn.Linear, "last.ckpt"), "got Linear; .*build a plain model, attach its adapters"),
         (("last.ckpt", Plain), "a LightningModule class, got 'last.ckpt'"),
         ((Plain, 5), "expected a path, got 5"),
-        ((pl().LightningModule, "last.ckpt"), "a class derived from LightningModule, got that"),
+        ((pl.LightningModule, "last.ckpt"), "a class derived from LightningModule, got that"),
     ):
         with pytest.raises(TypeError, match=match):
             load_from_checkpoint(*given)
-    with pytest.raises(TypeError, match="expected tensors by name, got 'last.ckpt'; read a"):
+    with pytest.raises(TypeError, match="expected tensors by name, got 'last"):
         load_adapter_state_dict(net, "last.ckpt")
     with pytest.raises(ValueError, match=r"a directory of save_adapter .*load_adapter\(module, d"):
         load_from_checkpoint(Plain, tmp_path / "adapter")
