@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightning_peft.core.modules import modules_by_name
 from lightning_peft.core.names import counted
 from lightning_peft.hf.packed_conversions import by_outputs_last, written_conversions
 from lightning_peft.hf.packed_files import dtypes_of, metadata_of, open_slices, shapes_of
@@ -144,6 +145,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         dtypes = dtypes_of(files)
         self._layers = declare_packed(model, self.released, skip, dtypes)
         self._check_files(files)
+        self._require_dense(model, shapes_of(files))
         # transformers reads the files of other checkpoints ahead, in threads: all experts would be
         # in memory before the first ones are stacked.
         self.pre_quantized = False
@@ -218,22 +220,37 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 "belong to these files, or shards are missing: download the checkpoint again"
             )
 
-    def _require_dense(self, model: nn.Module, unexpected: Collection[str]) -> None:
-        """Raise if the files hold a layer packed that the configuration leaves out.
+    def _require_dense(self, model: nn.Module, names: Collection[str]) -> None:
+        """Raise if the files hold a layer packed that the model holds densely.
 
-        Its codes would be read as weights.
+        Its codes would be read as weights. Experts that a file holds one by one belong to the
+        module that the model has for all of them.
+
+        Args:
+            model: With the packed layers declared.
+            names: Tensors in the files.
+
+        Raises:
+            ValueError: a layer with companions of codes is not declared.
         """
-        packed, modules = {layer.name for layer in self._layers}, dict(model.named_modules())
+        packed, modules = {layer.name for layer in self._layers}, modules_by_name(model)
         wrong = set()
-        for name in unexpected:
+        for name in names:
             layer, _, leaf = self._renamed(name).rpartition(".")
-            if leaf.startswith("weight_") and layer in modules and layer not in packed:
+            if not leaf.startswith("weight_"):
+                continue
+            inside = layer not in modules
+            while layer and layer not in modules:
+                layer = layer.rpartition(".")[0]
+            is_layer = not inside or bool(modules[layer]._parameters)
+            if layer and is_layer and layer not in packed:
                 wrong.add(layer)
         if wrong:
             raise ValueError(
                 "load_packed: expected dense tensors of the layers that the quantization_config "
                 f"leaves out, got packed ones for {', '.join(sorted(wrong)[:6])}; the config does "
-                "not belong to these files: download the checkpoint again"
+                "not belong to these files, or this model cannot hold these layers packed: "
+                "download the checkpoint again, or load the model dequantised"
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

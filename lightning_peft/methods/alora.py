@@ -90,7 +90,7 @@ class ALoRA(LoRA):
             isinstance(tokens, Sequence)
             and bool(tokens)
             and all(type(t) is int and t >= 0 for t in tokens),
-            f"{self.label}: expected invocation_tokens as a list of ids >= 0, got {tokens}; take "
+            f"{self.label}: expected invocation_tokens with ids >= 0, as a list, got {tokens}; take "
             "them from tokenizer.encode(text, add_special_tokens=False)",
         )
         require(

@@ -91,6 +91,8 @@ def to_bytes(t: Tensor) -> Tensor:
     A vector becomes [n, bytes per element], a scalar [1, bytes].
     """
     rows = t.detach().reshape(-1, 1) if t.ndim < 2 else t.detach()
+    if rows.stride(-1) != 1:  # torch calls the transpose of one row contiguous
+        rows = rows.clone(memory_format=torch.contiguous_format)
     return rows.contiguous().view(torch.uint8)
 
 

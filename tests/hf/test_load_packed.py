@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from lightning_peft import load_packed
 from lightning_peft.storage.registry import released_methods
-from tests.helpers.released import save_state, write
+from tests.helpers.released import RELEASED, save_state, write, write_case
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -182,6 +183,45 @@ def test_a_packed_layer_that_the_config_leaves_out(name: str, tmp_path: Path) ->
     configure(folder, modules_to_not_convert=["up_proj", "lm_head"])
     with pytest.raises(ValueError, match=r"expected dense tensors .* packed ones for .*up_proj"):
         load(folder)
+
+
+def test_codes_of_single_experts_are_no_weights(tmp_path: Path) -> None:
+    """torchao packed each expert, as older versions of transformers had them.
+
+    The model joins the experts into one dense parameter.
+    """
+    case = RELEASED["torchao int8"]
+    folder = write_case(replace(case, config=RELEASED["fp8 experts"].config), tmp_path)[0]
+    configure(folder, modules_to_not_convert=["mlp.gate", "lm_head"])
+    with pytest.raises(ValueError, match=r"packed ones for model\.layers\.0\.mlp\.experts, "):
+        load(folder)
+
+
+def test_a_packed_layer_of_another_shape_than_its_weight(tmp_path: Path) -> None:
+    """It is named before transformers compares the shapes."""
+    folder, _ = make("gptq", tmp_path)
+    configure(folder, dynamic={r"-:.*up_proj": {}})
+    with pytest.raises(ValueError, match=r"expected dense tensors .* packed ones for .*up_proj"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "gptq desc_act"])
+def test_one_group_per_row(name: str, tmp_path: Path) -> None:
+    """``group_size`` -1, or inputs that one group covers."""
+    case = RELEASED[name]
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    packed, dense = write_case(replace(case, config=lambda: config), tmp_path)
+    model, plain = load(packed), AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    before = load_file(packed / "model.safetensors")
+    after = load_file(tmp_path / "again/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("damage", ["order", "infinite", "bits", "truncated"])
