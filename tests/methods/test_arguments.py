@@ -126,7 +126,7 @@ def test_patterns_have_names(cls: Any) -> None:
     ("make", "match"),
     [
         (lambda: lp.AdaLoRA(orth_reg_weight=-0.5), "orth_reg_weight >= 0"),
-        (lambda: lp.ALoRA(invocation_tokens={3, 1}), "ids >= 0, as a list"),
+        (lambda: lp.ALoRA(invocation_tokens={3, 1}), "a list invocation_tokens"),
         (lambda: lp.Cartridge(hidden=0), "hidden >= 1"),
         (lambda: lp.Cartridge(n=2, init="text", init_ids={3, 1}), "in the order of the text"),
         (lambda: lp.CPT(init_ids=[3, 4], types=[1, 2], n=-1), "n >= 1"),
