@@ -90,8 +90,8 @@ class ALoRA(LoRA):
             isinstance(tokens, Sequence)
             and bool(tokens)
             and all(type(t) is int and t >= 0 for t in tokens),
-            f"{self.label}: expected a list invocation_tokens with ids >= 0, got {tokens}; take them "
-            "from tokenizer.encode(text, add_special_tokens=False)",
+            f"{self.label}: expected a list invocation_tokens with ids >= 0, got {tokens}; take "
+            "them from tokenizer.encode(text, add_special_tokens=False)",
         )
         require(
             not (self.lora_bias or self.freeze_A or self.rewrites_base or self.needs_data),
