@@ -184,6 +184,10 @@ class AdaLoRA(WeightMethod):
             f"{self.label}: expected tinit >= 0, tfinal >= 0, deltaT >= 1, got {self.tinit}, "
             f"{self.tfinal}, {self.deltaT}",
         )
+        require(
+            self.orth_reg_weight >= 0,
+            f"{self.label}: expected orth_reg_weight >= 0, got {self.orth_reg_weight}",
+        )
         for name in ("beta1", "beta2", "dropout"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {value}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -87,9 +87,11 @@ class ALoRA(LoRA):
         super().__post_init__()
         tokens = self.invocation_tokens
         require(
-            bool(tokens) and all(type(t) is int and t >= 0 for t in tokens),
-            f"{self.label}: expected invocation_tokens with ids >= 0, got {tokens}; take them from "
-            "tokenizer.encode(text, add_special_tokens=False)",
+            isinstance(tokens, Sequence)
+            and bool(tokens)
+            and all(type(t) is int and t >= 0 for t in tokens),
+            f"{self.label}: expected a list invocation_tokens with ids >= 0, got {tokens}; take "
+            "them from tokenizer.encode(text, add_special_tokens=False)",
         )
         require(
             not (self.lora_bias or self.freeze_A or self.rewrites_base or self.needs_data),

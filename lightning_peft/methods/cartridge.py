@@ -75,8 +75,17 @@ class Cartridge(PrefixTuning):
         )
         require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
         require(
+            self.hidden is None or self.hidden >= 1,
+            f"{self.label}: expected hidden >= 1, got hidden = {self.hidden}",
+        )
+        require(
             0 <= self.frozen < self.n,
             f"{self.label}: expected 0 <= frozen < n = {self.n}, got frozen = {self.frozen}",
+        )
+        require(
+            isinstance(self.init_ids, Sequence),
+            f"{self.label}: expected init_ids in the order of the text, got {self.init_ids!r}; "
+            "give a list",
         )
         require(
             len(self.init_ids) >= self.n if self.init == "text" else not self.init_ids,

@@ -117,6 +117,7 @@ class CPT(PromptTuning):
             f"{self.label}: expected init='text' with the init_ids of examples, got "
             f"{self.init!r} with {len(self.init_ids)} ids",
         )
+        require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
         object.__setattr__(self, "n", len(self.init_ids))
         super().__post_init__()
         require(

@@ -60,8 +60,8 @@ class GatedLoRA(LoRA):
             and no token sees a later one.
 
     Raises:
-        ValueError: as LoRA; lora_bias; an init that changes the base, which the gate would not
-            give back.
+        ValueError: as LoRA; lora_bias; freeze_A; an init that changes the base, which the gate
+            would not give back.
     """
 
     gate: Literal["sequence", "token"] = "sequence"
@@ -76,7 +76,11 @@ class GatedLoRA(LoRA):
             self.gate in ("sequence", "token"),
             f"{self.label}: expected gate 'sequence' or 'token', got {self.gate!r}",
         )
-        require(not self.lora_bias, f"{self.label}: expected lora_bias=False, got True")
+        require(
+            not (self.lora_bias or self.freeze_A),
+            f"{self.label}: expected lora_bias=False and freeze_A=False, got "
+            f"lora_bias={self.lora_bias}, freeze_A={self.freeze_A}; use LoRA for those",
+        )
         require(
             not self.rewrites_base and not self.needs_data,
             f"{self.label}: expected an init that leaves the base alone, got {self.init!r}",

@@ -68,7 +68,8 @@ class IA3(WeightMethod):
         mode: ``"multiply"``; or ``"add"``: y + d, a bias trained from zero, also where the layer
             has none.
         feedforward_modules: Suffixes of the layers whose input is scaled rather than the output;
-            None means the architecture's feed-forward layers.
+            a single string may also be a pattern of complete names. None means the architecture's
+            feed-forward layers.
 
     Raises:
         ValueError: an unknown mode.
@@ -107,9 +108,10 @@ class IA3(WeightMethod):
 
     def scales_input(self, site: Site) -> bool:
         """Whether this layer is a feed-forward one."""
-        names = self.feedforward_modules or []
-        names = [names] if isinstance(names, str) else names
-        return matches_suffix(site.name, names)
+        rule = self.feedforward_modules or []
+        if isinstance(rule, str):
+            return matches_suffix(site.name, [rule]) or fullmatch(rule, site.name)
+        return matches_suffix(site.name, rule)
 
     def check(self, site: Site) -> None:
         """The input of an embedding is ids: nothing to scale."""

@@ -35,6 +35,7 @@ def check_values(lora: LoRA) -> None:
         f"{label}: expected experts in ('each', 'shared', None), got {lora.experts!r}",
     )
     check_options(label, lora.init, lora.init_options)
+    require(lora.loftq_iter >= 1, f"{label}: expected loftq_iter >= 1, got {lora.loftq_iter}")
     if lora.trainable_token_indices is not None:
         check_token_indices(f"{label} trainable_token_indices", lora.trainable_token_indices)
     require(

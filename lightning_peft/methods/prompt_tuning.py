@@ -94,6 +94,11 @@ class PromptTuning(SequenceMethod):
             f"{self.label}: expected init 'vocab', 'random' or 'text', got {self.init!r}",
         )
         require(
+            isinstance(self.init_ids, Sequence),
+            f"{self.label}: expected init_ids in the order of the text, got {self.init_ids!r}; "
+            "give a list",
+        )
+        require(
             (self.init == "text") == bool(self.init_ids),
             f"{self.label}: expected init_ids with init='text' and only then, got "
             f"init={self.init!r} and {len(self.init_ids)} ids; tokenise the text with your "

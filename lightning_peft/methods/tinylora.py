@@ -111,6 +111,7 @@ class TinyLoRA(BiasOption):
             f"{self.label}: expected 0 <= weight_tying <= 1, got {self.weight_tying}",
         )
         require_choice(self.label, "init", self.init, ("zeros", "uniform"))
+        require(self.bound >= 0, f"{self.label}: expected bound >= 0, got {self.bound}")
         require_dropout(self.label, self.dropout)
 
     def check(self, site: Site) -> None:

@@ -96,6 +96,11 @@ class UniLoRA(BiasOption):
         super().__post_init__()
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
         require(self.length >= 1, f"{self.label}: expected length >= 1, got {self.length}")
+        require(
+            self.bound > 0,
+            f"{self.label}: expected bound > 0, since from zero θ is never trained, got "
+            f"{self.bound}",
+        )
         require_dropout(self.label, self.dropout)
 
     def check(self, site: Site) -> None:

@@ -124,6 +124,15 @@ class VBLoRA(BiasOption):
             self.topk <= self.num_vectors,
             f"{self.label}: expected topk <= num_vectors = {self.num_vectors}, got {self.topk}",
         )
+        require(
+            self.bank_bound > 0,
+            f"{self.label}: expected bank_bound > 0, since from zero the bank is never trained, "
+            f"got {self.bank_bound}",
+        )
+        require(
+            self.logits_std >= 0,
+            f"{self.label}: expected logits_std >= 0, got {self.logits_std}",
+        )
         require_dropout(self.label, self.dropout)
 
     def check(self, site: Site) -> None:

@@ -120,3 +120,40 @@ def test_numbers_are_finite(case: Case) -> None:
 def test_patterns_have_names(cls: Any) -> None:
     with pytest.raises(TypeError, match="rank_pattern: expected names of layers, got 3"):
         cls(rank_pattern={3: 2})
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: lp.AdaLoRA(orth_reg_weight=-0.5), "orth_reg_weight >= 0"),
+        (lambda: lp.ALoRA(invocation_tokens={3, 1}), "a list invocation_tokens"),
+        (lambda: lp.Cartridge(hidden=0), "hidden >= 1"),
+        (lambda: lp.Cartridge(n=2, init="text", init_ids={3, 1}), "in the order of the text"),
+        (lambda: lp.CPT(init_ids=[3, 4], types=[1, 2], n=-1), "n >= 1"),
+        (lambda: lp.GatedLoRA(freeze_A=True), "freeze_A=False"),
+        (lambda: lp.LoRA(loftq_iter=0), "loftq_iter >= 1"),
+        (lambda: lp.PromptTuning(n=2, init="text", init_ids={3, 1}), "in the order of the text"),
+        (lambda: lp.TinyLoRA(bound=-0.1), "bound >= 0"),
+        (lambda: lp.UniLoRA(bound=0.0), "bound > 0, since from zero"),
+        (lambda: lp.VBLoRA(bank_bound=0.0), "bank_bound > 0, since from zero"),
+        (lambda: lp.VBLoRA(logits_std=-0.1), "logits_std >= 0"),
+    ],
+    ids=range(12),
+)
+def test_a_value_out_of_range_is_refused_where_it_is_given(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=f"expected .*{match}"):
+        make()
+
+
+def test_feedforward_modules_is_a_suffix_or_a_pattern() -> None:
+    """As in peft a single string may be a pattern; as a suffix it matched nothing."""
+    for rule in ("fc2", r".*\.fc2", r".*fc[2-9]"):
+        model = nn.Module()
+        model.block = nn.ModuleDict({"fc1": nn.Linear(4, 6), "fc2": nn.Linear(6, 4)})
+        lp.attach(model, lp.IA3(target_modules="all-linear", feedforward_modules=rule))
+        sizes = {n: t.numel() for n, t in lp.adapter_state_dict(model).items()}
+        assert sorted(sizes.values()) == [6, 6]  # outputs of fc1, inputs of fc2
+    with pytest.raises(ValueError, match="expected a regular expression, got '\\('"):
+        lp.attach(
+            nn.Sequential(nn.Linear(4, 4)), lp.IA3(target_modules=["0"], feedforward_modules="(")
+        )
