@@ -55,11 +55,14 @@ class PackedCache:
             written.
 
     Raises:
-        ValueError: the folder is there, but belongs to another base or is incomplete.
+        ValueError: the folder is there, but belongs to another base or is incomplete; or the
+            directory is a file.
         RuntimeError: ranks have different files.
     """
 
     def __init__(self, directory: str | Path, base: BaseFiles) -> None:
+        if Path(directory).is_file():
+            raise ValueError(f"packed_cache: expected a directory, got the file {directory}")
         self._key = _key_of(base)
         check_same_on_all_ranks(
             {"key of the packed base": self._key},

@@ -51,7 +51,7 @@ def chunked_cross_entropy(
             256 MiB of float32 logits (32 MiB on the CPU), and at least 64.
 
     Raises:
-        TypeError: labels are not int64.
+        TypeError: labels are not int64, or the weight is neither a module nor a tensor.
         ValueError: shapes that do not fit, labels outside the vocabulary (on the CPU), a value out
             of its range, or reduction "none" with a trained head.
     """
@@ -66,6 +66,11 @@ def chunked_cross_entropy(
             )
         head: Head = weight
         vocabulary = _vocabulary(weight)
+    elif not isinstance(weight, Tensor):
+        raise TypeError(
+            "chunked_cross_entropy weight: expected the output head or its weight, got "
+            f"{weight!r}; give model.lm_head"
+        )
     else:
         if weight.dim() != 2 or weight.shape[-1] != hidden.shape[-1]:
             raise ValueError(

@@ -44,6 +44,8 @@ class TokenLoss:
             labels: [N], int64.
             with_gradient: Whether to return the gradient, in float32.
         """
+        if logits.dtype == torch.float64:
+            logits = logits.float()
         counted = labels != self.ignore_index
         target = labels.where(counted, 0)[:, None]
         highest = logits.detach().amax(-1, keepdim=True).float()

@@ -35,6 +35,7 @@ After = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor | None]
 Through = Callable[[str, Sequence[int], RowSource], RowSource]
 
 _CHUNK = 1 << 22  # elements read at once: 16 MB in fp32
+_VALUES = ("F64", "F32", "F16", "BF16")  # dtypes of weights; others are codes without their scales
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -77,6 +78,28 @@ def _owner(model: nn.Module, name: str) -> Any:
     return found
 
 
+def _whole_files(folder: Path) -> TensorFiles:
+    """The tensors of a folder.
+
+    Raises:
+        ValueError: a file that is cut off.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return TensorFiles(folder)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder}: expected whole safetensors files, got one that cannot be read ({error}); "
+            "download it again"
+        ) from None
+
+
+def _is_floating(module: nn.Module, key: str) -> bool:
+    """Whether a tensor of the base has values of weights, also where it is packed."""
+    return storage_of(module, key).is_quantized or _stored(module, key).is_floating_point()
+
+
 class BaseFiles:
     """The files of a base, matched to the tensors of a model.
 
@@ -86,12 +109,13 @@ class BaseFiles:
 
     Raises:
         FileNotFoundError: no safetensors there.
-        ValueError: tensors are missing or have another shape, with the list.
+        ValueError: tensors are missing, have another shape or hold codes, with the list; or a file
+            is cut off.
     """
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
         self.folder = folder
-        self._index = TensorFiles(folder)
+        self._index = _whole_files(folder)
         self.wanted = dict(_wanted(model))
         self._prefix = _prefix(model, self._index.keys, self.wanted)
         problems = []
@@ -104,6 +128,13 @@ class BaseFiles:
                 problems.append(f"{name}: missing")
             elif list(found[1]) != shape:
                 problems.append(f"{name}: expected shape {shape}, got {list(found[1])}")
+            elif (
+                _is_floating(*place)
+                and (dtype := self._index.dtypes[self.name_in_file(name)]) not in _VALUES
+            ):
+                problems.append(
+                    f"{name}: expected weights in {list(_VALUES)}, got codes in {dtype}"
+                )
         if problems:
             raise ValueError(
                 f"{folder}: expected the {len(self.wanted)} tensors of this model's base, got "

@@ -26,6 +26,7 @@ class TensorFiles:
 
     Attributes:
         keys: Name of a tensor → (file, shape).
+        dtypes: Name of a tensor → its dtype as safetensors writes it, such as ``"BF16"``.
         files: The files, in order.
 
     Raises:
@@ -36,6 +37,7 @@ class TensorFiles:
         from safetensors import safe_open
 
         self.keys: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        self.dtypes: dict[str, str] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{folder}: expected *.safetensors, found none")
@@ -50,7 +52,9 @@ class TensorFiles:
         for file in files:
             with safe_open(str(file), framework="pt") as handle:
                 for key in handle.keys():  # noqa: SIM118  it is no dict
-                    self.keys[key] = (file, tuple(handle.get_slice(key).get_shape()))
+                    rows = handle.get_slice(key)
+                    self.keys[key] = (file, tuple(rows.get_shape()))
+                    self.dtypes[key] = rows.get_dtype()
 
     @contextmanager
     def open(self, key: str) -> Iterator[RowSource]:

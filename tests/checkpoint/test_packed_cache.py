@@ -40,6 +40,12 @@ def read(base: Path) -> None:
     read_base(model, base, packed_cache=base.parent / "cache")
 
 
+def test_a_file_is_no_directory(base: Path) -> None:
+    (base.parent / "cache").write_text("")
+    with pytest.raises(ValueError, match="packed_cache: expected a directory, got the file"):
+        read(base)
+
+
 def test_damage_is_named_with_the_remedy(base: Path) -> None:
     read(base)
     (folder,) = (base.parent / "cache").iterdir()

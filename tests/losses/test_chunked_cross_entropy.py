@@ -94,6 +94,20 @@ def test_half_precision_is_as_good_as_torch(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-2, atol=0.0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_double_precision(smoothing: float) -> None:
+    """The loss is computed in float32; gradients have the dtype of their tensors."""
+    hidden, weight, bias, labels = data(torch.float64)
+    given = [t.requires_grad_() for t in (hidden, weight, bias)]
+    loss = chunked_cross_entropy(hidden, weight, labels, bias=bias, label_smoothing=smoothing)
+    found = [loss, *torch.autograd.grad(loss, given)]
+    how = {"label_smoothing": smoothing, "reduction": "mean"}
+    wanted = reference(hidden, weight, bias, labels, None, **how)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
+    assert all(got.dtype == torch.float64 for got in found[1:])
+
+
 def test_scaled_and_repeated_backward() -> None:
     hidden, weight, bias, labels = data()
     x = hidden.requires_grad_()
@@ -206,6 +220,7 @@ def test_all_logits_never_exist() -> None:
         ({"labels": torch.zeros(ROWS, TOKENS)}, TypeError, "labels: expected int64"),
         ({"weight": torch.zeros(4, 3)}, ValueError, r"expected a weight \[vocabulary, 16\]"),
         ({"weight": nn.Linear(16, 4), "bias": torch.zeros(4)}, ValueError, "no bias beside"),
+        ({"weight": "lm_head"}, TypeError, "output head or its weight, got 'lm_head'"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str) -> None:

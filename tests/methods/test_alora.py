@@ -62,7 +62,7 @@ def test_only_causal_models_are_exchanged(base, tmp_path: Path) -> None:
     x = ids()
     theirs = by_peft(base, tmp_path / "theirs", **{**CONFIG, "task_type": None})
     assert_same_bits("peft's", logits(theirs, x), logits(base, x))
-    with pytest.raises(ValueError, match="expected task_type 'CAUSAL_LM' .*, got None: peft's aLo"):
+    with pytest.raises(ValueError, match=r"task_type 'CAUSAL_LM' .*, got None: peft's aLo"):
         loaded(base, tmp_path / "theirs")
     model = trained(build("bert")[0], dataclasses.replace(METHOD, target_modules=["query"]))
     with pytest.raises(ValueError, match="expected task_type 'CAUSAL_LM'"):

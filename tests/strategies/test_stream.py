@@ -95,6 +95,31 @@ def test_missing_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
         stream_base(whole, tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_are_not_read_as_weights(
+    quantization: str | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    state = {k: v.contiguous() for k, v in BUILDERS["llama"]().state_dict().items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**state, name: state[name].to(dtype)}, tmp_path / "model.safetensors")
+    model = BUILDERS["llama"]()
+    attach(model, LoRA(r=2, target_modules="all-linear"), quantization=quantization)
+    with pytest.raises(
+        ValueError, match=rf"1 difference; nothing was read:\n  {name}: .* codes in"
+    ):
+        stream_base(model, tmp_path)
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    model = BUILDERS["llama"]()
+    save_sharded(model, tmp_path, files=1)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="expected whole safetensors files, got one"):
+        stream_base(model, tmp_path)
+
+
 @reads_into_shards
 def test_two_processes_read_their_own_rows(tmp_path: Path) -> None:
     """Training over a streamed base is training over a loaded one."""
