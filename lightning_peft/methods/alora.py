@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, NotMergeable, Term
 from lightning_peft.methods import lora_exchange
+from lightning_peft.methods.base import HFEntry
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import refuse_all_but_features
 from lightning_peft.methods.lora import LoRA
@@ -55,6 +56,26 @@ class Activated(Term):
         return torch.nn.functional.linear(h, low.B)
 
 
+def _require_causal(config: Mapping[str, Any]) -> None:
+    """Raise where peft's wrapper does not look for the tokens, so that its aLoRA has no effect."""
+    if config.get("task_type") != "CAUSAL_LM":
+        raise ValueError(
+            "adapter_config.json: expected task_type 'CAUSAL_LM' with alora_invocation_tokens, got "
+            f"{config.get('task_type')!r}: peft's aLoRA changes nothing in models of other tasks; "
+            "use LoRA there"
+        )
+
+
+def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
+    _require_causal(config)
+    lora_exchange.to_config(entries, config)
+
+
+def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
+    _require_causal(config)
+    return lora_exchange.from_config(config, entries)
+
+
 @register
 @dataclass(frozen=True)
 class ALoRA(LoRA):
@@ -79,6 +100,8 @@ class ALoRA(LoRA):
         lora_exchange.FORMAT,
         config={**lora_exchange.FORMAT.config, "invocation_tokens": "alora_invocation_tokens"},
         when={**lora_exchange.FORMAT.when, "alora_invocation_tokens": True},
+        to_config=_to_config,
+        from_config=_from_config,
         refuse=refuse_all_but_features,
     )
 

@@ -57,6 +57,19 @@ def test_both_ways(base, tmp_path: Path) -> None:
     assert_same_bits("ours in ours", logits(again, x), logits(model, x))
 
 
+def test_only_causal_models_are_exchanged(base, tmp_path: Path) -> None:
+    """In the wrapper of another task peft's aLoRA changes nothing, and ours would."""
+    x = ids()
+    theirs = by_peft(base, tmp_path / "theirs", **{**CONFIG, "task_type": None})
+    assert_same_bits("peft's", logits(theirs, x), logits(base, x))
+    with pytest.raises(ValueError, match=r"task_type 'CAUSAL_LM' .*, got None: peft's aLo"):
+        loaded(base, tmp_path / "theirs")
+    model = trained(build("bert")[0], dataclasses.replace(METHOD, target_modules=["query"]))
+    with pytest.raises(ValueError, match="expected task_type 'CAUSAL_LM'"):
+        lp.save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_before_the_tokens_it_is_the_base(base) -> None:
     x, model = ids(), trained(base, METHOD)
     got, want = logits(model, x), logits(base, x)
