@@ -35,12 +35,20 @@ def test_rows_of_different_length_and_kind() -> None:
         assert_close(name, mixed, alone)
 
 
-def test_rows_in_an_encoder() -> None:
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_rows_in_an_encoder(name: str) -> None:
+    """A head reads the first position, where a row without a prompt has nothing."""
     method = PromptTuning(n=3)
-    alone, mixed = alone_and_mixed("bert", {"a": method, "b": method}, ["b", "a", "b"])
+    alone, mixed = alone_and_mixed(name, {"a": method, "b": method}, ["b", "a", "b"])
     assert_close("rows", mixed, alone)
     with pytest.raises(ValueError, match="one after the other"):
-        alone_and_mixed("bert", {"a": method}, ["a", "__base__"])
+        alone_and_mixed(name, {"a": method}, ["a", "__base__"])
+
+
+def test_positions_that_are_counted_from_the_ids() -> None:
+    """RoBERTa counts positions behind its padding index, skipping padding."""
+    with pytest.raises(ValueError, match="one after the other"):
+        alone_and_mixed("roberta", {"a": PrefixTuning(n=3), "b": PrefixTuning(n=2)}, ["b", "a"])
 
 
 def test_two_prompts_stand_in_the_order_named() -> None:

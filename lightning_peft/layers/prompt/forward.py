@@ -212,6 +212,8 @@ def _shift_positions(call: _Call, fronts: Sequence[Prompt], prompt: Prompt | Non
     """Move the text's positions behind the fronts; put those of a new prompt before them."""
     positions = call.arguments.get("position_ids")
     uneven = any(f.mask is not None for f in fronts)
+    if prompt is not None and prompt.mask is not None and _first_position_is_read(call):
+        raise _unequal_prompts(call)
     if positions is None:
         if not uneven:
             return  # the model counts them itself, cache included
@@ -240,12 +242,29 @@ def _positions_of_prompt(prompt: Prompt, others: Sequence[Prompt]) -> Tensor:
     return own
 
 
+def _first_position_is_read(call: _Call) -> bool:
+    """Whether a head reads the first position, where a row without a prompt has nothing."""
+    if getattr(call.module, "pooler", None) is not None:
+        return True
+    return not call.site.strip and not call.module.config.is_encoder_decoder
+
+
 def _require_position_ids(call: _Call) -> None:
     model_type = getattr(getattr(call.module, "config", None), "model_type", "")
-    first = getattr(call.module, "pooler", None) is not None  # a head that reads position 0
-    if model_type in _RELATIVE or ("position_ids" in call.names and not first):
+    if model_type in _RELATIVE:
         return
-    raise ValueError(
+    if "position_ids" not in call.names or _counts_positions_from_ids(call):
+        raise _unequal_prompts(call)
+
+
+def _counts_positions_from_ids(call: _Call) -> bool:
+    """Whether positions begin behind a padding index, as RoBERTa's do, and depend on the ids."""
+    table = getattr(getattr(call.module, "embeddings", None), "position_embeddings", None)
+    return getattr(table, "padding_idx", None) is not None
+
+
+def _unequal_prompts(call: _Call) -> ValueError:
+    return ValueError(
         f"adapter_names: expected prompts of one length on {type(call.module).__name__}, whose "
         "positions cannot be shifted row by row, got different ones (a row under '__base__' has "
         "length 0); run the adapters one after the other with set_adapter"
