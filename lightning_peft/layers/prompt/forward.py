@@ -246,7 +246,8 @@ def _first_position_is_read(call: _Call) -> bool:
     """Whether a head reads the first position, where a row without a prompt has nothing."""
     if getattr(call.module, "pooler", None) is not None:
         return True
-    return not call.site.strip and not call.module.config.is_encoder_decoder
+    config: Any = call.module.config
+    return not call.site.strip and not config.is_encoder_decoder
 
 
 def _require_position_ids(call: _Call) -> None:
