@@ -8,8 +8,6 @@ import warnings
 import torch
 from lightning_peft_kernels.dispatch import Backend, triton_available
 
-from lightning_peft.diagnostics.check_runner import ensure_checked
-
 __all__ = ["check_kernels"]
 
 _SWITCH = "LIGHTNING_PEFT_CHECK"
@@ -30,6 +28,9 @@ def check_kernels(device: torch.device, backend: Backend) -> list[str]:
         return []
     if not triton_available():
         return []
+    # Only a GPU needs the checks; importing them takes 2 % of this package's import time.
+    from lightning_peft.diagnostics.check_runner import ensure_checked
+
     try:
         found, why = ensure_checked(device)
     except (RuntimeError, OSError) as error:

@@ -9,6 +9,7 @@ from lightning_peft_kernels.verdicts import Verdict
 
 from lightning_peft.callback import kernel_check
 from lightning_peft.callback.kernel_check import check_kernels
+from lightning_peft.diagnostics import check_runner
 
 CUDA = torch.device("cuda", 0)
 FOUND = {
@@ -26,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         devices.append(device)
         return FOUND, "cache: not written: read-only"
 
-    monkeypatch.setattr(kernel_check, "ensure_checked", ensure)
+    monkeypatch.setattr(check_runner, "ensure_checked", ensure)
     monkeypatch.setattr(kernel_check, "triton_available", lambda: True)
     return devices
 
@@ -56,7 +57,7 @@ def test_a_check_that_cannot_start_ends_no_run(monkeypatch: pytest.MonkeyPatch) 
     def ensure(device: torch.device) -> None:
         raise RuntimeError("the device is busy")
 
-    monkeypatch.setattr(kernel_check, "ensure_checked", ensure)
+    monkeypatch.setattr(check_runner, "ensure_checked", ensure)
     monkeypatch.setattr(kernel_check, "triton_available", lambda: True)
     with pytest.warns(UserWarning, match="kernels are unchecked: the device is busy"):
         assert check_kernels(CUDA, "auto") == []
