@@ -120,13 +120,13 @@ def _checked(module_class: object, path: object) -> str:
         raise TypeError(
             f"load_from_checkpoint: expected a LightningModule class, got {got}; {form}{instead}"
         )
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"load_from_checkpoint: expected a path, got {shown(path)}; {form}")
     if module_class.__name__ == "LightningModule":
         raise TypeError(
             f"load_from_checkpoint: expected a class derived from LightningModule, got that class; "
             f"{form}"
         )
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"load_from_checkpoint: expected a path, got {shown(path)}; {form}")
     source = os.fspath(path)
     if os.path.isfile(os.path.join(source, CONFIG)):
         raise ValueError(
