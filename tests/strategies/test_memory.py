@@ -14,15 +14,11 @@ from tests.strategies.memory_job import OPTIONS, planned
 pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.13", reason="peft_fsdp shards packed bytes from torch 2.13 on"
 )
-QUICK = ["plain", "chunked"]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [QUICK, pytest.param([n for n in OPTIONS if n not in QUICK], marks=pytest.mark.slow)],
-    ids=["quick", "rest"],
-)
-def test_measured_and_planned(names: list[str], tmp_path: Path) -> None:
+@pytest.mark.slow  # a machine with nothing else to do: load moves gloo's buffers in time
+def test_measured_and_planned(tmp_path: Path) -> None:
+    names = list(OPTIONS)
     out = tmp_path / "measured.json"
     run_function("tests.strategies.memory_job:main", [str(out), names], tmp_path)
     measured = json.loads(out.read_text())
