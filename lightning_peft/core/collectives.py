@@ -1,4 +1,4 @@
-"""Exchanges between all processes, so that an error on one is an error on all."""
+"""Collective checks: an error on one process becomes an error on every process."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class TensorContent:
     sharded: bool
 
 
-#: Content by name; None for a tensor that had no values then (on meta).
+#: Content by name; None for a tensor without values (on meta).
 Contents = dict[str, TensorContent | None]
 
 

@@ -33,7 +33,7 @@ class PooledOptimizer(torch.optim.Optimizer):
     If a gradient is not finite, the step is skipped: parameters, state and step counts stay as they
     are, and `skipped_steps` counts it. Under GradScaler, `found_inf` and `grad_scale` are read as
     in torch's fused optimizers. Processes that share DTensor gradients agree on the skip. Other
-    gradients are expected to be reduced already, so that every process decides alike.
+    gradients must be reduced already: every process then makes the same decision.
 
     Group keys: lr, betas, eps, weight_decay, maximize.
     """
