@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.core.site import BlockSite
 from lightning_peft.methods.base import BlockMethod
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.limits import FRACTION, above, one_of
 from lightning_peft.methods.registry import register
 
 __all__ = ["BottleneckAdapter"]
@@ -93,37 +94,19 @@ class BottleneckAdapter(BlockMethod):
     gating: bool | Literal["token"] = False
     dropout: float = 0.0
 
+    limits = {
+        "non_linearity": one_of(_NON_LINEARITIES),
+        "reduction_factor": above(0),
+        "dropout": FRACTION,
+    }
+
     def __post_init__(self) -> None:
         """Check the values."""
-        require(
-            self.style in _DEFAULTS,
-            f"{self.label}: expected style in {sorted(_DEFAULTS)}, got {self.style!r}",
-        )
-        require(
-            self.reduction_factor is None or self.reduction_factor > 0,
-            f"{self.label}: expected reduction_factor > 0, got {self.reduction_factor}",
-        )
-        require(
-            self.non_linearity in (None, *_NON_LINEARITIES),
-            f"{self.label}: expected non_linearity in {sorted(_NON_LINEARITIES)}, got "
-            f"{self.non_linearity!r}",
-        )
+        super().__post_init__()
         require(
             not isinstance(self.scaling, str) or self.scaling in ("learned", "channel"),
             f"{self.label}: expected scaling a number, 'learned' or 'channel', got "
             f"{self.scaling!r}",
-        )
-        require(
-            self.init in ("zero", "bert"),
-            f"{self.label}: expected init 'zero' or 'bert', got {self.init!r}",
-        )
-        require(
-            self.gating in (True, False, "token"),
-            f"{self.label}: expected gating True, False or 'token', got {self.gating!r}",
-        )
-        require(
-            0 <= self.dropout < 1,
-            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
         )
 
     @property

@@ -21,8 +21,9 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import StepContext, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.limits import SHARE, above, at_least, between
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["DiffPruning"]
 
@@ -58,20 +59,13 @@ class DiffPruning(WeightMethod):
     fix_at: float = 0.5
     sample: bool = True
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.l0 >= 0, f"{self.label}: expected l0 >= 0, got l0 = {self.l0}")
-        for name in ("temperature", "final_temperature"):
-            value = getattr(self, name)
-            require(value > 0, f"{self.label}: expected {name} > 0, got {value}")
-        require(
-            self.density is None or 0 < self.density <= 1,
-            f"{self.label}: expected 0 < density <= 1 or None, got density = {self.density}",
-        )
-        require(
-            0 <= self.fix_at <= 1,
-            f"{self.label}: expected 0 <= fix_at <= 1, got fix_at = {self.fix_at}",
-        )
+    limits = {
+        "l0": at_least(0),
+        "temperature": above(0),
+        "final_temperature": above(0),
+        "density": SHARE,
+        "fix_at": between(0, 1),
+    }
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """w [*, out, in] zeros, alpha [*, out, in]; alpha_group [*, 1, 1] where structured."""

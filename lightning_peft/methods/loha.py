@@ -13,9 +13,11 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, LowRank, Term
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
+from lightning_peft.methods.checks import match_site, require_ranks
 from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.limits import FRACTION
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["LoHa"]
 
@@ -55,6 +57,7 @@ class LoHa(WeightMethod):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
+    limits = {"rank_dropout": FRACTION, "module_dropout": FRACTION}
     hf = HFFormat(
         peft_type="LOHA",
         tensors={
@@ -82,10 +85,8 @@ class LoHa(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
-        for name in ("rank_dropout", "module_dropout"):
-            p = getattr(self, name)
-            require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
 
     def rank(self, site: Site) -> int:
         """Rank at this site."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Kronecker
-from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    match_site,
-    require,
-    require_choice,
-    require_ranks,
-)
-from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.checks import match_site, require, require_ranks
+from lightning_peft.methods.formats.lokr import FORMAT
+from lightning_peft.methods.limits import FRACTION
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["LoKr", "factorization"]
 
@@ -36,46 +32,6 @@ def factorization(n: int, factor: int = -1) -> tuple[int, int]:
     bound = n if factor == -1 else factor
     a = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0 and (d <= bound or d == 1))
     return a, n // a
-
-
-def _pack(method: LoKr, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A full w2 has the kernel's axes in the file; t2 has two of them on Conv1d as well."""
-    packed = dict(p)
-    if "w2" in p and site.kernel_size:
-        packed["w2"] = p["w2"].reshape(p["w2"].shape[0], -1, *site.kernel_size)
-    if "t2" in p and len(site.kernel_size) == 1:
-        packed["t2"] = p["t2"].unsqueeze(-1)
-    return packed
-
-
-def _unpack(
-    method: LoKr, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    tensors = {k: t.flatten(1) if k == "w2" else t for k, t in p.items()}
-    if "t2" in p and len(site.kernel_size) == 1:
-        tensors["t2"] = p["t2"].squeeze(-1)
-    return tensors
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    reshaped = any(len(e.site.kernel_size) == 1 and "w2" in e.tensors for e in entries)
-    return {"conv1d": "reshaped"} if reshaped else {}
-
-
-def _refuse(method: LoKr, site: Site) -> str:
-    if site.batch_shape:
-        return "there experts take LoRA alone"
-    kernel = site.kernel_size
-    if len(kernel) == 1 and method.conv1d == "exact" and method.has_full_w2(site):
-        return (
-            "peft multiplies w1 with other axes of a full w2 there: attach LoKr(conv1d='reshaped') "
-            "to train what peft computes"
-        )
-    flat = len(kernel) == 1 or (1 in kernel and any(k != 1 for k in kernel))
-    thin = method.use_effective_conv2d and method.rank(site) == 1
-    if thin and flat and not method.has_full_w2(site):
-        return "peft 0.21 fails in the forward of rank 1 over a kernel with an axis of length 1"
-    return ""
 
 
 @register
@@ -115,46 +71,13 @@ class LoKr(WeightMethod):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     conv1d: Literal["exact", "reshaped"] = "exact"
 
-    hf = HFFormat(
-        peft_type="LOKR",
-        tensors={
-            "w1": "lokr_w1",
-            "w1_a": "lokr_w1_a",
-            "w1_b": "lokr_w1_b",
-            "w2": "lokr_w2",
-            "w2_a": "lokr_w2_a",
-            "w2_b": "lokr_w2_b",
-            "t2": "lokr_t2",
-        },
-        config=config_keys(
-            "r",
-            "alpha",
-            "rank_dropout",
-            "module_dropout",
-            "rank_dropout_scale",
-            "decompose_both",
-            "decompose_factor",
-            "use_effective_conv2d",
-            "rank_pattern",
-            "alpha_pattern",
-        ),
-        own_defaults=True,
-        ignored=("init_weights",),
-        kinds=("Linear", "Conv1d", "Conv2d"),
-        follows=("dilation",),
-        refuse=_refuse,
-        from_config=_from_config,
-        pack=_pack,
-        unpack=_unpack,
-    )
+    limits = {"rank_dropout": FRACTION, "module_dropout": FRACTION}
+    hf = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
-        for name in ("rank_dropout", "module_dropout"):
-            p = getattr(self, name)
-            require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
-        require_choice(self.label, "conv1d", self.conv1d, ("exact", "reshaped"))
         require(
             self.decompose_factor == -1 or self.decompose_factor >= 1,
             f"{self.label}: expected decompose_factor -1 or >= 1, got {self.decompose_factor}",

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import FrozenDown, LowRank
-from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import (
     HFFormat,
     InitData,
     StepContext,
-    WeightMethod,
     overrides_step_hooks,
 )
-from lightning_peft.methods.checks import empty_like_site, match_site
+from lightning_peft.methods.bias_option import BiasOption
+from lightning_peft.methods.checks import match_site
+from lightning_peft.methods.formats import lora as lora_format
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.lora_checks import check_site, check_values
 from lightning_peft.methods.lora_gradients import precondition, project_frozen_down
 from lightning_peft.methods.lora_start import (
@@ -37,6 +38,7 @@ from lightning_peft.methods.lora_start import (
     start_from_gradient,
 )
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 from lightning_peft.methods.token_indices import TokenIndices
 
 __all__ = ["LoRA"]
@@ -44,7 +46,7 @@ __all__ = ["LoRA"]
 
 @register
 @dataclass(frozen=True)
-class LoRA(WeightMethod):
+class LoRA(BiasOption):
     """Low-rank change of a weight: A [r, in] starts random, B [out, r] at zero.
 
     Attributes:
@@ -112,10 +114,12 @@ class LoRA(WeightMethod):
     #: Whether a rank above min(out, in) would be a waste.
     limits_rank: ClassVar[bool] = True
 
-    hf: ClassVar[HFFormat | None] = lora_exchange.FORMAT
+    limits = {"dropout": FRACTION, "loftq_iter": at_least(1)}
+    hf: ClassVar[HFFormat | None] = lora_format.FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         check_values(self)
 
     @property
@@ -153,6 +157,7 @@ class LoRA(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Rank against the layer's size; odd ranks cannot be split in two for ``"orthogonal"``."""
+        super().check(site)
         check_site(self, site, is_plain=type(self) is LoRA)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
@@ -302,7 +307,3 @@ class LoRA(WeightMethod):
     def trained_tokens(self) -> TokenIndices | None:
         """As `trainable_token_indices` says."""
         return self.trainable_token_indices
-
-    def trained_biases(self) -> str:
-        """Biases of the base trained beside the edit."""
-        return {"none": "none", "all": "all", "lora_only": "adapted"}[self.bias]

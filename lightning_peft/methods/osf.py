@@ -14,9 +14,12 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import HFFormat, StepContext, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
+from lightning_peft.methods.checks import match_site, require
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.limits import above
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["OSF"]
 
@@ -42,6 +45,8 @@ class OSF(WeightMethod):
     kept: float | None = None
     rank_pattern: dict[str, float] = field(default_factory=dict)
 
+    site_rules = (one_matrix,)
+    limits = {"kept": above(0), "rank_pattern": above(0)}
     hf = HFFormat(
         peft_type="OSF",
         tensors={k: f"osf_svd_params.{k}_low" for k in _NAMES},
@@ -53,14 +58,6 @@ class OSF(WeightMethod):
         refuse=refuse_all_but_linear,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for where, kept in {"kept": self.kept, **self.rank_pattern}.items():
-            require(
-                kept is None or kept > 0,
-                f"{self.label}: expected a number of kept triplets above 0, got {where} = {kept}",
-            )
-
     def _kept(self, site: Site) -> int:
         """As peft counts: a float in (0, 1] is a share."""
         most = min(site.out_features, site.in_features)
@@ -71,7 +68,7 @@ class OSF(WeightMethod):
 
     def check(self, site: Site) -> None:
         """One matrix, with a triplet on each side."""
-        require_matrix(self.label, site)
+        super().check(site)
         most = min(site.out_features, site.in_features)
         require(
             1 <= self._kept(site) < most,

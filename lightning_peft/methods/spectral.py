@@ -7,7 +7,9 @@ from torch import Tensor
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import random_places
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import match_site, require, require_matrix
+from lightning_peft.methods.checks import match_site, require
+from lightning_peft.methods.limits import at_least
+from lightning_peft.methods.site_rules import one_matrix
 
 __all__ = ["SpectralMethod"]
 
@@ -24,20 +26,17 @@ class SpectralMethod(BiasOption):
     n_frequency: int
     seed: int
     n_frequency_pattern: dict[str, int]
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        for where, n in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
-            require(n >= 1, f"{self.label}: expected n_frequency >= 1, got {where} = {n}")
+    limits = {"n_frequency": at_least(1), "n_frequency_pattern": at_least(1)}
 
     def count(self, site: Site) -> int:
         """Number of coefficients at this site."""
         return match_site(self.n_frequency_pattern, site, self.n_frequency)
 
+    site_rules = (one_matrix,)
+
     def check(self, site: Site) -> None:
         """At most as many places as entries."""
-        require_matrix(self.label, site)
+        super().check(site)
         most = site.shape.numel()
         require(
             self.count(site) <= most,

@@ -57,6 +57,7 @@ class TrainableTokens(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         check_token_indices(f"{self.label} token_indices", self.token_indices)
 
     def named_layers(self) -> Mapping[str, Sequence[int]]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_peft.core.site import RouterSite
 from lightning_peft.methods.base import HFFormat, RouterMethod
-from lightning_peft.methods.checks import require, require_dropout
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.limits import FRACTION
 from lightning_peft.methods.registry import register
 
 __all__ = ["XLoRA"]
@@ -69,6 +70,7 @@ class XLoRA(RouterMethod):
     softmax_top_k: bool = False
     weight: float = 1.0
 
+    limits = {"dropout": FRACTION}
     hf: ClassVar[HFFormat | None] = HFFormat(
         peft_type="XLORA",
         tensors={},
@@ -92,6 +94,7 @@ class XLoRA(RouterMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(
             bool(self.adapters) and len(set(self.adapters)) == len(self.adapters),
             f"{self.label}: expected names of adapters that differ, got {self.adapters}",
@@ -102,7 +105,6 @@ class XLoRA(RouterMethod):
             f"{self.label}: expected depth, hidden and top_k >= 1 and temperature > 0, got {sizes} "
             f"and {self.temperature}",
         )
-        require_dropout(self.label, self.dropout)
         require(
             self.top_k is not None or not self.softmax_top_k,
             f"{self.label}: expected top_k with softmax_top_k, got None",
