@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any, Literal, cast, get_args, get_origin
 
 from lightning_peft.core.value_types import argument_types, fits
@@ -66,7 +65,7 @@ def one_of(choices: Iterable[object]) -> Limit:
 
 def only(value: object) -> Limit:
     """Return the rule of an option of the parent class that must keep this value."""
-    return Limit(f"{{}} = {value!r}", lambda v: v == value)
+    return Limit(f"{{}}={value!r}", lambda v: v == value)
 
 
 def check_limits(method: Any) -> None:
@@ -94,6 +93,10 @@ def check_limits(method: Any) -> None:
                 )
 
 
+#: Types of few values → the values, for messages.
+_SINGLE_VALUES: dict[object, tuple[object, ...]] = {bool: (True, False), type(None): (None,)}
+
+
 def _check_words(label: str, name: str, annotation: object, value: object) -> None:
     """Raise ValueError if the value is none of the words, and of no other type, that may stand."""
     parts = (annotation,) if get_origin(annotation) is Literal else get_args(annotation)
@@ -103,5 +106,5 @@ def _check_words(label: str, name: str, annotation: object, value: object) -> No
     others = [part for part in parts if get_origin(part) is not Literal]
     if value in words or any(fits(value, part) for part in others):
         return
-    known = (*words, *(None for part in others if part is NoneType))
+    known = (*words, *(v for part in others for v in _SINGLE_VALUES.get(part, ())))
     raise ValueError(f"{label}: expected {name} in {known}, got {value!r}")
