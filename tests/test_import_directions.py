@@ -76,16 +76,20 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 METHOD_IMPORTS = (
     "lightning_peft_kernels.autograd",
     "lightning_peft.core.activated",
+    "lightning_peft.core.balls",
+    "lightning_peft.core.butterfly",
     "lightning_peft.core.circulant",
     "lightning_peft.core.compressed",
     "lightning_peft.core.collectives",  # VeLoRA's direction is that of all processes
     "lightning_peft.core.drawn",
     "lightning_peft.core.edit",
     "lightning_peft.core.granular",
+    "lightning_peft.core.hard_concrete",
     "lightning_peft.core.input_dtype",
     "lightning_peft.core.mixtures",
     "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
+    "lightning_peft.core.projection",
     "lightning_peft.core.protocols",
     "lightning_peft.core.replaced_rows",
     "lightning_peft.core.rotation",
@@ -97,17 +101,24 @@ METHOD_IMPORTS = (
     "lightning_peft.core.vectors",
     "lightning_peft.core.wavelets",
     "lightning_peft.methods.base",
+    "lightning_peft.methods.adalora_importance",
+    "lightning_peft.methods.bottleneck_layers",
     "lightning_peft.methods.checks",
+    "lightning_peft.methods.cpt_loss",
     "lightning_peft.methods.exchange",
     "lightning_peft.methods.limits",
     "lightning_peft.methods.lora_checks",  # LoRA's arguments
     "lightning_peft.methods.lora_gradients",  # LoRA's changes of its gradients
     "lightning_peft.methods.lora_start",  # LoRA's initialisations
+    "lightning_peft.methods.lycoris",
     "lightning_peft.methods.registry",
+    "lightning_peft.methods.row_clusters",
     "lightning_peft.methods.site_rules",
     "lightning_peft.methods.tensors",
     "lightning_peft.methods.tasks",  # task ids of the batch
+    "lightning_peft.methods.text_start",
     "lightning_peft.methods.token_indices",
+    "lightning_peft.methods.triplets",
 )
 
 
@@ -342,19 +353,28 @@ def bases_in(path: Path) -> set[str]:
 
 # Files of methods/ that define no method of their own.
 NO_METHODS = (
+    "adalora_importance",
+    "argument_messages",
     "arguments",
+    "bottleneck_layers",
     "checks",
+    "cpt_loss",
     "exchange",
     "hybrids",
     "limits",
     "lora_checks",
     "lora_gradients",
     "lora_start",
+    "lycoris",
+    "method_lists",
     "refused",
     "registry",
+    "row_clusters",
     "site_rules",
     "tensors",
+    "text_start",
     "token_indices",
+    "triplets",
 )
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.projection import distance_to_orthonormal
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
+from lightning_peft.methods.adalora_importance import accumulate, prune
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import require
@@ -24,8 +26,6 @@ from lightning_peft.methods.site_rules import one_matrix
 from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["AdaLoRA"]
-
-_TRIPLET = ("A", "B", "E")
 
 
 @register
@@ -127,8 +127,7 @@ class AdaLoRA(BiasOption):
         total: Tensor | None = None
         for _, p in ctx.entries:
             for P in (p["A"], p["B"].mT):
-                eye = torch.eye(P.shape[0], dtype=P.dtype, device=P.device)
-                norm = torch.linalg.matrix_norm(P @ P.mT - eye)
+                norm = distance_to_orthonormal(P)
                 total = norm if total is None else total + norm
         return None if total is None else self.orth_reg_weight / (2 * len(ctx.entries)) * total
 
@@ -153,50 +152,10 @@ class AdaLoRA(BiasOption):
             )
         if ctx.step < total - self.tfinal:
             for _, p in ctx.entries:
-                self._accumulate(p)
+                accumulate(p, self.beta1, self.beta2)
         due = self.tinit < ctx.step < total - self.tfinal and ctx.step % self.deltaT == 0
         if due or ctx.step == total - self.tfinal:
-            self._prune(ctx, self.budget(ctx.step, total, len(ctx.entries)))
+            prune([p for _, p in ctx.entries], self.budget(ctx.step, total, len(ctx.entries)))
         elif ctx.step > total - self.tfinal:
             for _, p in ctx.entries:
                 p["E"].mul_(p["mask"].to(p["E"].dtype))
-
-    def _accumulate(self, p: Mapping[str, Tensor]) -> None:
-        gradients = {k: g for k in _TRIPLET if (g := p[k].grad) is not None}
-        if not gradients:
-            return
-        present = list(gradients)
-        now = torch._foreach_mul([p[k].detach() for k in present], list(gradients.values()))
-        torch._foreach_abs_(now)
-        importance = [p[f"importance_{k}"] for k in present]
-        uncertainty = [p[f"uncertainty_{k}"] for k in present]
-        torch._foreach_lerp_(
-            importance,
-            [t.to(i.dtype) for t, i in zip(now, importance, strict=True)],
-            1 - self.beta1,
-        )
-        gap = torch._foreach_sub(list(now), importance)
-        torch._foreach_abs_(gap)
-        torch._foreach_lerp_(
-            uncertainty,
-            [t.to(u.dtype) for t, u in zip(gap, uncertainty, strict=True)],
-            1 - self.beta2,
-        )
-
-    def _prune(self, ctx: StepContext, budget: int) -> None:
-        scores = [self._score(p) for _, p in ctx.entries]
-        out = sum(len(s) for s in scores) - budget
-        threshold = None
-        if out > 0:
-            threshold = torch.cat([s.to(scores[0].device) for s in scores]).kthvalue(out).values
-        for (_, p), score in zip(ctx.entries, scores, strict=True):
-            if threshold is None:
-                p["mask"].fill_(1.0)
-            else:
-                p["mask"].copy_(score > threshold.to(score.device))
-            p["E"].mul_(p["mask"].to(p["E"].dtype))
-
-    def _score(self, p: Mapping[str, Tensor]) -> Tensor:
-        """[r]: E's importance · uncertainty, with the means over A's row and B's column."""
-        a, b, e = (p[f"importance_{k}"] * p[f"uncertainty_{k}"] for k in _TRIPLET)
-        return e + a.mean(1) + b.mean(0)

@@ -15,23 +15,11 @@ from lightning_peft.methods.base import WeightMethod
 from lightning_peft.methods.formats.adamss import FORMAT, MOST_CLUSTERS
 from lightning_peft.methods.limits import at_least, between
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.row_clusters import row_clusters
 from lightning_peft.methods.site_rules import one_matrix
 from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["AdaMSS"]
-
-
-def _clusters(X: Tensor, n: int) -> Tensor:
-    """Cluster of each row, by peft's call of scikit-learn: int64."""
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError(
-            "AdaMSS: expected scikit-learn, whose k-means peft uses, found none; run pip install "
-            "scikit-learn"
-        ) from error
-    means = KMeans(n_clusters=n, init="random", n_init=1, max_iter=10, random_state=123456789)
-    return torch.from_numpy(means.fit_predict(X.float().numpy())).long()
 
 
 @register
@@ -93,7 +81,7 @@ class AdaMSS(WeightMethod):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             U, _, V = torch.svd_lowrank(M.cpu(), q=r, niter=2)
-        return U, V.mT, _clusters(U, clusters)
+        return U, V.mT, row_clusters(U, clusters)
 
     @property
     def starts_from_weight(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_peft.core.butterfly import butterfly, with_identities
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
@@ -21,14 +22,6 @@ from lightning_peft.methods.site_rules import features_in, one_matrix
 from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["BOFT", "butterfly"]
-
-
-def butterfly(n: int, blocks: int, size: int) -> Tensor:
-    """Order [n] of one stage: within each of `blocks` stretches, groups of `size` elements are
-    taken even ones first, then odd ones.
-    """
-    groups = torch.arange(n).view(blocks, -1, size)
-    return torch.cat([groups[:, 0::2], groups[:, 1::2]], dim=1).reshape(-1)
 
 
 @register
@@ -105,7 +98,7 @@ class BOFT(BiasOption):
         wide = S.float()
         blocks = torch.linalg.solve(eye - wide, eye + wide).mT.to(S.dtype)
         if self.dropout and site.module.training:
-            blocks = self._dropped(blocks)
+            blocks = with_identities(blocks, self.dropout)
         stages: list[tuple[Tensor | None, Tensor]] = []
         for i in reversed(range(self.n_butterfly)):
             order = None
@@ -113,12 +106,3 @@ class BOFT(BiasOption):
                 order = butterfly(site.in_features, number // 2**i, size).to(S.device)
             stages.append((order, blocks[i]))
         return Edit(rotation=BlockRotation(tuple(stages)), out_scale=p["s"])
-
-    def _dropped(self, blocks: Tensor) -> Tensor:
-        """Identity in place of a share of one stage's blocks."""
-        m, number, size, _ = blocks.shape
-        drop = torch.zeros(m, number, 1, 1, device=blocks.device, dtype=blocks.dtype)
-        order = torch.randperm(number, device=blocks.device)[: int(self.dropout * number)]
-        drop[torch.randint(0, m, ()), order] = 1.0
-        eye = torch.eye(size, device=blocks.device, dtype=blocks.dtype)
-        return (1 - drop) * blocks + drop * eye

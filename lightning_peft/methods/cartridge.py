@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lightning_peft.methods.formats.cartridge import FORMAT
 from lightning_peft.methods.limits import at_least, only
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.registry import register
-from lightning_peft.methods.text_start import TextStart
+from lightning_peft.methods.text_start import TextStart, cache_of_text
 
 __all__ = ["Cartridge"]
 
@@ -80,36 +80,10 @@ class Cartridge(TextStart, PrefixTuning):
         if self.init == "random":
             table.normal_()
         elif self.init == "text":
-            table = self._cache_of_text(site)
+            table = cache_of_text(self.label, site, list(self.init_ids)[: self.n])
         made.register_buffer("F", table[: self.frozen].clone())
         made.P = nn.Parameter(table[self.frozen :].clone())
         return made
-
-    @torch.no_grad()
-    def _cache_of_text(self, site: SequenceSite) -> Tensor:
-        """[n, columns]: what the stack puts into its cache for the text."""
-        stack: Any = site.module
-        require(
-            bool(site.embedding) and not site.embeddings.weight.is_meta,
-            f"{self.label} on {site.quoted}: expected a decoder of Hugging Face with its weights "
-            "to run the text through, got none; use init='random'",
-        )
-        ids = torch.tensor([list(self.init_ids)[: self.n]], device=site.embeddings.weight.device)
-        modes = [(m, m.training) for m in stack.modules()]
-        stack.eval()
-        try:
-            cache = stack(input_ids=ids, use_cache=True).past_key_values
-        finally:
-            for m, training in modes:
-                m.training = training
-        pairs = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
-        require(
-            len(pairs) == len(site.layers),
-            f"{self.label} on {site.quoted}: expected keys and values of {len(site.layers)} "
-            f"layers, got {len(pairs)}; use init='random'",
-        )
-        rows = [t[0].transpose(0, 1).reshape(self.n, -1) for pair in pairs for t in pair]
-        return torch.cat(rows, dim=1).float().cpu()
 
     def prompt_embeddings(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """[n, columns]."""

@@ -4,16 +4,17 @@ arXiv:2410.17222.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.balls import project_into_balls, radii_by_kind
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat, StepContext
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.cpt_loss import cpt_loss
 from lightning_peft.methods.formats.cpt import FORMAT
 from lightning_peft.methods.limits import SHARE, above, only
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -73,9 +74,8 @@ class CPT(PromptTuning):
     def __post_init__(self) -> None:
         """Check the values."""
         require(
-            bool(self.init_ids) and self.init == "text",
-            f"{self.label}: expected init='text' with the init_ids of examples, got "
-            f"{self.init!r} with {len(self.init_ids)} ids",
+            bool(self.init_ids),
+            f"{self.label}: expected init='text' with the init_ids of examples, got no ids",
         )
         require(
             self.n <= 0 or self.n == len(self.init_ids),
@@ -97,10 +97,7 @@ class CPT(PromptTuning):
 
     def _radii(self, width: int) -> Tensor:
         """ε of each position [n, 1]; 0 where it stays."""
-        kinds = torch.tensor(list(self.types)) % 4
-        scale = math.sqrt(width / 2048)
-        radii = torch.where(kinds == 2, self.epsilon * scale, self.format_epsilon * scale)
-        return torch.where(kinds == 0, 0.0, radii).unsqueeze(1)
+        return radii_by_kind(self.types, self.epsilon, self.format_epsilon, width)
 
     def module(self, site: SequenceSite) -> nn.Module:
         """E, kept and saved, and P zero."""
@@ -127,43 +124,4 @@ class CPT(PromptTuning):
     def after_step(self, ctx: StepContext) -> None:
         """Project δ into its ball."""
         for _, p in ctx.entries:
-            radii = self._radii(p["P"].shape[1]).to(p["P"])
-            norm = torch.linalg.vector_norm(p["P"], dim=1, keepdim=True)
-            p["P"].mul_(radii / norm.clamp(min=torch.finfo(norm.dtype).tiny).maximum(radii))
-
-
-def cpt_loss(logits: Tensor, labels: Tensor, method: CPT, types: Tensor | None = None) -> Tensor:
-    """Cross entropy of the next token on labels of the text and of the examples, as a mean.
-
-    Args:
-        logits: Output of the model under `method` with context_loss=True [batch, n + positions,
-            vocabulary].
-        labels: Token ids of the text [batch, positions]; −100 does not count.
-        method: The method that is attached.
-        types: Kind of each token of the text, as in `CPT.types`; None counts all of `labels`.
-
-    Raises:
-        ValueError: logits without the positions of the prompt.
-    """
-    batch, n = labels.shape[0], logits.shape[1] - labels.shape[1]
-    require(
-        n == method.n,
-        f"cpt_loss: expected logits of {method.n} positions of the prompt and "
-        f"{labels.shape[1]} of the text, got {logits.shape[1]}; attach CPT(context_loss=True) and "
-        "give the model no labels",
-    )
-    device = labels.device
-    own = torch.tensor(list(method.types), device=device)
-    last = -(-int(own.max()) // 4) * 4
-    text = torch.full_like(labels, 4) if types is None else types
-    kinds = torch.cat([own.expand(batch, -1), torch.where(text > 0, text + last, text)], dim=1)
-    ids = torch.tensor(list(method.init_ids), device=device).expand(batch, -1)
-    target, kinds = torch.cat([ids, labels], dim=1)[:, 1:], kinds[:, 1:]
-    example = torch.where((kinds > 0) & (kinds % 4 == 0), kinds // 4, 0)
-    counted = (example > 0) & (target != -100)
-    present = logits.new_zeros(batch, int(example.max()) + 1).scatter(1, example, 1.0)
-    later = present.flip(1).cumsum(1).flip(1) - present
-    weight = method.decay ** later.gather(1, example)
-    rows = logits[:, :-1].flatten(0, 1)
-    loss = nn.functional.cross_entropy(rows, target.flatten(), reduction="none")
-    return (loss * weight.flatten())[counted.flatten()].mean()
+            project_into_balls(p["P"], self._radii(p["P"].shape[1]))

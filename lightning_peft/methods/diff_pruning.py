@@ -1,16 +1,13 @@
 """DiffPruning: a sparse change of the weights.  W' = W + z ∘ w,  z = gate(α) in [0, 1].
 
-z = clip(σ((log u − log(1 − u) + α) / τ) (ζ − γ) + γ, 0, 1), u uniform, a hard-concrete gate whose
-expected number of open gates Σ σ(α − τ log(−γ / ζ)) is added to the loss. Without sampling (in
-eval, when merging) z = clip(σ(α) (ζ − γ) + γ, 0, 1).
+The gates are hard-concrete (`lightning_peft.core.hard_concrete`): drawn in training, at their mean
+in eval and when merging. The expected number of open ones is added to the loss.
 
-Source: Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", equations 3–5;
-gates: Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization".
+Source: Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", equations 3–5.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.hard_concrete import gate, keep_largest, open_probability
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import StepContext, WeightMethod
@@ -26,8 +24,6 @@ from lightning_peft.methods.registry import register
 from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["DiffPruning"]
-
-_GAMMA, _ZETA = -0.1, 1.1  # ends of the stretched interval, as in the paper
 
 
 @register
@@ -92,9 +88,9 @@ class DiffPruning(WeightMethod):
         return Edit(terms=(Dense(self._gates(p, sampled) * p["w"]),))
 
     def _gates(self, p: Mapping[str, Tensor], sampled: bool) -> Tensor:
-        z = _gate(p["alpha"], p["tau"], sampled)
+        z = gate(p["alpha"], p["tau"], sampled)
         if self.structured:
-            z = z * _gate(p["alpha_group"], p["tau"], sampled)
+            z = z * gate(p["alpha_group"], p["tau"], sampled)
         # No branch on a tensor: one graph under torch.compile.
         return torch.where(p["fixed"] > 0, p["mask"], z) if "mask" in p else z
 
@@ -105,10 +101,9 @@ class DiffPruning(WeightMethod):
         total = torch.zeros(())
         count = 0
         for _, p in ctx.entries:
-            shift = p["tau"] * math.log(-_GAMMA / _ZETA)
-            open_ = torch.sigmoid(p["alpha"] - shift)
+            open_ = open_probability(p["alpha"], p["tau"])
             if self.structured:
-                open_ = open_ * torch.sigmoid(p["alpha_group"] - shift)
+                open_ = open_ * open_probability(p["alpha_group"], p["tau"])
             total = total.to(open_.device) + (open_ * (1 - p["fixed"])).sum()
             count += open_.numel()
         return self.l0 * total / max(1, count)
@@ -127,19 +122,8 @@ class DiffPruning(WeightMethod):
         if not entries:
             return
         deltas = [(self._gates(p, False) * p["w"]) for p in entries]
-        flat = torch.cat([d.abs().flatten() for d in deltas])
-        kept = max(1, round(self.density * flat.numel()))
-        least = flat.kthvalue(flat.numel() - kept + 1).values
-        for p, delta in zip(entries, deltas, strict=True):
-            p["mask"].copy_(((delta.abs() >= least) & (delta != 0)).to(p["mask"].dtype))
+        masks = keep_largest(deltas, self.density)
+        for p, delta, mask in zip(entries, deltas, masks, strict=True):
+            p["mask"].copy_(mask.to(p["mask"].dtype))
             p["w"].copy_(delta)
             p["fixed"].fill_(1.0)
-
-
-def _gate(alpha: Tensor, tau: Tensor, sampled: bool) -> Tensor:
-    if sampled:
-        u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
-        s = torch.sigmoid((u.log() - (1 - u).log() + alpha) / tau)
-    else:
-        s = torch.sigmoid(alpha)
-    return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.projection import distance_to_orthonormal
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.exchange import refuse_all_but_linear
@@ -105,9 +106,6 @@ class KaSA(LoRA):
         terms = []
         for _, p in ctx.entries:
             A, B, d = p["A"], p["B"], p["d"]
-            eye = torch.eye(len(d), dtype=d.dtype, device=d.device)
-            skew = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(
-                A @ A.mT - eye
-            )
+            skew = distance_to_orthonormal(B.mT) + distance_to_orthonormal(A)
             terms.append(self.beta * d.square().sum() + self.gamma * skew)
         return torch.stack(terms).sum() if terms else None

@@ -8,35 +8,27 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Kronecker
-from lightning_peft.methods.base import WeightMethod
-from lightning_peft.methods.checks import match_site, require, require_ranks
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.formats.lokr import FORMAT
-from lightning_peft.methods.limits import FRACTION
+from lightning_peft.methods.lycoris import (
+    LycorisMethod,
+    factorization,
+    product_over_kernel,
+    random_tensors,
+)
 from lightning_peft.methods.registry import register
-from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["LoKr", "factorization"]
 
 
-def factorization(n: int, factor: int = -1) -> tuple[int, int]:
-    """n = a · b: a closest to √n and at most `factor` (-1: no bound); `factor` itself, first, where
-    it divides n.
-    """
-    if factor > 0 and n % factor == 0:
-        return factor, n // factor
-    bound = n if factor == -1 else factor
-    a = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0 and (d <= bound or d == 1))
-    return a, n // a
-
-
 @register
 @dataclass(frozen=True)
-class LoKr(WeightMethod):
+class LoKr(LycorisMethod):
     """A Kronecker product w1 [a, c] ⊗ w2 [b, d] with a·b = out, c·d = in.
 
     Runs as two small products (vec identity); ΔW is not formed on a linear layer.
@@ -71,13 +63,11 @@ class LoKr(WeightMethod):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     conv1d: Literal["exact", "reshaped"] = "exact"
 
-    limits = {"rank_dropout": FRACTION, "module_dropout": FRACTION}
     hf = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
         require(
             self.decompose_factor == -1 or self.decompose_factor >= 1,
             f"{self.label}: expected decompose_factor -1 or >= 1, got {self.decompose_factor}",
@@ -91,21 +81,12 @@ class LoKr(WeightMethod):
             f"{self.rank_dropout}; use module_dropout, or exclude it",
         )
 
-    def rank(self, site: Site) -> int:
-        """Rank at this site."""
-        r: int = match_site(self.rank_pattern, site, self.r)
-        return r
-
     def has_full_w2(self, site: Site) -> bool:
         """Whether w2 has no factors at this site."""
         _, b = factorization(site.out_features, self.decompose_factor)
         width = math.prod(site.kernel_size)
         _, d = factorization(site.in_features // width, self.decompose_factor)
         return self.rank(site) >= max(b, d) / 2
-
-    def scaling(self, site: Site) -> float:
-        """α/r at this site."""
-        return float(match_site(self.alpha_pattern, site, self.alpha) / self.rank(site))
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """w1 zero (or its first factor), the others uniform."""
@@ -124,26 +105,17 @@ class LoKr(WeightMethod):
             shapes |= {"t2": (r, r, *kernel), "w2_a": (r, b), "w2_b": (r, d)}
         else:
             shapes |= {"w2_a": (b, r), "w2_b": (r, d * width)}
-        p = {name: empty_like_site(site, *shape) for name, shape in shapes.items()}
-        for name, t in p.items():
-            if name in ("w1", "w1_a"):
-                nn.init.zeros_(t)
-            else:
-                bound = 1 / math.sqrt(math.prod(t.shape[1 + len(site.batch_shape) :]))
-                nn.init.uniform_(t, -bound, bound)
-        return p
+        return random_tensors(site, shapes, zero=("w1", "w1_a"))
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A Kronecker term."""
-        training = site.module.training
-        if training and self.module_dropout and torch.rand(()) < self.module_dropout:
+        if self.drops_change(site):
             return Edit()
         w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
         if "w2" in p:
             w2 = p["w2"]
         elif "t2" in p:
-            t2 = p["t2"].flatten(2)
-            w2 = torch.einsum("ijk,jr,ip->prk", t2, p["w2_b"], p["w2_a"]).flatten(1)
+            w2 = product_over_kernel(p["t2"], p["w2_a"], p["w2_b"])
         else:
             w2 = p["w2_a"] @ p["w2_b"]
         term: Kronecker | Dense = Kronecker(w1, w2, self.scaling(site))
@@ -151,9 +123,7 @@ class LoKr(WeightMethod):
         if self.conv1d == "reshaped" and len(kernel) == 1 and "w2" in p:
             product = torch.kron(w1.contiguous(), w2.contiguous().unflatten(1, (-1, *kernel)))
             term = Dense(self.scaling(site) * product.reshape(site.shape))
-        if not (training and self.rank_dropout):
+        kept = self.kept_rows(site, w1, scaled=self.rank_dropout_scale)
+        if kept is None:
             return Edit(terms=(term,))
-        kept = (torch.rand(site.out_features, device=w1.device) > self.rank_dropout).to(w1.dtype)
-        if self.rank_dropout_scale:
-            kept = kept / kept.mean().clamp_min(torch.finfo(kept.dtype).eps)
         return Edit(terms=(Dense(kept.unsqueeze(-1) * term.matrix()),))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.site import Site
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.triplets import leading_triplets
 
 __all__ = [
     "INITS",
@@ -96,8 +97,7 @@ def random_start(init: str, A: Tensor, B: Tensor, r: int) -> None:
 def singular_factors(W: Tensor, r: int, s: float, niter: int | None) -> tuple[Tensor, Tensor]:
     """Return A = √(S/s) Vᵀ and B = U √(S/s) of the r leading singular triplets."""
     if niter is None:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, Vh = U[..., :r], S[..., :r], Vh[..., :r, :]
+        U, S, Vh = leading_triplets(W, r)
     else:
         U, S, V = torch.svd_lowrank(W, q=r, niter=niter)
         Vh = V.mT

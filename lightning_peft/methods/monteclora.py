@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.core.drawn import Drawn
+from lightning_peft.core.drawn import Drawn, divergence
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
@@ -100,27 +100,10 @@ class MonteCLoRA(LoRA):
 
     def penalty(self, ctx: StepContext) -> Tensor | None:
         """The expected divergences of the three distributions, averaged over layers."""
-        terms = [self._divergence(p["log_std"], p["log_concentration"]) for _, p in ctx.entries]
+        terms = [self._loss(p["log_std"], p["log_concentration"]) for _, p in ctx.entries]
         return torch.stack(terms).mean() if terms else None
 
-    def _divergence(self, log_std: Tensor, log_concentration: Tensor) -> Tensor:
-        r, n = len(log_std), len(log_concentration)
-        a, prior = (
-            torch.exp(log_concentration),
-            torch.full_like(log_concentration, self.dirichlet_prior),
-        )
-        dirichlet = (
-            torch.lgamma(a.sum())
-            - torch.lgamma(a).sum()
-            - torch.lgamma(prior.sum())
-            + torch.lgamma(prior).sum()
-            + ((a - prior) * (torch.digamma(a) - torch.digamma(a.sum()))).sum()
-        )
-        variance, log_variance = torch.exp(2 * log_std), 2 * log_std
-        wishart = 0.5 * r * (variance - log_variance - 1).sum()
-        half = torch.tensor(r / 2, dtype=log_std.dtype, device=log_std.device)
-        expected_log = log_variance + torch.digamma(half) + torch.log(2 * torch.ones_like(half))
-        normal = 0.5 * n * (r * variance - expected_log - 1).sum()
-        loss = self.kl_weight * (dirichlet + wishart + normal)
+    def _loss(self, log_std: Tensor, log_concentration: Tensor) -> Tensor:
+        loss = self.kl_weight * divergence(log_std, log_concentration, self.dirichlet_prior)
         mean_weights = (log_concentration - log_concentration.mean()).softmax(0)
         return loss + mean_weights.square().sum() if self.entropy else loss

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.rotation import BlockRotation, neumann
+from lightning_peft.core.rotation import BlockRotation, nearest_divisor, neumann
 from lightning_peft.core.site import Site
-from lightning_peft.core.skew import cayley, skew
+from lightning_peft.core.skew import cayley, near_zero, skew
 from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import require, require_either
 from lightning_peft.methods.formats.oft import FORMAT
@@ -24,16 +23,6 @@ from lightning_peft.methods.site_rules import one_matrix
 from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["OFT", "nearest_divisor"]
-
-
-def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of n closest to `wanted`; the smaller of two."""
-    distance = 0
-    while True:  # outwards: most often none
-        for d in (wanted - distance, wanted + distance):
-            if 1 <= d <= n and n % d == 0:
-                return d
-        distance += 1
 
 
 def _features(site: Site) -> int:
@@ -112,14 +101,9 @@ class OFT(BiasOption):
         b = self.block(site)
         Q = skew(p["triangle"], b)
         if self.coft:
-            Q = Q + (self._near(Q) - Q).detach()
+            Q = Q + (near_zero(Q, self.eps) - Q).detach()
         R = neumann(Q, self.terms) if self.cayley_neumann else cayley(Q)
         if self.block_share:
             R = R.expand(_features(site) // b, b, b)
         turn = BlockRotation(((None, R),))
         return Edit(out_map=turn) if site.is_embedding else Edit(rotation=turn)
-
-    def _near(self, Q: Tensor) -> Tensor:
-        eps = self.eps / len(Q) ** 0.5
-        norm = torch.linalg.matrix_norm(Q, keepdim=True)
-        return torch.where(norm <= eps, Q, eps * Q / norm)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.projection import keep_space, remove_space
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import HFFormat, StepContext, WeightMethod
@@ -116,16 +117,15 @@ class OSF(WeightMethod):
     def after_backward(self, ctx: StepContext) -> None:
         """Gradients of U and V lose their part in the kept space."""
         for site, p in ctx.entries:
-            taller = site.out_features > site.in_features
-            wider = site.out_features < site.in_features
-            for name, longer in (("U", taller), ("V", wider)):
+            for name, side, other in (
+                ("U", site.out_features, site.in_features),
+                ("V", site.in_features, site.out_features),
+            ):
                 grad = p[name].grad
                 if grad is None:
                     continue
-                G = grad if name == "U" else grad.mT
-                if longer:
-                    H = p["H"].to(G)
-                    G.sub_(H @ (H.mT @ G))
+                G, start = (grad, p["U0"]) if name == "U" else (grad.mT, p["V0"].mT)
+                if side > other:
+                    remove_space(G, p["H"])
                 else:  # a square factor: the rest of the space is what the start spans
-                    L = (p["U0"] if name == "U" else p["V0"].mT).to(G)
-                    G.copy_(L @ (L.mT @ G))
+                    keep_space(G, start)

@@ -13,19 +13,19 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import neumann
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import WeightMethod
 from lightning_peft.methods.formats.psoft import FORMAT
 from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.site_rules import one_matrix, rank_within_layer
 from lightning_peft.methods.tensors import empty_like_site
+from lightning_peft.methods.triplets import FrozenTriplets, leading_triplets
 
 __all__ = ["PSOFT"]
 
 
 @register
 @dataclass(frozen=True)
-class PSOFT(WeightMethod):
+class PSOFT(FrozenTriplets):
     """ΔW = s B (R − I) A; B A are the weight's r leading triplets, R = diag(b) C diag(a).
 
     C = (I + Q)(I − Q)⁻¹ is orthogonal, with Q skew-symmetric. s cancels in ΔW: B is divided by it.
@@ -71,6 +71,10 @@ class PSOFT(WeightMethod):
     site_rules = (one_matrix, rank_within_layer)
     hf = FORMAT
 
+    def rank(self, site: Site) -> int:
+        """Triplets at a site."""
+        return self.r
+
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """q zeros (the upper triangle of Q), or C = I; a and b [r] ones."""
         r = self.r
@@ -80,22 +84,10 @@ class PSOFT(WeightMethod):
         ones = {k: empty_like_site(site, r).fill_(1.0) for k, on in trained.items() if on}
         return {"q": q if self.orthogonal else full, **ones}
 
-    def buffers(self, site: Site) -> dict[str, Tensor]:
-        """A [r, in], B [out, r], filled from the weight."""
-        return {
-            "A": empty_like_site(site, self.r, site.in_features).zero_(),
-            "B": empty_like_site(site, site.out_features, self.r).zero_(),
-        }
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """A and B are factors of the weight."""
-        return True
-
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The leading singular triplets."""
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, Vh = U[:, : self.r], S[: self.r] * self.r / self.alpha, Vh[: self.r]
+        U, S, Vh = leading_triplets(W, self.r)
+        S = S * self.r / self.alpha
         if self.split == "psoft_init":
             p["A"], p["B"] = Vh.contiguous(), U * S
         else:

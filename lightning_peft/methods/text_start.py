@@ -1,10 +1,17 @@
-"""What prompts share that start from a text."""
+"""What prompts and prefixes share that start from a text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-__all__ = ["TextStart"]
+import torch
+from torch import Tensor
+
+from lightning_peft.core.site import SequenceSite
+from lightning_peft.methods.checks import require
+
+__all__ = ["TextStart", "cache_of_text"]
 
 M = TypeVar("M", bound="TextStart")
 
@@ -18,3 +25,34 @@ class TextStart:
         ids = [int(i) for i in tokenizer(text)["input_ids"]]
         chosen: dict[str, Any] = {"init": "text", "init_ids": ids, "n": len(ids), **fields}
         return cls(**chosen)
+
+
+@torch.no_grad()
+def cache_of_text(label: str, site: SequenceSite, ids: Sequence[int]) -> Tensor:
+    """Return what a stack puts into its cache for a text [n, columns].
+
+    Raises:
+        ValueError: no decoder of Hugging Face with its weights.
+    """
+    stack: Any = site.module
+    require(
+        bool(site.embedding) and not site.embeddings.weight.is_meta,
+        f"{label} on {site.quoted}: expected a decoder of Hugging Face with its weights "
+        "to run the text through, got none; use init='random'",
+    )
+    batch = torch.tensor([list(ids)], device=site.embeddings.weight.device)
+    modes = [(m, m.training) for m in stack.modules()]
+    stack.eval()
+    try:
+        cache = stack(input_ids=batch, use_cache=True).past_key_values
+    finally:
+        for m, training in modes:
+            m.training = training
+    pairs = [(layer.keys, layer.values) for layer in getattr(cache, "layers", ())]
+    require(
+        len(pairs) == len(site.layers),
+        f"{label} on {site.quoted}: expected keys and values of {len(site.layers)} "
+        f"layers, got {len(pairs)}; use init='random'",
+    )
+    rows = [t[0].transpose(0, 1).reshape(len(ids), -1) for pair in pairs for t in pair]
+    return torch.cat(rows, dim=1).float().cpu()

@@ -19,14 +19,15 @@ from lightning_peft.methods.formats.tinylora import FORMAT
 from lightning_peft.methods.limits import FRACTION, at_least, between
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.site_rules import one_matrix
-from lightning_peft.methods.tensors import empty_like_site, empty_shared
+from lightning_peft.methods.tensors import empty_shared
+from lightning_peft.methods.triplets import FrozenTriplets, leading_triplets
 
 __all__ = ["TinyLoRA"]
 
 
 @register
 @dataclass(frozen=True)
-class TinyLoRA(BiasOption):
+class TinyLoRA(FrozenTriplets, BiasOption):
     """ΔW = B (Σ_i v_i P_i) A with A = √S Vᵀ, B = U √S of the r leading triplets of W, frozen.
 
     Attributes:
@@ -66,7 +67,8 @@ class TinyLoRA(BiasOption):
     def _groups(self, layers: int) -> int:
         return max(1, round(layers * (1.0 - self.weight_tying)))
 
-    def _rank(self, site: Site) -> int:
+    def rank(self, site: Site) -> int:
+        """Triplets at a site."""
         return min(self.r, site.in_features, site.out_features)
 
     def shared_parameters(self, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -80,7 +82,7 @@ class TinyLoRA(BiasOption):
         size = max(1, len(sites) // groups)
         buffers = []
         for i, site in enumerate(sites):
-            r = self._rank(site)
+            r = self.rank(site)
             generator = torch.Generator().manual_seed(self.seed + i)
             P = torch.normal(0.0, r**-0.5, (self.u, r, r), generator=generator)
             buffers.append({"P": P, "group": torch.tensor([min(i // size, groups - 1)])})
@@ -90,25 +92,11 @@ class TinyLoRA(BiasOption):
         """None of its own."""
         return {}
 
-    def buffers(self, site: Site) -> dict[str, Tensor]:
-        """A [r, in], B [out, r], filled from the weight."""
-        r = self._rank(site)
-        return {
-            "A": empty_like_site(site, r, site.in_features).zero_(),
-            "B": empty_like_site(site, site.out_features, r).zero_(),
-        }
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """A and B are factors of the weight."""
-        return True
-
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The leading singular triplets."""
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        r = self._rank(site)
-        root = S[:r].sqrt()
-        p["A"], p["B"] = (root.unsqueeze(1) * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
+        U, S, Vh = leading_triplets(W, self.rank(site))
+        root = S.sqrt()
+        p["A"], p["B"] = (root.unsqueeze(1) * Vh).contiguous(), (U * root).contiguous()
         return None
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:

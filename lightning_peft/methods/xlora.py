@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_peft.core.site import RouterSite
 from lightning_peft.methods.base import HFFormat, RouterMethod
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.exchange import config_keys
-from lightning_peft.methods.limits import FRACTION
+from lightning_peft.methods.formats.xlora import FORMAT
+from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["XLoRA"]
@@ -70,27 +70,14 @@ class XLoRA(RouterMethod):
     softmax_top_k: bool = False
     weight: float = 1.0
 
-    limits = {"dropout": FRACTION}
-    hf: ClassVar[HFFormat | None] = HFFormat(
-        peft_type="XLORA",
-        tensors={},
-        config=config_keys(
-            depth="xlora_depth",
-            hidden="xlora_size",
-            dropout="xlora_dropout_p",
-            layerwise="layerwise_scalings",
-            softmax="enable_softmax",
-            temperature="softmax_temperature",
-            top_k="top_k_lora",
-            softmax_top_k="enable_softmax_topk",
-            weight="global_scaling_weight",
-        ),
-        own_defaults=True,
-        fixed={"scaling_pass_value": 0.0},
-        inert={"use_trainable_adapters": False},
-        ignored=("adapters", "hidden_size"),
-        saves_modules=False,
-    )
+    limits = {
+        "depth": at_least(1),
+        "hidden": at_least(1),
+        "top_k": at_least(1),
+        "temperature": above(0),
+        "dropout": FRACTION,
+    }
+    hf: ClassVar[HFFormat | None] = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -98,12 +85,6 @@ class XLoRA(RouterMethod):
         require(
             bool(self.adapters) and len(set(self.adapters)) == len(self.adapters),
             f"{self.label}: expected names of adapters that differ, got {self.adapters}",
-        )
-        sizes = (self.depth, self.hidden, 1 if self.top_k is None else self.top_k)
-        require(
-            min(sizes) >= 1 and self.temperature > 0,
-            f"{self.label}: expected depth, hidden and top_k >= 1 and temperature > 0, got {sizes} "
-            f"and {self.temperature}",
         )
         require(
             self.top_k is not None or not self.softmax_top_k,
