@@ -35,6 +35,8 @@ def open_probability(alpha: Tensor, tau: Tensor) -> Tensor:
 
 def keep_largest(changes: list[Tensor], share: float) -> list[Tensor]:
     """Return masks of the entries of largest magnitude, a share of all of them together."""
+    if not changes:
+        return []
     flat = torch.cat([d.abs().flatten() for d in changes])
     kept = max(1, round(share * flat.numel()))
     least = flat.kthvalue(flat.numel() - kept + 1).values

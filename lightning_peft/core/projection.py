@@ -23,4 +23,5 @@ def remove_space(G: Tensor, basis: Tensor) -> None:
 def distance_to_orthonormal(P: Tensor) -> Tensor:
     """‖P Pᵀ − I‖ of rows [r, n], in the Frobenius norm."""
     eye = torch.eye(P.shape[0], dtype=P.dtype, device=P.device)
-    return torch.linalg.matrix_norm(P @ P.mT - eye)
+    distance: Tensor = torch.linalg.matrix_norm(P @ P.mT - eye)
+    return distance

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.base import FromWeight
 from lightning_peft.methods.formats.adamss import FORMAT, MOST_CLUSTERS
 from lightning_peft.methods.limits import at_least, between
 from lightning_peft.methods.registry import register
@@ -24,7 +24,7 @@ __all__ = ["AdaMSS"]
 
 @register
 @dataclass(frozen=True)
-class AdaMSS(WeightMethod):
+class AdaMSS(FromWeight):
     """Row i of ΔW is B[i] A[k] N, k the row's cluster; the last column of N acts on the bias.
 
     N holds the r leading right singular vectors of [W | b], frozen. B starts at zeros. Clusters
@@ -82,11 +82,6 @@ class AdaMSS(WeightMethod):
             torch.manual_seed(self.seed)
             U, _, V = torch.svd_lowrank(M.cpu(), q=r, niter=2)
         return U, V.mT, row_clusters(U, clusters)
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """A, N and the clusters are the weight's."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """A[k]: orthonormal rows in the space of the cluster's left vectors."""

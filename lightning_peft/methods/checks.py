@@ -16,6 +16,7 @@ __all__ = [
     "match_site",
     "require",
     "require_either",
+    "require_no_network",
     "require_ordered",
     "require_places",
     "require_ranks",
@@ -65,6 +66,15 @@ def require_ordered(method: Any, name: str) -> None:
     require(
         isinstance(ids, Sequence),
         f"{method.label}: expected {name} in the order of the text, got {ids!r}; give a list",
+    )
+
+
+def require_no_network(method: Any, option: str, off: object) -> None:
+    """Raise ValueError where a network makes the prompt: a table without it cannot be loaded."""
+    got = getattr(method, option)
+    require(
+        got == off,
+        f"{method.label}: expected {option}={off} for a table without its network, got {got!r}",
     )
 
 

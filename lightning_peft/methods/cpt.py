@@ -19,6 +19,7 @@ from lightning_peft.methods.formats.cpt import FORMAT
 from lightning_peft.methods.limits import SHARE, above, only
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.text_start import take_length_from_ids
 
 __all__ = ["CPT", "cpt_loss"]
 
@@ -73,17 +74,7 @@ class CPT(PromptTuning):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(
-            bool(self.init_ids),
-            f"{self.label}: expected init='text' with the init_ids of examples, got no ids",
-        )
-        require(
-            self.n <= 0 or self.n == len(self.init_ids),
-            f"{self.label}: expected n = {len(self.init_ids)}, the number of init_ids, got n = "
-            f"{self.n}; leave n out",
-        )
-        if self.n == 0:
-            object.__setattr__(self, "n", len(self.init_ids))
+        take_length_from_ids(self)
         super().__post_init__()
         require(
             len(self.types) == self.n and all(type(t) is int and t >= 0 for t in self.types),

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.base import FromWeight, HFFormat
 from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import match_site
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
@@ -28,7 +28,7 @@ _LEAST = 1e-4  # of a norm
 
 @register
 @dataclass(frozen=True)
-class DeLoRA(BiasOption):
+class DeLoRA(FromWeight, BiasOption):
     """ΔW = B diag(λ / (r |a_i| |b_i|)) A diag(w), w_j the norm of column j of W at the start.
 
     Attributes:
@@ -87,11 +87,6 @@ class DeLoRA(BiasOption):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """w [in], filled from the weight."""
         return {"w": empty_like_site(site, site.in_features).zero_()}
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Norms of columns are taken at the start."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The norms of the columns of W."""

@@ -65,22 +65,18 @@ class DiffPruning(WeightMethod):
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """w [*, out, in] zeros, alpha [*, out, in]; alpha_group [*, 1, 1] where structured."""
-        shape = (site.out_features, site.in_features)
-        p = {
-            "w": nn.init.zeros_(empty_like_site(site, *shape)),
-            "alpha": nn.init.constant_(empty_like_site(site, *shape), self.alpha_init),
-        }
+        p = {"w": self._full(site, 0.0), "alpha": self._full(site, self.alpha_init)}
         if self.structured:
             p["alpha_group"] = nn.init.constant_(empty_like_site(site, 1, 1), self.alpha_init)
         return p
 
+    def _full(self, site: Site, value: float) -> Tensor:
+        return empty_like_site(site, site.out_features, site.in_features).fill_(value)
+
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """tau and fixed [1]; mask [*, out, in] if `density` is given."""
         b = {"tau": torch.full((1,), self.temperature), "fixed": torch.zeros(1)}
-        if self.density is not None:
-            shape = (site.out_features, site.in_features)
-            b["mask"] = nn.init.ones_(empty_like_site(site, *shape))
-        return b
+        return b if self.density is None else {**b, "mask": self._full(site, 1.0)}
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """W + z ∘ w; gates are sampled only in a training forward."""
@@ -119,8 +115,6 @@ class DiffPruning(WeightMethod):
         if self.density is None or share < self.fix_at:
             return
         entries = [p for _, p in ctx.entries if not bool(p["fixed"])]
-        if not entries:
-            return
         deltas = [(self._gates(p, False) * p["w"]) for p in entries]
         masks = keep_largest(deltas, self.density)
         for p, delta, mask in zip(entries, deltas, masks, strict=True):

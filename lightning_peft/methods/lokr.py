@@ -15,15 +15,16 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Kronecker
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.formats.lokr import FORMAT
+from lightning_peft.methods.limits import Limit
 from lightning_peft.methods.lycoris import (
     LycorisMethod,
-    factorization,
+    kronecker_sizes,
     product_over_kernel,
     random_tensors,
 )
 from lightning_peft.methods.registry import register
 
-__all__ = ["LoKr", "factorization"]
+__all__ = ["LoKr"]
 
 
 @register
@@ -63,15 +64,8 @@ class LoKr(LycorisMethod):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     conv1d: Literal["exact", "reshaped"] = "exact"
 
+    limits = {"decompose_factor": Limit("{} -1 or >= 1", lambda v: v == -1 or v >= 1)}
     hf = FORMAT
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(
-            self.decompose_factor == -1 or self.decompose_factor >= 1,
-            f"{self.label}: expected decompose_factor -1 or >= 1, got {self.decompose_factor}",
-        )
 
     def check(self, site: Site) -> None:
         """Rows of ΔW are dropped by forming it, which experts are too many for."""
@@ -83,17 +77,14 @@ class LoKr(LycorisMethod):
 
     def has_full_w2(self, site: Site) -> bool:
         """Whether w2 has no factors at this site."""
-        _, b = factorization(site.out_features, self.decompose_factor)
-        width = math.prod(site.kernel_size)
-        _, d = factorization(site.in_features // width, self.decompose_factor)
+        _, b, _, d = kronecker_sizes(site, self.decompose_factor)
         return self.rank(site) >= max(b, d) / 2
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """w1 zero (or its first factor), the others uniform."""
         r, kernel = self.rank(site), site.kernel_size
         width = math.prod(kernel)
-        a, b = factorization(site.out_features, self.decompose_factor)
-        c, d = factorization(site.in_features // width, self.decompose_factor)
+        a, b, c, d = kronecker_sizes(site, self.decompose_factor)
         shapes: dict[str, tuple[int, ...]]
         if self.decompose_both and r < max(a, c) / 2:
             shapes = {"w1_a": (a, r), "w1_b": (r, c)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import InitData
 from lightning_peft.methods.checks import require, require_ranks
-from lightning_peft.methods.lora_start import INITS, check_options
+from lightning_peft.methods.lora_options import INITS, check_options
 from lightning_peft.methods.token_indices import check_token_indices
 
 if TYPE_CHECKING:

@@ -14,7 +14,13 @@ from lightning_peft.methods.checks import match_site, require_ranks
 from lightning_peft.methods.limits import FRACTION
 from lightning_peft.methods.tensors import empty_like_site
 
-__all__ = ["LycorisMethod", "factorization", "product_over_kernel", "random_tensors"]
+__all__ = [
+    "LycorisMethod",
+    "factorization",
+    "kronecker_sizes",
+    "product_over_kernel",
+    "random_tensors",
+]
 
 
 class LycorisMethod(WeightMethod):
@@ -69,6 +75,18 @@ class LycorisMethod(WeightMethod):
         rows = torch.rand(site.out_features, device=like.device) > self.rank_dropout
         kept = rows.to(like.dtype)
         return kept / kept.mean().clamp_min(torch.finfo(kept.dtype).eps) if scaled else kept
+
+
+def kronecker_sizes(site: Site, factor: int) -> tuple[int, int, int, int]:
+    """Return (a, b, c, d): w1 [a, c] ⊗ w2 [b, d · Π kernel] is the weight.
+
+    Args:
+        site: The weight.
+        factor: Bound of a and c; -1 for none.
+    """
+    a, b = factorization(site.out_features, factor)
+    c, d = factorization(site.in_features // math.prod(site.kernel_size), factor)
+    return a, b, c, d
 
 
 def random_tensors(

@@ -14,7 +14,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.projection import keep_space, remove_space
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
-from lightning_peft.methods.base import HFFormat, StepContext, WeightMethod
+from lightning_peft.methods.base import FromWeight, HFFormat, StepContext
 from lightning_peft.methods.checks import match_site, require
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.limits import above
@@ -24,12 +24,10 @@ from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["OSF"]
 
-_NAMES = ("U", "S", "V")
-
 
 @register
 @dataclass(frozen=True)
-class OSF(WeightMethod):
+class OSF(FromWeight):
     """ΔW = U diag(S) V − U₀ diag(S₀) V₀ over all but the `kept` largest singular triplets.
 
     The callback takes the part of a gradient that lies in the kept triplets' space out of it,
@@ -50,7 +48,7 @@ class OSF(WeightMethod):
     limits = {"kept": above(0), "rank_pattern": above(0)}
     hf = HFFormat(
         peft_type="OSF",
-        tensors={k: f"osf_svd_params.{k}_low" for k in _NAMES},
+        tensors={k: f"osf_svd_params.{k}_low" for k in "USV"},
         unwritten=("U0", "S0", "V0", "H"),
         config=config_keys("rank_pattern", kept="effective_rank"),
         own_defaults=True,
@@ -94,11 +92,6 @@ class OSF(WeightMethod):
             buffers["H"] = empty_like_site(site, longer, self._kept(site)).zero_()
         return buffers
 
-    @property
-    def starts_from_weight(self) -> bool:
-        """The factors are the weight's."""
-        return True
-
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The smallest singular triplets."""
         U, S, V = torch.linalg.svd(W, full_matrices=False)
@@ -117,15 +110,13 @@ class OSF(WeightMethod):
     def after_backward(self, ctx: StepContext) -> None:
         """Gradients of U and V lose their part in the kept space."""
         for site, p in ctx.entries:
-            for name, side, other in (
-                ("U", site.out_features, site.in_features),
-                ("V", site.in_features, site.out_features),
-            ):
+            out, inner = site.out_features, site.in_features
+            for name, longer in (("U", out > inner), ("V", inner > out)):
                 grad = p[name].grad
                 if grad is None:
                     continue
                 G, start = (grad, p["U0"]) if name == "U" else (grad.mT, p["V0"].mT)
-                if side > other:
+                if longer:
                     remove_space(G, p["H"])
                 else:  # a square factor: the rest of the space is what the start spans
                     keep_space(G, start)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat, SequenceMethod
-from lightning_peft.methods.checks import require
+from lightning_peft.methods.checks import require_no_network
 from lightning_peft.methods.formats.p_tuning import FORMAT
 from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
@@ -90,10 +90,6 @@ class PTuning(SequenceMethod):
         Raises:
             ValueError: a network makes the prompt.
         """
-        require(
-            self.encoder is None,
-            f"{self.label}: expected encoder=None for a prompt without its network, got "
-            f"{self.encoder!r}",
-        )
+        require_no_network(self, "encoder", None)
         made = cast(_Encoder, module)
         made.E.data.copy_(table)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat, SequenceMethod
-from lightning_peft.methods.checks import require
+from lightning_peft.methods.checks import require_no_network
 from lightning_peft.methods.formats.prefix_tuning import FORMAT
 from lightning_peft.methods.limits import at_least
 from lightning_peft.methods.registry import register
@@ -113,9 +113,6 @@ class PrefixTuning(SequenceMethod):
         Raises:
             ValueError: a network makes the table.
         """
-        require(
-            not self.projection,
-            f"{self.label}: expected projection=False for a table without its network, got True",
-        )
+        require_no_network(self, "projection", False)
         made = cast(_Prefix, module)
         made.P.data.copy_(table)

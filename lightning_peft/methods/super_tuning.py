@@ -14,7 +14,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
 from lightning_peft.core.terms import LowRank, Term
-from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.base import FromWeight
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.formats.super_tuning import FORMAT
 from lightning_peft.methods.limits import FRACTION
@@ -27,7 +27,7 @@ __all__ = ["SuperTuning"]
 
 @register
 @dataclass(frozen=True)
-class SuperTuning(WeightMethod):
+class SuperTuning(FromWeight):
     """ΔW[places] = values at the entries of largest (or smallest) |W|; + (alpha / r) B A.
 
     A file of peft that leaves the places out is refused: on a base of another dtype others would be
@@ -88,11 +88,6 @@ class SuperTuning(WeightMethod):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """places int32 [K], flat, chosen from the weight."""
         return {"places": empty_like_site(site, self._count(site)).zero_().int()}
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Places are chosen by the weight."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """Places of the entries of largest magnitude."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.checks import require
 
-__all__ = ["TextStart", "cache_of_text"]
+__all__ = ["TextStart", "cache_of_text", "take_length_from_ids"]
 
 M = TypeVar("M", bound="TextStart")
 
@@ -25,6 +25,26 @@ class TextStart:
         ids = [int(i) for i in tokenizer(text)["input_ids"]]
         chosen: dict[str, Any] = {"init": "text", "init_ids": ids, "n": len(ids), **fields}
         return cls(**chosen)
+
+
+def take_length_from_ids(method: Any) -> None:
+    """Set n of a frozen dataclass to the number of `init_ids`, if it is 0.
+
+    Raises:
+        ValueError: no ids, or an n that is not their number.
+    """
+    count = len(method.init_ids)
+    require(
+        count > 0,
+        f"{method.label}: expected init='text' with init_ids of a text, got no ids",
+    )
+    require(
+        method.n <= 0 or method.n == count,
+        f"{method.label}: expected n = {count}, the number of init_ids, got n = {method.n}; leave "
+        "n out",
+    )
+    if method.n == 0:
+        object.__setattr__(method, "n", count)
 
 
 @torch.no_grad()

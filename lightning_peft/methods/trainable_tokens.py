@@ -15,7 +15,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import HFFormat, WeightMethod
+from lightning_peft.methods.base import FromWeight, HFFormat
 from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.token_indices import (
@@ -29,7 +29,7 @@ __all__ = ["TrainableTokens"]
 
 @register
 @dataclass(frozen=True)
-class TrainableTokens(WeightMethod):
+class TrainableTokens(FromWeight):
     """Some rows of the input embedding, trained; no gradient, state or copy for the others.
 
     A head that is tied to the embedding reads the same rows, and stays tied.
@@ -94,11 +94,6 @@ class TrainableTokens(WeightMethod):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """ids [k]."""
         return {"ids": torch.tensor(self.ids(site))}
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Rows start at the weight's own."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The weight's rows."""

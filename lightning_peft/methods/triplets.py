@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.base import FromWeight
 from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["FrozenTriplets", "leading_triplets"]
@@ -18,7 +18,7 @@ def leading_triplets(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[..., :r], S[..., :r], Vh[..., :r, :]
 
 
-class FrozenTriplets(WeightMethod):
+class FrozenTriplets(FromWeight):
     """Base of methods whose A and B are frozen factors of the weight; `rank` says how many."""
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
@@ -28,8 +28,3 @@ class FrozenTriplets(WeightMethod):
             "A": empty_like_site(site, r, site.in_features).zero_(),
             "B": empty_like_site(site, site.out_features, r).zero_(),
         }
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """A and B are factors of the weight."""
-        return True

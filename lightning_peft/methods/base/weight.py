@@ -15,7 +15,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.methods.base.method import Method, Targeted
 from lightning_peft.methods.base.step import StepContext, overrides_step_hooks
 
-__all__ = ["InitData", "SiteRule", "WeightMethod"]
+__all__ = ["FromWeight", "InitData", "SiteRule", "WeightMethod"]
 
 #: (method, site) → ValueError where the method has no meaning at this site.
 SiteRule = Callable[[Any, Site], None]
@@ -224,3 +224,12 @@ class WeightMethod(Targeted):
 
     def after_step(self, ctx: StepContext) -> None:
         """Called after the optimizer's step, gradients still there."""
+
+
+class FromWeight(WeightMethod):
+    """Base of methods whose `initialise` fills tensors from the weight."""
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Always."""
+        return True
