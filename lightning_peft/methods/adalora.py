@@ -4,6 +4,7 @@ arXiv:2303.10512.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.projection import distance_to_orthonormal
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.adalora_importance import accumulate, prune
+from lightning_peft.methods.adalora_importance import accumulate, empty_triplets, prune
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import require
@@ -96,24 +97,20 @@ class AdaLoRA(BiasOption):
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A [r, in], B [out, r] normal (σ = 0.02), E [r] zeros."""
-        A = empty_like_site(site, self.init_r, site.in_features)
-        B = empty_like_site(site, site.out_features, self.init_r)
-        E = empty_like_site(site, self.init_r).zero_()
-        return {"A": nn.init.normal_(A, std=0.02), "B": nn.init.normal_(B, std=0.02), "E": E}
+        p = empty_triplets(site, self.init_r)
+        for name in ("A", "B"):
+            nn.init.normal_(p[name], std=0.02)
+        p["E"].zero_()
+        return p
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """Importance and uncertainty of every element, and which triplets are left."""
-        shapes = {
-            "A": (self.init_r, site.in_features),
-            "B": (site.out_features, self.init_r),
-            "E": (self.init_r,),
+        averages = {
+            f"{kind}_{name}": t.zero_()
+            for kind in ("importance", "uncertainty")
+            for name, t in empty_triplets(site, self.init_r).items()
         }
-        kept = torch.nn.init.ones_(empty_like_site(site, self.init_r))
-        return {
-            **{f"importance_{k}": empty_like_site(site, *s).zero_() for k, s in shapes.items()},
-            **{f"uncertainty_{k}": empty_like_site(site, *s).zero_() for k, s in shapes.items()},
-            "mask": kept,
-        }
+        return {**averages, "mask": nn.init.ones_(empty_like_site(site, self.init_r))}
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A low-rank change; s does not follow the pruning."""
@@ -124,12 +121,10 @@ class AdaLoRA(BiasOption):
         """λ/n Σ ‖P Pᵀ − I‖_F over A and Bᵀ of all layers."""
         if not self.orth_reg_weight:
             return None
-        total: Tensor | None = None
-        for _, p in ctx.entries:
-            for P in (p["A"], p["B"].mT):
-                norm = distance_to_orthonormal(P)
-                total = norm if total is None else total + norm
-        return None if total is None else self.orth_reg_weight / (2 * len(ctx.entries)) * total
+        norms = [distance_to_orthonormal(P) for _, p in ctx.entries for P in (p["A"], p["B"].mT)]
+        if not norms:
+            return None
+        return self.orth_reg_weight / len(norms) * functools.reduce(torch.add, norms)
 
     # ---- the budget
     def budget(self, step: int, total: int, layers: int) -> int:

@@ -7,9 +7,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate", "prune"]
+from lightning_peft.core.site import Site
+from lightning_peft.methods.tensors import empty_like_site
+
+__all__ = ["accumulate", "empty_triplets", "prune"]
 
 _TRIPLET = ("A", "B", "E")
+
+
+def empty_triplets(site: Site, r: int) -> dict[str, Tensor]:
+    """Return A [r, in], B [out, r] and E [r]."""
+    return {
+        "A": empty_like_site(site, r, site.in_features),
+        "B": empty_like_site(site, site.out_features, r),
+        "E": empty_like_site(site, r),
+    }
 
 
 def accumulate(p: Mapping[str, Tensor], beta1: float, beta2: float) -> None:

@@ -12,6 +12,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import FromWeight
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.formats.adamss import FORMAT, MOST_CLUSTERS
 from lightning_peft.methods.limits import at_least, between
 from lightning_peft.methods.registry import register
@@ -34,7 +35,7 @@ class AdaMSS(FromWeight):
     Attributes:
         r: Directions of N; at most as many as the weight has, where it stops.
         clusters: Number of clusters; at most out_features, where it stops.
-        rank_per_cluster: Rank of a cluster's change.
+        rank_per_cluster: Rank of a cluster's change; at most the number of directions.
         seed: Seed of the randomised decomposition.
 
     Raises:
@@ -53,6 +54,16 @@ class AdaMSS(FromWeight):
     }
     site_rules = (one_matrix,)
     hf = FORMAT
+
+    def check(self, site: Site) -> None:
+        """A cluster has no more ranks than N has directions."""
+        super().check(site)
+        most = self._sizes(site)[1]
+        require(
+            self.rank_per_cluster <= most,
+            f"{self.label} on {site.quoted}: expected rank_per_cluster <= {most}, the number of "
+            f"directions here, got {self.rank_per_cluster}; lower it or exclude the layer",
+        )
 
     def _sizes(self, site: Site) -> tuple[int, int, int]:
         width = site.in_features + site.has_bias

@@ -17,7 +17,7 @@ from lightning_peft.core.site import BlockSite
 from lightning_peft.methods.base import BlockMethod
 from lightning_peft.methods.bottleneck_layers import NON_LINEARITIES, Bottleneck
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.limits import FRACTION, above, one_of
+from lightning_peft.methods.limits import FACTOR, FRACTION, above, one_of
 from lightning_peft.methods.registry import register
 
 __all__ = ["BottleneckAdapter"]
@@ -74,6 +74,7 @@ class BottleneckAdapter(BlockMethod):
     dropout: float = 0.0
 
     limits = {
+        "scaling": FACTOR,
         "non_linearity": one_of(NON_LINEARITIES),
         "reduction_factor": above(0),
         "dropout": FRACTION,

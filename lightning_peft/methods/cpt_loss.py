@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.value_types import shown
 from lightning_peft.methods.checks import require
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ def cpt_loss(logits: Tensor, labels: Tensor, method: CPT, types: Tensor | None =
         types: Kind of each token of the text, as in `CPT.types`; None counts all of `labels`.
 
     Raises:
-        ValueError: logits without the positions of the prompt.
+        TypeError: another method, or a dtype that is not that of logits, labels or types.
+        ValueError: logits without the positions of the prompt, or shapes that do not fit.
     """
+    _check(logits, labels, method, types)
     batch, n = labels.shape[0], logits.shape[1] - labels.shape[1]
     require(
         n == method.n,
@@ -50,3 +53,38 @@ def cpt_loss(logits: Tensor, labels: Tensor, method: CPT, types: Tensor | None =
     rows = logits[:, :-1].flatten(0, 1)
     loss = nn.functional.cross_entropy(rows, target.flatten(), reduction="none")
     return (loss * weight.flatten())[counted.flatten()].mean()
+
+
+def _check(logits: Any, labels: Any, method: Any, types: Any) -> None:
+    """Raise TypeError or ValueError unless the arguments fit each other."""
+    if not hasattr(method, "init_ids") or not hasattr(method, "decay"):
+        raise TypeError(
+            f"cpt_loss method: expected the CPT(...) that is attached, got {shown(method)}"
+        )
+    for name, t, shape, is_kind, kind in (
+        ("logits", logits, "[batch, positions, vocabulary]", Tensor.is_floating_point, "numbers"),
+        ("labels", labels, "[batch, positions]", _is_integer, "token ids"),
+        ("types", types, "[batch, positions]", _is_integer, "kinds of tokens"),
+    ):
+        if t is None and name == "types":
+            continue
+        if not isinstance(t, Tensor) or not is_kind(t):
+            got = t.dtype if isinstance(t, Tensor) else shown(t)
+            raise TypeError(f"cpt_loss {name}: expected {kind} {shape}, got {got}")
+        require(
+            t.dim() == shape.count(",") + 1,
+            f"cpt_loss {name}: expected {shape}, got {list(t.shape)}",
+        )
+    require(
+        len(logits) == len(labels),
+        f"cpt_loss labels: expected {len(logits)} rows, as the logits have, got {len(labels)}",
+    )
+    require(
+        types is None or types.shape == labels.shape,
+        f"cpt_loss types: expected the shape of the labels, {list(labels.shape)}, got "
+        f"{None if types is None else list(types.shape)}",
+    )
+
+
+def _is_integer(t: Tensor) -> bool:
+    return t.dtype in (torch.int64, torch.int32)

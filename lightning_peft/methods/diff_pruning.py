@@ -94,8 +94,7 @@ class DiffPruning(WeightMethod):
         """λ · expected share of open gates, until the mask is fixed."""
         if self.l0 == 0:
             return None
-        total = torch.zeros(())
-        count = 0
+        total, count = torch.zeros(()), 0
         for _, p in ctx.entries:
             open_ = open_probability(p["alpha"], p["tau"])
             if self.structured:

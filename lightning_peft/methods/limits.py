@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 from lightning_peft.core.value_types import argument_types, fits
 
 __all__ = [
+    "FACTOR",
     "FRACTION",
     "SHARE",
     "Limit",
@@ -40,6 +41,10 @@ FRACTION = Limit("0 <= {} < 1", lambda v: 0 <= v < 1)
 
 #: A share of something, none of it left out.
 SHARE = Limit("0 < {} <= 1", lambda v: 0 < v <= 1)
+
+
+#: A factor on the change, which may be negative.
+FACTOR = Limit("{} != 0, since the adapter then changes nothing", lambda v: v != 0)
 
 
 def at_least(low: float) -> Limit:

@@ -85,11 +85,9 @@ class LoKr(LycorisMethod):
         r, kernel = self.rank(site), site.kernel_size
         width = math.prod(kernel)
         a, b, c, d = kronecker_sizes(site, self.decompose_factor)
+        thin = self.decompose_both and r < max(a, c) / 2
         shapes: dict[str, tuple[int, ...]]
-        if self.decompose_both and r < max(a, c) / 2:
-            shapes = {"w1_a": (a, r), "w1_b": (r, c)}
-        else:
-            shapes = {"w1": (a, c)}
+        shapes = {"w1_a": (a, r), "w1_b": (r, c)} if thin else {"w1": (a, c)}
         if self.has_full_w2(site):
             shapes["w2"] = (b, d * width)
         elif self.use_effective_conv2d and any(k != 1 for k in kernel):

@@ -27,8 +27,7 @@ class LycorisMethod(WeightMethod):
     """Base of LoHa and LoKr; the dataclass of a method declares the fields.
 
     Attributes:
-        r: Rank.
-        alpha: s = α/r.
+        r, alpha: Rank, and the numerator of s = α/r.
         rank_dropout: Probability of dropping a row of ΔW, in training.
         module_dropout: Probability of dropping ΔW, in training.
         rank_pattern: Layer name pattern → rank.

@@ -61,18 +61,17 @@ class OSF(FromWeight):
         """As peft counts: a float in (0, 1] is a share."""
         most = min(site.out_features, site.in_features)
         kept = match_site(self.rank_pattern, site, self.kept)
-        if kept is None:
-            return most // 2
+        kept = 0.5 if kept is None else kept
         return min(most, int(most * kept if isinstance(kept, float) and kept <= 1 else kept))
 
     def check(self, site: Site) -> None:
         """One matrix, with a triplet on each side."""
         super().check(site)
-        most = min(site.out_features, site.in_features)
+        kept, most = self._kept(site), min(site.out_features, site.in_features)
         require(
-            1 <= self._kept(site) < most,
+            1 <= kept < most,
             f"{self.label} on {site.quoted}: expected a number of kept triplets from 1 to "
-            f"{most - 1}, got {self._kept(site)}; change kept or exclude the layer",
+            f"{most - 1}, got {kept}; change kept or exclude the layer",
         )
 
     def _empty(self, site: Site, *names: str) -> dict[str, Tensor]:
@@ -87,9 +86,8 @@ class OSF(FromWeight):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """The start of U, S and V; of the kept triplets the longer vectors alone: H."""
         buffers = self._empty(site, "U0", "S0", "V0")
-        longer = max(site.out_features, site.in_features)
         if site.out_features != site.in_features:
-            buffers["H"] = empty_like_site(site, longer, self._kept(site)).zero_()
+            buffers["H"] = empty_like_site(site, max(site.shape), self._kept(site)).zero_()
         return buffers
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
@@ -112,8 +110,7 @@ class OSF(FromWeight):
         for site, p in ctx.entries:
             out, inner = site.out_features, site.in_features
             for name, longer in (("U", out > inner), ("V", inner > out)):
-                grad = p[name].grad
-                if grad is None:
+                if (grad := p[name].grad) is None:
                     continue
                 G, start = (grad, p["U0"]) if name == "U" else (grad.mT, p["V0"].mT)
                 if longer:

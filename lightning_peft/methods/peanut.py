@@ -14,7 +14,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import WeightMethod
 from lightning_peft.methods.formats.peanut import FORMAT, MOST_LAYERS
-from lightning_peft.methods.limits import at_least, between, one_of
+from lightning_peft.methods.limits import FACTOR, at_least, between, one_of
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.tensors import empty_like_site, kaiming
 
@@ -55,7 +55,12 @@ class PEANuT(WeightMethod):
     act_fn: str = "relu"
     scaling: float = 1.0
 
-    limits = {"depth": between(0, MOST_LAYERS), "r": at_least(1), "act_fn": one_of(_ACTIVATIONS)}
+    limits = {
+        "scaling": FACTOR,
+        "depth": between(0, MOST_LAYERS),
+        "r": at_least(1),
+        "act_fn": one_of(_ACTIVATIONS),
+    }
     hf = FORMAT
 
     def parameters(self, site: Site) -> dict[str, Tensor]:

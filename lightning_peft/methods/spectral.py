@@ -8,7 +8,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import random_places
 from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.checks import match_site, require
-from lightning_peft.methods.limits import at_least
+from lightning_peft.methods.limits import FACTOR, at_least
 from lightning_peft.methods.site_rules import one_matrix
 
 __all__ = ["SpectralMethod"]
@@ -21,18 +21,24 @@ class SpectralMethod(BiasOption):
         n_frequency: n ≤ in · out.
         seed: Seed of the places; layers of one shape share them.
         n_frequency_pattern: Layer name pattern → n_frequency.
+        scaling: Factor on the change.
     """
 
     n_frequency: int
     seed: int
     n_frequency_pattern: dict[str, int]
-    limits = {"n_frequency": at_least(1), "n_frequency_pattern": at_least(1)}
+    scaling: float
+
+    limits = {
+        "n_frequency": at_least(1),
+        "n_frequency_pattern": at_least(1),
+        "scaling": FACTOR,
+    }
+    site_rules = (one_matrix,)
 
     def count(self, site: Site) -> int:
         """Number of coefficients at this site."""
         return match_site(self.n_frequency_pattern, site, self.n_frequency)
-
-    site_rules = (one_matrix,)
 
     def check(self, site: Site) -> None:
         """At most as many places as entries."""

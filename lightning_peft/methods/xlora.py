@@ -11,11 +11,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.mixtures import only_largest
 from lightning_peft.core.site import RouterSite
 from lightning_peft.methods.base import HFFormat, RouterMethod
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.formats.xlora import FORMAT
-from lightning_peft.methods.limits import FRACTION, above, at_least
+from lightning_peft.methods.limits import FACTOR, FRACTION, above, at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["XLoRA"]
@@ -71,6 +72,7 @@ class XLoRA(RouterMethod):
     weight: float = 1.0
 
     limits = {
+        "weight": FACTOR,
         "depth": at_least(1),
         "hidden": at_least(1),
         "top_k": at_least(1),
@@ -113,8 +115,5 @@ class XLoRA(RouterMethod):
         if self.softmax:
             g = (g / self.temperature).softmax(-1)
         if self.top_k is not None:
-            top = g.topk(min(self.top_k, g.shape[-1]), dim=-1).indices
-            chosen = torch.zeros_like(g, dtype=torch.bool).scatter(-1, top, True)
-            g = g.masked_fill(~chosen, -torch.inf if self.softmax_top_k else 0.0)
-        g = g.softmax(-1) if self.softmax_top_k else g
-        return self.weight * g
+            g = only_largest(g, self.top_k, -torch.inf if self.softmax_top_k else 0.0)
+        return self.weight * (g.softmax(-1) if self.softmax_top_k else g)
