@@ -44,7 +44,7 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose; see `PEFTFSDPStrategy`."""
+    """The user's options; see `PEFTFSDPStrategy`."""
 
     shard_classes: Classes = ()
     reshard_after_forward: bool = True
