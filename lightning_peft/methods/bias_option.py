@@ -1,4 +1,4 @@
-"""What methods share whose type in peft has the option ``bias``."""
+"""Base of the methods whose type in peft has the option ``bias``."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class BiasOption(WeightMethod):
         raise NotImplementedError
 
     def trained_biases(self) -> str:
-        """As `bias` says."""
+        """Return the biases of the base that `bias` chooses."""
         return self.bias if self.bias in ("none", "all") else "adapted"

@@ -137,7 +137,7 @@ class LoRA(LoRAInit):
 
     @property
     def adapts_tied(self) -> bool:
-        """As `ensure_weight_tying` says."""
+        """Return `ensure_weight_tying`."""
         return self.ensure_weight_tying
 
     def of_tied(self, p: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
@@ -219,5 +219,5 @@ class LoRA(LoRAInit):
                 precondition(p)
 
     def trained_tokens(self) -> TokenIndices | None:
-        """As `trainable_token_indices` says."""
+        """Return `trainable_token_indices`."""
         return self.trainable_token_indices

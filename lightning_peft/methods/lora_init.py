@@ -68,7 +68,7 @@ class LoRAInit(BiasOption):
 
     @property
     def starts_from_weight(self) -> bool:
-        """Those, and MiCA, which leaves the base alone."""
+        """Return True for starts that rewrite the base, and for MiCA, which only reads it."""
         return self.rewrites_base or self.init == "mica"
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:

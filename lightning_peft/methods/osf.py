@@ -58,7 +58,7 @@ class OSF(FromWeight):
     )
 
     def _kept(self, site: Site) -> int:
-        """As peft counts: a float in (0, 1] is a share."""
+        """Return how many directions are kept, counted as in peft: a float in (0, 1] is a share."""
         most = min(site.out_features, site.in_features)
         kept = match_site(self.rank_pattern, site, self.kept)
         kept = 0.5 if kept is None else kept

@@ -66,7 +66,7 @@ class PrefixTuning(SequenceMethod):
 
     @property
     def insertion(self) -> Literal["attention"]:
-        """In attention."""
+        """Return "attention": the prefix enters keys and values."""
         return "attention"
 
     def columns(self, site: SequenceSite) -> int:

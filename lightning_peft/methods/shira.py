@@ -26,7 +26,7 @@ __all__ = ["SHiRA"]
 def _unpack(
     method: SHiRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """As they are, once places are known to lie in the weight."""
+    """Return the tensors unchanged, after a check that places lie in the weight."""
     if "places" in p:
         rows, columns = p["places"].long()
         for places, size in ((rows, site.out_features), (columns, site.in_features)):
@@ -70,7 +70,7 @@ class SHiRA(WeightMethod):
     )
 
     def check(self, site: Site) -> None:
-        """As many places as entries at most."""
+        """Check that the weight has at least as many entries as there are places."""
         super().check(site)
         n, most = self._count(site), site.shape.numel()
         require(

@@ -77,7 +77,7 @@ class TrainableTokens(FromWeight):
 
     @property
     def adapts_tied(self) -> bool:
-        """As `tied` says."""
+        """Return `tied`."""
         return self.tied
 
     def check(self, site: Site) -> None:
@@ -102,7 +102,7 @@ class TrainableTokens(FromWeight):
         return None
 
     def replaced_ids(self, site: Site) -> Sequence[int]:
-        """As `ids`."""
+        """Return the ids of the trained rows."""
         return self.ids(site)
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
