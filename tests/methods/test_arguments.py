@@ -175,7 +175,7 @@ def test_feedforward_modules_is_a_suffix_or_a_pattern() -> None:
         (lp.LoRA(r=100_000), r"r <= min\(in_features, out_features\) = 8, got r = 100000"),
         (lp.KaSA(r=8), r"r < min\(in_features, out_features\) = 8, got r = 8|r <= "),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, lp.Method) else "",
+    ids=["HRA", "AdaMSS", "PSOFT", "LoRA", "KaSA"],
 )
 def test_a_rank_above_the_layers_size_is_refused_before_anything_is_built(
     method: Any, match: str
