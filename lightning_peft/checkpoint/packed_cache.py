@@ -31,9 +31,9 @@ from lightning_peft.core.collectives import (
 )
 from lightning_peft.core.names import strip_compile
 from lightning_peft.storage import storage_of
+from lightning_peft.storage.base_files import BaseFiles
 from lightning_peft.storage.dtensor import is_first_replica, is_sharded, local, local_rows
 from lightning_peft.storage.packed import specs_of
-from lightning_peft.storage.streaming import BaseFiles
 
 __all__ = ["PackedCache"]
 
