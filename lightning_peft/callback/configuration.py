@@ -26,6 +26,7 @@ from lightning_peft.hf.base_copies import Embeddings
 from lightning_peft.methods.base import Method
 from lightning_peft.storage import Quantization, StorageConfig, as_config
 from lightning_peft.strategies import register_strategies
+from lightning_peft.strategies.base_reading import check_cache
 from lightning_peft.trainers.callback_base import TrainerCallback
 
 __all__ = ["PEFTConfiguration"]
@@ -96,6 +97,7 @@ class PEFTConfiguration(TrainerCallback):
             base_from=base_from,
             packed_cache=packed_cache,
         )
+        check_cache("PEFT", base_from, packed_cache)
         check_values(
             optimizer=optimizer,
             adapter_name=adapter_name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_peft.core.names import counted, in_adapter, join
 from lightning_peft.storage.registry import held_tensors, storage_of
 from lightning_peft.storage.tensor_files import RowSource, TensorFiles
 
-__all__ = ["BaseFiles", "stored"]
+__all__ = ["BaseFiles", "stored_tensor"]
 
 _VALUES = ("F64", "F32", "F16", "BF16")  # dtypes of weights; others are codes without their scales
 
@@ -39,7 +39,7 @@ def _whole_files(folder: Path) -> TensorFiles:
 
 def _is_floating(module: nn.Module, key: str) -> bool:
     """Whether a tensor of the base has values of weights, also where it is packed."""
-    return storage_of(module, key).is_quantized or stored(module, key).is_floating_point()
+    return storage_of(module, key).is_quantized or stored_tensor(module, key).is_floating_point()
 
 
 class BaseFiles:
@@ -92,6 +92,21 @@ class BaseFiles:
         """Return the shape of a tensor in its file."""
         return self._index.keys[self.name_in_file(name)][1]
 
+    def stamps(self) -> list[str]:
+        """Return the stamps of the files, which change with a file: see `TensorFiles.stamps`."""
+        return self._index.stamps()
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Context that adds the file and the tensor to an error about a tensor's values."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            stored = self.name_in_file(name)
+            place = f"base_from {self._index.keys[stored][0]}, {stored!r}"
+            error.args = (f"{place}: {error}", *error.args[1:])
+            raise
+
     def open(self, name: str) -> AbstractContextManager[RowSource]:
         """Context with the rows of one tensor, by its name in the model."""
         return self._index.open(self.name_in_file(name))
@@ -113,8 +128,8 @@ def _wanted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
                 yield join(name, key), (module, key)
 
 
-def stored(module: nn.Module, key: str) -> Tensor:
-    """Return a parameter or buffer of a module as it is held, packed or dense."""
+def stored_tensor(module: nn.Module, key: str) -> Tensor:
+    """Return a parameter or buffer that `BaseFiles.wanted` lists, as it is held."""
     t = module._parameters.get(key)
     found = module._buffers[key] if t is None else t
     assert found is not None  # listed by `_wanted`
@@ -123,7 +138,7 @@ def stored(module: nn.Module, key: str) -> Tensor:
 
 def _natural_shape(module: nn.Module, key: str) -> torch.Size:
     storage = storage_of(module, key)
-    return storage.shape(module, key) if storage.is_quantized else stored(module, key).shape
+    return storage.shape(module, key) if storage.is_quantized else stored_tensor(module, key).shape
 
 
 def _prefix(model: nn.Module, keys: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.storage.base_files import BaseFiles, stored
+from lightning_peft.storage.base_files import BaseFiles, stored_tensor
 from lightning_peft.storage.dtensor import local, local_rows
 from lightning_peft.storage.nf4.storage import FourBitStorage
 from lightning_peft.storage.nf4.streaming import stream_packed
@@ -65,12 +65,13 @@ def stream_base(
 
     Raises:
         FileNotFoundError: no safetensors there.
-        ValueError: tensors are missing or have another shape, with the list; nothing is read.
+        ValueError: tensors are missing or have another shape, with the list; nothing is read. Or
+            values that cannot be packed, with the file and the tensor.
     """
     files = base if isinstance(base, BaseFiles) else BaseFiles(model, base)
     with torch.no_grad():
         for name, (module, key) in files.wanted.items():
-            with files.open(name) as rows:
+            with files.naming(name), files.open(name) as rows:
                 source = rows
                 packed = cache is not None and storage_of(module, key).is_quantized
                 if cache is None or not packed or not cache.fill(name, module, key):
@@ -80,8 +81,8 @@ def stream_base(
                     if cache is not None and packed:
                         cache.keep(name, module, key)
                 other = None if after is None else after(module, key, partial(_whole, source))
-            if other is not None:
-                _fill(module, key, other, chunk)
+                if other is not None:
+                    _fill(module, key, other, chunk)
 
 
 def _fill(module: nn.Module, key: str, source: RowSource, chunk: int) -> None:
@@ -92,7 +93,7 @@ def _fill(module: nn.Module, key: str, source: RowSource, chunk: int) -> None:
     elif storage.is_quantized:
         storage.write(module, key, source[...].to(storage.dtype(module, key)))
     else:
-        _stream_dense(stored(module, key), source, chunk)
+        _stream_dense(stored_tensor(module, key), source, chunk)
 
 
 def _whole(source: RowSource) -> Tensor:

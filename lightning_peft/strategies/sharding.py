@@ -17,7 +17,7 @@ from lightning_peft.layers.router_adapter import RouterAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
-from lightning_peft.strategies.base_reading import meta_tensors, read_into
+from lightning_peft.strategies.base_reading import check_cache, meta_tensors, read_into
 from lightning_peft.strategies.fsdp_compat import (
     free_received_copy,
     hold_bytes_as_floats,
@@ -45,6 +45,10 @@ class Options:
     packed_cache: str | Path | None = None
     replicas: int = 1
     context_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the run."""
+        check_cache("peft_fsdp", self.base_from, self.packed_cache)
 
 
 def is_sharded(module: nn.Module) -> bool:

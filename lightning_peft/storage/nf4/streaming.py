@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit, quantize_scales
 from torch import Tensor, nn
 
-from lightning_peft.storage.base_files import stored
+from lightning_peft.storage.base_files import stored_tensor
 from lightning_peft.storage.dtensor import local, local_rows, shard_group
 from lightning_peft.storage.nf4.packed_layer import FourBitSpec, copy_packed_
 from lightning_peft.storage.packed import packed_tensors, specs_of
@@ -22,7 +22,7 @@ def stream_packed(module: nn.Module, name: str, source: RowSource, chunk: int) -
     The bytes are those of quantising the complete weight.
     """
     p: FourBitSpec = specs_of(module)[name]
-    weight = stored(module, name)
+    weight = stored_tensor(module, name)
     width = p.shape[-1]
     if len(p.shape) > 2 or width % p.block_size or width % 2:
         _stream_whole(module, name, p, source)
@@ -50,7 +50,7 @@ def _place_scales(
     module: nn.Module, name: str, p: FourBitSpec, scales: Tensor, weight: Tensor
 ) -> None:
     """Scales of these rows; those of double quantisation need the scales of all rows."""
-    own = local(stored(module, f"{name}_absmax").detach())
+    own = local(stored_tensor(module, f"{name}_absmax").detach())
     if not p.nested:
         own.copy_(scales.view(torch.uint8).view(own.shape))
         return
@@ -60,7 +60,7 @@ def _place_scales(
     per_row = p.shape[-1] // p.block_size
     own.copy_(codes[first * per_row : (first + rows) * per_row].view(own.shape))
     for part, value in (("absmax2", absmax2), ("offset", offset)):
-        stored(module, f"{name}_{part}").copy_(value.view(torch.uint8))
+        stored_tensor(module, f"{name}_{part}").copy_(value.view(torch.uint8))
 
 
 def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
@@ -77,7 +77,7 @@ def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
 
 def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSource) -> None:
     """Quantise a complete weight: its blocks cross rows, or it is a stack of experts."""
-    weight = stored(module, name)
+    weight = stored_tensor(module, name)
     device = local(weight).device
     experts = len(p.shape) > 2
     first, rows = local_rows(weight) if experts else (0, p.shape[0])
@@ -94,7 +94,7 @@ def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSourc
         return
     bits = parts[0]
     for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
-        t = stored(module, key)
+        t = stored_tensor(module, key)
         start, count = local_rows(t)
         flat = value.reshape(-1).view(torch.uint8).view(t.shape)
         local(t.detach()).copy_(flat[start : start + count])
@@ -104,7 +104,7 @@ def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSourc
 def _place_experts(module: nn.Module, name: str, parts: list[Packed4bit], first: int) -> None:
     for i, bits in enumerate(parts):
         for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
-            own = local(stored(module, key).detach())
+            own = local(stored_tensor(module, key).detach())
             own[i].copy_(value.reshape(-1).view(torch.uint8).view(own.shape[1:]))
     for i, bits in enumerate(parts):
         _place_second(module, name, bits, slice(first + i, first + i + 1))
@@ -113,7 +113,7 @@ def _place_experts(module: nn.Module, name: str, parts: list[Packed4bit], first:
 
 def _gather_second(module: nn.Module, name: str, first: int, count: int) -> None:
     """Second-level scales are replicated: every process needs those of all experts."""
-    ranks = shard_group(stored(module, name))
+    ranks = shard_group(stored_tensor(module, name))
     for part in ("absmax2", "offset"):
         t = module._buffers.get(f"{name}_{part}")
         if t is None or ranks is None:
@@ -127,5 +127,5 @@ def _gather_second(module: nn.Module, name: str, first: int, count: int) -> None
 def _place_second(module: nn.Module, name: str, bits: Packed4bit, where: slice) -> None:
     for part, value in (("absmax2", bits.absmax2), ("offset", bits.offset)):
         if value is not None:
-            t = stored(module, f"{name}_{part}")[where]
+            t = stored_tensor(module, f"{name}_{part}")[where]
             t.copy_(value.reshape(-1).view(torch.uint8).view(t.shape))
