@@ -222,8 +222,8 @@ def _polynomials(words: Tensor, width: int) -> Tensor:
     """Return the value of the polynomial of each column, for rows of `width` words."""
     if words.device.type != "cpu":
         return _polynomials_by_blocks(words, width)
-    total, *rows = words.split(width)
-    total = total.clone()
+    first, *rows = words.split(width)
+    total: Tensor = first.clone()
     for row in rows:
         column = total if row.numel() == width else total[: row.numel()]
         torch.add(row, column, alpha=_MULTIPLIER, out=column)
@@ -235,7 +235,7 @@ def _polynomials_by_blocks(words: Tensor, width: int) -> Tensor:
     powers = _powers(_ROWS_AT_ONCE + 1)
     weights = torch.tensor(powers[-2::-1], dtype=torch.int32, device=words.device)[:, None]
     complete = words.numel() // width
-    total = words.new_zeros(width)
+    total: Tensor = words.new_zeros(width)
     for block in words[: complete * width].view(complete, width).split(_ROWS_AT_ONCE):
         n = block.shape[0]
         total *= powers[n]
