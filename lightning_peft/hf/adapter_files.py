@@ -1,4 +1,4 @@
-"""What `save_adapter` writes, in memory: config and tensors under peft's names."""
+"""The content of an adapter directory in memory: config, and tensors under peft's names."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ A start that needs a weight whole (PiSSA, DoRA's norms) is given it right when i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,16 +17,17 @@ import torch.distributed as dist
 from lightning_peft_kernels.nf4.ops import Packed4bit, quantize_4bit, quantize_scales
 from torch import Tensor, nn
 
-from lightning_peft.core.modules import persistent_buffers, tied_parameters
-from lightning_peft.core.names import counted, in_adapter, join
+from lightning_peft.core.modules import tied_parameters
+from lightning_peft.core.names import in_adapter
+from lightning_peft.storage.base_files import BaseFiles, stored_tensor
 from lightning_peft.storage.dtensor import local, local_rows, shard_group
 from lightning_peft.storage.nf4.packed_layer import FourBitSpec, copy_packed_
 from lightning_peft.storage.nf4.storage import FourBitStorage
 from lightning_peft.storage.packed import packed_tensors, specs_of
 from lightning_peft.storage.registry import held_tensors, storage_of
-from lightning_peft.storage.tensor_files import RowSource, TensorFiles
+from lightning_peft.storage.tensor_files import RowSource
 
-__all__ = ["After", "BaseFiles", "Cache", "Through", "materialize", "stream_base"]
+__all__ = ["After", "Cache", "Through", "materialize", "stream_base"]
 
 #: (module, name of the weight, how to read it whole) → the weight to store in its place, or None.
 After = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor | None]
@@ -35,7 +35,6 @@ After = Callable[[nn.Module, str, Callable[[], Tensor]], Tensor | None]
 Through = Callable[[str, Sequence[int], RowSource], RowSource]
 
 _CHUNK = 1 << 22  # elements read at once: 16 MB in fp32
-_VALUES = ("F64", "F32", "F16", "BF16")  # dtypes of weights; others are codes without their scales
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -78,83 +77,6 @@ def _owner(model: nn.Module, name: str) -> Any:
     return found
 
 
-def _whole_files(folder: Path) -> TensorFiles:
-    """The tensors of a folder.
-
-    Raises:
-        ValueError: a file that is cut off.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        return TensorFiles(folder)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder}: expected whole safetensors files, got one that cannot be read ({error}); "
-            "download it again"
-        ) from None
-
-
-def _is_floating(module: nn.Module, key: str) -> bool:
-    """Whether a tensor of the base has values of weights, also where it is packed."""
-    return storage_of(module, key).is_quantized or _stored(module, key).is_floating_point()
-
-
-class BaseFiles:
-    """The files of a base, matched to the tensors of a model.
-
-    Attributes:
-        folder: The folder.
-        wanted: (module, key) of every base tensor, by name in the model.
-
-    Raises:
-        FileNotFoundError: no safetensors there.
-        ValueError: tensors are missing, have another shape or hold codes, with the list; or a file
-            is cut off.
-    """
-
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self.folder = folder
-        self._index = _whole_files(folder)
-        self.wanted = dict(_wanted(model))
-        self._prefix = _prefix(model, self._index.keys, self.wanted)
-        problems = []
-        for name, place in self.wanted.items():
-            found, shape = (
-                self._index.keys.get(self.name_in_file(name)),
-                list(_natural_shape(*place)),
-            )
-            if found is None:
-                problems.append(f"{name}: missing")
-            elif list(found[1]) != shape:
-                problems.append(f"{name}: expected shape {shape}, got {list(found[1])}")
-            elif (
-                _is_floating(*place)
-                and (dtype := self._index.dtypes[self.name_in_file(name)]) not in _VALUES
-            ):
-                problems.append(
-                    f"{name}: expected weights in {list(_VALUES)}, got codes in {dtype}"
-                )
-        if problems:
-            raise ValueError(
-                f"{folder}: expected the {len(self.wanted)} tensors of this model's base, got "
-                f"{counted(len(problems), 'difference')}; nothing was read:\n  "
-                + "\n  ".join(problems[:12])
-            )
-
-    def name_in_file(self, name: str) -> str:
-        """Return the name in the files of a tensor of the model."""
-        return name.removeprefix(self._prefix)
-
-    def shape_in_file(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor in its file."""
-        return self._index.keys[self.name_in_file(name)][1]
-
-    def open(self, name: str) -> AbstractContextManager[RowSource]:
-        """Context with the rows of one tensor, by its name in the model."""
-        return self._index.open(self.name_in_file(name))
-
-
 class Cache(Protocol):
     """Packed weights that need not be quantised again."""
 
@@ -188,12 +110,13 @@ def stream_base(
 
     Raises:
         FileNotFoundError: no safetensors there.
-        ValueError: tensors are missing or have another shape, with the list; nothing is read.
+        ValueError: tensors are missing or have another shape, with the list; nothing is read. Or
+            values that cannot be packed, with the file and the tensor.
     """
     files = base if isinstance(base, BaseFiles) else BaseFiles(model, base)
     with torch.no_grad():
         for name, (module, key) in files.wanted.items():
-            with files.open(name) as rows:
+            with files.naming(name), files.open(name) as rows:
                 source = rows
                 packed = cache is not None and storage_of(module, key).is_quantized
                 if cache is None or not packed or not cache.fill(name, module, key):
@@ -203,8 +126,8 @@ def stream_base(
                     if cache is not None and packed:
                         cache.keep(name, module, key)
                 other = None if after is None else after(module, key, partial(_whole, source))
-            if other is not None:
-                _fill(module, key, other, chunk)
+                if other is not None:
+                    _fill(module, key, other, chunk)
 
 
 def _fill(module: nn.Module, key: str, source: RowSource, chunk: int) -> None:
@@ -215,46 +138,11 @@ def _fill(module: nn.Module, key: str, source: RowSource, chunk: int) -> None:
     elif storage.is_quantized:
         storage.write(module, key, source[...].to(storage.dtype(module, key)))
     else:
-        _stream_dense(_stored(module, key), source, chunk)
+        _stream_dense(stored_tensor(module, key), source, chunk)
 
 
 def _whole(source: RowSource) -> Tensor:
     return source[...]
-
-
-def _wanted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """Base parameters and persistent buffers, each tensor once; companions of a quantised weight
-    are left out.
-    """
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if in_adapter(name):
-            continue
-        derived = {k for k, held in held_tensors(module).items() if k != held.weight}
-        own = {**module._parameters, **persistent_buffers(module, recurse=False)}
-        for key, t in own.items():
-            if t is not None and key not in derived and id(t) not in seen:
-                seen.add(id(t))
-                yield join(name, key), (module, key)
-
-
-def _stored(module: nn.Module, key: str) -> Tensor:
-    t = module._parameters.get(key)
-    found = module._buffers[key] if t is None else t
-    assert found is not None  # listed by `_wanted`
-    return found
-
-
-def _natural_shape(module: nn.Module, key: str) -> torch.Size:
-    storage = storage_of(module, key)
-    return storage.shape(module, key) if storage.is_quantized else _stored(module, key).shape
-
-
-def _prefix(model: nn.Module, keys: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Of the submodule whose names the files use: the one with most hits."""
-    candidates = ["", *(f"{n}." for n, _ in model.named_modules() if n and n.count(".") < 3)]
-    hits = {c: sum(n.startswith(c) and n[len(c) :] in keys for n in wanted) for c in candidates}
-    return max(candidates, key=lambda c: hits[c])
 
 
 # ---- copying in
@@ -275,7 +163,7 @@ def _stream_dense(t: Tensor, source: RowSource, chunk: int) -> None:
 
 def _stream_packed(module: nn.Module, name: str, source: RowSource, chunk: int) -> None:
     p: FourBitSpec = specs_of(module)[name]
-    weight = _stored(module, name)
+    weight = stored_tensor(module, name)
     width = p.shape[-1]
     if len(p.shape) > 2 or width % p.block_size or width % 2:
         _stream_whole(module, name, p, source)
@@ -303,7 +191,7 @@ def _place_scales(
     module: nn.Module, name: str, p: FourBitSpec, scales: Tensor, weight: Tensor
 ) -> None:
     """Scales of these rows; those of double quantisation need the scales of all rows."""
-    own = local(_stored(module, f"{name}_absmax").detach())
+    own = local(stored_tensor(module, f"{name}_absmax").detach())
     if not p.nested:
         own.copy_(scales.view(torch.uint8).view(own.shape))
         return
@@ -313,7 +201,7 @@ def _place_scales(
     per_row = p.shape[-1] // p.block_size
     own.copy_(codes[first * per_row : (first + rows) * per_row].view(own.shape))
     for part, value in (("absmax2", absmax2), ("offset", offset)):
-        _stored(module, f"{name}_{part}").copy_(value.view(torch.uint8))
+        stored_tensor(module, f"{name}_{part}").copy_(value.view(torch.uint8))
 
 
 def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
@@ -330,7 +218,7 @@ def _all_scales(scales: Tensor, weight: Tensor, p: FourBitSpec) -> Tensor:
 
 def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSource) -> None:
     """Blocks cross rows, or experts lie one behind the other: one weight dense for a moment."""
-    weight = _stored(module, name)
+    weight = stored_tensor(module, name)
     device = local(weight).device
     experts = len(p.shape) > 2
     first, rows = local_rows(weight) if experts else (0, p.shape[0])
@@ -347,7 +235,7 @@ def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSourc
         return
     bits = parts[0]
     for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
-        t = _stored(module, key)
+        t = stored_tensor(module, key)
         start, count = local_rows(t)
         flat = value.reshape(-1).view(torch.uint8).view(t.shape)
         local(t.detach()).copy_(flat[start : start + count])
@@ -357,7 +245,7 @@ def _stream_whole(module: nn.Module, name: str, p: FourBitSpec, source: RowSourc
 def _place_experts(module: nn.Module, name: str, parts: list[Packed4bit], first: int) -> None:
     for i, bits in enumerate(parts):
         for key, value in ((name, bits.packed), (f"{name}_absmax", bits.absmax)):
-            own = local(_stored(module, key).detach())
+            own = local(stored_tensor(module, key).detach())
             own[i].copy_(value.reshape(-1).view(torch.uint8).view(own.shape[1:]))
     for i, bits in enumerate(parts):
         _place_second(module, name, bits, slice(first + i, first + i + 1))
@@ -366,7 +254,7 @@ def _place_experts(module: nn.Module, name: str, parts: list[Packed4bit], first:
 
 def _gather_second(module: nn.Module, name: str, first: int, count: int) -> None:
     """Second-level scales are replicated: every process needs those of all experts."""
-    ranks = shard_group(_stored(module, name))
+    ranks = shard_group(stored_tensor(module, name))
     for part in ("absmax2", "offset"):
         t = module._buffers.get(f"{name}_{part}")
         if t is None or ranks is None:
@@ -380,5 +268,5 @@ def _gather_second(module: nn.Module, name: str, first: int, count: int) -> None
 def _place_second(module: nn.Module, name: str, bits: Packed4bit, where: slice) -> None:
     for part, value in (("absmax2", bits.absmax2), ("offset", bits.offset)):
         if value is not None:
-            t = _stored(module, f"{name}_{part}")[where]
+            t = stored_tensor(module, f"{name}_{part}")[where]
             t.copy_(value.reshape(-1).view(torch.uint8).view(t.shape))

@@ -19,7 +19,7 @@ from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.models.modules import hf_models
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
-from lightning_peft.strategies.base_reading import meta_tensors, read_into
+from lightning_peft.strategies.base_reading import check_cache, meta_tensors, read_into
 from lightning_peft.strategies.fsdp_compat import (
     free_received_copy,
     hold_bytes_as_floats,
@@ -44,7 +44,7 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose; see `PEFTFSDPStrategy`."""
+    """The user's options; see `PEFTFSDPStrategy`."""
 
     shard_classes: Classes = ()
     reshard_after_forward: bool = True
@@ -55,6 +55,10 @@ class Options:
     packed_cache: str | Path | None = None
     replicas: int = 1
     context_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the run."""
+        check_cache("peft_fsdp", self.base_from, self.packed_cache)
 
 
 def check_replicas(replicas: int, world: int) -> None:

@@ -62,14 +62,16 @@ class _Routing:
 
 
 class _ToSortedContext(Context, Protocol):
-    """What forward saves for backward."""
+    """Context of `_ToSorted`: the values that forward saves for backward."""
 
     shape: tuple[int, int, int]
 
 
 class _ToSorted(KernelFunction):
-    """x [T, d] to sorted pairs [S, d]. Backward reads too, as `_FromSorted`'s: adding to indices
-    that repeat takes a walk one by one on a CPU, a sort on CUDA.
+    """Gather x [T, d] into sorted pairs [S, d].
+
+    Backward gathers as well, like that of `_FromSorted`: adding to repeated indices is sequential
+    on a CPU and needs a sort on CUDA.
     """
 
     @staticmethod
@@ -88,7 +90,7 @@ class _ToSorted(KernelFunction):
 
 
 class _FromSorted(KernelFunction):
-    """h [S, d] of sorted pairs in the order of the input."""
+    """Gather sorted pairs h [S, d] into the order of the input."""
 
     @staticmethod
     def forward(ctx: Context, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class _FromSorted(KernelFunction):
 
 
 class _Presorted(_Routing):
-    """As many rows for each expert, in order."""
+    """Routing of rows sorted by expert, the same number for each."""
 
     def __init__(self, m: FusedExperts, rows: int) -> None:
         device, E = m.down_proj.device, m.num_experts
@@ -254,7 +256,7 @@ def _by_pair(v: Tensor, routing: _Routing) -> Tensor:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In the dtype of autocast where it is on: grouped products do not cast by themselves."""
+    """Cast tensors to autocast's dtype if it is on: grouped products do not cast by themselves."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
