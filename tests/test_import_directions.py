@@ -410,6 +410,21 @@ def test_a_method_knows_only_edits() -> None:
     check(broken)
 
 
+#: Methods with more options than fit → the most lines their files may have.
+LONG_METHODS = {"lora": 230, "adalora": 160, "diff_pruning": 125}
+
+
+def test_a_method_file_is_short() -> None:
+    """What many methods share, and what has a meaning of its own, lies in a file of its own."""
+    long = []
+    for path in (PACKAGES["lightning_peft"] / "methods").glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        lines, most = len(source.splitlines()), LONG_METHODS.get(path.stem, 119)
+        if "\n@register\n" in source and lines > most:
+            long.append(f"{path.name}: expected at most {most} lines, found {lines}")
+    check(long)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "type_only"),
     [
