@@ -150,7 +150,7 @@ def select(
     if requested == "torch":
         return Decision("torch", "requested")
     # Every launch asks here, so the usual answer takes as few calls as possible.
-    if requested == "auto" and dtype in _FLOATS and triton_available() and launches_freely(device):
+    if requested == "auto" and dtype in _FLOATS and launches_freely(device) and triton_available():
         return Decision("triton", f"{op} on {device.type}")
     if chip_of(device) is not None and dtype in _FLOATS and triton_available():
         if requested == "triton":
@@ -168,7 +168,7 @@ def select(
 
 def launches(op: str, device: torch.device, dtype: torch.dtype, backend: Backend) -> bool:
     """Whether `select` chooses Triton; it makes no reason in the usual case."""
-    if backend == "auto" and dtype in _FLOATS and triton_available() and launches_freely(device):
+    if backend == "auto" and dtype in _FLOATS and launches_freely(device) and triton_available():
         return True
     return select(op, device, dtype, backend).backend == "triton"
 
