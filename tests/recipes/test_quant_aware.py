@@ -150,7 +150,8 @@ def test_it_is_no_adapter_of_peft(tmp_path: Any) -> None:
 def test_the_flag_is_read_when_it_was_written_and_not_in_every_forward() -> None:
     """A read waits for the device."""
     model = nn.Sequential(nn.Linear(64, 64))
-    lp.attach(model, lp.QuantAwareLoRA(r=4), quantization=lp.Quantization("nf4"))
+    method = lp.QuantAwareLoRA(r=4, target_modules="all-linear")
+    lp.attach(model, method, quantization=lp.Quantization("nf4"))
     randomise(model)
     x, flag = torch.randn(3, 64), model[0].peft["default"].rounding  # type: ignore[union-attr, index]
     plain = model(x)
