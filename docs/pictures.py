@@ -189,8 +189,47 @@ _NAMED = {
 }
 
 
-def plot(draw: Callable[[Theme, Any], None], size: tuple[float, float]) -> Callable[[Theme], str]:
-    """Return a function that draws one axes as SVG."""
+def what_fits(theme: Theme, axes: Any) -> None:
+    """Draw GB per GPU of QLoRA runs: a panel per number of GPUs, bars by model and context."""
+    found = [r for r in rows(RESULTS / "what_fits.csv") if r["options"] != "published"]
+    bars = list(dict.fromkeys((r["model"], int(r["tokens"])) for r in found))
+    models = list(dict.fromkeys(model for model, _ in bars))
+    places = [i + models.index(model) for i, (model, _) in enumerate(bars)]  # a gap per model
+    names = {"checkpoint": "checkpointing", "limits": "with offload and a chunked loss"}
+    cards = (24, 48, 80, 141)  # GB
+    panels = zip(axes, dict.fromkeys(r["gpus"] for r in found), strict=True)
+    for panel, gpus in panels:
+        for (options, name), color in zip(
+            names.items(), (theme.series[6], theme.series[0]), strict=True
+        ):
+            heights = {
+                (r["model"], int(r["tokens"])): float(r["gpu_gb"])
+                for r in found
+                if (r["gpus"], r["options"]) == (gpus, options)
+            }
+            panel.bar(places, [heights[bar] for bar in bars], 0.85, color=color, label=name)
+        for size in cards:
+            panel.axhline(size, color=theme.faint, lw=0.8, ls=":")
+        labels = [f"{tokens // 1024}k" for _, tokens in bars]
+        for model in models:
+            own = [i for i, bar in enumerate(bars) if bar[0] == model]
+            labels[own[len(own) // 2]] += f"\n{model}"
+        panel.set(yscale="log", ylim=(2, 1000), title="1 GPU" if gpus == "1" else f"{gpus} GPUs")
+        panel.set_xticks(places, labels, fontsize=8)
+        panel.set_yticks([2, 5, 10, 100, 1000], ["2", "5", "10", "100", "1000"])
+        panel.minorticks_off()
+    for size in cards:
+        axes[-1].text(places[-1] + 1.3, size, f"{size} GB card", fontsize=8, va="center",
+                      color=theme.text)  # fmt: skip
+    axes[0].set_ylabel("GB per GPU; context below")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
+                          ncols=2, frameon=False)  # fmt: skip
+
+
+def plot(
+    draw: Callable[[Theme, Any], None], size: tuple[float, float], panels: int = 1
+) -> Callable[[Theme], str]:
+    """Return a function that draws one axes, or a row of axes, as SVG."""
 
     def drawn(theme: Theme) -> str:
         import io
@@ -208,9 +247,10 @@ def plot(draw: Callable[[Theme, Any], None], size: tuple[float, float]) -> Calla
         }
         with matplotlib.rc_context(colors):
             figure = Figure(figsize=size, layout="constrained")
-            axes = figure.subplots()
+            axes = figure.subplots(1, panels, sharey=True)
             draw(theme, axes)
-            axes.spines[["top", "right"]].set_visible(False)
+            for each in figure.axes:
+                each.spines[["top", "right"]].set_visible(False)
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None})
         return file.getvalue()
@@ -222,6 +262,7 @@ PICTURES: dict[str, Callable[[Theme], str]] = {
     "how-it-works": how_it_works,
     "report": report,
     "memory-models": plot(memory, (8.6, 4.6)),
+    "what-fits": plot(what_fits, (11, 4), panels=3),
     "step-time": plot(step_time, (7.6, 9.6)),
     "quality-classification": plot(lambda t, a: quality(t, a, "classification"), (7.6, 4.6)),
     "quality-language": plot(lambda t, a: quality(t, a, "language"), (7.6, 4.6)),

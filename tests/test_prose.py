@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,13 +45,18 @@ BANNED = {
 }
 
 
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text("utf-8")
+
+
+@cache
+def docstrings(path: Path) -> list[tuple[int, str]]:
     """Line and text of every docstring of a file."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        text = ast.get_docstring(node) if isinstance(node, kinds) else None
-        if text is not None:
-            yield getattr(node, "lineno", 1), text
+    nodes = [node for node in ast.walk(ast.parse(text_of(path))) if isinstance(node, kinds)]
+    texts = [(getattr(node, "lineno", 1), ast.get_docstring(node)) for node in nodes]
+    return [(line, text) for line, text in texts if text is not None]
 
 
 @pytest.mark.parametrize("phrase", BANNED)
@@ -59,7 +64,7 @@ def test_no_banned_phrase(phrase: str) -> None:
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in (*SOURCES, *PAGES)
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        for number, line in enumerate(text_of(path).splitlines(), 1)
         if re.search(phrase, line)
     ]
     assert not found, f"write: {BANNED[phrase]}"

@@ -3,26 +3,22 @@
 Nothing is loaded and no GPU is needed. One sample per GPU, LoRA of rank 16 on all linear layers of
 an NF4 base, bf16, AdamW. "limits" are activations="checkpoint+offload" and loss="chunked". CUDA's
 context and NCCL's buffers are added as round allowances. The published figures at the end are
-compared with plans of the same setting.
+compared with plans of the same setting. `make pictures` draws the table.
 
-    python benchmarks/cpu/what_fits.py [--smoke] [--redraw] [--figure docs/figures/what_fits.png]
+    python benchmarks/cpu/what_fits.py [--smoke]
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
 
-from benchmarks.lib.side_by_side import RESULTS, write
+from benchmarks.lib.side_by_side import write
 from lightning_peft import LoRA, Plan, estimate_memory
 from lightning_peft.planner.choice import ALLOWANCES
-
-FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "what_fits.png"
 
 
 def llama(hidden: int, inner: int, layers: int, heads: int, vocabulary: int = 128_256) -> Any:
@@ -144,74 +140,15 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel per number of GPUs: bytes per GPU by model and context, cards as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    models, lengths = list(MODELS), list(LENGTHS)
-    figure, axes = plt.subplots(1, len(GPUS), figsize=(11, 3.6), sharey=True)
-    for axis, gpus in zip(axes, GPUS, strict=True):
-        for options, shade in (("checkpoint", "#b9c6d8"), ("limits", "#2f5d8a")):
-            for i, model in enumerate(models):
-                for j, length in enumerate(lengths):
-                    here = (model, gpus, length, options)
-                    row = next(
-                        r
-                        for r in rows
-                        if (r["model"], r["gpus"], r["tokens"], r["options"]) == here
-                    )
-                    place = 4 * i + j
-                    axis.bar(place, row["gpu_gb"], 0.85, color=shade)
-        for size in CARDS:
-            axis.axhline(size, color="#999999", linewidth=0.6, linestyle=":")
-        axis.set_yscale("log")
-        axis.set_title(f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs, peft_fsdp", fontsize=9)
-        ticks = [4 * i + j for i in range(len(models)) for j in range(len(lengths))]
-        labels = [
-            f"{n // 1024}k" + (f"\n{model}" if n == lengths[1] else "")
-            for model in models
-            for n in lengths
-        ]
-        axis.set_xticks(ticks, labels, fontsize=8)
-        axis.set_ylim(2, 1000)
-        axis.set_yticks([2, 5, 10, 100, 1000], ["2", "5", "10", "100", "1000"])
-        axis.minorticks_off()
-    for size in CARDS:
-        axes[-1].text(11.2, size, f"{size} GB card", fontsize=7, va="center", color="#555555")
-    axes[0].set_ylabel("GB per GPU", fontsize=8)
-    figure.suptitle(
-        "QLoRA, one sample per GPU: checkpointing (light), with offload and chunked loss (dark)",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def _read(row: dict[str, str]) -> dict[str, Any]:
-    numbers = {"gpus": int(row["gpus"]), "tokens": int(row["tokens"])}
-    return {**row, **numbers, "gpu_gb": float(row["gpu_gb"])}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, no files")
-    parser.add_argument("--redraw", action="store_true", help="the picture alone, from the table")
-    parser.add_argument("--figure", type=Path, default=FIGURE)
     chosen = parser.parse_args()
     if chosen.smoke:
         for row in table(SMOKE, (64,)):
             print(row)
         return
-    if chosen.redraw:
-        with open(RESULTS / "what_fits.csv", newline="") as file:
-            draw([_read(row) for row in csv.DictReader(file)], chosen.figure)
-        return
-    rows = table(MODELS, LENGTHS)
-    draw(rows, chosen.figure)
-    write("what_fits", [*rows, *published()])
+    write("what_fits", [*table(MODELS, LENGTHS), *published()])
 
 
 if __name__ == "__main__":

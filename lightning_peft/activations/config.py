@@ -14,7 +14,7 @@ _KINDS = get_args(ActivationKind)
 
 @dataclass(frozen=True)
 class Activations:
-    """What a training step keeps of the blocks of a model for its backward pass.
+    """How a training step stores the activations of a model's blocks until backward.
 
     Attributes:
         kind: ``"checkpoint"`` keeps the input of each block and runs the block again in backward

@@ -70,7 +70,7 @@ class HostGroup:
 
 
 class HostMemory(Protocol):
-    """Where tensors go between forward and backward.
+    """Place of saved tensors between forward and backward.
 
     Attributes:
         moved: Bytes moved to host memory so far.
@@ -92,7 +92,7 @@ class HostMemory(Protocol):
 
 
 class BaseHost:
-    """What every kind of host memory shares.
+    """Base class of the kinds of host memory.
 
     Attributes:
         moved: Bytes moved to host memory so far.

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_peft.layers.adapted import adapted_modules, weight_adapters_of
 from lightning_peft.layers.batch_facts import BatchObserver
 from lightning_peft.methods.base import Method, WeightMethod
-from lightning_peft.models.modules import hf_models
+from lightning_peft.models.modules import hf_models, input_embeddings
 
 __all__ = ["observe_batch", "stack_of"]
 
@@ -26,8 +26,7 @@ def stack_of(model: nn.Module, method: Method) -> nn.Module:
             "LoRA, or attach to the model itself"
         )
     stack: nn.Module = found[0].base_model
-    getter = getattr(stack, "get_input_embeddings", None)
-    embedding = getter() if callable(getter) else None
+    embedding = input_embeddings(stack)
     # OPT, BART and others call the decoder inside of their base model, with the ids.
     while isinstance(inner := getattr(stack, "decoder", None), nn.Module) and any(
         m is embedding for m in inner.modules()

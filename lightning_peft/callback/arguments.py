@@ -12,6 +12,7 @@ from lightning_peft.methods.base import Method
 from lightning_peft.optim.replace import check_optimizer_name
 
 __all__ = [
+    "check_embeddings",
     "check_export",
     "check_paths",
     "check_separate_copies",
@@ -57,6 +58,17 @@ def check_separate_copies(separate_copies: bool, init_from: str | Path | None) -
         raise ValueError(
             f"PEFT separate_copies: expected without init_from, whose file says it, got both "
             f"({init_from}); leave separate_copies out"
+        )
+
+
+def check_embeddings(embeddings: object, init_from: str | Path | None) -> None:
+    """Raise ValueError for another word, or if there is no directory to restore from."""
+    if embeddings not in ("check", "restore"):
+        raise ValueError(f"PEFT embeddings: expected 'check' or 'restore', got {shown(embeddings)}")
+    if embeddings == "restore" and init_from is None:
+        raise ValueError(
+            "PEFT embeddings: expected init_from beside 'restore', got none; give the directory "
+            "that holds the embeddings: PEFT(init_from='adapter', embeddings='restore')"
         )
 
 

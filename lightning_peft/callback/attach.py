@@ -18,6 +18,7 @@ from lightning_peft.adapters.rehome import rehome
 from lightning_peft.callback.init_from import continue_adapter
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.registry import AdapterRegistry, forget, registries_in, registry_of
+from lightning_peft.hf.base_copies import Embeddings
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.registry import to_dict
@@ -78,6 +79,7 @@ def attach_once(
     lost: bool,
     averaged: Mapping[str, str],
     init_from: str | Path | None = None,
+    embeddings: Embeddings = "check",
     separate_copies: bool = False,
 ) -> list[str]:
     """Attach every adapter that is not attached yet, and make all of them act, in the order named.
@@ -95,6 +97,7 @@ def attach_once(
         averaged: Parts of the root that are averaged into a dense part outside, with its name.
         separate_copies: As in `attach`.
         init_from: Directory or hub id of an adapter to go on from, instead of methods.
+        embeddings: What to do with the embeddings in that directory, as in `load_adapter`.
 
     Returns:
         Names of adapters whose layers were replaced, and which start again.
@@ -131,7 +134,7 @@ def attach_once(
             how["separate_copies"] = separate_copies
             attach_within(root, list(methods), averaged=averaged, keep_on=keep_on, **how)
         else:
-            continue_adapter(root, init_from, **how)
+            continue_adapter(root, init_from, embeddings=embeddings, **how)
         new = True
     record = registry_of(root)
     if new and record is not None:

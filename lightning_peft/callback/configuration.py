@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_peft.activations.config import ActivationKind, Activations, as_activations
 from lightning_peft.adapters.attach_checks import check_adapter_name
 from lightning_peft.callback.arguments import (
+    check_embeddings,
     check_export,
     check_paths,
     check_separate_copies,
@@ -21,9 +22,11 @@ from lightning_peft.callback.arguments import (
 from lightning_peft.callback.memory_plan import check_plan
 from lightning_peft.callback.step_memory import LossForm, check_loss
 from lightning_peft.checkpoint.forms import CheckpointForm, check_form
+from lightning_peft.hf.base_copies import Embeddings
 from lightning_peft.methods.base import Method
 from lightning_peft.storage import Quantization, StorageConfig, as_config
 from lightning_peft.strategies import register_strategies
+from lightning_peft.strategies.base_reading import check_cache
 from lightning_peft.trainers.callback_base import TrainerCallback
 
 __all__ = ["PEFTConfiguration"]
@@ -36,6 +39,7 @@ _CONFIGURATION = (
     "modules_to_save",
     "separate_copies",
     "init_from",
+    "embeddings",
     "export_to",
     "root",
     "kernels",
@@ -71,6 +75,7 @@ class PEFTConfiguration(TrainerCallback):
         modules_to_save: Sequence[str] | None = None,
         separate_copies: bool = False,
         init_from: str | Path | None = None,
+        embeddings: Embeddings = "check",
         export_to: str | Path | None = None,
         root: str | None = None,
         kernels: Backend = "auto",
@@ -92,6 +97,7 @@ class PEFTConfiguration(TrainerCallback):
             base_from=base_from,
             packed_cache=packed_cache,
         )
+        check_cache("PEFT", base_from, packed_cache)
         check_values(
             optimizer=optimizer,
             adapter_name=adapter_name,
@@ -113,6 +119,8 @@ class PEFTConfiguration(TrainerCallback):
         check_separate_copies(separate_copies, init_from)
         self.separate_copies = separate_copies
         self.init_from = init_from
+        check_embeddings(embeddings, init_from)
+        self.embeddings: Embeddings = embeddings
         self.export_to = export_to
         self.root = root
         self.kernels = kernels

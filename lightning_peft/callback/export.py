@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.callback.checkpoint_io import PEFTCheckpointIO
@@ -32,7 +33,8 @@ def check_exportable(
 ) -> None:
     """Raise before training where the export after it would be refused; nothing is written.
 
-    The adapters are brought into the form of their files, as they are at the start.
+    The adapters are brought into the form of their files, as they are at the start. Trained tensors
+    that are still zero count as not zero: a file may have no place for their later values.
 
     Raises:
         FileExistsError: a file is in the place of the directory or of a parent.
@@ -48,7 +50,8 @@ def check_exportable(
     _check_directory(Path(directory))
     for name in names:
         try:
-            with fork_seeded_rng(0):  # prompts draw dropout; the run's own draws stay
+            # Prompts draw dropout; the run's own draws stay.
+            with fork_seeded_rng(0), _without_zeros(module):
                 adapter_files(module, directory, name)
         except ValueError as error:
             raise ValueError(
@@ -105,6 +108,21 @@ def _best_state(trainer: pl.Trainer) -> Mapping[str, Tensor]:
             stacklevel=2,
         )
         return {}
+
+
+@contextmanager
+def _without_zeros(module: nn.Module) -> Iterator[None]:
+    """Within the block, trained tensors that are zero hold ones, as if training had moved them."""
+    zeros = [p for p in module.parameters() if p.requires_grad and not p.any()]
+    with torch.no_grad():
+        for p in zeros:
+            p.fill_(1)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
 
 
 @contextmanager

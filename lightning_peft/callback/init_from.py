@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lightning_peft.hf.base_copies import Embeddings
 from lightning_peft.hf.hub import ADAPTER_FILES, local_directory
 from lightning_peft.hf.load import load_adapter
 from lightning_peft.storage import StorageConfig
@@ -22,6 +23,7 @@ def continue_adapter(
     adapter_name: str,
     quantization: StorageConfig | None,
     modules_to_save: Sequence[str] | None,
+    embeddings: Embeddings,
     device: torch.device | None,
 ) -> None:
     """Attach the adapter of a directory or hub id with its trained values.
@@ -32,6 +34,7 @@ def continue_adapter(
         adapter_name: Name to attach under.
         quantization: How to store the base.
         modules_to_save: Modules to train fully besides those of the directory, as in `attach`.
+        embeddings: What to do with the embeddings in the directory, as in `load_adapter`.
         device: Where to quantise.
 
     Raises:
@@ -50,5 +53,6 @@ def continue_adapter(
         adapter_name=adapter_name,
         quantization=quantization,
         modules_to_save=modules_to_save,
+        embeddings=embeddings,
         device=device,
     )

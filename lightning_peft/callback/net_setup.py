@@ -81,6 +81,7 @@ class NetSetup:
                 lost=lost,
                 averaged=averaged_parts(module, given.root, given.quantization),
                 init_from=given.init_from,
+                embeddings=given.embeddings,
             )
         read_meta_base(trainer, module, given.base_from, given.packed_cache)
         save_plainly(module, around=root)

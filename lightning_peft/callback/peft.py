@@ -79,6 +79,8 @@ class PEFT(PEFTConfiguration):
             whose file says so.
         init_from: Directory or hub id of an adapter to go on training, instead of `method`. Its
             configuration comes from there.
+        embeddings: ``"restore"`` writes the resized embeddings that the directory of `init_from`
+            holds into the base, as in `load_adapter`. By default they must equal the base's.
         export_to: Directory to write the adapters of the best checkpoint to when fit ends, or the
             current ones if no checkpoint was written. The Trainer's root process writes it.
             Whether it can be written is checked at the start; ``fast_dev_run`` checks alone.

@@ -48,6 +48,7 @@ def check_same_configuration(peft: PEFTConfiguration, trainer: pl.Trainer) -> No
         "modules_to_save": str(peft.modules_to_save),
         "separate_copies": str(peft.separate_copies),
         "init_from": str(peft.init_from),
+        "embeddings": peft.embeddings,
         "root": str(peft.root),
         "torch": torch.__version__,
         "lightning": "" if package is None else f"{package.name} {package.version}",

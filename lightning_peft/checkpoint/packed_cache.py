@@ -1,45 +1,49 @@
 """A cache of packed weights: quantised on the first start, read on every later one.
 
 A folder per base and quantisation holds one file per rank that wrote, and ``index.json``, which is
-written last. The key is a hash of names, shapes and sampled values of the base's files and of how
-each weight is packed. Weights that are not packed are read from the base in any case.
+written last. Its name is a hash of the base's files (size, time of the last change, header), of
+sampled values, and of how each weight is packed. Weights that are not packed are read from the base
+in any case.
 
-The folder appears by one rename, so several ranks and several runs may share a cache.
+The folder appears by one rename, so several ranks and several runs may share a cache. Blocks are
+checked against their checksums while they are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_peft.checkpoint import atomic_file
+from lightning_peft.checkpoint.packed_blocks import read_checked
+from lightning_peft.checkpoint.packed_writer import (
+    FORMAT,
+    INDEX,
+    PackedWriter,
+    own_rank,
+    read_index,
+)
 from lightning_peft.core.collectives import (
     check_same_on_all_ranks,
     gather_from_all_ranks,
     raise_on_all_ranks,
 )
-from lightning_peft.core.names import strip_compile
+from lightning_peft.core.names import counted, strip_compile
 from lightning_peft.storage import storage_of
+from lightning_peft.storage.base_files import BaseFiles
 from lightning_peft.storage.dtensor import is_first_replica, is_sharded, local, local_rows
 from lightning_peft.storage.packed import specs_of
-from lightning_peft.storage.streaming import BaseFiles
 
 __all__ = ["PackedCache"]
 
-_INDEX = "index.json"
-_FORMAT = 1
 _SAMPLES = 8  # values per tensor in the key
+_REMEDY = "delete this folder; the next start writes it again"
 
 
 class PackedCache:
@@ -55,15 +59,21 @@ class PackedCache:
             written.
 
     Raises:
-        ValueError: the folder is there, but belongs to another base or is incomplete; or the
-            directory is a file.
+        ValueError: the folder is there, but belongs to another base or is incomplete; the
+            directory is a file; or no weight is packed.
         RuntimeError: ranks have different files.
     """
 
     def __init__(self, directory: str | Path, base: BaseFiles) -> None:
         if Path(directory).is_file():
             raise ValueError(f"packed_cache: expected a directory, got the file {directory}")
-        self._key = _key_of(base)
+        if not any(storage_of(*place).is_quantized for place in base.wanted.values()):
+            raise ValueError(
+                f"packed_cache {directory}: expected a base with packed weights, got one without; "
+                "give a quantization, or leave packed_cache out"
+            )
+        self._stamps = base.stamps()
+        self._key = _key_of(base, gather_from_all_ranks(self._stamps))
         check_same_on_all_ranks(
             {"key of the packed base": self._key},
             "packed_cache",
@@ -73,7 +83,8 @@ class PackedCache:
         self.hashes: dict[str, str] = {}
         self._base = base
         self._entries: dict[str, Any] = {}
-        self._writer: _Writer | None = None
+        self._writer: PackedWriter | None = None
+        self._damage: list[str] = []
         present = gather_from_all_ranks(self.folder.exists())
         if all(present):
             error: Exception | None = None
@@ -83,7 +94,15 @@ class PackedCache:
                 error = caught
             raise_on_all_ranks(error, f"packed_cache {self.folder}")
         elif not any(present):
-            self._writer = _Writer(Path(directory), self._key)
+            self._writer = PackedWriter(Path(directory), self._key)
+        elif own_rank() == 0:
+            absent = [rank for rank, there in enumerate(present) if not there]
+            warnings.warn(
+                f"packed_cache {self.folder}: expected it on the disks of all ranks, found none "
+                f"on ranks {absent[:8]}; the base is read instead. Give a shared folder, or copy "
+                "the folder to every machine",
+                stacklevel=2,
+            )
 
     @property
     def is_complete(self) -> bool:
@@ -91,30 +110,29 @@ class PackedCache:
         return bool(self._entries)
 
     def _open(self) -> None:
-        index = self.folder / _INDEX
-        remedy = "delete this folder; the next start writes it again"
+        index = self.folder / INDEX
         if not index.exists():
             found = sorted(p.name for p in self.folder.iterdir())[:5]
-            raise ValueError(f"{self.folder}: expected {_INDEX}, got {found}; {remedy}")
+            raise ValueError(f"{self.folder}: expected {INDEX}, got {found}; {_REMEDY}")
         try:
-            content = json.loads(index.read_text())
+            content = read_index(index)
             key, files, weights = content["key"], content["files"], content["weights"]
             hashes, number = content["hashes"], content["format"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{index}: expected the index of a packed base, got a damaged file ({error}); "
-                f"{remedy}"
+                f"{_REMEDY}"
             ) from error
-        if number != _FORMAT or key != self._key:
+        if number != FORMAT or key != self._key:
             raise ValueError(
-                f"{self.folder}: expected the packed base {self._key} in format {_FORMAT}, got "
-                f"{key} in format {number}, of another base or quantization; {remedy}"
+                f"{self.folder}: expected the packed base {self._key} in format {FORMAT}, got "
+                f"{key} in format {number}, of another base or quantization; {_REMEDY}"
             )
         for name, size in files.items():
             file = self.folder / name
             have = file.stat().st_size if file.exists() else "no file"
             if have != size:
-                raise ValueError(f"{file}: expected {size} bytes, got {have}; {remedy}")
+                raise ValueError(f"{file}: expected {size} bytes, got {have}; {_REMEDY}")
         self._entries = weights
         for name in self._base.wanted:
             stored = self._base.name_in_file(name)
@@ -124,7 +142,10 @@ class PackedCache:
     # ---- while the base is read
 
     def fill(self, name: str, module: nn.Module, key: str) -> bool:
-        """Copy a packed weight's own rows out of the cache; False if the cache lacks it."""
+        """Copy a packed weight's own rows out of the cache; False if the cache lacks it.
+
+        Damage is noted for `check`: an error here would leave other ranks waiting.
+        """
         entry = self._entries.get(self._base.name_in_file(name))
         if entry is None:
             return False
@@ -137,16 +158,32 @@ class PackedCache:
                 start, count = piece["first"], piece["rows"]
                 low, high = max(first, start), min(first + rows, start + count)
                 if low < high:
-                    offset = piece["offset"] + (low - start) * width
-                    read = _read(self.folder / piece["file"], offset, (high - low) * width)
-                    flat[(low - first) * width : (high - first) * width].copy_(read)
+                    file = self.folder / piece["file"]
+                    target = flat[(low - first) * width : (high - first) * width]
+                    try:
+                        read_checked(file, piece, (low - start) * width, target)
+                    except (OSError, ValueError) as error:
+                        self._damage.append(f"{file}, {name!r} ({role}): {error}")
         return True
+
+    def check(self) -> None:
+        """Raise if a rank read damaged bytes. Every rank must call it.
+
+        Raises:
+            ValueError: on the rank that read them, with the first file and tensor.
+            RuntimeError: on the other ranks.
+        """
+        error = None
+        if self._damage:
+            more = counted(len(self._damage), "damaged piece")
+            error = ValueError(f"{self._damage[0]} ({more} in {self.folder}); {_REMEDY}")
+        raise_on_all_ranks(error, f"packed_cache {self.folder}")
 
     def keep(self, name: str, module: nn.Module, key: str) -> None:
         """Write a packed weight's own rows; replicated tensors are written by rank 0."""
         if self._writer is not None:
             for role, t in _tensors(module, key):
-                if is_first_replica(t) if is_sharded(t) else _rank() == 0:
+                if is_first_replica(t) if is_sharded(t) else own_rank() == 0:
                     self._writer.add(self._base.name_in_file(name), role, t)
 
     def finish(self, hashes: Mapping[str, str]) -> None:
@@ -160,12 +197,10 @@ class PackedCache:
         if self._writer is not None:
             plain = {self._base.name_in_file(n): strip_compile(n) for n in self._base.wanted}
             known = {file: hashes[name] for file, name in plain.items() if name in hashes}
-            self._writer.publish(self.folder, known)
+            changed = self._base.stamps() != self._stamps
+            problem = "the base's files changed while they were read" if changed else ""
+            self._writer.publish(self.folder, known, problem)
             self._writer = None
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _tensors(module: nn.Module, key: str) -> Iterator[tuple[str, Tensor]]:
@@ -174,22 +209,15 @@ def _tensors(module: nn.Module, key: str) -> Iterator[tuple[str, Tensor]]:
         yield part.role, part.tensor
 
 
-def _read(file: Path, offset: int, size: int) -> Tensor:
-    out = torch.empty(size, dtype=torch.uint8)
-    with file.open("rb", buffering=0) as handle:
-        handle.seek(offset)
-        view: memoryview = out.numpy().data
-        got = 0
-        while got < size and (n := handle.readinto(view[got:])):
-            got += n
-    if got != size:
-        raise ValueError(f"{file}: expected {size} bytes at {offset}, got {got}; delete the folder")
-    return out
+def _key_of(base: BaseFiles, stamps: list[list[str]]) -> str:
+    """Return a hash of the base's files and of how its weights are packed.
 
-
-def _key_of(base: BaseFiles) -> str:
-    """Return a hash of the base's files and of how its weights are packed."""
-    digest = hashlib.sha256(f"format {_FORMAT}".encode())
+    Args:
+        base: The files.
+        stamps: What each rank sees of them. Machines with copies of their own have several stamps.
+    """
+    seen = sorted({stamp for each in stamps for stamp in each})
+    digest = hashlib.sha256(f"format {FORMAT} {seen}".encode())
     for name, (module, key) in base.wanted.items():
         shape = base.shape_in_file(name)
         digest.update(f"{base.name_in_file(name)} {list(shape)}".encode())
@@ -214,78 +242,3 @@ def _places(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         return
     for i in range(0, total, max(1, total // _SAMPLES)):
         yield tuple(slice(int(c), int(c) + 1) for c in torch.unravel_index(torch.tensor(i), shape))
-
-
-class _Writer:
-    """Writes one rank's rows into a temporary folder that all ranks share."""
-
-    def __init__(self, directory: Path, key: str) -> None:
-        temporary = atomic_file.temporary_path(directory / f"{key}-{uuid.uuid4().hex[:6]}")
-        self._folder = Path(gather_from_all_ranks(str(temporary))[0])
-        self._file = self._folder / f"rank-{_rank():05d}.bin"
-        self._pieces: list[tuple[str, str, dict[str, Any]]] = []
-        self._offset, self._problem = 0, ""
-        self._key = key
-        if _rank() == 0 and directory.exists():
-            atomic_file.remove_stale(directory)
-
-    def add(self, name: str, role: str, t: Tensor) -> None:
-        """Append the own rows of a tensor."""
-        own = local(t.detach())
-        first = local_rows(t)[0] if is_sharded(t) else 0
-        data = own.contiguous().view(-1).view(torch.uint8).cpu().numpy()
-        if self._problem or not data.size:
-            return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with self._file.open("ab") as handle:
-                handle.write(data.data)
-        except OSError as error:  # a full disk must not end a run that has its weights
-            self._problem = str(error)
-            return
-        rows = own.shape[0] if own.ndim else 1
-        place = {"file": self._file.name, "offset": self._offset, "first": first, "rows": rows}
-        self._pieces.append((name, role, place))
-        self._offset += data.size
-
-    def publish(self, target: Path, hashes: Mapping[str, str]) -> None:
-        """Write the index and rename the folder, on rank 0."""
-        own = {"problem": self._problem, "pieces": self._pieces, "size": self._offset}
-        parts = gather_from_all_ranks(own)
-        if _rank() != 0:
-            gather_from_all_ranks(None)  # rank 0 has published
-            return
-        problem = next((p["problem"] for p in parts if p["problem"]), "")
-        try:
-            if not problem:
-                problem = self._write_index(parts, hashes)
-            if not problem:
-                os.rename(self._folder, target)
-        except OSError as error:
-            # Another run was first, with the same content.
-            problem = "" if (target / _INDEX).exists() else str(error)
-        atomic_file.remove(self._folder)
-        if problem:
-            warnings.warn(f"packed_cache {target}: not written: {problem}", stacklevel=2)
-        gather_from_all_ranks(None)
-
-    def _write_index(self, parts: list[dict[str, Any]], hashes: Mapping[str, str]) -> str:
-        weights: dict[str, dict[str, list[Any]]] = {}
-        files = {}
-        for rank, part in enumerate(parts):
-            name = f"rank-{rank:05d}.bin"
-            if not part["size"]:
-                continue
-            file = self._folder / name
-            if not file.exists() or file.stat().st_size != part["size"]:
-                return f"the file of rank {rank} is not on the disk of rank 0; give a shared folder"
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-            files[name] = part["size"]
-            for weight, role, place in part["pieces"]:
-                weights.setdefault(weight, {}).setdefault(role, []).append(place)
-        known = {name: hashes[name] for name in weights if name in hashes}
-        content = {"format": _FORMAT, "key": self._key, "files": files, "weights": weights}
-        text = json.dumps({**content, "hashes": known})
-        (self._folder / _INDEX).write_text(text)
-        return ""

@@ -127,7 +127,7 @@ def _other_rows(name: str, tensor: Tensor, base: Tensor) -> str:
         return found
     return (
         f"{found} in {len(rows)} of {len(base)} rows ({rows[:5]}); if these are new tokens, "
-        "load_adapter(..., embeddings='restore') writes the file's rows into the base, as peft "
-        f"does; or write them first: model.get_parameter({name!r}).data.copy_("
-        "safetensors.torch.load_file(file)[key])"
+        "embeddings='restore', in load_adapter or beside PEFT(init_from=), writes the file's rows "
+        "into the base, as peft does; or write them first: "
+        f"model.get_parameter({name!r}).data.copy_(safetensors.torch.load_file(file)[key])"
     )

@@ -11,7 +11,7 @@ from lightning_peft.hf.files import TENSORS
 
 __all__ = ["adapter_folder", "naming_files"]
 
-#: How checks that see the content alone begin a message.
+#: First words of messages from checks that get the content without its path.
 _CONTENT = "adapter file"
 
 

@@ -117,8 +117,9 @@ def load_adapter(
     if source.config.get("arrow_config"):
         if storage is not None:
             raise ValueError(
-                "load_adapter: quantization: expected None for an adapter that mixes attached "
-                f"ones, got {quantization!r}; quantise when the first of them is loaded"
+                "load_adapter: quantization: expected None for an Arrow router, got "
+                f"{quantization!r}; the base is quantised when you load the first of the adapters "
+                "that it routes to"
             )
         with naming():
             return load_arrow(model, source.config, adapter_name)

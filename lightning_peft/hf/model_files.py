@@ -23,7 +23,7 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredShape:
-    """Where a tensor lies, and what it is.
+    """Place, dtype and shape of a tensor in a file.
 
     Attributes:
         file: The file that holds it.

@@ -74,7 +74,7 @@ class _OneElement:
 
 
 def metadata_of(files: Sequence[str]) -> dict[str, str]:
-    """What the files say of their tensors."""
+    """Return the metadata of all files."""
     found: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:

@@ -100,7 +100,11 @@ def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
                 output_loading_info=True,
                 **given,
             )
-    except (NotImplementedError, RuntimeError) as error:  # codes cannot be initialised
+    except torch.OutOfMemoryError:
+        raise
+    # transformers draws initial values for tensors that the files lack. Torch draws no codes: it
+    # raises RuntimeError for fp8, and its subclass NotImplementedError for integers.
+    except RuntimeError as error:
         raise ValueError(
             f"load_packed {folder}: expected the tensors that its quantization_config describes, "
             f"got an error of transformers' loader ({error}); shards are missing, or belong to "

@@ -1,4 +1,4 @@
-"""What an adapter does to each parameter of a model."""
+"""The change that an adapter makes to each parameter of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ParameterChange", "parameter_changes"]
 
 @dataclass
 class ParameterChange:
-    """What the adapter does to one parameter.
+    """The change that an adapter makes to one parameter.
 
     Attributes:
         part: The module that reads the parameter.

@@ -1,4 +1,4 @@
-"""What an adapter was trained on: the base's fingerprint and storage, in the file's header.
+"""Provenance of an adapter: the base's fingerprint and storage, in the file's header.
 
 Other programs ignore the header of a safetensors file, so a peft directory can carry it.
 """

@@ -19,7 +19,7 @@ from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
 from lightning_peft.layers import ops_for
 from lightning_peft.methods.base import HFFormat
-from lightning_peft.models.modules import output_embeddings
+from lightning_peft.models.modules import input_embeddings, output_embeddings
 from lightning_peft.models.saving import is_transformers_model
 
 __all__ = [
@@ -181,12 +181,10 @@ def ties_embeddings(root: nn.Module) -> bool:
 
 def ties_rows(root: nn.Module, embedding: nn.Module) -> bool:
     """Whether peft has the layers tied to this embedding read its trained rows."""
-    getter = getattr(root, "get_input_embeddings", None)
     return (
         ties_embeddings(root)
         and bool(getattr(root, "_tied_weights_keys", None))
-        and callable(getter)
-        and getter() is embedding
+        and input_embeddings(root) is embedding
     )
 
 

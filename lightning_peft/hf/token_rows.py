@@ -21,6 +21,7 @@ from lightning_peft.layers.adapter import Adapter
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.token_indices import TokenIndices
 from lightning_peft.methods.trainable_tokens import TrainableTokens
+from lightning_peft.models.modules import input_embeddings
 
 __all__ = ["add_token_rows", "match_token_rows", "split_token_rows"]
 
@@ -180,8 +181,7 @@ def _ids_of(adapter: Adapter) -> list[int]:
 
 
 def _beside(top: nn.Module, by_layer: Mapping[str, list[int]]) -> TokenIndices:
-    getter = getattr(top, "get_input_embeddings", None)
-    inputs = getter() if callable(getter) else None
+    inputs = input_embeddings(top)
     ((path, ids), *others) = by_layer.items()
     if not others and inputs is not None and top.get_submodule(path) is inputs:
         return ids

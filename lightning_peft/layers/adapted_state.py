@@ -89,7 +89,7 @@ class MergeUndo:
 
 @dataclass
 class Telemetry:
-    """What was observed while the module ran; read by reports and gradient checks.
+    """Observations of the running module; read by reports and gradient checks.
 
     Attributes:
         forward_ran: Whether forward was ever called. A bypassed module never runs.

@@ -23,7 +23,7 @@ _KNOWN = ("gpt2", "llama", "mistral", "qwen2")
 
 
 def why_no_attention_prompt(attention: nn.Module, model_type: str) -> str:
-    """Why a self-attention module takes no positions of its own softmax; "" where it does."""
+    """Return the reason why a self-attention module takes no prompt with its own softmax, or ""."""
     if model_type not in _KNOWN:
         return f"expected one of {', '.join(_KNOWN)}, got {model_type}"
     if getattr(attention, "is_cross_attention", False):

@@ -25,7 +25,7 @@ _reduce_scatter: _Collective = (
 
 
 class _GatherContext(FunctionCtx):
-    """What `_Gather` keeps for backward."""
+    """Context of `_Gather`: the values that forward saves for backward."""
 
     group: dist.ProcessGroup
     shape: torch.Size

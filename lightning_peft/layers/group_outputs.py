@@ -14,7 +14,7 @@ __all__ = ["HAND_OFF", "output_of_group"]
 
 
 class _HandOff(threading.local):
-    """What one call of a thread leaves to its next calls: outputs of at most one group."""
+    """Outputs that one call of a thread leaves for its next calls: those of at most one group."""
 
     pending: PendingOutputs | None = None
 

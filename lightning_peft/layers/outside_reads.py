@@ -1,4 +1,4 @@
-"""What code outside of an adapted layer finds under its ``weight`` and ``bias``: W' and b'."""
+"""Code outside of an adapted layer reads W' and b' under its ``weight`` and ``bias``."""
 
 from __future__ import annotations
 

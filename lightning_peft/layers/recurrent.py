@@ -39,10 +39,10 @@ class RecurrentOps(WeightsOps):
 
     @contextmanager
     def substituted(self, m: Any, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """As any module; the flat list that the kernels take is shadowed too.
+        """Shadow the edited weights, also in the flat list that the kernels take.
 
-        Its weak references are blanked for the while: the module would find tensors that it has not
-        seen and rebuild the list from its attributes.
+        The list's weak references are blanked meanwhile: otherwise the module would notice unknown
+        tensors and rebuild the list from its attributes.
         """
         with super().substituted(m, tensors):
             attributes = vars(m)

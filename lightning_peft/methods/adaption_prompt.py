@@ -74,12 +74,12 @@ class AdaptionPrompt(BlockMethod):
 
     @property
     def where(self) -> Literal["attention"]:
-        """In self-attention."""
+        """Return "attention": the prompt enters self-attention."""
         return "attention"
 
     @property
     def top_layers(self) -> int | None:
-        """As `layers` says."""
+        """Return `layers`."""
         return self.layers
 
     def module(self, site: BlockSite) -> nn.Module:

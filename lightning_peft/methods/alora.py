@@ -125,12 +125,12 @@ class ALoRA(LoRA):
 
     @property
     def reads_batch(self) -> bool:
-        """Where it acts depends on the batch."""
+        """Return True: the tokens on which it acts depend on the batch."""
         return True
 
     @property
     def reads_tokens(self) -> bool:
-        """Where it acts follows from the tokens."""
+        """Return True: the tokens on which it acts follow from their ids."""
         return True
 
     def check(self, site: Site) -> None:

@@ -1,4 +1,4 @@
-"""What methods share whose type in peft has the option ``bias``."""
+"""Base of the methods whose type in peft has the option ``bias``."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class BiasOption(WeightMethod):
         require_bias(self.label, self.bias, self.bias_word)
 
     def trained_biases(self) -> str:
-        """As `bias` says."""
+        """Return the biases of the base that `bias` chooses."""
         return self.bias if self.bias in ("none", "all") else "adapted"

@@ -158,7 +158,7 @@ class BOFT(WeightMethod):
         }
 
     def trained_biases(self) -> str:
-        """As `bias` says."""
+        """Return the biases of the base that `bias` chooses."""
         return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:

@@ -133,7 +133,7 @@ class CPT(PromptTuning):
 
     @property
     def keeps_positions(self) -> bool:
-        """As `context_loss` says."""
+        """Return `context_loss`."""
         return self.context_loss
 
     def _radii(self, width: int) -> Tensor:

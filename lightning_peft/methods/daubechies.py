@@ -22,7 +22,7 @@ FAMILIES = {f"db{n}": n for n in range(1, 11)} | {"sym2": 2, "sym3": 3}
 
 
 def _roots(coefficients: list[complex]) -> list[complex]:
-    """Of a polynomial, highest power first: eigenvalues of its companion matrix."""
+    """Return a polynomial's roots, from its coefficients with the highest power first."""
     lead, *rest = coefficients
     if not rest:
         return []

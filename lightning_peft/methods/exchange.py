@@ -72,29 +72,30 @@ class LayerLayout(Protocol):
 
 
 def refuse_all_but_features(method: object, site: Site) -> str:
-    """Why a type of peft that knows linear layers and GPT-2's `Conv1D` cannot take this weight."""
+    """Return the reason if the weight is neither of a linear layer nor of GPT-2's `Conv1D`."""
     if site.batch_shape or not site.ops.features_last:
         return "peft adapts linear layers only"
     return ""
 
 
 def refuse_all_but_linear(method: object, site: Site) -> str:
-    """Why a type of peft that knows `nn.Linear` only cannot take this weight."""
+    """Return the reason if the weight is not of an `nn.Linear`."""
     if type(site.module).__name__.endswith("Conv1D") and hasattr(site.module, "nf"):
         return "peft adapts nn.Linear only, not GPT-2's Conv1D"
     return refuse_all_but_features(method, site)
 
 
 def refuse_scaled_embedding(method: object, site: Site) -> str:
-    """Why a type of peft that knows plain embeddings cannot take one with a scale (Gemma)."""
+    """Return the reason if the embedding scales its output, as Gemma's does."""
     if site.is_embedding and float(getattr(site.module, "embed_scale", 1.0)) != 1.0:
         return "peft adds the adapter's part there without the embedding's scale"
     return ""
 
 
 def refuse_uneven_conv2d(method: object, site: Site) -> str:
-    """Why a type of peft that forms W' of a Conv2d for one stride, one padding and a square kernel
-    cannot take this one.
+    """Return the reason if peft cannot form W' of this Conv2d.
+
+    Some types of peft expect one group, a square kernel, and one stride and padding for both axes.
     """
     m = site.module
     if not isinstance(m, nn.Conv2d):
@@ -256,7 +257,7 @@ class HFFormat:
     refuse: Refuse | None = None
 
     def refusal(self, layout: LayerLayout) -> str:
-        """Why a layer of this kind cannot be exchanged; "" if it can."""
+        """Return the reason why a layer of this kind cannot be exchanged, or ""."""
         kind = layout.kind
         if self.kinds is not None and kind not in self.kinds:
             return (

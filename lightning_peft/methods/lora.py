@@ -164,7 +164,7 @@ class LoRA(WeightMethod):
 
     @property
     def adapts_tied(self) -> bool:
-        """As `ensure_weight_tying` says."""
+        """Return `ensure_weight_tying`."""
         return self.ensure_weight_tying
 
     def of_tied(self, p: Mapping[str, Tensor], site: Site) -> Mapping[str, Tensor]:
@@ -218,7 +218,7 @@ class LoRA(WeightMethod):
 
     @property
     def starts_from_weight(self) -> bool:
-        """Those, and MiCA, which leaves the base alone."""
+        """Return True for starts that rewrite the base, and for MiCA, which only reads it."""
         return self.rewrites_base or self.init == "mica"
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
@@ -300,7 +300,7 @@ class LoRA(WeightMethod):
                 precondition(p)
 
     def trained_tokens(self) -> TokenIndices | None:
-        """As `trainable_token_indices` says."""
+        """Return `trainable_token_indices`."""
         return self.trainable_token_indices
 
     def trained_biases(self) -> str:

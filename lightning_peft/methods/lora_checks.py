@@ -1,4 +1,4 @@
-"""What LoRA's arguments may be, by themselves and at a site."""
+"""Checks of LoRA's arguments, by themselves and at a site."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class MiSS(WeightMethod):
         return {"D": empty_like_site(site, *shape).zero_()}
 
     def trained_biases(self) -> str:
-        """As `bias` says."""
+        """Return the biases of the base that `bias` chooses."""
         return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:

@@ -158,7 +158,7 @@ class OFT(WeightMethod):
         return {"triangle": empty_like_site(site, blocks, b * (b - 1) // 2).zero_()}
 
     def trained_biases(self) -> str:
-        """As `bias` says."""
+        """Return the biases of the base that `bias` chooses."""
         return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:

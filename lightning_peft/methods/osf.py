@@ -62,7 +62,7 @@ class OSF(WeightMethod):
             )
 
     def _kept(self, site: Site) -> int:
-        """As peft counts: a float in (0, 1] is a share."""
+        """Return how many directions are kept, counted as in peft: a float in (0, 1] is a share."""
         most = min(site.out_features, site.in_features)
         kept = match_site(self.rank_pattern, site, self.kept)
         if kept is None:

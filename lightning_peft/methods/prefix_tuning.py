@@ -77,8 +77,9 @@ def _pack(
 
 
 def _peft_rows(layers: int) -> list[int]:
-    """Where peft reads the keys and values of a decoder's layers: it writes the table twice, one
-    behind the other, and gives layer l the pair (4l, 4l + 1).
+    """Return the rows at which peft reads the keys and values of a decoder's layers.
+
+    Peft writes the table twice in a row, and gives layer l the pair (4l, 4l + 1).
     """
     pairs = 2 * layers
     return [(4 * (i // 2) + i % 2) % pairs for i in range(pairs)]
@@ -159,7 +160,7 @@ class PrefixTuning(SequenceMethod):
 
     @property
     def insertion(self) -> Literal["attention"]:
-        """In attention."""
+        """Return "attention": the prefix enters keys and values."""
         return "attention"
 
     def columns(self, site: SequenceSite) -> int:

@@ -28,7 +28,7 @@ __all__ = ["SHiRA"]
 def _unpack(
     method: SHiRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """As they are, once places are known to lie in the weight."""
+    """Return the tensors unchanged, after a check that places lie in the weight."""
     if "places" in p:
         rows, columns = p["places"].long()
         for places, size in ((rows, site.out_features), (columns, site.in_features)):
@@ -74,7 +74,7 @@ class SHiRA(WeightMethod):
         require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
 
     def check(self, site: Site) -> None:
-        """As many places as entries at most."""
+        """Check that the weight has at least as many entries as there are places."""
         require_matrix(self.label, site)
         n, most = self._count(site), site.shape.numel()
         require(

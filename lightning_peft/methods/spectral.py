@@ -1,4 +1,4 @@
-"""What methods share that train few coefficients at random places of a spectrum."""
+"""Shared parts of methods that train few coefficients at random places of a spectrum."""
 
 from __future__ import annotations
 

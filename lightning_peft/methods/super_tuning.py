@@ -32,7 +32,7 @@ __all__ = ["SuperTuning"]
 def _unpack(
     method: SuperTuning, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """As they are, once places are known to lie in the weight."""
+    """Return the tensors unchanged, after a check that places lie in the weight."""
     if "places" in p:
         require_places(p["places"].long().reshape(-1), site.shape.numel())
     return dict(p)

@@ -73,7 +73,7 @@ class TrainableTokens(WeightMethod):
 
     @property
     def adapts_tied(self) -> bool:
-        """As `tied` says."""
+        """Return `tied`."""
         return self.tied
 
     def check(self, site: Site) -> None:
@@ -120,7 +120,7 @@ class TrainableTokens(WeightMethod):
         return None
 
     def replaced_ids(self, site: Site) -> Sequence[int]:
-        """As `ids`."""
+        """Return the ids of the trained rows."""
         return self.ids(site)
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:

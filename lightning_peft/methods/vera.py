@@ -92,7 +92,7 @@ class VeRA(WeightMethod):
         }
 
     def trained_biases(self) -> str:
-        """As `bias` says."""
+        """Return the biases of the base that `bias` chooses."""
         return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:

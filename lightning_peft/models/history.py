@@ -1,4 +1,4 @@
-"""What happened to a model's own tensors since adapters were attached.
+"""History of a model's own tensors since adapters were attached.
 
 A checkpoint holds what the module's own code does not rebuild. That is decided by history and
 content, never by `requires_grad` at one moment: whatever was trained, owned by an optimizer outside

@@ -68,7 +68,10 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_input_embeddings", None)
     try:
         found = getter() if callable(getter) else None
-    except NotImplementedError:  # models without an embedding
+    # transformers offers no query: `get_input_embeddings` is on every model. It raises
+    # NotImplementedError in a class without a single table, and AttributeError in one whose lookup
+    # expects parts that this model was built without. Both mean that there is no such layer.
+    except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
 

@@ -1,4 +1,4 @@
-"""What transformers notes on a model that it loaded quantised."""
+"""The notes that transformers leaves on a model that it loaded quantised."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOTES = ("hf_quantizer", "quantization_method")
 
 @dataclass
 class QuantizationNotes:
-    """What a model's config and its loading say about packed weights, taken off the model.
+    """Notes about packed weights in a model's config and on the model, taken off it.
 
     Attributes:
         taken: (object, attribute, value) of each note.

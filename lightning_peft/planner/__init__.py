@@ -1,1 +1,1 @@
-"""What a run will take, counted before anything is loaded."""
+"""Memory of a run, counted before anything is loaded."""

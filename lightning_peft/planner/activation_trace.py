@@ -1,4 +1,4 @@
-"""What one training step keeps: a pass over fake tensors, storages counted while they live.
+"""Memory of one training step: a pass over fake tensors counts storages while they live.
 
 Long stacks of equal blocks are run at two lengths and extrapolated; so is the batch.
 """

@@ -1,4 +1,4 @@
-"""What a plan is made for: method, storage, optimizer, batch and strategy."""
+"""The settings of a plan: method, storage, optimizer, batch and strategy."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ class Plan:
 
     @cached_property
     def next_steps(self) -> list[Step]:
-        """What is not switched on yet, the largest saving first."""
+        """Return the options that are still off and would save memory, the largest saving first."""
         steps = []
         for what, choice in next_changes(self.choice):
             try:

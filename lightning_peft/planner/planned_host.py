@@ -14,7 +14,7 @@ __all__ = ["PlannedHost"]
 
 
 class PlannedHost(BaseHost):
-    """What `CudaHost` holds on the device, over fake tensors.
+    """The device memory of `CudaHost`, over fake tensors.
 
     The tensors of a block are on the device while it runs and while the next one runs. In backward
     they come back together, while the block after it runs.

@@ -58,7 +58,7 @@ class Meter(TorchDispatchMode):
         self._known[storage._cdata] = (storage, "", 0)
 
     def relabel(self, tensor: Tensor, label: str) -> None:
-        """What a tensor holds belongs to `label` from now on."""
+        """Count a tensor's storage under `label` from now on."""
         key = tensor.untyped_storage()._cdata
         if key in self._known and self._known[key][1]:
             ref, old, n = self._known[key]

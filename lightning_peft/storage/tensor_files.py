@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,20 @@ class TensorFiles:
                     rows = handle.get_slice(key)
                     self.keys[key] = (file, tuple(rows.get_shape()))
                     self.dtypes[key] = rows.get_dtype()
+
+    def stamps(self) -> list[str]:
+        """Return the name, size, time of the last change and a hash of the header of each file.
+
+        A file whose values were changed has another stamp, unless its time was set back.
+        """
+        found = []
+        for file in self.files:
+            state = file.stat()
+            with file.open("rb") as handle:
+                size = int.from_bytes(handle.read(8), "little")
+                header = hashlib.sha256(handle.read(size)).hexdigest()
+            found.append(f"{file.name} {state.st_size} {state.st_mtime_ns} {header}")
+        return found
 
     @contextmanager
     def open(self, key: str) -> Iterator[RowSource]:

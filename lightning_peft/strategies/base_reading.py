@@ -13,14 +13,29 @@ from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.core.names import in_adapter
 from lightning_peft.models.history import note_read
 from lightning_peft.models.streamed_fingerprint import FingerprintSampler
-from lightning_peft.storage.streaming import BaseFiles, materialize, stream_base
+from lightning_peft.storage.base_files import BaseFiles
+from lightning_peft.storage.materialize import materialize
+from lightning_peft.storage.streaming import stream_base
 from lightning_peft.strategies.sharded_init import (
     start_after_base,
     start_before_base,
     starts_from_weights,
 )
 
-__all__ = ["meta_tensors", "read_base", "read_into"]
+__all__ = ["check_cache", "meta_tensors", "read_base", "read_into"]
+
+
+def check_cache(owner: str, base_from: str | Path | None, packed_cache: str | Path | None) -> None:
+    """Raise if there is a cache and no base to fill it from.
+
+    Raises:
+        ValueError: with the argument that is missing.
+    """
+    if packed_cache is not None and base_from is None:
+        raise ValueError(
+            f"{owner} packed_cache: expected base_from beside it, got {packed_cache} alone, which "
+            "would not be used; give base_from=<folder of safetensors>, or leave packed_cache out"
+        )
 
 
 def meta_tensors(model: nn.Module) -> list[str]:
@@ -60,7 +75,9 @@ def read_base(
     Raises:
         FileNotFoundError: no safetensors in the folder.
         ValueError: no adapters, a base that is in memory already, tensors that are missing or have
-            another shape, or a damaged cache; the model is unchanged.
+            another shape, or an incomplete cache; the model is unchanged. Or damaged bytes in
+            the cache, or a weight that is NaN or infinite and cannot be packed, with the file and
+            the tensor; build the model again.
         RuntimeError: another rank failed, or ranks read different files.
     """
     if not is_attached(model):
@@ -108,6 +125,8 @@ def read_into(
         sampler.take(cache.hashes)
     after = starts_from_weights(model, device)
     stream_base(model, base, after=after, through=sampler.around, cache=cache)
+    if cache is not None:
+        cache.check()
     sampler.finish(device)
     if cache is not None:
         cache.finish(sampler.hashes)

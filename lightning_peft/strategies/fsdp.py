@@ -21,17 +21,15 @@ from lightning_peft.strategies.fsdp_checks import (
     check_no_averages,
     check_precision,
 )
-from lightning_peft.strategies.shard_units import Classes
-from lightning_peft.strategies.sharded_checkpoints import ShardedCheckpoints
-from lightning_peft.strategies.sharding import (
-    Options,
+from lightning_peft.strategies.meshes import (
     check_context,
     check_replicas,
     data_mesh,
-    is_sharded,
-    shard_model,
     split_sequences,
 )
+from lightning_peft.strategies.shard_units import Classes
+from lightning_peft.strategies.sharded_checkpoints import ShardedCheckpoints
+from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
 from lightning_peft.strategies.unused_experts import UsageTracker
 from lightning_peft.trainers.packages import callbacks_of, is_fitting
 
@@ -113,13 +111,26 @@ class TrainerFSDP(ShardedCheckpoints):
             replicas=replicas,
             context_parallel=context_parallel,
         )
+        self._own_base = (base_from, packed_cache)
         self.units: list[str] = []
         self._reached: UsageTracker | None = None
 
     # ---- setting up
 
     def read_base_from(self, folder: str | Path, packed_cache: str | Path | None) -> None:
-        """Called by the callback: takes the base's folder for the time of sharding."""
+        """Called by the callback: takes the base's folder for the time of sharding.
+
+        Raises:
+            ValueError: the strategy was given another folder or cache.
+        """
+        for name, own, given in zip(
+            ("base_from", "packed_cache"), self._own_base, (folder, packed_cache), strict=True
+        ):
+            if own is not None and str(own) != str(given):
+                raise ValueError(
+                    f"{name}: expected one value, got {own} from the strategy and {given} from "
+                    "PEFT; give it to PEFT alone"
+                )
         self.options = replace(self.options, base_from=folder, packed_cache=packed_cache)
 
     @override

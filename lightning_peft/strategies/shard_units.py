@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.core.modules import modules_by_name, tied_parameters
 from lightning_peft.core.names import join
-from lightning_peft.models.modules import hf_models, output_embeddings
+from lightning_peft.models.modules import hf_models, input_embeddings, output_embeddings
 
 __all__ = ["Unit", "check_ties", "root_units", "shard_units"]
 
@@ -104,8 +104,7 @@ def root_units(model: nn.Module, units: Sequence[tuple[str, nn.Module]]) -> list
     names = {id(m): n for n, m in modules_by_name(model).items()}
     ends: list[tuple[str, nn.Module]] = []
     for _, inner in hf_models(model):
-        getter = getattr(inner, "get_input_embeddings", None)
-        for module in (_module_of(getter), output_embeddings(inner)):
+        for module in (input_embeddings(inner), output_embeddings(inner)):
             name = names.get(id(module), "")
             taken = [*units, *ends]
             if module is None or not name or any(_overlap(name, other) for other, _ in taken):
@@ -138,14 +137,6 @@ def _without_outer_ties(
         if not bound:
             return ends
         ends = [(name, module) for name, module in ends if name not in bound]
-
-
-def _module_of(getter: object) -> nn.Module | None:
-    try:
-        found = getter() if callable(getter) else None
-    except NotImplementedError:  # models without an embedding
-        return None
-    return found if isinstance(found, nn.Module) else None
 
 
 def _overlap(one: str, other: str) -> bool:

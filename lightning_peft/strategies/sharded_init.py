@@ -85,7 +85,7 @@ def _start_shared(adapters: Sequence[WeightAdapter], device: torch.device) -> No
 
 
 def starts_from_weights(module: nn.Module, device: torch.device) -> After | None:
-    """What `stream_base` calls behind every weight; None where no adapter starts from one."""
+    """Return the hook that `stream_base` calls after each weight; None if none starts from it."""
     waiting: dict[tuple[int, str], list[WeightAdapter]] = {}
     for _, adapted in adapted_modules(module):
         for adapter in weight_adapters_of(adapted):
@@ -145,7 +145,7 @@ class _InMemory:
         dtype: torch.dtype | None = None,
         part: slice | None = None,
     ) -> Tensor:
-        """What the stored weight reads as."""
+        """Return the weight as storage reads it back."""
         W = self._storage.quantization_roundtrip(m, name, self._W)
         W = W if part is None else W[part]
         return W if dtype is None else W.to(dtype)

@@ -92,6 +92,44 @@ def test_what_peft_cannot_hold_is_said_before_training(tmp_path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+class Attention(InPackage):
+    """A net with the attention on which peft leaves out the bias of LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.steps = 0
+
+    def training_step(self, batch, index):
+        self.steps += 1
+        return self.attention(batch[0], batch[0], batch[0])[0].square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+SEQUENCES = DataLoader(TensorDataset(torch.randn(4, 3, 8)), 2)
+
+
+def test_what_peft_cannot_hold_once_trained_is_said_before_training(tmp_path) -> None:
+    """The bias of LoRA starts at zero, which a file can hold by leaving it out."""
+    module = Attention()
+    peft = lp.PEFT(
+        lp.LoRA(r=2, lora_bias=True, target_modules=["attention"]), export_to=tmp_path / "adapter"
+    )
+    with pytest.raises(ValueError, match=r"export .* would fail: .* expected no lora_bias"):
+        trainer(peft, max_steps=1).fit(module, SEQUENCES)
+    assert module.steps == 0
+
+
+def test_the_check_before_training_leaves_the_values(tmp_path) -> None:
+    module = Attention()
+    lp.attach(module, lp.LoRA(r=2, target_modules=["attention"]))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    check_exportable(module, ["default"], tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
 def test_a_read_only_place_is_said_before_training(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     peft = lp.PEFT(lp.LoRA(r=2, target_modules=["first"]), export_to=tmp_path / "a" / "b")

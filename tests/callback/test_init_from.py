@@ -12,10 +12,29 @@ from torch.utils.data import DataLoader
 import lightning_peft as lp
 from lightning_peft.adapters.state_dict import adapter_state_dict
 from tests.callback.test_new_layers import DATA, Classifier
+from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.lightning_package import InPackage
 from tests.helpers.nets import trainer
 from tests.helpers.peft_exchange import randomise
+from tests.hf.test_resized_vocabularies import with_other_rows, written_by_peft
+from tests.hf.test_tied_weights import build as build_tied
 
 pytestmark = pytest.mark.usefixtures("lightning_package")
+
+
+class Causal(InPackage):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.net(input_ids=ids).logits
+
+    def training_step(self, ids: torch.Tensor, index: int) -> torch.Tensor:
+        return self.net(input_ids=ids, labels=ids).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def first_run(tmp_path) -> Classifier:
@@ -98,3 +117,31 @@ def test_a_part_that_fits_is_named(tmp_path) -> None:
     module = nn.ModuleDict({"student": Classifier().encoder, "teacher": Classifier().encoder})
     with pytest.raises(ValueError, match=r"name its part: PEFT\(root='student'\)"):
         lp.load_adapter(module, tmp_path / "adapter")
+
+
+def test_resized_embeddings_are_restored(tmp_path) -> None:
+    base = build_tied("llama")[0]
+    size = base.config.vocab_size
+    theirs = written_by_peft(base, "beside", True, tmp_path / "adapter")
+    ids = torch.tensor([[3, size, 5, size + 1]])
+
+    def run(steps: int, **resume: Any) -> Causal:
+        module = Causal(with_other_rows(base, size))
+        callback = lp.PEFT(init_from=tmp_path / "adapter", embeddings="restore")
+        fitting = trainer(callback, max_steps=steps)
+        fitting.fit(module, DataLoader(ids.repeat(4, 1), 2), **resume)
+        fitting.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    start = run(0)
+    assert_close("as in peft", start(ids), theirs(input_ids=ids).logits, floor=1e-5)
+    straight = run(2)
+    run(1)
+    assert_same_bits("resumed", run(2, ckpt_path=tmp_path / "1.ckpt")(ids), straight(ids))
+
+
+def test_restoring_needs_a_directory() -> None:
+    with pytest.raises(ValueError, match="expected init_from beside 'restore'"):
+        lp.PEFT(lp.LoRA(), embeddings="restore")
+    with pytest.raises(ValueError, match="expected 'check' or 'restore', got 'yes'"):
+        lp.PEFT(init_from="adapter", embeddings="yes")  # type: ignore[arg-type]

@@ -109,6 +109,42 @@ def test_resume_with_data_that_is_set_up_early(tmp_path: Path) -> None:
     assert_same(dict(second.state_dict()), dict(whole.state_dict()))
 
 
+class NotesBatches(Plain):
+    """Its data comes in order, and it notes what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(super().train_dataloader().dataset, 8)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.seen.append(float(batch[0].sum()))
+        return super().training_step(batch, index)
+
+
+def test_after_max_steps_the_callback_resumes_where_lightning_does(tmp_path: Path) -> None:
+    """Lightning itself takes the first batch once more; see the page on limits."""
+
+    def seen(*callbacks: pl.Callback, steps: int, ckpt: Path | None = None) -> list[float]:
+        model = NotesBatches()
+        it = trainer(*callbacks, max_steps=steps, max_epochs=9)
+        it.fit(model, ckpt_path=ckpt)
+        it.save_checkpoint(tmp_path / f"{len(callbacks)}-{steps}.ckpt")
+        return model.seen
+
+    batches = len(NotesBatches().train_dataloader())
+    for callbacks in ([], [peft()]):
+        seen(*callbacks, steps=batches)
+    plain, adapted = (
+        seen(*each, steps=2 * batches, ckpt=tmp_path / f"{len(each)}-{batches}.ckpt")
+        for each in ([], [peft()])
+    )
+    assert adapted == plain
+    assert len(plain) == batches
+
+
 @pytest.mark.parametrize("kind", [Plain, CountsSteps])
 def test_resume_mid_epoch_with_a_stateful_loader(kind: type[Plain], tmp_path: Path) -> None:
     class Loader:

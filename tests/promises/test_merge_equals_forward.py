@@ -133,6 +133,7 @@ def test_a_share_of_the_pairs(layer: Layer) -> None:
     assert counts["equal"] > 0
 
 
+@pytest.mark.timeout(1200)  # the recurrent kinds take minutes on a busy machine
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", SWEEP_OF_LAYER, ids=lambda layer: layer.name)
 def test_all_pairs(layer: Layer) -> None:

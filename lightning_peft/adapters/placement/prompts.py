@@ -20,7 +20,7 @@ from lightning_peft.layers.prompt.forward import forward_names
 from lightning_peft.layers.prompt.gating import PrefixGateHooks, gated_attention
 from lightning_peft.layers.prompt.multihead_attention import refusal
 from lightning_peft.methods.base import SequenceMethod
-from lightning_peft.models.modules import hf_models
+from lightning_peft.models.modules import hf_models, input_embeddings
 from lightning_peft.models.target_modules import Selection, select
 from lightning_peft.models.target_rules import name_rule
 from lightning_peft.storage import storage_of
@@ -110,7 +110,7 @@ def _the_hf_model(method: SequenceMethod, model: nn.Module) -> tuple[str, Any]:
 
 
 def _hf_site(method: SequenceMethod, hf: Any, stack: Any, name: str) -> SequenceSite:
-    embeddings = stack.get_input_embeddings()
+    embeddings: Any = input_embeddings(stack)  # `_check_takes_positions` requires one
     path = next(n for n, m in stack.named_modules() if m is embeddings)
     weight = f"{path}.weight"
     return SequenceSite(
@@ -178,7 +178,7 @@ def _stack(hf: Any, method: SequenceMethod) -> Any:
     """The part of the model that consumes embeddings."""
     if hf.config.is_encoder_decoder:
         return hf.get_decoder() if method.insertion == "attention" else hf.get_encoder()
-    embeddings = _input_embeddings(hf)
+    embeddings = input_embeddings(hf)
     stack = hf
     while embeddings is not None:  # the innermost model around them: heads may call it directly
         inner = [
@@ -197,10 +197,10 @@ def _check_takes_positions(hf: Any, stack: Any, method: SequenceMethod) -> None:
     kind = base_class(hf).__name__
     names = forward_names(base_class(stack))
     reason = ""
-    embeddings = _input_embeddings(stack)
+    embeddings = input_embeddings(stack)
     if getattr(hf, "main_input_name", "input_ids") != "input_ids":
         reason = f"its input is {hf.main_input_name}, not tokens"
-    elif not isinstance(embeddings, nn.Module) or getattr(embeddings, "weight", None) is None:
+    elif getattr(embeddings, "weight", None) is None:
         reason = f"{base_class(stack).__name__} has no single input embedding (two towers?)"
     elif method.insertion == "attention" and "past_key_values" not in names:
         reason = f"{base_class(stack).__name__} takes no past_key_values to put a prefix in"
@@ -213,16 +213,6 @@ def _check_takes_positions(hf: Any, stack: Any, method: SequenceMethod) -> None:
             f"{method.label}: expected a transformer that takes further positions, got {kind}: "
             f"{reason}; use {other}an adapter of layers, as LoRA(...)"
         )
-
-
-def _input_embeddings(stack: Any) -> Any:
-    """The table of embeddings; None if the class has no single one."""
-    try:
-        return stack.get_input_embeddings()
-    # transformers offers no query. A class without a single table raises NotImplementedError, one
-    # whose lookup expects other parts AttributeError. The caller refuses the model by name.
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _attention_layers(hf: Any, method: SequenceMethod) -> tuple[tuple[int, int], ...]:

@@ -11,7 +11,7 @@ from lightning_peft.core.names import in_adapter, matches_suffix, nearest_names,
 from lightning_peft.core.site import Site
 from lightning_peft.layers import editable_ops
 from lightning_peft.methods.trainable_tokens import TrainableTokens
-from lightning_peft.models.modules import hf_models
+from lightning_peft.models.modules import hf_models, input_embeddings
 from lightning_peft.models.target_modules import Selection
 from lightning_peft.models.target_rules import name_rule
 from lightning_peft.storage import storage_of
@@ -84,8 +84,7 @@ def _input_embeddings(
     by_id = {id(m): n for n, m in modules.items()}
     found = []
     for _, hf_model in hf_models(model):
-        getter = getattr(hf_model, "get_input_embeddings", None)
-        embedding = getter() if callable(getter) else None
+        embedding = input_embeddings(hf_model)
         if isinstance(embedding, nn.Embedding) and id(embedding) in by_id:
             found.append(by_id[id(embedding)])
     if not found:

@@ -52,11 +52,11 @@ class MatrixLayout(Generic[M]):
 
     @property
     def note(self) -> str:
-        """How a file of `peft_version` is read, where versions differ; "" where they do not."""
+        """Note on how a file of `peft_version` is read, if versions of peft differ; else ""."""
         return ""
 
     def refusal(self, name: str) -> str:
-        """Why no peft file can hold an adapter of this weight; "" if one can."""
+        """Return the reason why no peft file can hold an adapter of this weight, or ""."""
         return ""
 
     def nested_paths(self, adapted: Sequence[str]) -> dict[str, str]:

@@ -55,8 +55,9 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def experts_refusal(module: nn.Module) -> str:
-    """Why the weights of an experts module cannot be edited or packed, and what to do; "" for one
-    that is served, and for modules that hold no experts.
+    """Return the reason why an experts module's weights cannot be edited or packed, and what to do.
+
+    The reason is "" for a supported module, and for modules that hold no experts.
     """
     cls = base_class(module)
     own = {n: p for n, p in module._parameters.items() if p is not None}
@@ -97,7 +98,7 @@ class ExpertsOps(MatrixOps):
     is_linear = True
 
     def parameters(self, m: nn.Module) -> Sequence[str]:
-        """In the order in which the module defines them."""
+        """Return the names of the weights, in the order in which the module defines them."""
         wanted = {first_weight(m), "down_proj"}
         return tuple(n for n in m._parameters if n in wanted)
 
@@ -150,7 +151,7 @@ class QuantizedExperts(PackedForward):
 
 
 def _inputs(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """In the order of the module's own forward, whichever of them came by name."""
+    """Return the arguments in the order of the module's own forward, keyword arguments too."""
     if not kwargs:
         return args
     names = list(inspect.signature(base_class(m).forward).parameters)[1:]

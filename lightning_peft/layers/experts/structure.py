@@ -31,7 +31,7 @@ class FusedExperts(nn.Module):
 
 
 class Form(NamedTuple):
-    """What the decorator of transformers 5 writes on an instance."""
+    """The attributes that the decorator of transformers 5 writes on an instance."""
 
     has_gate: bool
     has_bias: bool
@@ -47,7 +47,7 @@ def is_presorted(module: nn.Module) -> bool:
 
 
 def form_of(m: nn.Module) -> Form | None:
-    """Of a fused experts module; None where it does not say and its structure does not tell."""
+    """Return the form of a fused experts module; None if attributes and structure tell none."""
     if is_presorted(m):
         return Form(True, False, True, False)
     if hasattr(m, "has_gate") and hasattr(m, "is_transposed"):

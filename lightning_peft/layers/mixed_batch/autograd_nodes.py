@@ -1,4 +1,4 @@
-"""Where autograd is: the nodes of the graph, and the backward pass that runs."""
+"""The current position of autograd: nodes of the graph, and the backward pass that runs."""
 
 from __future__ import annotations
 

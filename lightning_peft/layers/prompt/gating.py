@@ -26,7 +26,7 @@ __all__ = [
 
 
 class PrefixMethod(Protocol):
-    """What a prefix in attention reads from its method."""
+    """The part of a method that a prefix in attention reads."""
 
     @property
     def n(self) -> int:

@@ -28,7 +28,7 @@ def batch_of(module: nn.MultiheadAttention, query: Tensor) -> int:
 def attend(
     module: nn.MultiheadAttention, call: Mapping[str, Any], values: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What the module returns, with prefix `values` [B, n, 2 · embed_dim] and its mask [B, n]."""
+    """Run the module with prefix `values` [B, n, 2 · embed_dim] and its mask [B, n]."""
     query, key, value = call["query"], call["key"], call["value"]
     single = query.dim() == 2
     if single:
@@ -103,7 +103,7 @@ def _addend(mask: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def refusal(module: nn.Module) -> str:
-    """Why a prefix does not fit; "" where it does."""
+    """Return the reason why a module takes no prefix, or ""."""
     if not isinstance(module, nn.MultiheadAttention):
         return f"it is a {type(module).__name__}, whose keys and values are not known"
     if module.bias_k is not None or module.add_zero_attn:

@@ -1,4 +1,4 @@
-"""What all methods have: a name, an exchange table, and the modules that they mean."""
+"""Base of all methods: a name, an exchange table, and the modules that they target."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class SequenceMethod(Targeted):
 
     @property
     def insertion(self) -> Literal["prepend", "add", "attention"]:
-        """How the positions enter the model."""
+        """Return the way in which the positions enter the model."""
         return "prepend"
 
     def module(self, site: SequenceSite) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a method may do around the optimizer's step."""
+"""Hooks of a method around the optimizer's step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["StepContext", "overrides_step_hooks"]
 
 @dataclass
 class StepContext:
-    """What a schedule may see at a step.
+    """The state of the run that a schedule may read at a step.
 
     Attributes:
         step: Optimizer steps done so far.

@@ -1,4 +1,4 @@
-"""What the metadata of safetensors says of torchao's tensors, as torchao's own loader reads it."""
+"""Descriptions of torchao's tensors in safetensors metadata, as torchao's own loader reads them."""
 
 from __future__ import annotations
 
