@@ -11,6 +11,7 @@ import ast
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,11 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def statements(tree: ast.AST, type_only: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
     """Import statements at any depth, and whether they run for the type checker alone."""
     for node in ast.iter_child_nodes(tree):
@@ -165,7 +171,7 @@ def statements(tree: ast.AST, type_only: bool = False) -> Iterator[tuple[ast.stm
 
 def imports_in(module: str, path: Path, known: dict[str, Path]) -> Iterator[Import]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node, type_only in statements(ast.parse(path.read_text(encoding="utf-8"))):
+    for node, type_only in statements(parsed(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(module, path, node.lineno, alias.name, (), type_only)
@@ -327,7 +333,7 @@ def test_third_parties_stay_in_their_rooms() -> None:
 
 
 def bases_in(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     return {
         ast.unparse(base).rpartition(".")[2]
         for node in ast.walk(tree)
@@ -408,7 +414,7 @@ def test_extras_are_imported_where_they_are_used() -> None:
     extras = ("transformers", "bitsandbytes", "torchmetrics", "huggingface_hub")
     found = []
     for module, path in MODULES.items():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             tops = {name.partition(".")[0] for name in names}

@@ -50,7 +50,8 @@ def work(rank: int, ranks: int, port: int, tokens: int, folder: str) -> None:
     from transformers import LlamaForCausalLM
 
     from lightning_peft import attach
-    from lightning_peft.strategies.sharding import Options, shard_model, split_sequences
+    from lightning_peft.strategies.meshes import split_sequences
+    from lightning_peft.strategies.sharding import Options, shard_model
 
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"

@@ -38,7 +38,7 @@ from lightning_peft.adapters.quantize import (
 )
 from lightning_peft.adapters.rehome import rehome
 from lightning_peft.adapters.snapshot import ModelSnapshot
-from lightning_peft.core.modules import base_parameters
+from lightning_peft.core.modules import base_parameters, unchanged_modules
 from lightning_peft.core.registry import (
     AdapterEntry,
     AdapterRegistry,
@@ -145,7 +145,7 @@ def attach_within(
     try:
         rehome(model)
         check_free_name(model, adapter_name)
-        with adopted_layers(model):
+        with adopted_layers(model), unchanged_modules():
             saved = saved_modules(model, modules_to_save)
             plan = plan_attach(model, methods, saved, separate_copies)
             copies = _copies_to_follow(model, plan)
@@ -200,8 +200,9 @@ def attach_within(
         registry.skipped, registry.tied = plan.skipped, plan.tied
         activate(model, registry, [adapter_name])
         save_plainly(model)
-        start_history(model, again=packed)
-        return attach_report(model, adapter_name)
+        with unchanged_modules():
+            start_history(model, again=packed)
+            return attach_report(model, adapter_name)
     except BaseException:
         base = registry_of(model)
         snapshot.restore(built)

@@ -29,6 +29,7 @@ from lightning_peft.checkpoint.structure import check_structure
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.finite import is_finite
 from lightning_peft.core.marker import marked
+from lightning_peft.core.modules import unchanged_modules
 from lightning_peft.core.names import in_adapter, strip_compile
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import not_finite_at_start, note_loaded, note_moved
@@ -98,6 +99,7 @@ def load_kept(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 # ---- the file as a whole
 
 
+@unchanged_modules()
 def filter_checkpoint(
     model: nn.Module, checkpoint: Mapping[str, Any], form: CheckpointForm = "adapters"
 ) -> dict[str, Any]:
@@ -177,19 +179,21 @@ def _each_state(
     return checkpoint
 
 
+@unchanged_modules()
 def nonfinite_message(model: nn.Module, state: Mapping[str, Any], path: object) -> str:
     """Return why a state with NaN or infinity is not written; "" if it can be.
 
     Everything that a file is read for must be finite, running statistics too: a file with other
     values is refused on reading. Buffers that were not finite from the start may stay so.
     """
-    kept = kept_tensors(model).keys() - not_finite_at_start(model)
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    checked: set[str] = set()
+    if not all(map(in_adapter, tensors)):
+        checked = kept_tensors(model).keys() - not_finite_at_start(model)
     bad = [
         key
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-        and (in_adapter(key) or strip_compile(key) in kept)
-        and not is_finite(value)
+        for key, value in tensors.items()
+        if (in_adapter(key) or strip_compile(key) in checked) and not is_finite(value)
     ]
     if not bad:
         return ""

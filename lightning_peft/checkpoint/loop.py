@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_peft.adapters.state_dict import trained_tensors
 from lightning_peft.checkpoint import atomic_file
 from lightning_peft.checkpoint.contents import (
     adapters_of_file,
@@ -24,7 +25,7 @@ from lightning_peft.checkpoint.contents import (
     nonfinite_message,
 )
 from lightning_peft.checkpoint.description import KEY, describe, is_attached
-from lightning_peft.checkpoint.kept import kept_tensors
+from lightning_peft.checkpoint.kept import kept_base_tensors, kept_tensors
 from lightning_peft.checkpoint.masked_weights import masked_as_stored
 from lightning_peft.checkpoint.plain_data import fields_not_plain
 from lightning_peft.checkpoint.rng_state import gather_rng_states, restore_rng
@@ -40,7 +41,7 @@ from lightning_peft.checkpoint.sharded import (
 from lightning_peft.checkpoint.verification import verify
 from lightning_peft.core.collectives import raise_on_all_ranks
 from lightning_peft.core.marker import marked
-from lightning_peft.core.modules import require_module
+from lightning_peft.core.modules import require_module, unchanged_modules
 from lightning_peft.initialization.data_driven import waiting_adapters
 from lightning_peft.initialization.restore import restore_initialized
 from lightning_peft.models.history import note_moved, note_optimizers, start_history
@@ -55,6 +56,7 @@ _WEIGHTS, _OPTIMIZERS = "state_dict", "optimizer_states"
 _RESERVED = (KEY, _WEIGHTS, _OPTIMIZERS, "weights_only")
 
 
+@unchanged_modules()
 def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: Any) -> None:
     """Write adapters and the state of a training loop to one file, atomically.
 
@@ -93,7 +95,8 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
     start_history(model)
     note_optimizers(model, optimizers.values())
     note_moved(model)
-    kept = kept_tensors(model)
+    base = kept_base_tensors(model)
+    kept = {**trained_tensors(model), **base}
     own = tensor_shards(kept)
     states = [optimizer_shard(optimizer) for optimizer in optimizers.values()]
     if _is_sharded(kept):
@@ -114,7 +117,7 @@ def save_checkpoint(module: nn.Module, path: str | os.PathLike[str], **state: An
             **plain,
             _WEIGHTS: marked(weights),
             _OPTIMIZERS: [gather_optimizers(each) for each in gathered],
-            KEY: {**describe(model), **entry},
+            KEY: {**describe(model, base), **entry},
         }
         try:
             if text := nonfinite_message(model, weights, os.fspath(path)):

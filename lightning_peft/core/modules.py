@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -26,7 +28,13 @@ __all__ = [
     "tied_ids",
     "tied_modules",
     "tied_parameters",
+    "unchanged_modules",
 ]
+
+#: Trees walked inside `unchanged_modules`, by root; None outside.
+_WALKED: ContextVar[dict[nn.Module, dict[str, nn.Module]] | None] = ContextVar(
+    "walked", default=None
+)
 
 
 class ParameterPlace(NamedTuple):
@@ -72,9 +80,27 @@ def base_modules(root: nn.Module) -> dict[str, nn.Module]:
     the number of adapters; `attach` walks the tree some thirty times.
     """
     require_module(root)
+    known = _WALKED.get()
+    if known is not None and root in known:
+        return dict(known[root])
     found: dict[str, nn.Module] = {"": root}
     _collect(root, "", {root}, found, with_adapters=False)
+    if known is not None:
+        known[root] = dict(found)
     return found
+
+
+@contextmanager
+def unchanged_modules() -> Iterator[None]:
+    """Walk each tree once inside: no module of it is added, removed or replaced meanwhile."""
+    if _WALKED.get() is not None:
+        yield
+        return
+    token = _WALKED.set({})
+    try:
+        yield
+    finally:
+        _WALKED.reset(token)
 
 
 def is_adapter_child(module: nn.Module, key: str) -> bool:

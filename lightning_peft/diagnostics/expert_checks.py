@@ -92,7 +92,9 @@ class ExpertChecks:
             yield Trial(run, _closes(("y",) if transposed else ("dx",), want))
 
     def _dequantize(self) -> Iterator[Trial]:
-        from lightning_peft_kernels.experts.grouped_linear_triton import dequantize_active_experts
+        from lightning_peft_kernels.experts.dequantize_active_triton import (
+            dequantize_active_experts,
+        )
 
         N, K, _ = self.shape
         q, _ = packed_on(self.device, _EXPERTS * N, K, False)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lightning_peft.adapters.intact import check_intact
 from lightning_peft.core.names import strip_compile
 from lightning_peft.hf.attention_prompts import add_attention_prompts
-from lightning_peft.hf.config import base_config
 from lightning_peft.hf.exported_adapters import (
     FoundAdapters,
     exchange_entries,
@@ -26,6 +25,7 @@ from lightning_peft.hf.exported_tensors import (
     file_tensors,
 )
 from lightning_peft.hf.legacy_names import legacy_names
+from lightning_peft.hf.method_config import base_config
 from lightning_peft.hf.norm_layers import add_norm_layers
 from lightning_peft.hf.prompts import add_heads
 from lightning_peft.hf.routers import add_router, experts_of

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from lightning_peft.adapters.merge_plan import check_merge, names_to_merge, plan_merge
 from lightning_peft.adapters.new_bias import check_no_new_bias
 from lightning_peft.core.value_types import shown
-from lightning_peft.hf.config import method_class, read_config
+from lightning_peft.hf.config import read_config
 from lightning_peft.hf.error_source import naming_files
 from lightning_peft.hf.files import TENSORS, opened, require_directory
 from lightning_peft.hf.hub import ADAPTER_FILES, MODEL_FILES, local_directory
 from lightning_peft.hf.joined_files import JoinedFiles
 from lightning_peft.hf.load import load_adapter
+from lightning_peft.hf.method_config import method_class
 from lightning_peft.hf.model_files import ModelFiles
 from lightning_peft.hf.provenance import Provenance, read_provenance
 from lightning_peft.hf.shards import DTYPES, PlannedTensor, parse_size, write_directory

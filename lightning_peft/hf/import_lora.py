@@ -5,7 +5,6 @@ Values that a file does not hold are arguments or are refused by name, never gue
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.names import join
-from lightning_peft.hf.header_scale import header_scales
+from lightning_peft.hf.import_factors import factors_of, magnitude_of
 from lightning_peft.hf.import_lycoris import in_peft, is_lycoris, read_layers
 from lightning_peft.hf.import_names import PARSERS, Layer, check_complete, kind_of
 from lightning_peft.hf.import_places import places_of
+from lightning_peft.hf.import_scales import set_loralib_scale, set_scales
 from lightning_peft.hf.keys import PREFIX
 
 __all__ = ["Foreign", "foreign_adapter"]
@@ -81,7 +81,7 @@ def foreign_adapter(
     layers, other = PARSERS[kind](tensors, source)
     check_complete(layers, source)
     if kind == "loralib":
-        _loralib_scale(layers, alpha, source)
+        set_loralib_scale(layers, alpha, source)
     elif other:
         raise ValueError(
             f"{source}: expected LoRA tensors only, got also {sorted(other)[:5]}, of "
@@ -89,7 +89,7 @@ def foreign_adapter(
         )
     places = places_of(model, root, layers, source)
     if kind != "loralib":
-        _scale(kind, layers, alpha, metadata, source, notes)
+        set_scales(kind, layers, alpha, metadata, source, notes)
     return _in_peft(model, layers, places, other, enable_lora, source, notes)
 
 
@@ -103,60 +103,8 @@ def _lycoris(
 ) -> Foreign:
     layers, notes = read_layers(tensors, source), list[str]()
     places = places_of(model, root, layers, source)
-    _scale("LyCORIS", layers, alpha, metadata, source, notes)
+    set_scales("LyCORIS", layers, alpha, metadata, source, notes)
     return Foreign(*in_peft(model, layers, places, source), notes)
-
-
-# ---- scales
-
-
-def _scale(
-    kind: str,
-    layers: Sequence[Layer],
-    alpha: float | None,
-    metadata: Mapping[str, str],
-    source: str,
-    notes: list[str],
-) -> None:
-    """Set missing alphas from the header, or from the argument; none is guessed."""
-    silent = [e for e in layers if not e.alpha]
-    if alpha is not None and not silent:
-        raise ValueError(
-            f"load_adapter: alpha: expected with a file that lacks its scale, got a {kind} one, "
-            "which says its own"
-        )
-    scales = header_scales(metadata, source) if silent else []
-    read = 0
-    for e in silent:
-        found = (scale.of(e.label, e.rank) for scale in scales)
-        e.alpha = next((value for value in found if value is not None), None)
-        read += e.alpha is not None
-        e.alpha = alpha if e.alpha is None else e.alpha
-    if read:
-        notes.append(f"{read} layers have their scale from the file's header")
-    lacking = [e for e in silent if e.alpha is None]
-    if lacking:
-        ranks = sorted({e.rank for e in lacking})
-        raise ValueError(
-            f"{source}: expected an alpha in the tensors or in the header, got ranks {ranks} and "
-            f"no alpha for {lacking[0].label!r} and {len(lacking) - 1} more; give alpha= of the "
-            f"training run (alpha = rank is scale 1, which {kind} takes); nothing was loaded"
-        )
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"load_adapter: alpha: expected a positive number, got {alpha}")
-
-
-def _loralib_scale(layers: Sequence[Layer], alpha: float | None, source: str) -> None:
-    if alpha is None or not alpha > 0:
-        raise ValueError(
-            f"{source}: expected alpha= (loralib's lora_alpha, above 0), which loralib's files do "
-            f"not hold, got {alpha}; take it from the run that made the adapter"
-        )
-    for e in layers:
-        e.alpha = alpha
-
-
-# ---- in peft's terms
 
 
 def _in_peft(
@@ -175,7 +123,7 @@ def _in_peft(
     for e in layers:
         name = places[id(e)]
         try:
-            A, B, factor = _factors(e, modules[name], enable_lora)
+            A, B, factor = factors_of(e, modules[name], enable_lora)
         except ValueError as error:
             problems.append(f"{e.label}: {error}")
             continue
@@ -184,7 +132,7 @@ def _in_peft(
         tensors |= {PREFIX + join(name, suffix[0]): A, PREFIX + join(name, suffix[1]): B}
         if e.magnitude is not None:
             try:
-                magnitude = _magnitude(e.magnitude, modules[name])
+                magnitude = magnitude_of(e.magnitude, modules[name])
             except ValueError as error:
                 problems.append(f"{e.label}: {error}")
                 continue
@@ -214,86 +162,6 @@ def _in_peft(
 
 
 _SUFFIXES = ("lora_A.weight", "lora_B.weight")
-
-
-def _magnitude(t: Tensor, module: nn.Module) -> Tensor:
-    """Return DoRA's magnitudes in peft's shape: [out], a convolution's [1, out, 1 …].
-
-    Raises:
-        ValueError: norms of another axis than the outputs.
-    """
-    kernel = getattr(module, "kernel_size", ())
-    rows = getattr(module, "out_channels", None) if kernel else _rows(module)
-    if t.numel() != rows or t.shape[0] != rows:
-        raise ValueError(
-            f"expected magnitudes of {rows} outputs, got shape {list(t.shape)}: norms of the "
-            "inputs (LyCORIS: wd_on_output=False) have no equal here"
-        )
-    return t.reshape(1, -1, *(1,) * len(kernel)) if kernel else t.reshape(-1)
-
-
-def _factors(
-    e: Layer, module: nn.Module, enable_lora: Sequence[bool] | None
-) -> tuple[Tensor, Tensor, float]:
-    """Return (A, B, factor of alpha) in peft's shapes for this layer."""
-    A, B = e.factors()
-    kernel: tuple[int, ...] | None = (
-        getattr(module, "kernel_size", None)
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        else None
-    )
-    if kernel is not None and A.ndim == 2:
-        if max(kernel) > 1:
-            raise ValueError(
-                "expected a linear layer or an embedding, got a convolution: loralib's factors of "
-                "its kernel have no low-rank form here; merge it with loralib"
-            )
-        A, B = (t.reshape(*t.shape, *kernel) for t in (A, B))
-    if kernel is None and A.ndim > 2:  # from a model whose projections are 1×1 convolutions
-        if A.shape[2:].numel() != 1 or B.shape[2:].numel() != 1:
-            raise ValueError(f"expected factors of a linear layer, got {list(A.shape)}")
-        A, B = A.flatten(1), B.flatten(1)
-    if A.shape[0] == B.shape[1]:
-        rows = _rows(module)
-        if rows is None or B.shape[0] == rows:
-            return A.contiguous(), B.contiguous(), 1.0
-    return _merged(A, B, module, enable_lora)
-
-
-def _rows(module: nn.Module) -> int | None:
-    for name in ("out_features", "nf"):  # a linear layer, transformers' Conv1D
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def _merged(
-    A: Tensor, B: Tensor, module: nn.Module, enable_lora: Sequence[bool] | None
-) -> tuple[Tensor, Tensor, float]:
-    """Merge the factors of loralib's MergedLinear, where k of n output parts have their own."""
-    rows, r = _rows(module), B.shape[1]
-    k = A.shape[0] // max(r, 1)
-    if rows is None or A.ndim != 2 or A.shape[0] != k * r or k < 1 or B.shape[0] % k:
-        raise ValueError(
-            f"expected factors [r, in] and [out, r] with out = {rows}, got {list(A.shape)} and "
-            f"{list(B.shape)}"
-        )
-    size = B.shape[0] // k
-    if rows % size:
-        raise ValueError(f"expected parts that divide the {rows} outputs, got parts of {size}")
-    n = rows // size
-    enabled = [True] * n if k == n else list(enable_lora or ())
-    if len(enabled) != n or sum(enabled) != k:
-        raise ValueError(
-            f"expected enable_lora= with {k} of {n} parts on (loralib's argument of MergedLinear, "
-            f"which its files do not hold), got {enable_lora}"
-        )
-    whole = B.new_zeros(rows, k * r)
-    for part, place in enumerate(i for i, on in enumerate(enabled) if on):
-        rows_of = slice(place * size, (place + 1) * size)
-        whole[rows_of, part * r : (part + 1) * r] = B[part * size : (part + 1) * size]
-    return A.contiguous(), whole, float(k)
 
 
 def _biases(

@@ -15,10 +15,10 @@ from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
 from lightning_peft.hf.attention_prompts import split_attention_prompts
 from lightning_peft.hf.base_copies import Embeddings, base_rewrites
-from lightning_peft.hf.config import method_fields
 from lightning_peft.hf.keys import Reading, read_keys
 from lightning_peft.hf.layouts import layout_for
 from lightning_peft.hf.load_checks import check_shared, check_targets
+from lightning_peft.hf.method_config import method_fields
 from lightning_peft.hf.norm_layers import split_norm_layers
 from lightning_peft.hf.prompts import table_of
 from lightning_peft.hf.routers import attached_experts, split_router

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.names import join
-from lightning_peft.hf.config import check_config, format_of, method_class
+from lightning_peft.hf.config import check_config
 from lightning_peft.hf.keys import PREFIX
+from lightning_peft.hf.method_config import format_of, method_class
 from lightning_peft.methods.base import HFFormat
 
 __all__ = ["is_peft_state", "peft_state"]

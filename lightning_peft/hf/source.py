@@ -12,19 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.hf.config import (
-    CONFIG,
-    check_known,
-    format_of,
-    method_class,
-    missing_config,
-    read_config,
-)
+from lightning_peft.hf.config import CONFIG, missing_config, read_config
 from lightning_peft.hf.error_source import adapter_folder
 from lightning_peft.hf.files import checked, read_file, read_tensors
 from lightning_peft.hf.import_lora import foreign_adapter
 from lightning_peft.hf.legacy_experts import fused_experts
 from lightning_peft.hf.legacy_names import current_names
+from lightning_peft.hf.method_config import check_known, format_of, method_class
 from lightning_peft.hf.outside import OutsideModules, read_outside
 from lightning_peft.hf.peft_state import is_peft_state, peft_state
 from lightning_peft.hf.recognise import named

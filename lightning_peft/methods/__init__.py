@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from lightning_peft.guideline.guideline import guideline_table, literature
+from lightning_peft.guideline.advice import guideline_table, literature
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.hybrids import mam, unipelt
 from lightning_peft.methods.registry import METHODS

@@ -21,7 +21,7 @@ _VALUES = ("F64", "F32", "F16", "BF16")  # dtypes of weights; others are codes w
 
 
 def _whole_files(folder: Path) -> TensorFiles:
-    """The tensors of a folder.
+    """Open the tensors of a folder.
 
     Raises:
         ValueError: a file that is cut off.
@@ -93,7 +93,7 @@ class BaseFiles:
         return self._index.keys[self.name_in_file(name)][1]
 
     def stamps(self) -> list[str]:
-        """Return what tells a changed file: see `TensorFiles.stamps`."""
+        """Return the stamps of the files, which change with a file: see `TensorFiles.stamps`."""
         return self._index.stamps()
 
     @contextmanager
@@ -129,7 +129,7 @@ def _wanted(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
 
 
 def stored_tensor(module: nn.Module, key: str) -> Tensor:
-    """Return a parameter or buffer that `BaseFiles.wanted` lists."""
+    """Return a parameter or buffer that `BaseFiles.wanted` lists, as it is held."""
     t = module._parameters.get(key)
     found = module._buffers[key] if t is None else t
     assert found is not None  # listed by `_wanted`
@@ -142,7 +142,7 @@ def _natural_shape(module: nn.Module, key: str) -> torch.Size:
 
 
 def _prefix(model: nn.Module, keys: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Of the submodule whose names the files use: the one with most hits."""
+    """Return the prefix of the submodule whose names the files use: the one with most hits."""
     candidates = ["", *(f"{n}." for n, _ in model.named_modules() if n and n.count(".") < 3)]
     hits = {c: sum(n.startswith(c) and n[len(c) :] in keys for n in wanted) for c in candidates}
     return max(candidates, key=lambda c: hits[c])

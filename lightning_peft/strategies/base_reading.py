@@ -14,7 +14,8 @@ from lightning_peft.core.names import in_adapter
 from lightning_peft.models.history import note_read
 from lightning_peft.models.streamed_fingerprint import FingerprintSampler
 from lightning_peft.storage.base_files import BaseFiles
-from lightning_peft.storage.streaming import materialize, stream_base
+from lightning_peft.storage.materialize import materialize
+from lightning_peft.storage.streaming import stream_base
 from lightning_peft.strategies.sharded_init import (
     start_after_base,
     start_before_base,

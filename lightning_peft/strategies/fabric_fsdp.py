@@ -17,15 +17,10 @@ from typing_extensions import override
 from lightning_peft.strategies.ddp import may_skip
 from lightning_peft.strategies.fault_guards import FabricGuards
 from lightning_peft.strategies.fsdp_checks import check_adapted, check_precision
+from lightning_peft.strategies.meshes import check_replicas, data_mesh
 from lightning_peft.strategies.rank_consistency import check_same_model
 from lightning_peft.strategies.shard_units import Classes
-from lightning_peft.strategies.sharding import (
-    Options,
-    check_replicas,
-    data_mesh,
-    is_sharded,
-    shard_model,
-)
+from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
 from lightning_peft.strategies.unused_experts import UsageTracker
 
 if TYPE_CHECKING:

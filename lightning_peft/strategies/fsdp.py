@@ -21,17 +21,15 @@ from lightning_peft.strategies.fsdp_checks import (
     check_no_averages,
     check_precision,
 )
-from lightning_peft.strategies.shard_units import Classes
-from lightning_peft.strategies.sharded_checkpoints import ShardedCheckpoints
-from lightning_peft.strategies.sharding import (
-    Options,
+from lightning_peft.strategies.meshes import (
     check_context,
     check_replicas,
     data_mesh,
-    is_sharded,
-    shard_model,
     split_sequences,
 )
+from lightning_peft.strategies.shard_units import Classes
+from lightning_peft.strategies.sharded_checkpoints import ShardedCheckpoints
+from lightning_peft.strategies.sharding import Options, is_sharded, shard_model
 from lightning_peft.strategies.unused_experts import UsageTracker
 from lightning_peft.trainers.packages import callbacks_of, is_fitting
 

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_peft.checkpoint.kept import kept_tensors
 from lightning_peft.core.protocols import Reason
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.layers.context_parallel import ContextParallel
 from lightning_peft.layers.router_adapter import RouterAdapter
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.models.modules import hf_models
 from lightning_peft.optim.method_hooks import has_step_hooks
 from lightning_peft.storage import held_tensors, storage_of
 from lightning_peft.strategies.base_reading import check_cache, meta_tensors, read_into
@@ -29,15 +27,7 @@ from lightning_peft.strategies.fsdp_compat import (
 from lightning_peft.strategies.shard_units import Classes, check_ties, root_units, shard_units
 from lightning_peft.strategies.sharded_init import of_rank_0
 
-__all__ = [
-    "Options",
-    "check_context",
-    "check_replicas",
-    "data_mesh",
-    "is_sharded",
-    "shard_model",
-    "split_sequences",
-]
+__all__ = ["Options", "is_sharded", "shard_model"]
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -59,72 +49,6 @@ class Options:
     def __post_init__(self) -> None:
         """Check what does not depend on the run."""
         check_cache("peft_fsdp", self.base_from, self.packed_cache)
-
-
-def check_replicas(replicas: int, world: int) -> None:
-    """Raise unless the ranks can be split into that many equal groups.
-
-    Raises:
-        ValueError: with the numbers that can be given.
-    """
-    if type(replicas) is not int or replicas < 1 or world % replicas:
-        fits = [n for n in range(1, world + 1) if world % n == 0]
-        raise ValueError(
-            f"peft_fsdp replicas: expected a divisor of the {world} ranks, one of {fits}, got "
-            f"{replicas}; give the number of machines, or 1 to shard over all ranks"
-        )
-
-
-def check_context(size: int, world: int) -> None:
-    """Raise unless that many ranks can share sequences.
-
-    Raises:
-        ValueError: with the numbers that can be given.
-    """
-    if type(size) is not int or size < 1 or world % size:
-        fits = [n for n in range(1, world + 1) if world % n == 0]
-        raise ValueError(
-            f"peft_fsdp context_parallel: expected a divisor of the {world} ranks, one of {fits}, "
-            f"got {size}; give the number of ranks that share a sequence"
-        )
-
-
-def split_sequences(module: nn.Module, mesh: DeviceMesh, size: int) -> None:
-    """Let groups of ranks that follow each other share the sequences of the model inside.
-
-    Args:
-        module: The sharded module.
-        mesh: One axis over all ranks.
-        size: Ranks per group; 1 changes nothing.
-
-    Raises:
-        ValueError: no model, or one whose attention cannot be split.
-    """
-    if size == 1:
-        return
-    found = [model for _, model in hf_models(module)]
-    if not found:
-        raise ValueError(
-            "peft_fsdp context_parallel: expected a causal language model of Hugging Face inside "
-            f"{type(module).__name__}, found none; leave context_parallel=1"
-        )
-    shape = (mesh.size() // size, size)
-    both = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("data", "context"))
-    for model in found:
-        ContextParallel(model, both.get_group("context"))
-
-
-def data_mesh(mesh: DeviceMesh, replicas: int) -> DeviceMesh:
-    """Return the mesh that FSDP2 takes: over all ranks, or replicas of groups of ranks.
-
-    Args:
-        mesh: One axis over all ranks.
-        replicas: Number of groups. Ranks of one machine follow each other, so they share a group.
-    """
-    if replicas == 1:
-        return mesh
-    shape = (replicas, mesh.size() // replicas)
-    return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def is_sharded(module: nn.Module) -> bool:

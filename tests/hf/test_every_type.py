@@ -7,7 +7,7 @@ import dataclasses
 import peft
 import pytest
 
-from lightning_peft.hf.config import method_class
+from lightning_peft.hf.method_config import method_class
 from lightning_peft.methods import METHODS, Method
 from lightning_peft.methods.refused import REFUSED_OPTIONS
 

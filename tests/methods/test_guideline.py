@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from lightning_peft.guideline.guideline import GUIDELINE, guideline_table
+from lightning_peft.guideline.advice import GUIDELINE, guideline_table
 from lightning_peft.guideline.measurements import MEASURED
 from lightning_peft.methods import literature
 from lightning_peft.methods.registry import METHODS

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_peft.models import content
 from lightning_peft.models.content import changed_tensors, content_hash, take_content
 
 SHAPES = [(), (1,), (7,), (3, 5), (64, 128), (300, 257), (2, 64, 96)]
@@ -40,6 +42,67 @@ def test_exchanged_rows_change_the_hash() -> None:
         changed = t.clone()
         changed[[i, j]] = changed[[j, i]]
         assert content_hash(changed) != content_hash(t)
+
+
+WIDE = [(512, 512), (2048, 1024), (1000, 777)]
+NUMBERS = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
+
+
+@pytest.mark.parametrize("shape", WIDE)
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_changed_signs_change_the_hash(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """A sign is the top bit of a word, which a product modulo a power of two never spreads."""
+    t = torch.randn(shape, dtype=dtype)
+    before = content_hash(t)
+    assert content_hash(-t) != before
+    for chosen in ([3], [3, 67], [0, 128], list(range(0, 500, 2))):
+        for i in (chosen, (slice(None), chosen)):
+            changed = t.clone()
+            changed[i] *= -1
+            assert content_hash(changed) != before
+    if dtype.is_complex:
+        assert content_hash(t.conj().resolve_conj()) != before
+
+
+def test_rows_of_signs_alone_are_told_apart() -> None:
+    t = torch.randint(0, 2, (1024, 1024)).mul_(2).sub_(1).float()
+    for i, j in ((0, 1), (3, 200), (0, 512)):
+        changed = t.clone()
+        changed[[i, j]] = changed[[j, i]]
+        assert content_hash(changed) != content_hash(t)
+        assert content_hash(changed.T.contiguous()) != content_hash(t.T.contiguous())
+
+
+@pytest.mark.parametrize("count", [32749, 32750, 131072, 3_000_001])
+@pytest.mark.parametrize("width", [4093, 32749])
+def test_blocks_of_rows_give_the_values_that_single_rows_give(count: int, width: int) -> None:
+    """A GPU computes by blocks, and the hash of a tensor that is moved there stays what it is."""
+    words = torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int32)
+    by_rows = content._polynomials(words, width)
+    assert torch.equal(by_rows, content._polynomials_by_blocks(words, width))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_hash_what_one_thread_hashes() -> None:
+    held = {f"{i}": torch.randn(300 + 100 * i, 512) for i in range(8)}
+    held["turned"] = torch.randn(700, 900).T
+    assert len(content._shares(held)) == 2
+    entries = take_content(held)
+    assert {n: entry.digest for n, entry in entries.items() if entry is not None} == {
+        n: content_hash(t) for n, t in held.items()
+    }
+    for name in ("2", "turned", "7"):
+        held[name].data[1, 1] += 1
+    held["new"] = torch.zeros(3)
+    assert changed_tensors(entries, held) == ["2", "7", "turned", "new"]
 
 
 def test_shape_dtype_and_layout() -> None:

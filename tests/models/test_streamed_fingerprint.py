@@ -13,7 +13,8 @@ from torch import nn
 from lightning_peft import LoRA, Quantization, attach, reset_adapters
 from lightning_peft.core.registry import registries_in
 from lightning_peft.models.streamed_fingerprint import FingerprintSampler
-from lightning_peft.storage.streaming import materialize, stream_base
+from lightning_peft.storage.materialize import materialize
+from lightning_peft.storage.streaming import stream_base
 from tests.helpers.tiny_models import BUILDERS
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_peft.strategies.sharding import check_context, check_replicas
+from lightning_peft.strategies.meshes import check_context, check_replicas
 from tests.helpers.distributed.jobs import Job, build
 from tests.helpers.distributed.processes import Processes, difference, result, run
 from tests.strategies.test_stream import save_sharded

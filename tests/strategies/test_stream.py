@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_peft import LoRA, Quantization, attach, reset_adapters
-from lightning_peft.storage.streaming import materialize, stream_base
+from lightning_peft.storage.materialize import materialize
+from lightning_peft.storage.streaming import stream_base
 from tests.helpers.distributed.jobs import Job, build
 from tests.helpers.distributed.processes import Processes, difference, result, run
 from tests.helpers.tiny_models import BUILDERS, example_inputs, main_output

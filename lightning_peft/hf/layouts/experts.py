@@ -1,7 +1,4 @@
-"""Peft's layout of fused experts and routers, which it adapts as parameters.
-
-Peft nests one wrapper per parameter, the first one defined innermost.
-"""
+"""Peft's layout of fused experts and routers, which it adapts as parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.hf.layouts.base import MatrixLayout
+from lightning_peft.hf.layouts.nested import NestedLayout
 from lightning_peft.layers.experts.structure import expert_count, is_presorted
 from lightning_peft.storage import storage_of
 
@@ -39,7 +37,7 @@ def stack_from_peft(axes: str, t: Tensor, E: int) -> Tensor:
     return t.reshape(t.shape[0], -1, E).permute(2, 0, 1)
 
 
-class ExpertsLayout(MatrixLayout[nn.Module]):
+class ExpertsLayout(NestedLayout):
     """Fused experts: A [r·E, in] expert-major, B [out, r·E] rank-major."""
 
     @property
@@ -47,19 +45,9 @@ class ExpertsLayout(MatrixLayout[nn.Module]):
         """``"experts"``."""
         return "experts"
 
-    def is_target_parameter(self, name: str) -> bool:
-        """Always: experts are parameters, not layers."""
-        return True
-
     def swaps_factors(self, name: str, *, by_weight: bool = False) -> bool:
         """True for Llama 4: peft reads its [E, in, out] as [E, out, in]."""
         return is_presorted(self.module)
-
-    def nested_paths(self, adapted: Sequence[str]) -> dict[str, str]:
-        """The path alone does not say which parameter it is; the order of definition does."""
-        inside_out = [n for n in self.ops.parameters(self.module) if n in adapted]
-        depth = len(inside_out) - 1
-        return {n: ".".join(["base_layer"] * (depth - i)) for i, n in enumerate(inside_out)}
 
     def weights_by_path(
         self, found: Mapping[str, Mapping[str, Tensor]], named: Sequence[str] = ()

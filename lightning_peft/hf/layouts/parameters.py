@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_peft.hf.layouts.base import MatrixLayout
 from lightning_peft.hf.layouts.experts import stack_from_peft, stack_to_peft
+from lightning_peft.hf.layouts.nested import NestedLayout
 from lightning_peft.storage import storage_of
 
 __all__ = ["ParametersLayout"]
 
 
-class ParametersLayout(MatrixLayout[nn.Module]):
+class ParametersLayout(NestedLayout):
     """A matrix has the layout of a linear layer, a stack that of experts."""
 
     @property
@@ -25,16 +25,6 @@ class ParametersLayout(MatrixLayout[nn.Module]):
         """A stack of one, which peft adds to as if it were [out, in]."""
         shape = storage_of(self.module, name).shape(self.module, name)
         return "peft takes a stack of one for a matrix" if len(shape) == 3 and shape[0] == 1 else ""
-
-    def is_target_parameter(self, name: str) -> bool:
-        """Always: the module is no layer that peft knows."""
-        return True
-
-    def nested_paths(self, adapted: Sequence[str]) -> dict[str, str]:
-        """One wrapper per parameter; the first one defined is innermost."""
-        inside_out = [n for n in self.ops.parameters(self.module) if n in adapted]
-        depth = len(inside_out) - 1
-        return {n: ".".join(["base_layer"] * (depth - i)) for i, n in enumerate(inside_out)}
 
     def weights_by_path(
         self, found: Mapping[str, Mapping[str, Tensor]], named: Sequence[str] = ()

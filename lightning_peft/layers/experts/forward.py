@@ -8,10 +8,10 @@ of each expert end is known on the device: on CUDA nothing waits for the host.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, apply_or_forward
+from lightning_peft_kernels.autograd import apply_or_forward
 from lightning_peft_kernels.dropout.ops import dropout
 from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from lightning_peft_kernels.experts.low_rank import add_low_rank
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lightning_peft.core.edit import Edit, apply_edits
 from lightning_peft.layers.adapted import is_adapted
+from lightning_peft.layers.experts.routing import FromSorted, Presorted, Routing, ToSorted
 from lightning_peft.layers.experts.structure import (
     FusedExperts,
     first_weight,
@@ -33,86 +34,6 @@ from lightning_peft.layers.weight_adapter import WeightAdapter
 from lightning_peft.storage import storage_of
 
 __all__ = ["run_experts"]
-
-
-class _Routing:
-    """Token–expert pairs sorted by expert.
-
-    Attributes:
-        token: [S] row of the input that each pair reads.
-        expert: [S] its expert, sentinels clamped.
-        groups: Pairs of each expert.
-        order: [S] which pair stands there.
-        inverse: [S] where each pair stands.
-        unassigned: [S, 1] whether its expert is a sentinel; None where there are none.
-    """
-
-    def __init__(self, m: FusedExperts, index: Tensor) -> None:
-        expert, self.order = torch.sort(index.reshape(-1), stable=True)
-        E = m.num_experts
-        # Pairs of experts that other processes hold are numbered E: they sort to the end. A module
-        # without the decorator does not say whether there are such.
-        has_unassigned = bool(getattr(m, "_is_expert_parallel", not hasattr(m, "has_gate")))
-        self.token = self.order // index.shape[-1]
-        self.groups = Groups.sorted(expert, E, has_unassigned_rows=has_unassigned)
-        self.expert = expert.clamp(max=E - 1) if has_unassigned else expert
-        self.inverse = torch.empty_like(self.order)
-        self.inverse[self.order] = torch.arange(self.order.numel(), device=index.device)
-        self.unassigned = expert.unsqueeze(-1) >= E if has_unassigned else None
-
-
-class _ToSortedContext(Context, Protocol):
-    """Context of `_ToSorted`: the values that forward saves for backward."""
-
-    shape: tuple[int, int, int]
-
-
-class _ToSorted(KernelFunction):
-    """Gather x [T, d] into sorted pairs [S, d].
-
-    Backward gathers as well, like that of `_FromSorted`: adding to repeated indices is sequential
-    on a CPU and needs a sort on CUDA.
-    """
-
-    @staticmethod
-    def forward(ctx: _ToSortedContext, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.shape = x.shape[0], token.shape[0] // max(1, x.shape[0]), x.shape[1]
-        return x.index_select(0, token)
-
-    @staticmethod
-    def backward(ctx: _ToSortedContext, dY: Tensor) -> Grads:
-        (inverse,) = ctx.saved_tensors
-        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if len(dY) and dY.device.type == "cpu" and not traced:  # read and sum in one pass
-            return F.embedding_bag(inverse.view(ctx.shape[:2]), dY, mode="sum"), None, None
-        return dY.index_select(0, inverse).view(ctx.shape).sum(dim=1), None, None
-
-
-class _FromSorted(KernelFunction):
-    """Gather sorted pairs h [S, d] into the order of the input."""
-
-    @staticmethod
-    def forward(ctx: Context, h: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return h.index_select(0, inverse)
-
-    @staticmethod
-    def backward(ctx: Context, dY: Tensor) -> Grads:
-        (order,) = ctx.saved_tensors
-        return dY.index_select(0, order), None, None
-
-
-class _Presorted(_Routing):
-    """Routing of rows sorted by expert, the same number for each."""
-
-    def __init__(self, m: FusedExperts, rows: int) -> None:
-        device, E = m.down_proj.device, m.num_experts
-        each = rows // E
-        ends = torch.arange(1, E + 1, device=device, dtype=torch.int32) * each
-        self.groups = Groups(ends, rows)
-        self.expert = torch.arange(rows, device=device) // each
-        self.unassigned = None
 
 
 def run_experts(
@@ -133,12 +54,12 @@ def run_experts(
     if is_presorted(m):
         return _run_presorted(m, by_weight, inputs[0])
     x, index, weights = inputs[:3]
-    routing = _Routing(m, index)
+    routing = Routing(m, index)
     _note(m, routing.groups)
     rows = _mask_of_rows(adapters, x.shape[0], routing)
     first, form = first_weight(m), form_of(m)
     assert form is not None  # `is_experts` said so
-    h = apply_or_forward(_ToSorted, x, routing.token, routing.inverse)
+    h = apply_or_forward(ToSorted, x, routing.token, routing.inverse)
     h = _product(m, first, h, routing, by_weight.get(first, ()), rows)
     h = m._apply_gate(h) if form.has_gate else m.act_fn(h)
     h = _product(m, "down_proj", h, routing, by_weight.get("down_proj", ()), rows)
@@ -146,7 +67,7 @@ def run_experts(
         h = h.masked_fill(routing.unassigned, 0.0)
     if form.has_norm:
         h = m.post_expert_norm(h)
-    h = apply_or_forward(_FromSorted, h, routing.order, routing.inverse)
+    h = apply_or_forward(FromSorted, h, routing.order, routing.inverse)
     h = h.view(*index.shape, h.shape[-1]) * weights.reshape(*index.shape, 1)
     y: Tensor = h.sum(dim=1).to(x.dtype)
     return y
@@ -156,7 +77,7 @@ def _run_presorted(
     m: FusedExperts, by_weight: Mapping[str, Sequence[WeightAdapter]], x: Tensor
 ) -> Tensor:
     h = x.reshape(-1, x.shape[-1])
-    routing = _Presorted(m, h.shape[0])
+    routing = Presorted(m, h.shape[0])
     if by_weight and current_mixed_batch() is not None:
         raise ValueError(
             f"{type(m).__name__}: expected one adapter for all rows of the batch, got "
@@ -188,7 +109,7 @@ def _note(m: FusedExperts, groups: Groups) -> None:
 
 
 def _mask_of_rows(
-    adapters: Sequence[WeightAdapter], tokens: int, routing: _Routing
+    adapters: Sequence[WeightAdapter], tokens: int, routing: Routing
 ) -> dict[str, Tensor]:
     """Return, by adapter name, which pairs' tokens it acts on [S, 1].
 
@@ -209,7 +130,7 @@ def _product(
     m: FusedExperts,
     name: str,
     x: Tensor,
-    routing: _Routing,
+    routing: Routing,
     adapters: Sequence[WeightAdapter],
     rows: Mapping[str, Tensor],
 ) -> Tensor:
@@ -250,7 +171,7 @@ def _where(mask: Tensor | None, yes: Tensor, no: Tensor) -> Tensor:
     return yes if mask is None else torch.where(mask, yes, no)
 
 
-def _by_pair(v: Tensor, routing: _Routing) -> Tensor:
+def _by_pair(v: Tensor, routing: Routing) -> Tensor:
     """[E, n] → [S, n]; a vector shared by all experts stays."""
     return v[routing.expert] if v.ndim == 2 else v
 
@@ -263,7 +184,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
-def _base(m: FusedExperts, name: str, x: Tensor, routing: _Routing) -> Tensor:
+def _base(m: FusedExperts, name: str, x: Tensor, routing: Routing) -> Tensor:
     (x,) = _autocast(x)
     storage = storage_of(m, name)
     if storage.is_quantized:
@@ -275,7 +196,7 @@ def _base(m: FusedExperts, name: str, x: Tensor, routing: _Routing) -> Tensor:
 class _Grouped:
     """The products that terms are given; see `terms.Grouped`."""
 
-    def __init__(self, routing: _Routing, *, in_place: bool) -> None:
+    def __init__(self, routing: Routing, *, in_place: bool) -> None:
         self._groups = routing.groups
         self._in_place = in_place
 
@@ -299,7 +220,7 @@ def _forward_materialized(
     m: FusedExperts,
     name: str,
     x: Tensor,
-    routing: _Routing,
+    routing: Routing,
     adapters: Sequence[WeightAdapter],
     edits: Sequence[Edit],
     bias: Tensor | None,

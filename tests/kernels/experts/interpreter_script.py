@@ -8,14 +8,12 @@ import sys
 import torch
 from lightning_peft_kernels.chips import CHIPS, nvidia_chip
 from lightning_peft_kernels.experts import selection
+from lightning_peft_kernels.experts.dequantize_active_triton import dequantize_active_experts
 from lightning_peft_kernels.experts.grouped_linear import (
     grouped_linear_reference,
     nf4_grouped_linear,
 )
-from lightning_peft_kernels.experts.grouped_linear_triton import (
-    dequantize_active_experts,
-    grouped_linear_4bit,
-)
+from lightning_peft_kernels.experts.grouped_linear_triton import grouped_linear_4bit
 from lightning_peft_kernels.experts.groups import Groups
 from lightning_peft_kernels.nf4.ops import Packed4bit, dequantize_4bit, quantize_4bit
 

@@ -170,7 +170,7 @@ class _PackedWeight:
         W = torch.empty(self.experts, self.N, self.K, dtype=dtype, device=device)
 
         def by_kernel() -> Tensor:
-            from lightning_peft_kernels.experts.grouped_linear_triton import (
+            from lightning_peft_kernels.experts.dequantize_active_triton import (
                 dequantize_active_experts,
             )
 

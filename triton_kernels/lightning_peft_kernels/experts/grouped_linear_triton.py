@@ -1,4 +1,4 @@
-"""Triton kernels for packed experts: products that decode on the fly, and dequantising.
+"""Triton kernels for packed experts: products that decode on the fly.
 
 Rows are sorted by expert, and only the device knows the ends of groups. A program finds its expert
 by counting tiles, so nothing waits for the host and a captured graph serves any routing. A tile
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
     from lightning_peft_kernels.nf4.ops import Packed4bit
 
-__all__ = ["aot_specs", "dequantize_active_experts", "grouped_linear_4bit", "tile_of"]
+
+__all__ = ["aot_specs", "grouped_linear_4bit", "tile_of"]
 
 _BLOCK_N, _BLOCK_K = 64, 128
-_WARPS, _STEPS = 4, 4
 
 
 @triton.jit
@@ -177,41 +177,6 @@ def _backward_kernel(
     tl.store(to, both.to(dX_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _dequantize_active_kernel(
-    packed_ptr,
-    scale_ptr,
-    table_ptr,
-    ends_ptr,
-    out_ptr,
-    n_words,
-    words,
-    BLOCK_SIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Decode eight weights per word, `words` words per expert; skip experts without rows."""
-    start = tl.program_id(0).to(tl.int64) * (WORDS * STEPS)
-    last = tl.minimum(start + WORDS * STEPS, n_words) - 1
-    first, last = start // words, last // words
-    before = tl.load(ends_ptr + first - 1, mask=first > 0, other=0)
-    if tl.load(ends_ptr + last) == before:
-        return
-    lane = tl.arange(0, 8)
-    shift = (lane // 2) * 8 + 4 - (lane % 2) * 4
-    table = tl.load(table_ptr + tl.arange(0, 16))
-    for step in tl.static_range(STEPS):
-        word = start + step * WORDS + tl.arange(0, WORDS)
-        inside = word < n_words
-        scale = tl.load(scale_ptr + word // (BLOCK_SIZE // 8), mask=inside, other=0.0)
-        bits = tl.load(packed_ptr + word, mask=inside, other=0)
-        nibble = (bits[:, None] >> shift[None, :]) & 15
-        value = tl.reshape(tl.gather(table, tl.reshape(nibble, (WORDS * 8,)), 0), (WORDS, 8))
-        at = word[:, None] * 8 + lane[None, :]
-        y = (value * scale[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, y, mask=inside[:, None])
-
-
 def grouped_linear_4bit(
     X: Tensor,
     q: Packed4bit,
@@ -269,30 +234,6 @@ def _backward_n(rows: int) -> int:
     return 64 if rows == 64 else 32  # twice as many columns spill with Triton 3.6
 
 
-def dequantize_active_experts(
-    packed: Tensor, scales: Tensor, ends: Tensor, kind: str, block_size: int, out: Tensor
-) -> Tensor:
-    """Dequantise experts with rows into out [E, N, K]; leave the other experts unwritten.
-
-    Args:
-        packed: uint8 [E, N·K/2], N·K a multiple of `block_size`.
-        scales: fp32 [E, blocks].
-        ends: int32 [E], the end row of each expert.
-        kind: ``"nf4"`` or ``"fp4"``.
-        block_size: Block size used to quantise.
-        out: [E, N, K], written and returned.
-    """
-    words = packed.reshape(-1).view(torch.int32)
-    width = 32 * _WARPS
-    launch(
-        _dequantize_active_kernel, (triton.cdiv(words.numel(), width * _STEPS),),
-        words, scales, code(kind, str(packed.device)), ends, out,
-        words.numel(), words.numel() // ends.shape[0],
-        BLOCK_SIZE=block_size, WORDS=width, STEPS=_STEPS, num_warps=_WARPS,
-    )  # fmt: skip
-    return out
-
-
 def aot_specs() -> list[dict[str, Any]]:
     """Configurations to compile ahead of time."""
     specs = []
@@ -318,9 +259,4 @@ def aot_specs() -> list[dict[str, Any]]:
                         fast=nested and rows == 16,
                     )
                 )
-    step = {"BLOCK_SIZE": 64, "WORDS": 32 * _WARPS, "STEPS": _STEPS}
-    types = ["*i32", "*fp32", "*fp32", "*i32", "*bf16", "i32", "i32"]
-    specs.append(
-        spec("dequantize active experts", _dequantize_active_kernel, types, step, fast=True)
-    )
     return specs

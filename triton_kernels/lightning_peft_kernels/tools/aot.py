@@ -50,6 +50,7 @@ MODULES = (
     "lightning_peft_kernels.nf4.k_parts_triton",
     "lightning_peft_kernels.nf4.pair_table_triton",
     "lightning_peft_kernels.experts.grouped_linear_triton",
+    "lightning_peft_kernels.experts.dequantize_active_triton",
     "lightning_peft_kernels.experts.low_rank_triton",
     "lightning_peft_kernels.block_scaled.decode_triton",
     "lightning_peft_kernels.scale.triton",
