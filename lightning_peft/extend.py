@@ -20,9 +20,10 @@ from lightning_peft.methods.base import (
     StepContext,
     WeightMethod,
 )
-from lightning_peft.methods.checks import empty_like_site, match_pattern, require, require_ranks
+from lightning_peft.methods.checks import match_pattern, require, require_ranks
 from lightning_peft.methods.exchange import HFEntry, HFFormat
 from lightning_peft.methods.registry import register as register_method
+from lightning_peft.methods.tensors import empty_like_site
 from lightning_peft.models.pretrained import register_pretrained
 from lightning_peft.storage import QuantizedStorage, StorageConfig, register_storage
 from lightning_peft.storage.packed import QuantizedWeightSpec

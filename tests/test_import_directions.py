@@ -76,14 +76,21 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 # What a file in methods/ may import from our packages; besides, the parent of a true subtype.
 METHOD_IMPORTS = (
     "lightning_peft_kernels.autograd",
+    "lightning_peft.core.activated",
+    "lightning_peft.core.balls",
+    "lightning_peft.core.butterfly",
+    "lightning_peft.core.circulant",
     "lightning_peft.core.compressed",
     "lightning_peft.core.collectives",  # VeLoRA's direction is that of all processes
     "lightning_peft.core.drawn",
     "lightning_peft.core.edit",
+    "lightning_peft.core.granular",
+    "lightning_peft.core.hard_concrete",
     "lightning_peft.core.input_dtype",
     "lightning_peft.core.mixtures",
     "lightning_peft.core.name_patterns",
     "lightning_peft.core.names",
+    "lightning_peft.core.projection",
     "lightning_peft.core.protocols",
     "lightning_peft.core.replaced_rows",
     "lightning_peft.core.rotation",
@@ -93,18 +100,26 @@ METHOD_IMPORTS = (
     "lightning_peft.core.terms",
     "lightning_peft.core.tiled",
     "lightning_peft.core.vectors",
+    "lightning_peft.core.wavelets",
     "lightning_peft.methods.base",
+    "lightning_peft.methods.adalora_importance",
+    "lightning_peft.methods.bottleneck_layers",
     "lightning_peft.methods.checks",
-    "lightning_peft.methods.daubechies",  # WaveFT's filters
+    "lightning_peft.methods.cpt_loss",
     "lightning_peft.methods.exchange",
+    "lightning_peft.methods.limits",
     "lightning_peft.methods.lora_checks",  # LoRA's arguments
-    "lightning_peft.methods.lora_exchange",  # LoRA's exchange table
     "lightning_peft.methods.lora_gradients",  # LoRA's changes of its gradients
     "lightning_peft.methods.lora_start",  # LoRA's initialisations
-    "lightning_peft.methods.prompt_exchange",
+    "lightning_peft.methods.lycoris",
     "lightning_peft.methods.registry",
+    "lightning_peft.methods.row_clusters",
+    "lightning_peft.methods.site_rules",
+    "lightning_peft.methods.tensors",
     "lightning_peft.methods.tasks",  # task ids of the batch
+    "lightning_peft.methods.text_start",
     "lightning_peft.methods.token_indices",
+    "lightning_peft.methods.triplets",
 )
 
 
@@ -344,17 +359,31 @@ def bases_in(path: Path) -> set[str]:
 
 # Files of methods/ that define no method of their own.
 NO_METHODS = (
+    "adalora_importance",
+    "argument_messages",
     "arguments",
+    "bottleneck_layers",
     "checks",
-    "daubechies",
+    "cpt_loss",
     "exchange",
     "hybrids",
+    "limits",
     "lora_checks",
+    "lora_data_start",
     "lora_gradients",
+    "lora_init",
+    "lora_options",
     "lora_start",
+    "lycoris",
+    "method_lists",
     "refused",
     "registry",
+    "row_clusters",
+    "site_rules",
+    "tensors",
+    "text_start",
     "token_indices",
+    "triplets",
 )
 
 
@@ -364,9 +393,13 @@ def test_a_method_knows_only_edits() -> None:
     for found in OURS:
         if room(found.module) != "methods" or found.module == "lightning_peft.methods":
             continue
-        if found.module.startswith("lightning_peft.methods.base"):
+        if found.module.startswith(
+            ("lightning_peft.methods.base", "lightning_peft.methods.formats")
+        ):
             continue
         if found.path.stem in NO_METHODS or found.target in METHOD_IMPORTS:
+            continue
+        if found.target.startswith("lightning_peft.methods.formats"):  # the method's table
             continue
         subtype = room(found.target) == "methods" and bases_in(found.path) & set(found.names)
         if not subtype:
@@ -375,6 +408,21 @@ def test_a_method_knows_only_edits() -> None:
                 f"{', '.join(METHOD_IMPORTS)}, and another method only to derive from its class"
             )
     check(broken)
+
+
+#: Methods with more options than fit → the most lines their files may have.
+LONG_METHODS = {"lora": 230, "adalora": 160, "diff_pruning": 125}
+
+
+def test_a_method_file_is_short() -> None:
+    """What many methods share, and what has a meaning of its own, lies in a file of its own."""
+    long = []
+    for path in (PACKAGES["lightning_peft"] / "methods").glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        lines, most = len(source.splitlines()), LONG_METHODS.get(path.stem, 119)
+        if "\n@register\n" in source and lines > most:
+            long.append(f"{path.name}: expected at most {most} lines, found {lines}")
+    check(long)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from lightning_peft.core.registry import (
 from lightning_peft.core.value_types import shown
 from lightning_peft.layers.adapted import adapted_modules
 from lightning_peft.layers.mixed_batch import BASE
-from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method, WeightMethod
+from lightning_peft.methods.method_lists import require_methods
 from lightning_peft.models.target_modules import feedforward_targets
 
 __all__ = [

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.core.value_types import require_fit, shown
-from lightning_peft.methods.arguments import require_methods
 from lightning_peft.methods.base import Method
+from lightning_peft.methods.method_lists import require_methods
 from lightning_peft.optim.replace import check_optimizer_name
 
 __all__ = [

@@ -13,7 +13,7 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, Term
 
-__all__ = ["Drawn", "Sampled"]
+__all__ = ["Drawn", "Sampled", "divergence"]
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,24 @@ class Drawn(Term):
         std = variance.sqrt() * torch.linalg.vector_norm(logits.softmax(0))
         drawn = A + self.noise * std.to(A.dtype).unsqueeze(-1) * torch.randn_like(A)
         return dataclasses.replace(self.low_rank, A=drawn).apply(ops, site, x)
+
+
+def divergence(log_std: Tensor, log_concentration: Tensor, concentration: float) -> Tensor:
+    """Expected divergence of what `Drawn` draws from its priors: the weights of the samples from a
+    Dirichlet distribution of this concentration, the variance and the noise from standard ones.
+    """
+    r, n = len(log_std), len(log_concentration)
+    a, prior = torch.exp(log_concentration), torch.full_like(log_concentration, concentration)
+    dirichlet = (
+        torch.lgamma(a.sum())
+        - torch.lgamma(a).sum()
+        - torch.lgamma(prior.sum())
+        + torch.lgamma(prior).sum()
+        + ((a - prior) * (torch.digamma(a) - torch.digamma(a.sum()))).sum()
+    )
+    variance, log_variance = torch.exp(2 * log_std), 2 * log_std
+    wishart = 0.5 * r * (variance - log_variance - 1).sum()
+    half = torch.tensor(r / 2, dtype=log_std.dtype, device=log_std.device)
+    expected_log = log_variance + torch.digamma(half) + torch.log(2 * torch.ones_like(half))
+    normal = 0.5 * n * (r * variance - expected_log - 1).sum()
+    return dirichlet + wishart + normal

@@ -12,7 +12,14 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import NotMergeable, Term
 
-__all__ = ["Mixture", "Routed"]
+__all__ = ["Mixture", "Routed", "only_largest"]
+
+
+def only_largest(g: Tensor, k: int, rest: float) -> Tensor:
+    """Return g [..., n] with `rest` in place of all but the k largest of each row."""
+    top = g.topk(min(k, g.shape[-1]), dim=-1).indices
+    chosen = torch.zeros_like(g, dtype=torch.bool).scatter(-1, top, True)
+    return g.masked_fill(~chosen, rest)
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,7 @@ class Routed(Term):
     def weights(self, x: Tensor) -> Tensor:
         """Weights of the experts [..., experts]; zero but for `top_k`."""
         fit = torch.nn.functional.linear(x, self.v.to(x.dtype)).abs() / self.temperature
-        top = fit.topk(min(self.top_k, len(self.v)), dim=-1)
-        others = torch.full_like(fit, -torch.inf)
-        return others.scatter(-1, top.indices, top.values).softmax(-1)
+        return only_largest(fit, self.top_k, -torch.inf).softmax(-1)
 
     def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
         """Two thin products; the weights act on what lies between them."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_peft.core.input_dtype import to_adapter_dtype
 
-__all__ = ["BlockRotation", "Rotation", "neumann"]
+__all__ = ["BlockRotation", "Rotation", "nearest_divisor", "neumann"]
 
 
 class Rotation(Protocol):
@@ -126,3 +126,13 @@ def neumann(Q: Tensor, terms: int) -> Tensor:
         last = i == terms - 1 and i > 1
         R = torch.add(R, power, alpha=1 if last else 2)
     return R
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n closest to `wanted`; the smaller of two."""
+    distance = 0
+    while True:  # outwards: most often none
+        for d in (wanted - distance, wanted + distance):
+            if 1 <= d <= n and n % d == 0:
+                return d
+        distance += 1

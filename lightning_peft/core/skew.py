@@ -9,7 +9,7 @@ from lightning_peft_kernels.autograd import Context, Grads, KernelFunction, in_f
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["cayley", "skew"]
+__all__ = ["cayley", "near_zero", "skew"]
 
 
 def skew(triangle: Tensor, size: int) -> Tensor:
@@ -58,3 +58,10 @@ def cayley(Q: Tensor) -> Tensor:
     # X (I + Q) = I − Q; transposed (I − Q) Xᵀ = I + Q.
     R: Tensor = torch.linalg.solve(eye - wide, eye + wide).mT.to(Q.dtype)
     return R
+
+
+def near_zero(Q: Tensor, distance: float) -> Tensor:
+    """Scale each of n blocks [n, b, b] down to a norm of `distance` / √n at most."""
+    most = distance / len(Q) ** 0.5
+    norm = torch.linalg.matrix_norm(Q, keepdim=True)
+    return torch.where(norm <= most, Q, most * Q / norm)

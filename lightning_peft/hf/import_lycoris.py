@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_peft.core.names import join
 from lightning_peft.hf.import_names import COMPONENTS, FLAT, Layer
 from lightning_peft.hf.keys import PREFIX
-from lightning_peft.methods.lokr import factorization
+from lightning_peft.methods.lycoris import factorization
 
 __all__ = ["LycorisLayer", "in_peft", "is_lycoris", "read_layers"]
 

@@ -8,10 +8,12 @@ gradients. A step computes the logits once.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.value_types import shown
 from lightning_peft.losses.chunk_pass import Head, Reduction, Step, chunked_loss
 from lightning_peft.losses.token_loss import TokenLoss
 
@@ -51,11 +53,13 @@ def chunked_cross_entropy(
             256 MiB of float32 logits (32 MiB on the CPU), and at least 64.
 
     Raises:
-        TypeError: labels are not int64, or the weight is neither a module nor a tensor.
+        TypeError: labels are not int64, the weight is neither a module nor a tensor, or the dtypes
+            of hidden states and weight differ without autocast.
         ValueError: shapes that do not fit, labels outside the vocabulary (on the CPU), a value out
             of its range, or reduction "none" with a trained head.
     """
     _check_options(label_smoothing, reduction, chunk_tokens)
+    _check_tensors(hidden, labels, bias, class_weight)
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap!r}")
     if isinstance(weight, nn.Module):
@@ -64,6 +68,7 @@ def chunked_cross_entropy(
                 "chunked_cross_entropy: expected no bias beside a module, which has its own; leave "
                 "it out"
             )
+        _check_features(hidden, weight)
         head: Head = weight
         vocabulary = _vocabulary(weight)
     elif not isinstance(weight, Tensor):
@@ -72,6 +77,7 @@ def chunked_cross_entropy(
             f"{weight!r}; give model.lm_head"
         )
     else:
+        _check_dtype(hidden, "weight", weight)
         if weight.dim() != 2 or weight.shape[-1] != hidden.shape[-1]:
             raise ValueError(
                 f"chunked_cross_entropy: expected a weight [vocabulary, {hidden.shape[-1]}], got "
@@ -99,6 +105,47 @@ def chunked_cross_entropy(
         steps=steps,
         chunk_tokens=chunk_tokens,
     )
+
+
+def _check_tensors(hidden: Any, labels: Any, bias: Any, class_weight: Any) -> None:
+    """Raise TypeError unless these are tensors, and hidden states floating-point numbers."""
+    for name, value, needed in (
+        ("hidden", hidden, True),
+        ("labels", labels, True),
+        ("bias", bias, False),
+        ("class_weight", class_weight, False),
+    ):
+        if not isinstance(value, Tensor) and (needed or value is not None):
+            raise TypeError(f"chunked_cross_entropy {name}: expected a tensor, got {shown(value)}")
+    if not hidden.is_floating_point():
+        raise TypeError(
+            "chunked_cross_entropy hidden: expected floating-point hidden states, got "
+            f"{hidden.dtype}; give the last hidden state, not the token ids"
+        )
+    if bias is not None:
+        _check_dtype(hidden, "bias", bias)
+
+
+def _check_dtype(hidden: Tensor, name: str, t: Tensor) -> None:
+    """Raise TypeError where hidden states and a weight of other dtypes would be multiplied."""
+    if t.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"chunked_cross_entropy: expected a {name} of the dtype of the hidden states, "
+            f"{hidden.dtype}, got {t.dtype}; convert one of them, or run under autocast"
+        )
+
+
+def _check_features(hidden: Tensor, head: nn.Module) -> None:
+    """Raise an error where a linear head reads other features, or another dtype."""
+    if not isinstance(head, nn.Linear):
+        return
+    if hidden.shape[-1:] != (head.in_features,):
+        raise ValueError(
+            f"chunked_cross_entropy: expected hidden states [*, {head.in_features}], as the head "
+            f"reads them, got {list(hidden.shape)}"
+        )
+    if type(head) is nn.Linear:
+        _check_dtype(hidden, "head", head.weight)
 
 
 def _vocabulary(head: nn.Module) -> int:

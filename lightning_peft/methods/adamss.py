@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,62 +11,21 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.base import FromWeight
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.adamss import FORMAT, MOST_CLUSTERS
+from lightning_peft.methods.limits import at_least, between
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.row_clusters import row_clusters
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["AdaMSS"]
-_MOST = 64  # clusters that a file may have
-
-
-def _clusters(X: Tensor, n: int) -> Tensor:
-    """Cluster of each row, by peft's call of scikit-learn: int64."""
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError(
-            "AdaMSS: expected scikit-learn, whose k-means peft uses, found none; run pip install "
-            "scikit-learn"
-        ) from error
-    means = KMeans(n_clusters=n, init="random", n_init=1, max_iter=10, random_state=123456789)
-    return torch.from_numpy(means.fit_predict(X.float().numpy())).long()
-
-
-def _pack(method: AdaMSS, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Factors per cluster, of no more ranks than it has rows."""
-    found = {"N": p["N"], "cluster": p["cluster"]}
-    for k, A in enumerate(p["A"]):
-        B = p["B"][p["cluster"] == k]
-        rank = max(1, min(len(B), method.rank_per_cluster))
-        found[f"A{k}"], found[f"B{k}"] = A[:rank].contiguous(), B[:, :rank].contiguous()
-    return found
-
-
-def _unpack(
-    method: AdaMSS, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """A file of peft does not say which rows are whose: the base is clustered again."""
-    if "cluster" in p:
-        cluster = p["cluster"].long()
-    else:
-        cluster = method.directions(site, site.weight(torch.float32).cpu())[2]
-    found = {name: torch.zeros_like(t) for name, t in method.parameters(site).items()}
-    for k in range(len(found["A"])):
-        rows, A, B = cluster == k, p[f"A{k}"], p[f"B{k}"]
-        require(
-            len(B) == int(rows.sum()) and B.shape[1] == len(A) <= method.rank_per_cluster,
-            f"expected {int(rows.sum())} rows in cluster {k}, as this base has them, got {len(B)}; "
-            "load it on the base of its training",
-        )
-        found["A"][k, : len(A)] = A
-        found["B"][rows] = torch.nn.functional.pad(B, (0, method.rank_per_cluster - len(A)))
-    return {**found, "N": p["N"], "cluster": cluster}
 
 
 @register
 @dataclass(frozen=True)
-class AdaMSS(WeightMethod):
+class AdaMSS(FromWeight):
     """Row i of ΔW is B[i] A[k] N, k the row's cluster; the last column of N acts on the bias.
 
     N holds the r leading right singular vectors of [W | b], frozen. B starts at zeros. Clusters
@@ -77,7 +35,7 @@ class AdaMSS(WeightMethod):
     Attributes:
         r: Directions of N; at most as many as the weight has, where it stops.
         clusters: Number of clusters; at most out_features, where it stops.
-        rank_per_cluster: Rank of a cluster's change.
+        rank_per_cluster: Rank of a cluster's change; at most the number of directions.
         seed: Seed of the randomised decomposition.
 
     Raises:
@@ -89,48 +47,23 @@ class AdaMSS(WeightMethod):
     rank_per_cluster: int = 1
     seed: int = 0
 
-    hf = HFFormat(
-        peft_type="ADAMSS",
-        tensors={
-            "N": "adamss_newB",
-            "cluster": "adamss_cluster",
-            **{f"{k}{i}": f"adamss_{k}.{i}" for k in "AB" for i in range(_MOST)},
-        },
-        optional=("cluster",),  # peft neither writes nor reads it
-        integers=("cluster",),
-        config={
-            "r": "r",
-            "clusters": "num_subspaces",
-            "rank_per_cluster": "subspace_rank",
-            "seed": "random_seed",
-        },
-        fixed={"init_weights": "orthogonal", "use_asa": False, "use_dynamic_rank": False},
-        defaults={"r": 100, "num_subspaces": 5, "subspace_rank": 1, "random_seed": 0},
-        ignored=(
-            # Both act in training, or at the start, alone: the tensors say what became of it.
-            *("use_asa", "use_dynamic_rank"),
-            *("init_weights", "asa_target_subspaces", "init_warmup", "final_warmup"),
-            *("mask_interval", "asa_importance_beta", "asa_uncertainty_beta"),
-            *("asa_schedule_exponent", "svd_threshold"),
-        ),
-        pack=_pack,
-        unpack=_unpack,
-        refuse=refuse_all_but_linear,
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("r", "clusters", "rank_per_cluster"):
-            got = getattr(self, name)
-            require(got >= 1, f"{self.label}: expected {name} >= 1, got {got}")
-        require(
-            self.clusters <= _MOST,
-            f"{self.label}: expected clusters <= {_MOST}, got {self.clusters}",
-        )
+    limits = {
+        "r": at_least(1),
+        "clusters": between(1, MOST_CLUSTERS),
+        "rank_per_cluster": at_least(1),
+    }
+    site_rules = (one_matrix,)
+    hf = FORMAT
 
     def check(self, site: Site) -> None:
-        """One matrix."""
-        require_matrix(self.label, site)
+        """A cluster has no more ranks than N has directions."""
+        super().check(site)
+        most = self._sizes(site)[1]
+        require(
+            self.rank_per_cluster <= most,
+            f"{self.label} on {site.quoted}: expected rank_per_cluster <= {most}, the number of "
+            f"directions here, got {self.rank_per_cluster}; lower it or exclude the layer",
+        )
 
     def _sizes(self, site: Site) -> tuple[int, int, int]:
         width = site.in_features + site.has_bias
@@ -159,12 +92,7 @@ class AdaMSS(WeightMethod):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             U, _, V = torch.svd_lowrank(M.cpu(), q=r, niter=2)
-        return U, V.mT, _clusters(U, clusters)
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """A, N and the clusters are the weight's."""
-        return True
+        return U, V.mT, row_clusters(U, clusters)
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """A[k]: orthonormal rows in the space of the cluster's left vectors."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.site import BlockSite
 from lightning_peft.methods.base import BlockMethod, HFEntry, HFFormat
-from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.limits import at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["AdaptionPrompt"]
@@ -56,6 +56,7 @@ class AdaptionPrompt(BlockMethod):
     n: int = 10
     layers: int | None = None
 
+    limits = {"n": at_least(1), "layers": at_least(1)}
     hf: ClassVar[HFFormat | None] = HFFormat(
         peft_type="ADAPTION_PROMPT",
         tensors={},
@@ -64,13 +65,6 @@ class AdaptionPrompt(BlockMethod):
         to_config=_to_config,
         refuse=_refuse,
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(
-            self.n >= 1 and (self.layers is None or self.layers >= 1),
-            f"{self.label}: expected n >= 1 and layers >= 1, got {self.n}, {self.layers}",
-        )
 
     @property
     def where(self) -> Literal["attention"]:

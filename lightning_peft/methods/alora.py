@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_peft.core.activated import Activated
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
-from lightning_peft.core.terms import LowRank, NotMergeable, Term
-from lightning_peft.methods import lora_exchange
-from lightning_peft.methods.base import HFEntry
+from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.exchange import refuse_all_but_features
+from lightning_peft.methods.formats.alora import FORMAT
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
 
 __all__ = ["ALoRA", "Activated"]
-
-
-@dataclass(frozen=True)
-class Activated(Term):
-    """A low-rank change at some positions.
-
-    Attributes:
-        low_rank: The change.
-        on: [batch, positions] bool; None where no batch was seen.
-    """
-
-    low_rank: LowRank
-    on: Tensor | None
-
-    def matrix(self) -> Tensor:
-        """None: it depends on the position."""
-        raise NotMergeable("it acts from its invocation tokens on, not on every input")
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Two thin products; the thin activations are zero where it does not act."""
-        low, on = self.low_rank, self.on
-        if on is None or on.numel() != x.shape[:-1].numel():
-            got = "none" if on is None else list(on.shape)
-            raise RuntimeError(
-                f"{site.label}: expected a forward of the whole model on input_ids, which says "
-                f"where aLoRA acts, got inputs {list(x.shape)} and positions {got}"
-            )
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(low.A.dtype)
-        h = torch.nn.functional.linear(x, low.A) * low.scaling
-        h = h * on.reshape(*x.shape[:-1], 1).to(h.dtype)
-        return torch.nn.functional.linear(h, low.B)
-
-
-def _require_causal(config: Mapping[str, Any]) -> None:
-    """Raise where peft's wrapper does not look for the tokens, so that its aLoRA has no effect."""
-    if config.get("task_type") != "CAUSAL_LM":
-        raise ValueError(
-            "adapter_config.json: expected task_type 'CAUSAL_LM' with alora_invocation_tokens, got "
-            f"{config.get('task_type')!r}: peft's aLoRA changes nothing in models of other tasks; "
-            "use LoRA there"
-        )
-
-
-def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    _require_causal(config)
-    lora_exchange.to_config(entries, config)
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    _require_causal(config)
-    return lora_exchange.from_config(config, entries)
 
 
 @register
@@ -96,14 +41,7 @@ class ALoRA(LoRA):
 
     mergeable: ClassVar[bool] = False
 
-    hf = dataclasses.replace(
-        lora_exchange.FORMAT,
-        config={**lora_exchange.FORMAT.config, "invocation_tokens": "alora_invocation_tokens"},
-        when={**lora_exchange.FORMAT.when, "alora_invocation_tokens": True},
-        to_config=_to_config,
-        from_config=_from_config,
-        refuse=refuse_all_but_features,
-    )
+    hf = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""

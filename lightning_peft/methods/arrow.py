@@ -16,8 +16,10 @@ from lightning_peft.core.mixtures import Routed
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require
+from lightning_peft.methods.checks import match_site, require
+from lightning_peft.methods.limits import above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["Arrow", "stacked_experts"]
 
@@ -65,17 +67,15 @@ class Arrow(WeightMethod):
 
     mergeable: ClassVar[bool] = False
 
+    limits = {"top_k": at_least(1), "temperature": above(0)}
+
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(
             bool(self.experts) and bool(self.ranks),
             f"{self.label}: expected experts and their ranks, got {self.experts}, {self.ranks}; "
             "make one with lightning_peft.route(model, names, into)",
-        )
-        require(
-            self.top_k >= 1 and self.temperature > 0,
-            f"{self.label}: expected top_k >= 1 and temperature > 0, got {self.top_k}, "
-            f"{self.temperature}",
         )
 
     def check(self, site: Site) -> None:

@@ -4,56 +4,24 @@ engines that split layers over several devices.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
-from lightning_peft.methods import lora_exchange
-from lightning_peft.methods.base import HFEntry
-from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.bd_lora import FORMAT
+from lightning_peft.methods.limits import at_least, only
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import features_in, one_matrix, require_divisor
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["BDLoRA"]
-
-_KEYS = {
-    "blocks_a": "target_modules_bd_a",
-    "blocks_b": "target_modules_bd_b",
-    "nblocks": "nblocks",
-    "match_strict": "match_strict",
-}
-
-
-def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    lora_exchange.to_config(entries, config)
-    method = entries[0].method
-    config["use_bdlora"] = {theirs: getattr(method, ours) for ours, theirs in _KEYS.items()}
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    blocks = config["use_bdlora"]
-    if not isinstance(blocks, dict) or set(blocks) - set(_KEYS.values()):
-        raise ValueError(
-            f"adapter_config.json: use_bdlora: expected {sorted(_KEYS.values())}, got {blocks!r}"
-        )
-    fields = {
-        ours: blocks[theirs] for ours, theirs in _KEYS.items() if blocks.get(theirs) is not None
-    }
-    return {**lora_exchange.from_config(config, entries, reduces=False), **fields}
-
-
-def _unpack(
-    method: BDLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """A and B as they are: blocks have no product to reduce a rank by."""
-    return dict(p)
 
 
 @register
@@ -80,30 +48,24 @@ class BDLoRA(LoRA):
 
     limits_rank: ClassVar[bool] = False  # the product of two blocks may need it
 
-    hf = dataclasses.replace(
-        lora_exchange.FORMAT,
-        when={**lora_exchange.FORMAT.when, "use_bdlora": True},
-        unpack=_unpack,
-        to_config=_to_config,
-        from_config=_from_config,
-        uniform=None,
-        refuse=refuse_all_but_linear,
-    )
+    limits = {
+        "init": only("default"),
+        "freeze_A": only(False),
+        "precondition": only(False),
+        "nblocks": at_least(1),
+    }
+    site_rules = (features_in, one_matrix)
+    hf = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         for where, r in {"r": self.r, **self.rank_pattern}.items():
             require(
-                self.nblocks >= 1 and r % self.nblocks == 0,
-                f"{self.label}: expected nblocks >= 1 that divides every rank, got nblocks = "
+                r % self.nblocks == 0,
+                f"{self.label}: expected nblocks that divides every rank, got nblocks = "
                 f"{self.nblocks}, {where} = {r}",
             )
-        require(
-            self.init == "default" and not (self.freeze_A or self.precondition),
-            f"{self.label}: expected init='default' without freeze_A and precondition, got "
-            f"init={self.init!r}, freeze_A={self.freeze_A}, precondition={self.precondition}",
-        )
 
     def split(self, site: Site) -> str:
         """``"A"``, ``"B"`` or ``""``: which factor is block-diagonal here."""
@@ -119,19 +81,14 @@ class BDLoRA(LoRA):
     def check(self, site: Site) -> None:
         """Blocks tile the factor."""
         super().check(site)
-        require_features(self.label, site)
-        require_matrix(self.label, site)
         split, n = self.split(site), self.nblocks
         require(
             bool(split) or not self.match_strict,
             f"{self.label} on {site.quoted}: expected its name in blocks_a or blocks_b, found it "
             "in neither; add it, or give match_strict=False",
         )
-        size = site.in_features if split == "A" else site.out_features
-        require(
-            not split or size % n == 0,
-            f"{self.label} on {site.quoted}: expected nblocks that divides {size}, got {n}",
-        )
+        if split:
+            require_divisor(self, site, "nblocks", n, ("in",) if split == "A" else ("out",))
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A [r, in / nblocks] or B [out, r / nblocks] where it is split."""

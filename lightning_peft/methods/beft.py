@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat
-from lightning_peft.methods.checks import require, require_shape
+from lightning_peft.methods.checks import require_shape
 from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.limits import only
 from lightning_peft.methods.registry import register
 
 __all__ = ["BEFT"]
@@ -43,6 +44,7 @@ class BEFT(IA3):
 
     mode: Literal["multiply", "add"] = "add"
 
+    limits = {"mode": only("add")}
     hf = HFFormat(
         peft_type="BEFT",
         tensors={"shift": "beft_bias"},
@@ -52,7 +54,3 @@ class BEFT(IA3):
         pack=_pack,
         unpack=_unpack,
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.mode == "add", f"{self.label}: expected mode='add', got {self.mode!r}")

@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_peft.core.butterfly import butterfly, with_identities
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import BlockRotation
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    require,
-    require_bias,
-    require_shape,
-)
-from lightning_peft.methods.exchange import config_keys, refuse_uneven_conv2d
+from lightning_peft.methods.bias_option import BiasOption
+from lightning_peft.methods.checks import require, require_either
+from lightning_peft.methods.formats.boft import FORMAT
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import features_in, one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["BOFT", "butterfly"]
 
 
-def butterfly(n: int, blocks: int, size: int) -> Tensor:
-    """Order [n] of one stage: within each of `blocks` stretches, groups of `size` elements are
-    taken even ones first, then odd ones.
-    """
-    groups = torch.arange(n).view(blocks, -1, size)
-    return torch.cat([groups[:, 0::2], groups[:, 1::2]], dim=1).reshape(-1)
-
-
-def _pack(method: BOFT, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"R": p["R"], "s": p["s"].reshape(_scale_shape(site))}
-
-
-def _unpack(
-    method: BOFT, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    if "s" in p:
-        require_shape("boft_s", p["s"], _scale_shape(site))
-    return {k: t.reshape(-1) if k == "s" else t for k, t in p.items()}
-
-
-def _scale_shape(site: Site) -> tuple[int, int]:
-    """[out, 1], and [1, out] on a convolution."""
-    return (1, site.out_features) if site.kernel_size else (site.out_features, 1)
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    """The number of stages is that of the tensors: without its CUDA extension peft trains one
-    whatever the config says.
-    """
-    stages = {e.tensors["R"].shape[0] for e in entries if "R" in e.tensors and e.tensors["R"].ndim}
-    return {"n_butterfly": stages.pop()} if len(stages) == 1 else {}
-
-
 @register
 @dataclass(frozen=True)
-class BOFT(WeightMethod):
+class BOFT(BiasOption):
     """y = s ⊙ ((x R) Wᵀ) + b, R = Π P_i diag(blocks_i) P_iᵀ, blocks Cayley transforms.
 
     The permutations are gathers and the blocks small products; R [in, in] is never formed.
@@ -83,43 +49,14 @@ class BOFT(WeightMethod):
     dropout: float = 0.0
     bias: Literal["none", "all", "boft_only"] = "none"
 
-    hf = HFFormat(
-        peft_type="BOFT",
-        tensors={"R": "boft_R", "s": "boft_s"},
-        config=config_keys(
-            "bias",
-            block_size="boft_block_size",
-            block_num="boft_block_num",
-            n_butterfly="boft_n_butterfly_factor",
-            dropout="boft_dropout",
-        ),
-        own_defaults=True,
-        inert={"fan_in_fan_out": False},
-        ignored=("init_weights",),
-        pack=_pack,
-        unpack=_unpack,
-        from_config=_from_config,
-        kinds=("Linear", "Conv2d"),
-        refuse=refuse_uneven_conv2d,
-    )
+    limits = {"n_butterfly": at_least(1), "dropout": FRACTION}
+    site_rules = (features_in, one_matrix)
+    hf = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require_bias(self.label, self.bias, "boft_only")
-        size, number = self.block_size, self.block_num
-        require(
-            size >= 0 and number >= 0 and (size > 0) != (number > 0),
-            f"{self.label}: expected exactly one of block_size and block_num above 0, got "
-            f"block_size = {size}, block_num = {number}",
-        )
-        require(
-            self.n_butterfly >= 1,
-            f"{self.label}: expected n_butterfly >= 1, got {self.n_butterfly}",
-        )
-        require(
-            0.0 <= self.dropout < 1.0,
-            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
-        )
+        super().__post_init__()
+        require_either(self, "block_size", "block_num")
 
     def blocks(self, site: Site) -> tuple[int, int]:
         """(number, rows) of the blocks at this site."""
@@ -130,11 +67,7 @@ class BOFT(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Blocks must tile the input, the butterfly must have two halves at each stage."""
-        require(
-            not site.is_embedding and not site.batch_shape,
-            f"{self.label} on {site.quoted}: expected one matrix with features for input, got "
-            f"{'an embedding' if site.is_embedding else 'a stack of experts'}; exclude it",
-        )
+        super().check(site)
         number, size = self.blocks(site)
         require(
             number >= 1 and number * size == site.in_features,
@@ -157,10 +90,6 @@ class BOFT(WeightMethod):
             "s": torch.nn.init.ones_(empty_like_site(site, site.out_features)),
         }
 
-    def trained_biases(self) -> str:
-        """Return the biases of the base that `bias` chooses."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
-
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A rotation and an output scale; the bias is not scaled."""
         number, size = self.blocks(site)
@@ -169,7 +98,7 @@ class BOFT(WeightMethod):
         wide = S.float()
         blocks = torch.linalg.solve(eye - wide, eye + wide).mT.to(S.dtype)
         if self.dropout and site.module.training:
-            blocks = self._dropped(blocks)
+            blocks = with_identities(blocks, self.dropout)
         stages: list[tuple[Tensor | None, Tensor]] = []
         for i in reversed(range(self.n_butterfly)):
             order = None
@@ -177,12 +106,3 @@ class BOFT(WeightMethod):
                 order = butterfly(site.in_features, number // 2**i, size).to(S.device)
             stages.append((order, blocks[i]))
         return Edit(rotation=BlockRotation(tuple(stages)), out_scale=p["s"])
-
-    def _dropped(self, blocks: Tensor) -> Tensor:
-        """Identity in place of a share of one stage's blocks."""
-        m, number, size, _ = blocks.shape
-        drop = torch.zeros(m, number, 1, 1, device=blocks.device, dtype=blocks.dtype)
-        order = torch.randperm(number, device=blocks.device)[: int(self.dropout * number)]
-        drop[torch.randint(0, m, ()), order] = 1.0
-        eye = torch.eye(size, device=blocks.device, dtype=blocks.dtype)
-        return (1 - drop) * blocks + drop * eye

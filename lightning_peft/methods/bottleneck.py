@@ -8,28 +8,20 @@ Parameter-Efficient Transfer Learning", section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.site import BlockSite
 from lightning_peft.methods.base import BlockMethod
+from lightning_peft.methods.bottleneck_layers import NON_LINEARITIES, Bottleneck
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.limits import FACTOR, FRACTION, above, one_of
 from lightning_peft.methods.registry import register
 
 __all__ = ["BottleneckAdapter"]
 
-_NON_LINEARITIES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "swish": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "leakyrelu": nn.LeakyReLU,
-}
 # style → (reduction factor, non-linearity, scaling): as in the library `adapters` 1.3
 _DEFAULTS: dict[str, tuple[float, str, float]] = {
     "houlsby": (16, "swish", 1.0),
@@ -41,18 +33,6 @@ _WHERE: dict[str, Literal["branches", "residual", "parallel"]] = {
     "pfeiffer": "residual",
     "parallel": "parallel",
 }
-
-
-class _Bottleneck(nn.Module):
-    """The layers of a bottleneck; the method's options say which of them exist."""
-
-    ln_before: nn.LayerNorm
-    down: nn.Linear
-    f: nn.Module
-    up: nn.Linear
-    ln_after: nn.LayerNorm
-    gate: nn.Linear
-    scaling: nn.Parameter
 
 
 @register
@@ -93,37 +73,20 @@ class BottleneckAdapter(BlockMethod):
     gating: bool | Literal["token"] = False
     dropout: float = 0.0
 
+    limits = {
+        "scaling": FACTOR,
+        "non_linearity": one_of(NON_LINEARITIES),
+        "reduction_factor": above(0),
+        "dropout": FRACTION,
+    }
+
     def __post_init__(self) -> None:
         """Check the values."""
-        require(
-            self.style in _DEFAULTS,
-            f"{self.label}: expected style in {sorted(_DEFAULTS)}, got {self.style!r}",
-        )
-        require(
-            self.reduction_factor is None or self.reduction_factor > 0,
-            f"{self.label}: expected reduction_factor > 0, got {self.reduction_factor}",
-        )
-        require(
-            self.non_linearity in (None, *_NON_LINEARITIES),
-            f"{self.label}: expected non_linearity in {sorted(_NON_LINEARITIES)}, got "
-            f"{self.non_linearity!r}",
-        )
+        super().__post_init__()
         require(
             not isinstance(self.scaling, str) or self.scaling in ("learned", "channel"),
             f"{self.label}: expected scaling a number, 'learned' or 'channel', got "
             f"{self.scaling!r}",
-        )
-        require(
-            self.init in ("zero", "bert"),
-            f"{self.label}: expected init 'zero' or 'bert', got {self.init!r}",
-        )
-        require(
-            self.gating in (True, False, "token"),
-            f"{self.label}: expected gating True, False or 'token', got {self.gating!r}",
-        )
-        require(
-            0 <= self.dropout < 1,
-            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
         )
 
     @property
@@ -134,45 +97,23 @@ class BottleneckAdapter(BlockMethod):
     def module(self, site: BlockSite) -> nn.Module:
         """The bottleneck, initialised."""
         factor, non_linearity, scaling = _DEFAULTS[self.style]
-        size = max(1, math.floor(site.width_in / (self.reduction_factor or factor)))
-        block = _Bottleneck()
-        if self.ln_before:
-            block.ln_before = nn.LayerNorm(site.width_in)
-        block.down = nn.Linear(site.width_in, size)
-        block.f = _NON_LINEARITIES[self.non_linearity or non_linearity]()
-        block.up = nn.Linear(size, site.width_out)
-        if self.ln_after:
-            block.ln_after = nn.LayerNorm(site.width_out)
-        if self.gating:
-            block.gate = nn.Linear(site.width_in, 1)
         chosen = scaling if self.scaling is None else self.scaling
-        if isinstance(chosen, str):
-            shape = (1,) if chosen == "learned" else (site.width_out,)
-            block.scaling = nn.Parameter(torch.ones(shape))
-        if self.init == "bert":
-            for layer in (block.down, block.up):
-                nn.init.normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        else:
-            nn.init.kaiming_uniform_(block.down.weight, a=math.sqrt(5))
-            for tensor in (block.down.bias, block.up.weight, block.up.bias):
-                nn.init.zeros_(tensor)
-        return block
+        return Bottleneck(
+            (site.width_in, site.width_out),
+            max(1, math.floor(site.width_in / (self.reduction_factor or factor))),
+            self.non_linearity or non_linearity,
+            chosen if isinstance(chosen, str) else None,
+            norms=(self.ln_before, self.ln_after),
+            gated=bool(self.gating),
+            init=self.init,
+        )
 
     def change(self, module: nn.Module, x: Tensor, site: BlockSite) -> Tensor:
         """s · g · up(f(down(x)))."""
-        block = cast(_Bottleneck, module)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(block.down.weight.dtype)
-        z = block.ln_before(x) if self.ln_before else x
-        z = block.up(block.f(block.down(z)))
-        if self.ln_after:
-            z = block.ln_after(z)
-        if self.dropout:
-            z = nn.functional.dropout(z, self.dropout, block.training)
+        block = cast(Bottleneck, module)
+        z = block.change(x, self.dropout)
         if self.gating:
-            gate = torch.sigmoid(block.gate(x))
-            z = z * (gate if self.gating == "token" else gate.mean(dim=-2, keepdim=True))
+            z = z * block.gate_of(x, per_token=self.gating == "token")
         s = _DEFAULTS[self.style][2] if self.scaling is None else self.scaling
         out: Tensor = z * (block.scaling if isinstance(s, str) else s)
         return out

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from lightning_peft.core.name_patterns import ends_with_pattern
@@ -14,18 +12,12 @@ from lightning_peft.core.names import strip_compile
 from lightning_peft.core.site import Site
 
 __all__ = [
-    "empty_like_site",
-    "empty_shared",
-    "kaiming",
     "match_pattern",
     "match_site",
     "require",
-    "require_bias",
-    "require_choice",
-    "require_dropout",
-    "require_features",
-    "require_linear",
-    "require_matrix",
+    "require_either",
+    "require_no_network",
+    "require_ordered",
     "require_places",
     "require_ranks",
 ]
@@ -68,6 +60,34 @@ def require_ranks(
         require(scale > 0, f"{label}: expected alpha > 0, got {where} = {scale}")
 
 
+def require_ordered(method: Any, name: str) -> None:
+    """Raise ValueError where token ids are in a collection without an order."""
+    ids = getattr(method, name)
+    require(
+        isinstance(ids, Sequence),
+        f"{method.label}: expected {name} in the order of the text, got {ids!r}; give a list",
+    )
+
+
+def require_no_network(method: Any, option: str, off: object) -> None:
+    """Raise ValueError where a network makes the prompt: a table without it cannot be loaded."""
+    got = getattr(method, option)
+    require(
+        got == off,
+        f"{method.label}: expected {option}={off} for a table without its network, got {got!r}",
+    )
+
+
+def require_either(method: Any, first: str, second: str) -> None:
+    """Raise ValueError unless exactly one of two numbers of a method is above 0, the other 0."""
+    a, b = getattr(method, first), getattr(method, second)
+    require(
+        a >= 0 and b >= 0 and (a > 0) != (b > 0),
+        f"{method.label}: expected exactly one of {first} and {second} above 0, got {first} = {a}, "
+        f"{second} = {b}",
+    )
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
@@ -82,52 +102,6 @@ def require_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
     )
 
 
-def require_bias(label: str, bias: str, only: str) -> None:
-    """Raise ValueError unless `bias` is none, all, or the word for those of adapted layers."""
-    require(
-        bias in ("none", "all", only),
-        f"{label}: expected bias in ('none', 'all', {only!r}), got {bias!r}",
-    )
-
-
-def require_dropout(label: str, p: float) -> None:
-    """Raise ValueError where a probability of dropping is outside [0, 1)."""
-    require(0.0 <= p < 1.0, f"{label}: expected 0 <= dropout < 1, got dropout = {p}")
-
-
-def require_features(label: str, site: Site) -> None:
-    """Raise ValueError on an embedding."""
-    require(
-        not site.is_embedding,
-        f"{label} on {site.quoted}: expected a layer with features for input, got an embedding; "
-        "exclude it",
-    )
-
-
-def require_matrix(label: str, site: Site) -> None:
-    """Raise ValueError on a stack of experts."""
-    require(
-        not site.batch_shape,
-        f"{label} on {site.quoted}: expected one matrix, got a stack of experts; exclude it or "
-        "use LoRA there",
-    )
-
-
-def require_linear(label: str, site: Site) -> None:
-    """Raise ValueError on a layer whose input does not end in features."""
-    require(
-        site.ops.features_last and not site.is_embedding,
-        f"{label} on {site.quoted}: expected a linear layer, got {type(site.module).__name__}; "
-        "exclude it or use LoRA there",
-    )
-
-
-def require_choice(label: str, name: str, value: object, choices: Iterable[object]) -> None:
-    """Raise ValueError where the value of a field is none of `choices`."""
-    known = tuple(choices)
-    require(value in known, f"{label}: expected {name} in {known}, got {value!r}")
-
-
 def require_places(places: Tensor, size: int) -> None:
     """Raise ValueError where flat places in a weight of `size` elements leave it or repeat."""
     low, high = int(places.min()), int(places.max())
@@ -140,25 +114,3 @@ def require_places(places: Tensor, size: int) -> None:
         distinct == len(places),
         f"expected places that differ, got {len(places)} of which {distinct} differ",
     )
-
-
-def kaiming(t: Tensor) -> Tensor:
-    """Kaiming-uniform with a = √5 over rows of length in, in place: U(−1/√in, 1/√in)."""
-    bound = 1 / math.sqrt(t.shape[-1])
-    return torch.nn.init.uniform_(t, -bound, bound)
-
-
-def empty_shared(sites: Sequence[Site], *shape: int) -> Tensor:
-    """An fp32 tensor that sites share, on meta where their weights are, else on the CPU."""
-    device = "meta" if sites[0].device.type == "meta" else "cpu"
-    return torch.empty(shape, dtype=torch.float32, device=device)
-
-
-def empty_like_site(site: Site, *shape: int) -> Tensor:
-    """An fp32 tensor [*batch, *shape], on meta where the site's weight is, else on the CPU.
-
-    Adapters start on the CPU (their values then depend on the seed alone, not on the device) and
-    are moved by attach.
-    """
-    device = "meta" if site.device.type == "meta" else "cpu"
-    return torch.empty(*site.batch_shape, *shape, dtype=torch.float32, device=device)

@@ -16,9 +16,11 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import empty_like_site, require, require_choice, require_matrix
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
+from lightning_peft.methods.limits import above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["DEFT"]
 
@@ -45,10 +47,10 @@ class DEFT(BiasOption):
     decomposition: Literal["relu", "qr"] = "relu"
     alpha: float | None = None
     para: bool = False
+    bias: Literal["none", "all", "deft_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "deft_only"
+    limits = {"r": at_least(1), "alpha": above(0)}
+    site_rules = (one_matrix,)
     hf = HFFormat(
         peft_type="DEFT",
         tensors={"P": "deft_P", "R": "deft_R"},
@@ -59,20 +61,6 @@ class DEFT(BiasOption):
         ignored=("init_scale",),
         refuse=refuse_all_but_features,
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require_choice(self.label, "decomposition", self.decomposition, ("relu", "qr"))
-        require(
-            self.alpha is None or self.alpha > 0,
-            f"{self.label}: expected alpha > 0 or None, got {self.alpha}",
-        )
-
-    def check(self, site: Site) -> None:
-        """One matrix."""
-        require_matrix(self.label, site)
 
     def rank(self, site: Site) -> int:
         """Directions at a site."""

@@ -6,23 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.base import FromWeight, HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    kaiming,
-    match_site,
-    require,
-    require_dropout,
-)
+from lightning_peft.methods.checks import match_site
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["DeLoRA"]
 
@@ -31,7 +28,7 @@ _LEAST = 1e-4  # of a norm
 
 @register
 @dataclass(frozen=True)
-class DeLoRA(BiasOption):
+class DeLoRA(FromWeight, BiasOption):
     """ΔW = B diag(λ / (r |a_i| |b_i|)) A diag(w), w_j the norm of column j of W at the start.
 
     Attributes:
@@ -51,10 +48,15 @@ class DeLoRA(BiasOption):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     strength_pattern: dict[str, float] = field(default_factory=dict)
     dropout: float = 0.0
+    bias: Literal["none", "all", "delora_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "delora_only"
+    limits = {
+        "r": at_least(1),
+        "rank_pattern": at_least(1),
+        "strength": above(0),
+        "strength_pattern": above(0),
+        "dropout": FRACTION,
+    }
     hf = HFFormat(
         peft_type="DELORA",
         tensors={"A": "delora_A", "B": "delora_B", "lam": "delora_lambda", "w": "delora_w_norm"},
@@ -72,15 +74,6 @@ class DeLoRA(BiasOption):
         refuse=refuse_all_but_linear,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
-        for where, strength in {"strength": self.strength, **self.strength_pattern}.items():
-            require(strength > 0, f"{self.label}: expected strength > 0, got {where} = {strength}")
-        require_dropout(self.label, self.dropout)
-
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A [r, in] random, B [out, r] zeros, lam [1] at the strength."""
         r = match_site(self.rank_pattern, site, self.r)
@@ -94,11 +87,6 @@ class DeLoRA(BiasOption):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """w [in], filled from the weight."""
         return {"w": empty_like_site(site, site.in_features).zero_()}
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Norms of columns are taken at the start."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The norms of the columns of W."""

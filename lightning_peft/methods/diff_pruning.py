@@ -1,16 +1,13 @@
 """DiffPruning: a sparse change of the weights.  W' = W + z ∘ w,  z = gate(α) in [0, 1].
 
-z = clip(σ((log u − log(1 − u) + α) / τ) (ζ − γ) + γ, 0, 1), u uniform, a hard-concrete gate whose
-expected number of open gates Σ σ(α − τ log(−γ / ζ)) is added to the loss. Without sampling (in
-eval, when merging) z = clip(σ(α) (ζ − γ) + γ, 0, 1).
+The gates are hard-concrete (`lightning_peft.core.hard_concrete`): drawn in training, at their mean
+in eval and when merging. The expected number of open ones is added to the loss.
 
-Source: Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", equations 3–5;
-gates: Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization".
+Source: Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", equations 3–5.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.hard_concrete import gate, keep_largest, open_probability
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.methods.base import StepContext, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.limits import SHARE, above, at_least, between
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["DiffPruning"]
-
-_GAMMA, _ZETA = -0.1, 1.1  # ends of the stretched interval, as in the paper
 
 
 @register
@@ -58,39 +55,28 @@ class DiffPruning(WeightMethod):
     fix_at: float = 0.5
     sample: bool = True
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.l0 >= 0, f"{self.label}: expected l0 >= 0, got l0 = {self.l0}")
-        for name in ("temperature", "final_temperature"):
-            value = getattr(self, name)
-            require(value > 0, f"{self.label}: expected {name} > 0, got {value}")
-        require(
-            self.density is None or 0 < self.density <= 1,
-            f"{self.label}: expected 0 < density <= 1 or None, got density = {self.density}",
-        )
-        require(
-            0 <= self.fix_at <= 1,
-            f"{self.label}: expected 0 <= fix_at <= 1, got fix_at = {self.fix_at}",
-        )
+    limits = {
+        "l0": at_least(0),
+        "temperature": above(0),
+        "final_temperature": above(0),
+        "density": SHARE,
+        "fix_at": between(0, 1),
+    }
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """w [*, out, in] zeros, alpha [*, out, in]; alpha_group [*, 1, 1] where structured."""
-        shape = (site.out_features, site.in_features)
-        p = {
-            "w": nn.init.zeros_(empty_like_site(site, *shape)),
-            "alpha": nn.init.constant_(empty_like_site(site, *shape), self.alpha_init),
-        }
+        p = {"w": self._full(site, 0.0), "alpha": self._full(site, self.alpha_init)}
         if self.structured:
             p["alpha_group"] = nn.init.constant_(empty_like_site(site, 1, 1), self.alpha_init)
         return p
 
+    def _full(self, site: Site, value: float) -> Tensor:
+        return empty_like_site(site, site.out_features, site.in_features).fill_(value)
+
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """tau and fixed [1]; mask [*, out, in] if `density` is given."""
         b = {"tau": torch.full((1,), self.temperature), "fixed": torch.zeros(1)}
-        if self.density is not None:
-            shape = (site.out_features, site.in_features)
-            b["mask"] = nn.init.ones_(empty_like_site(site, *shape))
-        return b
+        return b if self.density is None else {**b, "mask": self._full(site, 1.0)}
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """W + z ∘ w; gates are sampled only in a training forward."""
@@ -98,9 +84,9 @@ class DiffPruning(WeightMethod):
         return Edit(terms=(Dense(self._gates(p, sampled) * p["w"]),))
 
     def _gates(self, p: Mapping[str, Tensor], sampled: bool) -> Tensor:
-        z = _gate(p["alpha"], p["tau"], sampled)
+        z = gate(p["alpha"], p["tau"], sampled)
         if self.structured:
-            z = z * _gate(p["alpha_group"], p["tau"], sampled)
+            z = z * gate(p["alpha_group"], p["tau"], sampled)
         # No branch on a tensor: one graph under torch.compile.
         return torch.where(p["fixed"] > 0, p["mask"], z) if "mask" in p else z
 
@@ -108,13 +94,11 @@ class DiffPruning(WeightMethod):
         """λ · expected share of open gates, until the mask is fixed."""
         if self.l0 == 0:
             return None
-        total = torch.zeros(())
-        count = 0
+        total, count = torch.zeros(()), 0
         for _, p in ctx.entries:
-            shift = p["tau"] * math.log(-_GAMMA / _ZETA)
-            open_ = torch.sigmoid(p["alpha"] - shift)
+            open_ = open_probability(p["alpha"], p["tau"])
             if self.structured:
-                open_ = open_ * torch.sigmoid(p["alpha_group"] - shift)
+                open_ = open_ * open_probability(p["alpha_group"], p["tau"])
             total = total.to(open_.device) + (open_ * (1 - p["fixed"])).sum()
             count += open_.numel()
         return self.l0 * total / max(1, count)
@@ -130,22 +114,9 @@ class DiffPruning(WeightMethod):
         if self.density is None or share < self.fix_at:
             return
         entries = [p for _, p in ctx.entries if not bool(p["fixed"])]
-        if not entries:
-            return
         deltas = [(self._gates(p, False) * p["w"]) for p in entries]
-        flat = torch.cat([d.abs().flatten() for d in deltas])
-        kept = max(1, round(self.density * flat.numel()))
-        least = flat.kthvalue(flat.numel() - kept + 1).values
-        for p, delta in zip(entries, deltas, strict=True):
-            p["mask"].copy_(((delta.abs() >= least) & (delta != 0)).to(p["mask"].dtype))
+        masks = keep_largest(deltas, self.density)
+        for p, delta, mask in zip(entries, deltas, masks, strict=True):
+            p["mask"].copy_(mask.to(p["mask"].dtype))
             p["w"].copy_(delta)
             p["fixed"].fill_(1.0)
-
-
-def _gate(alpha: Tensor, tau: Tensor, sampled: bool) -> Tensor:
-    if sampled:
-        u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
-        s = torch.sigmoid((u.log() - (1 - u).log() + alpha) / tau)
-    else:
-        s = torch.sigmoid(alpha)
-    return (s * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)

@@ -12,10 +12,12 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods import lora_exchange
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats import lora as lora_format
+from lightning_peft.methods.limits import only
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["DoRA"]
 
@@ -41,11 +43,12 @@ class DoRA(LoRA):
         ValueError: as LoRA; lora_bias, which would be scaled by an undefined norm.
     """
 
+    limits = {"lora_bias": only(False)}
     hf = dataclasses.replace(
-        lora_exchange.FORMAT,
-        tensors={**lora_exchange.FORMAT.tensors, "magnitude": "lora_magnitude_vector"},
-        axes={**lora_exchange.FORMAT.axes, "magnitude": "out"},
-        fixed={**lora_exchange.FORMAT.fixed, "use_dora": True},
+        lora_format.FORMAT,
+        tensors={**lora_format.FORMAT.tensors, "magnitude": "lora_magnitude_vector"},
+        axes={**lora_format.FORMAT.axes, "magnitude": "out"},
+        fixed={**lora_format.FORMAT.fixed, "use_dora": True},
         when={"use_dora": True},
         kinds=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "experts"),
         uniform=None,
@@ -54,7 +57,6 @@ class DoRA(LoRA):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(not self.lora_bias, f"{self.label}: expected lora_bias=False, got True")
         require(
             not self.needs_data.moves_base,
             f"{self.label}: expected an init other than {self.init!r}, whose scale is defined for "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import FormedTerm
 from lightning_peft.methods.base import HFFormat
-from lightning_peft.methods.checks import empty_like_site
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.spectral import SpectralMethod
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["Fourier", "FourierFT"]
 
@@ -74,10 +75,8 @@ class FourierFT(SpectralMethod):
     seed: int = 777
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     zero_start: bool = False
+    bias: Literal["none", "all", "fourier_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "fourier_only"
     hf = HFFormat(
         peft_type="FOURIERFT",
         tensors={"c": "fourierft_spectrum"},

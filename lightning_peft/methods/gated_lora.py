@@ -19,9 +19,11 @@ from lightning_peft.core.protocols import LayerOps
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank, NotMergeable, Term
 from lightning_peft.methods.base import HFFormat
-from lightning_peft.methods.checks import empty_like_site, require
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.limits import only
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["Gated", "GatedLoRA"]
 
@@ -66,21 +68,13 @@ class GatedLoRA(LoRA):
 
     gate: Literal["sequence", "token"] = "sequence"
 
+    limits = {"lora_bias": only(False), "freeze_A": only(False)}
     hf: ClassVar[HFFormat | None] = None
     mergeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(
-            self.gate in ("sequence", "token"),
-            f"{self.label}: expected gate 'sequence' or 'token', got {self.gate!r}",
-        )
-        require(
-            not (self.lora_bias or self.freeze_A),
-            f"{self.label}: expected lora_bias=False and freeze_A=False, got "
-            f"lora_bias={self.lora_bias}, freeze_A={self.freeze_A}; use LoRA for those",
-        )
         require(
             not self.rewrites_base and not self.needs_data,
             f"{self.label}: expected an init that leaves the base alone, got {self.init!r}",

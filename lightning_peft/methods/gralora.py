@@ -6,63 +6,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
-from lightning_peft.core.protocols import LayerOps
+from lightning_peft.core.granular import Granular
 from lightning_peft.core.site import Site
-from lightning_peft.core.terms import Dense, LowRank, Term
+from lightning_peft.core.terms import LowRank, Term
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    kaiming,
-    require,
-    require_dropout,
-    require_matrix,
-)
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
+from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix, require_divisor
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["GraLoRA", "Granular"]
-
-
-@dataclass(frozen=True)
-class Granular(Term):
-    """Block (j, n) of ΔW = s (A_n[:, slice j] B_j[slice n])ᵀ, slices of r/k.
-
-    Attributes:
-        A: [k, in/k, r].
-        B: [k, r, out/k].
-        scaling: s.
-    """
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-
-    def matrix(self) -> Tensor:
-        """ΔW, formed."""
-        k, width, r = self.A.shape
-        A = self.A.view(k, width, k, r // k)
-        B = self.B.view(k, k, r // k, -1)
-        blocks = torch.einsum("nijq,jnqo->joni", A, B)
-        return self.scaling * blocks.reshape(-1, k * width)
-
-    def apply(self, ops: LayerOps, site: Site, x: Tensor) -> Tensor:
-        """Two batched products with a permutation between."""
-        if not ops.features_last:
-            return Dense(self.matrix()).apply(ops, site, x)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.A.dtype)
-        k, width, r = self.A.shape
-        h = torch.bmm(x.reshape(-1, k, width).transpose(0, 1), self.A)  # [n, M, (j, q)]
-        M = h.shape[1]
-        h = h.view(k, M, k, r // k).permute(2, 1, 0, 3).reshape(k, M, r)  # [j, M, (n, q)]
-        y = torch.bmm(h * self.scaling, self.B).transpose(0, 1)
-        return y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
 
 
 @register
@@ -88,10 +49,16 @@ class GraLoRA(BiasOption):
     k: int = 2
     hybrid_r: int = 0
     dropout: float = 0.0
+    bias: Literal["none", "all", "gralora_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "gralora_only"
+    limits = {
+        "r": at_least(1),
+        "k": at_least(1),
+        "alpha": above(0),
+        "hybrid_r": at_least(0),
+        "dropout": FRACTION,
+    }
+    site_rules = (one_matrix,)
     hf = HFFormat(
         peft_type="GRALORA",
         tensors={
@@ -112,22 +79,14 @@ class GraLoRA(BiasOption):
         """Check the values."""
         super().__post_init__()
         require(
-            self.k >= 1 and self.r >= 1 and self.r % self.k == 0,
-            f"{self.label}: expected k >= 1 that divides r, got r = {self.r}, k = {self.k}",
+            self.r % self.k == 0,
+            f"{self.label}: expected k that divides r, got r = {self.r}, k = {self.k}",
         )
-        require(self.alpha > 0, f"{self.label}: expected alpha > 0, got {self.alpha}")
-        require(self.hybrid_r >= 0, f"{self.label}: expected hybrid_r >= 0, got {self.hybrid_r}")
-        require_dropout(self.label, self.dropout)
 
     def check(self, site: Site) -> None:
         """Blocks tile the weight."""
-        require_matrix(self.label, site)
-        require(
-            site.in_features % self.k == 0 and site.out_features % self.k == 0,
-            f"{self.label} on {site.quoted}: expected k that divides in_features = "
-            f"{site.in_features} and out_features = {site.out_features}, got k = {self.k}; choose "
-            "another or exclude the layer",
-        )
+        super().check(site)
+        require_divisor(self, site, "k", self.k)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A random, B zeros."""

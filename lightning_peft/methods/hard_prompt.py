@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.core.site import SequenceSite
-from lightning_peft.methods.checks import require
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.registry import register
 
@@ -29,15 +28,6 @@ class HardPrompt(PromptTuning):
     """Prompt tuning projected to tokens in every forward. Saved to Hugging Face peft as the
     embeddings of its tokens; `lightning_peft.hard_prompt_ids` reads the tokens.
     """
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(
-            self.mode == "prepend",
-            f"{self.label}: expected mode='prepend', got {self.mode!r}; tokens stand before the "
-            "text",
-        )
 
     def token_ids(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """The nearest tokens [n] int64."""

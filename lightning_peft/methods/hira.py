@@ -15,15 +15,11 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import FormedTerm
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    kaiming,
-    match_site,
-    require,
-    require_dropout,
-)
+from lightning_peft.methods.checks import match_site
 from lightning_peft.methods.exchange import config_keys, refuse_scaled_embedding
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["Hadamard", "HiRA"]
 
@@ -70,6 +66,7 @@ class HiRA(WeightMethod):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     dropout: float = 0.0
 
+    limits = {"r": at_least(1), "rank_pattern": at_least(1), "dropout": FRACTION}
     hf = HFFormat(
         peft_type="HIRA",
         tensors={"A": "hira_A", "B": "hira_B"},
@@ -82,12 +79,6 @@ class HiRA(WeightMethod):
         follows=("dilation",),
         refuse=_refuse,
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            require(r >= 1, f"{self.label}: expected a rank >= 1, got {where} = {r}")
-        require_dropout(self.label, self.dropout)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A [r, in] random, B [out, r] zeros."""

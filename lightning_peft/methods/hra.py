@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,15 +16,12 @@ from lightning_peft.core.rotation import Rotation
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    kaiming,
-    require,
-    require_features,
-    require_matrix,
-)
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import config_keys, refuse_uneven_conv2d
+from lightning_peft.methods.limits import at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import features_in, one_matrix
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["HRA", "Reflections"]
 
@@ -61,7 +59,7 @@ class HRA(BiasOption):
     odd r or `apply_gs` it is not.
 
     Attributes:
-        r: Number of reflections.
+        r: Number of reflections; at most in_features.
         apply_gs: Orthogonalise the columns first: W' = W (I − 2 Q Qᵀ).
         bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"hra_only"``.
 
@@ -71,10 +69,10 @@ class HRA(BiasOption):
 
     r: int = 8
     apply_gs: bool = False
+    bias: Literal["none", "all", "hra_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "hra_only"
+    limits = {"r": at_least(1)}
+    site_rules = (features_in, one_matrix)
     hf = HFFormat(
         peft_type="HRA",
         tensors={"u": "hra_u"},
@@ -85,19 +83,13 @@ class HRA(BiasOption):
         refuse=refuse_uneven_conv2d,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-
     def check(self, site: Site) -> None:
         """A map of features: not of ids, not of a stack of matrices."""
-        require_features(self.label, site)
-        require_matrix(self.label, site)
+        super().check(site)
         require(
-            not self.apply_gs or self.r <= site.in_features,
-            f"{self.label} on {site.quoted}: expected r <= in_features = {site.in_features} with "
-            f"apply_gs, got r = {self.r}; lower r or exclude the layer",
+            self.r <= site.in_features,
+            f"{self.label} on {site.quoted}: expected r <= in_features = {site.in_features}, got "
+            f"r = {self.r}; lower r or exclude the layer",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:

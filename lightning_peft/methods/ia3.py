@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,48 +14,13 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.name_patterns import fullmatch
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import HFEntry, HFFormat, Method, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_choice, require_shape
+from lightning_peft.methods.base import Method, WeightMethod
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.ia3 import FORMAT
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["IA3"]
-
-
-_ADDS = "peft's IA3 multiplies only; its BEFT adds: attach BEFT()"
-
-
-def _pack(method: IA3, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """[1, in] where the input is scaled, [out, 1] where the output is."""
-    return {"scale": p["scale"].unsqueeze(0 if method.scales_input(site) else 1)}
-
-
-def _unpack(
-    method: IA3, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    scale = p.get("scale")
-    if scale is not None and scale.ndim == 2:  # a convolution's is flat already
-        inside = method.scales_input(site)
-        size = site.in_features if inside else site.out_features
-        require_shape("ia3_l", scale, (1, size) if inside else (size, 1))
-    return {k: t.reshape(-1) for k, t in p.items()}
-
-
-def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    """Feed-forward layers as a pattern of full names: peft asks lists of them to be a subset of
-    `target_modules`.
-    """
-    names = [re.escape(e.path) for e in entries if e.method.scales_input(e.site)]
-    config["feedforward_modules"] = "|".join(names) if names else []
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    """Full names of the layers that the config's rule (plain endings, or a pattern) means."""
-    rule = config.get("feedforward_modules") or []
-    if isinstance(rule, str):
-        names = [e.site.name for e in entries if fullmatch(rule, e.path)]
-    else:
-        names = [e.site.name for e in entries if e.path.endswith(tuple(rule))]
-    return {"feedforward_modules": names}
 
 
 @register
@@ -80,25 +44,7 @@ class IA3(WeightMethod):
 
     default_targets: ClassVar[str] = "ia3"
 
-    hf = HFFormat(
-        peft_type="IA3",
-        tensors={"scale": "ia3_l"},
-        axes={"scale": "vector"},
-        config={},
-        defaults={"feedforward_modules": None},
-        inert={"fan_in_fan_out": False, "init_ia3_weights": True},
-        pack=_pack,
-        unpack=_unpack,
-        to_config=_to_config,
-        from_config=_from_config,
-        kinds=("Linear", "Conv1D", "Conv2d", "Conv3d"),
-        follows=("dilation", "padding_mode"),
-        refuse=lambda method, site: _ADDS if method.mode == "add" else "",
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require_choice(self.label, "mode", self.mode, ("multiply", "add"))
+    hf = FORMAT
 
     def resolved(self, feedforward: Sequence[str]) -> Method:
         """The architecture's feed-forward layers, unless they are named."""

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.projection import distance_to_orthonormal
 from lightning_peft.core.site import Site
-from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import StepContext
-from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
 from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.formats import lora as lora_format
+from lightning_peft.methods.formats.lora import nested_config
+from lightning_peft.methods.limits import at_least, only
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.methods.lora_exchange import nested_config
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import features_in, one_matrix, require_rank
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["KaSA"]
 
@@ -49,41 +52,29 @@ class KaSA(LoRA):
     beta: float = 1e-4
     gamma: float = 1e-3
 
+    limits = {
+        "init": only("default"),
+        "lora_bias": only(False),
+        "freeze_A": only(False),
+        "precondition": only(False),
+        "beta": at_least(0),
+        "gamma": at_least(0),
+    }
+    site_rules = (features_in, one_matrix)
     hf = dataclasses.replace(
-        lora_exchange.FORMAT,
-        tensors={**lora_exchange.FORMAT.tensors, "d": "lora_diag"},
-        when={**lora_exchange.FORMAT.when, "kasa_config": True},
+        lora_format.FORMAT,
+        tensors={**lora_format.FORMAT.tensors, "d": "lora_diag"},
+        when={**lora_format.FORMAT.when, "kasa_config": True},
         to_config=_CONFIG[0],
         from_config=_CONFIG[1],
         uniform=None,
         refuse=refuse_all_but_linear,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(
-            self.beta >= 0 and self.gamma >= 0,
-            f"{self.label}: expected beta >= 0 and gamma >= 0, got {self.beta}, {self.gamma}",
-        )
-        require(
-            self.init == "default" and not (self.lora_bias or self.freeze_A or self.precondition),
-            f"{self.label}: expected init='default' without lora_bias, freeze_A and precondition, "
-            f"got init={self.init!r}, lora_bias={self.lora_bias}, freeze_A={self.freeze_A}, "
-            f"precondition={self.precondition}",
-        )
-
     def check(self, site: Site) -> None:
         """The base keeps a triplet at least."""
         super().check(site)
-        require_features(self.label, site)
-        require_matrix(self.label, site)
-        most = min(site.out_features, site.in_features)
-        require(
-            self.rank(site) < most,
-            f"{self.label} on {site.quoted}: expected r < min(in_features, out_features) = "
-            f"{most}, got r = {self.rank(site)}; lower r or exclude the layer",
-        )
+        require_rank(self, site, self.rank(site), below=True)
 
     @property
     def rewrites_base(self) -> bool:
@@ -115,9 +106,6 @@ class KaSA(LoRA):
         terms = []
         for _, p in ctx.entries:
             A, B, d = p["A"], p["B"], p["d"]
-            eye = torch.eye(len(d), dtype=d.dtype, device=d.device)
-            skew = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(
-                A @ A.mT - eye
-            )
+            skew = distance_to_orthonormal(B.mT) + distance_to_orthonormal(A)
             terms.append(self.beta * d.square().sum() + self.gamma * skew)
         return torch.stack(terms).sum() if terms else None

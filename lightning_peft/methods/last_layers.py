@@ -13,6 +13,7 @@ from torch import nn
 from lightning_peft.core.names import in_adapter
 from lightning_peft.methods.base import SelectMethod
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.limits import at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["LastLayers"]
@@ -31,10 +32,7 @@ class LastLayers(SelectMethod):
     """
 
     n: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the value."""
-        require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
+    limits = {"n": at_least(1)}
 
     def choice(self, model: nn.Module) -> Callable[[str, nn.Parameter, nn.Module], bool]:
         """Whether a parameter lies in one of the blocks."""

@@ -15,15 +15,11 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.mixtures import Mixture
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    kaiming,
-    require,
-    require_linear,
-    require_matrix,
-)
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.limits import above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import linear_layer, one_matrix
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["Lily"]
 
@@ -79,6 +75,8 @@ class Lily(WeightMethod):
 
     mergeable: ClassVar[bool] = False
 
+    limits = {"r": at_least(1), "stride": at_least(1), "n": at_least(1), "scaling": above(0)}
+    site_rules = (one_matrix, linear_layer)
     hf = HFFormat(
         peft_type="LILY",
         tensors={"A": "lily_A.weight", "B": "lily_B.weight", "R": "lily_router.weight"},
@@ -93,19 +91,6 @@ class Lily(WeightMethod):
             else refuse_all_but_linear(method, site)
         ),
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(
-            min(self.r, self.stride, self.n) >= 1 and self.scaling > 0,
-            f"{self.label}: expected r, stride and n >= 1 and scaling > 0, got {self.r}, "
-            f"{self.stride}, {self.n}, {self.scaling}",
-        )
-
-    def check(self, site: Site) -> None:
-        """A layer whose input ends in features."""
-        require_matrix(self.label, site)
-        require_linear(self.label, site)
 
     def owners(self, sites: Sequence[Site]) -> Sequence[Mapping[str, int]]:
         """The first layer of a group owns B, the first of each `stride` layers A."""

@@ -6,15 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, LowRank, Term
-from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_ranks
-from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.formats.loha import FORMAT
+from lightning_peft.methods.lycoris import LycorisMethod, product_over_kernel, random_tensors
 from lightning_peft.methods.registry import register
 
 __all__ = ["LoHa"]
@@ -28,7 +26,7 @@ def _kernel(site: Site) -> tuple[int, ...]:
 
 @register
 @dataclass(frozen=True)
-class LoHa(WeightMethod):
+class LoHa(LycorisMethod):
     """A Hadamard product of two low-rank matrices: rank up to r² from 2r(in + out) numbers.
 
     It is exactly low rank with r² columns (row-wise Kronecker products of the factors), and runs so
@@ -55,46 +53,7 @@ class LoHa(WeightMethod):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    hf = HFFormat(
-        peft_type="LOHA",
-        tensors={
-            "w1_a": "hada_w1_a",
-            "w1_b": "hada_w1_b",
-            "w2_a": "hada_w2_a",
-            "w2_b": "hada_w2_b",
-            "t1": "hada_t1",
-            "t2": "hada_t2",
-        },
-        config=config_keys(
-            "r",
-            "alpha",
-            "rank_dropout",
-            "module_dropout",
-            "use_effective_conv2d",
-            "rank_pattern",
-            "alpha_pattern",
-        ),
-        own_defaults=True,
-        ignored=("init_weights",),
-        kinds=("Linear", "Conv1d", "Conv2d"),
-        follows=("dilation",),
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
-        for name in ("rank_dropout", "module_dropout"):
-            p = getattr(self, name)
-            require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
-
-    def rank(self, site: Site) -> int:
-        """Rank at this site."""
-        r: int = match_site(self.rank_pattern, site, self.r)
-        return r
-
-    def scaling(self, site: Site) -> float:
-        """α/r at this site."""
-        return float(match_site(self.alpha_pattern, site, self.alpha) / self.rank(site))
+    hf = FORMAT
 
     def _effective(self, site: Site) -> bool:
         return self.use_effective_conv2d and any(k != 1 for k in site.kernel_size)
@@ -120,33 +79,20 @@ class LoHa(WeightMethod):
                 "w2_a": (site.out_features, r),
                 "w2_b": (r, site.in_features),
             }
-        p = {name: empty_like_site(site, *shape) for name, shape in shapes.items()}
-        for name, t in p.items():
-            if name == "w2_b":  # ΔW is zero at the start
-                nn.init.zeros_(t)
-            else:
-                fan_in = t.shape[-1] if t.ndim == 2 + len(site.batch_shape) else t[0].numel()
-                nn.init.uniform_(t, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        return p
+        return random_tensors(site, shapes, zero=("w2_b",))  # ΔW is zero at the start
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """Low rank r² where that costs less, ΔW formed elsewhere."""
-        training = site.module.training
-        if training and self.module_dropout and torch.rand(()) < self.module_dropout:
+        if self.drops_change(site):
             return Edit()
-        rows = None
-        if training and self.rank_dropout:
-            rows = _kept_rows(site, self.rank_dropout, p["w1_a"])
+        rows = self.kept_rows(site, p["w1_a"], scaled=True)
         return Edit(terms=(self._term(p, site, rows),))
 
     def _term(self, p: Mapping[str, Tensor], site: Site, rows: Tensor | None) -> Term:
         s, r = self.scaling(site), self.rank(site)
         if "t1" in p:
-            one, two = (
-                torch.einsum("ijk,jr,ip->prk", t.flatten(2), b, a).flatten(1)
-                for t, a, b in ((p["t1"], p["w1_a"], p["w1_b"]), (p["t2"], p["w2_a"], p["w2_b"]))
-            )
-            delta = one * two * s
+            one = product_over_kernel(p["t1"], p["w1_a"], p["w1_b"])
+            delta = one * product_over_kernel(p["t2"], p["w2_a"], p["w2_b"]) * s
             return Dense(delta if rows is None else rows.unsqueeze(-1) * delta)
         if r * r * (site.in_features + site.out_features) < site.in_features * site.out_features:
             B = (p["w1_a"].unsqueeze(-1) * p["w2_a"].unsqueeze(-2)).flatten(-2)
@@ -154,9 +100,3 @@ class LoHa(WeightMethod):
             return LowRank(A, B if rows is None else rows.unsqueeze(-1) * B, s)
         delta = (p["w1_a"] @ p["w1_b"]) * (p["w2_a"] @ p["w2_b"]) * s
         return Dense(delta if rows is None else rows.unsqueeze(-1) * delta)
-
-
-def _kept_rows(site: Site, probability: float, like: Tensor) -> Tensor:
-    """[out]: 0 for dropped rows, 1 / (share kept) for the others."""
-    kept = (torch.rand(site.out_features, device=like.device) > probability).to(like.dtype)
-    return kept / kept.mean().clamp_min(torch.finfo(like.dtype).eps)

@@ -3,84 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, Kronecker
-from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    match_site,
-    require,
-    require_choice,
-    require_ranks,
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.lokr import FORMAT
+from lightning_peft.methods.limits import Limit
+from lightning_peft.methods.lycoris import (
+    LycorisMethod,
+    kronecker_sizes,
+    product_over_kernel,
+    random_tensors,
 )
-from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
 
-__all__ = ["LoKr", "factorization"]
-
-
-def factorization(n: int, factor: int = -1) -> tuple[int, int]:
-    """n = a · b: a closest to √n and at most `factor` (-1: no bound); `factor` itself, first, where
-    it divides n.
-    """
-    if factor > 0 and n % factor == 0:
-        return factor, n // factor
-    bound = n if factor == -1 else factor
-    a = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0 and (d <= bound or d == 1))
-    return a, n // a
-
-
-def _pack(method: LoKr, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A full w2 has the kernel's axes in the file; t2 has two of them on Conv1d as well."""
-    packed = dict(p)
-    if "w2" in p and site.kernel_size:
-        packed["w2"] = p["w2"].reshape(p["w2"].shape[0], -1, *site.kernel_size)
-    if "t2" in p and len(site.kernel_size) == 1:
-        packed["t2"] = p["t2"].unsqueeze(-1)
-    return packed
-
-
-def _unpack(
-    method: LoKr, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    tensors = {k: t.flatten(1) if k == "w2" else t for k, t in p.items()}
-    if "t2" in p and len(site.kernel_size) == 1:
-        tensors["t2"] = p["t2"].squeeze(-1)
-    return tensors
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    reshaped = any(len(e.site.kernel_size) == 1 and "w2" in e.tensors for e in entries)
-    return {"conv1d": "reshaped"} if reshaped else {}
-
-
-def _refuse(method: LoKr, site: Site) -> str:
-    if site.batch_shape:
-        return "there experts take LoRA alone"
-    kernel = site.kernel_size
-    if len(kernel) == 1 and method.conv1d == "exact" and method.has_full_w2(site):
-        return (
-            "peft multiplies w1 with other axes of a full w2 there: attach LoKr(conv1d='reshaped') "
-            "to train what peft computes"
-        )
-    flat = len(kernel) == 1 or (1 in kernel and any(k != 1 for k in kernel))
-    thin = method.use_effective_conv2d and method.rank(site) == 1
-    if thin and flat and not method.has_full_w2(site):
-        return "peft 0.21 fails in the forward of rank 1 over a kernel with an axis of length 1"
-    return ""
+__all__ = ["LoKr"]
 
 
 @register
 @dataclass(frozen=True)
-class LoKr(WeightMethod):
+class LoKr(LycorisMethod):
     """A Kronecker product w1 [a, c] ⊗ w2 [b, d] with a·b = out, c·d = in.
 
     Runs as two small products (vec identity); ΔW is not formed on a linear layer.
@@ -115,50 +64,8 @@ class LoKr(WeightMethod):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     conv1d: Literal["exact", "reshaped"] = "exact"
 
-    hf = HFFormat(
-        peft_type="LOKR",
-        tensors={
-            "w1": "lokr_w1",
-            "w1_a": "lokr_w1_a",
-            "w1_b": "lokr_w1_b",
-            "w2": "lokr_w2",
-            "w2_a": "lokr_w2_a",
-            "w2_b": "lokr_w2_b",
-            "t2": "lokr_t2",
-        },
-        config=config_keys(
-            "r",
-            "alpha",
-            "rank_dropout",
-            "module_dropout",
-            "rank_dropout_scale",
-            "decompose_both",
-            "decompose_factor",
-            "use_effective_conv2d",
-            "rank_pattern",
-            "alpha_pattern",
-        ),
-        own_defaults=True,
-        ignored=("init_weights",),
-        kinds=("Linear", "Conv1d", "Conv2d"),
-        follows=("dilation",),
-        refuse=_refuse,
-        from_config=_from_config,
-        pack=_pack,
-        unpack=_unpack,
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require_ranks(self.label, self.r, self.rank_pattern, self.alpha, self.alpha_pattern)
-        for name in ("rank_dropout", "module_dropout"):
-            p = getattr(self, name)
-            require(0.0 <= p < 1.0, f"{self.label}: expected 0 <= {name} < 1, got {p}")
-        require_choice(self.label, "conv1d", self.conv1d, ("exact", "reshaped"))
-        require(
-            self.decompose_factor == -1 or self.decompose_factor >= 1,
-            f"{self.label}: expected decompose_factor -1 or >= 1, got {self.decompose_factor}",
-        )
+    limits = {"decompose_factor": Limit("{} -1 or >= 1", lambda v: v == -1 or v >= 1)}
+    hf = FORMAT
 
     def check(self, site: Site) -> None:
         """Rows of ΔW are dropped by forming it, which experts are too many for."""
@@ -168,59 +75,36 @@ class LoKr(WeightMethod):
             f"{self.rank_dropout}; use module_dropout, or exclude it",
         )
 
-    def rank(self, site: Site) -> int:
-        """Rank at this site."""
-        r: int = match_site(self.rank_pattern, site, self.r)
-        return r
-
     def has_full_w2(self, site: Site) -> bool:
         """Whether w2 has no factors at this site."""
-        _, b = factorization(site.out_features, self.decompose_factor)
-        width = math.prod(site.kernel_size)
-        _, d = factorization(site.in_features // width, self.decompose_factor)
+        _, b, _, d = kronecker_sizes(site, self.decompose_factor)
         return self.rank(site) >= max(b, d) / 2
-
-    def scaling(self, site: Site) -> float:
-        """α/r at this site."""
-        return float(match_site(self.alpha_pattern, site, self.alpha) / self.rank(site))
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """w1 zero (or its first factor), the others uniform."""
         r, kernel = self.rank(site), site.kernel_size
         width = math.prod(kernel)
-        a, b = factorization(site.out_features, self.decompose_factor)
-        c, d = factorization(site.in_features // width, self.decompose_factor)
+        a, b, c, d = kronecker_sizes(site, self.decompose_factor)
+        thin = self.decompose_both and r < max(a, c) / 2
         shapes: dict[str, tuple[int, ...]]
-        if self.decompose_both and r < max(a, c) / 2:
-            shapes = {"w1_a": (a, r), "w1_b": (r, c)}
-        else:
-            shapes = {"w1": (a, c)}
+        shapes = {"w1_a": (a, r), "w1_b": (r, c)} if thin else {"w1": (a, c)}
         if self.has_full_w2(site):
             shapes["w2"] = (b, d * width)
         elif self.use_effective_conv2d and any(k != 1 for k in kernel):
             shapes |= {"t2": (r, r, *kernel), "w2_a": (r, b), "w2_b": (r, d)}
         else:
             shapes |= {"w2_a": (b, r), "w2_b": (r, d * width)}
-        p = {name: empty_like_site(site, *shape) for name, shape in shapes.items()}
-        for name, t in p.items():
-            if name in ("w1", "w1_a"):
-                nn.init.zeros_(t)
-            else:
-                bound = 1 / math.sqrt(math.prod(t.shape[1 + len(site.batch_shape) :]))
-                nn.init.uniform_(t, -bound, bound)
-        return p
+        return random_tensors(site, shapes, zero=("w1", "w1_a"))
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A Kronecker term."""
-        training = site.module.training
-        if training and self.module_dropout and torch.rand(()) < self.module_dropout:
+        if self.drops_change(site):
             return Edit()
         w1 = p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
         if "w2" in p:
             w2 = p["w2"]
         elif "t2" in p:
-            t2 = p["t2"].flatten(2)
-            w2 = torch.einsum("ijk,jr,ip->prk", t2, p["w2_b"], p["w2_a"]).flatten(1)
+            w2 = product_over_kernel(p["t2"], p["w2_a"], p["w2_b"])
         else:
             w2 = p["w2_a"] @ p["w2_b"]
         term: Kronecker | Dense = Kronecker(w1, w2, self.scaling(site))
@@ -228,9 +112,7 @@ class LoKr(WeightMethod):
         if self.conv1d == "reshaped" and len(kernel) == 1 and "w2" in p:
             product = torch.kron(w1.contiguous(), w2.contiguous().unflatten(1, (-1, *kernel)))
             term = Dense(self.scaling(site) * product.reshape(site.shape))
-        if not (training and self.rank_dropout):
+        kept = self.kept_rows(site, w1, scaled=self.rank_dropout_scale)
+        if kept is None:
             return Edit(terms=(term,))
-        kept = (torch.rand(site.out_features, device=w1.device) > self.rank_dropout).to(w1.dtype)
-        if self.rank_dropout_scale:
-            kept = kept / kept.mean().clamp_min(torch.finfo(kept.dtype).eps)
         return Edit(terms=(Dense(kept.unsqueeze(-1) * term.matrix()),))

@@ -9,34 +9,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import FrozenDown, LowRank
-from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import (
     HFFormat,
-    InitData,
     StepContext,
-    WeightMethod,
     overrides_step_hooks,
 )
-from lightning_peft.methods.checks import empty_like_site, match_site
+from lightning_peft.methods.checks import match_site
+from lightning_peft.methods.formats import lora as lora_format
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.lora_checks import check_site, check_values
 from lightning_peft.methods.lora_gradients import precondition, project_frozen_down
-from lightning_peft.methods.lora_start import (
-    complete_options,
-    loftq_start,
-    minor_directions,
-    qr_factors,
-    random_start,
-    singular_factors,
-    start_from_covariance,
-    start_from_gradient,
-)
+from lightning_peft.methods.lora_init import LoRAInit
+from lightning_peft.methods.lora_start import random_start
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 from lightning_peft.methods.token_indices import TokenIndices
 
 __all__ = ["LoRA"]
@@ -44,7 +35,7 @@ __all__ = ["LoRA"]
 
 @register
 @dataclass(frozen=True)
-class LoRA(WeightMethod):
+class LoRA(LoRAInit):
     """Low-rank change of a weight: A [r, in] starts random, B [out, r] at zero.
 
     Attributes:
@@ -112,32 +103,13 @@ class LoRA(WeightMethod):
     #: Whether a rank above min(out, in) would be a waste.
     limits_rank: ClassVar[bool] = True
 
-    hf: ClassVar[HFFormat | None] = lora_exchange.FORMAT
+    limits = {"dropout": FRACTION, "loftq_iter": at_least(1)}
+    hf: ClassVar[HFFormat | None] = lora_format.FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         check_values(self)
-
-    @property
-    def needs_data(self) -> InitData:
-        """EVA needs the layers' inputs, LoRA-GA gradients of the weight, CorDA second moments."""
-        by_name = {
-            "eva": InitData.INPUTS,
-            "lora_ga": InitData.GRADIENTS,
-            "corda": InitData.COVARIANCE,
-        }
-        return by_name.get(self.init, InitData.NONE)
-
-    @property
-    def data_options(self) -> Mapping[str, Any]:
-        """`init_options`, complete."""
-        return complete_options(self.init, self.init_options)
-
-    @property
-    def svd_iterations(self) -> int | None:
-        """N of ``init="pissa_niter_N"``; None for another start."""
-        head, _, n = self.init.rpartition("_")
-        return int(n) if head == "pissa_niter" and n.isdecimal() else None
 
     def rank(self, site: Site) -> int:
         """Rank at this site."""
@@ -153,6 +125,7 @@ class LoRA(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Rank against the layer's size; odd ranks cannot be split in two for ``"orthogonal"``."""
+        super().check(site)
         check_site(self, site, is_plain=type(self) is LoRA)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
@@ -195,11 +168,6 @@ class LoRA(WeightMethod):
         t = empty_like_site(site, *shape)
         return t.new_empty(shape) if self.experts == "shared" else t
 
-    @property
-    def rewrites_base(self) -> bool:
-        """PiSSA, OLoRA and LoftQ start from the weight and change it."""
-        return self.init in ("olora", "loftq") or self.init.startswith("pissa")
-
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """Return the frozen factor, and the initial A₀ and B₀ if the base was rewritten.
 
@@ -215,31 +183,6 @@ class LoRA(WeightMethod):
             "A0": nn.init.zeros_(empty_like_site(site, r, site.in_features)),
             "B0": nn.init.zeros_(empty_like_site(site, site.out_features, r)),
         }
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Return True for starts that rewrite the base, and for MiCA, which only reads it."""
-        return self.rewrites_base or self.init == "mica"
-
-    def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
-        """A and B from W [*batch, out, in] fp32; returns the residual that the base keeps."""
-        r = p["A"].shape[-2]
-        if self.init == "mica":
-            p["A"], p["B"] = torch.zeros_like(p["A"]), minor_directions(W, r)
-            return None
-        s = self.scaling(site, r)
-        if self.init == "loftq":
-            A, B, base = loftq_start(site, W, r, s, self.loftq_iter)
-        else:
-            if self.init == "olora":
-                A, B = qr_factors(W, r)
-            else:
-                A, B = singular_factors(W, r, s, self.svd_iterations)
-            base = W - s * (B @ A)
-        for name, value in (("A", A), ("B", B), ("A0", A), ("B0", B)):
-            if name in p:
-                p[name] = value.clone(memory_format=torch.contiguous_format)
-        return base
 
     @property
     def edit_refers_to_tensors(self) -> bool:
@@ -261,30 +204,6 @@ class LoRA(WeightMethod):
             terms += (LowRank(p["A0"], p["B0"], -s),)
         return Edit(terms=terms, bias=bias, dropout=self.dropout)
 
-    def from_data(
-        self, p: dict[str, Tensor], site: Site, found: Tensor, singular_values: Tensor | None
-    ) -> None:
-        """EVA: A is the inputs' principal directions, B zero. LoRA-GA: A and B are singular vectors
-        of the gradient, of different triplets. CorDA: of the weight, weighed by its inputs.
-        """
-        if self.needs_data.moves_base:
-            start = start_from_gradient if self.init == "lora_ga" else start_from_covariance
-            r = self.rank(site)
-            A, B = start(site, found, r, self.scaling(site, r), self.data_options)
-            p["A"], p["B"] = p["A0"], p["B0"] = A, B
-            return
-        if self.data_options["whiten"] and singular_values is not None:
-            found = found / singular_values.sqrt().unsqueeze(-1)
-        p["A"] = found
-        p["B"] = found.new_zeros(site.out_features, found.shape[0])
-
-    def residual(self, p: Mapping[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
-        """W − s B₀A₀ for LoRA-GA and CorDA."""
-        if not self.needs_data.moves_base:
-            return None
-        A, B = p["A0"].to(W), p["B0"].to(W)
-        return W - self.scaling(site, A.shape[-2]) * (B @ A)
-
     @property
     def has_step_hooks(self) -> bool:
         """Gradients are changed before the step only by options that need it."""
@@ -302,7 +221,3 @@ class LoRA(WeightMethod):
     def trained_tokens(self) -> TokenIndices | None:
         """Return `trainable_token_indices`."""
         return self.trainable_token_indices
-
-    def trained_biases(self) -> str:
-        """Biases of the base trained beside the edit."""
-        return {"none": "none", "all": "all", "lora_only": "adapted"}[self.bias]

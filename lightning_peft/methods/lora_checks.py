@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import InitData
-from lightning_peft.methods.checks import require, require_bias, require_dropout, require_ranks
-from lightning_peft.methods.lora_start import INITS, check_options
+from lightning_peft.methods.checks import require, require_ranks
+from lightning_peft.methods.lora_options import INITS, check_options
 from lightning_peft.methods.token_indices import check_token_indices
 
 if TYPE_CHECKING:
@@ -24,18 +24,11 @@ def check_values(lora: LoRA) -> None:
     """
     label = lora.label
     require_ranks(label, lora.r, lora.rank_pattern, lora.alpha, lora.alpha_pattern)
-    require_dropout(label, lora.dropout)
     require(
         lora.init in INITS or lora.svd_iterations is not None,
         f"{label}: expected init in {(*INITS, 'pissa_niter_N')}, got {lora.init!r}",
     )
-    require_bias(label, lora.bias, "lora_only")
-    require(
-        lora.experts in ("each", "shared", None),
-        f"{label}: expected experts in ('each', 'shared', None), got {lora.experts!r}",
-    )
     check_options(label, lora.init, lora.init_options)
-    require(lora.loftq_iter >= 1, f"{label}: expected loftq_iter >= 1, got {lora.loftq_iter}")
     if lora.trainable_token_indices is not None:
         check_token_indices(f"{label} trainable_token_indices", lora.trainable_token_indices)
     require(

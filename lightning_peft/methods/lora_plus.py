@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_peft.core.site import Site
-from lightning_peft.methods import lora_exchange
-from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats import lora as lora_format
+from lightning_peft.methods.limits import above
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
 
@@ -34,14 +34,10 @@ class LoRAPlus(LoRA):
     ratio: float = 16.0
 
     #: Written as LoRA; never chosen when a file is read.
+    limits = {"ratio": above(0)}
     hf = dataclasses.replace(
-        lora_exchange.FORMAT, when={**lora_exchange.FORMAT.when, "is_lora_plus": True}
+        lora_format.FORMAT, when={**lora_format.FORMAT.when, "is_lora_plus": True}
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(self.ratio > 0, f"{self.label}: expected ratio > 0, got {self.ratio}")
 
     def lr_multipliers(self, site: Site) -> Mapping[str, float]:
         """The factor that starts at zero."""

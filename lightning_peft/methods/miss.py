@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,31 +15,19 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
 from lightning_peft.core.tiled import Tiled
-from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_bias, require_choice
-from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.bias_option import BiasOption
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.miss import FORMAT
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["MiSS"]
 
 
-def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    form = entries[0].method.form
-    config["init_weights"] = True if form == "default" else form
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    start = config.get("init_weights", True)
-    if start not in (True, False, "bat", "mini"):
-        raise ValueError(
-            f"adapter_config.json: init_weights: expected true, 'bat' or 'mini', got {start!r}"
-        )
-    return {"form": start if isinstance(start, str) else "default"}
-
-
 @register
 @dataclass(frozen=True)
-class MiSS(WeightMethod):
+class MiSS(BiasOption):
     """y += (Σ_j x_j) D with D [r, out], x_j the stretches of length r of the input; no scale.
 
     Attributes:
@@ -60,27 +48,8 @@ class MiSS(WeightMethod):
     form: Literal["default", "mini", "bat"] = "default"
     bias: Literal["none", "all", "MiSS_only"] = "none"
 
-    hf = HFFormat(
-        peft_type="MISS",
-        tensors={"D": "miss_block"},
-        config=config_keys("bias", "r", "mini_r", dropout="miss_dropout"),
-        own_defaults=True,
-        defaults={"init_weights": True},
-        to_config=_to_config,
-        from_config=_from_config,
-        kinds=("Linear",),
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require_bias(self.label, self.bias, "MiSS_only")
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(self.mini_r >= 1, f"{self.label}: expected mini_r >= 1, got {self.mini_r}")
-        require(
-            0.0 <= self.dropout < 1.0,
-            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
-        )
-        require_choice(self.label, "form", self.form, ("default", "mini", "bat"))
+    limits = {"r": at_least(1), "mini_r": at_least(1), "dropout": FRACTION}
+    hf = FORMAT
 
     def check(self, site: Site) -> None:
         """Lengths against the layer's size."""
@@ -108,10 +77,6 @@ class MiSS(WeightMethod):
         else:
             shape = (self.r, self.mini_r if self.form == "mini" else site.out_features)
         return {"D": empty_like_site(site, *shape).zero_()}
-
-    def trained_biases(self) -> str:
-        """Return the biases of the base that `bias` chooses."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A tiled change; for ``"bat"`` one that is formed from the weight."""

@@ -7,50 +7,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_peft.core.drawn import Drawn
+from lightning_peft.core.drawn import Drawn, divergence
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import StepContext
-from lightning_peft.methods.checks import empty_like_site, require, require_features, require_matrix
-from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.monteclora import FORMAT
+from lightning_peft.methods.limits import above, at_least
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.methods.lora_exchange import nested_config
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import features_in, one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["MonteCLoRA"]
-
-_CONFIG = nested_config(
-    "monteclora_config",
-    {
-        "samples": "num_samples",
-        "entropy": "use_entropy",
-        "dirichlet_prior": "dirichlet_prior",
-        "noise": "sample_scaler",
-        "kl_weight": "kl_loss_weight",
-    },
-    ignored=("buffer_size",),
-)
-
-
-def _pack(method: MonteCLoRA, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add what peft's sampler drew last; it draws again before it reads them."""
-    r, n = len(p["log_std"]), len(p["log_concentration"])
-    last = {"variance": torch.eye(r), "weights": torch.full((n,), 1 / n)}
-    return {**lora_exchange.pack(method, site, p), **last}
-
-
-def _unpack(
-    method: MonteCLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    kept = {k: t for k, t in p.items() if k not in ("variance", "weights")}
-    return lora_exchange.unpack(method, site, kept, config)
 
 
 @register
@@ -79,37 +53,18 @@ class MonteCLoRA(LoRA):
     dirichlet_prior: float = 0.1
     entropy: bool = False
 
-    hf = dataclasses.replace(
-        lora_exchange.FORMAT,
-        tensors={
-            **lora_exchange.FORMAT.tensors,
-            "log_std": "lora_monteclora_sampler.std_prior",
-            "log_concentration": "lora_monteclora_sampler.expert_weights_prior",
-            "variance": "lora_monteclora_sampler.gaussian_var_prior",
-            "weights": "lora_monteclora_sampler.expert_weights",
-        },
-        optional=("log_std", "log_concentration", "variance", "weights"),
-        pack=_pack,
-        unpack=_unpack,
-        when={**lora_exchange.FORMAT.when, "monteclora_config": True},
-        to_config=_CONFIG[0],
-        from_config=_CONFIG[1],
-        refuse=refuse_all_but_linear,
-    )
+    limits = {
+        "samples": at_least(1),
+        "dirichlet_prior": above(0),
+        "noise": at_least(0),
+        "kl_weight": at_least(0),
+    }
+    site_rules = (features_in, one_matrix)
+    hf = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(
-            self.samples >= 1 and self.dirichlet_prior > 0,
-            f"{self.label}: expected samples >= 1 and dirichlet_prior > 0, got {self.samples}, "
-            f"{self.dirichlet_prior}",
-        )
-        require(
-            self.noise >= 0 and self.kl_weight >= 0,
-            f"{self.label}: expected noise >= 0 and kl_weight >= 0, got {self.noise}, "
-            f"{self.kl_weight}",
-        )
         require(
             not self._frozen and self.init != "eva",
             f"{self.label}: expected a trained A of a fixed rank, got freeze_A={self.freeze_A}, "
@@ -119,8 +74,6 @@ class MonteCLoRA(LoRA):
     def check(self, site: Site) -> None:
         """One matrix with features for input."""
         super().check(site)
-        require_features(self.label, site)
-        require_matrix(self.label, site)
         require(
             not site.ops.is_opaque,
             f"{self.label} on {site.quoted}: expected a layer that draws A in its forward, got "
@@ -147,27 +100,10 @@ class MonteCLoRA(LoRA):
 
     def penalty(self, ctx: StepContext) -> Tensor | None:
         """The expected divergences of the three distributions, averaged over layers."""
-        terms = [self._divergence(p["log_std"], p["log_concentration"]) for _, p in ctx.entries]
+        terms = [self._loss(p["log_std"], p["log_concentration"]) for _, p in ctx.entries]
         return torch.stack(terms).mean() if terms else None
 
-    def _divergence(self, log_std: Tensor, log_concentration: Tensor) -> Tensor:
-        r, n = len(log_std), len(log_concentration)
-        a, prior = (
-            torch.exp(log_concentration),
-            torch.full_like(log_concentration, self.dirichlet_prior),
-        )
-        dirichlet = (
-            torch.lgamma(a.sum())
-            - torch.lgamma(a).sum()
-            - torch.lgamma(prior.sum())
-            + torch.lgamma(prior).sum()
-            + ((a - prior) * (torch.digamma(a) - torch.digamma(a.sum()))).sum()
-        )
-        variance, log_variance = torch.exp(2 * log_std), 2 * log_std
-        wishart = 0.5 * r * (variance - log_variance - 1).sum()
-        half = torch.tensor(r / 2, dtype=log_std.dtype, device=log_std.device)
-        expected_log = log_variance + torch.digamma(half) + torch.log(2 * torch.ones_like(half))
-        normal = 0.5 * n * (r * variance - expected_log - 1).sum()
-        loss = self.kl_weight * (dirichlet + wishart + normal)
+    def _loss(self, log_std: Tensor, log_concentration: Tensor) -> Tensor:
+        loss = self.kl_weight * divergence(log_std, log_concentration, self.dirichlet_prior)
         mean_weights = (log_concentration - log_concentration.mean()).softmax(0)
         return loss + mean_weights.square().sum() if self.entropy else loss

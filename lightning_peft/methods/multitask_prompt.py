@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import submodule_count, unpack_prompt
+from lightning_peft.methods.formats.prompt_parts import submodule_count, unpack_prompt
+from lightning_peft.methods.limits import at_least, only
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.tasks import tasks_of_rows
@@ -70,6 +71,7 @@ class MultitaskPrompt(PromptTuning):
     tasks: int = 1
     ranks: int = 1
 
+    limits = {"mode": only("prepend"), "tasks": at_least(1), "ranks": at_least(1)}
     hf: ClassVar[HFFormat | None] = dataclasses.replace(
         cast(HFFormat, PromptTuning.hf),
         peft_type="MULTITASK_PROMPT_TUNING",
@@ -82,15 +84,6 @@ class MultitaskPrompt(PromptTuning):
         ),
         unpack=_unpack,
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(
-            self.tasks >= 1 and self.ranks >= 1,
-            f"{self.label}: expected tasks >= 1 and ranks >= 1, got {self.tasks}, {self.ranks}",
-        )
-        require(self.mode == "prepend", f"{self.label}: expected mode='prepend', got {self.mode!r}")
 
     def module(self, site: SequenceSite) -> nn.Module:
         """P as PromptTuning; cols and rows normal, with std 0.02."""

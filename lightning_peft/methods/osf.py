@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
+from lightning_peft.core.projection import keep_space, remove_space
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
-from lightning_peft.methods.base import HFFormat, StepContext, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, match_site, require, require_matrix
+from lightning_peft.methods.base import FromWeight, HFFormat, StepContext
+from lightning_peft.methods.checks import match_site, require
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.limits import above
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["OSF"]
-
-_NAMES = ("U", "S", "V")
 
 
 @register
 @dataclass(frozen=True)
-class OSF(WeightMethod):
+class OSF(FromWeight):
     """ΔW = U diag(S) V − U₀ diag(S₀) V₀ over all but the `kept` largest singular triplets.
 
     The callback takes the part of a gradient that lies in the kept triplets' space out of it,
@@ -42,9 +44,11 @@ class OSF(WeightMethod):
     kept: float | None = None
     rank_pattern: dict[str, float] = field(default_factory=dict)
 
+    site_rules = (one_matrix,)
+    limits = {"kept": above(0), "rank_pattern": above(0)}
     hf = HFFormat(
         peft_type="OSF",
-        tensors={k: f"osf_svd_params.{k}_low" for k in _NAMES},
+        tensors={k: f"osf_svd_params.{k}_low" for k in "USV"},
         unwritten=("U0", "S0", "V0", "H"),
         config=config_keys("rank_pattern", kept="effective_rank"),
         own_defaults=True,
@@ -53,30 +57,21 @@ class OSF(WeightMethod):
         refuse=refuse_all_but_linear,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for where, kept in {"kept": self.kept, **self.rank_pattern}.items():
-            require(
-                kept is None or kept > 0,
-                f"{self.label}: expected a number of kept triplets above 0, got {where} = {kept}",
-            )
-
     def _kept(self, site: Site) -> int:
         """Return how many directions are kept, counted as in peft: a float in (0, 1] is a share."""
         most = min(site.out_features, site.in_features)
         kept = match_site(self.rank_pattern, site, self.kept)
-        if kept is None:
-            return most // 2
+        kept = 0.5 if kept is None else kept
         return min(most, int(most * kept if isinstance(kept, float) and kept <= 1 else kept))
 
     def check(self, site: Site) -> None:
         """One matrix, with a triplet on each side."""
-        require_matrix(self.label, site)
-        most = min(site.out_features, site.in_features)
+        super().check(site)
+        kept, most = self._kept(site), min(site.out_features, site.in_features)
         require(
-            1 <= self._kept(site) < most,
+            1 <= kept < most,
             f"{self.label} on {site.quoted}: expected a number of kept triplets from 1 to "
-            f"{most - 1}, got {self._kept(site)}; change kept or exclude the layer",
+            f"{most - 1}, got {kept}; change kept or exclude the layer",
         )
 
     def _empty(self, site: Site, *names: str) -> dict[str, Tensor]:
@@ -91,15 +86,9 @@ class OSF(WeightMethod):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """The start of U, S and V; of the kept triplets the longer vectors alone: H."""
         buffers = self._empty(site, "U0", "S0", "V0")
-        longer = max(site.out_features, site.in_features)
         if site.out_features != site.in_features:
-            buffers["H"] = empty_like_site(site, longer, self._kept(site)).zero_()
+            buffers["H"] = empty_like_site(site, max(site.shape), self._kept(site)).zero_()
         return buffers
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """The factors are the weight's."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The smallest singular triplets."""
@@ -119,16 +108,12 @@ class OSF(WeightMethod):
     def after_backward(self, ctx: StepContext) -> None:
         """Gradients of U and V lose their part in the kept space."""
         for site, p in ctx.entries:
-            taller = site.out_features > site.in_features
-            wider = site.out_features < site.in_features
-            for name, longer in (("U", taller), ("V", wider)):
-                grad = p[name].grad
-                if grad is None:
+            out, inner = site.out_features, site.in_features
+            for name, longer in (("U", out > inner), ("V", inner > out)):
+                if (grad := p[name].grad) is None:
                     continue
-                G = grad if name == "U" else grad.mT
+                G, start = (grad, p["U0"]) if name == "U" else (grad.mT, p["V0"].mT)
                 if longer:
-                    H = p["H"].to(G)
-                    G.sub_(H @ (H.mT @ G))
+                    remove_space(G, p["H"])
                 else:  # a square factor: the rest of the space is what the start spans
-                    L = (p["U0"] if name == "U" else p["V0"].mT).to(G)
-                    G.copy_(L @ (L.mT @ G))
+                    keep_space(G, start)

@@ -6,45 +6,20 @@ mlp: d → h → h → d with ReLU; lstm: bidirectional, then 2h → 2h → d.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.site import SequenceSite
-from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
-from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import (
-    model_config,
-    sequence_site,
-    unpack_prompt,
-)
+from lightning_peft.methods.base import HFFormat, SequenceMethod
+from lightning_peft.methods.checks import require_no_network
+from lightning_peft.methods.formats.p_tuning import FORMAT
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["PTuning"]
-
-
-def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    site = sequence_site(entries)
-    method = entries[0].method
-    config.update(model_config(site, site.width))
-    config.update(
-        encoder_reparameterization_type=(method.encoder or "mlp").upper(),
-        encoder_hidden_size=method.hidden or site.width,
-        encoder_num_layers=method.layers,
-        encoder_dropout=method.dropout,
-    )
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    """The network is not in the file: what it made is trained on."""
-    return {"encoder": None}
-
-
-def _refuse(method: PTuning, site: SequenceSite) -> str:
-    return "" if site.embedding else "a transformer of your own has no equal there"
 
 
 class _Encoder(nn.Module):
@@ -76,39 +51,8 @@ class PTuning(SequenceMethod):
     layers: int = 2
     dropout: float = 0.0
 
-    hf: ClassVar[HFFormat | None] = HFFormat(
-        peft_type="P_TUNING",
-        tensors={},
-        prefix={"P": "prompt_embeddings"},
-        config={"n": "num_virtual_tokens"},
-        refuse=_refuse,
-        ignored=(
-            *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers"),
-            *("encoder_dropout", "token_dim", "num_layers", "num_attention_heads"),
-            "num_transformer_submodules",
-        ),
-        saved_prefix="base_model.",
-        unpack=unpack_prompt,
-        to_config=_to_config,
-        from_config=_from_config,
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
-        require(
-            self.encoder in ("mlp", "lstm", None),
-            f"{self.label}: expected encoder 'mlp', 'lstm' or None, got {self.encoder!r}",
-        )
-        require(
-            self.hidden is None or self.hidden >= 1,
-            f"{self.label}: expected hidden >= 1, got hidden = {self.hidden}",
-        )
-        require(self.layers >= 1, f"{self.label}: expected layers >= 1, got {self.layers}")
-        require(
-            0 <= self.dropout < 1,
-            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
-        )
+    limits = {"n": at_least(1), "hidden": at_least(1), "layers": at_least(1), "dropout": FRACTION}
+    hf: ClassVar[HFFormat | None] = FORMAT
 
     def module(self, site: SequenceSite) -> nn.Module:
         """E [n, width] and the network."""
@@ -146,10 +90,6 @@ class PTuning(SequenceMethod):
         Raises:
             ValueError: a network makes the prompt.
         """
-        require(
-            self.encoder is None,
-            f"{self.label}: expected encoder=None for a prompt without its network, got "
-            f"{self.encoder!r}",
-        )
+        require_no_network(self, "encoder", None)
         made = cast(_Encoder, module)
         made.E.data.copy_(table)

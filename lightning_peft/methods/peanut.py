@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +12,14 @@ from torch.nn import functional as F
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, kaiming, require
-from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.base import WeightMethod
+from lightning_peft.methods.formats.peanut import FORMAT, MOST_LAYERS
+from lightning_peft.methods.limits import FACTOR, at_least, between, one_of
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["PEANuT"]
 
-_MOST = 32  # layers of each half that a file may have
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -31,24 +30,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "mish": F.mish,
 }
-
-
-def _pack(method: PEANuT, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One entry per layer of the network."""
-    layers = {f"{k}{i}": p[k][i] for k in ("E", "D") if k in p for i in range(method.depth)}
-    return {"A": p["A"], "B": p["B"], **layers}
-
-
-def _unpack(
-    method: PEANuT, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Layers stacked."""
-    found = {k: t for k, t in p.items() if k in ("A", "B")}
-    for half in ("E", "D") if method.depth else ():
-        found[half] = torch.stack([p[f"{half}{i}"] for i in range(method.depth)])
-    left = sorted(set(p) - set(_pack(method, site, found)))
-    require(not left, f"expected {method.depth} layers of each half by the config, got {left} too")
-    return found
 
 
 @register
@@ -74,33 +55,13 @@ class PEANuT(WeightMethod):
     act_fn: str = "relu"
     scaling: float = 1.0
 
-    hf = HFFormat(
-        peft_type="PEANUT",
-        tensors={
-            "A": "peanut_A.weight",
-            "B": "peanut_B.weight",
-            **{f"E{i}": f"peanut_encoders.{i}.weight" for i in range(_MOST)},
-            **{f"D{i}": f"peanut_decoders.{i}.weight" for i in range(_MOST)},
-        },
-        config=config_keys("r", "depth", "act_fn", "scaling"),
-        own_defaults=True,
-        inert={"init_weights": True},
-        pack=_pack,
-        unpack=_unpack,
-        refuse=refuse_all_but_linear,
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(
-            0 <= self.depth <= _MOST,
-            f"{self.label}: expected 0 <= depth <= {_MOST}, got {self.depth}",
-        )
-        require(
-            self.act_fn in _ACTIVATIONS,
-            f"{self.label}: expected act_fn in {sorted(_ACTIVATIONS)}, got {self.act_fn!r}",
-        )
+    limits = {
+        "scaling": FACTOR,
+        "depth": between(0, MOST_LAYERS),
+        "r": at_least(1),
+        "act_fn": one_of(_ACTIVATIONS),
+    }
+    hf = FORMAT
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A [r, out], encoders and decoders [depth, r, r] random, B [out, r] zeros."""

@@ -13,16 +13,11 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    kaiming,
-    require,
-    require_linear,
-    require_matrix,
-)
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import linear_layer, one_matrix, require_divisor
 from lightning_peft.methods.tasks import MixedSkills
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["Poly"]
 
@@ -52,6 +47,7 @@ class Poly(WeightMethod):
 
     mergeable: ClassVar[bool] = False
 
+    site_rules = (one_matrix, linear_layer)
     hf = HFFormat(
         peft_type="POLY",
         tensors={"A": "poly_lora_A", "B": "poly_lora_B", "logits": "poly_router.module_logits"},
@@ -63,14 +59,6 @@ class Poly(WeightMethod):
         refuse=refuse_all_but_linear,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        numbers = (self.r, self.tasks, self.skills, self.splits)
-        require(
-            min(numbers) >= 1,
-            f"{self.label}: expected r, tasks, skills and splits >= 1, got {numbers}",
-        )
-
     @property
     def reads_batch(self) -> bool:
         """The task of each sample."""
@@ -78,14 +66,8 @@ class Poly(WeightMethod):
 
     def check(self, site: Site) -> None:
         """A linear layer whose features the splits divide."""
-        require_matrix(self.label, site)
-        require_linear(self.label, site)
-        require(
-            site.in_features % self.splits == 0 and site.out_features % self.splits == 0,
-            f"{self.label} on {site.quoted}: expected splits that divide in_features and "
-            f"out_features, got splits = {self.splits} with {site.in_features} and "
-            f"{site.out_features}",
-        )
+        super().check(site)
+        require_divisor(self, site, "splits", self.splits)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """A Kaiming-uniform, B zero, logits within ± 0.001."""

@@ -6,35 +6,21 @@ The start from text is its "class label" start, as in Hugging Face peft 0.21.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.site import SequenceSite
-from lightning_peft.methods.base import HFEntry, HFFormat, SequenceMethod
-from lightning_peft.methods.checks import require
-from lightning_peft.methods.prompt_exchange import (
-    model_config,
-    sequence_site,
-    unpack_prompt,
-)
+from lightning_peft.methods.base import HFFormat, SequenceMethod
+from lightning_peft.methods.checks import require, require_ordered
+from lightning_peft.methods.formats.prompt_tuning import FORMAT
+from lightning_peft.methods.limits import at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.text_start import TextStart
 
 __all__ = ["PromptTuning"]
-
-
-def _to_config(entries: Sequence[HFEntry], config: dict[str, Any]) -> None:
-    site = sequence_site(entries)
-    config.update(model_config(site, site.width))
-
-
-def _refuse(method: PromptTuning, site: SequenceSite) -> str:
-    if method.mode == "add":
-        return "peft has no prompts that are added"
-    return "" if site.embedding else "a transformer of your own has no equal there"
 
 
 class _Table(nn.Module):
@@ -45,7 +31,7 @@ class _Table(nn.Module):
 
 @register
 @dataclass(frozen=True)
-class PromptTuning(SequenceMethod):
+class PromptTuning(TextStart, SequenceMethod):
     """Soft prompt. The output keeps the text's length: positions of the prompt are taken off, and
     with them the prediction of the text's first token, which peft counts in its loss.
 
@@ -65,51 +51,19 @@ class PromptTuning(SequenceMethod):
     init: Literal["vocab", "random", "text"] = "vocab"
     init_ids: tuple[int, ...] | list[int] = ()
 
-    hf: ClassVar[HFFormat | None] = HFFormat(
-        peft_type="PROMPT_TUNING",
-        tensors={},
-        prefix={"P": "prompt_embeddings"},
-        config={"n": "num_virtual_tokens"},
-        fixed={"prompt_tuning_init": "RANDOM"},
-        ignored=(
-            *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
-            *("tokenizer_kwargs", "token_dim", "num_layers", "num_attention_heads"),
-            "num_transformer_submodules",
-        ),
-        saved_prefix="base_model.",
-        unpack=unpack_prompt,
-        to_config=_to_config,
-        refuse=_refuse,
-    )
+    limits = {"n": at_least(1)}
+    hf: ClassVar[HFFormat | None] = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(self.n >= 1, f"{self.label}: expected n >= 1, got n = {self.n}")
-        require(
-            self.mode in ("prepend", "add"),
-            f"{self.label}: expected mode 'prepend' or 'add', got {self.mode!r}",
-        )
-        require(
-            self.init in ("vocab", "random", "text"),
-            f"{self.label}: expected init 'vocab', 'random' or 'text', got {self.init!r}",
-        )
-        require(
-            isinstance(self.init_ids, Sequence),
-            f"{self.label}: expected init_ids in the order of the text, got {self.init_ids!r}; "
-            "give a list",
-        )
+        super().__post_init__()
+        require_ordered(self, "init_ids")
         require(
             (self.init == "text") == bool(self.init_ids),
             f"{self.label}: expected init_ids with init='text' and only then, got "
             f"init={self.init!r} and {len(self.init_ids)} ids; tokenise the text with your "
             "tokenizer, or use PromptTuning.from_text",
         )
-
-    @classmethod
-    def from_text(cls, text: str, tokenizer: Any, **fields: Any) -> PromptTuning:
-        """A prompt that starts from a text; n is its length unless given."""
-        ids = [int(i) for i in tokenizer(text)["input_ids"]]
-        return cls(init="text", init_ids=ids, **{"n": len(ids), **fields})
 
     @property
     def insertion(self) -> Literal["prepend", "add"]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,35 +13,19 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.rotation import neumann
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFEntry, HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    require,
-    require_choice,
-    require_dropout,
-    require_matrix,
-)
-from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.formats.psoft import FORMAT
+from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix, rank_within_layer
+from lightning_peft.methods.tensors import empty_like_site
+from lightning_peft.methods.triplets import FrozenTriplets, leading_triplets
 
 __all__ = ["PSOFT"]
-_TENSORS = {"q": "psoft_R.weight", "a": "psoft_R.vector_a", "b": "psoft_R.vector_b"}
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    if config["psoft_svd"] != "full":
-        raise ValueError(
-            "adapter_config.json: psoft_svd: expected 'full', whose factors of the weight are the "
-            f"same in every process, got {config['psoft_svd']!r}: they are approximated from "
-            "random vectors and not in the file; merge the adapter with peft (merge_and_unload) in "
-            "the process that trained it"
-        )
-    return {}
 
 
 @register
 @dataclass(frozen=True)
-class PSOFT(WeightMethod):
+class PSOFT(FrozenTriplets):
     """ΔW = s B (R − I) A; B A are the weight's r leading triplets, R = diag(b) C diag(a).
 
     C = (I + Q)(I − Q)⁻¹ is orthogonal, with Q skew-symmetric. s cancels in ΔW: B is divided by it.
@@ -77,49 +61,19 @@ class PSOFT(WeightMethod):
     terms: int = 5
     eps: float | None = None
 
-    hf = HFFormat(
-        peft_type="PSOFT",
-        tensors=_TENSORS,
-        unwritten=("A", "B"),
-        config=config_keys(
-            "r",
-            alpha="psoft_alpha",
-            orthogonal="psoft_orth",
-            mag_a="psoft_mag_a",
-            mag_b="psoft_mag_b",
-            split="ab_svd_init",
-            dropout="psoft_dropout",
-            cayley_neumann="use_cayley_neumann",
-            terms="num_cayley_neumann_terms",
-            eps="cayley_neumann_eps",
-        ),
-        own_defaults=True,
-        fixed={"psoft_svd": "full"},
-        inert={"fan_in_fan_out": False, "init_weights": True},
-        defaults={"psoft_svd": "full"},
-        ignored=("psoft_svd_lowrank_niter", "random_seed"),
-        from_config=_from_config,
-        refuse=refuse_all_but_linear,
-    )
+    limits = {
+        "r": at_least(1),
+        "alpha": above(0),
+        "dropout": FRACTION,
+        "terms": at_least(1),
+        "eps": above(0),
+    }
+    site_rules = (one_matrix, rank_within_layer)
+    hf = FORMAT
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(self.alpha > 0, f"{self.label}: expected alpha > 0, got {self.alpha}")
-        require_choice(self.label, "split", self.split, ("psoft_init", "pissa_init"))
-        require_dropout(self.label, self.dropout)
-        require(self.terms >= 1, f"{self.label}: expected terms >= 1, got {self.terms}")
-        require(self.eps is None or self.eps > 0, f"{self.label}: expected eps > 0, got {self.eps}")
-
-    def check(self, site: Site) -> None:
-        """One matrix with r triplets."""
-        require_matrix(self.label, site)
-        most = min(site.out_features, site.in_features)
-        require(
-            self.r <= most,
-            f"{self.label} on {site.quoted}: expected r <= min(in_features, out_features) = "
-            f"{most}, got r = {self.r}; lower r or exclude the layer",
-        )
+    def rank(self, site: Site) -> int:
+        """Triplets at a site."""
+        return self.r
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """q zeros (the upper triangle of Q), or C = I; a and b [r] ones."""
@@ -130,22 +84,10 @@ class PSOFT(WeightMethod):
         ones = {k: empty_like_site(site, r).fill_(1.0) for k, on in trained.items() if on}
         return {"q": q if self.orthogonal else full, **ones}
 
-    def buffers(self, site: Site) -> dict[str, Tensor]:
-        """A [r, in], B [out, r], filled from the weight."""
-        return {
-            "A": empty_like_site(site, self.r, site.in_features).zero_(),
-            "B": empty_like_site(site, site.out_features, self.r).zero_(),
-        }
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """A and B are factors of the weight."""
-        return True
-
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The leading singular triplets."""
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, Vh = U[:, : self.r], S[: self.r] * self.r / self.alpha, Vh[: self.r]
+        U, S, Vh = leading_triplets(W, self.r)
+        S = S * self.r / self.alpha
         if self.split == "psoft_init":
             p["A"], p["B"] = Vh.contiguous(), U * S
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,15 +15,12 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    empty_shared,
-    require,
-    require_dropout,
-    require_matrix,
-)
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_like_site, empty_shared
 
 __all__ = ["PVeRA"]
 
@@ -51,10 +49,10 @@ class PVeRA(BiasOption):
     dropout: float = 0.0
     sample: bool = True
     sample_at_inference: bool = False
+    bias: Literal["none", "all", "pvera_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "pvera_only"
+    limits = {"r": at_least(1), "dropout": FRACTION}
+    site_rules = (one_matrix,)
     hf = HFFormat(
         peft_type="PVERA",
         tensors={"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
@@ -77,8 +75,6 @@ class PVeRA(BiasOption):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require_dropout(self.label, self.dropout)
         require(
             self.sample or not self.sample_at_inference,
             f"{self.label}: expected sample=True with sample_at_inference=True, got sample=False",
@@ -86,7 +82,7 @@ class PVeRA(BiasOption):
 
     def check(self, site: Site) -> None:
         """Noise needs thin activations of features."""
-        require_matrix(self.label, site)
+        super().check(site)
         require(
             not self.sample or site.ops.features_last,
             f"{self.label} on {site.quoted}: expected a linear layer, got "

@@ -23,6 +23,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense, LowRank
 from lightning_peft.methods.base import StepContext
 from lightning_peft.methods.checks import require
+from lightning_peft.methods.limits import between
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
 
@@ -50,15 +51,12 @@ class QuantAwareLoRA(LoRA):
 
     start: float = 0.75
 
+    limits = {"start": between(0, 1)}
     hf = None  # what it computes is not W + s B A: merge it
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        require(
-            0.0 <= self.start <= 1.0,
-            f"{self.label}: expected 0 <= start <= 1, got start = {self.start}",
-        )
         require(
             self.dropout == 0.0,
             f"{self.label}: expected dropout = 0, got {self.dropout}: the rounded weight depends "

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,45 +15,14 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import Dense
-from lightning_peft.methods.base import HFEntry, HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    require,
-    require_dropout,
-    require_features,
-    require_matrix,
-)
-from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
+from lightning_peft.methods.formats.randlora import FORMAT
+from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import features_in, one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["RandLoRA"]
-
-
-def _from_config(config: Mapping[str, Any], entries: Sequence[HFEntry]) -> dict[str, Any]:
-    """peft writes the shared bases once more per layer: equal copies are left out."""
-    for name in ("A_copy", "B_copy"):
-        copies = [e.tensors[name] for e in entries if name in e.tensors]
-        if any(not torch.equal(copies[0], t) for t in copies[1:]):
-            raise ValueError(
-                f"adapter file: randlora_{name[0]}: expected the same bases in all layers, got "
-                "copies that differ; nothing was loaded"
-            )
-    return {}
-
-
-def _unpack(
-    method: RandLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    return {k: t for k, t in p.items() if not k.endswith("_copy")}
-
-
-def _pack_shared(
-    entries: Sequence[HFEntry], shared: Mapping[str, Tensor], config: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The bases once more per layer, as peft 0.21 writes them: its load warns without."""
-    places = ["base_model.", *(f"base_model.model.{e.path}." for e in entries)]
-    return {f"{place}randlora_{name}": t.detach() for place in places for name, t in shared.items()}
 
 
 @register
@@ -83,48 +52,11 @@ class RandLoRA(BiasOption):
     sparse: bool = False
     very_sparse: bool = False
     dropout: float = 0.0
+    bias: Literal["none", "all", "randlora_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "randlora_only"
-    hf = HFFormat(
-        peft_type="RANDLORA",
-        tensors={
-            "lam": "randlora_lambda",
-            "gamma": "randlora_gamma",
-            "A_copy": "randlora_A",
-            "B_copy": "randlora_B",
-        },
-        prefix={"A": "base_model.randlora_A", "B": "base_model.randlora_B"},
-        optional=("A", "B"),
-        config=config_keys(
-            "bias",
-            "r",
-            "sparse",
-            "very_sparse",
-            alpha="randlora_alpha",
-            seed="projection_prng_key",
-            dropout="randlora_dropout",
-        ),
-        own_defaults=True,
-        inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
-        unpack=_unpack,
-        pack_shared=_pack_shared,
-        from_config=_from_config,
-        refuse=refuse_all_but_features,
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(self.alpha > 0, f"{self.label}: expected alpha > 0, got {self.alpha}")
-        require_dropout(self.label, self.dropout)
-
-    def check(self, site: Site) -> None:
-        """A matrix that acts on features."""
-        require_features(self.label, site)
-        require_matrix(self.label, site)
+    limits = {"r": at_least(1), "alpha": above(0), "dropout": FRACTION}
+    site_rules = (features_in, one_matrix)
+    hf = FORMAT
 
     def shared_buffers(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """A [r, 1, least], B [most, bases, r] by the largest in and out of all layers; drawn in

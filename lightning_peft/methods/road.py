@@ -12,9 +12,11 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit, OutMap
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_choice, require_matrix
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix, require_divisor
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["PairRotations", "RoAd"]
 
@@ -58,6 +60,7 @@ class RoAd(WeightMethod):
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 64
 
+    site_rules = (one_matrix,)
     hf = HFFormat(
         peft_type="ROAD",
         tensors={"theta": "road_theta", "alpha": "road_alpha"},
@@ -69,7 +72,7 @@ class RoAd(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require_choice(self.label, "variant", self.variant, _SIZES)
+        super().__post_init__()
         require(
             self.group_size >= 2 and self.group_size % 2 == 0,
             f"{self.label}: expected an even group_size >= 2, got {self.group_size}",
@@ -77,12 +80,8 @@ class RoAd(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Groups tile the outputs."""
-        require_matrix(self.label, site)
-        require(
-            site.out_features % self.group_size == 0,
-            f"{self.label} on {site.quoted}: expected group_size that divides out_features = "
-            f"{site.out_features}, got {self.group_size}; choose another or exclude the layer",
-        )
+        super().check(site)
+        require_divisor(self, site, "group_size", self.group_size, ("out",))
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """theta zeros, alpha ones: M = I."""

@@ -13,14 +13,12 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
 from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    require,
-    require_matrix,
-    require_places,
-)
+from lightning_peft.methods.checks import require, require_places
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.limits import at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["SHiRA"]
 
@@ -57,6 +55,8 @@ class SHiRA(WeightMethod):
     r: int = 32
     seed: int | None = None
 
+    limits = {"r": at_least(1)}
+    site_rules = (one_matrix,)
     hf = HFFormat(
         peft_type="SHIRA",
         tensors={"values": "shira_weight", "places": "shira_indices"},
@@ -69,13 +69,9 @@ class SHiRA(WeightMethod):
         refuse=refuse_all_but_linear,
     )
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-
     def check(self, site: Site) -> None:
         """Check that the weight has at least as many entries as there are places."""
-        require_matrix(self.label, site)
+        super().check(site)
         n, most = self._count(site), site.shape.numel()
         require(
             n <= most,

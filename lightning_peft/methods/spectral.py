@@ -7,7 +7,9 @@ from torch import Tensor
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import random_places
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import match_site, require, require_matrix
+from lightning_peft.methods.checks import match_site, require
+from lightning_peft.methods.limits import FACTOR, at_least
+from lightning_peft.methods.site_rules import one_matrix
 
 __all__ = ["SpectralMethod"]
 
@@ -19,17 +21,20 @@ class SpectralMethod(BiasOption):
         n_frequency: n ≤ in · out.
         seed: Seed of the places; layers of one shape share them.
         n_frequency_pattern: Layer name pattern → n_frequency.
+        scaling: Factor on the change.
     """
 
     n_frequency: int
     seed: int
     n_frequency_pattern: dict[str, int]
+    scaling: float
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        for where, n in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
-            require(n >= 1, f"{self.label}: expected n_frequency >= 1, got {where} = {n}")
+    limits = {
+        "n_frequency": at_least(1),
+        "n_frequency_pattern": at_least(1),
+        "scaling": FACTOR,
+    }
+    site_rules = (one_matrix,)
 
     def count(self, site: Site) -> int:
         """Number of coefficients at this site."""
@@ -37,7 +42,7 @@ class SpectralMethod(BiasOption):
 
     def check(self, site: Site) -> None:
         """At most as many places as entries."""
-        require_matrix(self.label, site)
+        super().check(site)
         most = site.shape.numel()
         require(
             self.count(site) <= most,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,32 +14,20 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
 from lightning_peft.core.terms import LowRank, Term
-from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    kaiming,
-    require,
-    require_matrix,
-    require_places,
-)
-from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.base import FromWeight
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.super_tuning import FORMAT
+from lightning_peft.methods.limits import FRACTION
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_like_site, kaiming
 
 __all__ = ["SuperTuning"]
 
 
-def _unpack(
-    method: SuperTuning, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Return the tensors unchanged, after a check that places lie in the weight."""
-    if "places" in p:
-        require_places(p["places"].long().reshape(-1), site.shape.numel())
-    return dict(p)
-
-
 @register
 @dataclass(frozen=True)
-class SuperTuning(WeightMethod):
+class SuperTuning(FromWeight):
     """ΔW[places] = values at the entries of largest (or smallest) |W|; + (alpha / r) B A.
 
     A file of peft that leaves the places out is refused: on a base of another dtype others would be
@@ -61,28 +48,13 @@ class SuperTuning(WeightMethod):
     r: int | None = None
     alpha: float | None = None
 
-    hf = HFFormat(
-        peft_type="SUPERTUNING",
-        tensors={
-            "values": "supertuning_values",
-            "places": "supertuning_indices",
-            "A": "supertuning_lora_A.weight",
-            "B": "supertuning_lora_B.weight",
-        },
-        integers=("places",),
-        config=config_keys("sparsity", "select_top", "r", alpha="lora_alpha"),
-        own_defaults=True,
-        inert={"lora_dropout": 0.0, "init_weights": True, "save_precomputed_indices": True},
-        unpack=_unpack,
-        refuse=refuse_all_but_linear,
-    )
+    limits = {"sparsity": FRACTION}
+    site_rules = (one_matrix,)
+    hf = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
-        require(
-            0.0 <= self.sparsity < 1.0,
-            f"{self.label}: expected 0 <= sparsity < 1, got {self.sparsity}",
-        )
+        super().__post_init__()
         require(
             (self.r is None) == (self.alpha is None),
             f"{self.label}: expected both of r and alpha or none, got r = {self.r}, alpha = "
@@ -98,7 +70,7 @@ class SuperTuning(WeightMethod):
 
     def check(self, site: Site) -> None:
         """At least one entry is trained."""
-        require_matrix(self.label, site)
+        super().check(site)
         require(
             self._count(site) >= 1,
             f"{self.label} on {site.quoted}: expected a sparsity that leaves an entry of "
@@ -116,11 +88,6 @@ class SuperTuning(WeightMethod):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """places int32 [K], flat, chosen from the weight."""
         return {"places": empty_like_site(site, self._count(site)).zero_().int()}
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Places are chosen by the weight."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """Places of the entries of largest magnitude."""

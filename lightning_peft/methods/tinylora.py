@@ -14,43 +14,20 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import (
-    empty_like_site,
-    empty_shared,
-    require,
-    require_choice,
-    require_dropout,
-    require_matrix,
-)
-from lightning_peft.methods.exchange import (
-    config_keys,
-    refuse_all_but_features,
-    refuse_scaled_embedding,
-)
+from lightning_peft.methods.formats.tinylora import FORMAT
+from lightning_peft.methods.limits import FRACTION, at_least, between
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_shared
+from lightning_peft.methods.triplets import FrozenTriplets, leading_triplets
 
 __all__ = ["TinyLoRA"]
 
 
-def _turned(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A and B change places, transposed, where peft factors the table of an embedding."""
-    turned = dict(p)
-    if site.is_embedding and {"A", "B"} <= set(p):
-        turned["A"], turned["B"] = p["B"].mT, p["A"].mT
-    return turned
-
-
-def _refuse(method: TinyLoRA, site: Site) -> str:
-    if site.is_embedding:
-        return refuse_scaled_embedding(method, site)
-    return refuse_all_but_features(method, site)
-
-
 @register
 @dataclass(frozen=True)
-class TinyLoRA(BiasOption):
+class TinyLoRA(FrozenTriplets, BiasOption):
     """ΔW = B (Σ_i v_i P_i) A with A = √S Vᵀ, B = U √S of the r leading triplets of W, frozen.
 
     Attributes:
@@ -75,53 +52,23 @@ class TinyLoRA(BiasOption):
     init: Literal["zeros", "uniform"] = "zeros"
     bound: float = 0.02
     dropout: float = 0.0
+    bias: Literal["none", "all", "tinylora_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "tinylora_only"
-    hf = HFFormat(
-        peft_type="TINYLORA",
-        tensors={"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"},
-        optional=("P",),
-        unwritten=("group",),
-        prefix={"v": "base_model.tinylora_v.{i}"},
-        config=config_keys(
-            "bias",
-            "r",
-            "u",
-            "weight_tying",
-            seed="projection_seed",
-            bound="init_v_bound",
-            dropout="tinylora_dropout",
-        ),
-        own_defaults=True,
-        inert={"fan_in_fan_out": False, "init_weights": True, "save_projection": True},
-        pack=lambda method, site, p: _turned(site, p),
-        unpack=lambda method, site, p, config: _turned(site, p),
-        refuse=_refuse,
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(self.u >= 1, f"{self.label}: expected u >= 1, got u = {self.u}")
-        require(
-            0.0 <= self.weight_tying <= 1.0,
-            f"{self.label}: expected 0 <= weight_tying <= 1, got {self.weight_tying}",
-        )
-        require_choice(self.label, "init", self.init, ("zeros", "uniform"))
-        require(self.bound >= 0, f"{self.label}: expected bound >= 0, got {self.bound}")
-        require_dropout(self.label, self.dropout)
-
-    def check(self, site: Site) -> None:
-        """One matrix."""
-        require_matrix(self.label, site)
+    limits = {
+        "r": at_least(1),
+        "u": at_least(1),
+        "weight_tying": between(0, 1),
+        "bound": at_least(0),
+        "dropout": FRACTION,
+    }
+    site_rules = (one_matrix,)
+    hf = FORMAT
 
     def _groups(self, layers: int) -> int:
         return max(1, round(layers * (1.0 - self.weight_tying)))
 
-    def _rank(self, site: Site) -> int:
+    def rank(self, site: Site) -> int:
+        """Triplets at a site."""
         return min(self.r, site.in_features, site.out_features)
 
     def shared_parameters(self, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -135,7 +82,7 @@ class TinyLoRA(BiasOption):
         size = max(1, len(sites) // groups)
         buffers = []
         for i, site in enumerate(sites):
-            r = self._rank(site)
+            r = self.rank(site)
             generator = torch.Generator().manual_seed(self.seed + i)
             P = torch.normal(0.0, r**-0.5, (self.u, r, r), generator=generator)
             buffers.append({"P": P, "group": torch.tensor([min(i // size, groups - 1)])})
@@ -145,25 +92,11 @@ class TinyLoRA(BiasOption):
         """None of its own."""
         return {}
 
-    def buffers(self, site: Site) -> dict[str, Tensor]:
-        """A [r, in], B [out, r], filled from the weight."""
-        r = self._rank(site)
-        return {
-            "A": empty_like_site(site, r, site.in_features).zero_(),
-            "B": empty_like_site(site, site.out_features, r).zero_(),
-        }
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """A and B are factors of the weight."""
-        return True
-
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The leading singular triplets."""
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        r = self._rank(site)
-        root = S[:r].sqrt()
-        p["A"], p["B"] = (root.unsqueeze(1) * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
+        U, S, Vh = leading_triplets(W, self.rank(site))
+        root = S.sqrt()
+        p["A"], p["B"] = (root.unsqueeze(1) * Vh).contiguous(), (U * root).contiguous()
         return None
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:

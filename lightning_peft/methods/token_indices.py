@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lightning_peft.core.site import Site
 from lightning_peft.methods.checks import require
 
-__all__ = ["TokenIndices", "check_token_indices"]
+__all__ = ["TokenIndices", "check_token_indices", "require_token_rows"]
 
 #: Token ids of the input embedding, or layer name → its token ids.
 TokenIndices = list[int] | dict[str, list[int]]
@@ -28,3 +31,25 @@ def check_token_indices(label: str, indices: TokenIndices) -> None:
         require(not wrong, f"{at}: expected token ids of at least 0, got {wrong[:5]}; remove them")
         twice = sorted({i for i in ids if ids.count(i) > 1})
         require(not twice, f"{at}: expected each token id once, got {twice[:5]} more than once")
+
+
+def require_token_rows(label: str, site: Site, ids: Sequence[int]) -> None:
+    """Raise ValueError unless a layer has a row of its own for each of these token ids."""
+    where = f"{label} on {site.quoted}"
+    require(
+        site.is_embedding or (site.ops.features_last and not site.batch_shape),
+        f"{where}: expected an embedding or a linear head, got "
+        f"{type(site.module).__name__}; name the embedding in target_modules",
+    )
+    size = site.in_features if site.is_embedding else site.out_features
+    beyond = [i for i in ids if i >= size]
+    require(
+        not beyond,
+        f"{where}: expected token ids below the vocabulary's size {size}, got "
+        f"{beyond[:5]}; call model.resize_token_embeddings(len(tokenizer)) before attach",
+    )
+    require(
+        not site.is_embedding or getattr(site.module, "max_norm", None) is None,
+        f"{where}: expected an embedding without max_norm, which changes its "
+        "weight in the forward, got one; train it with modules_to_save",
+    )

@@ -15,18 +15,21 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.names import matches_suffix
 from lightning_peft.core.replaced_rows import ReplacedRows
 from lightning_peft.core.site import Site
-from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import require
+from lightning_peft.methods.base import FromWeight, HFFormat
 from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.registry import register
-from lightning_peft.methods.token_indices import TokenIndices, check_token_indices
+from lightning_peft.methods.token_indices import (
+    TokenIndices,
+    check_token_indices,
+    require_token_rows,
+)
 
 __all__ = ["TrainableTokens"]
 
 
 @register
 @dataclass(frozen=True)
-class TrainableTokens(WeightMethod):
+class TrainableTokens(FromWeight):
     """Some rows of the input embedding, trained; no gradient, state or copy for the others.
 
     A head that is tied to the embedding reads the same rows, and stays tied.
@@ -57,6 +60,7 @@ class TrainableTokens(WeightMethod):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         check_token_indices(f"{self.label} token_indices", self.token_indices)
 
     def named_layers(self) -> Mapping[str, Sequence[int]]:
@@ -78,24 +82,7 @@ class TrainableTokens(WeightMethod):
 
     def check(self, site: Site) -> None:
         """Token ids against the size of the vocabulary; the layer's kind."""
-        name, ids = site.quoted, self.ids(site)
-        require(
-            site.is_embedding or (site.ops.features_last and not site.batch_shape),
-            f"{self.label} on {name}: expected an embedding or a linear head, got "
-            f"{type(site.module).__name__}; name the embedding in target_modules",
-        )
-        size = site.in_features if site.is_embedding else site.out_features
-        beyond = [i for i in ids if i >= size]
-        require(
-            not beyond,
-            f"{self.label} on {name}: expected token ids below the vocabulary's size {size}, got "
-            f"{beyond[:5]}; call model.resize_token_embeddings(len(tokenizer)) before attach",
-        )
-        require(
-            not site.is_embedding or getattr(site.module, "max_norm", None) is None,
-            f"{self.label} on {name}: expected an embedding without max_norm, which changes its "
-            "weight in the forward, got one; train it with modules_to_save",
-        )
+        require_token_rows(self.label, site, self.ids(site))
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """Return `rows` [k, width] from the weight, or nothing if a tied embedding holds them."""
@@ -107,11 +94,6 @@ class TrainableTokens(WeightMethod):
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """ids [k]."""
         return {"ids": torch.tensor(self.ids(site))}
-
-    @property
-    def starts_from_weight(self) -> bool:
-        """Rows start at the weight's own."""
-        return True
 
     def initialise(self, p: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """The weight's rows."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,14 @@ from torch import Tensor, nn
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.bias_option import BiasOption
-from lightning_peft.methods.checks import empty_shared, require, require_dropout, require_matrix
-from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
+from lightning_peft.methods.formats.unilora import FORMAT
+from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import one_matrix
+from lightning_peft.methods.tensors import empty_shared
 
 __all__ = ["UniLoRA"]
-
-
-def _unpack(
-    method: UniLoRA, site: Site, p: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Indices where the file has them; scales follow from their counts."""
-    found = {k: p[k] for k in ("at_A", "at_B") if k in p}
-    for name, at in found.items():
-        require(
-            int(at.min()) >= 0 and int(at.max()) < method.length,
-            f"{name}: expected indices from 0 to {method.length - 1}, got {int(at.min())} to "
-            f"{int(at.max())}",
-        )
-    return found
 
 
 @register
@@ -61,51 +48,16 @@ class UniLoRA(BiasOption):
     seed: int = 42
     dropout: float = 0.0
     bound: float = 0.02
+    bias: Literal["none", "all", "unilora_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "unilora_only"
-    hf = HFFormat(
-        peft_type="UNILORA",
-        tensors={
-            "at_A": "unilora_indices_A",
-            "at_B": "unilora_indices_B",
-            "scale_A": "unilora_scales_A",
-            "scale_B": "unilora_scales_B",
-        },
-        integers=("at_A", "at_B"),
-        optional=("at_A", "at_B", "scale_A", "scale_B"),
-        unwritten=("at_A", "at_B", "scale"),
-        prefix={"theta": "base_model.unilora_theta_d"},
-        config=config_keys(
-            "bias",
-            "r",
-            length="theta_d_length",
-            seed="proj_seed",
-            dropout="unilora_dropout",
-            bound="init_theta_d_bound",
-        ),
-        own_defaults=True,
-        inert={"fan_in_fan_out": False, "init_weights": True, "save_indices": False},
-        unpack=_unpack,
-        refuse=refuse_all_but_features,
-    )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(self.length >= 1, f"{self.label}: expected length >= 1, got {self.length}")
-        require(
-            self.bound > 0,
-            f"{self.label}: expected bound > 0, since from zero θ is never trained, got "
-            f"{self.bound}",
-        )
-        require_dropout(self.label, self.dropout)
-
-    def check(self, site: Site) -> None:
-        """One matrix."""
-        require_matrix(self.label, site)
+    limits = {
+        "r": at_least(1),
+        "length": at_least(1),
+        "bound": above(0, ", since from zero θ is never trained"),
+        "dropout": FRACTION,
+    }
+    site_rules = (one_matrix,)
+    hf = FORMAT
 
     def _places(self, sites: Sequence[Site]) -> Tensor:
         """An index into θ for every entry of all factors; counts differ by one at most."""

@@ -18,13 +18,16 @@ from lightning_peft.core.compressed import Compressed
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.terms import LowRank
-from lightning_peft.methods import lora_exchange
 from lightning_peft.methods.base import StepContext
-from lightning_peft.methods.checks import empty_like_site, require, require_linear, require_matrix
+from lightning_peft.methods.checks import require
 from lightning_peft.methods.exchange import refuse_all_but_linear
+from lightning_peft.methods.formats import lora as lora_format
+from lightning_peft.methods.formats.lora import nested_config
+from lightning_peft.methods.limits import above, at_least
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.methods.lora_exchange import nested_config
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.site_rules import linear_layer, one_matrix
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["VeLoRA"]
 
@@ -53,11 +56,13 @@ class VeLoRA(LoRA):
     scale: float = 1.0
     direction: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
 
+    limits = {"groups": at_least(1), "scale": above(0)}
+    site_rules = (one_matrix, linear_layer)
     hf = dataclasses.replace(
-        lora_exchange.FORMAT,
-        tensors={**lora_exchange.FORMAT.tensors, "v": "lora_velora_embed"},
+        lora_format.FORMAT,
+        tensors={**lora_format.FORMAT.tensors, "v": "lora_velora_embed"},
         optional=("v",),
-        when={**lora_exchange.FORMAT.when, "velora_config": True},
+        when={**lora_format.FORMAT.when, "velora_config": True},
         to_config=_CONFIG[0],
         from_config=_CONFIG[1],
         refuse=refuse_all_but_linear,
@@ -66,22 +71,10 @@ class VeLoRA(LoRA):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        directions = ("batch_average", "batch_average_once", "random")
-        require(
-            self.groups >= 1 and self.scale > 0 and self.direction in directions,
-            f"{self.label}: expected groups >= 1, scale > 0 and direction in {directions}, got "
-            f"{self.groups}, {self.scale}, {self.direction!r}",
-        )
         require(
             not self._frozen,
             f"{self.label}: expected a trained A, got freeze_A={self.freeze_A}, init={self.init!r}",
         )
-
-    def check(self, site: Site) -> None:
-        """A layer that runs row by row."""
-        super().check(site)
-        require_matrix(self.label, site)
-        require_linear(self.label, site)
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """v [⌈in / groups⌉]: a random direction, or zeros until the first batch."""

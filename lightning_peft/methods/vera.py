@@ -15,17 +15,19 @@ from torch import Tensor
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.vectors import Vectors
-from lightning_peft.methods.base import HFFormat, WeightMethod
-from lightning_peft.methods.checks import empty_like_site, require, require_bias
+from lightning_peft.methods.base import HFFormat
+from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["VeRA"]
 
 
 @register
 @dataclass(frozen=True)
-class VeRA(WeightMethod):
+class VeRA(BiasOption):
     """ΔW = diag(b) B diag(d) A: A [r, in], B [out, r] sliced from one frozen pair, b and d trained.
 
     Attributes:
@@ -45,6 +47,7 @@ class VeRA(WeightMethod):
     dropout: float = 0.0
     bias: Literal["none", "all", "vera_only"] = "none"
 
+    limits = {"r": at_least(1), "dropout": FRACTION}
     hf = HFFormat(
         peft_type="VERA",
         tensors={"b": "vera_lambda_b", "d": "vera_lambda_d"},
@@ -61,15 +64,6 @@ class VeRA(WeightMethod):
         ignored=("init_weights",),
         kinds=("Linear", "Conv1D"),
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        require_bias(self.label, self.bias, "vera_only")
-        require(self.r >= 1, f"{self.label}: expected r >= 1, got r = {self.r}")
-        require(
-            0.0 <= self.dropout < 1.0,
-            f"{self.label}: expected 0 <= dropout < 1, got dropout = {self.dropout}",
-        )
 
     def shared_buffers(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """A [r, largest in], B [largest out, r], frozen."""
@@ -90,10 +84,6 @@ class VeRA(WeightMethod):
             "b": empty_like_site(site, site.out_features).zero_(),
             "d": empty_like_site(site, self.r).fill_(self.d_initial),
         }
-
-    def trained_biases(self) -> str:
-        """Return the biases of the base that `bias` chooses."""
-        return self.bias if self.bias in ("none", "all") else "adapted"
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """A low-rank change; a stack of matrices has its vectors multiplied into the factors."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.core.sparse import Sparse
+from lightning_peft.core.wavelets import FAMILIES, Wavelet
 from lightning_peft.methods.base import HFEntry, HFFormat
-from lightning_peft.methods.checks import empty_like_site, require_choice
-from lightning_peft.methods.daubechies import FAMILIES, Wavelet
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_features
+from lightning_peft.methods.limits import one_of
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.spectral import SpectralMethod
+from lightning_peft.methods.tensors import empty_like_site
 
 __all__ = ["WaveFT"]
 
@@ -52,10 +53,9 @@ class WaveFT(SpectralMethod):
     use_idwt: bool = True
     seed: int = 777
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    bias: Literal["none", "all", "waveft_only"] = "none"
 
-    bias: str = "none"
-
-    bias_word = "waveft_only"
+    limits = {"family": one_of(FAMILIES)}
     hf = HFFormat(
         peft_type="WAVEFT",
         tensors={"c": "waveft_spectrum"},
@@ -75,11 +75,6 @@ class WaveFT(SpectralMethod):
         from_config=_from_config,
         refuse=refuse_all_but_features,
     )
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        require_choice(self.label, "family", self.family, FAMILIES)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """c [n] zeros."""

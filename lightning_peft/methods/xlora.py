@@ -11,10 +11,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.mixtures import only_largest
 from lightning_peft.core.site import RouterSite
 from lightning_peft.methods.base import HFFormat, RouterMethod
-from lightning_peft.methods.checks import require, require_dropout
-from lightning_peft.methods.exchange import config_keys
+from lightning_peft.methods.checks import require
+from lightning_peft.methods.formats.xlora import FORMAT
+from lightning_peft.methods.limits import FACTOR, FRACTION, above, at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["XLoRA"]
@@ -69,40 +71,23 @@ class XLoRA(RouterMethod):
     softmax_top_k: bool = False
     weight: float = 1.0
 
-    hf: ClassVar[HFFormat | None] = HFFormat(
-        peft_type="XLORA",
-        tensors={},
-        config=config_keys(
-            depth="xlora_depth",
-            hidden="xlora_size",
-            dropout="xlora_dropout_p",
-            layerwise="layerwise_scalings",
-            softmax="enable_softmax",
-            temperature="softmax_temperature",
-            top_k="top_k_lora",
-            softmax_top_k="enable_softmax_topk",
-            weight="global_scaling_weight",
-        ),
-        own_defaults=True,
-        fixed={"scaling_pass_value": 0.0},
-        inert={"use_trainable_adapters": False},
-        ignored=("adapters", "hidden_size"),
-        saves_modules=False,
-    )
+    limits = {
+        "weight": FACTOR,
+        "depth": at_least(1),
+        "hidden": at_least(1),
+        "top_k": at_least(1),
+        "temperature": above(0),
+        "dropout": FRACTION,
+    }
+    hf: ClassVar[HFFormat | None] = FORMAT
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         require(
             bool(self.adapters) and len(set(self.adapters)) == len(self.adapters),
             f"{self.label}: expected names of adapters that differ, got {self.adapters}",
         )
-        sizes = (self.depth, self.hidden, 1 if self.top_k is None else self.top_k)
-        require(
-            min(sizes) >= 1 and self.temperature > 0,
-            f"{self.label}: expected depth, hidden and top_k >= 1 and temperature > 0, got {sizes} "
-            f"and {self.temperature}",
-        )
-        require_dropout(self.label, self.dropout)
         require(
             self.top_k is not None or not self.softmax_top_k,
             f"{self.label}: expected top_k with softmax_top_k, got None",
@@ -130,8 +115,5 @@ class XLoRA(RouterMethod):
         if self.softmax:
             g = (g / self.temperature).softmax(-1)
         if self.top_k is not None:
-            top = g.topk(min(self.top_k, g.shape[-1]), dim=-1).indices
-            chosen = torch.zeros_like(g, dtype=torch.bool).scatter(-1, top, True)
-            g = g.masked_fill(~chosen, -torch.inf if self.softmax_top_k else 0.0)
-        g = g.softmax(-1) if self.softmax_top_k else g
-        return self.weight * g
+            g = only_largest(g, self.top_k, -torch.inf if self.softmax_top_k else 0.0)
+        return self.weight * (g.softmax(-1) if self.softmax_top_k else g)

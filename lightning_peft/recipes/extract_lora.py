@@ -22,6 +22,7 @@ from lightning_peft.adapters.detach import detach
 from lightning_peft.adapters.plan import plan_attach
 from lightning_peft.core.names import join
 from lightning_peft.core.site import Site
+from lightning_peft.core.value_types import require_fit, shown
 from lightning_peft.hf.save import save_adapter
 from lightning_peft.hf.skeleton import skeleton
 from lightning_peft.hf.targets import exact_targets
@@ -79,9 +80,11 @@ def extract_lora(
 
     Raises:
         FileNotFoundError: no weights there.
+        TypeError: a model that is neither a module nor a path, or a rank that is no whole number.
         ValueError: r < 1, a pickle, a weight that is missing, misshapen or not finite; `base` is as
             before.
     """
+    _check_types(base, tuned, r)
     _check_arguments(base, r, directory, runs=batch is not None or inputs is not None)
     model = base if isinstance(base, nn.Module) else skeleton(Path(base))
     method = LoRA(
@@ -119,6 +122,17 @@ def extract_lora(
     if directory is not None:
         save_adapter(model, directory, adapter_name=adapter_name)
     return report
+
+
+def _check_types(base: object, tuned: object, r: object) -> None:
+    """Raise TypeError for a model or a rank of another type."""
+    for name, source in (("base", base), ("tuned", tuned)):
+        if not isinstance(source, nn.Module | str | Path):
+            raise TypeError(
+                f"extract_lora {name}: expected a model, or a path to its weights, got "
+                f"{shown(source)}"
+            )
+    require_fit("extract_lora", "r", r, int, "r=16")
 
 
 def _check_arguments(

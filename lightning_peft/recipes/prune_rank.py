@@ -18,7 +18,7 @@ from lightning_peft.core.site import Site
 from lightning_peft.hf.targets import exact_targets
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
 from lightning_peft.layers.weight_adapter import WeightAdapter
-from lightning_peft.methods import lora_exchange
+from lightning_peft.methods.formats import lora as lora_format
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.models.outputs import output_of, relative_change
 from lightning_peft.recipes.svd import balanced, rank_for, thin_svd
@@ -221,7 +221,7 @@ def _lora(adapter: WeightAdapter) -> LoRA:
 def _decomposed(adapter: WeightAdapter) -> _Spectrum:
     own, method = adapter.tensors(), _lora(adapter)
     s = method.scaling(adapter.site, own["A"].shape[-2])
-    plain = lora_exchange.pack(method, adapter.site, own)
+    plain = lora_format.pack(method, adapter.site, own)
     return thin_svd(plain["A"].double(), s * plain["B"].double())
 
 

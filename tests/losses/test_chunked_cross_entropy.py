@@ -220,6 +220,13 @@ def test_all_logits_never_exist() -> None:
         ({"labels": torch.zeros(ROWS, TOKENS)}, TypeError, "labels: expected int64"),
         ({"weight": torch.zeros(4, 3)}, ValueError, r"expected a weight \[vocabulary, 16\]"),
         ({"weight": nn.Linear(16, 4), "bias": torch.zeros(4)}, ValueError, "no bias beside"),
+        ({"weight": nn.Linear(12, 4)}, ValueError, r"hidden states \[\*, 12\].*got \[2, 33, 16\]"),
+        ({"weight": torch.zeros(4, 16).half()}, TypeError, "a weight of the dtype .*float16"),
+        ({"weight": nn.Linear(16, 4).double()}, TypeError, "a head of the dtype .*float64"),
+        ({"bias": torch.zeros(50).half()}, TypeError, "a bias of the dtype .*float16"),
+        ({"hidden": torch.zeros(ROWS, TOKENS, 16).long()}, TypeError, "floating-point .*int64"),
+        ({"hidden": [1.0]}, TypeError, "hidden: expected a tensor, got"),
+        ({"labels": [1]}, TypeError, "labels: expected a tensor, got"),
         ({"weight": "lm_head"}, TypeError, "output head or its weight, got 'lm_head'"),
     ],
 )

@@ -137,8 +137,15 @@ def test_patterns_have_names(cls: Any) -> None:
         (lambda: lp.UniLoRA(bound=0.0), "bound > 0, since from zero"),
         (lambda: lp.VBLoRA(bank_bound=0.0), "bank_bound > 0, since from zero"),
         (lambda: lp.VBLoRA(logits_std=-0.1), "logits_std >= 0"),
+        (lambda: lp.PEANuT(scaling=0.0), "scaling != 0"),
+        (lambda: lp.FourierFT(scaling=0.0), "scaling != 0"),
+        (lambda: lp.WaveFT(scaling=0.0), "scaling != 0"),
+        (lambda: lp.BottleneckAdapter(scaling=0.0), "scaling != 0"),
+        (lambda: lp.XLoRA(adapters=["a"], weight=0.0), "weight != 0"),
+        (lambda: lp.BottleneckAdapter(gating="tokens"), r"gating in \('token', True, False\)"),
+        (lambda: lp.C3A(block_size_pattern={"q": 0}), "block_size_pattern >= 1, got q = 0"),
     ],
-    ids=range(12),
+    ids=range(19),
 )
 def test_a_value_out_of_range_is_refused_where_it_is_given(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=f"expected .*{match}"):
@@ -157,3 +164,24 @@ def test_feedforward_modules_is_a_suffix_or_a_pattern() -> None:
         lp.attach(
             nn.Sequential(nn.Linear(4, 4)), lp.IA3(target_modules=["0"], feedforward_modules="(")
         )
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        (lp.HRA(r=100_000), "r <= in_features = 12, got r = 100000"),
+        (lp.AdaMSS(r=4, rank_per_cluster=100_000), "rank_per_cluster <= 4, .*got 100000"),
+        (lp.PSOFT(r=100_000), r"r <= min\(in_features, out_features\) = 8, got r = 100000"),
+        (lp.LoRA(r=100_000), r"r <= min\(in_features, out_features\) = 8, got r = 100000"),
+        (lp.KaSA(r=8), r"r < min\(in_features, out_features\) = 8, got r = 8|r <= "),
+    ],
+    ids=["HRA", "AdaMSS", "PSOFT", "LoRA", "KaSA"],
+)
+def test_a_rank_above_the_layers_size_is_refused_before_anything_is_built(
+    method: Any, match: str
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8))
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=f"on '0': expected .*{match}"):
+        lp.attach(model, dataclasses.replace(method, target_modules=["0"]))
+    assert list(model.state_dict()) == before

@@ -104,11 +104,56 @@ def test_without_the_context_it_is_a_prompt() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({}, "the init_ids of examples"),
+        ({}, "init_ids of a text"),
         ({"init_ids": [1, 2], "types": [1]}, "one type >= 0 per id"),
-        ({"init_ids": [1], "types": [1], "epsilon": 0.0}, "epsilon and format_epsilon > 0"),
+        ({"init_ids": [1], "types": [1], "epsilon": 0.0}, "epsilon > 0"),
+        (
+            {"init_ids": [1, 2], "types": [1, 2], "n": 20},
+            "n = 2, the number of .*got n = 20",
+        ),
     ],
 )
 def test_bad_values(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         lp.CPT(**fields)
+
+
+def test_the_length_is_that_of_the_ids() -> None:
+    assert lp.CPT(init_ids=IDS, types=TYPES).n == lp.CPT(init_ids=IDS, types=TYPES, n=8).n == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        (
+            {"logits": [1.0]},
+            TypeError,
+            r"logits: expected numbers \[batch, positions",
+        ),
+        ({"logits": torch.zeros(2, 14)}, ValueError, r"logits: expected .*, got \[2, 14\]"),
+        (
+            {"labels": torch.zeros(2, 6)},
+            TypeError,
+            "labels: expected token ids .* torch.float32",
+        ),
+        ({"labels": torch.zeros(6).long()}, ValueError, r"labels: expected .* got \[6\]"),
+        ({"labels": torch.zeros(3, 6).long()}, ValueError, "labels: expected 2 rows"),
+        (
+            {"types": torch.zeros(2, 5).long()},
+            ValueError,
+            "types: expected the shape of",
+        ),
+        ({"method": lp.LoRA()}, TypeError, r"method: expected the CPT\(\.\.\.\)"),
+    ],
+)
+def test_loss_refuses_what_does_not_fit(
+    changes: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    given = {
+        "logits": torch.zeros(2, 14, 50),
+        "labels": torch.zeros(2, 6).long(),
+        "method": lp.CPT(init_ids=IDS, types=TYPES),
+        **changes,
+    }
+    with pytest.raises(error, match=text):
+        lp.cpt_loss(**given)

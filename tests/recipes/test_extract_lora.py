@@ -239,6 +239,12 @@ def test_refused_arguments(tmp_path: Path) -> None:
     base, _ = build("bert")
     with pytest.raises(ValueError, match="rank r >= 1, got 0"):
         lp.extract_lora(base, base, 0)
+    with pytest.raises(TypeError, match="r: expected a whole number"):
+        lp.extract_lora(base, base, 4.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tuned: expected a model, or a path"):
+        lp.extract_lora(base, base.state_dict(), 4)
+    with pytest.raises(TypeError, match="base: expected a model, or a path"):
+        lp.extract_lora(None, base, 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected directory="):
         lp.extract_lora(tmp_path, base, 4)
 

@@ -11,11 +11,12 @@ from lightning_peft.methods.base.router import RouterMethod
 from lightning_peft.methods.base.select import SelectMethod
 from lightning_peft.methods.base.sequence import SequenceMethod
 from lightning_peft.methods.base.step import StepContext, overrides_step_hooks
-from lightning_peft.methods.base.weight import InitData, WeightMethod
+from lightning_peft.methods.base.weight import FromWeight, InitData, WeightMethod
 from lightning_peft.methods.exchange import HFEntry, HFFormat
 
 __all__ = [
     "BlockMethod",
+    "FromWeight",
     "HFEntry",
     "HFFormat",
     "InitData",

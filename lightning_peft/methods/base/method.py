@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lightning_peft.methods.exchange import HFFormat
+from lightning_peft.methods.limits import Limit, check_limits
 
 __all__ = ["Method", "Targeted"]
 
@@ -20,6 +22,13 @@ class Method:
 
     #: Row of the architectures' table that `target_modules=None` means.
     default_targets: ClassVar[str] = "lora"
+
+    #: Argument → the rule for its value, beside those of the classes it derives from.
+    limits: ClassVar[Mapping[str, Limit]] = {}
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_limits(self)
 
     @property
     def label(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -15,7 +15,10 @@ from lightning_peft.core.site import Site
 from lightning_peft.methods.base.method import Method, Targeted
 from lightning_peft.methods.base.step import StepContext, overrides_step_hooks
 
-__all__ = ["InitData", "WeightMethod"]
+__all__ = ["FromWeight", "InitData", "SiteRule", "WeightMethod"]
+
+#: (method, site) → ValueError where the method has no meaning at this site.
+SiteRule = Callable[[Any, Site], None]
 
 
 class InitData(StrEnum):
@@ -46,6 +49,9 @@ class WeightMethod(Targeted):
     #: Dtype in which `initialise` gets the weight; None for the stored one, without a copy.
     start_dtype: ClassVar[torch.dtype | None] = torch.float32
 
+    #: Rules for the layers that the method takes.
+    site_rules: ClassVar[tuple[SiteRule, ...]] = ()
+
     @property
     def edit_refers_to_tensors(self) -> bool:
         """Whether `edit` only arranges the adapter's tensors and fixed numbers."""
@@ -53,6 +59,8 @@ class WeightMethod(Targeted):
 
     def check(self, site: Site) -> None:
         """Raise ValueError where the method has no meaning at this site; nothing is changed yet."""
+        for rule in self.site_rules:
+            rule(self, site)
 
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """Trained tensors at their start, on the CPU or on meta, in fp32."""
@@ -216,3 +224,12 @@ class WeightMethod(Targeted):
 
     def after_step(self, ctx: StepContext) -> None:
         """Called after the optimizer's step, gradients still there."""
+
+
+class FromWeight(WeightMethod):
+    """Base of methods whose `initialise` fills tensors from the weight."""
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Always."""
+        return True
