@@ -101,7 +101,7 @@ def plan_quantization(
         if arrived:
             plan.transcoded.append(name)
         else:
-            _require_finite(name, module, layout)
+            _require_values(storage, name, module, layout, quantization)
         plan.layers.append((name, module, layout))
     if not plan.layers:
         _warn_nothing_packed(model, plan)
@@ -208,10 +208,20 @@ def _keep_in_fp32(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def _require_finite(name: str, module: nn.Module, layout: WeightLayout) -> None:
+def _require_values(
+    storage: Storage, name: str, module: nn.Module, layout: WeightLayout, config: StorageConfig
+) -> None:
+    """Raise if a weight is not finite, or is on the meta device and the storage needs values."""
     for key in layout.names:
         weight = parameter_at(module, key).detach()
-        if weight.device.type == "meta" or torch.isfinite(weight).all():
+        empty = weight.device.type == "meta"
+        if empty and not storage.quantizes_meta:
+            raise ValueError(
+                f"quantize {quoted(name)} {key}: expected weights with values for {config}, got "
+                "one on the meta device; build the model in memory, or use "
+                "quantization='nf4', which base_from packs while it reads"
+            )
+        if empty or torch.isfinite(weight).all():
             continue
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(

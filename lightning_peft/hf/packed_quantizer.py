@@ -27,6 +27,7 @@ from lightning_peft.hf.packed_conversions import by_outputs_last, written_conver
 from lightning_peft.hf.packed_files import dtypes_of, metadata_of, open_slices, shapes_of
 from lightning_peft.models.packed_layers import (
     PackedLayer,
+    add_config_file,
     declare_packed,
     dense_patterns,
     released_config,
@@ -39,6 +40,8 @@ from lightning_peft.storage.tensor_files import TensorFiles
 __all__ = ["PackedQuantizer", "loaded"]
 
 _METHOD = "lightning_peft"
+#: Settings that tell apart the formats of one ``quant_method``.
+_KINDS = ("quant_algo", "format", "config_groups", "checkpoint_format")
 
 
 @register_quantization_config(_METHOD)
@@ -60,6 +63,7 @@ def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
     """The model of a directory with packed weights; see `load_packed`."""
     given = dict(options)
     config = given.pop("config", None) or AutoConfig.from_pretrained(folder)
+    add_config_file(config, folder)
     released = released_config(config)
     if released is None:
         raise ValueError(
@@ -67,6 +71,13 @@ def loaded(model_class: Any, folder: Path, options: Mapping[str, Any]) -> Any:
             f"one; load it with {model_class.__name__}.from_pretrained"
         )
     if not released_formats(released):
+        if released.get("quant_method") in released_methods():
+            told = {key: released[key] for key in _KINDS if key in released}
+            raise ValueError(
+                f"load_packed {folder}: expected a kind of {released['quant_method']!r} that a "
+                f"storage reads, got {told}; load the model dequantised, or with the library of "
+                "this format"
+            )
         raise ValueError(
             f"load_packed {folder}: expected quant_method in {released_methods()}, got "
             f"{released.get('quant_method')!r}; load the model dequantised, or with the library of "

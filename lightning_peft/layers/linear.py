@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from lightning_peft_kernels.autograd import in_functorch_transform
-from lightning_peft_kernels.dispatch import select
+from lightning_peft_kernels.dispatch import current_backend, launches
 from lightning_peft_kernels.scale.ops import output_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,7 +49,7 @@ class _FeaturesOps(MatrixOps):
 
     def scale_out(self, m: nn.Module, y: Tensor, scale: Tensor) -> Tensor:
         """Y diag(scale); one kernel each way where there is one, which saves passes in backward."""
-        if select("output_scale", y.device, y.dtype).backend == "triton":
+        if launches("output_scale", y.device, y.dtype, current_backend()):
             return output_scale(y, scale.to(y.dtype))
         return super().scale_out(m, y, scale)
 

@@ -80,18 +80,18 @@ class DoRA(LoRA):
             if base is None
             else [(slice(None), site.quantization_roundtrip(base))]
         )
-        p["magnitude"] = self._norm(p, site, read)
+        p["magnitude"] = self._norm(p, self.scaling(site, p["A"].shape[-2]), read)
         return base
 
     def _norm(
-        self, p: Mapping[str, Tensor], site: Site, weights: Iterable[tuple[slice, Tensor]]
+        self, p: Mapping[str, Tensor], s: float, weights: Iterable[tuple[slice, Tensor]]
     ) -> Tensor:
         """‖W + s B A‖ by rows, fp32 [*batch, out]; of experts a few at a time."""
         A, B = p["A"].detach().float(), p["B"].detach().float()
-        s = self.scaling(site, A.shape[-2])
         norms = []
         for part, W in weights:
-            a, b = ((t[part] if t.ndim == 3 else t).to(W.device) for t in (A, B))
+            a, b = (A[part], B[part]) if A.ndim == 3 else (A, B)
+            a, b = a.to(W.device), b.to(W.device)
             cross = (W @ a.mT * b).sum(-1)
             own = (b @ (a @ a.mT) * b).sum(-1)
             square = torch.linalg.vector_norm(W, dim=-1).square() + 2 * s * cross + s * s * own
@@ -100,11 +100,12 @@ class DoRA(LoRA):
 
     def edit(self, p: Mapping[str, Tensor], site: Site) -> Edit:
         """Rows of W + s B A scaled by magnitude / norm; the bias is not."""
+        A = p["A"]
+        s = self.scaling(site, A.shape[-2])
         with torch.no_grad():
-            norm = self._norm(p, site, site.iter_expert_chunks(torch.float32))
+            norm = self._norm(p, s, site.iter_expert_chunks(torch.float32))
         scale = p["magnitude"] / norm.clamp_min(torch.finfo(torch.float32).tiny).to(
             p["magnitude"].dtype
         )
-        A = p["A"]
-        term = LowRank(A, p["B"], self.scaling(site, A.shape[-2]))
+        term = LowRank(A, p["B"], s)
         return Edit(terms=(term,), out_scale=scale, dropout=self.dropout)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
@@ -28,6 +29,9 @@ from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.registry import register
 
 __all__ = ["QuantAwareLoRA"]
+
+# Flag → its version and value. Reading it in every forward would have the host wait for the device.
+_FLAGS = WeakIdKeyDictionary()
 
 
 @register
@@ -75,7 +79,7 @@ class QuantAwareLoRA(LoRA):
         """W + s B A, and what rounding adds to it, which has no gradient of its own."""
         plain = super().edit(p, site)
         # A branch on a buffer: before `start` nothing is quantised, and the fused kernels run.
-        if not bool(p["rounding"]):
+        if not _is_set(p["rounding"]):
             return plain
         # What merging forms, in fp32: under autocast B A would be rounded before Q rounds it.
         with torch.no_grad(), torch.autocast(site.device.type, enabled=False):
@@ -91,3 +95,14 @@ class QuantAwareLoRA(LoRA):
         if ctx.total_steps is not None and ctx.step >= self.start * ctx.total_steps:
             for _, p in ctx.entries:
                 p["rounding"].fill_(1.0)
+
+
+def _is_set(flag: Tensor) -> bool:
+    """Whether a flag is set; read from its device once, and again after it was written."""
+    if torch.compiler.is_compiling() or flag.is_inference():
+        return bool(flag)
+    version, value = _FLAGS.get(flag, (None, False))
+    if version != flag._version:
+        version, value = flag._version, bool(flag)
+        _FLAGS[flag] = version, value
+    return bool(value)

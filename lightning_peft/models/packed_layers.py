@@ -6,7 +6,9 @@ plan without values, the storages hold them and the layers get their forward.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +24,7 @@ from lightning_peft.storage.block_scaled import BlockScaledStorage
 from lightning_peft.storage.registry import released_formats
 from lightning_peft.storage.released_format import DeclaredWeight, ReleasedWeight
 
-__all__ = ["PackedLayer", "declare_packed", "dense_patterns", "released_config"]
+__all__ = ["PackedLayer", "add_config_file", "declare_packed", "dense_patterns", "released_config"]
 
 _Weights = Mapping[str, tuple[BlockScaledStorage, torch.Size, DeclaredWeight]]
 
@@ -88,8 +90,23 @@ def released_config(config: Any) -> dict[str, Any] | None:
     for holder in (config, getattr(config, "text_config", None)):
         found = getattr(holder, "quantization_config", None)
         if found is not None:
-            return dict(found if isinstance(found, Mapping) else found.to_dict())
+            released = dict(found if isinstance(found, Mapping) else found.to_dict())
+            if released.get("quant_method") == "modelopt":  # older files: one level down
+                released |= released.pop("quantization", None) or {}
+            return released
     return None
+
+
+def add_config_file(config: Any, folder: Path) -> None:
+    """Give a config the settings that Model Optimizer writes to a file of their own; in place.
+
+    Args:
+        config: Hugging Face configuration.
+        folder: Its directory, with ``hf_quant_config.json`` if the settings are there.
+    """
+    file = folder / "hf_quant_config.json"
+    if released_config(config) is None and file.is_file():
+        config.quantization_config = {"quant_method": "modelopt", **json.loads(file.read_text())}
 
 
 def dense_patterns(model: Any, released: Mapping[str, Any]) -> list[str]:

@@ -22,9 +22,13 @@ Group = dict[str, Any]
 
 
 class _Item(NamedTuple):
+    """A parameter with its gradient and group; `shard` and `part` are what this process holds."""
+
     param: Tensor
     grad: Tensor
     group: Group
+    shard: Tensor
+    part: Tensor
 
 
 class PooledOptimizer(torch.optim.Optimizer):
@@ -78,20 +82,19 @@ class PooledOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        items = [
-            _Item(p, p.grad, group)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        if any(item.grad.is_sparse for item in items):
-            raise RuntimeError(
-                f"{type(self).__name__}: expected dense gradients, got sparse; use sparse=False"
-            )
-        pools = self._pools()
         by_device: dict[torch.device, list[_Item]] = defaultdict(list)
-        for item in items:
-            by_device[local(item.param).device].append(item)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: expected dense gradients, got sparse; use "
+                        "sparse=False"
+                    )
+                shard = local(p)
+                by_device[shard.device].append(_Item(p, p.grad, group, shard, local(p.grad)))
+        pools = self._pools()
         founds = {device: self._found(part, device) for device, part in by_device.items()}
         if len(founds) > 1:
             together = float(sum(float(found) for found in founds.values()) > 0)
@@ -107,14 +110,14 @@ class PooledOptimizer(torch.optim.Optimizer):
             pool.prefetch()
             kinds: dict[tuple[Any, ...], list[_Item]] = defaultdict(list)
             for item in part:
-                if local(item.param).numel():
+                if item.shard.numel():
                     kinds[item.param.dtype, item.grad.dtype, item.group["maximize"]].append(item)
             for same in kinds.values():
                 self._update(pool, same, found)
 
     def _found(self, items: list[_Item], device: torch.device) -> Tensor:
         """Return 1 if a gradient is not finite, else 0: an fp32 scalar, without a wait."""
-        grads = [local(item.grad) for item in items]
+        grads = [item.part for item in items]
         scaler = getattr(self, "found_inf", None)
         found = torch.zeros((), device=device)
         if device.type == "cpu":
@@ -135,10 +138,10 @@ class PooledOptimizer(torch.optim.Optimizer):
 
     def _hyper(self, pool: StatePool, items: list[_Item]) -> Tensor:
         """Return the rows for `pooled_8bit_step`, computed in fp64 and rounded once."""
-        told = [
-            (float(g["lr"]), g["weight_decay"], g["eps"], *map(float, g["betas"]))
-            for _, _, g in items
-        ]
+        told = []
+        for item in items:
+            g = item.group
+            told.append((float(g["lr"]), g["weight_decay"], g["eps"], *map(float, g["betas"])))
         lr, decay, eps, beta1, beta2 = rows_on(pool.steps.device, told, torch.float64).unbind(1)
         rows = pool.rows_of([item.param for item in items])
         step, eps = self._sizes(lr, eps, beta1, beta2, pool.steps[rows].double())
@@ -153,13 +156,13 @@ class PooledOptimizer(torch.optim.Optimizer):
         return lr * second / (1 - beta1**steps), eps * second
 
     def _update(self, pool: StatePool, items: list[_Item], found: Tensor) -> None:
-        shards = [local(item.param) for item in items]
+        shards = [item.shard for item in items]
         whole = [shard.detach().contiguous() for shard in shards]
         scale = getattr(self, "grad_scale", None)
         pooled_8bit_step(
             PooledStep(
                 whole,
-                [local(item.grad).contiguous() for item in items],
+                [item.part.contiguous() for item in items],
                 [pool.starts[item.param] for item in items],
                 self._hyper(pool, items),
                 code1=pool.fields["state1"],
@@ -281,12 +284,12 @@ class PagedAdamW32bit(PooledOptimizer):
             groups[id(item.group)].append(item)
         scale = getattr(self, "grad_scale", None)
         for own in groups.values():
-            group, shards = own[0].group, [local(item.param) for item in own]
+            group, shards = own[0].group, [item.shard for item in own]
             # torch's fused step expects one dtype, so half precision goes through fp32 copies.
             masters = [shard.detach().float() for shard in shards]
             torch._fused_adamw_(
                 masters,
-                [local(item.grad).float() for item in own],
+                [item.part.float() for item in own],
                 [pool.views[item.param]["exp_avg"] for item in own],
                 [pool.views[item.param]["exp_avg_sq"] for item in own],
                 [],

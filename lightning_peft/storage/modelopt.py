@@ -37,7 +37,7 @@ class _ModelOpt(BlockScaledStorage, ABC):
         {"weight": ["weight", "weight_scale", "weight_scale_2", "input_scale"]}
     )
     #: ``quant_algo`` of the configurations.
-    algorithm: ClassVar[str]
+    algorithms: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def _layout(self, weight: ReleasedWeight) -> BlockLayout:
@@ -48,9 +48,8 @@ class _ModelOpt(BlockScaledStorage, ABC):
         """Codes and scales of one weight."""
 
     def reads(self, config: Mapping[str, Any]) -> bool:
-        """A configuration with this algorithm."""
-        algorithm = config.get("quant_algo") or (config.get("quantization") or {}).get("quant_algo")
-        return super().reads(config) and algorithm == self.algorithm
+        """A configuration with one of these algorithms."""
+        return super().reads(config) and config.get("quant_algo") in self.algorithms
 
     def skipped(self, config: Mapping[str, Any]) -> Sequence[str] | None:
         """None of transformers' patterns: `declare` reads the library's own list."""
@@ -77,7 +76,7 @@ class NVFP4Storage(_ModelOpt):
     """e2m1 codes, e4m3 scales of 16 inputs, one fp32 scale per matrix."""
 
     label = "nvfp4"
-    algorithm = "NVFP4"
+    algorithms = ("NVFP4", "W4A16_NVFP4")
     allows_zero_scales = True
 
     def _layout(self, weight: ReleasedWeight) -> BlockLayout:
@@ -98,7 +97,7 @@ class ModelOptFP8Storage(_ModelOpt):
     """e4m3 codes with one scale per matrix."""
 
     label = "fp8 (modelopt)"
-    algorithm = "FP8"
+    algorithms = ("FP8",)
 
     def _layout(self, weight: ReleasedWeight) -> BlockLayout:
         return BlockLayout("e4m3", 0, 0, weight.halves, "float32")

@@ -17,7 +17,7 @@ def check_replicas(replicas: int, world: int) -> None:
     Raises:
         ValueError: with the numbers that can be given.
     """
-    if replicas < 1 or world % replicas:
+    if type(replicas) is not int or replicas < 1 or world % replicas:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(
             f"peft_fsdp replicas: expected a divisor of the {world} ranks, one of {fits}, got "
@@ -31,7 +31,7 @@ def check_context(size: int, world: int) -> None:
     Raises:
         ValueError: with the numbers that can be given.
     """
-    if size < 1 or world % size:
+    if type(size) is not int or size < 1 or world % size:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(
             f"peft_fsdp context_parallel: expected a divisor of the {world} ranks, one of {fits}, "

@@ -165,6 +165,13 @@ def test_without_packed_weights_there_is_nothing_to_cache(base: Path) -> None:
         read(base, quantization=None)
 
 
+def test_a_storage_that_needs_values_is_refused_on_meta(base: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    words = "q_proj' weight: expected weights with values for .*int8.*, got one on the meta device"
+    with pytest.raises(ValueError, match=words):
+        read(base, quantization="int8")
+
+
 def test_a_cache_needs_a_base() -> None:
     words = "packed_cache: expected base_from beside it, got cache alone"
     with pytest.raises(ValueError, match=f"PEFT {words}"):

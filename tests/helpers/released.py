@@ -325,6 +325,17 @@ def pack_modelopt(key: str, W: Tensor) -> State:
     }
 
 
+def pack_modelopt_fp8(key: str, W: Tensor) -> State:
+    """One scale per matrix."""
+    s = W.abs().max() / 448
+    name = key.removesuffix("weight")
+    return {
+        key: (W / s).clamp(-448, 448).to(torch.float8_e4m3fn),
+        f"{key}_scale": s,
+        f"{name}input_scale": torch.tensor(0.01),
+    }
+
+
 def modelopt_state(packed: State) -> State:
     found = {}
     for key, t in packed.items():
@@ -575,6 +586,10 @@ RELEASED |= {
     "modelopt nvfp4": Released(
         llama, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
         pack_modelopt, modelopt_state, "nvfp4",
+    ),
+    "modelopt fp8": Released(
+        llama, {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+        pack_modelopt_fp8, modelopt_state, "fp8 (modelopt)",
     ),
     "modelopt nvfp4 experts": Released(
         qwen3_moe,

@@ -145,6 +145,48 @@ def make(name: str, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_NVFP4"])
+def test_modelopt_settings_in_a_file_of_their_own(
+    algorithm: str, nested: bool, tmp_path: Path
+) -> None:
+    """Model Optimizer writes hf_quant_config.json; in config.json it may be one level down."""
+    folder, _ = make("modelopt nvfp4", tmp_path)
+    want = load(folder).state_dict()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    told = {"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}}
+    if nested:
+        config["quantization_config"] = {"quant_method": "modelopt", **told}
+    else:
+        del config["quantization_config"]
+        (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    path.write_text(json.dumps(config))
+    got = load(folder)
+    assert all(torch.equal(t, want[key]) for key, t in got.state_dict().items())
+    got.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again").state_dict()
+    assert all(torch.equal(t, want[key]) for key, t in again.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("modelopt nvfp4", {"quant_algo": "NVFP4_AWQ"}, "{'quant_algo': 'NVFP4_AWQ'}"),
+        ("gptq", {"checkpoint_format": "marlin"}, "{'checkpoint_format': 'marlin'}"),
+        ("int4", {"config_groups": {}}, "'config_groups': {}"),
+    ],
+)
+def test_kinds_that_no_storage_reads(
+    name: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """The setting is named, not the `quant_method`, which is known."""
+    folder, _ = make(name, tmp_path)
+    configure(folder, **settings)
+    with pytest.raises(ValueError, match=rf"a kind of .* that a storage reads, got .*{message}"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -108,7 +108,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = projections._GroupedProjections.forward
 
     def counted(ctx: Any, x: Tensor, group: Any, *rest: Any) -> Any:
-        seen.append(len(group.shapes))
+        seen.append(len(group.rows))
         return forward(ctx, x, group, *rest)
 
     monkeypatch.setattr(projections._GroupedProjections, "forward", staticmethod(counted))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import lightning_peft as lp
 from tests.helpers.compare import assert_close, assert_same_bits
+from tests.helpers.created_tensors import CreatedTensors
 from tests.helpers.peft_exchange import build, randomise, run
 
 STORAGES = {
@@ -144,3 +145,26 @@ def test_it_is_no_adapter_of_peft(tmp_path: Any) -> None:
     lp.attach(base, lp.QuantAwareLoRA(r=2))
     with pytest.raises(ValueError, match="expected a method that peft has too"):
         lp.save_adapter(base, tmp_path)
+
+
+def test_the_flag_is_read_when_it_was_written_and_not_in_every_forward() -> None:
+    """A read waits for the device."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    method = lp.QuantAwareLoRA(r=4, target_modules="all-linear")
+    lp.attach(model, method, quantization=lp.Quantization("nf4"))
+    randomise(model)
+    x, flag = torch.randn(3, 64), model[0].peft["default"].rounding  # type: ignore[union-attr, index]
+    plain = model(x)
+    with CreatedTensors() as again:
+        model(x)
+    assert again.read == set()
+    flag.fill_(1.0)  # type: ignore[operator]
+    with CreatedTensors() as written:
+        rounded = model(x)
+    assert "lightning_peft.methods.quant_aware._is_set" in written.read
+    assert not torch.equal(rounded, plain)
+    saved = model.state_dict()
+    flag.zero_()  # type: ignore[operator]
+    assert torch.equal(model(x), plain)
+    model.load_state_dict(saved | {"0.peft.default.rounding": torch.ones(1)})
+    assert torch.equal(model(x), rounded)

@@ -5,12 +5,14 @@ Run where a library is installed: ``pytest -m slow``. No test needs a GPU.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -42,9 +44,13 @@ def check(quantization: dict[str, Any], packer: Packer, folder: Path, config: An
     )  # fmt: skip
     case = Released(config, quantization, pack, dequantised, "")
     packed, dense = write_case(case, folder)
+    model = lp.load_packed(AutoModelForCausalLM, packed, dtype=torch.float32)
+    compare(model, AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32))
+
+
+def compare(model: Any, oracle: Any) -> None:
+    """Outputs and gradients of adapters."""
     ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(1))
-    model: Any = lp.load_packed(AutoModelForCausalLM, packed, dtype=torch.float32)
-    oracle: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     for m in (model, oracle):
         torch.manual_seed(0)
         lp.attach(m.train(), lp.LoRA(r=2, target_modules="all-linear"))
@@ -174,3 +180,42 @@ def test_autoawq(tmp_path: Path) -> None:
         {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
         packer, tmp_path,
     )  # fmt: skip
+
+
+# ---- Model Optimizer
+
+
+@pytest.mark.parametrize("name", ["FP8", "NVFP4"])
+def test_modelopt(name: str, tmp_path: Path) -> None:
+    """A directory of `export_hf_checkpoint`, against the weights that the library dequantises."""
+    quantization = pytest.importorskip("modelopt.torch.quantization")
+    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    oracle: Any = AutoModelForCausalLM.from_config(llama(), dtype=torch.float32)
+    made = copy.deepcopy(oracle)
+    made.config.architectures = [type(oracle).__name__]
+    quantization.quantize(
+        made, getattr(quantization, f"{name}_DEFAULT_CFG"), lambda model: model(ids)
+    )
+    export_hf_checkpoint(made, dtype=torch.float32, export_dir=tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    for key, t in files.items():
+        scale = files.get(f"{key}_scale")
+        if scale is None or key.endswith("_scale"):
+            continue
+        if name == "FP8":
+            dense = t.float() * scale
+        else:
+            plain = oracle.get_parameter(key)
+            packed = NVFP4QTensor(plain.shape, plain.dtype, t)
+            dense = packed.dequantize(
+                scale=scale, double_scale=files[f"{key}_scale_2"], block_sizes={-1: 16}
+            )
+        oracle.get_parameter(key).data.copy_(dense)
+    model: Any = lp.load_packed(AutoModelForCausalLM, tmp_path, dtype=torch.float32)
+    codes = model.model.layers[0].mlp.up_proj.get_parameter("weight")
+    assert codes.dtype == torch.uint8
+    compare(model, oracle)

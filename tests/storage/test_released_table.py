@@ -22,7 +22,7 @@ COLUMNS = {
     "int4, int8, FP8, NVFP4 (compressed-tensors)": [
         "int4", "int4 experts", "int4 zero points", "int8", "fp8 rows", "nvfp4"
     ],
-    "NVFP4 (modelopt)": ["modelopt nvfp4", "modelopt nvfp4 experts"],
+    "NVFP4, FP8 (modelopt)": ["modelopt nvfp4", "modelopt nvfp4 experts", "modelopt fp8"],
     "AWQ, GPTQ": [
         "awq", "awq experts", "gptq", "gptq_v2", "gptq experts", "gptq desc_act"
     ],

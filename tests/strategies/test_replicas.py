@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_peft.strategies.meshes import check_replicas
+from lightning_peft.strategies.meshes import check_context, check_replicas
 from tests.helpers.distributed.jobs import Job, build
 from tests.helpers.distributed.processes import Processes, difference, result, run
 from tests.strategies.test_stream import save_sharded
@@ -72,6 +72,10 @@ def test_numbers_that_do_not_divide_the_ranks(tmp_path: Path) -> None:
     check_replicas(2, 4)
     with pytest.raises(ValueError, match=r"a divisor of the 6 ranks, one of \[1, 2, 3, 6\], got 4"):
         check_replicas(4, 6)
+    for wrong in ("2", 2.0, True):
+        for check in (check_replicas, check_context):
+            with pytest.raises(ValueError, match="expected a divisor of the 6 ranks"):
+                check(wrong, 6)  # type: ignore[arg-type]
     options = {"replicas": 3}
     job = Job("run", str(tmp_path), devices=2, strategy="peft_fsdp", strategy_options=options)
     group = Processes(2, [job], tmp_path)

@@ -21,8 +21,15 @@ from typing import Literal, TypeVar
 
 import torch
 
-from lightning_peft_kernels.chips import chip_of
-from lightning_peft_kernels.launch import any_failure, attempt, configuration, failure
+from lightning_peft_kernels.chips import CHIPS, chip_of
+from lightning_peft_kernels.launch import (
+    LaunchError,
+    any_failure,
+    configuration,
+    failure,
+    launches_freely,
+    note_refusal,
+)
 from lightning_peft_kernels.races import Question, measured
 
 __all__ = [
@@ -32,6 +39,7 @@ __all__ = [
     "configuration",
     "current_backend",
     "fastest",
+    "launches",
     "run",
     "select",
     "triton_available",
@@ -142,6 +150,8 @@ def select(
     if requested == "torch":
         return Decision("torch", "requested")
     # Every launch asks here, so the usual answer takes as few calls as possible.
+    if requested == "auto" and dtype in _FLOATS and launches_freely(device) and triton_available():
+        return Decision("triton", f"{op} on {device.type}")
     if chip_of(device) is not None and dtype in _FLOATS and triton_available():
         if requested == "triton":
             return Decision("triton", "requested")
@@ -154,6 +164,13 @@ def select(
     if requested == "triton":
         raise RuntimeError(f"{op}: expected a device for Triton, got {blocked}; use kernels='auto'")
     return Decision("torch", blocked)
+
+
+def launches(op: str, device: torch.device, dtype: torch.dtype, backend: Backend) -> bool:
+    """Whether `select` chooses Triton; it makes no reason in the usual case."""
+    if backend == "auto" and dtype in _FLOATS and launches_freely(device) and triton_available():
+        return True
+    return select(op, device, dtype, backend).backend == "triton"
 
 
 def fastest(
@@ -200,11 +217,15 @@ def run(
         cpu: Computes it for CPU tensors, whichever backend is requested: weights may be packed on
             the host before a run on a GPU.
     """
-    if cpu is not None and device.type == "cpu" and chip_of(device) is None:
+    if cpu is not None and device.type == "cpu" and device not in CHIPS:
         return cpu()
-    if select(op, device, dtype, backend).backend != "triton":
+    if not launches(op, device, dtype, backend):
         return otherwise()
-    return attempt(op, dtype, "", device, backend, triton, otherwise)
+    try:
+        return triton()
+    except LaunchError as error:
+        note_refusal(op, dtype, "", device, backend, error)
+    return otherwise()
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:

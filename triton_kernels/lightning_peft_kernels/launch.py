@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.chips import CHIPS
 from lightning_peft_kernels.verdicts import Verdict, device_key, read_verdicts
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "configuration",
     "failure",
     "launch",
+    "launches_freely",
+    "note_refusal",
     "use_verdicts",
 ]
 
@@ -104,17 +107,40 @@ def attempt(
     try:
         return run()
     except LaunchError as error:
-        if requested == "triton":
-            raise
-        _remember(op, configuration(dtype, detail), device, str(error))
+        note_refusal(op, dtype, detail, device, requested, error)
     return otherwise()
+
+
+def note_refusal(
+    op: str,
+    dtype: torch.dtype,
+    detail: str,
+    device: torch.device,
+    requested: str,
+    error: LaunchError,
+) -> None:
+    """Remember that a kernel cannot be launched; the caller runs the alternative. See `attempt`.
+
+    Raises:
+        LaunchError: The backend ``"triton"`` is requested.
+    """
+    if requested == "triton":
+        raise error
+    _remember(op, configuration(dtype, detail), device, str(error))
 
 
 def any_failure(device: torch.device) -> bool:
     """Whether any kernel is known not to run; false spares asking for each launch."""
-    if device.type == "cuda" and device not in _READ:
-        use_verdicts(device, read_verdicts(device_key(device)))
+    if device not in _READ:
+        if device.type == "cuda":
+            use_verdicts(device, read_verdicts(device_key(device)))
+        _READ.add(device)
     return bool(FAILURES)
+
+
+def launches_freely(device: torch.device) -> bool:
+    """Whether kernels were launched on a device and none is known to fail: nothing to look up."""
+    return not FAILURES and device in _READ and device in CHIPS
 
 
 def failure(op: str, configuration: str, device: torch.device) -> str:
@@ -135,7 +161,7 @@ def use_verdicts(device: torch.device, found: Mapping[tuple[str, str], Verdict])
 
 
 # A traced graph reads it as a constant; the ops in the graph ask again when they run.
-for _asked in (any_failure, failure):
+for _asked in (any_failure, failure, launches_freely):
     vars(_asked)["_dynamo_marked_constant"] = True
 
 

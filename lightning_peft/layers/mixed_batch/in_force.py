@@ -90,31 +90,29 @@ def any_mixed_batch() -> bool:
 
 def current_mixed_batch() -> MixedBatch | None:
     """Return the mix in force; None if all rows are under the acting adapters."""
-    found = _in_force_here()
+    found = _in_force_here() if scopes.exist else None
     return found if found is not None and found.names else None
 
 
 def current_choices() -> Choices:
     """Return the adapters that this thread or task chose, by registry; usually empty."""
-    found = _in_force_here()
+    found = _in_force_here() if scopes.exist else None
     return () if found is None else found.choices
 
 
 def current_facts() -> Mapping[str, Tensor]:
     """Return what is known about the samples of the batch; usually empty."""
-    found = _in_force_here()
+    found = _in_force_here() if scopes.exist else None
     return {} if found is None else found.facts
 
 
 def current_gates() -> Gates | None:
     """Return the factors on adapters that a router found; usually None."""
-    found = _in_force_here()
+    found = _in_force_here() if scopes.exist else None
     return None if found is None else found.gates
 
 
 def _in_force_here() -> MixedBatch | None:
-    if not scopes.exist:
-        return None
     return _find_outside_graph() if torch.compiler.is_compiling() else find_batch()
 
 

@@ -132,7 +132,8 @@ def expert_low_rank_gradients(
         _gradients_kernel, (columns, E), dY, Z, B, ends, parts, dB, S, N, R,
         BLOCK_M=_BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, num_warps=WARPS, num_stages=2,
     )  # fmt: skip
-    return sum_parts(parts, dY.dtype, scaling), dB
+    (dS,) = sum_parts(((parts, scaling),), dY.dtype)
+    return dS, dB
 
 
 def aot_specs() -> list[dict[str, Any]]:

@@ -83,11 +83,11 @@ class _FP8LoRALinear(KernelFunction):
         scale: Tensor,
         packing: Packing,
         spec: LoRASpec,
+        decision: Decision,
     ) -> Tensor:
         x2 = flatten_rows(x)
         shape, kind, block_size = packing
         how: dict[str, Any] = {"kind": kind, "block_size": block_size, "backend": spec.backend}
-        decision = select_fp8(shape, x.device)
         W8 = dequantize_e4m3(q, shape, scale, **how)
         x8, x_scale = quantize_rows_e4m3(x2, backend=spec.backend)
         y = scaled_mm(x8, x_scale, W8, scale, x.dtype, decision, fast=True)
@@ -131,7 +131,7 @@ class _FP8LoRALinear(KernelFunction):
                     dX = add_maybe_inplace(dX, low.to(dX.dtype))
             dX = dX.view(*ctx.leading, dX.shape[-1])
         d_bias = dY2.sum(0) if needs_bias else None
-        return dX, d_bias, dA, dB, None, None, None, None
+        return dX, d_bias, dA, dB, None, None, None, None, None
 
 
 def fp8_lora_linear(
@@ -179,5 +179,7 @@ def fp8_lora_linear(
         x, A, B, bias, spec = prepare(x, A, B, bias, scaling, dropout_p)
     packing = Packing(tuple(shape), kind, block_size)
     with autocast_off(x.device.type):
-        y: Tensor = apply_or_forward(_FP8LoRALinear, x, bias, A, B, q, scale, packing, spec)
+        y: Tensor = apply_or_forward(
+            _FP8LoRALinear, x, bias, A, B, q, scale, packing, spec, decision
+        )
     return y

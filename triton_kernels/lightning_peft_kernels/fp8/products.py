@@ -48,12 +48,6 @@ def select_fp8(shape: Sequence[int], device: torch.device) -> Decision:
     return Decision("scaled_mm", "e4m3 products of the chip")
 
 
-def _lacks_e4m3(device: torch.device) -> bool:
-    """Whether kernels on this GPU cannot convert to e4m3; torch's own conversion works there."""
-    chip = chip_of(device)
-    return chip is not None and bool(chip.no_e4m3)
-
-
 def e4m3_scale(q: Packed4bit) -> Tensor:
     """Return s_W fp32 [1] of one weight."""
     return block_scales(q).abs().amax().clamp_min(_LEAST).div(_LARGEST).reshape(1)
@@ -85,7 +79,8 @@ def _dequantize_e4m3(
         W8 = (W * factor).to(_E4M3)
         return W8.mT.contiguous() if transposed else W8
 
-    if _lacks_e4m3(packed.device):
+    chip = chip_of(packed.device)
+    if chip is not None and chip.no_e4m3:  # torch's own conversion works there
         return by_torch()
     return run("dequantize_e4m3", packed.device, torch.bfloat16, backend, by_kernel, by_torch)
 
@@ -143,7 +138,8 @@ def _quantize_rows(x: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor
         scale = peak.clamp_min(_LEAST) / _LARGEST
         return (wide * (1.0 / scale)).to(_E4M3), scale
 
-    if _lacks_e4m3(x.device):
+    chip = chip_of(x.device)
+    if chip is not None and chip.no_e4m3:
         return by_torch()
     return run("quantize_rows_e4m3", x.device, x.dtype, backend, by_kernel, by_torch)
 

@@ -159,7 +159,8 @@ def lora_backward(
     dX = None
     dS, dA, dB = rank_backward(dY, x2, S, seed, A, B, spec, needs_A, needs_B, W is not None)
     if W is not None and dS is not None:
-        dX = torch.addmm(lora_up_backward(dS, A, seed, spec).to(dY.dtype), dY, W)
+        low = dS @ A if seed is None else lora_up_backward(dS, A, seed, spec)
+        dX = torch.addmm(low if low.dtype == dY.dtype else low.to(dY.dtype), dY, W)
     return dX, dA, dB
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_peft_kernels.autograd import scaled_linear
 from lightning_peft_kernels.dispatch import Backend, current_backend
-from lightning_peft_kernels.launch import attempt
+from lightning_peft_kernels.launch import LaunchError, note_refusal
 from lightning_peft_kernels.lora.selection import rank_detail, select_one_pass
 from lightning_peft_kernels.registration import define_op
 
@@ -57,17 +57,13 @@ def _rank_gradients(
     rank = B.shape[1]
     if not dY.numel() or select_one_pass(dY.device, dY.dtype, rank, backend).backend == "torch":
         return rank_gradients_reference(dY, S, B, scaling)
+    from lightning_peft_kernels.lora.rank_gradients_triton import low_rank_gradients
 
-    def by_kernel() -> tuple[Tensor, Tensor]:
-        from lightning_peft_kernels.lora.rank_gradients_triton import low_rank_gradients
-
+    try:
         return low_rank_gradients(dY.contiguous(), S.contiguous(), B.contiguous(), scaling)
-
-    def by_products() -> tuple[Tensor, Tensor]:
-        return rank_gradients_reference(dY, S, B, scaling)
-
-    detail = rank_detail(rank)
-    return attempt("rank_gradients", dY.dtype, detail, dY.device, backend, by_kernel, by_products)
+    except LaunchError as error:
+        note_refusal("rank_gradients", dY.dtype, rank_detail(rank), dY.device, backend, error)
+    return rank_gradients_reference(dY, S, B, scaling)
 
 
 def _rank_gradients_fake(

@@ -6,6 +6,7 @@ in order, so runs repeat bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,18 +90,22 @@ def low_rank_gradients(dY: Tensor, S: Tensor, B: Tensor, scaling: float) -> tupl
         dY, S, B, dS_parts, dB_parts, M, N, R, rows,
         BLOCK_M=_BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, num_warps=WARPS, num_stages=2,
     )  # fmt: skip
-    return sum_parts(dS_parts, dY.dtype, scaling), sum_parts(dB_parts, dY.dtype, 1.0)
+    dS, dB = sum_parts(((dS_parts, scaling), (dB_parts, 1.0)), dY.dtype)
+    return dS, dB
 
 
-def sum_parts(parts: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
-    """Sum the leading axis in order and multiply by `scaling`."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    size = out.numel()
-    launch(
-        _sum_kernel, (triton.cdiv(size, 1024),), parts, out, len(parts), size, scaling,
-        BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-    return out
+def sum_parts(parts: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> list[Tensor]:
+    """Sum the leading axis of each tensor in order and multiply by its factor."""
+    sums = []
+    for part, factor in parts:
+        out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
+        size = out.numel()
+        launch(
+            _sum_kernel, (-(-size // 1024),), part, out, len(part), size, factor,
+            BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        sums.append(out)
+    return sums
 
 
 def aot_specs() -> list[dict[str, Any]]:

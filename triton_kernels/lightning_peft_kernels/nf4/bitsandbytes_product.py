@@ -16,9 +16,10 @@ from lightning_peft_kernels.codebooks.eight_bit import dynamic_map
 from lightning_peft_kernels.nf4.bitsandbytes_library import bitsandbytes_library
 from lightning_peft_kernels.nf4.packed import Packed4bit
 
-__all__ = ["fused_tokens", "multiply"]
+__all__ = ["MOST_RULED", "fused_tokens", "multiply"]
 
-_MOST_TOKENS = 1536
+#: Tokens that its kernels take at most, as its rule does.
+MOST_RULED = 1536
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Rule = Callable[[int | None, torch.dtype, int, int, int], bool]
 
@@ -48,8 +49,8 @@ def _fused_tokens(
         return None
     if K % block_size:
         return 0
-    refused = (m for m in range(1, _MOST_TOKENS + 1) if not rule(device.index, dtype, m, N, K))
-    return next(refused, _MOST_TOKENS + 1) - 1
+    refused = (m for m in range(1, MOST_RULED + 1) if not rule(device.index, dtype, m, N, K))
+    return next(refused, MOST_RULED + 1) - 1
 
 
 @cache

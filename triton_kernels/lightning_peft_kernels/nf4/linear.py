@@ -137,7 +137,7 @@ class _NF4LoRALinear(KernelFunction):
         packing: Packing,
         spec: LoRASpec,
     ) -> Tensor:
-        x2 = flatten_rows(x)
+        x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         S, seed = lora_down(x2, A, spec)
         shape, kind, block_size = packing
         how = select_product(x.device, x.dtype, x2.shape[0], shape, spec.backend, block_size)
@@ -152,13 +152,15 @@ class _NF4LoRALinear(KernelFunction):
                 y = add_maybe_inplace(y, bias)
         ctx.save_for_backward(x, S, seed, A, B, *q)
         ctx.packing, ctx.spec = packing, spec
-        return unflatten_rows(y, x)
+        return y if x.ndim == 2 else unflatten_rows(y, x)
 
     @staticmethod
     def backward(ctx: _NF4LoRAContext, dY: Tensor) -> Grads:
         x, S, seed, A, B, *packed = ctx.saved_tensors
         spec = ctx.spec
-        x2, dY2 = flatten_rows(x), flatten_rows(dY)
+        x2, dY2 = x, dY
+        if x.ndim != 2:
+            x2, dY2 = x.reshape(-1, x.shape[-1]), dY.reshape(-1, dY.shape[-1])
         needs_X, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
         W = None
         if needs_X:
@@ -251,6 +253,12 @@ def nf4_lora_linear(
         packing = Packing(shape, kind, block_size)
         return linear_without_gradients(x, q, packing, bias, A, B, scaling)
     x, A, B, bias, spec = prepare(x, A, B, bias, scaling, dropout_p)
+    if torch.is_grad_enabled() and is_plain_eager(x.device.type):
+        if REORDERED:
+            drop_reordered(q)  # training resumes
+        packing = Packing(tuple(shape), kind, block_size)
+        trained: Tensor = _NF4LoRALinear.apply(x, bias, A, B, q, packing, spec)
+        return trained
     with autocast_off(x.device.type):
         if in_functorch_transform():
             W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size)

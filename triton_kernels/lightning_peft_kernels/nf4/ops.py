@@ -23,7 +23,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.dispatch import Backend, current_backend, run
+from lightning_peft_kernels.chips import CHIPS
+from lightning_peft_kernels.dispatch import Backend, current_backend, launches, run
+from lightning_peft_kernels.launch import LaunchError, note_refusal
 from lightning_peft_kernels.nf4 import cpu as nf4_cpu
 from lightning_peft_kernels.nf4.packed import Packed4bit
 from lightning_peft_kernels.nf4.reference import (
@@ -190,20 +192,18 @@ def dequantize_into(
 ) -> Tensor:
     """Compute `dequantize_4bit` without its checks and without torch's dispatcher."""
     device = q.packed.device
-
-    def by_kernel() -> Tensor:
+    if device.type == "cpu" and device not in CHIPS:
+        return _dequantize_cpu_into(q, shape, dtype, kind, block_size, out)
+    # As `dispatch.run`, without closures: every product of a step comes here twice.
+    if launches("dequantize_4bit", device, dtype, backend):
         from lightning_peft_kernels.nf4.dequantize_triton import dequantize
 
-        return dequantize(q, shape, dtype, kind, block_size, out)
-
-    def by_torch() -> Tensor:
-        W = dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
-        return W if out is None else out.copy_(W)
-
-    def by_lookup() -> Tensor:
-        return _dequantize_cpu_into(q, shape, dtype, kind, block_size, out)
-
-    return run("dequantize_4bit", device, dtype, backend, by_kernel, by_torch, cpu=by_lookup)
+        try:
+            return dequantize(q, shape, dtype, kind, block_size, out)
+        except LaunchError as error:
+            note_refusal("dequantize_4bit", dtype, "", device, backend, error)
+    W = dequantize_4bit_reference(q, shape, dtype, kind=kind, block_size=block_size)
+    return W if out is None else out.copy_(W)
 
 
 def _dequantize(

@@ -13,6 +13,7 @@ itself. Each y_i owns its columns of one [M, ΣN] buffer: a strided tensor, but 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -31,7 +32,6 @@ from lightning_peft_kernels.autograd import (
     in_functorch_transform,
     is_double_backward,
 )
-from lightning_peft_kernels.dispatch import Backend
 from lightning_peft_kernels.lora.linear import (
     LoRASpec,
     drop,
@@ -83,29 +83,26 @@ def nf4_grouped_projections_reference(
 
 
 class _Group(NamedTuple):
-    shapes: tuple[tuple[int, int], ...]
+    """Settings that forward and backward share.
+
+    Attributes:
+        packings: Layout of each W_i [N_i, K].
+        rows: N_i.
+        ranks: R_i.
+        specs: Settings of each low rank.
+        shares_input: Whether all A multiply the same x: no layer drops elements of its own.
+    """
+
+    packings: tuple[Packing, ...]
+    rows: tuple[int, ...]
     ranks: tuple[int, ...]
     specs: tuple[LoRASpec, ...]
-    kind: str
-    block_size: int
-
-    @property
-    def rows(self) -> list[int]:
-        return [N for N, _ in self.shapes]
-
-    @property
-    def shares_input(self) -> bool:
-        """Whether all A multiply the same x: no layer drops elements of its own."""
-        return not any(spec.dropout_p for spec in self.specs)
-
-    @property
-    def backend(self) -> Backend:
-        return self.specs[0].backend
+    shares_input: bool
 
     def weights(self, qs: Sequence[Packed4bit], dtype: torch.dtype) -> Tensor:
         """[W_1; …; W_g], dequantised."""
-        packings = [Packing(shape, self.kind, self.block_size) for shape in self.shapes]
-        return stacked_weights(list(zip(qs, packings, strict=True)), dtype, self.backend)
+        weights = list(zip(qs, self.packings, strict=True))
+        return stacked_weights(weights, dtype, self.specs[0].backend)
 
 
 def _down(
@@ -116,11 +113,10 @@ def _down(
         found = [lora_down(x2, A, spec) for A, spec in zip(As, group.specs, strict=True)]
         return [S for S, _ in found], [seed for _, seed in found]
     S = x2.to(group.specs[0].dtype) @ torch.cat(list(As)).mT
-    parts = S.split(group.ranks, dim=1)
-    scaled = [
-        part if spec.scaling == 1.0 else part * spec.scaling
-        for part, spec in zip(parts, group.specs, strict=True)
-    ]
+    scaled = list(S.split(group.ranks, dim=1))
+    for i, spec in enumerate(group.specs):
+        if spec.scaling != 1.0:
+            scaled[i] = scaled[i] * spec.scaling
     return scaled, [None] * len(As)
 
 
@@ -172,31 +168,37 @@ class _GroupedProjections(KernelFunction):
         qs: tuple[Packed4bit, ...],
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
-        g, lead = len(group.shapes), x.shape[:-1]
+        g, lead = len(group.rows), x.shape[:-1]
         biases, As, Bs = trained[:g], trained[g : 2 * g], trained[2 * g :]
         x2 = flatten_rows(x)
         Ss, seeds = _down(x2, As, group)
         parts = _up(x2, group.weights(qs, x.dtype), Ss, Bs, biases, group)
-        ctx.save_for_backward(x, *seeds, *Ss, *As, *Bs, *(t for q in qs for t in q))
+        ctx.save_for_backward(x, *seeds, *Ss, *As, *Bs, *itertools.chain(*qs))
         ctx.group = group
-        return tuple(torch.ops.aten._unsafe_view(part, (*lead, part.shape[-1])) for part in parts)
+        if x.ndim != 2:
+            for i, part in enumerate(parts):
+                parts[i] = torch.ops.aten._unsafe_view(part, (*lead, part.shape[-1]))
+        return tuple(parts)
 
     @staticmethod
     def backward(ctx: _Context, *dYs: Tensor) -> Grads:
         group = ctx.group
-        g, needs = len(group.shapes), ctx.needs_input_grad
+        g, needs = len(group.rows), ctx.needs_input_grad
         needs_X, needs_biases = needs[0], needs[3 : 3 + g]
         needs_As, needs_Bs = needs[3 + g : 3 + 2 * g], needs[3 + 2 * g :]
         x, *rest = ctx.saved_tensors
         seeds, Ss, As, Bs, packed = (
             rest[:g], rest[g : 2 * g], rest[2 * g : 3 * g], rest[3 * g : 4 * g], rest[4 * g :],
         )  # fmt: skip
-        qs = [Packed4bit(*packed[i : i + 4]) for i in range(0, 4 * g, 4)]
-        x2, rows_dYs = flatten_rows(x), [flatten_rows(dY) for dY in dYs]
-        d_biases = [
-            dY.sum(0) if need else None for dY, need in zip(rows_dYs, needs_biases, strict=True)
-        ]
-        W = group.weights(qs, dYs[0].dtype) if needs_X else None
+        x2, rows_dYs = flatten_rows(x), list(map(flatten_rows, dYs))
+        d_biases: list[Tensor | None] = [None] * g
+        if any(needs_biases):
+            for i, dY in enumerate(rows_dYs):
+                d_biases[i] = dY.sum(0) if needs_biases[i] else None
+        W = None
+        if needs_X:
+            qs = list(itertools.starmap(Packed4bit, zip(*[iter(packed)] * 4, strict=True)))
+            W = group.weights(qs, dYs[0].dtype)
         if is_double_backward():
             formula = functools.partial(_by_torch, group, seeds, W)
             wanted = [needs_X, *needs_As, *needs_Bs]
@@ -285,8 +287,10 @@ def nf4_grouped_projections(
     Raises:
         ValueError: The layers differ in K or in the dtype of their adapters.
     """
-    widths = {p.shape[1] for p in layers} | {x.shape[-1]}
-    dtypes = {p.A.dtype for p in layers} | {p.B.dtype for p in layers}
+    widths, dtypes = {x.shape[-1]}, set()
+    for p in layers:
+        widths.add(p.shape[1])
+        dtypes |= {p.A.dtype, p.B.dtype}
     if len(widths) > 1 or len(dtypes) > 1:
         raise ValueError(
             "nf4_grouped_projections: expected one input width and one adapter dtype, got widths "
@@ -300,19 +304,16 @@ def nf4_grouped_projections(
             )
             for p in layers
         ]  # fmt: skip
-    prepared = []
+    prepared, settings, shares_input = [], [], True
     for p in layers:
-        x, *tensors = prepare(x, p.A, p.B, p.bias, p.scaling, p.dropout_p)
-        prepared.append(tensors)
-    As, Bs, biases, specs = zip(*prepared, strict=True)
-    group = _Group(
-        tuple((N, K) for N, K in (p.shape for p in layers)),
-        tuple(A.shape[0] for A in As),
-        specs,
-        kind,
-        block_size,
-    )
-    qs = tuple(p.q for p in layers)
+        x, A, B, bias, spec = prepare(x, p.A, p.B, p.bias, p.scaling, p.dropout_p)
+        packing = Packing(tuple(p.shape), kind, block_size)
+        prepared.append((p.q, bias, A, B))
+        settings.append((packing, p.shape[0], A.shape[0], spec))
+        shares_input = shares_input and not p.dropout_p
+    qs, biases, As, Bs = zip(*prepared, strict=True)
+    packings, rows, ranks, specs = zip(*settings, strict=True)
+    group = _Group(packings, rows, ranks, specs, shares_input)
     with autocast_off(x.device.type):
         ys = apply_or_forward(_GroupedProjections, x, group, qs, *biases, *As, *Bs)
     return list(ys)

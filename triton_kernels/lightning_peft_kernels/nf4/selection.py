@@ -9,7 +9,7 @@ import torch
 from lightning_peft_kernels.chips import WIDE, chip_of, tile_rows, why_no_tile
 from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, fastest, select
 from lightning_peft_kernels.nf4.bf16_cpu import MOST_TOKENS, has_bf16_product
-from lightning_peft_kernels.nf4.bitsandbytes_product import fused_tokens
+from lightning_peft_kernels.nf4.bitsandbytes_product import MOST_RULED, fused_tokens
 
 __all__ = [
     "FEW_TOKENS",
@@ -73,6 +73,8 @@ def select_product(
     if requested == "auto":
         if chip_of(device) is None:
             return _without_chip(device, dtype, tokens, shape, block_size, kind, exact)
+        if tokens > MOST_RULED:  # the usual step of training: no race and no rule goes so far
+            return Decision("dequantize", f"{tokens} tokens, decoding pays at most to {MOST_RULED}")
         raced = fastest("product", device, dtype, shape, tokens) if block_size == 64 else None
         if raced is not None and _still_runs(raced, device, dtype, tokens):
             return raced

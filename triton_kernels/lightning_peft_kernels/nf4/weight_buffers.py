@@ -20,6 +20,8 @@ from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 __all__ = ["release", "stacked_weights", "thread_buffer", "weight_for_product"]
 
 _local = threading.local()
+# Tensors whose bytes a kernel may read without torch's dispatcher.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def release() -> None:
@@ -32,38 +34,37 @@ def weight_for_product(
 ) -> Tensor:
     """Return W in `dtype` for a product that follows at once; the next call may overwrite it."""
     shape, kind, block_size = packing
-    plain = type(q.packed) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if type(q.packed) not in _PLAIN or torch.compiler.is_compiling():
+        return dequantize_4bit(q, shape, dtype, kind=kind, block_size=block_size, backend=backend)
+    out = None
     # A recorded product (create_graph) keeps its weight, so it must not be overwritten.
-    if plain and not torch.is_grad_enabled() and q.packed.device.type == "cpu":
+    if q.packed.device.type == "cpu" and not torch.is_grad_enabled():
         out = thread_buffer(torch.Size(shape).numel(), dtype).view(tuple(shape))
-        return dequantize_into(q, shape, dtype, kind, block_size, backend, out)
-    return dequantize_4bit(q, shape, dtype, kind=kind, block_size=block_size, backend=backend)
+    return dequantize_into(q, shape, dtype, kind, block_size, backend, out)
 
 
 def stacked_weights(
     weights: Sequence[tuple[Packed4bit, Packing]], dtype: torch.dtype, backend: Backend
 ) -> Tensor:
     """Return weights of one width stacked by rows, [ΣN, K]; the next call may overwrite them."""
-    rows = [int(packing.shape[0]) for _, packing in weights]
-    K, device = int(weights[0][1].shape[1]), weights[0][0].packed.device
-    if torch.compiler.is_compiling():
+    first, (shape, kind, block_size) = weights[0]
+    if torch.compiler.is_compiling() or type(first.packed) not in _PLAIN:
         return torch.cat([_dequantize(q, packing, dtype, backend) for q, packing in weights])
+    rows, K, device = [], int(shape[1]), first.packed.device
+    for _, packing in weights:
+        rows.append(int(packing.shape[0]))
     if device.type != "cpu" or torch.is_grad_enabled():
         W = torch.empty(sum(rows), K, dtype=dtype, device=device)
     else:
         W = thread_buffer(sum(rows) * K, dtype).view(sum(rows), K)
-    for (q, packing), part in zip(weights, W.split(rows), strict=True):
-        _dequantize(q, packing, dtype, backend, part)
+    for (q, (shape, kind, block_size)), part in zip(weights, W.split(rows), strict=True):
+        dequantize_into(q, shape, dtype, kind, block_size, backend, part)
     return W
 
 
-def _dequantize(
-    q: Packed4bit, packing: Packing, dtype: torch.dtype, backend: Backend, out: Tensor | None = None
-) -> Tensor:
+def _dequantize(q: Packed4bit, packing: Packing, dtype: torch.dtype, backend: Backend) -> Tensor:
     shape, kind, block_size = packing
-    return dequantize_4bit(
-        q, shape, dtype, kind=kind, block_size=block_size, out=out, backend=backend
-    )
+    return dequantize_4bit(q, shape, dtype, kind=kind, block_size=block_size, backend=backend)
 
 
 def thread_buffer(numel: int, dtype: torch.dtype) -> Tensor:

@@ -121,7 +121,8 @@ class _OutputScale(KernelFunction):
     def backward(ctx: _Context, dY: Tensor) -> Grads:
         u, g = ctx.saved_tensors
         needs_u, needs_g, needs_bias, _ = ctx.needs_input_grad
-        dY2, u2 = (t.reshape(-1, t.shape[-1]).contiguous() for t in (dY, u))
+        dY2 = dY.reshape(-1, dY.shape[-1]).contiguous()
+        u2 = u.reshape(-1, u.shape[-1]).contiguous()
         if is_double_backward():
             du, dg = gradients_of(_unbiased, (u, g), (needs_u, needs_g), dY)
             return du, dg, dY2.sum(0).to(ctx.bias_dtype) if needs_bias else None, None
