@@ -150,9 +150,9 @@ class BlockScaledStorage(QuantizedStorage[BlockSpec], ReleasedFormat, ABC):
         return Reason(f"{self.label}: base product, then the edit")
 
     def can_shard(self, m: nn.Module) -> Literal[True] | Reason:
-        """No: a block has more rows than the part of a process may have."""
+        """No: codes and scales are not cut together."""
         return Reason(
-            f"a scale of {self.label} covers rows of several processes; use strategy='peft_ddp', "
+            f"codes and scales of {self.label} are not cut together; use strategy='peft_ddp', "
             "or transcode the base with Quantization('nf4')"
         )
 

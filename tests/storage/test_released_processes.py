@@ -37,7 +37,7 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
         assert_all(rank["trained"], one["trained"], floor=1e-5)
         assert_all(rank["trained"], two[0]["trained"], floor=None)
     assert "sharded [1, 1]" in out
-    assert out.count("covers rows of several processes; use strategy='peft_ddp'") >= 2
+    assert out.count("are not cut together; use strategy='peft_ddp'") >= 2
 
 
 def assert_all(got: dict[str, Any], want: dict[str, Any], floor: float | None) -> None:
