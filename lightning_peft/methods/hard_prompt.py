@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.core.site import SequenceSite
+from lightning_peft.methods.limits import only
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.registry import register
 
@@ -28,6 +29,8 @@ class HardPrompt(PromptTuning):
     """Prompt tuning projected to tokens in every forward. Saved to Hugging Face peft as the
     embeddings of its tokens; `lightning_peft.hard_prompt_ids` reads the tokens.
     """
+
+    limits = {"mode": only("prepend")}
 
     def token_ids(self, module: nn.Module, site: SequenceSite) -> Tensor:
         """The nearest tokens [n] int64."""

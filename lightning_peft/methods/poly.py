@@ -14,6 +14,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base import HFFormat, WeightMethod
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
+from lightning_peft.methods.limits import at_least
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.site_rules import linear_layer, one_matrix, require_divisor
 from lightning_peft.methods.tasks import MixedSkills
@@ -47,6 +48,7 @@ class Poly(WeightMethod):
 
     mergeable: ClassVar[bool] = False
 
+    limits = dict.fromkeys(("r", "tasks", "skills", "splits"), at_least(1))
     site_rules = (one_matrix, linear_layer)
     hf = HFFormat(
         peft_type="POLY",

@@ -138,7 +138,7 @@ def test_a_directory_of_pefts_router_is_read(general: bool, tmp_path: Path) -> N
     file.write_text(json.dumps(wrong))
     with pytest.raises(ValueError, match="expected task_adapter_names"):
         lp.load_adapter(model, folder, adapter_name="more")
-    with pytest.raises(ValueError, match="quantise when the first"):
+    with pytest.raises(ValueError, match="quantised when you load the first"):
         lp.load_adapter(model, folder, adapter_name="more", quantization="nf4")
 
 

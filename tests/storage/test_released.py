@@ -464,7 +464,7 @@ def test_sharding_is_refused_by_name(name: str, folders: Folders) -> None:
     lp.attach(model, LoRA(r=2))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match=rf"in {name}: a scale of {name} covers rows"):
+        with pytest.raises(ValueError, match=rf"in {name}: codes and scales of {name} are not cut"):
             shard_model(model, init_device_mesh("cpu", (1,)), torch.device("cpu"), Options())
     finally:
         dist.destroy_process_group()
