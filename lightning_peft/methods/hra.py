@@ -59,7 +59,7 @@ class HRA(BiasOption):
     odd r or `apply_gs` it is not.
 
     Attributes:
-        r: Number of reflections; at most in_features.
+        r: Number of reflections; with `apply_gs` at most in_features.
         apply_gs: Orthogonalise the columns first: W' = W (I − 2 Q Qᵀ).
         bias: Biases of the base that are trained too: ``"none"``, ``"all"``, ``"hra_only"``.
 
@@ -87,9 +87,9 @@ class HRA(BiasOption):
         """A map of features: not of ids, not of a stack of matrices."""
         super().check(site)
         require(
-            self.r <= site.in_features,
-            f"{self.label} on {site.quoted}: expected r <= in_features = {site.in_features}, got "
-            f"r = {self.r}; lower r or exclude the layer",
+            not self.apply_gs or self.r <= site.in_features,
+            f"{self.label} on {site.quoted}: expected r <= in_features = {site.in_features} with "
+            f"apply_gs, got r = {self.r}; lower r or exclude the layer",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:

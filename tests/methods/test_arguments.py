@@ -169,7 +169,7 @@ def test_feedforward_modules_is_a_suffix_or_a_pattern() -> None:
 @pytest.mark.parametrize(
     ("method", "match"),
     [
-        (lp.HRA(r=100_000), "r <= in_features = 12, got r = 100000"),
+        (lp.HRA(r=13, apply_gs=True), "in_features = 12 with apply_gs, got r = 13"),
         (lp.AdaMSS(r=4, rank_per_cluster=100_000), "rank_per_cluster <= 4, .*got 100000"),
         (lp.PSOFT(r=100_000), r"r <= min\(in_features, out_features\) = 8, got r = 100000"),
         (lp.LoRA(r=100_000), r"r <= min\(in_features, out_features\) = 8, got r = 100000"),
