@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -14,9 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_peft import PEFT, LoRA, attach, read_base
-from lightning_peft.strategies import base_reading, lightning, lightning_fabric
+from lightning_peft.strategies import base_reading
 from tests.helpers.forks import run_function
+from tests.helpers.lightning_package import INSTALLED
 from tests.helpers.tiny_models import BUILDERS
+
+#: Package → modules of its strategies, for a Trainer and for Fabric.
+STRATEGIES = {
+    "lightning.pytorch": ("lightning", "fabric"),
+    "pytorch_lightning": ("pytorch_lightning", "lightning_fabric"),
+}
 
 
 def test_kills_while_reading_and_writing_leave_no_cache(tmp_path: Path) -> None:
@@ -172,14 +180,19 @@ def test_a_storage_that_needs_values_is_refused_on_meta(base: Path) -> None:
         read(base, quantization="int8")
 
 
-def test_a_cache_needs_a_base() -> None:
+@pytest.mark.parametrize("package", INSTALLED)
+def test_a_cache_needs_a_base(package: str) -> None:
     words = "packed_cache: expected base_from beside it, got cache alone"
     with pytest.raises(ValueError, match=f"PEFT {words}"):
         PEFT(LoRA(), packed_cache="cache")
-    for sharding in (lightning.PEFTFSDPStrategy, lightning_fabric.PEFTFSDPStrategy):
+    trainer, fabric = (
+        importlib.import_module(f"lightning_peft.strategies.{name}").PEFTFSDPStrategy
+        for name in STRATEGIES[package]
+    )
+    for sharding in (trainer, fabric):
         with pytest.raises(ValueError, match=f"peft_fsdp {words}"):
             sharding(packed_cache="cache")
-    strategy = lightning.PEFTFSDPStrategy(base_from="one")
+    strategy = trainer(base_from="one")
     strategy.read_base_from("one", "cache")
     with pytest.raises(ValueError, match="got one from the strategy and two from PEFT"):
         strategy.read_base_from("two", None)
