@@ -153,7 +153,7 @@ def test_arguments_of_quantization() -> None:
         lambda model: lp.quantize(model, "nf4"),
         lambda model: lp.set_adapter(model, "a"),
         lambda model: lp.save_adapter(model, "no"),
-        lambda model: lp.load_adapter(model, "."),
+        lambda model: lp.load_adapter(model, "no"),
         lambda model: lp.save_checkpoint(model, "no.ckpt"),
         lambda model: lp.load_checkpoint(model, "no.ckpt"),
     ],
