@@ -8,14 +8,14 @@ __all__ = ["BiasOption"]
 
 
 class BiasOption(WeightMethod):
-    """Base of methods that may train biases too; the dataclass of a method declares the field."""
+    """Base of methods that may train biases too; the dataclass of a method declares the field.
 
-    @property
-    def bias(self) -> str:
-        """Biases of the base that are trained too: ``"none"``, ``"all"``, or peft's word for those
-        of adapted layers.
-        """
-        raise NotImplementedError
+    Attributes:
+        bias: Biases of the base that are trained too: ``"none"``, ``"all"``, or peft's word for
+            those of adapted layers.
+    """
+
+    bias: str
 
     def trained_biases(self) -> str:
         """Return the biases of the base that `bias` chooses."""

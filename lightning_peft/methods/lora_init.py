@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,9 +37,9 @@ class LoRAInit(BiasOption):
     init_options: dict[str, Any]
     loftq_iter: int
 
+    @abstractmethod
     def scaling(self, site: Site, r: int) -> float:
         """Return s at this site for a rank."""
-        raise NotImplementedError
 
     @property
     def needs_data(self) -> InitData:

@@ -40,7 +40,7 @@ def test_an_error_of_one_rank_is_an_error_of_both(tmp_path: Path) -> None:
     out = run_function("tests.checkpoint.cache_job:two_ranks", [str(tmp_path)], tmp_path)
     lines = [line for line in out.splitlines() if line.startswith(("rank ", "left"))]
     damage, left, values = sorted(lines[:2]), lines[2], lines[3:]
-    # Damage in the rows of rank 1 is known to both; nobody waits for an answer.
+    # Both ranks learn of damage in the rows of rank 1, so neither waits for the other.
     assert damage[0].startswith("rank 0 got RuntimeError: packed_cache"), out[-3000:]
     assert damage[1].startswith("rank 1 got ValueError"), out[-3000:]
     assert all("expected checksum" in line for line in damage)

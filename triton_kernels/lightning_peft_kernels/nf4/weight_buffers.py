@@ -20,7 +20,7 @@ from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 __all__ = ["release", "stacked_weights", "thread_buffer", "weight_for_product"]
 
 _local = threading.local()
-# Tensors whose bytes a kernel may read without torch's dispatcher.
+# Kernels may read the bytes of these tensors without torch's dispatcher.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
