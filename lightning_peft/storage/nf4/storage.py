@@ -95,7 +95,7 @@ class FourBitStorage(QuantizedStorage[FourBitSpec]):
 
     def quantization_roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
         """Decode(encode(W)). A training step may call it, so the host waits for no check."""
-        spec = specs_of(m)[name]
+        spec: FourBitSpec = specs_of(m)[name]
         M = spec.canonical(W)
         bits = quantize_matrix(M.contiguous() if spec.transposed else M, spec, checked=False)
         return spec.natural(dequantize_matrix(bits, spec, W.dtype))
