@@ -21,21 +21,20 @@ import json
 import os
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.lib.rank_meters import Collectives, CountedRows, Peak, count_reads
 from benchmarks.lib.side_by_side import fullest_moment, write
+
+#: What FSDP2 calls.
+GATHER, REDUCE = "_allgather_base_", "_reduce_scatter_base_"
 
 
 @dataclass(frozen=True)
@@ -107,71 +106,6 @@ def write_base(folder: Path, args: argparse.Namespace, files: int = 4) -> int:
 # ---- what a rank measures
 
 
-def anonymous() -> int:
-    """Bytes of this process's own memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected RssAnon in /proc/self/status, found none; this needs Linux")
-
-
-class Peak(threading.Thread):
-    """Growth of anonymous memory until `over` is set."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.start_bytes, self.over, self.growth = anonymous(), False, 0
-
-    def run(self) -> None:
-        while not self.over:
-            self.growth = max(self.growth, anonymous() - self.start_bytes)
-            time.sleep(0.002)
-
-
-class CountedRows:
-    """Rows of a tensor in a file, whose bytes are counted as they are read."""
-
-    read = 0
-
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
-
-    def __getitem__(self, where: Any) -> torch.Tensor:
-        part: torch.Tensor = self._rows[where]
-        CountedRows.read += part.nbytes
-        return part
-
-
-def count_reads() -> None:
-    """Count the bytes that this process reads from a base's files."""
-    from lightning_peft.storage.tensor_files import TensorFiles
-
-    plain = TensorFiles.open
-
-    @contextmanager
-    def counted(files: TensorFiles, key: str) -> Iterator[Any]:
-        with plain(files, key) as rows:
-            yield CountedRows(rows)
-
-    mock.patch.object(TensorFiles, "open", counted).start()
-
-
-class Collectives(TorchDispatchMode):
-    """Calls of c10d's gathers and reductions, and bytes of their inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[str, list[int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, _, name = func._schema.name.partition("::")
-        if space == "c10d" and isinstance(args[1], torch.Tensor) and "base" in name:
-            entry = self.seen.setdefault(name.strip("_"), [0, 0])
-            entry[0] += 1
-            entry[1] += args[1].numel() * args[1].element_size()
-        return func(*args, **(kwargs or {}))
-
-
 def own_bytes(tensors: Any) -> int:
     """Bytes of this rank's shards."""
     return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in tensors)
@@ -186,7 +120,7 @@ def sent_at_best(net: Any, ranks: int, options: Options) -> dict[str, int]:
     once = own_bytes(p for end in ends for p in end.parameters())
     twice = everything - once if options.strategy.get("reshard_after_forward", True) else 0
     trained = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
-    return {"allgather_base": everything + twice, "reduce_scatter_base": trained}
+    return {GATHER: everything + twice, REDUCE: trained}
 
 
 def work(
@@ -266,7 +200,7 @@ def work(
         "step": module.held + fullest_moment(traced),
         "load_s": module.loaded,
         "total_s": time.perf_counter() - begun,
-        "sent": module.sent.seen,
+        "sent": {k: (n, module.sent.sent[k]) for k, n in module.sent.calls.items()},
         "ideal": sent_at_best(module.net, ranks, options),
     }
     Path(folder, f"result-{rank}.json").write_text(json.dumps(found))
@@ -310,8 +244,7 @@ def row(args: argparse.Namespace, folder: Path, size: int, name: str, ranks: int
     planned, first = plan.peak + plan.host, parts[0]
     most = {key: max(part[key] for part in parts) for key in ("read", "held", "growth", "step")}
     gathers, reductions = (
-        [*first["sent"].get(key, (0, 0)), first["ideal"].get(key, 0)]
-        for key in ("allgather_base", "reduce_scatter_base")
+        [*first["sent"].get(key, (0, 0)), first["ideal"].get(key, 0)] for key in (GATHER, REDUCE)
     )
     return {
         "options": name,

@@ -1,9 +1,9 @@
 """Peak bytes and time of a training step: plain, checkpointed, offloaded, with a chunked loss.
 
 A Llama of 8 blocks with LoRA, one sample of 2048 tokens, a vocabulary of 32,000, float32. On the
-CPU, host and device are one memory: offloaded tensors are copied to memory that torch does not
-allocate, and the peak is that of torch's allocations, without weights. The time is the processor's
-on one thread, copies included; it says nothing about a GPU.
+CPU, host and device are one memory: the code for CUDA copies offloaded tensors to memory that torch
+does not allocate, and the peak is that of torch's allocations, without weights. The time is the
+processor's on one thread, copies included; it says nothing about a GPU.
 
     python benchmarks/cpu/step_memory.py [--smoke] [--repeats 3]
 """

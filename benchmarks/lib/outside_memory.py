@@ -1,4 +1,4 @@
-"""Host memory for a model on the CPU: tensors are copied to memory that torch does not allocate."""
+"""Offloading as on CUDA for a model on the CPU: host memory is memory that torch does not count."""
 
 from __future__ import annotations
 
@@ -7,42 +7,44 @@ import mmap
 import torch
 from torch import Tensor
 
-from lightning_peft.activations.host_memory import (
-    HostCopy,
-    HostGroup,
-    HostMemories,
-    SynchronousHost,
-)
+from lightning_peft.activations.host_memory import CudaHost, HostMemories
+from lightning_peft.activations.streams import Event
 
 __all__ = ["outside_memories"]
 
 
-class OutsideMemory(SynchronousHost):
-    """Copies to anonymous maps, so that a trace of torch's allocations shows what stays."""
+class OneStream:
+    """Both streams of a device in one: a copy is complete at once, so no event is needed.
 
-    def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
-        """Copy a tensor out of torch's memory."""
-        self.moved += tensor.nbytes
-        kept = torch.frombuffer(mmap.mmap(-1, max(1, tensor.nbytes)), dtype=torch.uint8)
-        kept.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        return _Outside(kept, tensor, group)
+    `CudaHost` over it holds and fetches what it does on CUDA, and a trace of torch's allocations
+    shows what stays on the device.
+    """
 
-    def get(self, copy: HostCopy) -> Tensor:
-        """Copy a tensor back."""
-        assert isinstance(copy, _Outside)
-        if copy.fetched is None:
-            copy.fetched = copy.host.view(copy.dtype).view(copy.shape).clone()
-        return self._taken(copy, copy.fetched)
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in an anonymous map."""
+        kept = torch.frombuffer(mmap.mmap(-1, max(1, tensor.nbytes)), dtype=tensor.dtype)
+        strides = torch.empty_like(tensor, device="meta").stride()
+        return kept.as_strided(tensor.shape, strides)
 
+    def device_like(self, host: Tensor, device: torch.device) -> Tensor:
+        """Allocate memory that torch counts."""
+        return torch.empty_like(host, device=device)
 
-class _Outside(HostCopy):
-    """Bytes outside of torch's memory, and what they are."""
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """Copy."""
+        into.copy_(source)
 
-    def __init__(self, host: Tensor, tensor: Tensor, group: HostGroup) -> None:
-        super().__init__(host, tensor.device, group)
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+    def side_waits(self) -> None:
+        """Nothing is under way."""
+
+    def record(self) -> Event:
+        """Return a mark that nothing waits for."""
+        return object()
+
+    def compute_waits(self, event: Event) -> None:
+        """Nothing is under way."""
 
 
 def outside_memories() -> HostMemories:
     """Return memories outside of torch's."""
-    return HostMemories(lambda device: OutsideMemory())
+    return HostMemories(lambda device: CudaHost(OneStream()))

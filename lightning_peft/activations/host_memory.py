@@ -82,6 +82,10 @@ class HostMemory(Protocol):
         """Begin a call of a block."""
         ...
 
+    def end(self) -> None:
+        """End the forward of the block that began last."""
+        ...
+
     def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
         """Copy a tensor to host memory."""
         ...
@@ -107,6 +111,9 @@ class BaseHost:
         group = HostGroup(None if self._last is None else self._last())
         self._last = weakref.ref(group)
         return group
+
+    def end(self) -> None:
+        """End the forward of the block that began last."""
 
     @staticmethod
     def _taken(copy: HostCopy, tensor: Tensor) -> Tensor:
@@ -185,7 +192,7 @@ class SynchronousHost(BaseHost):
 class CudaHost(BaseHost):
     """Copies on a side stream, to and from pinned memory.
 
-    A tensor that leaves is held while the block after its own runs. Then the compute stream
+    A tensor that leaves is held until the block after its own has run. Then the compute stream
     waits for the copy, so the allocator may reuse the memory without a record of other streams. A
     tensor that comes back is allocated on the compute stream for the same reason, and is held
     until the compute stream has waited for its copy: backward may never read it.
@@ -201,14 +208,20 @@ class CudaHost(BaseHost):
         self._coming: dict[HostGroup, list[Tensor]] = {}
 
     def begin(self) -> HostGroup:
-        """Begin a call of a block: the tensors of the call before the last one are free."""
+        """Begin a call of a block."""
         group = super().begin()
-        while len(self._leaving) > 1:
-            self._leaving.popleft().release(self._streams)
         for unread in list(self._coming):
             self._arrive(unread)
         self._leaving.append(_Leaving(group))
         return group
+
+    def end(self) -> None:
+        """End the forward of a block: the tensors of the block before it are free.
+
+        So the head, where a step often needs most, runs beside the tensors of one block.
+        """
+        while len(self._leaving) > 1:
+            self._leaving.popleft().release(self._streams)
 
     def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
         """Copy a tensor to pinned memory, on the side stream."""

@@ -89,6 +89,7 @@ class _Pack:
         """Let go of the tensors."""
         self._copies.clear()
         self._stay.clear()
+        self._memory.end()
 
     def __call__(self, tensor: Tensor) -> object:
         pack, unpack = self._outer or (None, None)

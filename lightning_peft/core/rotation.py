@@ -130,7 +130,7 @@ def neumann(Q: Tensor, terms: int) -> Tensor:
 
 def nearest_divisor(n: int, wanted: int) -> int:
     """The divisor of n closest to `wanted`; the smaller of two."""
-    distance = 0
+    wanted, distance = min(wanted, n), 0
     while True:  # outwards: most often none
         for d in (wanted - distance, wanted + distance):
             if 1 <= d <= n and n % d == 0:

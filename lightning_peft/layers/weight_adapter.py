@@ -126,7 +126,7 @@ class WeightAdapter(Adapter):
     def _draw(self, seed: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters, then buffers, from one random stream."""
         with SiteRNG(self.site, self.adapter_name, seed), torch.no_grad(), default_cpu():
-            return self.method.parameters(self.site), self.method.buffers(self.site)
+            return self.method.initial_tensors(self.site)
 
     def values_from_weight(self, values: dict[str, Tensor], site: Site, W: Tensor) -> Tensor | None:
         """Replace entries of `values` by those that need the weight.
@@ -246,4 +246,4 @@ def initial_shared(
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Initial values of the tensors that all sites share: frozen and trained ones, on the CPU."""
     with SiteRNG(sites[0], adapter_name, seed), torch.no_grad():
-        return method.shared_buffers(sites), method.shared_parameters(sites)
+        return method.initial_shared(sites)

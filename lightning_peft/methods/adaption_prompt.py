@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.site import BlockSite
 from lightning_peft.methods.base import BlockMethod, HFEntry, HFFormat
 from lightning_peft.methods.exchange import config_keys
-from lightning_peft.methods.limits import at_least
+from lightning_peft.methods.limits import COUNT, at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["AdaptionPrompt"]
@@ -56,7 +56,7 @@ class AdaptionPrompt(BlockMethod):
     n: int = 10
     layers: int | None = None
 
-    limits = {"n": at_least(1), "layers": at_least(1)}
+    limits = {"n": COUNT, "layers": at_least(1)}
     hf: ClassVar[HFFormat | None] = HFFormat(
         peft_type="ADAPTION_PROMPT",
         tensors={},

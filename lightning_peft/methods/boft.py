@@ -75,11 +75,12 @@ class BOFT(BiasOption):
             f"{site.in_features}, got block_size = {self.block_size}, block_num = "
             f"{self.block_num}; choose a divisor, or exclude the layer",
         )
-        stages = 2 ** (self.n_butterfly - 1)
+        most = (number & -number).bit_length()  # `number` is a multiple of 2^(most - 1)
         require(
-            self.n_butterfly == 1 or (number % stages == 0 and number > 1),
+            self.n_butterfly == 1 or (self.n_butterfly <= most and number > 1),
             f"{self.label} on {site.quoted}: expected a number of blocks that is a multiple of "
-            f"2^(n_butterfly - 1) = {stages}, got {number}; lower n_butterfly",
+            f"2^(n_butterfly - 1) with n_butterfly = {self.n_butterfly}, got {number}; lower "
+            "n_butterfly",
         )
 
     def parameters(self, site: Site) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.checks import require, require_ordered
 from lightning_peft.methods.formats.cartridge import FORMAT
-from lightning_peft.methods.limits import at_least, only
+from lightning_peft.methods.limits import COUNT, only
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.text_start import TextStart, cache_of_text
@@ -52,8 +52,8 @@ class Cartridge(TextStart, PrefixTuning):
     init_ids: tuple[int, ...] | list[int] = ()
 
     limits = {
-        "n": at_least(1),
-        "hidden": at_least(1),
+        "n": COUNT,
+        "hidden": COUNT,
         "projection": only(False),
         "gating": only(False),
     }

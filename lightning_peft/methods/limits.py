@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 from lightning_peft.core.value_types import argument_types, fits
 
 __all__ = [
+    "COUNT",
     "FACTOR",
     "FRACTION",
     "SHARE",
@@ -60,6 +61,11 @@ def above(low: float, why: str = "") -> Limit:
 def between(low: float, high: float) -> Limit:
     """Return the rule of numbers from `low` to `high`."""
     return Limit(f"{low} <= {{}} <= {high}", lambda v: low <= v <= high)
+
+
+#: Virtual tokens, and other counts of trained vectors that no layer's size bounds. No context is
+#: longer.
+COUNT = between(1, 1 << 20)
 
 
 def one_of(choices: Iterable[object]) -> Limit:

@@ -16,7 +16,7 @@ from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.formats.prompt_parts import submodule_count, unpack_prompt
-from lightning_peft.methods.limits import at_least, only
+from lightning_peft.methods.limits import COUNT, only
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.tasks import tasks_of_rows
@@ -71,7 +71,7 @@ class MultitaskPrompt(PromptTuning):
     tasks: int = 1
     ranks: int = 1
 
-    limits = {"mode": only("prepend"), "tasks": at_least(1), "ranks": at_least(1)}
+    limits = {"mode": only("prepend"), "tasks": COUNT, "ranks": COUNT}
     hf: ClassVar[HFFormat | None] = dataclasses.replace(
         cast(HFFormat, PromptTuning.hf),
         peft_type="MULTITASK_PROMPT_TUNING",

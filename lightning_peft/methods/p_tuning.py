@@ -16,7 +16,7 @@ from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require_no_network
 from lightning_peft.methods.formats.p_tuning import FORMAT
-from lightning_peft.methods.limits import FRACTION, at_least
+from lightning_peft.methods.limits import COUNT, FRACTION
 from lightning_peft.methods.registry import register
 
 __all__ = ["PTuning"]
@@ -51,7 +51,7 @@ class PTuning(SequenceMethod):
     layers: int = 2
     dropout: float = 0.0
 
-    limits = {"n": at_least(1), "hidden": at_least(1), "layers": at_least(1), "dropout": FRACTION}
+    limits = {"n": COUNT, "hidden": COUNT, "layers": COUNT, "dropout": FRACTION}
     hf: ClassVar[HFFormat | None] = FORMAT
 
     def module(self, site: SequenceSite) -> nn.Module:

@@ -19,7 +19,7 @@ from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require_no_network
 from lightning_peft.methods.formats.prefix_tuning import FORMAT
-from lightning_peft.methods.limits import at_least
+from lightning_peft.methods.limits import COUNT
 from lightning_peft.methods.registry import register
 
 __all__ = ["PrefixTuning"]
@@ -61,7 +61,7 @@ class PrefixTuning(SequenceMethod):
     init: Literal["random", "zero"] = "random"
     gating: bool = False
 
-    limits = {"n": at_least(1), "hidden": at_least(1)}
+    limits = {"n": COUNT, "hidden": COUNT}
     hf: ClassVar[HFFormat | None] = FORMAT
 
     @property

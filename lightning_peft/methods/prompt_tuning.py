@@ -16,7 +16,7 @@ from lightning_peft.core.site import SequenceSite
 from lightning_peft.methods.base import HFFormat, SequenceMethod
 from lightning_peft.methods.checks import require, require_ordered
 from lightning_peft.methods.formats.prompt_tuning import FORMAT
-from lightning_peft.methods.limits import at_least
+from lightning_peft.methods.limits import COUNT
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.text_start import TextStart
 
@@ -51,7 +51,7 @@ class PromptTuning(TextStart, SequenceMethod):
     init: Literal["vocab", "random", "text"] = "vocab"
     init_ids: tuple[int, ...] | list[int] = ()
 
-    limits = {"n": at_least(1)}
+    limits = {"n": COUNT}
     hf: ClassVar[HFFormat | None] = FORMAT
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from lightning_peft.methods.formats.randlora import FORMAT
 from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.site_rules import features_in, one_matrix
-from lightning_peft.methods.tensors import empty_like_site
+from lightning_peft.methods.tensors import empty_like_site, require_size
 
 __all__ = ["RandLoRA"]
 
@@ -65,6 +65,8 @@ class RandLoRA(BiasOption):
         sizes = max(s.out_features for s in sites), max(s.in_features for s in sites)
         least, most = min(sizes), max(sizes)
         bases = -(-least // self.r)
+        require_size(sites, self.r, least)
+        require_size(sites, most, bases, self.r)
         if sites[0].device.type == "meta":
             A, B = torch.empty(self.r, 1, least), torch.empty(most, bases, self.r)
             return {"A": A.to("meta"), "B": B.to("meta")}

@@ -19,7 +19,7 @@ from lightning_peft.methods.formats.tinylora import FORMAT
 from lightning_peft.methods.limits import FRACTION, at_least, between
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.site_rules import one_matrix
-from lightning_peft.methods.tensors import empty_shared
+from lightning_peft.methods.tensors import empty_shared, require_size
 from lightning_peft.methods.triplets import FrozenTriplets, leading_triplets
 
 __all__ = ["TinyLoRA"]
@@ -73,6 +73,7 @@ class TinyLoRA(FrozenTriplets, BiasOption):
 
     def shared_parameters(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """v [groups, u]."""
+        require_size(sites, self.u, *[max(self.rank(site) for site in sites)] * 2)
         v = empty_shared(sites, self._groups(len(sites)), self.u).zero_()
         return {"v": v if self.init == "zeros" else nn.init.uniform_(v, -self.bound, self.bound)}
 

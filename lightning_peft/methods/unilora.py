@@ -19,7 +19,7 @@ from lightning_peft.methods.formats.unilora import FORMAT
 from lightning_peft.methods.limits import FRACTION, above, at_least
 from lightning_peft.methods.registry import register
 from lightning_peft.methods.site_rules import one_matrix
-from lightning_peft.methods.tensors import empty_shared
+from lightning_peft.methods.tensors import empty_shared, require_size
 
 __all__ = ["UniLoRA"]
 
@@ -64,6 +64,7 @@ class UniLoRA(BiasOption):
         import numpy as np  # its generator's stream is part of the format
 
         n = sum(self.r * (s.in_features + s.out_features) for s in sites)
+        require_size(sites, max(n, self.length))
         rng = np.random.default_rng(self.seed)
         places = np.repeat(np.arange(self.length), n // self.length)
         if rest := n % self.length:

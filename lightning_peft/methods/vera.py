@@ -20,7 +20,7 @@ from lightning_peft.methods.bias_option import BiasOption
 from lightning_peft.methods.exchange import config_keys
 from lightning_peft.methods.limits import FRACTION, at_least
 from lightning_peft.methods.registry import register
-from lightning_peft.methods.tensors import empty_like_site
+from lightning_peft.methods.tensors import empty_like_site, empty_shared
 
 __all__ = ["VeRA"]
 
@@ -67,14 +67,13 @@ class VeRA(BiasOption):
 
     def shared_buffers(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """A [r, largest in], B [largest out, r], frozen."""
-        device = "meta" if sites[0].device.type == "meta" else "cpu"
         generator = torch.Generator("cpu").manual_seed(self.seed)
         width = max(site.in_features for site in sites)
         height = max(site.out_features for site in sites)
         factors = {}
         for name, shape in (("A", (self.r, width)), ("B", (height, self.r))):
             bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
-            t = torch.empty(shape, device=device)
+            t = empty_shared(sites, *shape)
             factors[name] = t if t.is_meta else t.uniform_(-bound, bound, generator=generator)
         return factors
 

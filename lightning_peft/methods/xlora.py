@@ -16,7 +16,7 @@ from lightning_peft.core.site import RouterSite
 from lightning_peft.methods.base import HFFormat, RouterMethod
 from lightning_peft.methods.checks import require
 from lightning_peft.methods.formats.xlora import FORMAT
-from lightning_peft.methods.limits import FACTOR, FRACTION, above, at_least
+from lightning_peft.methods.limits import COUNT, FACTOR, FRACTION, above, at_least
 from lightning_peft.methods.registry import register
 
 __all__ = ["XLoRA"]
@@ -74,7 +74,7 @@ class XLoRA(RouterMethod):
     limits = {
         "weight": FACTOR,
         "depth": at_least(1),
-        "hidden": at_least(1),
+        "hidden": COUNT,
         "top_k": at_least(1),
         "temperature": above(0),
         "dropout": FRACTION,

@@ -16,8 +16,8 @@ __all__ = ["PlannedHost"]
 class PlannedHost(BaseHost):
     """The device memory of `CudaHost`, over fake tensors.
 
-    The tensors of a block are on the device while it runs and while the next one runs. In backward
-    they come back together, while the block after it runs.
+    The tensors of a block are on the device until the next block has run. In backward they come
+    back together, while the block after it runs.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,15 @@ class PlannedHost(BaseHost):
         self._ahead: weakref.WeakSet[HostGroup] = weakref.WeakSet()
 
     def begin(self) -> HostGroup:
-        """Begin a call of a block: the tensors of the call before the last one are gone."""
+        """Begin a call of a block."""
         group = super().begin()
-        while len(self._leaving) > 1:
-            self._leaving.popleft()
         self._leaving.append((group, []))
         return group
+
+    def end(self) -> None:
+        """End the forward of a block: the tensors of the block before it are gone."""
+        while len(self._leaving) > 1:
+            self._leaving.popleft()
 
     def put(self, tensor: Tensor, group: HostGroup) -> HostCopy:
         """Remember the size of a tensor."""

@@ -17,12 +17,8 @@ def check_replicas(replicas: int, world: int) -> None:
     Raises:
         ValueError: with the numbers that can be given.
     """
-    if type(replicas) is not int or replicas < 1 or world % replicas:
-        fits = [n for n in range(1, world + 1) if world % n == 0]
-        raise ValueError(
-            f"peft_fsdp replicas: expected a divisor of the {world} ranks, one of {fits}, got "
-            f"{replicas}; give the number of machines, or 1 to shard over all ranks"
-        )
+    advice = "give the number of machines, or 1 to shard over all ranks"
+    _check_divides("replicas", replicas, world, advice)
 
 
 def check_context(size: int, world: int) -> None:
@@ -31,11 +27,16 @@ def check_context(size: int, world: int) -> None:
     Raises:
         ValueError: with the numbers that can be given.
     """
-    if type(size) is not int or size < 1 or world % size:
-        fits = [n for n in range(1, world + 1) if world % n == 0]
+    advice = "give the number of ranks that share a sequence"
+    _check_divides("context_parallel", size, world, advice)
+
+
+def _check_divides(option: str, n: int, world: int, advice: str) -> None:
+    if type(n) is not int or n < 1 or world % n:
+        fits = [k for k in range(1, world + 1) if world % k == 0]
         raise ValueError(
-            f"peft_fsdp context_parallel: expected a divisor of the {world} ranks, one of {fits}, "
-            f"got {size}; give the number of ranks that share a sequence"
+            f"peft_fsdp {option}: expected a divisor of the {world} ranks, one of {fits}, got "
+            f"{n}; {advice}"
         )
 
 

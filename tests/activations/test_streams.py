@@ -127,6 +127,7 @@ def forward(
             copies.append(copy)
             del value
             streams.compute(-1.0)  # takes memory that was freed
+        host.end()
         kept.append(copies)
     return kept
 

@@ -127,9 +127,9 @@ def test_patterns_have_names(cls: Any) -> None:
     [
         (lambda: lp.AdaLoRA(orth_reg_weight=-0.5), "orth_reg_weight >= 0"),
         (lambda: lp.ALoRA(invocation_tokens={3, 1}), "a list invocation_tokens"),
-        (lambda: lp.Cartridge(hidden=0), "hidden >= 1"),
+        (lambda: lp.Cartridge(hidden=0), "1 <= hidden"),
         (lambda: lp.Cartridge(n=2, init="text", init_ids={3, 1}), "in the order of the text"),
-        (lambda: lp.CPT(init_ids=[3, 4], types=[1, 2], n=-1), "n >= 1"),
+        (lambda: lp.CPT(init_ids=[3, 4], types=[1, 2], n=-1), "1 <= n"),
         (lambda: lp.GatedLoRA(freeze_A=True), "freeze_A=False"),
         (lambda: lp.LoRA(loftq_iter=0), "loftq_iter >= 1"),
         (lambda: lp.PromptTuning(n=2, init="text", init_ids={3, 1}), "in the order of the text"),

@@ -114,7 +114,7 @@ def test_refused() -> None:
     base, inputs = build("llama")
     with pytest.raises(RuntimeError, match="MultitaskPrompt: expected the task of every sample"):
         model_of(base)(**inputs)
-    with pytest.raises(ValueError, match="expected tasks >= 1"):
+    with pytest.raises(ValueError, match="expected 1 <= tasks <= 1048576"):
         lp.MultitaskPrompt(tasks=0)
     with pytest.raises(ValueError, match="mode='prepend'"):
         lp.MultitaskPrompt(mode="add")

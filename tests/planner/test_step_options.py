@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lib.outside_memory import outside_memories
+from benchmarks.lib.side_by_side import traced_peak
 from lightning_peft import Activations, LoRA, Plan, attach, chunk_losses, estimate_memory
 from lightning_peft.__main__ import main
-from lightning_peft.activations.host_memory import HostMemories
 from lightning_peft.activations.limit import ActivationLimit
 from lightning_peft.planner.choice import ALLOWANCES
-from lightning_peft.planner.planned_host import PlannedHost
-from lightning_peft.planner.storage_meter import ACTIVATIONS, LOGITS, Meter
+from lightning_peft.planner.storage_meter import ACTIVATIONS, LOGITS
 
 HIDDEN, LENGTH, BUCKET = 64, 64, "communication buckets"
 METHOD = LoRA(r=2, target_modules="all-linear")
@@ -43,25 +43,28 @@ def all_sizes(kind: Any) -> Activations:
 
 
 def measured(activations: Activations | None, loss: str | None) -> int:
-    """Bytes of a real step at its fullest moment, beyond weights."""
+    """Bytes that torch allocates for a real step, offloaded as on CUDA, at its fullest moment."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(config())
     attach(model, METHOD)
     ids = torch.zeros(2, LENGTH, dtype=torch.long)
-    meter = Meter()
-    for t in [*model.parameters(), *model.buffers(), ids]:
-        meter.know(t)
     limits: list[Any] = []
     if activations is not None:
-        memories = HostMemories(lambda device: PlannedHost())
-        limits.append(ActivationLimit(model, activations, memories, keeps_random_states=False))
+        limits.append(ActivationLimit(model, activations, outside_memories()))
     if loss is not None:
         limits.append(chunk_losses(model))
-    with meter:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    for limit in limits:
-        limit.remove()
-    return max(sum(c.values()) for c in meter.peaks.values())
+    tensors = [*model.parameters(), *model.buffers()]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    try:
+        peak = traced_peak(
+            model,
+            lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.backward(),
+            1,
+        )
+    finally:
+        for limit in limits:
+            limit.remove()
+    return peak - sum(held.values())
 
 
 @pytest.mark.parametrize(

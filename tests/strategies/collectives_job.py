@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lib.rank_meters import Collectives
 from lightning_peft import PEFT, LoRA, Quantization, attach, convert_optimizer
 from lightning_peft.checkpoint.sharded import (
     gather_optimizers,
@@ -29,36 +25,6 @@ from lightning_peft.strategies.sharding import Options, shard_model
 from tests.helpers.lightning_package import InPackage, pl
 from tests.helpers.nets import trainer
 from tests.helpers.rank_forks import run_ranks
-
-#: Operations of torch.distributed, and the position of what they send.
-_SENDERS = {
-    **{"allgather_into_tensor_": 1, "_allgather_base_": 1, "_reduce_scatter_base_": 1},
-    **{"allgather_": 1, "all_gather_into_tensor": 0},
-}
-
-
-class Collectives(TorchDispatchMode):
-    """Counts calls, and bytes of their inputs, of c10d's operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.sent: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if DTensor in types:
-            return NotImplemented  # what it sends comes here next
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace in ("c10d", "_c10d_functional") and name in _SENDERS:
-            self.calls[name] += 1
-            self.sent[name] += sum(t.nbytes for t in tree_iter(args[_SENDERS[name]]))
-        return func(*args, **(kwargs or {}))
 
 
 def llama(tied: bool) -> LlamaForCausalLM:

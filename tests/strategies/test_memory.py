@@ -1,4 +1,4 @@
-"""Memory of a step on two ranks is what the planner says, with one copy of the head in it."""
+"""Memory of a step on several ranks is what the planner says, with one copy of the head in it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ pytestmark = pytest.mark.skipif(
 def test_measured_and_planned(name: str, tmp_path: Path) -> None:
     """Each in processes of its own, which hold nothing of another run."""
     out = tmp_path / "measured.json"
-    run_function("tests.strategies.memory_job:main", [str(out), [name]], tmp_path)
-    measured = json.loads(out.read_text())
-    assert planned(name) == pytest.approx(measured[name], rel=0.05)
+    run_function("tests.strategies.memory_job:main", [str(out), name], tmp_path)
+    measured: int = json.loads(out.read_text())
+    assert planned(name) == pytest.approx(measured, rel=0.05)

@@ -14,6 +14,7 @@ from lightning_peft.core.edit import Edit
 from lightning_peft.core.site import Site
 from lightning_peft.methods.base.method import Method, Targeted
 from lightning_peft.methods.base.step import StepContext, overrides_step_hooks
+from lightning_peft.methods.tensors import naming_argument
 
 __all__ = ["FromWeight", "InitData", "SiteRule", "WeightMethod"]
 
@@ -65,6 +66,20 @@ class WeightMethod(Targeted):
     def parameters(self, site: Site) -> dict[str, Tensor]:
         """Trained tensors at their start, on the CPU or on meta, in fp32."""
         raise TypeError(f"{self.label}: expected a method with `parameters`, found none")
+
+    def initial_tensors(self, site: Site) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`parameters` and `buffers` of a site.
+
+        Raises:
+            ValueError: a tensor that is far too large for the layer.
+        """
+        with naming_argument(self):
+            return self.parameters(site), self.buffers(site)
+
+    def initial_shared(self, sites: Sequence[Site]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`shared_buffers` and `shared_parameters`; raises as `initial_tensors` does."""
+        with naming_argument(self):
+            return self.shared_buffers(sites), self.shared_parameters(sites)
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
         """Tensors that are kept and saved but not trained (masks, averages)."""

@@ -17,7 +17,7 @@ from lightning_peft.core.site import BlockSite
 from lightning_peft.methods.base import BlockMethod
 from lightning_peft.methods.bottleneck_layers import NON_LINEARITIES, Bottleneck
 from lightning_peft.methods.checks import require
-from lightning_peft.methods.limits import FACTOR, FRACTION, above, one_of
+from lightning_peft.methods.limits import FACTOR, FRACTION, at_least, one_of
 from lightning_peft.methods.registry import register
 
 __all__ = ["BottleneckAdapter"]
@@ -76,7 +76,7 @@ class BottleneckAdapter(BlockMethod):
     limits = {
         "scaling": FACTOR,
         "non_linearity": one_of(NON_LINEARITIES),
-        "reduction_factor": above(0),
+        "reduction_factor": at_least(1 / 64),
         "dropout": FRACTION,
     }
 
