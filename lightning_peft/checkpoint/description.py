@@ -25,7 +25,8 @@ KEY = "lightning_peft"
 #: 1: adapters, and what outside of the root required a gradient when the file was written.
 #: 2: also `kept`, the names of all tensors in the file that belong to no adapter.
 #: 3: also the marker among the tensors (see `core.marker`).
-FORMAT = 3
+#: 4: the state of Python's generator holds its words as a tensor.
+FORMAT = 4
 
 _PACKAGES = (
     "lightning_peft",

@@ -17,7 +17,12 @@ __all__ = ["gather_rng_states", "malformed_generators", "restore_rng", "rng_stat
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
     """States of torch, CUDA (this process's device), Python, and numpy where it is in use."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    version, words, gauss = random.getstate()
+    # One tensor: pickle asks torch about every single number of a tuple.
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, torch.tensor(words), gauss],
+    }
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state(legacy=True)
         state["numpy"] = [str(kind), torch.from_numpy(keys.astype("int64")), *map(float, rest)]
@@ -40,7 +45,8 @@ def restore_rng(state: dict[str, Any], device: torch.device | None = None) -> No
     """Put back what `rng_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    numbers = words.tolist() if isinstance(words, Tensor) else words  # a tuple before format 4
+    random.setstate((version, tuple(numbers), gauss))
     if "numpy" in state and "numpy" in sys.modules:
         kind, keys, position, has_gauss, cached = state["numpy"]
         words_32 = keys.numpy().astype("uint32")
@@ -73,15 +79,18 @@ def _is_bytes(value: object) -> bool:
 
 
 def _is_python_state(value: object) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    version, words, gauss = value
+    if isinstance(words, Tensor) and words.dtype == torch.int64 and words.ndim == 1:
+        words = words.tolist()
     return (
-        isinstance(value, list | tuple)
-        and len(value) == 3
-        and value[0] == 3
-        and isinstance(value[1], list | tuple)
-        and len(value[1]) == 625
-        and all(type(n) is int and 0 <= n < 1 << 32 for n in value[1])
-        and value[1][-1] <= 624
-        and (value[2] is None or type(value[2]) is float)
+        version == 3
+        and isinstance(words, list | tuple)
+        and len(words) == 625
+        and all(type(n) is int and 0 <= n < 1 << 32 for n in words)
+        and words[-1] <= 624
+        and (gauss is None or type(gauss) is float)
     )
 
 

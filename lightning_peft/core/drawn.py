@@ -114,7 +114,7 @@ def divergence(log_std: Tensor, log_concentration: Tensor, concentration: float)
     )
     variance, log_variance = torch.exp(2 * log_std), 2 * log_std
     wishart = 0.5 * r * (variance - log_variance - 1).sum()
-    half = torch.tensor(r / 2, dtype=log_std.dtype, device=log_std.device)
+    half = log_std.new_full((), r / 2)
     expected_log = log_variance + torch.digamma(half) + torch.log(2 * torch.ones_like(half))
     normal = 0.5 * n * (r * variance - expected_log - 1).sum()
     return dirichlet + wishart + normal

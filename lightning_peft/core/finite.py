@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cmath
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["is_finite"]
 
@@ -15,4 +17,8 @@ def is_finite(value: Tensor) -> bool:
     # torch has no isfinite for float8.
     wide = value.float() if value.dtype.itemsize == 1 else value
     wide = wide.flatten() if wide.ndim > 16 else wide  # torch computes on at most 64 axes
+    # A sum is cheaper and holds NaN or infinity if a value does. It may also overflow, and that of
+    # a sharded tensor would have to be gathered.
+    if type(wide) in (Tensor, nn.Parameter) and cmath.isfinite(wide.detach().sum().item()):
+        return True
     return bool(torch.isfinite(wide).all())

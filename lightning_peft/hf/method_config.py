@@ -69,7 +69,8 @@ def method_class(config: Mapping[str, Any]) -> type[Method]:
         raise ValueError(
             f"{CONFIG}: {peft_type}: expected a variant that a method here knows, got {keys}"
         )
-    return found[0]
+    # LoRA+ writes what LoRA writes, a hard prompt what a soft one does: read as the base class.
+    return min(found, key=lambda cls: len(cls.__mro__))
 
 
 def _is(value: object, wanted: object) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from lightning_peft.layers.adapted_state import ActiveAdapters, AdaptedState
 from lightning_peft.layers.adapter import Adapter
 from lightning_peft.layers.block import BlockAdapter
 from lightning_peft.layers.direct_forward import bind_direct
-from lightning_peft.layers.group_outputs import output_of_group
 from lightning_peft.layers.mixed_batch import (
     MixedBatch,
     any_mixed_batch,
@@ -36,9 +35,6 @@ from lightning_peft.layers.outside_reads import read_effective
 from lightning_peft.layers.prompt.forward import forward_names, forward_with_prompt
 from lightning_peft.layers.router_adapter import forward_routed
 from lightning_peft.layers.weight_adapter import WeightAdapter
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "Adapted",
@@ -87,10 +83,21 @@ class Adapted(Swapped):
         state.telemetry.forward_ran = True
         if torch.is_grad_enabled():
             state.telemetry.ran_in_graph = True
-        if not state.has_no_direct and not kwargs and len(args) == 1:
-            y = _forward_directly(self, state, args[0])
+        if not (
+            state.has_no_direct
+            or kwargs
+            or len(args) != 1
+            or torch.compiler.is_compiling()
+            or any_mixed_batch()
+        ):
+            direct = state.direct
+            y = None if direct is None else direct.run(self, state, args[0])
             if y is not None:
                 return y
+            direct = state.direct = bind_direct(self, state.ops, state.active)
+            if direct is not None:
+                return direct.run(self, state, args[0])
+            state.has_no_direct = True
         active = acting_adapters(self)
         mix = current_mixed_batch()
         if mix is not None:
@@ -107,20 +114,6 @@ class Adapted(Swapped):
         if not active.edits and not active.blocks:
             return run(*args, **kwargs)
         return _forward(self, run, active.edits, active.blocks, args, kwargs)
-
-
-def _forward_directly(module: Adapted, state: AdaptedState, x: Any) -> Tensor | None:
-    """Return the output by the short way; None if the general way is to be taken."""
-    if torch.compiler.is_compiling() or any_mixed_batch():
-        return None
-    direct = state.direct
-    if direct is None or not direct.fits(module):
-        direct = state.direct = bind_direct(module, state.ops, state.active)
-        if direct is None:
-            state.has_no_direct = True
-            return None
-    y = output_of_group(module, x)
-    return direct.run(module, x) if y is None else y
 
 
 def _forward(

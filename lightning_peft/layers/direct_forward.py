@@ -8,14 +8,18 @@ tensors, the storage or the layer's class is replaced. The short way checks thes
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core.protocols import LayerOps, Reason
 from lightning_peft.core.terms import LowRank
-from lightning_peft.layers.adapted_state import ActiveAdapters
+from lightning_peft.layers.adapted_state import ActiveAdapters, AdaptedState
+from lightning_peft.layers.group_outputs import HAND_OFF
 from lightning_peft.layers.weight_adapter import WeightAdapter
+
+if TYPE_CHECKING:
+    from lightning_peft.layers.adapted import Adapted
 
 __all__ = ["DirectForward", "bind_direct"]
 
@@ -44,11 +48,11 @@ class DirectForward:
         self._name, self._storage = adapter.site.name, adapter.site.storage
         self._A, self._B, self._scaling, self._dropout = term.A, term.B, term.scaling, dropout
 
-    def fits(self, module: nn.Module) -> bool:
-        """Return whether nothing was replaced since the layer was bound."""
+    def run(self, module: Adapted, state: AdaptedState, x: Tensor) -> Tensor | None:
+        """Return the layer's output on x; None if something was replaced since it was bound."""
         adapter, site = self._adapter, self._site
         held = adapter._parameters
-        return (
+        if not (
             held.get("A") is self._A
             and held.get("B") is self._B
             and type(module) is self._kind
@@ -57,10 +61,14 @@ class DirectForward:
             and site.storage is self._storage
             and site.name == self._name
             and adapter.observer is None
-        )
-
-    def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the layer's output on x."""
+        ):
+            return None
+        if state.projection_group is None:
+            HAND_OFF.pending = None  # as `output_of_group`
+        else:
+            y = state.projection_group.run(module, x)
+            if y is not None:
+                return y
         dropout = self._dropout if module.training else 0.0
         return self._kernel(module, x, self._A, self._B, self._scaling, dropout)
 

@@ -61,18 +61,18 @@ class TokenLoss:
         loss = own * (log_total - at_label)
         zero = loss.new_zeros(())
         vocabulary = logits.shape[-1]
-        weight_sum = torch.tensor(float(vocabulary)) if self.weight is None else self.weight.sum()
         share = smoothing / vocabulary
+        even = smoothing if self.weight is None else share * self.weight.sum().to(loss.device)
         if spread is not None:
-            smooth = share * (weight_sum.to(loss.device) * log_total - spread)
+            smooth = even * log_total - share * spread
             loss = loss + smooth.where(counted, zero)
         loss = loss.where(counted, zero)
         if not with_gradient:
             return loss, None
-        scale = own + (share * weight_sum.to(loss.device)) * counted
+        scale = own + even * counted
         p.mul_(scale[:, None] / total)
         p.scatter_add_(-1, target, -own[:, None])
         if smoothing:
-            even = counted[:, None].float() * share
-            p.sub_(even if self.weight is None else even * self.weight)
+            each = counted[:, None].float() * share
+            p.sub_(each if self.weight is None else each * self.weight)
         return loss, p

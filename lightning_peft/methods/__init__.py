@@ -1,20 +1,36 @@
-"""Every PEFT method, one file each; importing this package registers them."""
+"""Every PEFT method, one file each.
+
+`METHODS` has them by class name, and so has this package: `from lightning_peft.methods import
+DoRA`. The file of a method is imported when it is first named.
+"""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
+from typing import TYPE_CHECKING, Any
 
-from lightning_peft.guideline.advice import guideline_table, literature
 from lightning_peft.methods.base import Method
-from lightning_peft.methods.hybrids import mam, unipelt
 from lightning_peft.methods.registry import METHODS
+
+if TYPE_CHECKING:
+    from lightning_peft.guideline.advice import guideline_table, literature
+    from lightning_peft.methods.hybrids import mam, unipelt
 
 __all__ = ["METHODS", "Method", "guideline_table", "literature", "mam", "unipelt"]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-    # The classes are reachable by name, so that `from lightning_peft.methods import DoRA` works for
-    # a new file.
-globals().update(METHODS)
-__all__ += sorted(METHODS)
+#: What is neither a method nor needed by one → its module.
+_MODULES = {
+    "guideline_table": "lightning_peft.guideline.advice",
+    "literature": "lightning_peft.guideline.advice",
+    "mam": "lightning_peft.methods.hybrids",
+    "unipelt": "lightning_peft.methods.hybrids",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is named for the first time."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    if not name.startswith("_") and name in METHODS:
+        return METHODS[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

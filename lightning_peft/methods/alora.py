@@ -93,12 +93,14 @@ class ALoRA(LoRA):
             f"got {batch}",
         )
         seen = torch.cat((tail, ids), dim=1)
-        wanted = torch.tensor(self.invocation_tokens, device=ids.device)
         at = torch.arange(seen.shape[1], device=ids.device)
         begins = ids.new_zeros(seen.shape, dtype=torch.bool)
         if seen.shape[1] >= n:
-            hits = (seen.unfold(1, n, 1) == wanted).all(-1)
-            begins[:, : hits.shape[1]] = hits
+            width = seen.shape[1] - n + 1
+            hits = seen[:, :width] == self.invocation_tokens[0]
+            for i, token in enumerate(self.invocation_tokens[1:], 1):
+                hits &= seen[:, i : i + width] == token
+            begins[:, :width] = hits
         last = torch.where(begins, at, -1).amax(dim=1)
         start = torch.where(last >= 0, last, torch.where(active, 0, seen.shape[1]))
         on = (at >= start.unsqueeze(1))[:, tail.shape[1] :]

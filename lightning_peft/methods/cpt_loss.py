@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,20 +40,28 @@ def cpt_loss(logits: Tensor, labels: Tensor, method: CPT, types: Tensor | None =
         "give the model no labels",
     )
     device = labels.device
-    own = torch.tensor(list(method.types), device=device)
-    last = -(-int(own.max()) // 4) * 4
+    own, init_ids = (_numbers(tuple(t), str(device)) for t in (method.types, method.init_ids))
+    last = -(-max(method.types) // 4) * 4
     text = torch.full_like(labels, 4) if types is None else types
     kinds = torch.cat([own.expand(batch, -1), torch.where(text > 0, text + last, text)], dim=1)
-    ids = torch.tensor(list(method.init_ids), device=device).expand(batch, -1)
-    target, kinds = torch.cat([ids, labels], dim=1)[:, 1:], kinds[:, 1:]
+    target, kinds = torch.cat([init_ids.expand(batch, -1), labels], dim=1)[:, 1:], kinds[:, 1:]
     example = torch.where((kinds > 0) & (kinds % 4 == 0), kinds // 4, 0)
     counted = (example > 0) & (target != -100)
-    present = logits.new_zeros(batch, int(example.max()) + 1).scatter(1, example, 1.0)
+    # Reading the numbers of the user's own types waits for the device.
+    most = last // 4 + 1 if types is None else int(example.max())
+    present = logits.new_zeros(batch, most + 1).scatter(1, example, 1.0)
     later = present.flip(1).cumsum(1).flip(1) - present
     weight = method.decay ** later.gather(1, example)
     rows = logits[:, :-1].flatten(0, 1)
     loss = nn.functional.cross_entropy(rows, target.flatten(), reduction="none")
     return (loss * weight.flatten())[counted.flatten()].mean()
+
+
+@lru_cache(maxsize=64)
+def _numbers(numbers: tuple[int, ...], device: str) -> Tensor:
+    """The numbers on the device; kept, so that no step copies them again."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def _check(logits: Any, labels: Any, method: Any, types: Any) -> None:

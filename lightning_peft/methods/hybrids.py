@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning_peft.methods.base import Method
-from lightning_peft.methods.bottleneck import BottleneckAdapter
+from lightning_peft.methods.bottleneck_adapter import BottleneckAdapter
 from lightning_peft.methods.gated_lora import GatedLoRA
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 

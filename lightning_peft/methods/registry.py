@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar, cast
 
 from lightning_peft.methods.arguments import checked_arguments
@@ -12,8 +14,60 @@ from lightning_peft.methods.base import HFFormat, Method, Targeted
 __all__ = ["METHODS", "from_dict", "register", "to_dict"]
 
 
-METHODS: dict[str, type[Method]] = {}
+class Methods(MutableMapping[str, type[Method]]):
+    """Class name → method. Files of a folder are imported when a name asks for them.
 
+    The file of a method has the name of its class in snake case. A name that fits no file, and
+    every question about all methods, imports the whole folder.
+
+    Args:
+        package: The package whose modules register methods.
+    """
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self._registered: dict[str, type[Method]] = {}
+        self._is_complete = False
+
+    def _modules(self) -> list[str]:
+        folder = importlib.import_module(self._package).__path__
+        return [module.name for module in pkgutil.iter_modules(folder)]
+
+    def _load(self, module: str) -> None:
+        importlib.import_module(f"{self._package}.{module}")
+
+    def _load_all(self) -> None:
+        if not self._is_complete:
+            for module in self._modules():
+                self._load(module)
+            self._is_complete = True
+
+    def __getitem__(self, name: str) -> type[Method]:
+        if name not in self._registered and not self._is_complete:
+            for module in self._modules():
+                if module.replace("_", "") == name.lower():
+                    self._load(module)
+            if name not in self._registered:
+                self._load_all()
+        return self._registered[name]
+
+    def __setitem__(self, name: str, method: type[Method]) -> None:
+        self._registered[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        del self._registered[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the alphabet, so that it does not depend on what ran before."""
+        self._load_all()
+        return iter(sorted(self._registered))
+
+    def __len__(self) -> int:
+        self._load_all()
+        return len(self._registered)
+
+
+METHODS = Methods("lightning_peft.methods")
 
 M = TypeVar("M", bound=type[Method])
 

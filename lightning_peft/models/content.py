@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,10 +26,9 @@ __all__ = ["Contents", "TensorContent", "changed_tensors", "content_hash", "take
 
 _HASHED_WHOLE = 1 << 24  # bytes up to which a tensor is always hashed completely
 _SAMPLE_STEP = 4096  # elements per sampled value
-_SMALL = 1 << 19  # bytes up to which one checksum call is faster than the polynomial
-_WIDTHS = (32749, 4093)  # words per row, primes: the largest row and sum fit a CPU's second cache
-_MULTIPLIER = 0x1E3779BB  # 3 modulo 8, so that its powers differ in their low bits
-_ROWS_AT_ONCE = 64  # on a GPU, where a kernel per row would cost more than the row
+_SMALL = 1 << 16  # bytes up to which one checksum is faster than a weighted sum and its checksum
+_WIDTH = 4093  # words per row: a prime, and a row of sums stays in a CPU's first cache
+_ROWS_AT_ONCE = 64  # on a GPU, where torch has no product of integer matrices
 _THREADS = 4  # more wait for the interpreter lock
 _WORTH_THREADS = 1 << 22  # bytes
 
@@ -179,11 +179,11 @@ def content_hash(t: Tensor) -> int:
     """Return a hash of the tensor's bytes, dtype and shape, computed where the tensor is.
 
     It is the same on every device. A small tensor is hashed by its CRC-32. Of a larger one, the
-    bytes are read as 32-bit words. Rows of words are the coefficients of a polynomial modulo 2^32
-    at a fixed odd number, its values are reduced once more in shorter rows, and the CRC-32 is taken
-    of the result. A change of any single word changes the hash.
+    bytes are read as 32-bit words in rows. Each row is multiplied by an odd number of its own,
+    modulo 2^32, and the rows are added. The hash is the CRC-32 of this sum and of the words after
+    the last complete row. A change of any single word changes it.
 
-    The top bit of a word reaches nothing but the top bit of a value, where an even number of
+    The top bit of a word reaches nothing but the top bit of a sum, where an even number of
     changed signs in one column cancels. Therefore the width of a row is a prime: a row, a column,
     or all of a matrix with its sign changed leaves an odd number in some column.
 
@@ -195,59 +195,52 @@ def content_hash(t: Tensor) -> int:
     values = t.detach().reshape(-1)
     if values.stride() != (1,):  # one element may have any stride, and counts as contiguous
         values = values.clone(memory_format=torch.contiguous_format)
-    flat = values.view(torch.uint8)
-    if flat.numel() <= _SMALL:
-        return (kind << 32) ^ _checksum(flat.cpu())
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    words = flat.numel() // 4
-    rest = bytes(flat[words * 4 :].tolist())
-    reduced = flat[: words * 4].view(torch.int32)
-    for width in _WIDTHS:
-        reduced = _polynomials(reduced, width)
-    return (kind << 32) ^ zlib.crc32(rest, _checksum(reduced.cpu()))
+    data = values.view(torch.uint8)
+    if data.numel() <= _SMALL:
+        return (kind << 32) ^ _checksum(data.cpu())
+    if data.storage_offset() % 4:
+        data = data.clone()
+    end = data.numel() - data.numel() % (4 * _WIDTH)
+    sums = _weighted_sum(data[:end].view(torch.int32).view(-1, _WIDTH))
+    return (kind << 32) ^ _checksum(data[end:].cpu(), _checksum(sums.cpu()))
 
 
-def _checksum(t: Tensor) -> int:
-    """Return the checksum of a contiguous tensor on the CPU.
+def _checksum(t: Tensor, before: int = 0) -> int:
+    """Return the checksum of a contiguous tensor on the CPU, after bytes with a known checksum.
 
     It reads the memory itself: views of torch cost more than the checksum of a few kilobytes.
     """
     if t.numel() == 0:
-        return 0
-    return zlib.crc32((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
+        return before
+    return zlib.crc32((ctypes.c_char * t.nbytes).from_address(t.data_ptr()), before)
 
 
-def _polynomials(words: Tensor, width: int) -> Tensor:
-    """Return the value of the polynomial of each column, for rows of `width` words."""
-    if words.device.type != "cpu":
-        return _polynomials_by_blocks(words, width)
-    first, *rows = words.split(width)
-    total: Tensor = first.clone()
-    for row in rows:
-        column = total if row.numel() == width else total[: row.numel()]
-        torch.add(row, column, alpha=_MULTIPLIER, out=column)
+def _weighted_sum(rows: Tensor) -> Tensor:
+    """Return the sum of all rows, each times its weight, modulo 2^32."""
+    weights = _weights(rows.shape[0])
+    if rows.device.type == "cpu":
+        return torch.mv(rows.t(), weights)
+    return _weighted_sum_by_blocks(rows, weights.to(rows.device))
+
+
+def _weighted_sum_by_blocks(rows: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum in a few kernels per block of rows, without an integer product."""
+    total = torch.zeros_like(rows[0])
+    blocks = zip(rows.split(_ROWS_AT_ONCE), weights.split(_ROWS_AT_ONCE), strict=True)
+    for block, weight in blocks:
+        total += (block * weight[:, None]).sum(0, dtype=torch.int32)
     return total
 
 
-def _polynomials_by_blocks(words: Tensor, width: int) -> Tensor:
-    """Return the values that `_polynomials` does, in a few kernels per block of rows."""
-    powers = _powers(_ROWS_AT_ONCE + 1)
-    weights = torch.tensor(powers[-2::-1], dtype=torch.int32, device=words.device)[:, None]
-    complete = words.numel() // width
-    total: Tensor = words.new_zeros(width)
-    for block in words[: complete * width].view(complete, width).split(_ROWS_AT_ONCE):
-        n = block.shape[0]
-        total *= powers[n]
-        total += (block * weights[-n:]).sum(0, dtype=torch.int32)
-    rest = words[complete * width :]
-    if rest.numel():
-        column = total[: rest.numel()]
-        torch.add(rest, column, alpha=_MULTIPLIER, out=column)
-    return total
+@lru_cache(maxsize=64)
+def _weights(count: int) -> Tensor:
+    """Return odd numbers that look random: two of them differ in their low bits already.
 
-
-def _powers(count: int) -> list[int]:
-    """Return the first powers of the multiplier as signed 32-bit numbers."""
-    found = [pow(_MULTIPLIER, n, 1 << 32) for n in range(count)]
-    return [n - (1 << 32) if n >> 31 else n for n in found]
+    Two words that change places are missed only if the product of their difference and that of
+    their weights is 0 modulo 2^32.
+    """
+    mixed = torch.arange(1, count + 1, device="cpu")
+    for multiplier in (0x7FEB352D, 0x68E31DA5):
+        mixed = mixed * multiplier % (1 << 32)
+        mixed ^= mixed >> 15
+    return (mixed | 1).to(torch.int32)

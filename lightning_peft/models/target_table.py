@@ -146,7 +146,8 @@ _BY_FAMILY: dict[str, str] = {
     "cohere cohere2 smollm3 gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text helium nemotron "
     "seed_oss arcee glm glm4 exaone4 mllama mllama_text_model llava llava_next idefics2 idefics3 "
     "paligemma qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl qwen3_vl_text smolvlm "
-    "internvl jamba llama4 llama4_text ernie4_5 hunyuan_v1_dense recurrent_gemma apertus beam "
+    "internvl pixtral ovis2_vision jamba llama4 llama4_text ernie4_5 hunyuan_v1_dense "
+    "recurrent_gemma apertus beam "
     "bitnet cwm diffllama doge emu3_text_model falcon_h1 flint gemma4_unified gemma4_unified_text "
     "got_ocr2 granite_swa hrm_text hyperclovax jais2 ministral3 moss_transcribe_diarize "
     "olmo_hybrid qwen3_5 qwen3_5_text vaultgemma audioflamingo3 glmasr musicflamingo qwen2_audio "
@@ -207,7 +208,8 @@ _BY_FAMILY: dict[str, str] = {
     "mobilevit": "mobilevit",
     "pvt_v2": "pvt_v2",
     "cvt": "cvt",
-    "qwen_vision": "qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision",
+    "qwen_vision": "qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision "
+    "glm4v_vision blip_2_vision_model instructblip_vision_model",
     "hiera": "hiera",
     "focalnet": "focalnet",
     "bit": "bit",
@@ -219,7 +221,8 @@ _BY_FAMILY: dict[str, str] = {
     "bart": "bart mbart marian pegasus pegasus_x m2m_100 blenderbot blenderbot-small plbart "
     "bigbird_pegasus whisper speech_to_text clip clip_text_model clip_vision_model "
     "siglip siglip_text_model siglip_vision_model siglip2 idefics2_vision idefics3_vision "
-    "smolvlm_vision vit deit dinov2 "
+    "smolvlm_vision internvl_vision mllama_vision_model llama4_vision_model git_vision_model "
+    "janus_vision_model idefics_vision kosmos_2_vision_model vit deit dinov2 "
     "dinov2_with_registers dinov3_vit swin "
     "vit_mae vit_msn detr chinese_clip altclip beit segformer mvp "
     "nanochat trocr fsmt nllb-moe seamless_m4t seamless_m4t_v2 ijepa metaclip_2 jina_embeddings_v3 "

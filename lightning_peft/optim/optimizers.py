@@ -182,12 +182,11 @@ class PooledOptimizer(torch.optim.Optimizer):
         """Return the pools, rebuilt if parameters were added or moved, or states were set."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         pools: dict[torch.device, StatePool] = vars(self).setdefault("_pool_by_device", {})
-        if all(
-            (pool := pools.get(local(p).device)) is not None
-            and p in pool.views
-            and self.state.get(p) is pool.views[p]
-            for p in params
-        ):
+        for p in params:
+            pool = pools.get(p.device)
+            if pool is None or p not in pool.views or self.state.get(p) is not pool.views[p]:
+                break
+        else:
             return pools
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
         for p in params:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
+from typing import Any
 
 from lightning_peft.trainers.packages import is_loaded, is_supported
 
@@ -16,6 +18,12 @@ _REGISTRIES = (
     ("lightning_fabric", "Fabric", "STRATEGY_REGISTRY", "lightning_fabric"),
 )
 
+#: Name, class and description of each strategy.
+_STRATEGIES = (
+    ("peft_ddp", "PEFTDDPStrategy", "DDP that sends only trained tensors"),
+    ("peft_fsdp", "PEFTFSDPStrategy", "FSDP2 with the packed base sharded by rows"),
+)
+
 
 def register_strategies() -> None:
     """Register the strategies with every package loaded so far.
@@ -27,10 +35,11 @@ def register_strategies() -> None:
         if not is_loaded(package, shown_by) or not is_supported(package):
             continue
         found = getattr(importlib.import_module(f"{package}.strategies"), registry)
-        ours = importlib.import_module(f"lightning_peft.strategies.{module}")
-        for strategy, description in (
-            (ours.PEFTDDPStrategy, "DDP that sends only trained tensors"),
-            (ours.PEFTFSDPStrategy, "FSDP2 with the packed base sharded by rows"),
-        ):
-            if strategy.strategy_name not in found:
-                found.register(strategy.strategy_name, strategy, description=description)
+        for name, cls, description in _STRATEGIES:
+            if name not in found:
+                found.register(name, partial(_create, module, cls), description=description)
+
+
+def _create(module: str, cls: str, **options: Any) -> Any:
+    """Called when a Trainer asks for the strategy: imports the class only then."""
+    return getattr(importlib.import_module(f"lightning_peft.strategies.{module}"), cls)(**options)

@@ -64,7 +64,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "no entry": (lambda ck: ck.pop(KEY), r"expected a checkpoint with adapters, got one without"),
     "entry of a wrong type": (lambda ck: ck.__setitem__(KEY, 3), r"expected a dict.*got '3'"),
     "no format": (lambda ck: ck[KEY].pop("format"), r"expected a dict with 'format'"),
-    "newer": (lambda ck: ck[KEY].__setitem__("format", 99), r"expected format <= 3, got 99"),
+    "newer": (lambda ck: ck[KEY].__setitem__("format", 99), r"expected format <= 4, got 99"),
     "no roots": (lambda ck: ck[KEY].pop("roots"), r"expected roots with adapters.*got 'None'"),
     "another method": (
         lambda ck: _adapter(ck)["methods"][0].update(alpha=3.0),

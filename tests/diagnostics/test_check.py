@@ -239,7 +239,7 @@ def test_every_op_that_launches_has_a_check() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Call)
         and node.args
-        and getattr(node.func, "id", "") in ("run", "attempt", "select")
+        and getattr(node.func, "id", "") in ("run", "attempt", "select", "launches", "note_refusal")
     ]
     named = {c.args[0].value for c in calls if isinstance(c.args[0], ast.Constant)}
     assert len(named) >= 10

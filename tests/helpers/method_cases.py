@@ -37,7 +37,7 @@ from lightning_peft.methods.osf import OSF
 from lightning_peft.methods.peanut import PEANuT
 from lightning_peft.methods.psoft import PSOFT
 from lightning_peft.methods.pvera import PVeRA
-from lightning_peft.methods.quant_aware import QuantAwareLoRA
+from lightning_peft.methods.quant_aware_lora import QuantAwareLoRA
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.road import RoAd
 from lightning_peft.methods.shira import SHiRA

@@ -114,12 +114,38 @@ def _qwen3_vl() -> nn.Module:
     )
 
 
+def _mistral3() -> nn.Module:
+    return tr.Mistral3ForConditionalGeneration(
+        tr.Mistral3Config(
+            text_config=tr.MistralConfig(**_TEXT),
+            vision_config=tr.PixtralVisionConfig(**_VISION),
+            image_token_id=IMAGE,
+            spatial_merge_size=1,
+            vision_feature_layer=-1,
+        )
+    )
+
+
+def _internvl() -> nn.Module:
+    sides = {"image_size": [16, 16], "patch_size": [8, 8]}
+    return tr.InternVLForConditionalGeneration(
+        tr.InternVLConfig(
+            text_config=tr.Qwen2Config(**_TEXT),
+            vision_config=tr.InternVLVisionConfig(**{**_VISION, **sides}),
+            image_token_id=IMAGE,
+            downsample_ratio=1.0,
+        )
+    )
+
+
 #: Name → (builder, path of the language part, of the vision part, LoRA's layers in the latter).
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, str, set[str]]] = {
     "llava": (_llava, "model.language_model", "model.vision_tower", {"q_proj", "v_proj"}),
     "gemma3": (_gemma3, "model.language_model", "model.vision_tower", {"q_proj", "v_proj"}),
     "idefics2": (_idefics2, "model.text_model", "model.vision_model", {"q_proj", "v_proj"}),
     "idefics3": (_idefics3, "model.text_model", "model.vision_model", {"q_proj", "v_proj"}),
+    "mistral3": (_mistral3, "model.language_model", "model.vision_tower", {"q_proj", "v_proj"}),
+    "internvl": (_internvl, "model.language_model", "model.vision_tower", {"q_proj", "v_proj"}),
     "qwen2_vl": (_qwen2_vl, "model.language_model", "model.visual", {"qkv"}),
     "qwen2_5_vl": (_qwen2_5_vl, "model.language_model", "model.visual", {"qkv"}),
     "qwen3_vl": (_qwen3_vl, "model.language_model", "model.visual", {"qkv"}),
@@ -151,5 +177,9 @@ def inputs(name: str) -> dict[str, Tensor]:
         }
     images = (2, 1) if name.startswith("idefics") else (2,)
     pixels = torch.randn(*images, 3, 16, 16, generator=g)
-    types = {"token_type_ids": is_image} if name == "gemma3" else {}
-    return {**batch, "pixel_values": pixels, **types}
+    further = {}
+    if name == "gemma3":
+        further["token_type_ids"] = is_image
+    if name == "mistral3":
+        further["image_sizes"] = torch.tensor([[16, 16]] * 2)
+    return {**batch, "pixel_values": pixels, **further}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_peft as lp
 from lightning_peft.adapters.state_dict import trained_tensors
-from lightning_peft.methods import C3A  # type: ignore[attr-defined]
+from lightning_peft.methods import C3A
 from lightning_peft.methods.c3a import Circulant
 from tests.helpers.compare import assert_close
 from tests.helpers.peft_exchange import build, by_peft, loaded

@@ -70,9 +70,15 @@ def test_the_committed_table() -> None:
     rows_on = "lightning_peft_kernels.optim.step_inputs.rows_on"
     made = {case: row["made"] for case, row in now.items() if row["made"]}
     assert made == {"8-bit AdamW, step": rows_on}
-    # A step of generation waits for Python: its calls were halved, and cut for a packed weight.
-    # No kind of layer takes more calls than before.
+    # Small steps wait for Python: calls per LoRA layer were halved. No other kind takes more.
     calls = {case: int(row["calls"]) / int(before[case]["calls"]) for case, row in now.items()}
     assert max(calls.values()) < 1.0
-    assert calls["LoRA, generation"] <= 0.5
-    assert calls["LoRA on NF4, generation"] <= 0.62
+    for case in (
+        "LoRA, generation",
+        "LoRA on NF4, generation",
+        "LoRA, training",
+        "LoRA on NF4, training",
+        "q, k, v on NF4 grouped, training",
+        "gate, up on NF4 grouped, training",
+    ):
+        assert calls[case] <= 0.5, case

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft as lp
-from lightning_peft.methods import ALoRA  # type: ignore[attr-defined]
+from lightning_peft.methods import ALoRA
 from tests.helpers.compare import assert_close, assert_same_bits
 from tests.helpers.peft_exchange import build, by_peft, in_peft, loaded, trained
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_peft as lp
 from lightning_peft.layers.adapted import adapted_modules, adapters_of
-from lightning_peft.methods import TinyLoRA, UniLoRA, VBLoRA  # type: ignore[attr-defined]
+from lightning_peft.methods import TinyLoRA, UniLoRA, VBLoRA
 from lightning_peft.strategies.sharding import _check_adapters
 from tests.helpers.compare import assert_same_bits
 

@@ -73,13 +73,31 @@ def test_rows_of_signs_alone_are_told_apart() -> None:
         assert content_hash(changed.T.contiguous()) != content_hash(t.T.contiguous())
 
 
-@pytest.mark.parametrize("count", [32749, 32750, 131072, 3_000_001])
-@pytest.mark.parametrize("width", [4093, 32749])
-def test_blocks_of_rows_give_the_values_that_single_rows_give(count: int, width: int) -> None:
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
+def test_blocks_of_rows_give_the_sum_that_one_product_gives(rows: int) -> None:
     """A GPU computes by blocks, and the hash of a tensor that is moved there stays what it is."""
-    words = torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int32)
-    by_rows = content._polynomials(words, width)
-    assert torch.equal(by_rows, content._polynomials_by_blocks(words, width))
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, 4093), dtype=torch.int32)
+    weights = content._weights(rows)
+    assert bool((weights % 2 == 1).all())
+    assert len(set(weights.tolist())) == rows
+    expected = (words.double().long() * weights[:, None]).sum(0)
+    for total in (
+        content._weighted_sum(words),
+        content._weighted_sum_by_blocks(words, weights),
+    ):
+        assert torch.equal(total.long() % 2**32, expected % 2**32)
+
+
+def test_exchanged_words_of_one_column_change_the_hash() -> None:
+    """1 and 0.5 differ in nine high bits; weights that differ in low bits keep these."""
+    t = torch.ones(2_000_000)
+    t[::2] = 0.5
+    for distance in (1, 7, 63, 65):  # rows
+        changed = t.clone()
+        i, j = 100, 100 + 4093 * distance
+        changed[[i, j]] = changed[[j, i]]
+        assert changed[i] != t[i]
+        assert content_hash(changed) != content_hash(t)
 
 
 @pytest.fixture

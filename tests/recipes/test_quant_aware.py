@@ -161,7 +161,7 @@ def test_the_flag_is_read_when_it_was_written_and_not_in_every_forward() -> None
     flag.fill_(1.0)  # type: ignore[operator]
     with CreatedTensors() as written:
         rounded = model(x)
-    assert "lightning_peft.methods.quant_aware._is_set" in written.read
+    assert "lightning_peft.methods.quant_aware_lora._is_set" in written.read
     assert not torch.equal(rounded, plain)
     saved = model.state_dict()
     flag.zero_()  # type: ignore[operator]

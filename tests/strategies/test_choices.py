@@ -34,7 +34,7 @@ def test_registered_by_name() -> None:
         ("peft_ddp", strategies().PEFTDDPStrategy),
         ("peft_fsdp", strategies().PEFTFSDPStrategy),
     ):
-        assert pl.strategies.StrategyRegistry[name]["strategy"] is cls
+        assert type(pl.strategies.StrategyRegistry.get(name)) is cls
         made = pl.Trainer(accelerator="cpu", devices=2, strategy=name, logger=False)
         assert type(made.strategy) is cls
 

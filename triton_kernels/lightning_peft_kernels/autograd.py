@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_peft_kernels.chips import CHIPS
 
 __all__ = [
+    "PLAIN_TYPES",
     "Context",
     "Grads",
     "KernelFunction",
@@ -34,6 +35,8 @@ __all__ = [
     "unflatten_rows",
 ]
 
+#: Types of tensors whose bytes kernels may read without torch's dispatcher.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 #: Return type of a backward: one entry per argument of forward.
 Grads = tuple[Tensor | None, ...]
 

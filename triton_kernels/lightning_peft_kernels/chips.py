@@ -6,8 +6,9 @@ forbids something.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +27,7 @@ __all__ = [
 #: Why a kernel with matrix products refuses fp32: its tiles would spill, and need more shared
 #: memory than an A100 has.
 WIDE = "tiles of two bytes per element"
+_MOST_DECISIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Chip:
         no_e4m3: Why kernels do not convert to e4m3 here; "" if they do.
         no_row_scales: Why `torch._scaled_mm` takes no scale per row here; "" if it does.
         one_pass_rank: Largest rank whose two gradients one pass computes without spilling.
+        decisions: What was selected on this chip, by question; see `remember`.
     """
 
     name: str
@@ -47,11 +50,18 @@ class Chip:
     no_e4m3: str
     no_row_scales: str
     one_pass_rank: int
+    decisions: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_nvidia(self) -> bool:
         """Whether this is an NVIDIA chip."""
         return self.name.startswith("sm_")
+
+    def remember(self, question: Hashable, decision: Any) -> None:
+        """Keep a decision, so that the next layer of this shape looks it up and asks nothing."""
+        if len(self.decisions) >= _MOST_DECISIONS:  # token counts may vary without end
+            self.decisions.clear()
+        self.decisions[question] = decision
 
 
 class _Family(NamedTuple):

@@ -23,6 +23,8 @@ import torch
 
 from lightning_peft_kernels.chips import CHIPS, chip_of
 from lightning_peft_kernels.launch import (
+    FAILURES,
+    VERDICTS_READ,
     LaunchError,
     any_failure,
     configuration,
@@ -167,8 +169,16 @@ def select(
 
 
 def launches(op: str, device: torch.device, dtype: torch.dtype, backend: Backend) -> bool:
-    """Whether `select` chooses Triton; it makes no reason in the usual case."""
-    if backend == "auto" and dtype in _FLOATS and launches_freely(device) and triton_available():
+    """Whether `select` chooses Triton; it makes no reason and no call in the usual case."""
+    if (
+        backend == "auto"
+        and dtype in _FLOATS
+        and not torch.compiler.is_compiling()
+        and not FAILURES
+        and device in VERDICTS_READ
+        and device in CHIPS
+        and triton_available()
+    ):
         return True
     return select(op, device, dtype, backend).backend == "triton"
 

@@ -19,6 +19,7 @@ from lightning_peft_kernels.verdicts import Verdict, device_key, read_verdicts
 
 __all__ = [
     "FAILURES",
+    "VERDICTS_READ",
     "LaunchError",
     "any_failure",
     "attempt",
@@ -37,8 +38,8 @@ _COMPILER_MESSAGES = ("PassManager::run failed", "Failed to find C compiler")
 
 #: (op, configuration, device) → why its kernel does not run there.
 FAILURES: dict[tuple[str, str, torch.device], str] = {}
-# Devices whose stored verdicts are in `FAILURES`.
-_READ: set[torch.device] = set()
+#: Devices whose stored verdicts are in `FAILURES`.
+VERDICTS_READ: set[torch.device] = set()
 
 
 class LaunchError(RuntimeError):
@@ -131,16 +132,16 @@ def note_refusal(
 
 def any_failure(device: torch.device) -> bool:
     """Whether any kernel is known not to run; false spares asking for each launch."""
-    if device not in _READ:
+    if device not in VERDICTS_READ:
         if device.type == "cuda":
             use_verdicts(device, read_verdicts(device_key(device)))
-        _READ.add(device)
+        VERDICTS_READ.add(device)
     return bool(FAILURES)
 
 
 def launches_freely(device: torch.device) -> bool:
     """Whether kernels were launched on a device and none is known to fail: nothing to look up."""
-    return not FAILURES and device in _READ and device in CHIPS
+    return not FAILURES and device in VERDICTS_READ and device in CHIPS
 
 
 def failure(op: str, configuration: str, device: torch.device) -> str:
@@ -153,7 +154,7 @@ def failure(op: str, configuration: str, device: torch.device) -> str:
 
 def use_verdicts(device: torch.device, found: Mapping[tuple[str, str], Verdict]) -> None:
     """Take the verdicts on a device over: no kernel runs that the check found wrong."""
-    _READ.add(device)
+    VERDICTS_READ.add(device)
     for (op, configuration), verdict in found.items():
         if verdict.outcome != "ok":
             reason = f"{verdict.outcome} in the check: {verdict.detail}"

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from lightning_peft_kernels.chips import CHIPS
 from lightning_peft_kernels.verdicts import Key, device_key, read_entries, store_entries
 
 __all__ = ["Question", "Race", "Winner", "measured", "read_races", "store_races", "use_races"]
@@ -79,6 +80,8 @@ vars(measured)["_dynamo_marked_constant"] = True
 def use_races(device: torch.device, found: Iterable[Race]) -> None:
     """Have selections on this device follow these races, and no others."""
     _READ.add(device)
+    if device in CHIPS:
+        CHIPS[device].decisions.clear()
     for place in [place for place in _WINNERS if place[1] == device]:
         del _WINNERS[place]
     races = sorted(found, key=lambda race: race.tokens)

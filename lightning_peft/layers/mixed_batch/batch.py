@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
+from lightning_peft_kernels.optim.step_inputs import rows_on
 from torch import Tensor
 
 from lightning_peft.core.registry import AdapterRegistry
@@ -97,9 +98,7 @@ class MixedBatch:
                     f"batch-major), got {n_rows}; give one adapter name per sample"
                 )
             repeat = n_rows // len(self.names)
-            rows = torch.tensor(
-                [i for i, n in enumerate(self.names) if n == name], dtype=torch.int64
-            )
-            rows = (rows[:, None] * repeat + torch.arange(repeat)).reshape(-1)
-            self._index[key] = rows.to(device)
+            named = [i for i, n in enumerate(self.names) if n == name]
+            rows = [i * repeat + j for i in named for j in range(repeat)]
+            self._index[key] = rows_on(device, rows, torch.int64)
         return self._index[key]

@@ -74,6 +74,8 @@ def _mixed_prompt(
     if not found:
         return None
     n = max(t.shape[1] for t in found.values())
+    # Of the names, not of the mask: the host would wait for the device.
+    is_full = all(name in found and found[name].shape[1] == n for name in mix.names)
     like = next(iter(found.values()))
     values = like.new_zeros(batch, n, like.shape[2])
     mask = torch.zeros(batch, n, dtype=torch.int64, device=device)
@@ -82,5 +84,5 @@ def _mixed_prompt(
         short = n - table.shape[1]
         padded = torch.cat([table.new_zeros(batch, short, table.shape[2]), table], dim=1)
         values = values.index_copy(0, rows, padded[rows])
-        mask[rows, short:] = 1
-    return Prompt(values, None if bool(mask.all()) else mask)
+        mask[:, short:].index_fill_(0, rows, 1)
+    return Prompt(values, None if is_full else mask)

@@ -26,7 +26,8 @@ def fused(
 ) -> Tensor:
     """The adapted layer on x; `dropout` is 0 in evaluation."""
     p = m._packed["weight"]
-    require_floating(m, x)
+    if not x.is_floating_point():
+        require_floating(m, x)
     q = packed_view(m, "weight")
     bias = own_tensor(m, "bias")
     how: dict[str, Any] = {
@@ -34,7 +35,7 @@ def fused(
     }  # fmt: skip
     if p.compute == "fp8" and p.uses_fp8(x.device):
         return fp8_lora_linear(x, q, p.shape, p.e4m3_scale(q), bias, A, B, scaling, **how)
-    z = p.rounded(x)
+    z = p.rounded(x) if p.compute == "bf16" else x
     y = nf4_lora_linear(z, q, p.shape, bias, A, B, scaling, **how)
     return y if z is x else y.to(x.dtype)
 

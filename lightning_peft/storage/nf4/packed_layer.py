@@ -192,13 +192,15 @@ def _view(held: Sequence[Tensor], p: FourBitSpec) -> Packed4bit:
     return Packed4bit(weight, absmax.view(*lead, -1), second, offset)
 
 
-def quantize_matrix(M: Tensor, p: FourBitSpec) -> Packed4bit:
+def quantize_matrix(M: Tensor, p: FourBitSpec, *, checked: bool = True) -> Packed4bit:
     """Bytes of a canonical weight [*batch, out, in]; without values on the meta device."""
     if M.device.type == "meta":
         return _meta(p)
     if M.ndim == 2:
-        return quantize_4bit(M, kind=p.kind, block_size=p.block_size, double_quant=p.nested)
-    return _stack([quantize_matrix(expert, p) for expert in M])
+        return quantize_4bit(
+            M, kind=p.kind, block_size=p.block_size, double_quant=p.nested, checked=checked
+        )
+    return _stack([quantize_matrix(expert, p, checked=checked) for expert in M])
 
 
 def _stack(experts: Sequence[Packed4bit]) -> Packed4bit:

@@ -93,6 +93,13 @@ class FourBitStorage(QuantizedStorage[FourBitSpec]):
         bits = Packed4bit(tensors["codes"], tensors["absmax"], get("absmax2"), get("offset"))
         return dequantize_matrix(bits, spec, dtype)
 
+    def quantization_roundtrip(self, m: nn.Module, name: str, W: Tensor) -> Tensor:
+        """Decode(encode(W)). A training step may call it, so the host waits for no check."""
+        spec: FourBitSpec = specs_of(m)[name]
+        M = spec.canonical(W)
+        bits = quantize_matrix(M.contiguous() if spec.transposed else M, spec, checked=False)
+        return spec.natural(dequantize_matrix(bits, spec, W.dtype))
+
     def read(
         self,
         m: nn.Module,

@@ -6,6 +6,8 @@ same codes (except int4, whose range is not symmetric).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -104,11 +106,17 @@ def _codes(x: Tensor, layout: BlockLayout) -> Tensor:
         return x.round().clamp(0, 15).to(torch.uint8)
     if layout.element == "int4":
         return (x.round().clamp(-8, 7) + 8).to(torch.uint8)
-    middle = torch.tensor(_MIDPOINTS, device=x.device)
+    middle = _midpoints(str(x.device))
     magnitude = x.abs()
     code = torch.bucketize(magnitude, middle)
     tie = (magnitude.unsqueeze(-1) == middle).any(-1) & (code % 2 == 1)  # to the even code
     return ((code + tie.int()) + 8 * torch.signbit(x).int()).to(torch.uint8)
+
+
+@cache
+def _midpoints(device: str) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(_MIDPOINTS, device=device)
 
 
 def _packed(codes: Tensor, layout: BlockLayout) -> Tensor:

@@ -18,8 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_peft_kernels.autograd import Context
-from lightning_peft_kernels.dispatch import Backend, current_backend, run
+from lightning_peft_kernels.autograd import PLAIN_TYPES, Context
+from lightning_peft_kernels.chips import CHIPS
+from lightning_peft_kernels.dispatch import Backend, current_backend, launches
+from lightning_peft_kernels.launch import LaunchError, note_refusal
 from lightning_peft_kernels.registration import define_backward, define_op
 
 __all__ = [
@@ -103,18 +105,18 @@ def _seeded_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def _seeded_dropout(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
-    def by_kernel() -> Tensor:
+    device = x.device
+    if device.type == "cpu" and device not in CHIPS:
+        return _seeded_dropout_cpu(x, seed, p)
+    # As `dispatch.run`, without closures: a layer comes here three times in a step.
+    if launches("seeded_dropout", device, x.dtype, backend):
         from lightning_peft_kernels.dropout.triton import dropout
 
-        return dropout(x.contiguous(), seed, p)
-
-    def by_torch() -> Tensor:
-        return seeded_dropout_reference(x, seed, p)
-
-    def by_generator() -> Tensor:
-        return _seeded_dropout_cpu(x, seed, p)
-
-    return run("seeded_dropout", x.device, x.dtype, backend, by_kernel, by_torch, cpu=by_generator)
+        try:
+            return dropout(x.contiguous(), seed, p)
+        except LaunchError as error:
+            note_refusal("seeded_dropout", x.dtype, "", device, backend, error)
+    return seeded_dropout_reference(x, seed, p)
 
 
 def _seeded_dropout_fake(x: Tensor, seed: Tensor, p: float, backend: Backend = "auto") -> Tensor:
@@ -169,5 +171,13 @@ def seeded_dropout(x: Tensor, seed: Tensor, p: float, *, backend: Backend | None
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"seeded_dropout: expected 0 <= p < 1, got p = {p}")
-    y: Tensor = torch.ops.lightning_peft.seeded_dropout(x, seed, p, backend or current_backend())
-    return y
+    requested = backend or current_backend()
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or type(x) not in PLAIN_TYPES
+        or torch._C._are_functorch_transforms_active()
+    ):
+        y: Tensor = torch.ops.lightning_peft.seeded_dropout(x, seed, p, requested)
+        return y
+    return _seeded_dropout(x, seed, p, requested)

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.autograd import PLAIN_TYPES
 from lightning_peft_kernels.chips import chip_of
-from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, run
+from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, launches
+from lightning_peft_kernels.launch import LaunchError, note_refusal
 from lightning_peft_kernels.nf4.ops import dequantize_4bit
 from lightning_peft_kernels.nf4.packed import Packed4bit
 from lightning_peft_kernels.nf4.reference import block_scales
@@ -66,23 +68,21 @@ def _dequantize_e4m3(
     backend: Backend = "auto",
 ) -> Tensor:
     q, factor = Packed4bit(packed, absmax, absmax2, offset), 1.0 / scale
-
-    def by_kernel() -> Tensor:
+    op, device, dtype = "dequantize_e4m3", packed.device, torch.bfloat16
+    chip = chip_of(device)
+    # Without e4m3 kernels torch's own conversion still works.
+    if (chip is None or not chip.no_e4m3) and launches(op, device, dtype, backend):
         from lightning_peft_kernels.nf4.dequantize_triton import dequantize
 
-        return dequantize(q, shape, _E4M3, kind, block_size, factor=factor, transposed=transposed)
-
-    def by_torch() -> Tensor:
-        W = dequantize_4bit(
-            q, shape, torch.float32, kind=kind, block_size=block_size, backend=backend
-        )
-        W8 = (W * factor).to(_E4M3)
-        return W8.mT.contiguous() if transposed else W8
-
-    chip = chip_of(packed.device)
-    if chip is not None and chip.no_e4m3:  # torch's own conversion works there
-        return by_torch()
-    return run("dequantize_e4m3", packed.device, torch.bfloat16, backend, by_kernel, by_torch)
+        try:
+            return dequantize(
+                q, shape, _E4M3, kind, block_size, factor=factor, transposed=transposed
+            )
+        except LaunchError as error:
+            note_refusal(op, dtype, "", device, backend, error)
+    W = dequantize_4bit(q, shape, torch.float32, kind=kind, block_size=block_size, backend=backend)
+    W8 = (W * factor).to(_E4M3)
+    return W8.mT.contiguous() if transposed else W8
 
 
 def _dequantize_e4m3_fake(
@@ -119,29 +119,27 @@ def dequantize_e4m3(
     backend: Backend | None = None,
 ) -> Tensor:
     """Return W / scale in e4m3, [N, K], or [K, N] if `transposed`; one launch."""
-    W8: Tensor = torch.ops.lightning_peft.dequantize_e4m3(
-        *q, scale, list(shape), transposed, kind, block_size, backend or current_backend()
-    )
-    return W8
+    more = transposed, kind, block_size, backend or current_backend()
+    if torch.compiler.is_compiling() or type(q.packed) not in PLAIN_TYPES:
+        W8: Tensor = torch.ops.lightning_peft.dequantize_e4m3(*q, scale, list(shape), *more)
+        return W8
+    return _dequantize_e4m3(*q, scale, shape, *more)
 
 
 def _quantize_rows(x: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-
-    def by_kernel() -> tuple[Tensor, Tensor]:
+    op, device = "quantize_rows_e4m3", x.device
+    chip = chip_of(device)
+    if (chip is None or not chip.no_e4m3) and launches(op, device, x.dtype, backend):
         from lightning_peft_kernels.fp8.quantize_rows_triton import quantize_rows
 
-        return quantize_rows(x.contiguous(), _LARGEST, _LEAST)
-
-    def by_torch() -> tuple[Tensor, Tensor]:
-        wide = x.float()
-        peak = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
-        scale = peak.clamp_min(_LEAST) / _LARGEST
-        return (wide * (1.0 / scale)).to(_E4M3), scale
-
-    chip = chip_of(x.device)
-    if chip is not None and chip.no_e4m3:
-        return by_torch()
-    return run("quantize_rows_e4m3", x.device, x.dtype, backend, by_kernel, by_torch)
+        try:
+            return quantize_rows(x.contiguous(), _LARGEST, _LEAST)
+        except LaunchError as error:
+            note_refusal(op, x.dtype, "", device, backend, error)
+    wide = x.float()
+    peak = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
+    scale = peak.clamp_min(_LEAST) / _LARGEST
+    return (wide * (1.0 / scale)).to(_E4M3), scale
 
 
 def _quantize_rows_fake(x: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -160,8 +158,11 @@ def quantize_rows_e4m3(x: Tensor, *, backend: Backend | None = None) -> tuple[Te
 
     A row with inf or NaN becomes NaN.
     """
-    x8, scale = torch.ops.lightning_peft.quantize_rows_e4m3(x, backend or current_backend())
-    return x8, scale
+    requested = backend or current_backend()
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES:
+        x8, scale = torch.ops.lightning_peft.quantize_rows_e4m3(x, requested)
+        return x8, scale
+    return _quantize_rows(x, requested)
 
 
 def scaled_mm(

@@ -195,16 +195,18 @@ class _LoRALinear(KernelFunction):
         B: Tensor,
         spec: LoRASpec,
     ) -> Tensor:
-        x2 = flatten_rows(x)
+        x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, S, seed = _product(x2, W, bias, A, B, spec)
         ctx.save_for_backward(x, S, seed, A, B, W)
         ctx.spec = spec
-        return unflatten_rows(y, x)
+        return y if x.ndim == 2 else unflatten_rows(y, x)
 
     @staticmethod
     def backward(ctx: _Context, dY: Tensor) -> Grads:
         x, S, seed, A, B, W = ctx.saved_tensors
-        x2, dY2 = flatten_rows(x), flatten_rows(dY)
+        x2, dY2 = x, dY
+        if x.ndim != 2:
+            x2, dY2 = x.reshape(-1, x.shape[-1]), dY.reshape(-1, dY.shape[-1])
         needs = ctx.needs_input_grad
         d_bias = dY2.sum(0) if needs[2] else None
         if is_double_backward():
@@ -258,6 +260,9 @@ def lora_linear(
     x, A, B, bias, spec = prepare(x, A, B, bias, scaling, dropout_p)
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
+    if torch.is_grad_enabled() and is_plain_eager(x.device.type):
+        trained: Tensor = _LoRALinear.apply(x, weight, bias, A, B, spec)
+        return trained
     with autocast_off(x.device.type):
         if in_functorch_transform():
             return F.linear(x, weight, bias) + lora_branch_by_torch(x, A, B, spec)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lightning_peft_kernels.chips import WIDE, chip_of
+from lightning_peft_kernels.chips import CHIPS, WIDE, chip_of
 from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, fastest, select
+from lightning_peft_kernels.launch import FAILURES
 
 __all__ = ["rank_detail", "select_one_pass"]
 
@@ -26,6 +27,21 @@ def select_one_pass(
         backend: Requested backend; default `current_backend()`.
         op: The op whose kernels run: of one layer, or of experts.
     """
+    requested = backend or current_backend()
+    chip = None if FAILURES or torch.compiler.is_compiling() else CHIPS.get(device)
+    if chip is None:
+        return _select_one_pass(device, dtype, rank, requested, op)
+    question = op, device, dtype, rank, requested
+    known: Decision | None = chip.decisions.get(question)
+    if known is None:
+        known = _select_one_pass(device, dtype, rank, requested, op)
+        chip.remember(question, known)
+    return known
+
+
+def _select_one_pass(
+    device: torch.device, dtype: torch.dtype, rank: int, backend: Backend, op: str
+) -> Decision:
     base = select(op, device, dtype, backend, rank_detail(rank))
     chip = chip_of(device)
     if base.backend == "torch" or chip is None:
@@ -34,7 +50,7 @@ def select_one_pass(
         return Decision("torch", f"{dtype}: {WIDE}")
     if chip.no_matrix:
         return Decision("torch", f"{chip.name}: {chip.no_matrix}")
-    if rank <= chip.one_pass_rank and (backend or current_backend()) == "auto":
+    if rank <= chip.one_pass_rank and backend == "auto":
         raced = fastest("rank_gradients", device, dtype, (16 if rank <= 16 else 32,), 0)
         if raced is not None and op == "rank_gradients":
             return raced

@@ -77,10 +77,14 @@ def add_parts(
     parts, M, N = part.shape
     y = torch.empty(M, N, dtype=dtype, device=part.device)
     R = 0 if S is None else S.shape[1]
+    # The kernel reads rows without gaps. It does not read `part` in the place of an absent tensor.
+    S = part if S is None else S.contiguous()
+    B = part if B is None else B.contiguous()
+    b = part if bias is None else bias.contiguous()
     launch(
         _epilogue_kernel, (triton.cdiv(N, 128), M),
-        part, part if S is None else S, part if B is None else B, part if bias is None else bias,
-        y, M, N, parts, R=R, BLOCK_R=16, HAS_BIAS=bias is not None, BLOCK_N=128, num_warps=4,
+        part, S, B, b, y, M, N, parts,
+        R=R, BLOCK_R=16, HAS_BIAS=bias is not None, BLOCK_N=128, num_warps=4,
     )  # fmt: skip
     return y
 

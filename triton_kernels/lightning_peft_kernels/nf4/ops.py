@@ -118,7 +118,12 @@ define_op(
 
 
 def quantize_4bit(
-    W: Tensor, *, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
+    W: Tensor,
+    *,
+    kind: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    checked: bool = True,
 ) -> Packed4bit:
     """Quantise a floating tensor of any shape.
 
@@ -127,17 +132,20 @@ def quantize_4bit(
         kind: ``"nf4"`` or ``"fp4"``.
         block_size: Elements per scale, a power of two from 32 to 4096.
         double_quant: If True, quantise the scales too.
+        checked: If False, only a CPU looks for NaN and infinity: elsewhere the host would wait.
 
     Raises:
         ValueError: The kind or the block size is unknown, or the tensor is not floating or holds
             NaN or infinity.
     """
     _check(kind, block_size)
+    checked = checked or (W.device.type == "cpu" and W.device not in CHIPS)
     if not W.is_floating_point():
         raise ValueError(
             f"quantize_4bit: expected a floating tensor, got {W.dtype}; it may be packed already"
         )
-    if W.device.type != "meta" and not torch.compiler.is_compiling() and not _finite(W):
+    checked = checked and W.device.type != "meta" and not torch.compiler.is_compiling()
+    if checked and not _finite(W):
         raise ValueError(
             "quantize_4bit: expected finite weights, got NaN or infinity; repair the weights or "
             "keep the layer dense"

@@ -94,8 +94,9 @@ def decode_pairs(
     kind: str,
     block_size: int,
 ) -> Tensor:
-    """Return y [M, N] of contiguous x [M, K] in bf16 or fp16, 1 ≤ M ≤ 8, K whole blocks."""
+    """Return y [M, N] of x [M, K] in bf16 or fp16, 1 ≤ M ≤ 8, K whole blocks."""
     M, K = x.shape
+    x = x.contiguous()
     device, nested = str(x.device), q.absmax2 is not None
     step, columns = min(_STEP, block_size), triton.cdiv(N, _ROWS)
     per_part, parts = cut_in_parts(K // step, 1, columns, programs=_PROGRAMS, most=_MOST_PARTS)

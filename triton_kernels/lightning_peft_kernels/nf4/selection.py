@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_peft_kernels.chips import WIDE, chip_of, tile_rows, why_no_tile
+from lightning_peft_kernels.chips import CHIPS, WIDE, chip_of, tile_rows, why_no_tile
 from lightning_peft_kernels.dispatch import Backend, Decision, current_backend, fastest, select
+from lightning_peft_kernels.launch import FAILURES
 from lightning_peft_kernels.nf4.bf16_cpu import MOST_TOKENS, has_bf16_product
 from lightning_peft_kernels.nf4.bitsandbytes_product import MOST_RULED, fused_tokens
 
@@ -68,6 +69,33 @@ def select_product(
         exact: If False, scales may be rounded to bf16; only where no gradient is needed.
     """
     requested = backend or current_backend()
+    chip = None if FAILURES or torch.compiler.is_compiling() else CHIPS.get(device)
+    if chip is None:
+        return _select_product(
+            device, dtype, tokens, shape, requested, block_size, kind=kind, exact=exact
+        )
+    # Neither kind nor exactness decides anything on a chip.
+    question = "product", device, dtype, tokens, tuple(shape), requested, block_size
+    known: Decision | None = chip.decisions.get(question)
+    if known is None:
+        known = _select_product(
+            device, dtype, tokens, shape, requested, block_size, kind=kind, exact=exact
+        )
+        chip.remember(question, known)
+    return known
+
+
+def _select_product(
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    shape: Sequence[int],
+    requested: Backend,
+    block_size: int,
+    *,
+    kind: str,
+    exact: bool,
+) -> Decision:
     if requested == "torch":
         return Decision("dequantize", "requested")
     if requested == "auto":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft_kernels.dispatch import Backend, Decision, current_backend
-from lightning_peft_kernels.launch import attempt
+from lightning_peft_kernels.launch import LaunchError, note_refusal
 from lightning_peft_kernels.nf4 import bitsandbytes_product
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_4bit_reference
 from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
@@ -85,44 +85,25 @@ def multiply_few(
         how: What `select_product` selected.
     """
     shape, kind, block_size = packing
+    if how.backend in ("fused", "pairs"):
+        # As `launch.attempt`, without closures: every layer of a generation step comes here.
+        try:
+            if how.backend == "pairs":
+                from lightning_peft_kernels.nf4.pair_table_triton import decode_pairs
 
-    def add_low_rank(y: Tensor) -> Tensor:
-        return y if S is None or B is None else y.addmm_(S, B.mT)
+                return decode_pairs(x, q, shape[0], S, B, bias, kind, block_size)
+            from lightning_peft_kernels.nf4.small_batch_triton import decode
 
-    def by_library() -> Tensor:
-        W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size, backend=backend)
-        return add_low_rank(torch.nn.functional.linear(x, W, bias))
-
-    def by_kernel() -> Tensor:
-        from lightning_peft_kernels.nf4.small_batch_triton import decode
-
-        return decode(x.contiguous(), q, shape[0], *_without_gaps(S, B, bias), kind, block_size)
-
-    def by_pairs() -> Tensor:
-        from lightning_peft_kernels.nf4.pair_table_triton import decode_pairs
-
-        there = _without_gaps(S, B, bias)
-        return decode_pairs(x.contiguous(), q, shape[0], *there, kind, block_size)
-
+            return decode(x, q, shape[0], S, B, bias, kind, block_size)
+        except LaunchError as error:
+            detail = PAIRS if how.backend == "pairs" else small_batch_detail(x.shape[0])
+            note_refusal("nf4_small_batch", x.dtype, detail, x.device, backend, error)
     if how.backend == "bitsandbytes":
         y = bitsandbytes_product.multiply(x, q, shape, bias, kind, block_size)
-        return add_low_rank(y)
-    if how.backend == "dequantize":
-        return by_library()
-    if how.backend == "pairs":
-        return attempt("nf4_small_batch", x.dtype, PAIRS, x.device, backend, by_pairs, by_library)
-    detail = small_batch_detail(x.shape[0])
-    return attempt("nf4_small_batch", x.dtype, detail, x.device, backend, by_kernel, by_library)
-
-
-def _without_gaps(
-    S: Tensor | None, B: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (
-        S if S is None else S.contiguous(),
-        B if B is None else B.contiguous(),
-        bias if bias is None else bias.contiguous(),
-    )
+    else:
+        W = dequantize_4bit(q, shape, x.dtype, kind=kind, block_size=block_size, backend=backend)
+        y = torch.nn.functional.linear(x, W, bias)
+    return y if S is None or B is None else y.addmm_(S, B.mT)
 
 
 def _small_batch_fake(

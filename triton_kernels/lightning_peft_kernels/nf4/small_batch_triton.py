@@ -165,8 +165,9 @@ def decode(
     kind: str,
     block_size: int,
 ) -> Tensor:
-    """Return y [M, N] of contiguous x [M, K], 1 ≤ M ≤ 64, K a multiple of eight; S is scaled."""
+    """Return y [M, N] of x [M, K], 1 ≤ M ≤ 64, K a multiple of eight; S is scaled."""
     M, K = x.shape
+    x = x.contiguous()
     device, nested = str(x.device), q.absmax2 is not None
     scales = scale_tensors(q)
     tables = (code(kind, device), dynamic_map(True, device))

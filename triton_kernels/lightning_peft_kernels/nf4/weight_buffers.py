@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_peft_kernels.autograd import PLAIN_TYPES
 from lightning_peft_kernels.dispatch import Backend
 from lightning_peft_kernels.nf4.cpu import empty_paged
 from lightning_peft_kernels.nf4.ops import dequantize_4bit, dequantize_into
@@ -20,8 +21,6 @@ from lightning_peft_kernels.nf4.packed import Packed4bit, Packing
 __all__ = ["release", "stacked_weights", "thread_buffer", "weight_for_product"]
 
 _local = threading.local()
-# Kernels may read the bytes of these tensors without torch's dispatcher.
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def release() -> None:
@@ -34,7 +33,7 @@ def weight_for_product(
 ) -> Tensor:
     """Return W in `dtype` for a product that follows at once; the next call may overwrite it."""
     shape, kind, block_size = packing
-    if type(q.packed) not in _PLAIN or torch.compiler.is_compiling():
+    if type(q.packed) not in PLAIN_TYPES or torch.compiler.is_compiling():
         return dequantize_4bit(q, shape, dtype, kind=kind, block_size=block_size, backend=backend)
     out = None
     # A recorded product (create_graph) keeps its weight, so it must not be overwritten.
@@ -48,7 +47,7 @@ def stacked_weights(
 ) -> Tensor:
     """Return weights of one width stacked by rows, [ΣN, K]; the next call may overwrite them."""
     first, (shape, kind, block_size) = weights[0]
-    if torch.compiler.is_compiling() or type(first.packed) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(first.packed) not in PLAIN_TYPES:
         return torch.cat([_dequantize(q, packing, dtype, backend) for q, packing in weights])
     rows, K, device = [], int(shape[1]), first.packed.device
     for _, packing in weights:

@@ -136,9 +136,10 @@ def pooled_8bit_step(work: PooledStep) -> None:
         raise ValueError(
             f"pooled_8bit_step: expected one dtype, got {kinds}; call it once per dtype"
         )
-    if any(start % BLOCK for start in starts):
+    # Lists, not generators, which take a call of Python per parameter.
+    if [start for start in starts if start % BLOCK]:
         raise ValueError(f"pooled_8bit_step: expected starts % {BLOCK} = 0, got {starts}; pad")
-    if not all(p.is_contiguous() for p in params):
+    if [p for p in params if not p.is_contiguous()]:
         raise ValueError(
             "pooled_8bit_step: expected contiguous parameters, got a strided one; copy it"
         )

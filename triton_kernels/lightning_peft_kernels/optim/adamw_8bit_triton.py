@@ -123,7 +123,7 @@ def step_triton(work: PooledStep) -> None:
     }
     device = str(work.code1.device)
     grads = [g.contiguous() for g in work.grads]
-    numels = tuple(p.numel() for p in work.params)
+    numels = tuple([p.numel() for p in work.params])
     table = [
         (p.data_ptr(), g.data_ptr(), n, s // BLOCK)
         for p, g, n, s in zip(work.params, grads, numels, work.starts, strict=True)

@@ -30,7 +30,7 @@ from lightning_peft.methods.registry import register
 
 __all__ = ["QuantAwareLoRA"]
 
-# Flag → its version and value. Reading it in every forward would have the host wait for the device.
+# Flag → its version and value. Reading it in a forward would have the host wait for the device.
 _FLAGS = WeakIdKeyDictionary()
 
 
@@ -94,7 +94,14 @@ class QuantAwareLoRA(LoRA):
         """Begin to round."""
         if ctx.total_steps is not None and ctx.step >= self.start * ctx.total_steps:
             for _, p in ctx.entries:
-                p["rounding"].fill_(1.0)
+                _set(p["rounding"])
+
+
+def _set(flag: Tensor) -> None:
+    """Set a flag, once; no forward has to read it from its device."""
+    if _FLAGS.get(flag) != (flag._version, True):
+        flag.fill_(1.0)
+        _FLAGS[flag] = flag._version, True
 
 
 def _is_set(flag: Tensor) -> bool:
