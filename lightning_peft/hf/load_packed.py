@@ -7,6 +7,7 @@ packed weight gets parameters of the file's dtypes, and our storages compute wit
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,11 @@ def load_packed(model_class: type[M], directory: str | Path, **options: Any) -> 
         ValueError: the checkpoint is not quantised, its format is not known, a file is damaged, or
             a tensor is missing or has another shape or values that no encoder writes.
     """
+    if find_spec("transformers") is None:
+        raise ModuleNotFoundError(
+            "load_packed: expected transformers, whose loader builds the model, found none; pip "
+            "install transformers"
+        )
     from lightning_peft.hf.packed_quantizer import loaded
 
     folder = Path(directory)

@@ -6,7 +6,6 @@ which parameters a model has and which names in the files they come from.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_peft.core.modules import modules_by_name
-from lightning_peft.core.names import counted
+from lightning_peft.hf.packed_checks import check_shapes
 from lightning_peft.hf.packed_conversions import by_outputs_last, written_conversions
 from lightning_peft.hf.packed_files import dtypes_of, metadata_of, open_slices, shapes_of
 from lightning_peft.models.packed_layers import (
@@ -159,38 +158,13 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         files = self.quantization_config.files
         dtypes = dtypes_of(files)
         self._layers = declare_packed(model, self.released, skip, dtypes)
-        self._check_files(files)
-        self._require_dense(model, shapes_of(files))
+        shapes = shapes_of(files)
+        check_shapes(self._layers, {self._renamed(key): shape for key, shape in shapes.items()})
+        self._require_dense(model, shapes)
         # transformers reads the files of other checkpoints ahead, in threads: all experts would be
         # in memory before the first ones are stacked.
         self.pre_quantized = False
         return model
-
-    def _check_files(self, files: Sequence[str]) -> None:
-        """Compare the declared tensors with those that the files hold under the same names.
-
-        Raises:
-            ValueError: some are missing, or have another shape.
-        """
-        shapes = {self._renamed(key): shape for key, shape in shapes_of(files).items()}
-        problems = []
-        for layer in self._layers:
-            wanted = layer.shapes
-            if not any(name in shapes for name in wanted):
-                continue  # transformers has other names for it, or merges it from experts
-            for name, shape in wanted.items():
-                found = shapes.get(name)
-                if found is None:
-                    problems.append(f"{name}: missing")
-                elif found != shape and math.prod(found) + math.prod(shape) != 2:
-                    problems.append(f"{name}: expected shape {list(shape)}, got {list(found)}")
-        if problems:
-            raise ValueError(
-                f"load_packed: expected the tensors that the quantization_config describes, got "
-                f"{counted(len(problems), 'difference')}; nothing was loaded; the files are "
-                "damaged or belong to another config: download the checkpoint again:\n  "
-                + "\n  ".join(problems[:8])
-            )
 
     def _renamed(self, key: str) -> str:
         for storage in self.formats:

@@ -56,6 +56,13 @@ class PackedLayer:
             join(self.name, key): shape for d in declared for key, shape, _ in d.tensors.values()
         }
 
+    @property
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the module's other parameters, such as biases, by their names in the model."""
+        declared, parameters = self.shapes, self.module._parameters.items()
+        named = {join(self.name, key): tuple(p.shape) for key, p in parameters if p is not None}
+        return {name: shape for name, shape in named.items() if name not in declared}
+
     def hold(self, dtype: torch.dtype, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
         """Check the tensors, hold them and swap the forward.
 
@@ -103,10 +110,19 @@ def add_config_file(config: Any, folder: Path) -> None:
     Args:
         config: Hugging Face configuration.
         folder: Its directory, with ``hf_quant_config.json`` if the settings are there.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     file = folder / "hf_quant_config.json"
     if released_config(config) is None and file.is_file():
-        config.quantization_config = {"quant_method": "modelopt", **json.loads(file.read_text())}
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{file}: expected JSON, got an error of its reader ({error}); download it again"
+            ) from None
+        config.quantization_config = {"quant_method": "modelopt", **told}
 
 
 def dense_patterns(model: Any, released: Mapping[str, Any]) -> list[str]:

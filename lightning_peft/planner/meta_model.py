@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.models.packed_layers import declare_packed, dense_patterns, released_config
+from lightning_peft.models.packed_layers import (
+    add_config_file,
+    declare_packed,
+    dense_patterns,
+    released_config,
+)
 from lightning_peft.storage.registry import released_formats
 
 __all__ = ["meta_model"]
@@ -32,11 +37,14 @@ def meta_model(model_or_config: Any) -> nn.Module:
     """
     if isinstance(model_or_config, nn.Module):
         return _to_meta(model_or_config)
-    config = model_or_config
+    config, folder = model_or_config, None
     if isinstance(config, str | Path):  # a path or a hub id
-        config = _read(Path(config))
+        file = _config_file(Path(config))
+        config, folder = _read(file), file.parent
     if isinstance(config, dict):
         config = _config(config)
+    if folder is not None:
+        add_config_file(config, folder)
     if not isinstance(getattr(config, "model_type", None), str):
         raise ValueError(
             "estimate_memory: expected a module, a Hugging Face configuration or the path of a "
@@ -58,7 +66,7 @@ def _to_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _config_file(path: Path) -> Path:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         file = _cached(str(path)) or file
@@ -68,6 +76,10 @@ def _read(path: Path) -> dict[str, Any]:
             f"found none at {str(path)!r}; give the path of a model saved with save_pretrained, or "
             "download the model first (hf download)"
         )
+    return file
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from lightning_peft import load_packed
+from lightning_peft import LoRA, estimate_memory, load_packed
 from lightning_peft.storage.registry import released_methods
 from tests.helpers.released import RELEASED, save_state, write, write_case
 
@@ -130,6 +131,13 @@ def test_no_directory() -> None:
         load(Path("org/model"))
 
 
+def test_without_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("lightning_peft.hf.load_packed")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="found none; pip install transformers"):
+        load(folder)
+
+
 def test_compressed_tensors_with_settings_that_are_not_known(tmp_path: Path) -> None:
     folder = write("int4", tmp_path)[0]
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -153,6 +161,7 @@ def test_modelopt_settings_in_a_file_of_their_own(
     """Model Optimizer writes hf_quant_config.json; in config.json it may be one level down."""
     folder, _ = make("modelopt nvfp4", tmp_path)
     want = load(folder).state_dict()
+    planned = estimate_memory(folder, LoRA(r=2)).sizes
     path = folder / "config.json"
     config = json.loads(path.read_text())
     told = {"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}}
@@ -162,11 +171,25 @@ def test_modelopt_settings_in_a_file_of_their_own(
         del config["quantization_config"]
         (folder / "hf_quant_config.json").write_text(json.dumps(told))
     path.write_text(json.dumps(config))
+    assert estimate_memory(folder, LoRA(r=2)).sizes == planned
+    assert estimate_memory(path, LoRA(r=2)).sizes == planned
     got = load(folder)
     assert all(torch.equal(t, want[key]) for key, t in got.state_dict().items())
     got.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again").state_dict()
     assert all(torch.equal(t, want[key]) for key, t in again.items())
+
+
+def test_a_damaged_file_of_settings(tmp_path: Path) -> None:
+    """`load_packed` and the planner name the file; read as dense, codes would be weights."""
+    folder, _ = make("modelopt nvfp4", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text('{"quantization": ')
+    for call in (load, lambda where: estimate_memory(where, LoRA(r=2))):
+        with pytest.raises(ValueError, match=r"hf_quant_config\.json: expected JSON, got"):
+            call(folder)
 
 
 @pytest.mark.parametrize(

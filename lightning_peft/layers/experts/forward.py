@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from lightning_peft_kernels.autograd import apply_or_forward
+from lightning_peft_kernels.autograd import apply_or_forward, in_functorch_transform
 from lightning_peft_kernels.dropout.ops import dropout
 from lightning_peft_kernels.experts.grouped_linear import Groups, grouped_linear
 from lightning_peft_kernels.experts.low_rank import add_low_rank
@@ -137,8 +137,8 @@ def _product(
     """One grouped linear layer with its edits: an onion around one base product."""
     edits = [a.edit() for a in adapters]
     masks = [rows.get(a.adapter_name) for a in adapters]
-    bias = getattr(m, f"{name}_bias")[routing.expert] if has_bias(m) else None
     if not all(e.on_experts for e in edits):
+        bias = _bias(m, name, routing)
         return _forward_materialized(m, name, x, routing, adapters, edits, bias, rows)
     inputs = [x] * len(edits)
     for i in reversed(range(len(edits))):
@@ -147,8 +147,15 @@ def _product(
             x = _where(masks[i], x * _by_pair(scale, routing).to(x.dtype), x)
         inputs[i] = x
     y = _base(m, name, x, routing)
+    bias = _bias(m, name, routing)
     if bias is not None:
-        y = y + bias.to(y.dtype)
+        # In place, and dropped at once: tensors of this size between those that autograd keeps
+        # leave holes in malloc's heap.
+        added = bias.to(y.dtype)
+        y = y + added if in_functorch_transform() else y.add_(added)
+        del added
+        if all(e.out_scale is None or e.scale_bias for e in edits):
+            bias = None
     for e, z, mask in zip(edits, inputs, masks, strict=True):
         v, grouped = y, _Grouped(routing, in_place=mask is None)
         keep = bias if e.out_scale is not None and not e.scale_bias else None
@@ -165,6 +172,11 @@ def _product(
             v = v + keep
         y = _where(mask, v, y)
     return y
+
+
+def _bias(m: FusedExperts, name: str, routing: Routing) -> Tensor | None:
+    """Bias of each pair [S, n]."""
+    return getattr(m, f"{name}_bias")[routing.expert] if has_bias(m) else None
 
 
 def _where(mask: Tensor | None, yes: Tensor, no: Tensor) -> Tensor:
