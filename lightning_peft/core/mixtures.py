@@ -85,9 +85,11 @@ class Mixture(Term):
         """Two thin products, the second with mixed factors."""
         h = torch.nn.functional.linear(to_adapter_dtype(x, self.A), self.A)
         w = torch.nn.functional.linear(h, self.R.to(h.dtype)).softmax(-1)
+        # s goes onto the few weights of the mixture, not onto the output.
         B = self.B.to(h.dtype).unflatten(0, (len(self.R), -1))
         if self.per_sample and x.dim() > 1:
             w = w.flatten(1, -2).mean(1) if w.dim() > 2 else w
-            mixed = torch.einsum("be,eio->bio", w, B)
-            return torch.einsum("b...i,bio->b...o", h, mixed) * self.scaling
-        return h @ torch.einsum("e,eio->io", w.flatten(0, -2).mean(0), B) * self.scaling
+            mixed = torch.einsum("be,eio->bio", w * self.scaling, B)
+            return torch.einsum("b...i,bio->b...o", h, mixed)
+        w = w.flatten(0, -2).mean(0) * self.scaling
+        return h @ torch.einsum("e,eio->io", w, B)

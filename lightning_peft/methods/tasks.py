@@ -85,6 +85,7 @@ class MixedSkills(Term):
         x = to_adapter_dtype(x, self.A)
         w = self.weights(site, len(x)).to(self.A.dtype)
         A = torch.einsum("bqs,qsdr->bqdr", w, self.A).flatten(1, 2)
-        B = torch.einsum("bqs,qsrd->brqd", w, self.B).flatten(2)
-        y = x.reshape(len(x), -1, x.shape[-1]) @ A @ B / self.A.shape[-1]
+        # 1 / r goes onto the few weights of the mixture, not onto the output.
+        B = torch.einsum("bqs,qsrd->brqd", w / self.A.shape[-1], self.B).flatten(2)
+        y = x.reshape(len(x), -1, x.shape[-1]) @ A @ B
         return y.reshape(*x.shape[:-1], -1)
