@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks.compare.intervals import Difference, paired
 from benchmarks.compare.protocol import append, chosen, complete, lines, tasks_of, trials
-from benchmarks.compare.rows import FACTORS, ROWS, learning_rates
+from benchmarks.compare.rows import FACTORS, LEFT_OUT, ROWS, learning_rates
 from benchmarks.compare.tasks import TASKS
+from lightning_peft.methods import METHODS
 
 
 def test_an_interval_is_paired() -> None:
@@ -52,6 +53,16 @@ def test_every_row_has_the_same_number_of_trials() -> None:
             rates = learning_rates(row, task)
             assert len(set(rates)) == len(FACTORS) == 6
             assert statistics.median(rates) >= rates[0], "the centre comes first"
+
+
+def test_every_method_has_a_row_or_a_reason() -> None:
+    given = [
+        m for row in ROWS for m in (row.method if isinstance(row.method, tuple) else [row.method])
+    ]
+    compared = {type(m).__name__ for m in given if m is not None}
+    assert not compared & set(LEFT_OUT)
+    compared |= {"Full"} if any(row.reference == "full" for row in ROWS) else set()
+    assert {cls.__name__ for cls in METHODS.values()} == compared | set(LEFT_OUT)
 
 
 def test_front_rows_run_on_all_tasks_and_peers_share_their_seeds() -> None:

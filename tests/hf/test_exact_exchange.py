@@ -1,8 +1,9 @@
 """Every weight method that peft has too, in fp64: outputs, gradients and merged weights are equal.
 
 The architectures differ from those of the other exchange tests: fused projections with biases,
-grouped heads without biases, and an encoder-decoder. The oracle of C3A's gradient is its dense
-form, because peft's gradient of a layer's input is wrong.
+grouped heads without biases, an encoder-decoder, parallel blocks, grouped heads with biases, and
+windows of images at two widths. The oracle of C3A's gradient is its dense form, because peft's
+gradient of a layer's input is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import lightning_peft as lp
 from lightning_peft import methods
 from lightning_peft.adapters.state_dict import trained_tensors
 from tests.helpers.compare import assert_close, relative_error
-from tests.helpers.peft_exchange import build, by_peft, in_peft, loaded, trained
+from tests.helpers.more_models import base_of
+from tests.helpers.peft_exchange import by_peft, in_peft, loaded, trained
 from tests.helpers.peft_exchange import run as output
 from tests.hf.test_methods import ROWS, Row
 
@@ -31,9 +33,12 @@ TARGETS = {
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
     "mistral": ["q_proj", "v_proj", "down_proj"],
     "bart": ["q_proj", "v_proj", "fc2"],
+    "gptj": ["q_proj", "v_proj", "fc_out"],
+    "starcoder2": ["q_proj", "v_proj", "c_proj"],
+    "swin": ["q_proj", "v_proj", "fc2"],
 }
 #: Layers that lead out of a feed-forward block, for IA3 and the blocks of BD-LoRA.
-WAY_OUT = {"gpt_neox": "dense_4h_to_h", "mistral": "down_proj", "bart": "fc2"}
+WAY_OUT = {name: targets[-1] for name, targets in TARGETS.items()}
 MORE = {
     "lora": Row(lp.LoRA, {"r": 4, "alpha": 8.0}, peft.LoraConfig, {"r": 4, "lora_alpha": 8}),
     "lora patterns": Row(
@@ -59,7 +64,7 @@ MORE = {
 }
 ALL: dict[str, Row] = {**MORE, **ROWS}
 #: peft cannot add the bias of an adapter to a layer without one.
-UNMERGED_BY_PEFT = {("lora patterns", "mistral"), ("beft", "mistral")}
+UNMERGED_BY_PEFT = {(n, a) for n in ("lora patterns", "beft") for a in ("mistral", "gptj")}
 #: peft keeps tensors that `.double()` does not reach.
 SINGLE = {"adamss", "adamss ranks"}
 CELLS = [pytest.param(n, a, id=f"{n}-{a}") for n in ALL for a in TARGETS]
@@ -143,11 +148,11 @@ def plain_gradients(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return values(torch.autograd.grad(weighted(model, inputs), tensors, allow_unused=True))
 
 
-@pytest.mark.sweep(0.3)
+@pytest.mark.sweep(0.15)
 @pytest.mark.parametrize(("name", "architecture"), CELLS)
 def test_equal(name: str, architecture: str, tmp_path: Path) -> None:
     row = ALL[name]
-    base, inputs = build(architecture)
+    base, inputs = base_of(architecture)
     ours_of, theirs_of = arguments(name, architecture)
     widen, x = precise(name, inputs)
     # peft's AdaLoRA looks for its trainable adapter wherever the output has a loss.

@@ -7,6 +7,7 @@ import torch
 from lightning_peft_kernels.chips import CHIPS, chip_of, nvidia_chip, pipeline_stages
 from lightning_peft_kernels.dispatch import Decision, select, use_backend
 from lightning_peft_kernels.experts.selection import EXPERT_ROWS, select_experts
+from lightning_peft_kernels.launch import FAILURES
 from lightning_peft_kernels.lora.selection import select_one_pass
 from lightning_peft_kernels.nf4 import selection
 from lightning_peft_kernels.nf4.selection import select_group, select_product
@@ -122,3 +123,31 @@ def test_fp32_takes_no_tiles_of_two_bytes(on) -> None:  # type: ignore[no-untype
     assert found == ["fused", "fused", "dequantize"]
     assert select_experts(*wide, 8, 8, (768, 2048)).backend == "dequantize"
     assert select_one_pass(*wide, 8).backend == "torch"
+
+
+def test_a_shape_is_decided_once_until_a_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHIPS, CPU, nvidia_chip(9, 0, 232_448))
+    asked: list[int] = []
+
+    def decide(*question: object, **more: object) -> Decision:
+        asked.append(int(str(question[2])))
+        return Decision("fused", "asked")
+
+    monkeypatch.setattr(selection, "_select_product", decide)
+    for tokens in (1, 1, 2, 1):
+        select_product(CPU, BF16, tokens, (64, 64), "auto")
+    assert asked == [1, 2]
+    select_product(CPU, BF16, 1, [64, 64], "triton")
+    assert asked == [1, 2, 1]  # another backend is another question
+    monkeypatch.setitem(FAILURES, ("nf4_small_batch", "bfloat16, few rows", CPU), "PTXASError")
+    for _ in range(2):
+        select_product(CPU, BF16, 1, (64, 64), "auto")
+    assert asked == [1, 2, 1, 1, 1]
+
+
+def test_decisions_that_are_kept_are_limited() -> None:
+    chip = nvidia_chip(9, 0, 232_448)
+    for tokens in range(10_000):
+        chip.remember(tokens, tokens)
+    assert len(chip.decisions) <= 4096
+    assert chip.decisions[9_999] == 9_999

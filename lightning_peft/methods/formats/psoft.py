@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_peft.methods.base import HFEntry, HFFormat
 from lightning_peft.methods.exchange import config_keys, refuse_all_but_linear
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["FORMAT"]
 

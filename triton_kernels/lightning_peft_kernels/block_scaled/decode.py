@@ -8,7 +8,7 @@ against 14 ms for torch's own conversion; a product with 256 tokens takes 31 ms.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,19 +23,21 @@ _CHUNK = 1 << 18  # weights per chunk on a CPU
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-@lru_cache(maxsize=16)
-def code_values(element: str) -> Tensor:
-    """Value of each code, fp32 [256] or [16]."""
+@cache
+def code_values(element: str, device: str = "cpu") -> Tensor:
+    """Value of each code, fp32 [256] or [16]; kept, so that no step copies it again."""
     if element == "e4m3":
-        return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
-    if element == "int8":
-        return torch.arange(256).to(torch.uint8).view(torch.int8).to(torch.float32)
-    if element == "e2m1":
-        return torch.tensor([*_E2M1, *(-v for v in _E2M1)])
-    return torch.arange(16, dtype=torch.float32) - (8 if element == "int4" else 0)
+        values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    elif element == "int8":
+        values = torch.arange(256).to(torch.uint8).view(torch.int8).to(torch.float32)
+    elif element == "e2m1":
+        values = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
+    else:
+        values = torch.arange(16, dtype=torch.float32) - (8 if element == "int4" else 0)
+    return values.to(device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _pairs(element: str, device: str) -> Tensor:
     """Table of two neighbouring values as one int64: by 16 bits of 8-bit codes, by byte of 4."""
     values = code_values(element)
@@ -53,7 +55,7 @@ def decode_blocks_reference(
     codes = q.codes
     if layout.codes_per_byte == 2:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    values = code_values(layout.element).to(codes.device)[codes[..., :K].int()]
+    values = code_values(layout.element, str(codes.device))[codes[..., :K].int()]
     scales, zeros = block_grid(q, layout, N, K)
     if zeros is not None:
         values = values - _expanded(zeros, layout, N, K)
@@ -120,7 +122,7 @@ def _values(codes: Tensor, layout: BlockLayout, K: int) -> Tensor:
         found = table.index_select(0, codes.reshape(-1).int())
         return found.view(torch.float32).view(codes.shape[0], -1)[:, :K]
     if K % 2 or codes.storage_offset() % 2 or not codes.is_contiguous():
-        values = code_values(layout.element).to(codes.device)
+        values = code_values(layout.element, str(codes.device))
         return values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
     words = codes.view(-1).view(torch.uint16).int()
     return table.index_select(0, words).view(torch.float32).view(codes.shape[0], K)
