@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.released import RELEASED
+from tests.hf import test_damaged_checkpoints
 from tests.hf.test_load_packed import QUANTIZERS
 from tests.storage import test_adopted, test_released
 from tests.storage.test_torchao import STAND_INS
@@ -42,6 +43,16 @@ ROWS = {
     "adapter loads in peft on the dequantised model": [test_released.test_exchange],
     "Trainer run, file of adapters, exact resume": [test_released.test_trainer],
     "report and planner count the file's bytes": [test_released.test_report_and_plan],
+    "deepcopy, pickle, casts; detached as loaded": [test_released.test_copies],
+    "inside of accelerate's hooks": [test_released.test_hooks_of_accelerate],
+    "`torch.compile(fullgraph=True)`": [test_released.test_compiled],
+    "damaged files refused by name": [
+        test_damaged_checkpoints.test_missing_scales,
+        test_damaged_checkpoints.test_misshapen_scales,
+        test_damaged_checkpoints.test_codes_of_another_shape,
+        test_damaged_checkpoints.test_truncated_files,
+        test_damaged_checkpoints.test_unknown_method,
+    ],
 }  # fmt: skip
 ADOPTED = "layers that another library made are taken over"
 
@@ -60,7 +71,7 @@ def table(heading: str) -> dict[str, list[str]]:
 
 
 def formats_of(test: Any) -> set[str]:
-    (mark,) = (m for m in test.pytestmark if m.name == "parametrize")
+    (mark,) = (m for m in test.pytestmark if m.name == "parametrize" and m.args[0] == "name")
     return {getattr(value, "values", (value,))[0] for value in mark.args[1]}
 
 
