@@ -27,7 +27,7 @@ __all__ = ["Contents", "TensorContent", "changed_tensors", "content_hash", "take
 _HASHED_WHOLE = 1 << 24  # bytes up to which a tensor is always hashed completely
 _SAMPLE_STEP = 4096  # elements per sampled value
 _SMALL = 1 << 16  # bytes up to which one checksum is faster than a weighted sum and its checksum
-_WIDTH = 4093  # words per row: a prime, and a row of sums stays in a CPU's first cache
+_WIDTH = 2039  # words per row: a prime, and a row of sums stays in a CPU's first cache
 _ROWS_AT_ONCE = 64  # on a GPU, where torch has no product of integer matrices
 _THREADS = 4  # more wait for the interpreter lock
 _WORTH_THREADS = 1 << 22  # bytes
@@ -179,13 +179,14 @@ def content_hash(t: Tensor) -> int:
     """Return a hash of the tensor's bytes, dtype and shape, computed where the tensor is.
 
     It is the same on every device. A small tensor is hashed by its CRC-32. Of a larger one, the
-    bytes are read as 32-bit words in rows. Each row is multiplied by an odd number of its own,
-    modulo 2^32, and the rows are added. The hash is the CRC-32 of this sum and of the words after
+    bytes are read as 64-bit words in rows. Each row is multiplied by an odd number of its own,
+    modulo 2^64, and the rows are added. The hash is the CRC-32 of this sum and of the bytes after
     the last complete row. A change of any single word changes it.
 
-    The top bit of a word reaches nothing but the top bit of a sum, where an even number of
-    changed signs in one column cancels. Therefore the width of a row is a prime: a row, a column,
-    or all of a matrix with its sign changed leaves an odd number in some column.
+    Only the top bit of a word reaches nothing but the top bit of a sum, where an even number of
+    changes in one column cancels. It is the sign of every second value in 32 bits, and of every
+    fourth in 16. A change of these signs alone is what may be missed, and the width of a row is a
+    prime, so that few patterns of a matrix fall into one column.
 
     It is no cryptographic hash.
     """
@@ -198,10 +199,10 @@ def content_hash(t: Tensor) -> int:
     data = values.view(torch.uint8)
     if data.numel() <= _SMALL:
         return (kind << 32) ^ _checksum(data.cpu())
-    if data.storage_offset() % 4:
+    if data.storage_offset() % 8:
         data = data.clone()
-    end = data.numel() - data.numel() % (4 * _WIDTH)
-    sums = _weighted_sum(data[:end].view(torch.int32).view(-1, _WIDTH))
+    end = data.numel() - data.numel() % (8 * _WIDTH)
+    sums = _weighted_sum(data[:end].view(torch.int64).view(-1, _WIDTH))
     return (kind << 32) ^ _checksum(data[end:].cpu(), _checksum(sums.cpu()))
 
 
@@ -216,7 +217,7 @@ def _checksum(t: Tensor, before: int = 0) -> int:
 
 
 def _weighted_sum(rows: Tensor) -> Tensor:
-    """Return the sum of all rows, each times its weight, modulo 2^32."""
+    """Return the sum of all rows, each times its weight, modulo 2^64."""
     weights = _weights(rows.shape[0])
     if rows.device.type == "cpu":
         return torch.mv(rows.t(), weights)
@@ -228,7 +229,7 @@ def _weighted_sum_by_blocks(rows: Tensor, weights: Tensor) -> Tensor:
     total = torch.zeros_like(rows[0])
     blocks = zip(rows.split(_ROWS_AT_ONCE), weights.split(_ROWS_AT_ONCE), strict=True)
     for block, weight in blocks:
-        total += (block * weight[:, None]).sum(0, dtype=torch.int32)
+        total += (block * weight[:, None]).sum(0)
     return total
 
 
@@ -237,10 +238,11 @@ def _weights(count: int) -> Tensor:
     """Return odd numbers that look random: two of them differ in their low bits already.
 
     Two words that change places are missed only if the product of their difference and that of
-    their weights is 0 modulo 2^32.
+    their weights is 0 modulo 2^64.
     """
-    mixed = torch.arange(1, count + 1, device="cpu")
+    halves = torch.arange(1, 2 * count + 1, device="cpu")
     for multiplier in (0x7FEB352D, 0x68E31DA5):
-        mixed = mixed * multiplier % (1 << 32)
-        mixed ^= mixed >> 15
-    return (mixed | 1).to(torch.int32)
+        halves = halves * multiplier % (1 << 32)
+        halves ^= halves >> 15
+    low, high = halves.view(2, count)
+    return (high << 32) | low | 1

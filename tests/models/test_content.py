@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 
 import pytest
@@ -76,16 +77,15 @@ def test_rows_of_signs_alone_are_told_apart() -> None:
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
 def test_blocks_of_rows_give_the_sum_that_one_product_gives(rows: int) -> None:
     """A GPU computes by blocks, and the hash of a tensor that is moved there stays what it is."""
-    words = torch.randint(-(2**31), 2**31 - 1, (rows, 4093), dtype=torch.int32)
+    words = torch.randint(-(2**63), 2**63 - 1, (rows, 2039))
     weights = content._weights(rows)
     assert bool((weights % 2 == 1).all())
     assert len(set(weights.tolist())) == rows
-    expected = (words.double().long() * weights[:, None]).sum(0)
-    for total in (
-        content._weighted_sum(words),
-        content._weighted_sum_by_blocks(words, weights),
-    ):
-        assert torch.equal(total.long() % 2**32, expected % 2**32)
+    columns = zip(*words[:, :20].tolist(), strict=True)  # Python's integers have no limit
+    exact = [sum(map(operator.mul, column, weights.tolist())) % 2**64 for column in columns]
+    total = content._weighted_sum(words)
+    assert [n % 2**64 for n in total[:20].tolist()] == exact
+    assert torch.equal(content._weighted_sum_by_blocks(words, weights), total)
 
 
 def test_exchanged_words_of_one_column_change_the_hash() -> None:
@@ -94,9 +94,21 @@ def test_exchanged_words_of_one_column_change_the_hash() -> None:
     t[::2] = 0.5
     for distance in (1, 7, 63, 65):  # rows
         changed = t.clone()
-        i, j = 100, 100 + 4093 * distance
+        i, j = 100, 101 + 2 * 2039 * distance  # in one column of 64-bit words, unlike places
         changed[[i, j]] = changed[[j, i]]
         assert changed[i] != t[i]
+        assert content_hash(changed) != content_hash(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_even_numbers_of_signs(dtype: torch.dtype) -> None:
+    """All signs of a whole number of rows; the signs of two values in one column of words."""
+    t = torch.randn(2039 * 8 * 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert content_hash(-t) != content_hash(t)
+    per_word = 8 // dtype.itemsize
+    for rows in (1, 2, 4):
+        changed = t.clone()
+        changed[[100 * per_word, (100 + 2039 * rows) * per_word]] *= -1
         assert content_hash(changed) != content_hash(t)
 
 
