@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.effective_view import guarded, replaced, write_targets
+
 __all__ = [
     "OutsideTensor",
     "ParameterAccess",
@@ -140,7 +142,7 @@ class OutsideTensor(Tensor):
 
     Facts (shape, dtype, device) are answered without forming W'. Every other function gets W', with
     its gradient. Writing in place goes to the parameter of a dense layer, and is refused for a
-    packed one.
+    packed one. A view of W' is read only.
     """
 
     _form: Callable[[], Tensor]
@@ -182,20 +184,24 @@ class OutsideTensor(Tensor):
         """Called for every torch function of the tensor."""
         given = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
-            if _writes(func, given):
-                return func(*_replaced(args, _writable), **_replaced(given, _writable))
             if func in _FACTS or (_is_getter(func) and func not in _VALUES):
                 return _fact(func, args, given)
             if func == Tensor.__deepcopy__:
                 return args[0]._form().detach().clone()
-            formed: dict[int, Tensor] = {}
+            written = {id(t) for t in write_targets(func, args, given)}
+            formed: dict[int, tuple[Tensor, str]] = {}
 
-            def value(seen: OutsideTensor) -> Tensor:
+            def tensor(seen: OutsideTensor) -> Tensor:
+                if id(seen) in written:
+                    return _writable(seen)
                 if id(seen) not in formed:
-                    formed[id(seen)] = seen._form()
-                return formed[id(seen)]
+                    formed[id(seen)] = seen._form(), seen._label
+                return formed[id(seen)][0]
 
-            return func(*_replaced(args, value), **_replaced(given, value))
+            result = func(
+                *replaced(args, OutsideTensor, tensor), **replaced(given, OutsideTensor, tensor)
+            )
+            return guarded(result, [*formed.values()])
 
     def __getattr__(self, name: str) -> Any:
         """Return what the parameter has beside a tensor's own attributes (`quant_state`)."""
@@ -214,12 +220,6 @@ def _is_getter(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") == "__get__"
 
 
-def _writes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__set__", "__setitem__") or kwargs.get("out") is not None
-
-
 def _writable(seen: OutsideTensor) -> Tensor:
     if seen._is_packed:
         raise RuntimeError(
@@ -228,13 +228,3 @@ def _writable(seen: OutsideTensor) -> Tensor:
             "Quantization(exclude_modules=[…]), or write before it is quantised"
         )
     return seen._held
-
-
-def _replaced(value: Any, by: Callable[[OutsideTensor], Tensor]) -> Any:
-    if isinstance(value, OutsideTensor):
-        return by(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_replaced(v, by) for v in value)
-    if isinstance(value, dict):
-        return {k: _replaced(v, by) for k, v in value.items()}
-    return value

@@ -6,6 +6,8 @@ A weight that another module's forward reads is served as W' to that reader, or 
 from __future__ import annotations
 
 import copy
+import io
+import operator
 import pickle
 from typing import Any
 
@@ -139,6 +141,75 @@ def test_a_write_into_a_dense_adapted_weight_moves_the_base() -> None:
         adapter = model.qkv.peft["default"]
         delta = adapter.edit().terms[0].matrix()
     assert_close("base", held, 2 * (effective - delta), floor=1e-6)
+
+
+VIEWS: dict[str, Any] = {
+    "row": lambda w: w[0],
+    "transposed": lambda w: w.T,
+    "mT of a slice": lambda w: w[2:].mT,
+    "flat": lambda w: w.view(-1),
+    "detached": lambda w: w.detach(),
+    "chunk": lambda w: w.chunk(2)[1],
+    "same dtype": lambda w: w.to(torch.float32),
+}
+WRITES: dict[str, Any] = {
+    "mul_": lambda v: v.mul_(2),
+    "item": lambda v: v.__setitem__(0, 1.0),
+    "augmented": lambda v: operator.iadd(v, 1),
+    "out": lambda v: torch.add(v, 1, out=v),
+    "init": nn.init.zeros_,
+}
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_into_a_view_is_refused(view: str, write: str, quantization: str | None) -> None:
+    """A view is one of W', which is computed for one read: a write would be lost."""
+    model = Window()
+    lp.attach(model, METHODS["lora"], quantization=quantization)
+    before = model(X)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"qkv.* expected a view .* read only"):
+        WRITES[write](VIEWS[view](model.qkv.weight))
+    assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_read_as_plain_tensors_do(view: str) -> None:
+    model = Window()
+    lp.attach(model, METHODS["lora"])
+    moved(model)
+    whole = model.qkv.weight.clone()
+    found, expected = VIEWS[view](model.qkv.weight), VIEWS[view](whole)
+    assert torch.equal(found, expected)
+    assert type(found * 2) is Tensor
+    assert type(copy.deepcopy(found.detach())) is Tensor
+    other = torch.zeros_like(expected)
+    assert type(other) is Tensor
+    with torch.no_grad():
+        other.add_(found).copy_(found)
+    assert torch.equal(other, expected)
+    with pytest.raises(ValueError, match="read-only"):
+        found.detach().numpy()[0] = 1
+    buffer = io.BytesIO()
+    torch.save(found.detach(), buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True), expected)
+    if view != "detached":
+        found.square().sum().backward()
+        assert model.qkv.peft["default"].B.grad.abs().sum() > 0  # type: ignore[index,union-attr]
+
+
+def test_an_average_follows_the_effective_weight() -> None:
+    """In `average.lerp_(layer.weight)` the layer's weight is read, not written."""
+    model = Window()
+    lp.attach(model, METHODS["lora"])
+    moved(model)
+    average = torch.zeros_like(model.qkv.weight)
+    with torch.no_grad():
+        average.add_(model.qkv.weight).lerp_(model.qkv.weight, 0.5)
+        torch._foreach_add_([average], [model.qkv.weight])
+    torch.testing.assert_close(average, 2 * model.qkv.weight.detach())
 
 
 def test_a_tied_reader_gets_the_adapted_embedding() -> None:

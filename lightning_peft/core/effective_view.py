@@ -1,0 +1,112 @@
+"""Views of an effective weight W', which is computed for one read: nothing may be written there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["EffectiveView", "guarded", "replaced", "write_targets"]
+
+#: In-place functions that change no value.
+_NO_WRITES = frozenset(["requires_grad_", "detach_", "share_memory_", "retain_grad_", "rename_"])
+
+
+class EffectiveView(Tensor):
+    """A view of W'. It is read like any tensor; a write in place raises, since it would be lost.
+
+    What is a view of it is guarded too; what is computed from it is a plain tensor.
+    """
+
+    _label: str
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Called for every torch function of the tensor."""
+        given = dict(kwargs or {})
+        if getattr(func, "__name__", "") not in _NO_WRITES | {"__set__"}:
+            for target in write_targets(func, args, given):
+                if isinstance(target, EffectiveView):
+                    raise RuntimeError(
+                        f"{target._label}: expected a view of the weight to be read only, got a "
+                        f"write in place by {getattr(func, '__name__', func)}; the layer computes "
+                        "the weight for each read, so the write would be lost: write through the "
+                        "layer (`layer.weight[0] = …`), or into the tensor from named_parameters()"
+                    )
+        read: list[tuple[Tensor, str]] = []
+
+        def plain(view: Tensor) -> Tensor:
+            if not isinstance(view, EffectiveView):
+                return view
+            read.append((view.as_subclass(Tensor), view._label))
+            return read[-1][0]
+
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(
+                *replaced(args, EffectiveView, plain), **replaced(given, EffectiveView, plain)
+            )
+            return guarded(result, read)
+
+
+def guarded(result: Any, read: Sequence[tuple[Tensor, str]]) -> Any:
+    """Return a result with each view of a tensor that was read as an `EffectiveView`.
+
+    Args:
+        result: What a torch function returned.
+        read: Tensors that it read, with names for errors.
+    """
+    if torch.compiler.is_compiling():
+        return result
+    if type(result) is Tensor:
+        for tensor, label in read:
+            if _share_memory(result, tensor):
+                view = result.as_subclass(EffectiveView)
+                view._label = label
+                return view
+        return result
+    if type(result) in (tuple, list):
+        return type(result)(guarded(r, read) for r in result)
+    flags = getattr(result, "flags", None)
+    if type(result).__name__ == "ndarray" and flags is not None:
+        flags.writeable = False
+    return result
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    if one.layout != torch.strided or other.layout != torch.strided:
+        return False
+    address = one.untyped_storage().data_ptr()
+    return address != 0 and address == other.untyped_storage().data_ptr()
+
+
+def write_targets(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Return the arguments that a torch function writes to."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    found = []
+    if in_place or name in ("__set__", "__setitem__"):
+        found += [args[0] if args else kwargs.get("input")]
+    if kwargs.get("out") is not None:
+        found.append(kwargs["out"])
+    return [t for each in found for t in (each if isinstance(each, tuple | list) else [each])]
+
+
+def replaced(value: Any, kind: type[Tensor], by: Callable[[Any], Tensor]) -> Any:
+    """Return nested arguments with every tensor of a kind replaced."""
+    if isinstance(value, kind):
+        return by(value)
+    if isinstance(value, tuple | list):
+        return type(value)(replaced(v, kind, by) for v in value)
+    if isinstance(value, dict):
+        return {k: replaced(v, kind, by) for k, v in value.items()}
+    return value
