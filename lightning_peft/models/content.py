@@ -244,5 +244,6 @@ def _weights(count: int) -> Tensor:
     for multiplier in (0x7FEB352D, 0x68E31DA5):
         halves = halves * multiplier % (1 << 32)
         halves ^= halves >> 15
-    low, high = halves.view(2, count)
-    return (high << 32) | low | 1
+    pairs = halves.view(2, count)
+    weights: Tensor = (pairs[0] << 32) | pairs[1] | 1
+    return weights
