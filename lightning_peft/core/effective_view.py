@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["EffectiveView", "guarded", "replaced", "write_targets"]
+__all__ = ["EffectiveView", "guarded", "write_targets"]
 
 #: In-place functions that change no value.
 _NO_WRITES = frozenset(["requires_grad_", "detach_", "share_memory_", "retain_grad_", "rename_"])
@@ -22,6 +22,16 @@ class EffectiveView(Tensor):
 
     _label: str
 
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        """Called by `nn.Parameter(view)`, which keeps the class: the memory is its own now."""
+        if value:
+            self.__class__ = nn.Parameter
+
     @classmethod
     def __torch_function__(
         cls,
@@ -32,6 +42,9 @@ class EffectiveView(Tensor):
     ) -> Any:
         """Called for every torch function of the tensor."""
         given = dict(kwargs or {})
+        if torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **given)
         if getattr(func, "__name__", "") not in _NO_WRITES | {"__set__"}:
             for target in write_targets(func, args, given):
                 if isinstance(target, EffectiveView):
@@ -41,19 +54,26 @@ class EffectiveView(Tensor):
                         "the weight for each read, so the write would be lost: write through the "
                         "layer (`layer.weight[0] = …`), or into the tensor from named_parameters()"
                     )
-        read: list[tuple[Tensor, str]] = []
-
-        def plain(view: Tensor) -> Tensor:
-            if not isinstance(view, EffectiveView):
-                return view
-            read.append((view.as_subclass(Tensor), view._label))
-            return read[-1][0]
-
+        views = _views([args, given])
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(
-                *replaced(args, EffectiveView, plain), **replaced(given, EffectiveView, plain)
-            )
-            return guarded(result, read)
+            if func in (Tensor.__reduce_ex__, Tensor.__deepcopy__):  # these keep a class
+                return func(_plain(args[0]), *args[1:], **given)
+            return guarded(func(*args, **given), [(view, view._label) for view in views])
+
+
+def _plain(view: Tensor) -> Tensor:
+    if not view.is_leaf:
+        return view.as_subclass(Tensor)
+    return view.detach().as_subclass(Tensor).requires_grad_(view.requires_grad)
+
+
+def _views(value: Any) -> list[EffectiveView]:
+    """Return the views among nested arguments."""
+    if isinstance(value, EffectiveView):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [v for each in value for v in _views(each)] if isinstance(value, tuple | list) else []
 
 
 def guarded(result: Any, read: Sequence[tuple[Tensor, str]]) -> Any:
@@ -99,14 +119,3 @@ def write_targets(
     if kwargs.get("out") is not None:
         found.append(kwargs["out"])
     return [t for each in found for t in (each if isinstance(each, tuple | list) else [each])]
-
-
-def replaced(value: Any, kind: type[Tensor], by: Callable[[Any], Tensor]) -> Any:
-    """Return nested arguments with every tensor of a kind replaced."""
-    if isinstance(value, kind):
-        return by(value)
-    if isinstance(value, tuple | list):
-        return type(value)(replaced(v, kind, by) for v in value)
-    if isinstance(value, dict):
-        return {k: replaced(v, kind, by) for k, v in value.items()}
-    return value

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.effective_view import guarded, replaced, write_targets
+from lightning_peft.core.effective_view import guarded, write_targets
 
 __all__ = [
     "OutsideTensor",
@@ -198,9 +198,7 @@ class OutsideTensor(Tensor):
                     formed[id(seen)] = seen._form(), seen._label
                 return formed[id(seen)][0]
 
-            result = func(
-                *replaced(args, OutsideTensor, tensor), **replaced(given, OutsideTensor, tensor)
-            )
+            result = func(*_replaced(args, tensor), **_replaced(given, tensor))
             return guarded(result, [*formed.values()])
 
     def __getattr__(self, name: str) -> Any:
@@ -228,3 +226,13 @@ def _writable(seen: OutsideTensor) -> Tensor:
             "Quantization(exclude_modules=[…]), or write before it is quantised"
         )
     return seen._held
+
+
+def _replaced(value: Any, by: Callable[[OutsideTensor], Tensor]) -> Any:
+    if isinstance(value, OutsideTensor):
+        return by(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_replaced(v, by) for v in value)
+    if isinstance(value, dict):
+        return {k: _replaced(v, by) for k, v in value.items()}
+    return value

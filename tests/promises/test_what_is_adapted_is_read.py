@@ -200,6 +200,43 @@ def test_views_read_as_plain_tensors_do(view: str) -> None:
         assert model.qkv.peft["default"].B.grad.abs().sum() > 0  # type: ignore[index,union-attr]
 
 
+def test_a_detached_view_has_a_gradient_of_its_own() -> None:
+    model = Window()
+    lp.attach(model, METHODS["lora"])
+    seen = []
+    copied = model.qkv.weight.detach().requires_grad_()
+    assert copied.is_leaf
+    copied.register_hook(seen.append)
+    copied[0].sum().backward()
+    assert copied.grad is not None
+    assert torch.equal(copied.grad[0], torch.ones(64))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_parameter_made_from_a_view_is_an_ordinary_one(view: str) -> None:
+    model = Window()
+    lp.attach(model, METHODS["lora"])
+    parameter = nn.Parameter(VIEWS[view](model.qkv.weight))
+    assert type(parameter) is nn.Parameter
+    assert parameter.is_leaf
+    net = nn.Module()
+    net.weight = parameter
+    assert type(copy.deepcopy(net).weight) is nn.Parameter
+    before = parameter.detach().clone()
+    parameter.square().sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.25).step()
+    torch.testing.assert_close(parameter.detach(), before / 2)
+
+
+def test_a_compiled_function_takes_a_view() -> None:
+    model = Window()
+    lp.attach(model, METHODS["lora"])
+    summed = torch.compile(lambda w: (w[0] * 2).sum(), backend="eager", fullgraph=True)
+    view = model.qkv.weight.T
+    torch.testing.assert_close(summed(view), 2 * model.qkv.weight.clone()[:, 0].sum())
+
+
 def test_an_average_follows_the_effective_weight() -> None:
     """In `average.lerp_(layer.weight)` the layer's weight is read, not written."""
     model = Window()
