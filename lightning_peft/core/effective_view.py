@@ -30,7 +30,7 @@ class EffectiveView(Tensor):
     def _is_param(self, value: bool) -> None:
         """Called by `nn.Parameter(view)`, which keeps the class: the memory is its own now."""
         if value:
-            self.__class__ = nn.Parameter
+            self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(
