@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
+from lightning_peft_kernels.block_scaled import decode
 from lightning_peft_kernels.block_scaled.decode import decode_blocks, decode_blocks_reference
 from lightning_peft_kernels.block_scaled.encode import encode_blocks
 from lightning_peft_kernels.block_scaled.layout import BlockLayout, BlockTensors
@@ -173,3 +177,30 @@ def test_experts(layout: BlockLayout, on_host: bool, monkeypatch: pytest.MonkeyP
 def test_layout_as_a_word() -> None:
     for layout in LAYOUTS:
         assert BlockLayout.parse(str(layout)) == layout
+
+
+@pytest.fixture
+def no_tables() -> Iterator[None]:
+    """Tables are made anew inside, and again for what comes after."""
+    for table in (decode.code_values, decode._pairs):
+        table.cache_clear()
+    yield
+    for table in (decode.code_values, decode._pairs):
+        table.cache_clear()
+
+
+@pytest.mark.usefixtures("no_tables")
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta"), "float64"], ids=str)
+def test_tables_do_not_depend_on_the_mode_of_their_first_use(mode: Any) -> None:
+    with ExitStack() as stack:
+        if mode == "float64":
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
+        else:
+            stack.enter_context(mode)
+        for element in ("e4m3", "int8", "e2m1", "int4", "uint4"):
+            values, pairs = decode.code_values(element), decode._pairs(element, "cpu")
+            assert values.dtype == torch.float32
+            assert values.device.type == pairs.device.type == "cpu"
+            assert not values.is_inference()
+            assert not pairs.is_inference()

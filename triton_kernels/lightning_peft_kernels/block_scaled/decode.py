@@ -26,15 +26,17 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 @cache
 def code_values(element: str, device: str = "cpu") -> Tensor:
     """Value of each code, fp32 [256] or [16]; kept, so that no step copies it again."""
-    if element == "e4m3":
-        values = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
-    elif element == "int8":
-        values = torch.arange(256).to(torch.uint8).view(torch.int8).to(torch.float32)
-    elif element == "e2m1":
-        values = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
-    else:
-        values = torch.arange(16, dtype=torch.float32) - (8 if element == "int4" else 0)
-    return values.to(device)
+    with torch.inference_mode(False):
+        if element in ("e4m3", "int8"):
+            codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+            values = codes.view(torch.float8_e4m3fn if element == "e4m3" else torch.int8).float()
+        elif element == "e2m1":
+            signed = [*_E2M1, *(-v for v in _E2M1)]
+            values = torch.tensor(signed, dtype=torch.float32, device="cpu")
+        else:
+            values = torch.arange(16, dtype=torch.float32, device="cpu")
+            values = values - (8 if element == "int4" else 0)
+        return values.to(device)
 
 
 @cache
@@ -42,9 +44,10 @@ def _pairs(element: str, device: str) -> Tensor:
     """Table of two neighbouring values as one int64: by 16 bits of 8-bit codes, by byte of 4."""
     values = code_values(element)
     bits = 8 if len(values) == 256 else 4
-    word = torch.arange(1 << (2 * bits))
-    both = torch.stack([values[word & (len(values) - 1)], values[word >> bits]], dim=1)
-    return both.contiguous().view(torch.int64).view(-1).to(device)
+    with torch.inference_mode(False):
+        word = torch.arange(1 << (2 * bits), device="cpu")
+        both = torch.stack([values[word & (len(values) - 1)], values[word >> bits]], dim=1)
+        return both.contiguous().view(torch.int64).view(-1).to(device)
 
 
 def decode_blocks_reference(

@@ -116,7 +116,7 @@ def _codes(x: Tensor, layout: BlockLayout) -> Tensor:
 @cache
 def _midpoints(device: str) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(_MIDPOINTS, device=device)
+        return torch.tensor(_MIDPOINTS, dtype=torch.float32, device=device)
 
 
 def _packed(codes: Tensor, layout: BlockLayout) -> Tensor:

@@ -227,6 +227,6 @@ def native_routine(name: str, arguments: int) -> Callable[..., Any] | None:
 def _pairs(kind: str) -> Tensor:
     """Return the table byte → (even value, odd value) as one int64, [256]."""
     values = code(kind)
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")  # also inside `with torch.device(…)`
     both = torch.stack([values[byte >> 4], values[byte & 15]], dim=1).contiguous()
     return both.view(torch.int64).view(-1)

@@ -108,9 +108,9 @@ def pooled_8bit_step_kernel(
 @lru_cache(maxsize=8)
 def _blocks(numels: tuple[int, ...], device: str) -> Tensor:
     """Return (tensor, block within it) of every program, int32 [programs, 2]."""
-    counts = torch.tensor([-(-n // BLOCK) for n in numels], dtype=torch.int64)
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[tensor]
+    counts = torch.tensor([-(-n // BLOCK) for n in numels], dtype=torch.int64, device="cpu")
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
+    within = torch.arange(int(counts.sum()), device="cpu") - (counts.cumsum(0) - counts)[tensor]
     return torch.stack([tensor, within], 1).to(torch.int32).to(device)
 
 
