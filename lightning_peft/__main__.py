@@ -27,13 +27,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 2 with one line on what is wrong."""
+    """Run a command; return 0, or 2 with one line on what is wrong, or 130 if interrupted."""
     given = parser().parse_args(arguments)
     try:
         given.run(given)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupted:
+        print(": ".join(filter(None, ("interrupted", str(interrupted)))), file=sys.stderr)
+        return 130
     return 0
 
 

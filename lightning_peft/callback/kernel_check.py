@@ -36,9 +36,16 @@ def check_kernels(device: torch.device, backend: Backend) -> list[str]:
     except (RuntimeError, OSError) as error:
         warnings.warn(f"kernels are unchecked: {error}", stacklevel=3)
         return []
-    bad = [verdict for verdict in found.values() if verdict.outcome != "ok"]
+    bad = [v for v in found.values() if v.outcome not in ("ok", "unchecked")]
     lines = [
         f"kernels: {v.op} ({v.configuration}) is {v.outcome} on {device} and not used: {v.detail}"
         for v in bad
     ]
+    untried = [v for v in found.values() if v.outcome == "unchecked"]
+    if untried:
+        ops = ", ".join(verdict.op for verdict in untried)
+        lines.append(
+            f"kernels: {ops}: unchecked on {device} and checked again in the next run: "
+            f"{untried[0].detail}"
+        )
     return [*lines, f"kernels are checked again in the next run: {why}"] if why else lines

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_peft_kernels.dispatch import triton_available
+from lightning_peft_kernels.dispatch import triton_problem
 from rich.console import Console
 from torch import nn
 
@@ -31,8 +31,8 @@ def print_report(report: Report, title: str) -> None:
     lines = [title, *report_lines(report, console.width), *wrapped(kernels, console.width)]
     if report.storages:
         lines.append("Lightning's own table counts packed bytes as parameters")
-    if torch.cuda.is_available() and not triton_available():
-        lines.append("triton is not installed: every op runs as torch code; pip install triton")
+    if torch.cuda.is_available() and triton_problem():
+        lines.append(f"{triton_problem()}; every op runs as torch code: pip install triton")
     console.print("\n".join(lines), markup=False, highlight=False)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from typing import Literal
 
 import torch
 from lightning_peft_kernels.launch import use_verdicts
 from lightning_peft_kernels.verdicts import (
+    Key,
     Verdict,
     device_key,
     read_verdicts,
@@ -21,7 +25,7 @@ from lightning_peft.diagnostics.kernel_checks import kernel_checks
 from lightning_peft.diagnostics.pairs import Shape
 from lightning_peft.diagnostics.worker_process import Ended, run_worker
 
-__all__ = ["OPS", "SHAPE", "Verdicts", "check_device", "ensure_checked"]
+__all__ = ["OPS", "SHAPE", "Verdicts", "check_device", "ensure_checked", "plain_device"]
 
 Verdicts = dict[tuple[str, str], Verdict]
 #: The ops, in the order of the full form: one process each.
@@ -58,7 +62,7 @@ def check_device(
     jobs: int = 1,
     worker: str = WORKER,
 ) -> tuple[Verdicts, str]:
-    """Check the kernels of a device and store the verdicts beside those that are there.
+    """Check the kernels of a device and store each verdict beside those that are there.
 
     The full form runs one process per op. The short form runs one process for all ops and starts it
     again without an op that ended it.
@@ -68,7 +72,7 @@ def check_device(
         short: If True, one configuration per op.
         ops: Ops to check.
         shapes: (N, K, tokens) of the products, each checked; the default is one, small.
-        told: Called with each verdict.
+        told: Called with each verdict, once it is stored.
         jobs: Processes at a time. Most of a check is compiling, but times of kernels that share the
             device mean little.
         worker: Module that a process runs to serve a request.
@@ -79,38 +83,66 @@ def check_device(
     Raises:
         RuntimeError: A process ended before its first check, so nothing is known.
     """
+    device = plain_device(device)
     wanted = tuple(shapes) or (_shape(device),)
     request = Request(str(device), wanted, tuple(ops), short=short)
     each = [request] if short else [replace(request, ops=(op,)) for op in request.ops]
     key = device_key(device)
     found: Verdicts = {}
-    why = ""
-    for part in _parts(each, told, jobs, worker):
-        with verdict_lock(key):  # one by one: an interruption loses what runs at that moment
-            why = _store(device, part)
-        found.update(part)
-    return found, why
+    why = [""]
+    one_at_a_time = threading.Lock()
 
+    def arrived(verdict: Verdict) -> None:
+        with one_at_a_time:
+            with verdict_lock(key):  # one by one: an interruption loses what runs at that moment
+                why[0] = _store(device, key, _add(found, verdict)) or why[0]
+            if told is not None:
+                told(verdict)
 
-def _parts(
-    requests: Sequence[Request],
-    told: Callable[[Verdict], None] | None,
-    jobs: int,
-    worker: str,
-) -> Iterator[Verdicts]:
-    """Yield the verdicts of each request as it ends."""
     if jobs == 1:
-        for request in requests:
-            yield _check(request, told, worker)
-        return
+        for request in each:
+            _check(request, arrived, worker)
+    else:
+        _check_together(each, arrived, jobs, worker)
+    return found, why[0]
+
+
+def plain_device(device: torch.device) -> torch.device:
+    """Return a device as tensors on it name it: `cpu` without an index, `cuda` with one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _check_together(
+    requests: Sequence[Request], arrived: Callable[[Verdict], None], jobs: int, worker: str
+) -> None:
+    """Serve several requests at a time; an error or an interruption ends all."""
+    processes: list[subprocess.Popen[str]] = []
+    ends = threading.Event()
+
+    def started(process: subprocess.Popen[str]) -> None:
+        processes.append(process)
+        if ends.is_set():
+            process.kill()
+
+    def still_wanted(verdict: Verdict) -> None:
+        if ends.is_set():
+            raise KeyboardInterrupt
+        arrived(verdict)
+
     with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(_check, request, told, worker) for request in requests]
+        running = [pool.submit(_check, each, still_wanted, worker, started) for each in requests]
         try:
             for done in as_completed(running):
-                yield done.result()
-        finally:
+                done.result()
+        except BaseException:
+            ends.set()
             for waiting in running:
                 waiting.cancel()
+            for process in processes:
+                process.kill()
+            raise
 
 
 def ensure_checked(device: torch.device) -> tuple[Verdicts, str]:
@@ -119,19 +151,24 @@ def ensure_checked(device: torch.device) -> tuple[Verdicts, str]:
     Processes that ask for the same device at once wait for one of them.
     """
     key = device_key(device)
+    new: Verdicts = {}
+    why = ""
+
+    def arrived(verdict: Verdict) -> None:
+        nonlocal why
+        why = _store(device, key, _add(new, verdict)) or why
+
     with verdict_lock(key):
         found = read_verdicts(key)
         use_verdicts(device, found)
         ops = _unchecked(device, found)
-        if not ops:
-            return found, ""
-        new = _check(Request(str(device), (_shape(device),), ops, short=True), None, WORKER)
-        why = _store(device, new)
+        if ops:
+            _check(Request(str(device), (_shape(device),), ops, short=True), arrived, WORKER)
     return {**found, **new}, why
 
 
 def _unchecked(device: torch.device, found: Verdicts) -> tuple[str, ...]:
-    """Return the ops whose short check has no verdict: never run, or the check was interrupted."""
+    """Return the ops whose short check has no verdict: never run, not to its end, or in vain."""
     checks = kernel_checks(device, Shape(*_shape(device)), interpreted=device.type == "cpu")
     missing = {
         c.op for c in checks if c.short and (c.op, c.configuration) not in found and c.applies
@@ -143,42 +180,62 @@ def _shape(device: torch.device) -> tuple[int, int, int]:
     return SHAPE if device.type == "cuda" else _SMALL_SHAPE
 
 
-def _store(device: torch.device, found: Verdicts) -> str:
-    """Store verdicts beside those that are there; return why that failed, or ""."""
-    key = device_key(device)
-    use_verdicts(device, found)
-    return store_verdicts(key, {**read_verdicts(key), **found})
+def _store(device: torch.device, key: Key, verdict: Verdict) -> str:
+    """Store a verdict beside those that are there; return why that failed, or ""."""
+    if verdict.outcome == "unchecked":
+        return ""
+    new = {(verdict.op, verdict.configuration): verdict}
+    use_verdicts(device, new)
+    return store_verdicts(key, {**read_verdicts(key), **new})
 
 
-def _check(request: Request, told: Callable[[Verdict], None] | None, worker: str) -> Verdicts:
-    """Return one verdict per op and configuration: the first that is not "ok", if there is one."""
-    found: Verdicts = {}
-    for verdict in _run(request, worker):
-        name = verdict.op, verdict.configuration
-        if name not in found or found[name].outcome == "ok":
-            found[name] = verdict
-        if told is not None:
-            told(verdict)
-    return found
+def _add(found: Verdicts, verdict: Verdict) -> Verdict:
+    """Keep the worst verdict per op and configuration, of equals the first; return it."""
+    name = verdict.op, verdict.configuration
+    if name not in found or _badness(verdict) > _badness(found[name]):
+        found[name] = verdict
+    return found[name]
 
 
-def _run(request: Request, worker: str) -> Iterator[Verdict]:
+def _badness(verdict: Verdict) -> int:
+    return {"ok": 0, "unchecked": 1}.get(verdict.outcome, 2)
+
+
+def _check(
+    request: Request,
+    arrived: Callable[[Verdict], None],
+    worker: str,
+    started: Callable[[subprocess.Popen[str]], None] | None = None,
+) -> None:
+    """Run a request and pass its verdicts on."""
+    for verdict in _run(request, worker, started):
+        arrived(verdict)
+
+
+def _run(
+    request: Request, worker: str, started: Callable[[subprocess.Popen[str]], None] | None
+) -> Iterator[Verdict]:
     """Run a request; an op that ends its process gets a verdict, and the others go on."""
     done: list[str] = []
     while request.ops:
-        ended = yield from _run_once(replace(request, done=tuple(done)), worker, done)
+        ended = yield from _run_once(replace(request, done=tuple(done)), worker, done, started)
         if ended is None:
             return
         op, configuration = ended.starts[:2]
-        yield Verdict(op, configuration, "crashed", ended.message)
+        outcome: Literal["unchecked", "crashed"] = "unchecked" if ended.from_outside else "crashed"
+        yield Verdict(op, configuration, outcome, ended.message)
         request = replace(request, ops=tuple(name for name in request.ops if name != op))
 
 
 def _run_once(
-    request: Request, worker: str, done: list[str]
+    request: Request,
+    worker: str,
+    done: list[str],
+    started: Callable[[subprocess.Popen[str]], None] | None,
 ) -> Generator[Verdict, None, Ended | None]:
     """Yield verdicts; names of finished checks are added to `done`."""
-    entries = run_worker(worker, asdict(request), interpret=request.device == "cpu")
+    interpret = torch.device(request.device).type == "cpu"
+    entries = run_worker(worker, asdict(request), interpret=interpret, started=started)
     while True:
         try:
             entry = next(entries)

@@ -8,13 +8,15 @@ prints one line of JSON before each check and one with its verdict after it.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 from lightning_peft_kernels.chips import CHIPS, nvidia_chip
-from lightning_peft_kernels.launch import use_verdicts
+from lightning_peft_kernels.launch import LaunchError, use_verdicts
 from lightning_peft_kernels.races import use_races
 from lightning_peft_kernels.verdicts import Verdict
 
@@ -23,6 +25,16 @@ from lightning_peft.diagnostics.pairs import Shape
 from lightning_peft.diagnostics.trials import Check
 
 __all__ = ["Request", "run_request"]
+
+# No memory, a module that cannot be imported, a full disk, a compiler that is missing or fails.
+_OF_MACHINE = (MemoryError, ImportError, OSError, subprocess.SubprocessError)
+# RuntimeErrors with the same causes: of torch, of the libraries below it, and of Triton.
+_MACHINE_MESSAGES = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "Failed to find C compiler",
+    "active drivers",
+)
 
 
 @dataclass(frozen=True)
@@ -72,14 +84,32 @@ def _verdict(check: Check, timed_on: torch.device | None) -> Verdict:
     try:
         error, microseconds = check.examine(timed_on)
     except Exception as raised:
-        if "CUDA error" in str(raised) or "HIP error" in str(raised):
+        outcome: Literal["unchecked", "refused"] = "unchecked" if _no_fault(raised) else "refused"
+        if outcome == "refused" and ("CUDA error" in str(raised) or "HIP error" in str(raised)):
             raise  # the device is lost to this process: its end is the verdict
-        lines = [line for line in str(raised).splitlines() if line.strip()] or [""]
-        told = f"{type(raised).__name__}: {lines[-1].strip()[:200]}"
-        return Verdict(check.op, check.configuration, "refused", told)
+        return Verdict(check.op, check.configuration, outcome, _told(raised))
     if error:
         return Verdict(check.op, check.configuration, "wrong", error)
     return Verdict(check.op, check.configuration, "ok", "", microseconds)
+
+
+def _no_fault(raised: BaseException | None) -> bool:
+    """Whether an error is one of the machine, such as no memory, and says nothing of the kernel."""
+    if raised is None:
+        return False
+    return (
+        isinstance(raised, (*_OF_MACHINE, torch.OutOfMemoryError))
+        or any(words in str(raised) for words in _MACHINE_MESSAGES)
+        or _no_fault(raised.__cause__)
+    )
+
+
+def _told(raised: BaseException) -> str:
+    """Return the last line of an error; the verdict names the op."""
+    if isinstance(raised, LaunchError) and isinstance(raised.__cause__, LaunchError):
+        raised = raised.__cause__
+    lines = [line for line in str(raised).splitlines() if line.strip()] or [""]
+    return f"{type(raised).__name__}: {lines[-1].strip()[:200]}"
 
 
 def main(text: str) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from lightning_peft_kernels.dispatch import triton_available
+from lightning_peft_kernels.dispatch import triton_available, triton_problem
 from lightning_peft_kernels.races import Race
 from lightning_peft_kernels.verdicts import Verdict, device_key, file_of
 from torch import nn
 
 from lightning_peft.core.commands import Commands
-from lightning_peft.diagnostics.check_runner import OPS, check_device
+from lightning_peft.diagnostics.check_runner import OPS, check_device, plain_device
 from lightning_peft.diagnostics.model_shapes import LLAMA_8B, ModelShapes, shapes_of
 from lightning_peft.diagnostics.race_runner import tune_device
 
@@ -62,6 +62,8 @@ def _run(given: argparse.Namespace, build: Callable[[str], nn.Module]) -> None:
     shapes = LLAMA_8B if given.model is None else shapes_of(build(given.model))
     if triton_available():
         _check(given, device, shapes)
+    elif "cannot be imported" in triton_problem():
+        raise RuntimeError(f"check: {triton_problem()}; nothing was checked. Reinstall triton")
     elif not given.tune:
         raise RuntimeError(
             "check: expected triton, which runs the kernels, got none; every op runs as torch "
@@ -79,16 +81,29 @@ def _check(given: argparse.Namespace, device: torch.device, model: ModelShapes) 
     shapes = [] if given.shape is None else [tuple(given.shape)]
     if given.model is not None and device.type == "cuda":
         shapes += model.for_checks(_TOKENS)
-    found, why = check_device(
-        device, short=given.short, ops=given.ops, shapes=shapes, told=_tell_verdict,
-        jobs=given.jobs,
-    )  # fmt: skip
-    bad = [verdict for verdict in found.values() if verdict.outcome != "ok"]
-    print(f"{len(found)} kernels checked, {len(bad)} will not be used; {why or file_of(key)}")
+    try:
+        found, why = check_device(
+            device, short=given.short, ops=given.ops, shapes=shapes, told=_tell_verdict,
+            jobs=given.jobs,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = f"the verdicts above are kept in {file_of(key)}"
+        raise KeyboardInterrupt(kept) from None
+    untried = [verdict for verdict in found.values() if verdict.outcome == "unchecked"]
+    bad = [verdict for verdict in found.values() if verdict.outcome not in ("ok", "unchecked")]
+    print(
+        f"{len(found) - len(untried)} kernels checked, {len(bad)} will not be used; "
+        f"{why or file_of(key)}"
+    )
     if bad:
         raise RuntimeError(
             f"check: expected every kernel to be right on {key['device']}, got "
             f"{', '.join(f'{v.op} ({v.configuration})' for v in bad)}; torch computes them"
+        )
+    if untried:
+        raise RuntimeError(
+            f"check: expected memory and a compiler for every kernel, got {len(untried)} unchecked "
+            f"({untried[0].op}: {untried[0].detail}); nothing is stored for them. Try again"
         )
 
 
@@ -115,7 +130,7 @@ def device_named(name: str | None) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"check: expected a device of this machine, got {name}: no CUDA device")
-    return device
+    return plain_device(device)
 
 
 def _tell_verdict(verdict: Verdict) -> None:

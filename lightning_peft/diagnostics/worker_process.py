@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 __all__ = ["Ended", "run_worker"]
@@ -21,6 +21,10 @@ __all__ = ["Ended", "run_worker"]
 #: Time to start, which imports torch and triton, and then for each piece of work: a kernel that
 #: never ends must not hold the others up.
 _SECONDS = 600.0
+#: Signals that a fault of the work never raises.
+_FROM_OUTSIDE = {
+    s.value: s.name for s in signal.Signals if s.name in ("SIGKILL", "SIGTERM", "SIGHUP")
+}
 
 
 class Ended(NamedTuple):
@@ -29,10 +33,13 @@ class Ended(NamedTuple):
     Attributes:
         starts: What it had announced last.
         message: The last line of its errors.
+        from_outside: Whether another program ended it, as the kernel does if memory runs out: its
+            work is not at fault.
     """
 
     starts: list[str]
     message: str
+    from_outside: bool = False
 
 
 def run_worker(
@@ -41,6 +48,7 @@ def run_worker(
     *,
     interpret: bool = False,
     seconds: float = _SECONDS,
+    started: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> Generator[dict[str, Any], None, Ended | None]:
     """Run ``python -m WORKER REQUEST`` and yield its results.
 
@@ -49,12 +57,14 @@ def run_worker(
         request: What it is given, as JSON, with its ``"device"``.
         interpret: Whether Triton's interpreter runs kernels.
         seconds: Time after a line without another one until the worker is ended.
+        started: Called with the process.
 
     Returns:
         How it ended, or None if it finished.
 
     Raises:
         RuntimeError: It ended before it announced anything, so nothing is known.
+        KeyboardInterrupt: The user interrupted the worker, as Ctrl-C in a terminal does.
     """
     environment = dict(os.environ)
     if interpret:
@@ -66,8 +76,11 @@ def run_worker(
             [sys.executable, "-m", worker, json.dumps(request)], stdout=subprocess.PIPE,
             stderr=errors, text=True, env=environment,
         )  # fmt: skip
+        silent = threading.Event()
         try:
-            for line in _lines(process, seconds):
+            if started is not None:
+                started(process)
+            for line in _lines(process, seconds, silent):
                 entry: dict[str, Any] = json.loads(line)
                 starts = entry.get("starts", [])
                 if not starts:
@@ -76,25 +89,41 @@ def run_worker(
         finally:
             process.kill()  # the caller was interrupted, or takes no more results
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if status == -signal.SIGINT:
+            raise KeyboardInterrupt
         errors.seek(0)
-        ended = f"exit status {status}"
-        if status == -signal.SIGKILL:
-            ended = f"killed: no memory left, or no result for {seconds:,.0f} s"
-        last = (errors.read().strip().splitlines() or [ended])[-1]
+        from_outside = -status in _FROM_OUTSIDE and not silent.is_set()
+        last = (errors.read().strip().splitlines() or [f"exit status {status}"])[-1]
+        if silent.is_set():
+            last = f"no result for {seconds:,.0f} s"
+        elif from_outside:
+            last = f"ended by {_FROM_OUTSIDE[-status]} from outside; no memory left?"
     if status and not starts:
         raise RuntimeError(
             f"check of {request['device']}: expected a process that checks kernels, got one that "
             f"ended at its start ({last}); no kernel was checked"
         )
-    return Ended(starts, last[:200]) if status else None
+    return Ended(starts, last[:200], from_outside) if status else None
 
 
-def _lines(process: subprocess.Popen[str], seconds: float) -> Iterator[str]:
-    """Yield the lines that a process prints; end it if the next one does not come in time."""
+def _lines(
+    process: subprocess.Popen[str], seconds: float, silent: threading.Event
+) -> Iterator[str]:
+    """Yield the lines that a process prints.
+
+    If the next one does not come in time, set `silent` and end the process.
+    """
     assert process.stdout is not None  # Popen was given a pipe
+
+    def end() -> None:
+        silent.set()
+        process.kill()
+
     patience = _SECONDS
     while True:
-        limit = threading.Timer(patience, process.kill)
+        limit = threading.Timer(patience, end)
         limit.start()
         try:
             line = process.stdout.readline()

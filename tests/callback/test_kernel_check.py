@@ -53,6 +53,17 @@ def test_where_nothing_is_checked(
     assert asked == []
 
 
+def test_what_could_not_be_tried_is_no_fault(
+    asked: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = Verdict("scale", "float16", "unchecked", "OutOfMemoryError: CUDA out of memory")
+    monkeypatch.setitem(FOUND, ("scale", "float16"), busy)
+    assert check_kernels(CUDA, "auto")[1] == (
+        "kernels: scale: unchecked on cuda:0 and checked again in the next run: "
+        "OutOfMemoryError: CUDA out of memory"
+    )
+
+
 def test_a_check_that_cannot_start_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def ensure(device: torch.device) -> None:
         raise RuntimeError("the device is busy")

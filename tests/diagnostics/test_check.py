@@ -8,13 +8,18 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning_peft_kernels import verdicts
 from lightning_peft_kernels.chips import CHIPS
-from lightning_peft_kernels.launch import FAILURES, failure
+from lightning_peft_kernels.dispatch import Decision, select, triton_available, triton_problem
+from lightning_peft_kernels.launch import FAILURES, LaunchError, failure
 from lightning_peft_kernels.verdicts import (
     Verdict,
     device_key,
@@ -25,12 +30,15 @@ from lightning_peft_kernels.verdicts import (
 )
 
 from lightning_peft.__main__ import main
-from lightning_peft.diagnostics import check_runner
+from lightning_peft.diagnostics import check_runner, cli
 from lightning_peft.diagnostics.check_runner import OPS, check_device, ensure_checked
 from lightning_peft.diagnostics.check_worker import Request
+from lightning_peft.diagnostics.check_worker import _verdict as verdict_of
+from lightning_peft.diagnostics.cli import device_named
 from lightning_peft.diagnostics.kernel_checks import kernel_checks
 from lightning_peft.diagnostics.model_shapes import ModelShapes
 from lightning_peft.diagnostics.pairs import Pair, Shape, bits, close
+from lightning_peft.diagnostics.trials import Check, Trial
 from lightning_peft.diagnostics.worker_process import run_worker
 from tests.helpers.fake_gpu import GPUS
 
@@ -132,9 +140,14 @@ def test_a_foreign_file_names_its_device() -> None:
 
 def test_a_folder_that_cannot_be_written_is_said_and_the_verdicts_hold(cache: Path) -> None:
     cache.write_text("a file")
-    with pytest.warns(UserWarning, match="expected verdicts on kernels"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the file may be the user's own: no advice to delete it
         found, why = check_device(CPU, ops=("wrong",), short=True, worker=WORKER)
-    assert "not written" in why
+    assert why == (
+        f"{cache}: not written: expected a folder, got the file {cache}; set "
+        "LIGHTNING_PEFT_CACHE to a folder"
+    )
+    assert cache.read_text() == "a file"
     assert found["wrong", "float16"].outcome == "wrong"
     assert failure("wrong", "float16", CPU)
     with verdict_lock(device_key(CPU)):
@@ -148,11 +161,12 @@ def short_form(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     checks = [c for c in kernel_checks(CPU, Shape(80, 192, 20), interpreted=True) if c.short]
     runs: list[tuple[str, ...]] = []
 
-    def check(request: Request, *given: object) -> check_runner.Verdicts:
+    def check(request: Request, arrived: Callable[[Verdict], None], *given: object) -> None:
         assert request.short
         runs.append(request.ops)
-        names = [(c.op, c.configuration) for c in checks if c.op in request.ops]
-        return {name: Verdict(*name, "ok", "") for name in names}
+        for each in checks:
+            if each.op in request.ops:
+                arrived(Verdict(each.op, each.configuration, "ok", ""))
 
     monkeypatch.setattr(check_runner, "_check", check)
     return runs
@@ -189,14 +203,166 @@ def test_what_an_interrupted_check_left_out_is_checked(short_form: list[tuple[st
     assert len(short_form) == 1
 
 
-def test_verdicts_are_stored_op_by_op() -> None:
-    def told(verdict: Verdict) -> None:
-        if verdict.op == "last":
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_check_keeps_each_verdict(jobs: int) -> None:
+    told: list[tuple[str, str]] = []
+
+    def tell(verdict: Verdict) -> None:
+        told.append((verdict.op, verdict.configuration))
+        if len(told) >= 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        check_device(CPU, ops=("first", "wrong", "last"), worker=WORKER, told=told)
+        check_device(CPU, ops=("first", "wrong", "hangs"), worker=WORKER, told=tell, jobs=jobs)
+    assert len(told) < 5  # another process may tell one more before it is ended
+    assert set(read_verdicts(device_key(CPU))) == set(told)
+
+
+def test_the_short_form_is_stored_verdict_by_verdict() -> None:
+    def tell(verdict: Verdict) -> None:
+        if verdict.op == "wrong":
+            raise KeyboardInterrupt
+
+    ops = ("first", "wrong", "last")
+    with pytest.raises(KeyboardInterrupt):
+        check_device(CPU, ops=ops, short=True, worker=WORKER, told=tell)
     assert {op for op, _ in read_verdicts(device_key(CPU))} == {"first", "wrong"}
+
+
+def test_ctrl_c_reaches_the_worker_first() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        check_device(CPU, ops=("first", "interrupted"), worker=WORKER, jobs=2)
+    assert {op for op, _ in read_verdicts(device_key(CPU))} <= {"first"}
+    assert not FAILURES
+
+
+def test_an_interrupted_command_says_where_its_verdicts_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+
+    def interrupted(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check_device", interrupted)
+    assert main(["check", "--device", "cpu"]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"interrupted: the verdicts above are kept in {file_of(device_key(CPU))}"
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_process_that_is_killed_is_no_proof(short: bool) -> None:
+    ops = ("first", "killed", "last")
+    key, good = device_key(CPU), Verdict("killed", "float16", "ok", "")
+    store_verdicts(key, {("killed", "float16"): good})
+    found, why = check_device(CPU, short=short, ops=ops, worker=WORKER)
+    assert why == ""
+    assert found["killed", "float16"].outcome == "unchecked"
+    assert "SIGKILL" in found["killed", "float16"].detail
+    assert read_verdicts(key)["killed", "float16"] == good  # an earlier verdict stays
+    assert read_verdicts(key)["last", "float16"].outcome == "ok"
+    assert failure("killed", "float16", CPU) == ""
+
+
+def test_a_kernel_that_never_ends_is_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_runner, "run_worker", partial(run_worker, seconds=0.5))
+    found, _ = check_device(CPU, short=True, ops=("hangs",), worker=WORKER)
+    assert found["hangs", "float16"].outcome == "crashed"
+    assert read_verdicts(device_key(CPU)) == found
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), "unchecked"),
+        (RuntimeError("CUDA error: out of memory"), "unchecked"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "unchecked"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "unchecked"),
+        (ImportError("libtriton.so: cannot open shared object file"), "unchecked"),
+        (OSError(28, "No space left on device"), "unchecked"),
+        (RuntimeError("Failed to find C compiler. Please specify"), "unchecked"),
+        (ValueError("out of resource: shared memory, Required: 106496"), "refused"),
+    ],
+)
+def test_an_error_of_the_machine_is_no_verdict(error: Exception, outcome: str) -> None:
+    def trials() -> list[Trial]:
+        raise error
+
+    check = Check("scale", "float16", trials, lambda: Decision("triton", ""))
+    assert verdict_of(check, None).outcome == outcome
+    wrapped = LaunchError("scale (float16): expected a kernel that runs")
+    wrapped.__cause__ = LaunchError(f"_scale_kernel: {error}")
+    wrapped.__cause__.__cause__ = error
+
+    def launches() -> list[Trial]:
+        raise wrapped
+
+    found = verdict_of(replace(check, trials=launches), None)
+    assert found.outcome == outcome
+    assert found.detail.startswith("LaunchError: _scale_kernel: ")
+
+
+def test_a_lost_device_ends_the_process() -> None:
+    def trials() -> list[Trial]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    check = Check("scale", "float16", trials, lambda: Decision("triton", ""))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        verdict_of(check, None)
+
+
+def test_unchecked_kernels_end_the_command_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    busy = Verdict("scale", "float16", "unchecked", "OutOfMemoryError: CUDA out of memory")
+    found = {("scale", "float16"): busy, ("product", "float16"): GOOD}
+    monkeypatch.setattr(cli, "check_device", lambda *given, **named: (found, ""))
+    assert main(["check", "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert "1 kernels checked, 0 will not be used" in printed.out
+    assert "1 unchecked (scale: OutOfMemoryError" in printed.err
+    assert "Try again" in printed.err
+
+
+@pytest.fixture
+def broken_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A triton that is installed and cannot be imported."""
+    (tmp_path / "triton.py").write_text("raise ImportError('GLIBC_2.99 not found')")
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for asked in (triton_available, triton_problem):
+        asked.cache_clear()
+    yield
+    for asked in (triton_available, triton_problem):
+        asked.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_triton")
+@pytest.mark.parametrize("more", [["--short"], ["--tune"]])
+def test_a_broken_triton_is_one_error(
+    more: list[str], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--device", "cpu", *more]) == 2
+    assert capsys.readouterr().err == (
+        "error: check: triton cannot be imported: ImportError: GLIBC_2.99 not found; nothing was "
+        "checked. Reinstall triton\n"
+    )
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("broken_triton")
+def test_a_broken_triton_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHIPS, CPU, GPUS["sm_90"].chip)
+    decision = select("scale", CPU, torch.float16)
+    assert decision.backend == "torch"
+    assert decision.reason.startswith("triton cannot be imported: ImportError: GLIBC")
+
+
+def test_a_cpu_has_no_number() -> None:
+    assert device_named("cpu:3") == CPU
+    check_device(torch.device("cpu:0"), short=True, ops=("asks",), worker=WORKER)
+    assert read_verdicts(device_key(CPU))["asks", "float16"].detail == "cpu, interpreter 1"
 
 
 def test_a_kernel_that_never_ends() -> None:

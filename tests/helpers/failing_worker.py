@@ -1,9 +1,10 @@
-"""Serves a request for checks without a device: ops end their process, are wrong, or hang."""
+"""Serves a request for checks without a device: ops crash, are killed, wrong, or hang."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -25,8 +26,15 @@ def main() -> None:
             if op == "crashes":
                 print("illegal memory access", file=sys.stderr, flush=True)
                 os.abort()
+            if op == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if op == "interrupted":
+                os.kill(os.getpid(), signal.SIGINT)
             outcome = "wrong" if op == "wrong" and configuration == "float16" else "ok"
-            verdict = {"op": op, "configuration": configuration, "outcome": outcome, "detail": "d"}
+            interpreter = os.environ.get("TRITON_INTERPRET", "0")
+            detail = f"{request['device']}, interpreter {interpreter}" if op == "asks" else "d"
+            verdict = {"op": op, "configuration": configuration, "outcome": outcome}
+            verdict["detail"] = detail
             print(json.dumps(verdict), flush=True)
 
 

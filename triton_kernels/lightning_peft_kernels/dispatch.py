@@ -11,7 +11,6 @@ which autograd may run in another thread.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
@@ -45,6 +44,7 @@ __all__ = [
     "run",
     "select",
     "triton_available",
+    "triton_problem",
     "use_backend",
 ]
 
@@ -125,8 +125,20 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 @lru_cache(maxsize=1)
 def triton_available() -> bool:
-    """Whether triton is installed; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether triton can be imported. The first call tries, and only devices with kernels ask."""
+    return not triton_problem()
+
+
+@lru_cache(maxsize=1)
+def triton_problem() -> str:
+    """Return why triton cannot be used; "" if it can."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken installation may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "triton is not installed"
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
+    return ""
 
 
 def select(
@@ -241,4 +253,4 @@ def run(
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     if chip_of(device) is None:
         return f"{device.type} tensors"
-    return f"{dtype}" if triton_available() else "triton is not installed"
+    return triton_problem() or f"{dtype}"

@@ -126,7 +126,10 @@ def note_refusal(
         LaunchError: The backend ``"triton"`` is requested.
     """
     if requested == "triton":
-        raise error
+        raise LaunchError(
+            f"{op} ({configuration(dtype, detail)}): expected a kernel that runs on {device}, got "
+            f"{error}; use kernels='auto', which computes this op with torch"
+        ) from error
     _remember(op, configuration(dtype, detail), device, str(error))
 
 
@@ -156,7 +159,7 @@ def use_verdicts(device: torch.device, found: Mapping[tuple[str, str], Verdict])
     """Take the verdicts on a device over: no kernel runs that the check found wrong."""
     VERDICTS_READ.add(device)
     for (op, configuration), verdict in found.items():
-        if verdict.outcome != "ok":
+        if verdict.outcome not in ("ok", "unchecked"):
             reason = f"{verdict.outcome} in the check: {verdict.detail}"
             FAILURES[op, configuration, device] = reason
 

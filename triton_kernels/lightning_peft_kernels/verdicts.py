@@ -48,19 +48,20 @@ class Verdict:
         op: Name of the op.
         configuration: Which of its kernels, as `dispatch.configuration` names it.
         outcome: ``"ok"``; ``"wrong"`` numbers; ``"refused"`` by the compiler or the device;
-            ``"crashed"``: its process ended.
+            ``"crashed"``: its process ended; ``"unchecked"``: it could not be tried (no memory, no
+            compiler), which says nothing about the kernel and is not stored.
         detail: Error against the reference, or the message.
         microseconds: Median time of a call; 0 if it was not taken.
     """
 
     op: str
     configuration: str
-    outcome: Literal["ok", "wrong", "refused", "crashed"]
+    outcome: Literal["ok", "wrong", "refused", "crashed", "unchecked"]
     detail: str
     microseconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.outcome not in ("ok", "wrong", "refused", "crashed"):
+        if self.outcome not in ("ok", "wrong", "refused", "crashed", "unchecked"):
             raise ValueError(f"outcome {self.outcome!r}")
 
 
@@ -134,9 +135,11 @@ def read_verdicts(key: Key) -> dict[tuple[str, str], Verdict]:
 def store_verdicts(key: Key, found: Mapping[tuple[str, str], Verdict]) -> str:
     """Replace the file of a key; return why it could not be written, or "".
 
-    Hold `verdict_lock` from reading to storing, so that two processes lose nothing.
+    Hold `verdict_lock` from reading to storing, so that two processes lose nothing. What is
+    unchecked is left out.
     """
-    return store_entries(key, "kernels", [asdict(verdict) for verdict in found.values()])
+    checked = [verdict for verdict in found.values() if verdict.outcome != "unchecked"]
+    return store_entries(key, "kernels", [asdict(verdict) for verdict in checked])
 
 
 def read_entries(key: Key, what: Kind, build: Callable[..., object] = dict) -> list[dict[str, Any]]:
@@ -156,8 +159,8 @@ def read_entries(key: Key, what: Kind, build: Callable[..., object] = dict) -> l
         found: list[dict[str, Any]] = [dict(entry) for entry in stored[_FIELDS[what]]]
         for entry in found:
             build(**entry)
-    except FileNotFoundError:
-        return []
+    except (FileNotFoundError, NotADirectoryError):
+        return []  # if a file is in the place of the folder, storing says so
     except (OSError, ValueError, TypeError, KeyError) as error:
         warnings.warn(
             f"{path}: expected {_FIELDS[what]} on kernels for {key['device']}, got a file that "
@@ -178,6 +181,13 @@ def store_entries(key: Key, what: Kind, entries: Sequence[Mapping[str, Any]]) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, "utf-8")
         part.replace(path)
+    except (FileExistsError, NotADirectoryError):
+        folder = path.parent
+        file = next((place for place in (folder, *folder.parents) if place.is_file()), folder)
+        return (
+            f"{folder}: not written: expected a folder, got the file {file}; set "
+            "LIGHTNING_PEFT_CACHE to a folder"
+        )
     except OSError as error:
         return f"{path}: not written: {error.strerror or error}"
     return ""
