@@ -8,6 +8,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import lightning_peft_kernels  # noqa: F401 - defines the ops that saved programs name
+
 from lightning_peft.strategies import register_strategies
 from lightning_peft.trainers.callback_base import TrainerCallback
 from lightning_peft.trainers.packages import default_package
@@ -178,7 +180,7 @@ if not TYPE_CHECKING:  # type checkers read the imports above
         packages are loaded by then.
         """
         if name not in __all__:
-            if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+            if name.startswith("_") or "." in name or find_spec(f"{__name__}.{name}") is None:
                 raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
             return importlib.import_module(f"{__name__}.{name}")  # a room, by its own name
         if name in ("PEFTDDPStrategy", "PEFTFSDPStrategy"):

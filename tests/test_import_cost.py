@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-import lightning_peft
 
 HEAVY = ("bitsandbytes", "transformers", "triton", "peft", "accelerate", "safetensors")
 
@@ -81,47 +76,6 @@ def test_nothing_beyond_lightning(loaded: dict[str, Any]) -> None:
 @pytest.mark.parametrize("package", HEAVY)
 def test_we_do_not_ask_for(package: str, loaded: dict[str, Any]) -> None:
     assert [importer for importer, imported in loaded["asked"] if imported == package] == []
-
-
-# What a process has of ours after the bare import, and the methods it has after naming one.
-LAZY = """
-import json, sys
-import lightning_peft
-rooms = sorted({m.split(".")[1] for m in sys.modules if m.startswith("lightning_peft.")})
-from lightning_peft import LoRA
-methods = sorted(m for m in sys.modules if m.endswith((".lora", ".dora", ".adalora", ".oft")))
-print(json.dumps([rooms, [m for m in methods if m.startswith("lightning_peft.methods.")]]))
-"""
-
-
-def test_a_name_imports_what_it_needs() -> None:
-    rooms, methods = printed(LAZY)
-    assert rooms == ["strategies", "trainers"]
-    assert methods == ["lightning_peft.methods.formats.lora", "lightning_peft.methods.lora"]
-
-
-def test_type_checkers_and_processes_find_the_same() -> None:
-    """The imports that only type checkers read name the module that a process imports."""
-    source = Path(str(lightning_peft.__file__)).read_text(encoding="utf-8")
-    (block,) = (n for n in ast.parse(source).body if isinstance(n, ast.If) and not n.orelse
-                and isinstance(n.test, ast.Name))  # fmt: skip
-    read = {
-        alias.name: str(statement.module)
-        for statement in block.body
-        if isinstance(statement, ast.ImportFrom)
-        for alias in statement.names
-    }
-    assert {*read, "register_strategies"} == set(lightning_peft.__all__)
-    for name, module in read.items():
-        found = getattr(lightning_peft, name)
-        assert getattr(importlib.import_module(module), name) is found, name
-
-
-def test_unknown_names() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'LoRa'"):
-        lightning_peft.LoRa  # noqa: B018
-    with pytest.raises(AttributeError, match="has no attribute 'LoRa'"):
-        lightning_peft.methods.LoRa  # noqa: B018
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ ROOT_MODULES = {
     "lightning_peft": ("__main__", "extend"),
     "lightning_peft_kernels": (
         "autograd",
+        "cache_entries",
         "chips",
         "dispatch",
         "launch",

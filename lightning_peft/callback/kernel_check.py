@@ -33,7 +33,7 @@ def check_kernels(device: torch.device, backend: Backend) -> list[str]:
 
     try:
         found, why = ensure_checked(device)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever the check met, it must not end the run
         warnings.warn(f"kernels are unchecked: {error}", stacklevel=3)
         return []
     bad = [v for v in found.values() if v.outcome not in ("ok", "unchecked")]

@@ -136,9 +136,10 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read adapters and the state of a training loop, after checking all of it.
 
-    The model must have the adapters, the base and the quantisation of the file. Optimizers are
-    matched by parameter names. With an optimizer, training is taken to continue: random states are
-    restored if the number of ranks is the same.
+    The model must have the adapters and the base of the file. Optimizers are matched by parameter
+    names. With an optimizer, training is taken to continue: the quantisation must be that of the
+    file too, and random states are restored if the number of ranks is the same. Without one,
+    another quantisation of the base is only warned about.
 
         rest = load_checkpoint(model, "last.ckpt", optimizer=optimizer, scheduler=scheduler)
         first_epoch = rest["epoch"] + 1

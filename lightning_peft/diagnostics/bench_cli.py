@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,12 +80,29 @@ def _environment() -> dict[str, str]:
 
 
 def _run(given: argparse.Namespace) -> None:
-    if given.minutes <= 0:
-        raise ValueError(f"bench: expected --minutes > 0, got {given.minutes}")
-    result = run_bench(device_named(given.device), given.minutes, smoke=given.smoke)
-    line = result.line()
+    if not 0 < given.minutes < math.inf:
+        raise ValueError(f"bench: expected finite --minutes > 0, got {given.minutes}")
+    device = device_named(given.device, "bench")
     if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
+        _require_writable(given.out)
+    result = run_bench(device, given.minutes, smoke=given.smoke)
+    line = result.line()
+    print(f"\n{markdown_table([result])}\n\n{line}", flush=True)
+    if given.out is not None:
         with given.out.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-    print(f"\n{markdown_table([result])}\n\n{line}")
+
+
+def _require_writable(path: Path) -> None:
+    """Raise before minutes are spent on rows that cannot be appended."""
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise OSError(
+            f"bench: expected --out as a file that can be appended to, got {path}: "
+            f"{error.strerror or error}; give another path"
+        ) from error

@@ -35,12 +35,18 @@ def add_check(commands: Commands, build: Callable[[str], nn.Module]) -> None:
     check.set_defaults(run=partial(_run, build=build))
     check.add_argument("--device", help="cuda:0 …; default: the current one, else the interpreter")
     check.add_argument("--short", action="store_true", help="one configuration per op")
-    check.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help="some ops")
+    check.add_argument(
+        "--ops", nargs="+", choices=OPS, default=OPS, metavar="OP",
+        help=f"some of {', '.join(OPS)} (default: all)",
+    )  # fmt: skip
     check.add_argument(
         "--jobs", type=int, default=1, metavar="N",
         help="ops checked at a time (default: 1); most of a check is compiling",
     )  # fmt: skip
-    check.add_argument("--shape", nargs=3, type=int, metavar=("N", "K", "TOKENS"))
+    check.add_argument(
+        "--shape", nargs=3, type=int, metavar=("N", "K", "TOKENS"),
+        help="sizes of the products: weight N x K, TOKENS rows of x; default: small ones",
+    )  # fmt: skip
     check.add_argument(
         "--model", help="config.json, its directory, or a hub id in the cache: check its shapes"
     )
@@ -58,7 +64,7 @@ def _run(given: argparse.Namespace, build: Callable[[str], nn.Module]) -> None:
             f"check: expected --shape N K TOKENS of at least 1 with K a multiple of 64, got "
             f"{' '.join(map(str, given.shape))}"
         )
-    device = device_named(given.device)
+    device = device_named(given.device, "check")
     shapes = LLAMA_8B if given.model is None else shapes_of(build(given.model))
     if triton_available():
         _check(given, device, shapes)
@@ -69,6 +75,8 @@ def _run(given: argparse.Namespace, build: Callable[[str], nn.Module]) -> None:
             "check: expected triton, which runs the kernels, got none; every op runs as torch "
             "code. Install triton"
         )
+    else:
+        print("kernels not checked: no triton")
     if given.tune:
         _tune(device, shapes if given.shape is None else ModelShapes((tuple(given.shape[:2]),)))
 
@@ -76,6 +84,8 @@ def _run(given: argparse.Namespace, build: Callable[[str], nn.Module]) -> None:
 def _check(given: argparse.Namespace, device: torch.device, model: ModelShapes) -> None:
     if device.type == "cpu":
         print("no CUDA device: Triton's interpreter runs the kernels in fp32 and fp16 on the CPU")
+        if given.model is not None:
+            print("shapes of --model are not checked: the interpreter is too slow for them")
     key = device_key(device)
     print(", ".join(f"{name} {value}" for name, value in key.items() if value))
     shapes = [] if given.shape is None else [tuple(given.shape)]
@@ -119,17 +129,34 @@ def _tune(device: torch.device, shapes: ModelShapes) -> None:
     print(f"{len(found)} races; selections follow them from now on; {stored}")
 
 
-def device_named(name: str | None) -> torch.device:
+def device_named(name: str | None, command: str) -> torch.device:
     """Return the device of a name: by default the current one, without CUDA the CPU.
 
+    Args:
+        name: Value of ``--device``.
+        command: Name of the command, for errors.
+
     Raises:
+        ValueError: The name is neither ``cpu`` nor a CUDA device.
         RuntimeError: The device is not there.
     """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
-        name = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"check: expected a device of this machine, got {name}: no CUDA device")
+        return torch.device(f"cuda:{torch.cuda.current_device()}" if there else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # its message lists every backend of torch
+        device = torch.device("meta")
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f"{command}: expected --device cuda, cuda:0 … or cpu, got {name}; kernels run on CUDA "
+            "devices"
+        )
+    if device.type == "cuda" and (device.index or 0) >= there:
+        found = f"{there} CUDA devices" if there else "no CUDA device"
+        raise RuntimeError(
+            f"{command}: expected a device of this machine, got {name}: {found}; leave --device out"
+        )
     return plain_device(device)
 
 

@@ -7,6 +7,7 @@ DoRA`. The file of a method is imported when it is first named.
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.methods.base import Method
@@ -31,6 +32,14 @@ def __getattr__(name: str) -> Any:
     """Import what is named for the first time."""
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
-    if not name.startswith("_") and name in METHODS:
-        return METHODS[name]
+    if not name.startswith("_") and "." not in name:
+        if find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in METHODS:
+            return METHODS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All names, the methods among them."""
+    return sorted({*globals(), *__all__, *METHODS})

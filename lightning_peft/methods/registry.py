@@ -42,16 +42,34 @@ class Methods(MutableMapping[str, type[Method]]):
                 self._load(module)
             self._is_complete = True
 
-    def __getitem__(self, name: str) -> type[Method]:
+    def _load_namesake(self, name: str) -> None:
+        """Import the file that has the name of a class, if there is one."""
         if name not in self._registered and not self._is_complete:
             for module in self._modules():
                 if module.replace("_", "") == name.lower():
                     self._load(module)
-            if name not in self._registered:
-                self._load_all()
+
+    def __getitem__(self, name: str) -> type[Method]:
+        self._load_namesake(name)
+        if name not in self._registered:
+            self._load_all()
         return self._registered[name]
 
     def __setitem__(self, name: str, method: type[Method]) -> None:
+        """Register a method; the class of a module that is run again takes its own place.
+
+        Raises:
+            ValueError: a method of another module has the name.
+        """
+        if not method.__module__.startswith(f"{self._package}."):
+            self._load_namesake(name)
+        known = self._registered.get(name)
+        if known is not None and known.__module__ != method.__module__:
+            raise ValueError(
+                f"register_method: expected a name of its own, got {name} of {method.__module__}, "
+                f"which {known.__module__} has; checkpoints name a method by its class, so give "
+                "yours another name"
+            )
         self._registered[name] = method
 
     def __delitem__(self, name: str) -> None:
@@ -75,6 +93,9 @@ M = TypeVar("M", bound=type[Method])
 def register(cls: M) -> M:
     """Make a method known by its class name: to checkpoints, Hugging Face exchange and the
     generated table.
+
+    Raises:
+        ValueError: a method of another module has the name.
     """
     METHODS[cls.__name__] = cls
     fmt = vars(cls).get("hf")

@@ -103,11 +103,16 @@ def kernel_lines(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def replaced_lines() -> list[str]:
-    """Return one line per kernel that a device of this process refused, with the reason."""
+def replaced_lines(lines: Sequence[str]) -> list[str]:
+    """Return one line per kernel that a device of this process refused, with the reason.
+
+    Args:
+        lines: Lines of the groups of layers; a refusal that one of them names is left out.
+    """
     return [
         f"kernels: {op} ({configuration}) does not run on {device}: {reason}"
         for (op, configuration, device), reason in FAILURES.items()
+        if not any(f"{op} does not run on {device}: {reason}" in line for line in lines)
     ]
 
 

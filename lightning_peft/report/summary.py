@@ -154,11 +154,8 @@ def _report(model: nn.Module, adapter_name: str | None) -> Report:
         for name, m in adapted_modules(model)
         if any(a.follows for a in adapters_of(m, adapter_name))
     ]
-    report.kernels = [
-        *kernel_lines(report.groups),
-        *replaced_lines(),
-        *groups_over_one_input(model),
-    ]
+    lines = kernel_lines(report.groups)
+    report.kernels = [*lines, *replaced_lines(lines), *groups_over_one_input(model)]
     return report
 
 

@@ -64,9 +64,12 @@ def test_what_could_not_be_tried_is_no_fault(
     )
 
 
-def test_a_check_that_cannot_start_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, ValueError, TypeError])
+def test_a_check_that_cannot_start_ends_no_run(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ensure(device: torch.device) -> None:
-        raise RuntimeError("the device is busy")
+        raise kind("the device is busy")
 
     monkeypatch.setattr(check_runner, "ensure_checked", ensure)
     monkeypatch.setattr(kernel_check, "triton_available", lambda: True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_peft.__main__ import main
-from lightning_peft.diagnostics import bench_rows
+from lightning_peft.diagnostics import bench_cli, bench_rows
 from lightning_peft.diagnostics.bench_models import SMOKE, Absent
 from lightning_peft.diagnostics.bench_report import COLUMNS, BenchResult, markdown_row
 from lightning_peft.diagnostics.bench_rows import Row, measure
@@ -72,8 +72,57 @@ def test_without_cuda_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("a CUDA device is here")
     assert main(["bench"]) == 2
     assert "bench: expected a CUDA device, got none; --smoke runs" in capsys.readouterr().err
-    assert main(["bench", "--smoke", "--minutes", "0"]) == 2
-    assert "expected --minutes > 0, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_are_no_time(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--smoke", "--minutes", minutes]) == 2
+    told = f"bench: expected finite --minutes > 0, got {float(minutes)}"
+    assert told in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """Minutes of each run, whose rows are at hand."""
+    runs: list[float] = []
+
+    def run(device: torch.device, minutes: float, *, smoke: bool) -> BenchResult:
+        runs.append(minutes)
+        if smoke:
+            (tmp_path / "rows").mkdir()  # what was there before the run is not any more
+        return result()
+
+    monkeypatch.setattr(bench_cli, "run_bench", run)
+    return runs
+
+
+def test_a_path_that_cannot_be_written_costs_no_run(
+    measured: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "rows.jsonl"):
+        assert main(["bench", "--device", "cpu", "--out", str(path)]) == 2
+        told = f"bench: expected --out as a file that can be appended to, got {path}: "
+        assert told in capsys.readouterr().err
+    assert measured == []
+
+
+def test_rows_are_printed_before_they_are_written(
+    measured: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--smoke", "--device", "cpu", "--out", str(tmp_path / "rows")]) == 2
+    assert capsys.readouterr().out.strip().endswith(result().line())
+    assert len(measured) == 1
+
+
+def test_rows_are_appended(measured: list[float], tmp_path: Path) -> None:
+    out = tmp_path / "folder" / "rows.jsonl"
+    for _ in range(2):
+        assert main(["bench", "--device", "cpu", "--out", str(out)]) == 0
+    assert [BenchResult.read(line) for line in out.read_text("utf-8").splitlines()] == [
+        result(),
+        result(),
+    ]
 
 
 @pytest.mark.slow

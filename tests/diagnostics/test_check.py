@@ -41,6 +41,7 @@ from lightning_peft.diagnostics.pairs import Pair, Shape, bits, close
 from lightning_peft.diagnostics.trials import Check, Trial
 from lightning_peft.diagnostics.worker_process import run_worker
 from tests.helpers.fake_gpu import GPUS
+from tests.helpers.tiny_models import BUILDERS
 
 CPU = torch.device("cpu")
 WORKER = "tests.helpers.failing_worker"
@@ -124,7 +125,7 @@ def test_a_verdict_that_is_not_known_makes_the_file_unusable() -> None:
     key = device_key(CPU)
     store_verdicts(key, {("scale", "float16"): GOOD})
     file_of(key).write_text(file_of(key).read_text().replace('"ok"', '"splendid"'))
-    with pytest.warns(UserWarning, match="outcome 'splendid'"):
+    with pytest.warns(UserWarning, match=r"outcome: expected one of .*got 'splendid'"):
         assert read_verdicts(key) == {}
 
 
@@ -360,7 +361,7 @@ def test_a_broken_triton_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_cpu_has_no_number() -> None:
-    assert device_named("cpu:3") == CPU
+    assert device_named("cpu:3", "check") == CPU
     check_device(torch.device("cpu:0"), short=True, ops=("asks",), worker=WORKER)
     assert read_verdicts(device_key(CPU))["asks", "float16"].detail == "cpu, interpreter 1"
 
@@ -467,6 +468,64 @@ def test_sizes_that_cannot_be_packed(
 def test_a_models_sizes_are_whole_blocks() -> None:
     model = ModelShapes(linear=((32001, 1000), (64, 64)), experts=((4, 64, 64),))
     assert model.for_checks(7) == [(32016, 1024, 7), (64, 64, 7)]
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+@pytest.mark.parametrize("name", ["banana", "mps", "meta", "cuda:x"])
+def test_another_kind_of_device(
+    command: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*given: object, **options: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert main([command, "--device", name]) == 2
+    told = f"{command}: expected --device cuda, cuda:0 … or cpu, got {name}"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_gpu_beyond_the_last(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main([command, "--device", "cuda:7"]) == 2
+    told = f"{command}: expected a device of this machine, got cuda:7: 2 CUDA devices"
+    assert told in capsys.readouterr().err
+
+
+def test_shapes_of_a_model_without_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    monkeypatch.setattr(cli, "triton_available", lambda: True)
+    monkeypatch.setattr(cli, "shapes_of", lambda model: ModelShapes(linear=((64, 64),)))
+    monkeypatch.setattr(cli, "check_device", lambda *given, **options: ({}, ""))
+    config = tmp_path / "config.json"
+    BUILDERS["llama"]().config.to_json_file(config)
+    assert main(["check", "--model", str(config)]) == 0
+    assert "shapes of --model are not checked: the interpreter" in capsys.readouterr().out
+    assert main(["check"]) == 0
+    assert "--model" not in capsys.readouterr().out
+
+
+def test_races_without_triton(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "triton_available", lambda: False)
+    monkeypatch.setattr(cli, "tune_device", lambda *given, **options: ([], ""))
+    assert main(["check", "--device", "cpu", "--tune"]) == 0
+    assert "kernels not checked: no triton" in capsys.readouterr().out
+
+
+def test_help_names_the_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in OPS)
+    assert "TOKENS rows of x" in " ".join(printed.split())
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

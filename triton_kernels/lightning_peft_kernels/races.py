@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from lightning_peft_kernels.cache_entries import expect, is_time
 from lightning_peft_kernels.chips import CHIPS
 from lightning_peft_kernels.verdicts import Key, device_key, read_entries, store_entries
 
@@ -22,15 +23,24 @@ _TYPES = ("cuda", "cpu")
 #: What is chosen: how few rows meet a packed weight; whether layers over one input run as one;
 #: how the two gradients of a low rank are computed; how rows meet packed experts.
 Question = Literal["product", "group", "rank_gradients", "experts"]
-_WAYS = {
-    "dequantize", "fused", "pairs", "bitsandbytes", "bf16",  # product, experts
-    "grouped", "apart", "torch", "triton",  # group, rank_gradients
-}  # fmt: skip
+_WAYS: dict[Question, tuple[str, ...]] = {
+    "product": ("dequantize", "fused", "pairs", "bitsandbytes", "bf16"),
+    "group": ("grouped", "apart"),
+    "rank_gradients": ("torch", "triton"),
+    "experts": ("dequantize", "fused"),
+}
+# Fewest and most sizes in a shape.
+_SIZES: dict[Question, tuple[int, int]] = {
+    "product": (2, 2),
+    "group": (3, 1 << 10),
+    "rank_gradients": (1, 1),
+    "experts": (2, 2),
+}
 
 
 @dataclass(frozen=True)
 class Race:
-    """One measurement; ValueError for a way or a dtype that is not known.
+    """One measurement; ValueError for a value of another type or range.
 
     Attributes:
         question: What is chosen.
@@ -50,10 +60,29 @@ class Race:
     microseconds: dict[str, float]
 
     def __post_init__(self) -> None:
-        if self.winner not in _WAYS:
-            raise ValueError(f"winner {self.winner!r}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype {self.dtype!r}")
+        known, dtype, times = get_args(Question), self.dtype, self.microseconds
+        expect("question", self.question, self.question in known, f"one of {known}")
+        is_dtype = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+        expect("dtype", dtype, is_dtype, "the name of a dtype of torch")
+        fewest, most = _SIZES[self.question]
+        sizes = f"{fewest}" if fewest == most else f"at least {fewest}"
+        is_shape = (
+            isinstance(self.shape, tuple)
+            and fewest <= len(self.shape) <= most
+            and all(map(_is_count, self.shape))
+        )
+        expect("shape", self.shape, is_shape, f"{sizes} positive integers for {self.question}")
+        expect("tokens", self.tokens, _is_count(self.tokens), "a positive integer")
+        ways = _WAYS[self.question]
+        expect("winner", self.winner, self.winner in ways, f"one of {ways}")
+        timed = isinstance(times, dict) and all(map(is_time, times.values()))
+        fits = timed and self.winner in times and set(times) <= set(ways)
+        rule = f"finite times of at least 0, of ways among {ways} and of the winner"
+        expect("microseconds", times, fits, rule)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 #: Tokens, the fastest way up to them, and the reason for the report.
@@ -87,7 +116,7 @@ def use_races(device: torch.device, found: Iterable[Race]) -> None:
     races = sorted(found, key=lambda race: race.tokens)
     name = device_key(device)["device"] if races else ""
     for race in races:
-        place = race.question, device, getattr(torch, race.dtype), tuple(race.shape)
+        place = race.question, device, getattr(torch, race.dtype), race.shape
         winner = race.tokens, race.winner, f"measured here on {name}: {_times(race)}"
         _WINNERS[place] = (*_WINNERS.get(place, ()), winner)
 
@@ -99,10 +128,7 @@ def _times(race: Race) -> str:
 
 def read_races(key: Key) -> list[Race]:
     """Return the races that are stored for a key; a file that cannot be used counts as absent."""
-    return [
-        Race(**{**entry, "shape": tuple(entry["shape"])})
-        for entry in read_entries(key, "races", Race)
-    ]
+    return read_entries(key, "races", Race)
 
 
 def store_races(key: Key, found: Sequence[Race]) -> str:
@@ -110,6 +136,6 @@ def store_races(key: Key, found: Sequence[Race]) -> str:
 
     Hold `verdict_lock`, so that two processes lose nothing.
     """
-    new = {(r.question, r.dtype, tuple(r.shape), r.tokens): r for r in found}
-    old = {(r.question, r.dtype, tuple(r.shape), r.tokens): r for r in read_races(key)}
+    new = {(r.question, r.dtype, r.shape, r.tokens): r for r in found}
+    old = {(r.question, r.dtype, r.shape, r.tokens): r for r in read_races(key)}
     return store_entries(key, "races", [asdict(race) for race in {**old, **new}.values()])

@@ -11,16 +11,19 @@ import importlib.util
 import json
 import os
 import platform
+import reprlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+
+from lightning_peft_kernels.cache_entries import entry_of, expect, is_time
 
 __all__ = [
     "Key",
@@ -34,15 +37,19 @@ __all__ = [
     "verdict_lock",
 ]
 
+T = TypeVar("T")
 Key = dict[str, str]
 Kind = Literal["kernels", "races"]
 # Kind of file → name of its list.
 _FIELDS: dict[Kind, str] = {"kernels": "verdicts", "races": "races"}
+_OUTCOMES = ("ok", "wrong", "refused", "crashed", "unchecked")
+# Warnings that were given: one per damaged file, however often it is read.
+_WARNED: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check found for one kernel; ValueError for another outcome.
+    """What the check found for one kernel; ValueError for a value of another type or range.
 
     Attributes:
         op: Name of the op.
@@ -61,8 +68,12 @@ class Verdict:
     microseconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.outcome not in ("ok", "wrong", "refused", "crashed", "unchecked"):
-            raise ValueError(f"outcome {self.outcome!r}")
+        for name in ("op", "configuration", "detail"):
+            value = getattr(self, name)
+            expect(name, value, isinstance(value, str), "a string")
+        expect("outcome", self.outcome, self.outcome in _OUTCOMES, f"one of {_OUTCOMES}")
+        time = self.microseconds
+        expect("microseconds", time, is_time(time), "a finite number of at least 0")
 
 
 def device_key(device: torch.device) -> Key:
@@ -117,18 +128,21 @@ def _hash_of_sources() -> str:
 
 
 def file_of(key: Key, what: Kind = "kernels") -> Path:
-    """Return the file of a key, in ``$LIGHTNING_PEFT_CACHE`` or the user's cache folder."""
+    """Return the file of a key, in ``$LIGHTNING_PEFT_CACHE`` or the user's cache folder.
+
+    A variable that is empty counts as absent.
+    """
     folder = os.environ.get("LIGHTNING_PEFT_CACHE")
-    if folder is None:
+    if not folder:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(home) / "lightning_peft")
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / f"{what}-{name}.json"
+    return Path(os.path.expanduser(folder)) / f"{what}-{name}.json"
 
 
 def read_verdicts(key: Key) -> dict[tuple[str, str], Verdict]:
     """Return the verdicts stored for a key, by op and configuration."""
-    found = [Verdict(**entry) for entry in read_entries(key, "kernels", Verdict)]
+    found = read_entries(key, "kernels", Verdict)
     return {(verdict.op, verdict.configuration): verdict for verdict in found}
 
 
@@ -142,34 +156,36 @@ def store_verdicts(key: Key, found: Mapping[tuple[str, str], Verdict]) -> str:
     return store_entries(key, "kernels", [asdict(verdict) for verdict in checked])
 
 
-def read_entries(key: Key, what: Kind, build: Callable[..., object] = dict) -> list[dict[str, Any]]:
+def read_entries(key: Key, what: Kind, kind: type[T]) -> list[T]:
     """Return what is stored for a key; nothing from a file that cannot be used, with a warning.
 
     Args:
         key: What the entries depend on.
         what: ``"kernels"`` or ``"races"``.
-        build: Called with the fields of each entry; it raises TypeError or ValueError for one that
-            cannot be used.
+        kind: Dataclass of an entry, which raises ValueError for values that cannot be used.
     """
-    path = file_of(key, what)
+    path, name = file_of(key, what), _FIELDS[what]
     try:
         stored = json.loads(path.read_text("utf-8"))
+        if not isinstance(stored, dict) or "key" not in stored:
+            raise ValueError(f"expected an object with key and {name}, got {reprlib.repr(stored)}")
         if stored["key"] != key:
             raise ValueError(f"it belongs to {stored['key']}")
-        found: list[dict[str, Any]] = [dict(entry) for entry in stored[_FIELDS[what]]]
-        for entry in found:
-            build(**entry)
+        entries: Any = stored.get(name)
+        expect(name, entries, isinstance(entries, list), "a list")
+        return [entry_of(kind, entry) for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return []  # if a file is in the place of the folder, storing says so
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        warnings.warn(
-            f"{path}: expected {_FIELDS[what]} on kernels for {key['device']}, got a file that "
-            f"cannot be used ({error}); its kernels count as unchecked. Delete it and run "
-            "`python -m lightning_peft check`.",
-            stacklevel=3,
+    except (OSError, ValueError, RecursionError) as error:
+        told = (
+            f"{path}: expected {name} on kernels for {key['device']}, got a file that cannot be "
+            f"used ({error}); its kernels count as unchecked. Delete it and run "
+            "`python -m lightning_peft check`."
         )
-        return []
-    return found
+    if told not in _WARNED:
+        _WARNED.add(told)
+        warnings.warn(told, stacklevel=3)
+    return []
 
 
 def store_entries(key: Key, what: Kind, entries: Sequence[Mapping[str, Any]]) -> str:
@@ -190,6 +206,9 @@ def store_entries(key: Key, what: Kind, entries: Sequence[Mapping[str, Any]]) ->
         )
     except OSError as error:
         return f"{path}: not written: {error.strerror or error}"
+    finally:
+        with suppress(OSError):  # it was renamed, or its folder cannot be used
+            part.unlink()
     return ""
 
 
