@@ -30,7 +30,7 @@ def is_time(value: object) -> bool:
 
 
 def entry_of(kind: type[T], entry: object) -> T:
-    """Return the dataclass that an object of JSON describes, lists as tuples.
+    """Return the dataclass that an object of JSON describes; its tuples are lists there.
 
     Raises:
         ValueError: It is not an object, has other fields, or a field does not follow its rule.
@@ -42,7 +42,9 @@ def entry_of(kind: type[T], entry: object) -> T:
     if not needed <= set(entry) <= {f.name for f in known}:
         names = ", ".join(f.name for f in known)
         raise ValueError(f"expected entries with {names}, got {reprlib.repr(sorted(entry))}")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
-    }
+    values: dict[str, Any] = dict(entry)
+    for field in known:
+        value = values.get(field.name)
+        if isinstance(value, list) and str(field.type).startswith("tuple"):
+            values[field.name] = tuple(value)
     return kind(**values)
