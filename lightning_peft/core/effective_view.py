@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EffectiveView", "guarded", "write_targets"]
+__all__ = ["EffectiveView", "guarded", "refuse_lost_writes", "write_targets"]
 
 #: In-place functions that change no value.
 _NO_WRITES = frozenset(["requires_grad_", "detach_", "share_memory_", "retain_grad_", "rename_"])
@@ -45,20 +45,31 @@ class EffectiveView(Tensor):
         if torch.compiler.is_compiling():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **given)
-        if getattr(func, "__name__", "") not in _NO_WRITES | {"__set__"}:
-            for target in write_targets(func, args, given):
-                if isinstance(target, EffectiveView):
-                    raise RuntimeError(
-                        f"{target._label}: expected a view of the weight to be read only, got a "
-                        f"write in place by {getattr(func, '__name__', func)}; the layer computes "
-                        "the weight for each read, so the write would be lost: write through the "
-                        "layer (`layer.weight[0] = …`), or into the tensor from named_parameters()"
-                    )
+        refuse_lost_writes(func, args, given)
+        if not all(issubclass(t, EffectiveView | nn.Parameter) for t in types):
+            return NotImplemented  # another class knows what its tensor stands for
         views = _views([args, given])
         with torch._C.DisableTorchFunctionSubclass():
             if func in (Tensor.__reduce_ex__, Tensor.__deepcopy__):  # these keep a class
                 return func(_plain(args[0]), *args[1:], **given)
             return guarded(func(*args, **given), [(view, view._label) for view in views])
+
+
+def refuse_lost_writes(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise RuntimeError if a torch function would write into a view of W'."""
+    name = getattr(func, "__name__", str(func))
+    if name in _NO_WRITES or name == "__set__":
+        return
+    for target in write_targets(func, args, kwargs):
+        if isinstance(target, EffectiveView):
+            raise RuntimeError(
+                f"{target._label}: expected a view of the weight to be read only, got a write in "
+                f"place by {name}; the layer computes the weight for each read, so the write would "
+                "be lost: write through the layer (`layer.weight[0] = …`), or into the tensor from "
+                "named_parameters()"
+            )
 
 
 def _plain(view: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.effective_view import guarded, write_targets
+from lightning_peft.core.effective_view import guarded, refuse_lost_writes, write_targets
 
 __all__ = [
     "OutsideTensor",
@@ -188,6 +188,7 @@ class OutsideTensor(Tensor):
                 return _fact(func, args, given)
             if func == Tensor.__deepcopy__:
                 return args[0]._form().detach().clone()
+            refuse_lost_writes(func, args, given)
             written = {id(t) for t in write_targets(func, args, given)}
             formed: dict[int, tuple[Tensor, str]] = {}
 

@@ -229,6 +229,20 @@ def test_a_parameter_made_from_a_view_is_an_ordinary_one(view: str) -> None:
     torch.testing.assert_close(parameter.detach(), before / 2)
 
 
+def test_a_view_beside_a_weight_leaves_it_effective() -> None:
+    """Both are read by one function, in either order; neither stands for the base's weight."""
+    model = Window()
+    lp.attach(model, METHODS["lora"])
+    moved(model)
+    weight = model.qkv.weight
+    whole = weight.clone()
+    torch.testing.assert_close(weight.T @ weight, whole.T @ whole)
+    torch.testing.assert_close(weight @ weight.T, whole @ whole.T)
+    torch.testing.assert_close(torch.cat([weight[:1], weight]), torch.cat([whole[:1], whole]))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="read only"):
+        weight.T.copy_(weight)
+
+
 def test_a_compiled_function_takes_a_view() -> None:
     model = Window()
     lp.attach(model, METHODS["lora"])

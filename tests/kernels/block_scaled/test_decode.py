@@ -180,7 +180,7 @@ def test_layout_as_a_word() -> None:
 
 @pytest.fixture
 def no_tables() -> Iterator[None]:
-    """Tables are made anew inside, and again for what comes after."""
+    """Empties the caches of tables before and after a test."""
     for table in (decode.code_values, decode._pairs):
         table.cache_clear()
     yield
